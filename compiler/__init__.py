@@ -1,0 +1,1 @@
+"""checkpoint -> bundle: stages, the weight pack, and the command line. Nothing heavy is imported here."""

@@ -1,0 +1,40 @@
+"""Writes a traced graph whose initializers point into the weight pack, and checks the file it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from trimode.compiler.weights import PackLayout
+from trimode.errors import BuildError
+
+
+def save_graph(model: ir.Model, layout: PackLayout, weights: str, path: Path) -> None:
+    """Save ``model``; every named initializer without data becomes external data at its offset in the file ``weights`` beside it.
+
+    Raises:
+        BuildError: an initializer is not in the pack or has another shape there.
+    """
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        packed = layout.tensors.get(name)
+        shape = tuple(value.shape.numpy()) if value.shape is not None else None
+        if packed is None or packed.shape != shape:
+            raise BuildError(f"{path.name}: expected the tensor {name} {shape} in the weight pack, found {packed and packed.shape}",
+                             "this is an inconsistency of the compiler; please report it with the checkpoint's config.json")  # fmt: skip
+        value.const_value = ir.ExternalTensor(
+            weights, packed.offset, packed.num_bytes, ir.DataType.FLOAT, shape=ir.Shape(packed.shape), name=name, base_dir=path.parent
+        )
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+def check_graph(path: Path) -> None:
+    """Run the ONNX checker (operators, attributes, external data) and shape inference on a saved graph."""
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise BuildError(f"{path.name}: expected a valid ONNX graph, found: {str(error).splitlines()[0]}",
+                         "this is an inconsistency of the compiler; please report it with the checkpoint's config.json") from error  # fmt: skip

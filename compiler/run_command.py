@@ -1,0 +1,188 @@
+"""``trimode run``: prompts in, text or JSON out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.compiler.cli import parse_token_ids
+from trimode.errors import UsageError
+from trimode.runtime.decode import ALGORITHMS, Mode
+from trimode.runtime.model import Generation, Stream, TriModeModel
+from trimode.runtime.text import TextStream
+
+_LINE_HINT = 'write {"prompt": "..."} or {"token_ids": [1, 2]}'
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The options of the command, as given."""
+
+    mode: str
+    prompt: str | None
+    raw: bool
+    token_ids: str | None
+    prompts_file: Path | None
+    max_new_tokens: int
+    block_length: int | None
+    threshold: float | None
+    use_drafter: bool
+    threads: int | None
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to answer; ``answer`` is what was expected, where that is known."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    answer: str | None = None
+
+
+def run_prompts(bundle: Path, request: RunRequest) -> None:
+    """Answer every prompt of a request; see the command's help."""
+    mode = parse_mode(request.mode)
+    prompts = list(read_prompts(request))
+    model = TriModeModel.from_pretrained(bundle, num_threads=request.threads)
+    num_right, num_known = 0, 0
+    for prompt in prompts:
+        stream = _start(model, prompt, mode, request)
+        text = _show_stream(model, stream, prompt) if not request.as_json else _drain(model, stream, prompt)
+        if prompt.answer is not None:
+            num_known += 1
+            num_right += text == prompt.answer
+        if request.as_json:
+            sys.stdout.write(json.dumps(as_record(stream.result, text, prompt), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            sys.stderr.write(summary(stream.result) + "\n")
+    if num_known:
+        sys.stderr.write(f"exact match: {num_right} of {num_known}\n")
+
+
+def parse_mode(text: str) -> Mode:
+    """``linear-spec`` -> ``linear_spec``; raises :class:`UsageError` for anything that is no mode."""
+    for mode in ALGORITHMS:
+        if text == mode.replace("_", "-"):
+            return mode
+    raise UsageError(f"expected --mode {', '.join(m.replace('_', '-') for m in ALGORITHMS)}, found {text!r}", "choose one of these")
+
+
+def read_prompts(request: RunRequest) -> Iterator[Prompt]:
+    """The prompts of a request, checked for form."""
+    given = [name for name in ("prompt", "token_ids", "prompts_file") if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise UsageError(f"expected one of --prompt, --token-ids and --prompts-file, found {len(given)}", "pass exactly one of them")
+    if request.raw and request.prompt is None:
+        raise UsageError("expected --raw together with --prompt, found it alone", "token ids and prompt files say themselves what they are")
+    if request.prompt is not None:
+        if not request.prompt:
+            raise UsageError("expected a prompt, found an empty one", "pass some text to --prompt")
+        yield Prompt(text=request.prompt)
+    elif request.token_ids is not None:
+        yield Prompt(token_ids=parse_token_ids(request.token_ids))
+    else:
+        assert request.prompts_file is not None
+        yield from read_prompts_file(request.prompts_file)
+
+
+def read_prompts_file(path: Path) -> Iterator[Prompt]:
+    """One JSON object a line; blank lines are skipped.
+
+    Raises:
+        UsageError: the file cannot be read, is empty, or a line is not of the form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a readable UTF-8 file, found: {error}", "check the path") from error
+    number = 0
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _parse_line(line, f"{path}, line {number}")
+    if not any(line.strip() for line in lines):
+        raise UsageError(f"{path}: expected at least one prompt, found none", 'write one JSON object a line: {"prompt": "..."}')
+
+
+def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str, Any]:
+    """The JSON object of one prompt."""
+    record: dict[str, Any] = {
+        "text": text,
+        "token_ids": result.token_ids,
+        "mode": result.mode.replace("_", "-"),
+        "nfe": result.nfe,
+        "prefill_forwards": result.prefill_forwards,
+        "tokens_per_forward": round(result.tokens_per_forward, 4),
+        "acceptance_length": None if result.acceptance_length is None else round(result.acceptance_length, 4),
+        "finish_reason": result.finish_reason,
+        "elapsed_s": round(result.elapsed_s, 6),
+    }
+    if prompt.answer is not None:
+        record["is_exact_match"] = text == prompt.answer
+    return record
+
+
+def summary(result: Generation) -> str:
+    """One line about a generation for people."""
+    count = len(result.token_ids)
+    parts = [f"{result.mode.replace('_', '-')}: {count} tokens", f"nfe {result.nfe}", f"{result.tokens_per_forward:.2f} tokens per forward"]
+    if result.acceptance_length is not None:
+        parts.append(f"acceptance length {result.acceptance_length:.2f}")
+    speed = count / result.elapsed_s if result.elapsed_s else 0.0
+    return ", ".join([*parts, f"{speed:.0f} tokens/s", f"finish {result.finish_reason}"])
+
+
+def _parse_line(line: str, where: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: expected a JSON object, found {line[:40]!r}", _LINE_HINT) from error
+    text, ids, answer = (value.get(k) for k in ("prompt", "token_ids", "answer")) if isinstance(value, dict) else (None, None, None)
+    is_text, is_ids = isinstance(text, str) and bool(text), isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+    if is_text == is_ids or (answer is not None and not isinstance(answer, str)):
+        raise UsageError(f"{where}: expected either `prompt` (text) or `token_ids` (a list), found {line[:40]!r}", _LINE_HINT)
+    return Prompt(text, ids, answer)
+
+
+def _start(model: TriModeModel, prompt: Prompt, mode: Mode, request: RunRequest) -> Stream:
+    if prompt.token_ids is not None:
+        ids = prompt.token_ids
+    else:
+        assert prompt.text is not None
+        ids = model.codec.encode(prompt.text) if request.raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+    chosen: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "use_drafter": request.use_drafter}
+    for name in ("block_length", "threshold"):
+        if getattr(request, name) is not None:
+            chosen[name] = getattr(request, name)
+    return model.stream([ids], mode, **chosen)
+
+
+def _drain(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
+    for _ in stream:
+        pass
+    return model.codec.decode(stream.result.token_ids) if _has_text(model, prompt) else None
+
+
+def _show_stream(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
+    if not _has_text(model, prompt):
+        _drain(model, stream, prompt)
+        sys.stdout.write(",".join(map(str, stream.result.token_ids)) + "\n")
+        return None
+    pieces = []
+    text = TextStream(model.codec)
+    for chunk in stream:
+        pieces.append(text.push(chunk.token_ids))
+        sys.stdout.write(pieces[-1])
+        sys.stdout.flush()
+    pieces.append(text.finish())
+    sys.stdout.write(pieces[-1] + "\n")
+    return "".join(pieces)
+
+
+def _has_text(model: TriModeModel, prompt: Prompt) -> bool:
+    return prompt.text is not None or (model.bundle.path / "tokenizer.json").is_file()

@@ -1,0 +1,108 @@
+"""All or nothing: a bundle is written beside its destination and renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trimode.errors import BuildError, UsageError
+from trimode.runtime.manifest import MANIFEST
+
+
+@contextlib.contextmanager
+def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``output`` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never replaced.
+        BuildError: another build is writing the same output, or the disk is full or not writable.
+    """
+    output = output.absolute()
+    with _disk_errors(output):
+        check_destination(output, force=force)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(output):
+            check_destination(output, force=force)
+            for leftover in output.parent.glob(f".{output.name}.building-*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed: the lock is ours
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
+            try:
+                yield staging
+                staging.chmod(0o777 & ~_umask())
+                _replace(staging, output)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_destination(output: Path, *, force: bool) -> None:
+    """Refuse an existing output unless it is a bundle and ``force`` is given."""
+    if not output.exists():
+        return
+    if not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise UsageError(f"{output}: expected a new folder or a bundle, found something else", "choose another output; it will not be touched")
+    if not force and (output / MANIFEST).is_file():
+        raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Fail before writing when the disk cannot hold ``num_bytes``."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        found = f"{folder}: expected {num_bytes / 1e9:.2f} GB of free disk, found {free / 1e9:.2f} GB"
+        raise BuildError(found, "free some space or choose another disk")
+
+
+@contextlib.contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    lock = FileLock(output.parent / f".{output.name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        found = f"{output}: expected to be alone, found another build writing there"
+        raise BuildError(found, "wait for it to end, or choose another output") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _replace(staging: Path, output: Path) -> None:
+    """Rename ``staging`` to ``output``; an older bundle stays until the new one is in place."""
+    old = output.with_name(f".{output.name}.building-old")
+    if output.exists():
+        output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            found = f"{output}: expected room for the bundle, found the disk full"
+            raise BuildError(found, "free some space or choose another disk; nothing was left behind") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            found = f"{error.filename or output}: expected to be able to read and write, found: {error.strerror}"
+            raise BuildError(found, "check the path and its permissions") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,92 @@
+"""Opens a bundle: reads the manifest and checks every file against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trimode.errors import BundleError
+from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest
+
+_REBUILD = "build the bundle again with `trimode build`"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are as the manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+
+def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Open a bundle folder.
+
+    Args:
+        path: the folder.
+        verify: compare the sha256 of every file (reads each byte once, through the page cache that the sessions map afterwards);
+            False compares sizes only.
+
+    Raises:
+        BundleError: not a bundle, a newer schema, or a file that is missing or was changed.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, record in manifest.files.items():
+        _check_size(path / name, record)
+    if verify:
+        # Hashing releases the interpreter lock; small files first keep a second thread busy beside the weights.
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda item: _check_digest(path / item[0], item[1]), manifest.files.items()))
+    return Bundle(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``manifest.json`` of a bundle without looking at the other files."""
+    file = path / MANIFEST
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{path}: expected a bundle with {MANIFEST}, found none", "build one with `trimode build CHECKPOINT -o BUNDLE`") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{file}: expected a JSON file, found one that cannot be read ({error})", _REBUILD) from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(f"{file}: expected schema version {SCHEMA_VERSION} or older, found {version}", "update trimode, or build the bundle again")
+    try:
+        return Manifest.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{file}: expected a valid manifest, found {field or 'the file'}: {first['msg']}", _REBUILD) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it next."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        if path.stat().st_size:
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+                digest.update(view)
+    return digest.hexdigest()
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{path}: expected a file of {record.num_bytes} bytes, found none", _REBUILD) from error
+    if found != record.num_bytes:
+        raise BundleError(f"{path}: expected {record.num_bytes} bytes, found {found}", _REBUILD)
+
+
+def _check_digest(path: Path, record: FileRecord) -> None:
+    found = sha256_of(path)
+    if found != record.sha256:
+        raise BundleError(f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build", _REBUILD)

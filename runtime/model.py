@@ -1,0 +1,199 @@
+"""The runtime's front door: open a bundle, generate in any mode, stream, continue a sequence in another mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trimode.errors import UsageError
+from trimode.runtime.bundle import Bundle, open_bundle
+from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode, check_options
+from trimode.runtime.sequence import Forwards, Sequence
+from trimode.runtime.session import Ids, Session
+from trimode.runtime.text import TextCodec
+
+DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0}
+
+
+class Chunk(NamedTuple):
+    """Tokens committed by one step; ``finish_reason`` is set on the last chunk."""
+
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        token_ids: new tokens, the end token included.
+        nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode`).
+        prefill_forwards: forwards that read the prompt.
+        tokens_per_forward: new tokens / nfe.
+        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
+        forwards: executed forward passes by phase.
+        finish_reason: ``stop`` (end token) or ``length`` (a limit).
+        elapsed_s: wall time, tokens in to tokens out.
+    """
+
+    token_ids: list[int]
+    mode: Mode
+    nfe: int
+    prefill_forwards: int
+    tokens_per_forward: float
+    acceptance_length: float | None
+    forwards: Forwards
+    finish_reason: str
+    elapsed_s: float
+
+
+class Stream:
+    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole."""
+
+    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions) -> None:
+        self._sequence, self._mode = sequence, mode
+        self._counters = Counters()
+        self._before = Forwards(**vars(sequence.forwards))
+        self._token_ids: list[int] = []
+        self._elapsed_s = 0.0
+        self._steps = ALGORITHMS[mode](sequence, options, self._counters)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        start = time.perf_counter()
+        try:
+            token_ids = next(self._steps)
+        finally:
+            self._elapsed_s += time.perf_counter() - start
+        self._token_ids += token_ids
+        return Chunk(token_ids, self._counters.finish_reason)
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated; complete once the iteration has ended."""
+        counters, count = self._counters, len(self._token_ids)
+        forwards = Forwards(**{name: value - getattr(self._before, name) for name, value in vars(self._sequence.forwards).items()})
+        return Generation(
+            token_ids=list(self._token_ids),
+            mode=self._mode,
+            nfe=counters.nfe,
+            prefill_forwards=forwards.prefill,
+            tokens_per_forward=count / counters.nfe if counters.nfe else 0.0,
+            acceptance_length=counters.cycle_tokens / counters.cycles if counters.cycles else None,
+            forwards=forwards,
+            finish_reason=counters.finish_reason or "length",
+            elapsed_s=self._elapsed_s,
+        )
+
+
+class TriModeModel:
+    """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache."""
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle = bundle
+        self.model = bundle.manifest.model
+        self._session = session
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, num_threads: int | None = None, verify: bool = True) -> TriModeModel:
+        """Open a bundle folder.
+
+        Args:
+            path: the folder that ``trimode build`` wrote.
+            num_threads: threads inside one operator; None = one per physical core.
+            verify: compare the sha256 of every file with the manifest.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or newer than this library.
+            DependencyError: ONNX Runtime is not installed.
+        """
+        bundle = open_bundle(path, verify=verify)
+        from trimode.runtime.ort_session import OrtSession  # an optional extra: imported only where it is used
+
+        return cls(bundle, OrtSession(bundle, num_threads))
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        """The bundle's tokenizer and chat template; :class:`UsageError` where it has none."""
+        return TextCodec(self.bundle.path)
+
+    def ar_generate(self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | None = None) -> tuple[Ids, int]:
+        """Autoregressive generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
+        return self._generate(ids, "ar", DecodeOptions(max_new_tokens, eos_token_ids=_eos(eos_token_id)))
+
+    def generate(
+        self, ids: Any, max_new_tokens: int = 512, block_length: int = 32, threshold: float = 0.9, eos_token_id: int | None = None
+    ) -> tuple[Ids, int]:
+        """Block-diffusion generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
+        return self._generate(ids, "diffusion", DecodeOptions(max_new_tokens, block_length, threshold, eos_token_ids=_eos(eos_token_id)))
+
+    def linear_spec_generate(
+        self,
+        ids: Any,
+        max_new_tokens: int = 128,
+        block_length: int = 32,
+        threshold: float = 0.0,
+        use_drafter: bool = True,
+        eos_token_id: int | None = None,
+    ) -> tuple[Ids, int]:
+        """Linear self-speculation: the tokens of :meth:`ar_generate` in fewer forwards. ``ids``: array-like (1, n); returns as above."""
+        options = DecodeOptions(max_new_tokens, block_length, threshold, use_drafter, _eos(eos_token_id))
+        return self._generate(ids, "linear_spec", options)
+
+    def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
+        """Yield :class:`Chunk` as tokens are committed; keyword arguments are those of :class:`DecodeOptions`."""
+        return self.continue_sequence(self.new_sequence(ids), mode, **options)
+
+    def new_sequence(self, ids: Any) -> Sequence:
+        """A sequence that starts with the prompt ``ids (1, n)``; see :meth:`continue_sequence`.
+
+        Raises:
+            UsageError: no tokens, ids out of range, more than one row, or a prompt that leaves no room.
+        """
+        return Sequence(self._session, self.model, self._check_ids(ids))
+
+    def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
+        """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
+        if mode not in ALGORITHMS:
+            raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
+        chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": self.model.block_size, **options})
+        check_options(chosen, self.model)
+        return Stream(sequence, mode, chosen)
+
+    def _generate(self, ids: Any, mode: Mode, options: DecodeOptions) -> tuple[Ids, int]:
+        sequence = self.new_sequence(ids)
+        check_options(options, self.model)
+        stream = Stream(sequence, mode, options)
+        for _ in stream:
+            pass
+        return np.array([sequence.tokens], np.int64), stream.result.nfe
+
+    def _check_ids(self, ids: Any) -> list[int]:
+        array = np.asarray(ids)
+        if array.ndim != 2 or array.shape[0] != 1:
+            raise UsageError(f"expected token ids of shape (1, n), found {array.shape}", "pass one sequence a call, as [[...]]")
+        if array.size == 0:
+            raise UsageError("expected at least one token, found an empty prompt", "start a text from the bos token if there is nothing to say")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise UsageError(f"expected whole numbers as token ids, found {array.dtype}", "pass int64 ids")
+        wrong = array[(array < 0) | (array >= self.model.vocab_size)]
+        if wrong.size:
+            found = f"expected token ids from 0 to {self.model.vocab_size - 1}, found {wrong[0]}"
+            raise UsageError(found, "check that the ids come from this model's tokenizer")
+        if array.shape[1] >= self.model.max_length:
+            raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.shape[1]}",
+                             "shorten the prompt, or build with a larger --max-length")  # fmt: skip
+        return array[0].tolist()  # type: ignore[no-any-return]
+
+
+def _eos(token_id: int | None) -> tuple[int, ...] | None:
+    return None if token_id is None else (token_id,)

@@ -1,0 +1,105 @@
+"""Text to tokens and back: the checkpoint's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from trimode.errors import BundleError, UsageError
+
+Message = dict[str, str]
+
+
+class TextCodec:
+    """The tokenizer of a bundle.
+
+    Args:
+        folder: where ``tokenizer.json`` lies, and ``chat_template.jinja`` or a template in ``tokenizer_config.json``.
+
+    Raises:
+        UsageError: the folder has no tokenizer.
+        BundleError: a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UsageError(f"{folder}: expected tokenizer.json, found none", "pass token ids, or build from a checkpoint that has its tokenizer")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"{file}: expected a tokenizer, found one that cannot be read ({error})", "build the bundle again") from error
+        config = folder / "tokenizer_config.json"
+        self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        template = folder / "chat_template.jinja"
+        source = template.read_text(encoding="utf-8") if template.is_file() else self._config.get("chat_template")
+        self._template = _environment().from_string(source) if isinstance(source, str) else None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of plain text, with what the tokenizer adds by itself (such as a first token)."""
+        return self._tokenizer.encode(text).ids
+
+    def encode_chat(self, messages: Seq[Message], *, enable_thinking: bool = False) -> list[int]:
+        """Tokens of a conversation that asks for the assistant's answer, through the checkpoint's chat template."""
+        return self._tokenizer.encode(self.render_chat(messages, enable_thinking=enable_thinking), add_special_tokens=False).ids
+
+    def render_chat(self, messages: Seq[Message], *, enable_thinking: bool = False) -> str:
+        """The text that :meth:`encode_chat` tokenizes."""
+        if self._template is None:
+            raise UsageError("expected a chat template in the bundle, found none", "pass --raw to use the prompt as it is")
+        tokens = {name: _content(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, enable_thinking=enable_thinking, **tokens)
+        except TemplateError as error:
+            raise UsageError(f"expected a conversation that the chat template accepts, found: {error}", "check the order of roles") from error
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of tokens, without special tokens."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns tokens that arrive in pieces into text that arrives in pieces; holds back bytes of a character that is not complete."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._token_ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token_ids: Seq[int]) -> str:
+        """Text that became certain with these tokens."""
+        self._token_ids += token_ids
+        return self._emit(self._codec.decode(self._token_ids).rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """What was still held back."""
+        return self._emit(self._codec.decode(self._token_ids))
+
+    def _emit(self, text: str) -> str:
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # The settings and helpers that Hugging Face templates count on.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now(tz=datetime.UTC).strftime(pattern)
+    return environment
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")

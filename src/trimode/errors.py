@@ -1,0 +1,52 @@
+"""Every error that trimode raises on purpose.
+
+TrimodeError
+├── UsageError            a value the caller passed is out of range             (command line: exit 2)
+├── CheckpointError       a Hugging Face checkpoint is incomplete or not of this family
+├── BuildError            a bundle could not be built or written
+├── BundleError           a bundle is missing, damaged or of an unknown schema
+└── DependencyError       an optional package is not installed
+
+Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do next).
+"""
+
+
+class TrimodeError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        message: what was expected and what was found, in one line.
+        hint: what to do next, in one line; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}\nhint: {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.message, self.hint)
+
+
+class UsageError(TrimodeError):
+    """A value the caller passed cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(TrimodeError):
+    """A checkpoint is missing parts, damaged, or of another architecture."""
+
+
+class BuildError(TrimodeError):
+    """A bundle could not be built or written."""
+
+
+class BundleError(TrimodeError):
+    """A bundle is missing, damaged, or of a schema this version does not read."""
+
+
+class DependencyError(TrimodeError):
+    """An optional package is needed and not installed."""
