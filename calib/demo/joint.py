@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from trimode.calib.budget import Budget, rate_at
 from trimode.calib.demo.data import Chats, batches, noisy_window
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
@@ -23,19 +24,6 @@ from trimode.graphs.trunk import TriModeTrunk
 log = logging.getLogger(__name__)
 
 AUTOREGRESSIVE_SHARE, WARM_UP_SHARE, DECAY_SHARE = 0.15, 0.02, 0.45
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop: after ``seconds`` of training or after ``steps``, whichever is given."""
-
-    seconds: float | None = None
-    steps: int | None = None
-
-    def progress(self, seconds: float, steps: int) -> float:
-        """Share of the budget that is used, 0 to 1."""
-        shares = [used / limit for used, limit in ((seconds, self.seconds), (steps, self.steps)) if limit is not None]
-        return min(1.0, max(shares, default=1.0))
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,7 @@ class JointTraining:
 
     def _step(self, chats: Chats, generator: torch.Generator, share: float) -> JointLoss:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate_at(share)
+            group["lr"] = self.settings.learning_rate * rate_at(share, warm_up=WARM_UP_SHARE, decay=DECAY_SHARE)
         with torch.autocast("cpu", torch.bfloat16):
             loss = autoregressive_loss(self.trunk, chats) if share < AUTOREGRESSIVE_SHARE else denoising_loss(self.trunk, chats, generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,11 +123,6 @@ class JointTraining:
             if value > 0:
                 mean = self.progress.losses.get(name, value.item())
                 self.progress.losses[name] = mean + 0.02 * (value.item() - mean)
-
-
-def rate_at(share: float) -> float:
-    """Learning rate as a share of its peak: warm-up, plateau, and a straight line down to zero."""
-    return max(0.0, min(1.0, (share + 1e-3) / WARM_UP_SHARE, (1 - share) / DECAY_SHARE))
 
 
 def hash_seed(text: str) -> int:

@@ -5,15 +5,22 @@ question is ever seen in training under other words.
 
 Each family is a function that draws a :class:`Draft`: its content as a key, the prompt and the answer. Arithmetic, sorting and reversing
 spell out their steps, because a small model learns a sequence of look-ups far sooner than a jump.
+
+``python -m trimode.calib.demo.tasks`` prints examples as JSON lines.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Annotated, NamedTuple
+
+import typer
 
 from trimode.errors import UsageError
 
@@ -176,3 +183,21 @@ def _check_names(what: str, found: Sequence[str], known: Sequence[str]) -> None:
             raise UsageError(f"expected a {what} out of {', '.join(known)}, found {name!r}", f"pick one of the {len(known)} that exist")
     if not found:
         raise UsageError(f"expected at least one {what}, found none", f"name one of {', '.join(known)}")
+
+
+def main(
+    split: Annotated[str, typer.Option(help=" or ".join(SPLITS))] = "held-out",
+    count: Annotated[int, typer.Option(min=0, help="How many to print, the families in turn.")] = 10,
+    seed: Annotated[int, typer.Option(help="Same seed, same examples.")] = 0,
+    family: Annotated[list[str] | None, typer.Option(help=f"Only this family; may be repeated. {', '.join(FAMILIES)}.")] = None,
+) -> None:
+    """Print questions and their only right answers as JSON lines."""
+    for example in islice(examples(seed, split, family), count):
+        line = {"prompt": example.prompt, "answer": example.answer, "family": example.family}
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    from trimode.calib.demo.console import run_command
+
+    run_command(main)

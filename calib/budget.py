@@ -1,0 +1,23 @@
+"""How long a training run may take, and the learning rate that goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after ``seconds`` of training or after ``steps``, whichever is given and comes first."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    def progress(self, seconds: float, steps: int) -> float:
+        """Share of the budget that is used, 0 to 1."""
+        shares = [used / limit for used, limit in ((seconds, self.seconds), (steps, self.steps)) if limit is not None]
+        return min(1.0, max(shares, default=1.0))
+
+
+def rate_at(share: float, *, warm_up: float, decay: float) -> float:
+    """Learning rate as a share of its peak: up over ``warm_up``, level, and down to zero over ``decay``, all straight lines."""
+    return max(0.0, min(1.0, (share + 1e-3) / warm_up, (1 - share) / decay))

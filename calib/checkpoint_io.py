@@ -1,0 +1,134 @@
+"""Writes trained weights in the public layout: a whole checkpoint folder, or a drafter adapter alone.
+
+A folder is filled beside its destination and renamed when it is complete, so a run that stops half-way leaves no half checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from trimode.errors import UsageError
+from trimode.graphs.checkpoint import ADAPTER_FOLDER, ADAPTER_PREFIX
+from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+
+
+def write_checkpoint(folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    """Write ``config.json``, the weights in bfloat16, the drafter adapter where the trunk has one, and ``texts`` as they are.
+
+    Args:
+        folder: new, empty, or an earlier checkpoint, which is replaced whole.
+        trunk: whose weights are written.
+        config: the contents of ``config.json``; has to describe the trunk.
+        texts: other files of the folder, by name (tokenizer, chat template, generation defaults).
+
+    Raises:
+        UsageError: the folder holds something that is no checkpoint.
+    """
+    with _replacing(folder) as staged:
+        write_json(staged / "config.json", config)
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in _weights(trunk).items() if not _is_adapter(name)}
+        (staged / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        for name, text in texts.items():
+            (staged / name).write_text(text, encoding="utf-8")
+        if adapter_layers(trunk):
+            write_adapter(staged / ADAPTER_FOLDER, trunk)
+
+
+def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
+    """Write the drafter in the layout of PEFT, float32: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        UsageError: the trunk has no adapter.
+    """
+    layers = adapter_layers(trunk)
+    if not layers:
+        raise UsageError("expected a trunk with a drafter adapter, found one without", "give TriModeTrunk a drafter_rank")
+    folder.mkdir(parents=True, exist_ok=True)
+    assert layers[0].lora_A is not None
+    rank = layers[0].lora_A.out_features
+    alpha = layers[0].scaling * rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": round(alpha, 6),
+        "lora_dropout": 0.0,
+        "target_modules": ["o_proj"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    tensors = {ADAPTER_PREFIX + name: tensor.float() for name, tensor in _weights(trunk).items() if _is_adapter(name)}
+    partial = folder / ".adapter_model.safetensors.partial"
+    partial.write_bytes(save(tensors, {"format": "pt"}))
+    partial.replace(folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", config)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def round_weights(trunk: TriModeTrunk) -> None:
+    """Round the weights in place to what :func:`write_checkpoint` will write; the adapter keeps float32."""
+    with torch.no_grad():
+        for name, parameter in trunk.named_parameters():
+            if not _is_adapter(name):
+                parameter.copy_(parameter.bfloat16())
+
+
+def adapter_layers(trunk: TriModeTrunk) -> list[LowRankLinear]:
+    """The projections that carry the drafter's branch; none where the checkpoint has no drafter."""
+    return [module for module in trunk.modules() if isinstance(module, LowRankLinear) and module.lora_A is not None]
+
+
+def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in trunk.state_dict().items()}
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the work."""
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
+        raise UsageError(f"{folder}: expected a new or empty folder, or a checkpoint to replace, found something else", "name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for left_over in (staged, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        _swap(staged, folder, old)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _swap(staged: Path, folder: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        staged.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

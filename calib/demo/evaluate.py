@@ -1,0 +1,147 @@
+"""Decodes held-out questions in eager torch: how many answers are exactly right, and how long the accepted drafts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from trimode.calib.demo.tasks import FAMILIES, Example, examples
+from trimode.calib.demo.tokenizer import IM_END, SPECIAL_IDS, render_prompt
+from trimode.graphs.attention import GrowingCacheAttention
+from trimode.graphs.trunk import TriModeTrunk
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example as token ids; ``expected`` ends with the end token."""
+
+    family: str
+    prompt: list[int]
+    expected: list[int]
+
+
+class Speculation(NamedTuple):
+    """What self-speculation wrote, the prompt left out, and the draft-and-verify cycles it took."""
+
+    tokens: list[int]
+    num_cycles: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on held-out questions.
+
+    Attributes:
+        num_questions: per family.
+        exact_match: share of the questions answered exactly right, greedily and one token at a time, per family.
+        acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
+        acceptance_length_base: the same without the drafter.
+        acceptance_length_per_family: family -> the two of them, without and with the drafter.
+        num_unlike: answers that self-speculation wrote differently.
+    """
+
+    num_questions: int
+    exact_match: dict[str, float]
+    acceptance_length: float
+    acceptance_length_base: float
+    acceptance_length_per_family: dict[str, tuple[float, float]]
+    num_unlike: int
+
+
+def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 20, seed: int = 0, block_length: int | None = None) -> Evaluation:
+    """Decode ``num_questions`` held-out questions of each family, autoregressively and by linear self-speculation with both drafters."""
+    questions = [q for family in FAMILIES for q in held_out(family, num_questions, seed, tokenizer)]
+    length = block_length or trunk.config.block_size
+    with torch.inference_mode():
+        greedy = greedy_answers(trunk, [q.prompt for q in questions])
+        base = [linear_speculation(trunk, q.prompt, length, drafter=False) for q in questions]
+        drafted = [linear_speculation(trunk, q.prompt, length, drafter=True) for q in questions]
+    names = [q.family for q in questions]
+    right = [q.expected == answer for q, answer in zip(questions, greedy, strict=True)]
+    return Evaluation(
+        num_questions=num_questions,
+        exact_match={f: sum(r for r, n in zip(right, names, strict=True) if n == f) / num_questions for f in FAMILIES},
+        acceptance_length=acceptance_length(drafted),
+        acceptance_length_base=acceptance_length(base),
+        acceptance_length_per_family={f: (_of_family(base, names, f), _of_family(drafted, names, f)) for f in FAMILIES},
+        num_unlike=sum(answer not in (b.tokens, d.tokens) or b.tokens != d.tokens for answer, b, d in zip(greedy, base, drafted, strict=True)),
+    )
+
+
+def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Question]:
+    """Held-out questions of a family, as token ids."""
+    return [_question(example, tokenizer) for example in islice(examples(seed, "held-out", [family]), count)]
+
+
+def greedy_answers(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS) -> list[list[int]]:
+    """The autoregressive greedy answer to each prompt, cut after the end token; prompts of one length go together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, list[int]] = {}
+    for _, group in groupby(order, key=lambda i: len(prompts[i])):
+        indices = list(group)
+        answers.update(zip(indices, _greedy_batch(trunk, [prompts[i] for i in indices], max_new_tokens), strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def linear_speculation(
+    trunk: TriModeTrunk, prompt: list[int], block_length: int, *, drafter: bool, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Speculation:
+    """Draft a block in one forward, verify it in another, keep what the verifier agrees with and its next token; greedy."""
+    cache, end = GrowingCacheAttention(), SPECIAL_IDS[IM_END]
+    tokens = [_rows(trunk, cache, prompt)[-1]]
+    num_cycles = 0
+    while end not in tokens and len(tokens) < max_new_tokens:
+        past = cache.length
+        block = [tokens[-1]] + [trunk.config.mask_token_id] * (block_length - 1)
+        cache.is_causal = cache.writes_cache = False
+        block[1:] = _rows(trunk, cache, block, 1.0 if drafter else None)[1:]
+        cache.is_causal = cache.writes_cache = True
+        verified = _rows(trunk, cache, block)
+        # accepted = 1 + the number of leading i with verified[i] == block[i + 1]
+        accepted = 1 + next((i for i in range(block_length - 1) if verified[i] != block[i + 1]), block_length - 1)
+        tokens += verified[:accepted]
+        cache.crop(past + accepted)
+        num_cycles += 1
+    return Speculation(tokens[: tokens.index(end) + 1] if end in tokens else tokens, num_cycles)
+
+
+def acceptance_length(speculations: Sequence[Speculation]) -> float:
+    """Tokens per cycle; the first token of an answer comes from the prompt's forward and is not counted."""
+    num_cycles = sum(s.num_cycles for s in speculations)
+    return sum(len(s.tokens) - 1 for s in speculations) / num_cycles if num_cycles else 0.0
+
+
+def _of_family(speculations: Sequence[Speculation], names: Sequence[str], family: str) -> float:
+    return acceptance_length([s for s, name in zip(speculations, names, strict=True) if name == family])
+
+
+def _question(example: Example, tokenizer: Tokenizer) -> Question:
+    return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, tokenizer.encode(example.answer + IM_END).ids)
+
+
+def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    cache, ids = GrowingCacheAttention(), torch.tensor(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        positions = (cache.length + torch.arange(ids.shape[1])).expand(ids.shape)
+        ids = trunk.head(trunk(ids, positions, cache)[:, -1:]).argmax(-1)
+        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
+            if not answer or answer[-1] != SPECIAL_IDS[IM_END]:
+                answer.append(token)
+        if all(answer[-1] == SPECIAL_IDS[IM_END] for answer in answers):
+            break
+    return answers
+
+
+def _rows(trunk: TriModeTrunk, cache: GrowingCacheAttention, tokens: list[int], drafter_scale: float | None = None) -> list[int]:
+    """The greedy token of each row."""
+    positions = (cache.length + torch.arange(len(tokens)))[None]
+    greedy: list[int] = trunk.head(trunk(torch.tensor([tokens]), positions, cache, drafter_scale)).argmax(-1)[0].tolist()
+    return greedy
