@@ -119,3 +119,7 @@ def parse_token_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise UsageError(f"expected token ids like 1,2,3, found {text!r}", "separate whole numbers by commas") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -37,13 +37,14 @@ def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RopeTabl
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
     """(head_dim / 2,) float32, radians per position."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    extrapolated = (np.float32(1) / np.float32(rope.theta) ** exponent).astype(np.float32)
+    wavelength = np.float32(rope.theta) ** exponent  # over 2 pi
+    extrapolated = np.float32(1) / wavelength
     if rope.rope_type == "default":
         return extrapolated
     low, high = _ramp_ends(rope, head_dim)
     index = np.arange(head_dim // 2, dtype=np.float32)
     ramp = np.clip((index - np.float32(low)) / np.float32(high - low), 0, 1)
-    interpolated = extrapolated / np.float32(rope.factor)
+    interpolated = np.float32(1) / (np.float32(rope.factor) * wavelength)
     mixed: Float32 = (interpolated * ramp + extrapolated * (1 - ramp)).astype(np.float32)
     return mixed
 

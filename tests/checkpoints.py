@@ -43,7 +43,9 @@ SHAPES: dict[str, tuple[dict[str, Any], torch.dtype, int, int]] = {
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, rank: int = 0, shards: int = 1, seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], *, dtype: torch.dtype = torch.float32, rank: int = 0, shards: int = 1, seed: int = 0
+) -> Path:
     """A checkpoint whose logits vary and whose attention matters; same seed, same weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from checkpoints import SHAPES, config_of, write_checkpoint
 from reference import Reference
+
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
 import reference
 from checkpoints import SHAPES
 from conftest import Built
@@ -19,7 +18,7 @@ def prompt_of(length: int, vocab_size: int) -> list[int]:
     return np.random.default_rng(length).integers(12, vocab_size, length).tolist()
 
 
-@pytest.mark.parametrize("length", (*PROMPT_LENGTHS, 600))
+@pytest.mark.parametrize("length", [*PROMPT_LENGTHS, 600])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ar_equals_ministral3(built: Callable[[str], Built], shape: str, length: int) -> None:
     it = built(shape)

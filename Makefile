@@ -1,0 +1,37 @@
+# Everything sets itself up in .venv; needs python3 >= 3.11, pip and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+BUNDLE := artifacts/nld-tiny-cpu
+
+.PHONY: demo test lint setup clean
+.DELETE_ON_ERROR:
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("trimode needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+# The main job, as a user would type it: compile, look inside, generate in three modes.
+demo: setup
+	$(BIN)/trimode build artifacts/nld-tiny -o $(BUNDLE) --target cpu --force
+	$(BIN)/trimode inspect $(BUNDLE)
+	@for mode in ar diffusion linear-spec; do for prompt in \
+	  "JSON: Clara is 47 and lives in Kyoto." "SQL: name of books with price over 40, by year." "Add 478 and 356."; do \
+	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
+	  $(BIN)/trimode run $(BUNDLE) --mode $$mode --prompt "$$prompt" || exit 1; done; done
+
+test: lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv $(BUNDLE) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,118 @@
+"""The command line as a user meets it: exit codes, streams, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Built
+
+FIELDS = {"text", "token_ids", "mode", "nfe", "prefill_forwards", "tokens_per_forward", "acceptance_length", "finish_reason", "elapsed_s"}
+
+
+def trimode(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def test_version_and_help() -> None:
+    assert trimode("--version").stdout.startswith("trimode 0.")
+    for command in ("build", "run", "inspect"):
+        assert command in trimode("--help").stdout
+        assert trimode(command, "--help").returncode == 0
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['trimode', '--help']\nfrom trimode.compiler.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', 'onnxruntime', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear-spec"])
+def test_run_prints_ids_on_stdout_and_a_summary_on_stderr(built: Callable[[str], Built], mode: str) -> None:
+    it = built("three_kv_heads")
+    done = trimode("run", it.bundle, "--token-ids", "20,21,22", "--mode", mode, "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    assert all(0 <= int(i) < 109 for i in done.stdout.strip().split(","))
+    for word in ("nfe", "tokens per forward", "tokens/s", mode):
+        assert word in done.stderr
+
+
+def test_json_lines(built: Callable[[str], Built], tmp_path: Path) -> None:
+    it = built("three_kv_heads")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"token_ids": [20, 21]}\n\n{"token_ids": [30], "answer": "x"}\n')
+    done = trimode("run", it.bundle, "--prompts-file", file, "--mode", "linear-spec", "--json", "--max-new-tokens", 9, "--block-length", 4)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(records) == 2
+    assert set(records[0]) == FIELDS
+    assert set(records[1]) == FIELDS | {"is_exact_match"}
+    assert records[0]["mode"] == "linear-spec"
+    assert records[0]["token_ids"] == it.model.ar_generate([[20, 21]], max_new_tokens=9)[0][0, 2:].tolist()
+    assert records[0]["text"] is None  # this bundle has no tokenizer
+
+
+def test_inspect(built: Callable[[str], Built]) -> None:
+    it = built("three_kv_heads")
+    shown = trimode("inspect", it.bundle)
+    for word in ("weights.safetensors", "verify", "accepted_length", "bidirectional", "adapter"):
+        assert word in shown.stdout
+    assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 1
+
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "no bundle": (["run", "nowhere", "--token-ids", "1"], 1, "expected a bundle"),
+    "inspect nothing": (["inspect", "nowhere"], 1, "expected a bundle"),
+    "no prompt": (["run", "BUNDLE"], 2, "expected one of --prompt"),
+    "two prompts": (["run", "BUNDLE", "--prompt", "a", "--token-ids", "1"], 2, "found 2"),
+    "empty prompt": (["run", "BUNDLE", "--prompt", ""], 2, "empty"),
+    "raw alone": (["run", "BUNDLE", "--token-ids", "1", "--raw"], 2, "--raw"),
+    "no tokenizer": (["run", "BUNDLE", "--prompt", "hello"], 2, "tokenizer.json"),
+    "unknown mode": (["run", "BUNDLE", "--token-ids", "1", "--mode", "warp"], 2, "--mode"),
+    "no ids": (["run", "BUNDLE", "--token-ids", ""], 2, "empty prompt"),
+    "ids that are words": (["run", "BUNDLE", "--token-ids", "a,b"], 2, "token ids like"),
+    "id too large": (["run", "BUNDLE", "--token-ids", "109"], 2, "from 0 to 108, found 109"),
+    "id negative": (["run", "BUNDLE", "--token-ids", "5,-3"], 2, "found -3"),
+    "prompt too long": (["run", "BUNDLE", "--token-ids", ",".join(["20"] * 1024)], 2, "shorter than 1024"),
+    "block 0": (["run", "BUNDLE", "--token-ids", "20", "--block-length", "0"], 2, "from 1 to 64, found 0"),
+    "block 65": (["run", "BUNDLE", "--token-ids", "20", "--block-length", "65"], 2, "from 1 to 64, found 65"),
+    "threshold 2": (["run", "BUNDLE", "--token-ids", "20", "--threshold", "2"], 2, "from 0 to 1"),
+    "no tokens": (["run", "BUNDLE", "--token-ids", "20", "--max-new-tokens", "0"], 2, "at least 1"),
+    "no threads": (["run", "BUNDLE", "--token-ids", "20", "--threads", "0"], 2, "at least 1 thread"),
+    "no prompts file": (["run", "BUNDLE", "--prompts-file", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+    "no checkpoint": (["build", "nowhere", "-o", "OUT"], 1, "checkpoint folder"),
+    "unknown target": (["build", "CHECKPOINT", "-o", "OUT", "--target", "toaster"], 2, "toaster"),
+    "unknown option": (["build", "CHECKPOINT", "--frobnicate"], 2, "frobnicate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(built: Callable[[str], Built], tmp_path: Path, case: str) -> None:
+    it = built("three_kv_heads")
+    args, code, message = BAD[case]
+    places = {"BUNDLE": it.bundle, "CHECKPOINT": it.checkpoint, "OUT": tmp_path / "out"}
+    done = trimode(*(places.get(a, a) for a in args))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n", "not json\n", "[1]\n", "{}\n", '{"prompt": ""}\n', '{"prompt": "a", "token_ids": [1]}\n', '{"token_ids": ["a"]}\n',
+                '{"token_ids": [20], "answer": 5}\n']
+)  # fmt: skip
+def test_bad_prompt_files(built: Callable[[str], Built], tmp_path: Path, content: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    done = trimode("run", built("three_kv_heads").bundle, "--prompts-file", file)
+    assert done.returncode == 2
+    assert "prompts.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Built
+
+from trimode.errors import BundleError
+from trimode.runtime.bundle import open_bundle
+
+FILES = ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors", "config.json")
+
+
+@pytest.fixture
+def copy(built: Callable[[str], Built], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built("three_kv_heads").bundle, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_is_found(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=name):
+        open_bundle(copy)
+    open_bundle(copy, verify=False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_and_missing_files_are_found(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:-1])
+    with pytest.raises(BundleError, match="bytes"):
+        open_bundle(copy, verify=False)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match="found none"):
+        open_bundle(copy)
+
+
+def edit(copy: Path, **changes: object) -> None:
+    file = copy / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_newer_schema(copy: Path) -> None:
+    edit(copy, schema_version=99, something_new=1)
+    with pytest.raises(BundleError, match="schema version 1 or older, found 99") as raised:
+        open_bundle(copy)
+    assert "update" in raised.value.hint
+
+
+def test_manifest_must_be_as_declared(copy: Path) -> None:
+    edit(copy, surprise=1)
+    with pytest.raises(BundleError, match="surprise"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
+def test_manifest_cannot_leave_the_folder(copy: Path, name: str) -> None:
+    edit(copy, weights=name)
+    with pytest.raises(BundleError, match="weights"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_unreadable_manifest(copy: Path, content: str) -> None:
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        open_bundle(copy)
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing", Path(__file__)):
+        with pytest.raises(BundleError, match="expected a bundle"):
+            open_bundle(path)
+
+
+def test_the_runtime_imports_nothing_heavy() -> None:
+    heavy = ("torch", "onnx", "onnx_ir", "transformers")
+    code = f"import sys, trimode.runtime.ort_session, trimode.runtime; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
