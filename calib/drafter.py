@@ -71,6 +71,19 @@ class DrafterSettings:
     autocast: bool = True
 
 
+class DraftForward(NamedTuple):
+    """Windows of L slots, each without its known first slot.
+
+    ``draft_logits (B, K, L - 1, V)``; ``verifier_logits``, the same of the causal model at each slot; ``written (B, K, L - 1)`` int64, the
+    text's tokens; ``inside (B, K, L - 1)`` bool, slots up to the answer's end.
+    """
+
+    draft_logits: Tensor
+    verifier_logits: Tensor
+    written: Tensor
+    inside: Tensor
+
+
 class DrafterLoss(NamedTuple):
     """Scalars: what to minimise, its two parts, and ``accepted``, the mean number of slots a window would get accepted."""
 
@@ -192,49 +205,37 @@ def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Te
     return reached & inside
 
 
-def drafter_loss(
-    draft_logits: Tensor, verifier_logits: Tensor, written: Tensor, inside: Tensor, *, token_weight: float = 10.0, distribution_weight: float = 1.0
-) -> DrafterLoss:
-    """``token_weight * CE + distribution_weight * KL(verifier || drafter)``, a mean over :func:`counted_slots`.
-
-    Args:
-        draft_logits: (B, K, L - 1, V), without the known first slot.
-        verifier_logits: the same, what the causal model says at each slot.
-        written: (B, K, L - 1) int64, tokens of the text.
-        inside: (B, K, L - 1) bool, slots up to the answer's end.
-        token_weight: of the cross-entropy to the verifier's greedy token.
-        distribution_weight: of the divergence.
-    """
-    drafted, verified = draft_logits.argmax(-1), verifier_logits.argmax(-1)
-    counted = counted_slots(drafted, verified, written, inside)
+def drafter_loss(forward: DraftForward, *, token_weight: float = 10.0, distribution_weight: float = 1.0) -> DrafterLoss:
+    """``token_weight * CE(to the verifier's greedy token) + distribution_weight * KL(verifier || drafter)``, a mean over :func:`counted_slots`."""
+    drafted, verified = forward.draft_logits.argmax(-1), forward.verifier_logits.argmax(-1)
+    counted = counted_slots(drafted, verified, forward.written, forward.inside)
     count = counted.sum().clamp(min=1)
-    draft = functional.log_softmax(draft_logits[counted].float(), -1)
-    verifier = functional.log_softmax(verifier_logits[counted].detach().float(), -1)
+    draft = functional.log_softmax(forward.draft_logits[counted].float(), -1)
+    verifier = functional.log_softmax(forward.verifier_logits[counted].detach().float(), -1)
     token = functional.nll_loss(draft, verified[counted], reduction="sum") / count
     distribution = functional.kl_div(draft, verifier, reduction="sum", log_target=True) / count
-    accepted = (counted & (drafted == verified)).sum() / inside.any(-1).sum().clamp(min=1)
+    accepted = (counted & (drafted == verified)).sum() / forward.inside.any(-1).sum().clamp(min=1)
     return DrafterLoss(token_weight * token + distribution_weight * distribution, token, distribution, accepted)
 
 
-def draft_loss(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length: int, settings: DrafterSettings) -> DrafterLoss:
-    """The loss on windows of ``length`` slots at ``starts (B, K)``, from one forward of the trunk."""
+def draft_forward(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length: int) -> DraftForward:
+    """Draft windows of ``length`` slots at ``starts (B, K)`` and verify the text there, in one forward of the trunk."""
     batch, num_clean = answers.ids.shape
-    clean_positions = torch.arange(num_clean, device=starts.device).expand(batch, -1)
-    slots = starts[:, :, None] + torch.arange(length, device=starts.device)  # (B, K, L)
+    device = starts.device
+    clean_positions = torch.arange(num_clean, device=device).expand(batch, -1)
+    slots = starts[:, :, None] + torch.arange(length, device=device)  # (B, K, L)
+    num_noisy = slots[0].numel()
     tokens = _at(answers.ids, slots)
     drafting = torch.full_like(tokens, trunk.config.mask_token_id)
     drafting[..., 0] = tokens[..., 0]
     ids, positions = torch.cat((drafting.flatten(1), answers.ids), 1), torch.cat((slots.flatten(1), clean_positions), 1)
-    drafter_scale = (torch.arange(ids.shape[1], device=starts.device) < slots[0].numel()).float()[None, :, None]
+    drafter_scale = (torch.arange(num_noisy + num_clean, device=device) < num_noisy).float()[None, :, None]
     hidden = trunk(ids, positions, MaskedAttention(draft_mask(starts, length, num_clean)), drafter_scale)
-    noisy = hidden[:, : slots[0].numel()].unflatten(1, slots.shape[1:])[:, :, 1:]
+    noisy, clean = hidden[:, :num_noisy].unflatten(1, slots.shape[1:]), hidden[:, num_noisy:]
     with torch.no_grad():  # the row before a slot predicts it
         rows = (slots[..., 1:] - 1).clamp(max=num_clean - 1)
-        clean = hidden[:, -num_clean:]
-        verifier_logits = trunk.head(clean[torch.arange(batch, device=starts.device)[:, None, None], rows])
-    inside = slots[..., 1:] <= answers.end[:, :, None]
-    return drafter_loss(trunk.head(noisy), verifier_logits, tokens[..., 1:], inside,
-                        token_weight=settings.token_weight, distribution_weight=settings.distribution_weight)  # fmt: skip
+        verifier_logits = trunk.head(clean[torch.arange(batch, device=device)[:, None, None], rows])
+    return DraftForward(trunk.head(noisy[:, :, 1:]), verifier_logits, tokens[..., 1:], slots[..., 1:] <= answers.end[:, :, None])
 
 
 def _train(
@@ -248,7 +249,8 @@ def _train(
         batch, length = next(answers), rng.choice(lengths)
         starts = window_starts(batch, max(1, settings.noisy_slots // length), generator)
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=settings.autocast):
-            loss = draft_loss(trunk, batch, starts, length, settings)
+            forward = draft_forward(trunk, batch, starts, length)
+        loss = drafter_loss(forward, token_weight=settings.token_weight, distribution_weight=settings.distribution_weight)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate_at(share, warm_up=settings.warm_up, decay=settings.decay)
         optimizer.zero_grad(set_to_none=True)

@@ -71,7 +71,7 @@ def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 
         acceptance_length=acceptance_length(drafted),
         acceptance_length_base=acceptance_length(base),
         acceptance_length_per_family={f: (_of_family(base, names, f), _of_family(drafted, names, f)) for f in FAMILIES},
-        num_unlike=sum(answer not in (b.tokens, d.tokens) or b.tokens != d.tokens for answer, b, d in zip(greedy, base, drafted, strict=True)),
+        num_unlike=sum(not (answer == b.tokens == d.tokens) for answer, b, d in zip(greedy, base, drafted, strict=True)),
     )
 
 
@@ -109,7 +109,7 @@ def linear_speculation(
         tokens += verified[:accepted]
         cache.crop(past + accepted)
         num_cycles += 1
-    return Speculation(tokens[: tokens.index(end) + 1] if end in tokens else tokens, num_cycles)
+    return Speculation(tokens[: tokens.index(end) + 1] if end in tokens else tokens[:max_new_tokens], num_cycles)
 
 
 def acceptance_length(speculations: Sequence[Speculation]) -> float:

@@ -1,0 +1,83 @@
+"""The demo checkpoint: the public layout, and the same tokens from every greedy way of decoding it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+from reference import Reference
+
+from trimode.calib.demo.tasks import FAMILIES, Example, examples
+from trimode.compiler.pipeline import build_bundle
+from trimode.runtime import TriModeModel
+
+CHECKPOINT = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
+    bundle = tmp_path_factory.mktemp("demo") / "bundle"
+    build_bundle(CHECKPOINT, bundle)
+    return TriModeModel.from_pretrained(bundle, num_threads=1)
+
+
+def questions(count: int) -> Iterator[Example]:
+    """``count`` held-out questions of each family."""
+    return itertools.islice(examples(11, "held-out"), count * len(FAMILIES))
+
+
+def ask(model: TriModeModel, question: Example) -> list[list[int]]:
+    return [model.codec.encode_chat([{"role": "user", "content": question.prompt}])]
+
+
+def test_layout_and_quirks() -> None:
+    names = {p.relative_to(CHECKPOINT).as_posix() for p in CHECKPOINT.rglob("*") if p.is_file()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+            "linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors"} <= names  # fmt: skip
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    assert config["num_attention_heads"] * config["head_dim"] != config["hidden_size"]
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+    assert (config["mask_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (100, 11, False)
+    assert (config["rope_parameters"]["factor"], config["rope_parameters"]["llama_4_scaling_beta"]) == (16.0, 0.1)
+    assert sum(p.stat().st_size for p in CHECKPOINT.rglob("*") if p.is_file()) <= 20e6
+
+
+def test_linear_spec_equals_ar_on_every_family(model: TriModeModel) -> None:
+    lengths: dict[bool, list[float]] = {True: [], False: []}
+    for question in questions(4):
+        ids = ask(model, question)
+        expected = model.ar_generate(ids, max_new_tokens=192)[0].tolist()
+        for use_drafter, block_length in itertools.product((True, False), (5, 32)):
+            options: dict[str, Any] = {"max_new_tokens": 192, "block_length": block_length, "use_drafter": use_drafter}
+            stream = model.stream(ids, "linear_spec", **options)
+            assert ids[0] + [t for chunk in stream for t in chunk.token_ids] == expected[0]
+            if block_length == 32:
+                lengths[use_drafter].append(stream.result.acceptance_length or 0)
+    assert min(sum(values) / len(values) for values in lengths.values()) > 4
+
+
+def test_the_modes_equal_the_independent_model(model: TriModeModel) -> None:
+    independent = Reference(CHECKPOINT)
+    for question in questions(1):
+        ids = ask(model, question)
+        for threshold in (0.3, 0.9):
+            expected, nfe = reference.diffusion(independent, ids[0], 128, 32, threshold)
+            out, got = model.generate(ids, max_new_tokens=128, block_length=32, threshold=threshold)
+            assert (out[0, len(ids[0]) :].tolist(), got) == (expected, nfe)
+        expected, nfe = reference.linear_spec(independent, ids[0], 128, 32, 0.0, drafter=True)
+        out, got = model.linear_spec_generate(ids, max_new_tokens=128)
+        assert (out[0, len(ids[0]) :].tolist(), got) == (expected, nfe)
+
+
+def test_ar_answers_most_questions(model: TriModeModel) -> None:
+    """A floor, not the claim: the measured table is in the README."""
+    asked = list(questions(6))
+    right = sum(
+        model.codec.decode(model.ar_generate(ids := ask(model, q), max_new_tokens=192)[0][0, len(ids[0]) :].tolist()) == q.answer for q in asked
+    )
+    assert right >= 0.7 * len(asked)
