@@ -60,7 +60,7 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
-        "lora_alpha": round(alpha, 6),
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "target_modules": ["o_proj"],
         "bias": "none",

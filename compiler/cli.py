@@ -27,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Entry point: turns deliberate errors into one line and a hint."""
+    """Entry point: turns deliberate errors into one line and a hint (typer sees to interruptions and closed pipes)."""
     try:
         app()
     except TrimodeError as error:
@@ -35,12 +35,6 @@ def main() -> None:
         if error.hint:
             sys.stderr.write(f"\nhint: {error.hint}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
 
 
 def _version(asked: bool) -> None:

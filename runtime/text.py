@@ -67,25 +67,32 @@ class TextCodec:
 
 
 class TextStream:
-    """Turns tokens that arrive in pieces into text that arrives in pieces; holds back bytes of a character that is not complete."""
+    """Turns tokens that arrive in pieces into text that arrives in pieces; holds back bytes of a character that is not complete.
+
+    Only a window of tokens is decoded at each step: those whose text came out last, for what a decoder does at a seam, and the new ones.
+    """
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._token_ids: list[int] = []
-        self._shown = 0
+        self._shown: list[int] = []  # tokens of the last piece
+        self._held: list[int] = []  # tokens whose text is not out yet
 
     def push(self, token_ids: Seq[int]) -> str:
         """Text that became certain with these tokens."""
-        self._token_ids += token_ids
-        return self._emit(self._codec.decode(self._token_ids).rstrip("\ufffd"))
+        self._held += token_ids
+        new = self._new_text()
+        if not new or new.endswith("\ufffd"):
+            return ""
+        self._shown, self._held = self._held, []
+        return new
 
     def finish(self) -> str:
         """What was still held back."""
-        return self._emit(self._codec.decode(self._token_ids))
+        return self._new_text()
 
-    def _emit(self, text: str) -> str:
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
-        return new
+    def _new_text(self) -> str:
+        before = self._codec.decode(self._shown)
+        return self._codec.decode(self._shown + self._held)[len(before) :]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

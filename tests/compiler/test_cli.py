@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,30 @@ def test_inspect(built: Callable[[str], Built]) -> None:
     for word in ("weights.safetensors", "verify", "accepted_length", "bidirectional", "adapter"):
         assert word in shown.stdout
     assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 1
+
+
+def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(built("three_kv_heads").checkpoint), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as build:
+        assert build.stderr is not None
+        assert build.stderr.readline() == "trace graphs ...\n"
+        build.send_signal(signal.SIGINT)
+        rest = build.stderr.read()
+    assert build.returncode == 130
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_pipe(built: Callable[[str], Built], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"token_ids": [20, 21]}\n' * 50)
+    command = [sys.executable, "-m", "trimode.compiler.cli", "run", str(built("plain").bundle), "--prompts-file", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert "Traceback" not in run.stderr.read()
 
 
 BAD: dict[str, tuple[list[str], int, str]] = {
