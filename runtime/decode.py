@@ -63,7 +63,9 @@ def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) ->
     budget = _Budget(sequence, options, counters)
     while not budget.done:
         counters.nfe += 1
-        yield budget.take([sequence.predict()])
+        token = sequence.predict()
+        sequence.append([token])
+        yield budget.settle([token])
 
 
 def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Iterator[list[int]]:
@@ -82,10 +84,12 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
             _fill(block, block == sequence.model.mask_token_id, ids, probabilities, options.threshold)
             if _ends_decided(block, budget.eos, sequence.model.mask_token_id):
                 break
-        start = len(sequence.tokens)
+        kept = budget.fit(budget.before_end(block.tolist()))
+        length = len(sequence.tokens) + len(kept)
         sequence.commit(block)
         counters.nfe += 1
-        yield budget.keep(start)
+        sequence.truncate(length)
+        yield budget.settle(kept)
 
 
 def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Iterator[list[int]]:
@@ -96,7 +100,8 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
     passes = sequence.forwards.prefill + sequence.forwards.decode
     seed = sequence.predict()
     counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes  # a prompt read in chunks counts once
-    yield budget.take([seed])
+    sequence.append([seed])
+    yield budget.settle([seed])
     while not budget.done:
         block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
         _draft(sequence, block, options, counters)
@@ -104,7 +109,9 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
         counters.cycles += 1
         verified = budget.before_end(sequence.verify(block))
         counters.cycle_tokens += len(verified)
-        yield budget.take(verified)
+        kept = budget.fit(verified)
+        sequence.accept(kept)
+        yield budget.settle(kept)
 
 
 ALGORITHMS: dict[Mode, Callable[[Sequence, DecodeOptions, Counters], Iterator[list[int]]]] = {
@@ -165,25 +172,17 @@ class _Budget:
 
     def __init__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> None:
         self.eos = sequence.model.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids
-        self._sequence, self._counters = sequence, counters
+        self._counters = counters
         self._left = min(options.max_new_tokens, sequence.room)
-        self._settle([])
+        self.settle([])
 
     @property
     def done(self) -> bool:
         return self._counters.finish_reason is not None
 
-    def take(self, token_ids: list[int]) -> list[int]:
-        """Append decided tokens up to the limits; returns those that were kept."""
-        kept = self.before_end(token_ids)[: self._left]
-        self._sequence.append(kept)
-        return self._settle(kept)
-
-    def keep(self, start: int) -> list[int]:
-        """Cut what the sequence already holds after ``start`` to the limits; returns what was kept."""
-        kept = self.before_end(self._sequence.tokens[start:])[: self._left]
-        self._sequence.truncate(start + len(kept))
-        return self._settle(kept)
+    def fit(self, token_ids: list[int]) -> list[int]:
+        """The tokens that still fit."""
+        return token_ids[: self._left]
 
     def before_end(self, token_ids: list[int]) -> list[int]:
         """The tokens up to and including the first end token."""
@@ -192,7 +191,8 @@ class _Budget:
                 return token_ids[: i + 1]
         return token_ids
 
-    def _settle(self, kept: list[int]) -> list[int]:
+    def settle(self, kept: list[int]) -> list[int]:
+        """Count tokens that were appended, and decide whether they are the last ones; returns them."""
         self._left -= len(kept)
         if kept and kept[-1] in self.eos:
             self._counters.finish_reason = "stop"

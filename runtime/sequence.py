@@ -1,7 +1,7 @@
 """One text in the making: its tokens, the cache, and how far the cache agrees with the tokens.
 
-The cache holds causal K/V of the first ``cached_length`` tokens. Denoise and draft forwards write into the slots after that and leave
-the length alone, so the next causal forward overwrites what they wrote. Rolling back is setting the length.
+The cache holds causal K/V of the first ``cached_length`` tokens, never of more than there are. Denoise and draft forwards write into the
+slots after that and leave the length alone, so the next causal forward overwrites what they wrote. Rolling back is setting the length.
 """
 
 from __future__ import annotations
@@ -91,15 +91,17 @@ class Sequence:
     def verify(self, block: Ids) -> list[int]:
         """Causal forward over a drafted block whose first token is the last of the sequence.
 
-        Caches the block's first token and its accepted drafts, and returns what follows that first token: the accepted drafts and one
-        token more. The caller decides how many of them to append.
+        Returns what follows that first token: the accepted drafts and one token more. The caller decides how many of them to
+        :meth:`accept`.
         """
         self.forwards.verify += 1
         greedy, accepted, _ = self._session.run("verify", self._cache, block[None], self.cached_length)
-        count = int(accepted[0]) + 1
-        self.cached_length += count
-        self._next = None
-        return greedy[0, :count].tolist()  # type: ignore[no-any-return]
+        return greedy[0, : int(accepted[0]) + 1].tolist()  # type: ignore[no-any-return]
+
+    def accept(self, token_ids: Seq[int]) -> None:
+        """Append the first tokens of what :meth:`verify` returned; it cached the block's first token and all of these but the last."""
+        self.cached_length += len(token_ids)
+        self.append(token_ids)
 
     def commit(self, block: Ids) -> None:
         """Append a finished block and cache it with a causal forward, which also predicts the token after it."""

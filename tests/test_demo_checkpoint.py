@@ -74,6 +74,22 @@ def test_the_modes_equal_the_independent_model(model: TriModeModel) -> None:
         assert (out[0, len(ids[0]) :].tolist(), got) == (expected, nfe)
 
 
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])
+@pytest.mark.parametrize("count", [1, 3, 10, 17])
+def test_a_turn_after_a_cut_block_equals_a_fresh_start(model: TriModeModel, mode: Any, count: int) -> None:
+    """Many drafts are accepted at once here, so a limit cuts inside a block whose rest is already in the cache."""
+    turn = [40, 41, 42, 43, 44, 45, 46, 47, 48]
+    for question in questions(1):
+        sequence = model.new_sequence(ask(model, question))
+        first = [t for c in model.continue_sequence(sequence, mode, max_new_tokens=count) for t in c.token_ids]
+        sequence.append(turn)
+        assert sequence.cached_length < len(sequence.tokens)
+        got = [t for c in model.continue_sequence(sequence, "ar", max_new_tokens=12) for t in c.token_ids]
+        fresh = model.ar_generate([ask(model, question)[0] + first + turn], max_new_tokens=12)[0]
+        assert sequence.tokens == fresh[0].tolist()
+        assert got == fresh[0, -len(got) :].tolist()
+
+
 def test_ar_answers_most_questions(model: TriModeModel) -> None:
     """A floor, not the claim: the measured table is in the README."""
     asked = list(questions(6))
