@@ -6,7 +6,6 @@ A folder is filled beside its destination and renamed when it is complete, so a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimode.errors import UsageError
+from trimode.files import staged_replacement
 from trimode.graphs.checkpoint import ADAPTER_FOLDER, ADAPTER_PREFIX
 from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
 
@@ -110,25 +110,5 @@ def _replacing(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
         raise UsageError(f"{folder}: expected a new or empty folder, or a checkpoint to replace, found something else", "name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for left_over in (staged, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    staged.mkdir()
-    try:
+    with staged_replacement(folder) as staged:
         yield staged
-        _swap(staged, folder, old)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _swap(staged: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        folder.rename(old)
-    try:
-        staged.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import trimode
-from trimode.errors import DependencyError, TrimodeError, UsageError
+from trimode.errors import DependencyError, TrimodeError, UsageError, exit_with
 
 app = typer.Typer(
     name="trimode",
@@ -31,10 +31,7 @@ def main() -> None:
     try:
         app()
     except TrimodeError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        if error.hint:
-            sys.stderr.write(f"\nhint: {error.hint}\n")
-        sys.exit(error.exit_code)
+        exit_with(error)
 
 
 def _version(asked: bool) -> None:

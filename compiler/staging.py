@@ -1,18 +1,17 @@
-"""All or nothing: a bundle is written beside its destination and renamed into place."""
+"""Where a bundle may be written: never over something else, never by two builds at once, never half."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from trimode.errors import BuildError, UsageError
+from trimode.files import recover, staged_replacement
 from trimode.runtime.manifest import MANIFEST
 
 
@@ -29,16 +28,10 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
         check_destination(output, force=force)
         output.parent.mkdir(parents=True, exist_ok=True)
         with _lock(output):
+            recover(output)
             check_destination(output, force=force)
-            for leftover in output.parent.glob(f".{output.name}.building-*"):
-                shutil.rmtree(leftover, ignore_errors=True)  # of a build that was killed: the lock is ours
-            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
-            try:
+            with staged_replacement(output) as staging:
                 yield staging
-                staging.chmod(0o777 & ~_umask())
-                _replace(staging, output)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_destination(output: Path, *, force: bool) -> None:
@@ -74,20 +67,6 @@ def _lock(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _replace(staging: Path, output: Path) -> None:
-    """Rename ``staging`` to ``output``; an older bundle stays until the new one is in place."""
-    old = output.with_name(f".{output.name}.building-old")
-    if output.exists():
-        output.rename(old)
-    try:
-        staging.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def _disk_errors(output: Path) -> Iterator[None]:
     try:
@@ -100,9 +79,3 @@ def _disk_errors(output: Path) -> Iterator[None]:
             found = f"{error.filename or output}: expected to be able to read and write, found: {error.strerror}"
             raise BuildError(found, "check the path and its permissions") from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trimode.errors import TrimodeError
+from trimode.errors import TrimodeError, exit_with
 
 
 def run_command(command: Callable[..., Any]) -> None:
@@ -23,16 +22,7 @@ def run_command(command: Callable[..., Any]) -> None:
     try:
         app()
     except TrimodeError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        if error.hint:
-            sys.stderr.write(f"\nhint: {error.hint}\n")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        exit_with(error)
 
 
 class StageProgress:

@@ -10,6 +10,9 @@ TrimodeError
 Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do next).
 """
 
+import sys
+from typing import NoReturn
+
 
 class TrimodeError(Exception):
     """Base of all errors raised on purpose.
@@ -50,3 +53,11 @@ class BundleError(TrimodeError):
 
 class DependencyError(TrimodeError):
     """An optional package is needed and not installed."""
+
+
+def exit_with(error: TrimodeError) -> NoReturn:
+    """End a command: the message and the hint on stderr, the error's exit code."""
+    sys.stderr.write(f"error: {error.message}\n")
+    if error.hint:
+        sys.stderr.write(f"\nhint: {error.hint}\n")
+    sys.exit(error.exit_code)

@@ -145,7 +145,7 @@ def test_a_killed_build_is_cleared_by_the_next(checkpoint: Path, tmp_path: Path)
     victim.wait()
     victim.stdout.close()
     victim.stdin.close()
-    assert any(name.startswith(".bundle.building") for name in leftovers(tmp_path))
+    assert any(name.startswith(".bundle.partial") for name in leftovers(tmp_path))
     build_bundle(checkpoint, tmp_path / "bundle")
     assert leftovers(tmp_path) == ["bundle"]
 
@@ -171,3 +171,14 @@ def test_too_little_space_is_known_beforehand(checkpoint: Path, tmp_path: Path, 
     with pytest.raises(BuildError, match="free disk"):
         build_bundle(checkpoint, tmp_path / "bundle")
     assert leftovers(tmp_path) == []
+
+
+def test_a_bundle_set_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None:
+    """Killed between its two renames, a build has moved the old bundle away and the new one not yet there."""
+    aside = tmp_path / ".bundle.partial-old"
+    aside.mkdir()
+    (aside / "manifest.json").write_text("the old one")
+    with pytest.raises(UsageError, match="found a bundle"), staged_folder(tmp_path / "bundle", force=False):
+        pass
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "the old one"
+    assert leftovers(tmp_path) == ["bundle"]

@@ -19,7 +19,7 @@ def test_wheel_contents(tmp_path: Path) -> None:
     for package in ("graphs", "compiler", "runtime", "calib"):
         for source in (ROOT / package).rglob("*.py"):
             assert f"trimode/{source.relative_to(ROOT).as_posix()}" in names
-    assert {"trimode/__init__.py", "trimode/errors.py", "trimode/py.typed"} <= names
+    assert {"trimode/__init__.py", "trimode/errors.py", "trimode/files.py", "trimode/py.typed"} <= names
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "artifacts", "src", "graphs"))]
 
 
