@@ -69,7 +69,8 @@ def test_inspect(built: Callable[[str], Built]) -> None:
 
 def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(built("three_kv_heads").checkpoint), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as build:
+    # A runner may have started the tests with interrupts ignored, which children inherit.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as build:
         assert build.stderr is not None
         assert build.stderr.readline() == "trace graphs ...\n"
         build.send_signal(signal.SIGINT)
