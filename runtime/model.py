@@ -178,7 +178,10 @@ class TriModeModel:
         return np.array([sequence.tokens], np.int64), stream.result.nfe
 
     def _check_ids(self, ids: Any) -> list[int]:
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError as error:
+            raise UsageError("expected token ids of shape (1, n), found rows of different length", "pass one sequence a call, as [[...]]") from error
         if array.ndim != 2 or array.shape[0] != 1:
             raise UsageError(f"expected token ids of shape (1, n), found {array.shape}", "pass one sequence a call, as [[...]]")
         if array.size == 0:

@@ -117,7 +117,7 @@ def test_threshold_extremes(built: Callable[[str], Built]) -> None:
 
 
 @pytest.mark.parametrize(
-    "ids", [[[]], [1, 2], [[1], [2]], [[-1]], [[109]], [[1.5]], [[True]], [list(range(20)) * 60], [[[1]]]], ids=lambda i: str(i)[:20]
+    "ids", [[[]], [1, 2], [[1], [2]], [[1], [2, 3]], [[-1]], [[109]], [[1.5]], [[True]], [list(range(20)) * 60], [[[1]]]], ids=lambda i: str(i)[:20]
 )
 def test_bad_ids(built: Callable[[str], Built], ids: Any) -> None:
     model = built("three_kv_heads").model

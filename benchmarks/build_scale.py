@@ -1,0 +1,86 @@
+"""Time and peak memory of compiling a checkpoint of a published size, on a sparse file of the true shape and byte count.
+
+python -m benchmarks.build_scale --size 3b        needs twice the checkpoint's size of free disk (3b: 16 GB)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import save
+from trimode.compiler.pipeline import Silent, build_bundle
+from trimode.graphs.checkpoint import expected_tensors
+from trimode.graphs.config import parse_config
+
+SIZES = {"3b": (3072, 9216, 26, 1e6), "8b": (4096, 14336, 34, 1e6), "14b": (5120, 16384, 40, 1e9)}
+
+
+def write_sparse_checkpoint(folder: Path, size: str) -> int:
+    """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it stands for."""
+    hidden, inner, layers, theta = SIZES[size]
+    config = {
+        "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": 131072, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
+        "mask_token_id": 100, "eos_token_id": 11, "block_size": 32,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, "factor": 16.0, "original_max_position_embeddings": 16384,
+                            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in expected_tensors(parse_config(config)).items():
+        begin, end = end, end + 2 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return end
+
+
+class Stages(Silent):
+    """Notes when each stage begins."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, float] = {}
+
+    def stage(self, name: str, total: int) -> None:  # noqa: ARG002
+        self.begun[name] = time.perf_counter()
+
+    def seconds(self, end: float) -> dict[str, float]:
+        times = [*self.begun.values(), end]
+        return {name: after - before for name, before, after in zip(self.begun, times, times[1:], strict=False)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SIZES, default="3b")
+    size = parser.parse_args().size
+    with tempfile.TemporaryDirectory() as name:
+        source_bytes = write_sparse_checkpoint(Path(name) / "checkpoint", size)
+        stages, start = Stages(), time.perf_counter()
+        manifest = build_bundle(Path(name) / "checkpoint", Path(name) / "bundle", progress=stages)
+        end = time.perf_counter()
+    measured = {
+        "size": size,
+        "checkpoint_bytes": source_bytes,
+        "bundle_bytes": sum(record.num_bytes for record in manifest.files.values()),
+        "seconds": end - start,
+        "seconds_by_stage": stages.seconds(end),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps(measured, indent=1))
+    save(f"build_scale_{size}", measured)
+
+
+if __name__ == "__main__":
+    main()
