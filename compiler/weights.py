@@ -7,7 +7,9 @@ The data begins at a multiple of 4096, so that mapped tensors of usual sizes are
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,19 +104,16 @@ def _whole(table: NDArray[np.float32]) -> Iterator[bytes]:
 
 
 def _lay_out(sources: list[Source]) -> PackLayout:
+    sizes = [4 * math.prod(shape) for _, shape, _ in sources]
+    begins = list(itertools.accumulate(sizes, initial=0))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape, _ in sources:
-        num_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, begin + num_bytes]}
-        begin += num_bytes
+    for (name, shape, _), begin, end in zip(sources, begins, begins[1:], strict=False):
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
-    tensors: dict[str, PackedTensor] = {}
-    offset = len(prefix)
-    for name, shape, chunks in sources:
-        num_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-        tensors[name] = PackedTensor(name, shape, offset, num_bytes, chunks)
-        offset += num_bytes
+    tensors = {
+        name: PackedTensor(name, shape, len(prefix) + begin, size, chunks)
+        for (name, shape, chunks), begin, size in zip(sources, begins, sizes, strict=False)
+    }
     return PackLayout(prefix, tensors)
