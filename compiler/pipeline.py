@@ -112,7 +112,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     model = describe_model(opened, options)
     layout, source = plan_pack(opened, model.num_positions)
     with staged_folder(output, force=options.force) as folder:
-        check_space(folder, layout.num_bytes)
+        check_space(output, layout.num_bytes)
         state = BuildState(options, opened, folder, progress, model, layout, source)
         for stage in STAGES:
             stage(state)

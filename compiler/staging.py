@@ -44,11 +44,11 @@ def check_destination(output: Path, *, force: bool) -> None:
         raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Fail before writing when the disk cannot hold ``num_bytes``."""
-    free = shutil.disk_usage(folder).free
+def check_space(output: Path, num_bytes: int) -> None:
+    """Fail before writing when the disk of ``output`` cannot hold ``num_bytes``."""
+    free = shutil.disk_usage(output.absolute().parent).free
     if free < num_bytes:
-        found = f"{folder}: expected {num_bytes / 1e9:.2f} GB of free disk, found {free / 1e9:.2f} GB"
+        found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB"
         raise BuildError(found, "free some space or choose another disk")
 
 
