@@ -43,7 +43,6 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    finished: bool = False
     losses: dict[str, float] = field(default_factory=dict)
 
 
@@ -71,9 +70,7 @@ class JointTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8)
 
     def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
-        """Train until the budget is used up; ``report`` is called after each step."""
-        if self.progress.finished:
-            return self.progress
+        """Train until the budget is used up, counting what an earlier run has used; ``report`` is called after each step."""
         seed = f"{self.settings.seed} {self.progress.step}"
         generator = torch.Generator().manual_seed(hash_seed(seed))
         source = batches(examples(hash_seed(seed), "train"), self.tokenizer, self.settings.batch_size)
@@ -87,7 +84,6 @@ class JointTraining:
             if time.monotonic() - saved > self.settings.save_every_s:
                 self.save()
                 saved = time.monotonic()
-        self.progress.finished = True
         self.save()
         return self.progress
 

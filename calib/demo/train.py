@@ -122,7 +122,7 @@ def _report(
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "seed": plan.seed,
         "block_size": plan.config["block_size"],
-        "joint": {name: value for part in joint for name, value in asdict(part).items() if name not in ("save_every_s", "finished")},
+        "joint": {name: value for part in joint for name, value in asdict(part).items() if name != "save_every_s"},
         "drafter": {**asdict(drafter[0]), **asdict(drafter[1])},
         "evaluation": None if evaluation is None else asdict(evaluation),
     }
