@@ -19,7 +19,6 @@ class RichProgress:
             TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console, disable=self._plain
         )
         self._task: TaskID | None = None
-        self._total = 0
 
     def __enter__(self) -> RichProgress:
         self._bars.start()
@@ -32,7 +31,7 @@ class RichProgress:
         """A stage begins."""
         if self._plain:
             sys.stderr.write(f"{name} ...\n")
-        self._task, self._total = self._bars.add_task(name, total=total), total
+        self._task = self._bars.add_task(name, total=total)
 
     def advance(self, steps: int) -> None:
         """The stage made progress."""
