@@ -7,28 +7,38 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from trimode.compiler.lowering import IR_DTYPES
 from trimode.compiler.weights import PackLayout
 from trimode.errors import BuildError
 
 
-def save_graph(model: ir.Model, layout: PackLayout, weights: str, path: Path) -> None:
-    """Save ``model``; every named initializer without data becomes external data at its offset in the file ``weights`` beside it.
+def save_graph(model: ir.Model, layout: PackLayout, pack: Path, path: Path) -> None:
+    """Save ``model`` with its weights as external data in ``pack``, which must lie in the same folder.
 
     Raises:
-        BuildError: an initializer is not in the pack or has another shape there.
+        BuildError: an initializer is not in the pack, or has another type or shape there.
+    """
+    point_into_pack(model, layout, pack)
+    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+def point_into_pack(model: ir.Model, layout: PackLayout, pack: Path) -> None:
+    """Give every initializer without data its place in the pack.
+
+    Raises:
+        BuildError: an initializer is not in the pack, or has another type or shape there.
     """
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
         packed = layout.tensors.get(name)
         shape = tuple(value.shape.numpy()) if value.shape is not None else None
-        if packed is None or packed.shape != shape:
-            raise BuildError(f"{path.name}: expected the tensor {name} {shape} in the weight pack, found {packed and packed.shape}",
+        if packed is None or packed.shape != shape or IR_DTYPES[packed.dtype] != value.dtype:
+            raise BuildError(f"{model.graph.name}: expected the tensor {name} {value.dtype} {shape} in the weight pack, found {packed}",
                              "this is an inconsistency of the compiler; please report it with the checkpoint's config.json")  # fmt: skip
         value.const_value = ir.ExternalTensor(
-            weights, packed.offset, packed.num_bytes, ir.DataType.FLOAT, shape=ir.Shape(packed.shape), name=name, base_dir=path.parent
+            pack.name, packed.offset, packed.num_bytes, IR_DTYPES[packed.dtype], shape=ir.Shape(packed.shape), name=name, base_dir=pack.parent
         )
-    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
 def check_graph(path: Path) -> None:

@@ -10,7 +10,9 @@ import hashlib
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,23 +20,39 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.graphs.checkpoint import Checkpoint, to_float32
+from trimode.compiler.source import NUMPY_DTYPES, SAFETENSORS_NAMES, SourceDigest
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import DType
 from trimode.graphs.rope import rope_tables
-
-Source = tuple[str, tuple[int, ...], Callable[[], Iterator[bytes]]]
 
 _DATA_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """One tensor of the pack; ``offset`` is in bytes from the start of the file, ``chunks`` yields its float32 bytes."""
+class _Source:
+    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``."""
 
     name: str
     shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
+    dtype: DType
     chunks: Callable[[], Iterator[bytes]] = field(repr=False, compare=False)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return self.num_elements * NUMPY_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class PackedTensor(_Source):
+    """One tensor of the pack; ``offset`` is in bytes from the start of the file."""
+
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -50,25 +68,27 @@ class PackLayout:
         return len(self.header) + sum(t.num_bytes for t in self.tensors.values())
 
 
-def plan_pack(checkpoint: Checkpoint, num_positions: int) -> tuple[PackLayout, SourceDigest]:
-    """Lay out the pack of a checkpoint: its tensors in float32, then the position tables.
+def plan_pack(checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32") -> tuple[PackLayout, SourceDigest]:
+    """Lay out the pack of a checkpoint: its tensors in ``dtype``, then the position tables, always in float32.
 
-    The returned digest is complete once every tensor has been written.
+    Angles need the precision at long positions, whatever the weights are stored in. The returned digest is complete once every tensor
+    has been written.
     """
     digest = SourceDigest(checkpoint)
-    sources: list[Source] = [(name, entry.shape, partial(digest.read, name)) for name, entry in checkpoint.tensors.items()]
+    sources = [_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)) for name, entry in checkpoint.tensors.items()]
     tables = rope_tables(checkpoint.config.rope, checkpoint.config.head_dim, num_positions)
     for name, table in zip(("rope.cos", "rope.sin", "rope.query_scale"), tables, strict=True):
         if table is not None:
             column = np.ascontiguousarray(table.reshape(num_positions, -1), "<f4")
-            sources.append((name, column.shape, partial(_whole, column)))
+            sources.append(_Source(name, column.shape, "float32", partial(_whole, column)))
     return _lay_out(sources), digest
 
 
 def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
     """Write the pack and return its sha256; ``on_bytes`` is told the size of every piece written."""
     whole = hashlib.sha256(layout.header)
-    with path.open("wb") as stream:
+    path.touch()
+    with path.open("r+b") as stream:
         stream.write(layout.header)
         on_bytes(len(layout.header))
         for tensor in layout.tensors.values():
@@ -79,41 +99,54 @@ def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) 
     return whole.hexdigest()
 
 
-class SourceDigest:
-    """Digest of a checkpoint's tensors, taken while they are copied so that nothing is read twice."""
+class PackWriter:
+    """Writes a pack in a thread of its own.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
-        self._whole = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    Args:
+        layout: of the pack.
+        path: file to write; exists, in its full size, when the constructor returns, so that graphs which point into it can be checked.
+        on_bytes: told the size of every piece written.
+    """
 
-    def read(self, name: str) -> Iterator[bytes]:
-        """Yield a tensor as float32 bytes; tensors must be read once each, in the checkpoint's order."""
-        entry = self._tensors[name]
-        self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        for raw in entry.chunks():
-            self._whole.update(raw)
-            yield to_float32(raw, entry.dtype).tobytes()
+    def __init__(self, layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes = on_bytes
+        self._stopped = threading.Event()
+        with path.open("wb") as stream:
+            stream.truncate(layout.num_bytes)
+        self._pool = ThreadPoolExecutor(1)
+        self._digest = self._pool.submit(write_pack, layout, path, self._advance)
 
-    def hexdigest(self) -> str:
-        """The digest of what has been read."""
-        return self._whole.hexdigest()
+    def result(self) -> str:
+        """Wait until the pack is written; its sha256. Raises what writing raised."""
+        return self._digest.result()
+
+    def check(self) -> None:
+        """Raise what writing raised, if it has failed by now."""
+        if self._digest.done():
+            self._digest.result()
+
+    def stop(self) -> None:
+        """Give up writing, if it has not ended, and wait for the thread."""
+        self._stopped.set()
+        self._pool.shutdown()
+
+    def _advance(self, num_bytes: int) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError
+        self._on_bytes(num_bytes)
 
 
 def _whole(table: NDArray[np.float32]) -> Iterator[bytes]:
     yield table.tobytes()
 
 
-def _lay_out(sources: list[Source]) -> PackLayout:
-    sizes = [4 * math.prod(shape) for _, shape, _ in sources]
-    begins = list(itertools.accumulate(sizes, initial=0))
+def _lay_out(sources: list[_Source]) -> PackLayout:
+    begins = list(itertools.accumulate((source.num_bytes for source in sources), initial=0))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for (name, shape, _), begin, end in zip(sources, begins, begins[1:], strict=False):
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    for source, begin, end in zip(sources, begins, begins[1:], strict=False):
+        header[source.name] = {"dtype": SAFETENSORS_NAMES[source.dtype], "shape": list(source.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
-    tensors = {
-        name: PackedTensor(name, shape, len(prefix) + begin, size, chunks)
-        for (name, shape, chunks), begin, size in zip(sources, begins, sizes, strict=False)
-    }
+    tensors = {s.name: PackedTensor(s.name, s.shape, s.dtype, s.chunks, len(prefix) + begin) for s, begin in zip(sources, begins, strict=False)}
     return PackLayout(prefix, tensors)

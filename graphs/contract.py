@@ -21,7 +21,7 @@ TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
 Dimension = int | str
-DType = Literal["int64", "float32"]
+DType = Literal["int64", "float32", "float16", "bfloat16"]
 
 
 class _Record(BaseModel):
@@ -76,12 +76,14 @@ class GraphContract(_Record):
     outputs: tuple[TensorSpec, ...]
 
 
-def cache_specs(model: ModelInfo, prefix: str) -> tuple[TensorSpec, ...]:
-    """Cache tensors in graph order, ``prefix`` being ``past_key_values`` or ``present``."""
-    shape = ("batch", model.num_key_value_heads, "capacity", model.head_dim)
-    return tuple(
-        TensorSpec(name=f"{prefix}.{i}.{part}", dtype="float32", shape=shape) for i in range(model.num_hidden_layers) for part in ("key", "value")
-    )
+def cache_specs(model: ModelInfo, prefix: str, dtype: DType = "float32", capacity: Dimension = "capacity") -> tuple[TensorSpec, ...]:
+    """Cache tensors in graph order, ``prefix`` being ``past_key_values`` or ``present``.
+
+    ``dtype`` is what the graph computes in; ``capacity`` is a number in graphs for TensorRT, whose cache update wants it constant.
+    """
+    shape = ("batch", model.num_key_value_heads, capacity, model.head_dim)
+    names = (f"{prefix}.{i}.{part}" for i in range(model.num_hidden_layers) for part in ("key", "value"))
+    return tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name in names)
 
 
 def graph_contract(role: Role, model: ModelInfo) -> GraphContract:

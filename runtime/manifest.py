@@ -2,10 +2,13 @@
 
 A bundle is a folder::
 
-    manifest.json          this schema
-    ar.onnx draft.onnx verify.onnx     graphs, no weights inside
-    weights.safetensors    every tensor once; the graphs name it as ONNX external data
-    tokenizer.json ...     copied from the checkpoint
+    manifest.json                      this schema
+    ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
+    weights.safetensors                every tensor once; the portable graphs name it as ONNX external data
+    engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
+    engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
+    tokenizer.json ...                 copied from the checkpoint
+    verification.json                  written by ``trimode verify``; not part of the manifest
 
 Refused on opening: a newer schema, a file that is missing or whose size or sha256 differs, a file name that leaves the folder.
 """
@@ -13,13 +16,13 @@ Refused on opening: a newer schema, a file that is missing or whose size or sha2
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from trimode.graphs.contract import GraphContract, ModelInfo, Role
+from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -58,11 +61,65 @@ class SourceRecord(_Record):
     Attributes:
         name: the checkpoint folder's name.
         sha256: digest over name, type, shape and bytes of every tensor, and over ``config.json``.
+        stamp: digest over name, size and modification time of the checkpoint's files; equal stamps spare comparing the bytes.
     """
 
     name: str
     sha256: str
+    stamp: str
     num_parameters: int
+
+
+class PackRecord(_Record):
+    """The weight pack; ``dtype`` is the type of every tensor but the position tables, which are float32."""
+
+    file: FileName
+    dtype: DType
+
+
+class ProfileRecord(_Record):
+    """An optimization profile: fewest, usual and most of each dynamic dimension."""
+
+    batch: tuple[int, int, int]
+    rows: tuple[int, int, int]
+
+    def holds(self, batch: int, rows: int) -> bool:
+        """Whether a forward of this size runs under the profile."""
+        return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
+
+
+class EngineRecord(_Record):
+    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are free (ONNX Runtime)."""
+
+    file: FileName
+    profiles: tuple[ProfileRecord, ...] = ()
+
+
+class TargetRecord(_Record):
+    """What was built for one target.
+
+    Attributes:
+        backend: the library that runs it.
+        device: where it runs.
+        compute_capability: the GPU architecture the engines are for, as ``8.9``; None where any will do.
+        compute_dtype: type of activations and of the K/V cache.
+        placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT engines hold their own copy;
+            ``external``: the portable graphs, which map the pack.
+        capacity: slots of the K/V cache where the engines fix it.
+        workspace_mib: limit on an engine's scratch memory that was asked for.
+        library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs only under that version.
+        graphs: one for each role.
+    """
+
+    backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+    device: Literal["cpu", "cuda"]
+    compute_capability: str | None
+    compute_dtype: DType
+    placement: Literal["shared", "baked", "external"]
+    capacity: int | None
+    workspace_mib: int | None
+    library: str
+    graphs: dict[Role, EngineRecord]
 
 
 class Manifest(_Record):
@@ -70,11 +127,11 @@ class Manifest(_Record):
 
     schema_version: int
     trimode_version: str
-    precision: str
-    targets: tuple[str, ...]
+    precision: Literal["fp32", "fp16", "bf16"]
     model: ModelInfo
     source: SourceRecord
     graphs: dict[Role, GraphRecord]
-    weights: FileName
+    weights: PackRecord
+    targets: dict[str, TargetRecord]
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]

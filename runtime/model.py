@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimode.errors import UsageError
+from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode, check_options
 from trimode.runtime.sequence import Forwards, Sequence
@@ -96,30 +97,60 @@ class Stream:
 
 
 class TriModeModel:
-    """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache."""
+    """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache.
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
+    Attributes:
+        bundle: what was opened.
+        model: the model's facts.
+        target: the bundle's target that runs, or ``portable`` for its portable graphs.
+        session: the loaded graphs.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session, target: str = PORTABLE) -> None:
         self.bundle = bundle
         self.model = bundle.manifest.model
-        self._session = session
+        self.target = target
+        self.session = session
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, num_threads: int | None = None, verify: bool = True) -> TriModeModel:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        target: str | None = None,
+        num_threads: int | None = None,
+        verify: bool = True,
+        runtime_cache: str | Path | None = None,
+    ) -> TriModeModel:
         """Open a bundle folder.
 
         Args:
             path: the folder that ``trimode build`` wrote.
-            num_threads: threads inside one operator; None = one per physical core.
+            target: one of the bundle's targets, or ``portable``: its portable graphs on the CPU. None or ``auto``: a TensorRT target for
+                the GPU of this machine, else ONNX Runtime on the GPU, else the CPU; the logger ``trimode.runtime`` says what and why.
+            num_threads: threads inside one operator on the CPU; None = one per physical core.
             verify: compare the sha256 of every file with the manifest.
+            runtime_cache: folder where TensorRT-RTX keeps the kernels it compiles for this GPU; written by :meth:`close`.
 
         Raises:
-            BundleError: the bundle is missing, damaged or newer than this library.
-            DependencyError: ONNX Runtime is not installed.
+            UsageError: the bundle has no such target.
+            BundleError: the bundle is missing, damaged or newer than this library, or the target was compiled by another version.
+            DeviceError: the named target needs a GPU that is not here.
+            DependencyError: the library that runs the target is not installed.
         """
         bundle = open_bundle(path, verify=verify)
-        from trimode.runtime.ort_session import OrtSession  # an optional extra: imported only where it is used
+        opened = open_session(bundle, target, num_threads, runtime_cache=Path(runtime_cache) if runtime_cache else None)
+        return cls(bundle, opened.session, opened.target)
 
-        return cls(bundle, OrtSession(bundle, num_threads))
+    def close(self) -> None:
+        """Give the memory of the weights back; nothing can be generated afterwards. Garbage collection does it, too, but later."""
+        self.session.close()
+
+    def __enter__(self) -> TriModeModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def codec(self) -> TextCodec:
@@ -159,23 +190,28 @@ class TriModeModel:
         Raises:
             UsageError: no tokens, ids out of range, more than one row, or a prompt that leaves no room.
         """
-        return Sequence(self._session, self.model, self._check_ids(ids))
+        return Sequence(self.session, self.model, self._check_ids(ids))
 
     def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
         if mode not in ALGORITHMS:
             raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
         chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": self.model.block_size, **options})
-        check_options(chosen, self.model)
+        self._check_options(mode, chosen)
         return Stream(sequence, mode, chosen)
 
     def _generate(self, ids: Any, mode: Mode, options: DecodeOptions) -> tuple[Ids, int]:
+        self._check_options(mode, options)
         sequence = self.new_sequence(ids)
-        check_options(options, self.model)
         stream = Stream(sequence, mode, options)
         for _ in stream:
             pass
         return np.array([sequence.tokens], np.int64), stream.result.nfe
+
+    def _check_options(self, mode: Mode, options: DecodeOptions) -> None:
+        check_options(options, self.model)
+        if mode != "ar":
+            self.session.check_block_length(options.block_length)
 
     def _check_ids(self, ids: Any) -> list[int]:
         try:

@@ -1,25 +1,20 @@
-"""ONNX Runtime behind :class:`trimode.runtime.session.Session`: IO binding, the cache updated in place, weights mapped once."""
+"""ONNX Runtime behind :class:`trimode.runtime.session.Session`: IO binding, the cache updated in place, weights held once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trimode.errors import BundleError, DependencyError, UsageError
-from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.errors import UsageError
+from trimode.graphs.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.bundle import Bundle
-from trimode.runtime.session import Array, Ids, KVCache, bucket
-
-try:
-    import onnxruntime as ort
-except ModuleNotFoundError as error:
-    raise DependencyError("expected ONNX Runtime, found it not installed", "pip install 'trimode[ort]'") from error
-
-# Below this size every session may keep its own packed copy of the weights, which multiplies blocks up to twice as fast. Above it the
-# graphs map one copy of the pack between them.
-PRIVATE_WEIGHTS_BYTES = 64 << 20
+from trimode.runtime.manifest import TargetRecord
+from trimode.runtime.ort_library import Device, choose_providers, load_graph, session_options
+from trimode.runtime.ort_memory import Buffer, place, place_weights, zeros
+from trimode.runtime.pack import WeightPack
+from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
 
 
 class OrtSession:
@@ -27,25 +22,49 @@ class OrtSession:
 
     Args:
         bundle: an opened bundle.
+        target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
         num_threads: threads inside one operator; None = one per physical core.
 
     Raises:
         UsageError: ``num_threads`` is below 1.
-        BundleError: ONNX Runtime refuses a graph.
+        BundleError: ONNX Runtime refuses a graph, or the weight pack lacks what a graph reads.
+        DependencyError: this ONNX Runtime has no CUDA provider, and the target needs it.
+        DeviceError: the CUDA provider does not start.
     """
 
-    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
+    max_prefill_rows = None
+
+    def __init__(self, bundle: Bundle, target: TargetRecord | None = None, num_threads: int | None = None) -> None:
         if num_threads is not None and num_threads < 1:
             raise UsageError(f"expected at least 1 thread, found {num_threads}", "leave --threads out to use every core")
         manifest = bundle.manifest
         self.model = manifest.model
         self.contracts: dict[Role, GraphContract] = {role: manifest.graphs[role].contract for role in ROLES}
-        options = _session_options(manifest.files[manifest.weights].num_bytes, num_threads)
-        self.sessions: dict[Role, Any] = {role: _load(bundle, manifest.graphs[role].file, options) for role in ROLES}
+        self._device: Device = target.device if target else "cpu"
+        self._dtype: DType = target.compute_dtype if target else "float32"
+        self._capacity = target.capacity if target else None
+        providers = choose_providers(self._device)
+        portable = target is None or target.placement == "external"
+        mapped_bytes = manifest.files[manifest.weights.file].num_bytes if portable else 0
+        options = session_options(mapped_bytes, num_threads)
+        files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in ROLES}
+        self.sessions: dict[Role, Any] = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
+        wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in ROLES}
+        self._weights = place_weights(WeightPack(bundle.path / manifest.weights.file), wanted.values(), self._device)
+        self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in ROLES}
+
+    def check_block_length(self, block_length: int) -> None:
+        """Any will do."""
+
+    def close(self) -> None:
+        """See :class:`trimode.runtime.session.Session`."""
+        self.sessions.clear()
+        self._read_by.clear()
+        self._weights.clear()
 
     def new_cache(self) -> OrtCache:
         """See :class:`trimode.runtime.session.Session`."""
-        return OrtCache(self.model)
+        return OrtCache(self.model, self._dtype, self._device, self._capacity)
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.session.Session`."""
@@ -58,24 +77,32 @@ class OrtSession:
         bound.past_length[0] = past_length
         if bound.drafter_scale is not None:
             bound.drafter_scale[...] = drafter_scale
+        bound.bind_inputs()
         self.sessions[role].run_with_iobinding(bound.binding)
         return bound.outputs
 
     def _bind(self, role: Role, cache: OrtCache, rows: int) -> BoundGraph:
-        bound = BoundGraph(self.sessions[role], self.contracts[role], cache, rows)
+        bound = BoundGraph(self.sessions[role], self.contracts[role], cache, rows, self._read_by[role])
         if rows <= self.model.max_block_length:  # prompt chunks come in any size and once: not worth keeping
             cache.bound[role, rows] = bound
         return bound
 
 
 class OrtCache:
-    """Keys and values as one numpy buffer each per layer; grows by copying into buffers of the next bucket."""
+    """Keys and values as one buffer each per layer; grows by copying into buffers of the next bucket.
 
-    def __init__(self, model: ModelInfo) -> None:
-        self._model = model
-        self._specs = [spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values")]
-        self._buffers: list[NDArray[np.float32]] = []
-        self.values: dict[str, Any] = {}
+    Args:
+        model: sizes.
+        dtype: type of keys and values.
+        device: where they are.
+        fixed_capacity: the only capacity that the graphs accept; None = any.
+    """
+
+    def __init__(self, model: ModelInfo, dtype: DType = "float32", device: Device = "cpu", fixed_capacity: int | None = None) -> None:
+        self._model, self._dtype, self._fixed = model, dtype, fixed_capacity
+        self.device: Device = device
+        self._names = [spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values")]
+        self.values: dict[str, Buffer] = {}
         self.bound: dict[tuple[Role, int], BoundGraph] = {}
         self.capacity = 0
 
@@ -83,60 +110,75 @@ class OrtCache:
         """See :class:`trimode.runtime.session.KVCache`."""
         if length <= self.capacity:
             return
-        old, self.capacity = self._buffers, bucket(length)
-        shape = (1, self._model.num_key_value_heads, self.capacity, self._model.head_dim)
-        self._buffers = [np.zeros(shape, np.float32) for _ in self._specs]
-        for before, after in zip(old, self._buffers, strict=False):
-            after[:, :, : before.shape[2]] = before
-        self.values = {name: ort.OrtValue.ortvalue_from_numpy(buffer) for name, buffer in zip(self._specs, self._buffers, strict=True)}
+        if self._fixed is not None and length > self._fixed:
+            raise UsageError(f"expected at most {self._fixed} tokens, which the cache of this target holds, found {length}",
+                             "shorten the text, or build with a larger --max-length")  # fmt: skip
         self.bound.clear()
+        self.capacity = self._fixed or bucket(length)
+        # One after the other, so that never more than one buffer exists twice.
+        for name in self._names:
+            self.values[name] = self._grown(self.values.get(name))
+
+    def _grown(self, old: Buffer | None) -> Buffer:
+        new = zeros((1, self._model.num_key_value_heads, self.capacity, self._model.head_dim), self._dtype, self.device)
+        if old is None:
+            return new
+        grown = new.numpy()  # on a GPU the copy goes through the host: rare, and ONNX Runtime copies whole tensors only
+        grown[:, :, : old.shape[2]] = old.numpy()
+        return place(grown, self._dtype, self.device)
 
 
 class BoundGraph:
-    """One graph bound to one cache for one number of rows; a step writes the inputs in place and runs."""
+    """One graph bound to one cache for one number of rows; a step writes the inputs in place, binds them and runs."""
 
-    def __init__(self, session: Any, contract: GraphContract, cache: OrtCache, rows: int) -> None:
+    def __init__(self, session: Any, contract: GraphContract, cache: OrtCache, rows: int, weights: Mapping[str, Buffer] | None = None) -> None:
         sizes = {"batch": 1, "rows": rows}
         self.binding = session.io_binding()
-        inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
-        outputs = {spec.name: _array(spec, sizes) for spec in contract.outputs}
-        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in {**inputs, **outputs}.items()}
-        for name in inputs:
-            self.binding.bind_ortvalue_input(name, self._values[name])
-        for name in outputs:
-            self.binding.bind_ortvalue_output(name, self._values[name])
-        for name, value in cache.values.items():
+        self._weights, self._cache = dict(weights or {}), dict(cache.values)  # kept alive: the binding knows addresses only
+        self._inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
+        outputs = {spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, cache.device)) for spec in contract.outputs}
+        for name, buffer in outputs.items():
+            buffer.bind_output(self.binding, name)
+        for name, buffer in self._weights.items():
+            buffer.bind_input(self.binding, name)
+        for name, buffer in self._cache.items():
             # The same memory as past and present: TensorScatter then writes the new rows and copies nothing.
-            self.binding.bind_ortvalue_input(f"past_key_values{name}", value)
-            self.binding.bind_ortvalue_output(f"present{name}", value)
-        self.input_ids, self.past_length = inputs["input_ids"], inputs["past_length"]
-        self.drafter_scale = inputs.get("drafter_scale")
-        if "input_length" in inputs:
-            inputs["input_length"][:] = rows
-        self.outputs = tuple(outputs.values())
+            buffer.bind_input(self.binding, f"past_key_values{name}")
+            buffer.bind_output(self.binding, f"present{name}")
+        self.bind_inputs()
+        self.input_ids, self.past_length = self._inputs["input_ids"], self._inputs["past_length"]
+        self.drafter_scale = self._inputs.get("drafter_scale")
+        if "input_length" in self._inputs:
+            self._inputs["input_length"][:] = rows
+        self._buffers = tuple(outputs.values())
+        self.outputs = tuple(_as_array(buffer) for buffer in self._buffers)
+
+    def bind_inputs(self) -> None:
+        """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it there."""
+        for name, array in self._inputs.items():
+            self.binding.bind_cpu_input(name, array)
+
+
+def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
 
 
 def _array(spec: TensorSpec, sizes: dict[str, int]) -> Array:
-    return np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], np.dtype(spec.dtype))
+    return np.zeros(_shape(spec, sizes), np.dtype(spec.dtype))
 
 
-def _session_options(weight_bytes: int, num_threads: int | None) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings speak of graph internals that a user cannot change
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-    options.inter_op_num_threads = 1
-    # Three sessions take turns on the same cores. A pool that spins after its turn is in the way of the next one: with two threads on two
-    # cores a draft-and-verify cycle then takes three times as long.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if weight_bytes > PRIVATE_WEIGHTS_BYTES:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return options
+def _output_device(spec: TensorSpec, device: Device) -> Device:
+    """Logits are large and seldom read: they stay where they are computed. All else is small."""
+    return device if spec.name == "logits" else "cpu"
 
 
-def _load(bundle: Bundle, file: str, options: Any) -> Any:
-    try:
-        return ort.InferenceSession(bundle.path / file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises its own exception types, which share no base class
-        raise BundleError(f"{bundle.path / file}: ONNX Runtime {ort.__version__} refuses the graph: {str(error).splitlines()[0]}",
-                          "update onnxruntime to 1.31 or newer, or build the bundle again") from error  # fmt: skip
+def _as_array(buffer: Buffer) -> Any:
+    if buffer.device == "cpu":
+        return buffer.numpy()
+    return DeviceArray(buffer.shape, np.dtype(buffer.dtype), buffer.numpy)
+
+
+def _weight_inputs(session: Any, contract: GraphContract, model: ModelInfo) -> dict[str, Any]:
+    """The inputs that are neither the contract's nor the cache: weights, by name."""
+    known = {spec.name for spec in (*contract.inputs, *cache_specs(model, "past_key_values"))}
+    return {declared.name: declared for declared in session.get_inputs() if declared.name not in known}

@@ -60,8 +60,9 @@ class Sequence:
         self.cached_length = min(self.cached_length, len(self.tokens) - 1)
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
-        for start in range(0, len(pending), PREFILL_CHUNK):
-            self._next = self._causal(pending[start : start + PREFILL_CHUNK])
+        chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
+        for start in range(0, len(pending), chunk):
+            self._next = self._causal(pending[start : start + chunk])
             setattr(self.forwards, phase, getattr(self.forwards, phase) + 1)
         assert self._next is not None
         return self._next

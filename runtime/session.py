@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from trimode.graphs.contract import Role
 
@@ -24,12 +25,29 @@ class KVCache(Protocol):
         ...
 
     def reserve(self, length: int) -> None:
-        """Grow to the next bucket that holds ``length`` slots, keeping the contents. Never shrinks."""
+        """Have at least ``length`` slots, keeping the contents. Never shrinks.
+
+        Raises:
+            UsageError: the graphs fix the capacity, and it is smaller.
+        """
         ...
 
 
 class Session(Protocol):
     """The three graphs of a bundle, loaded once, with weights shared."""
+
+    @property
+    def max_prefill_rows(self) -> int | None:
+        """Most rows of one ``ar`` forward; None = any number."""
+        ...
+
+    def check_block_length(self, block_length: int) -> None:
+        """Raise :class:`UsageError` for a block length that the graphs were not built for."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back. No cache or array of the session may be used afterwards."""
+        ...
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
@@ -38,9 +56,32 @@ class Session(Protocol):
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """One forward; writes K/V of ``input_ids (1, T)`` into slots ``past_length ..`` of the cache, growing it where needed.
 
-        Returns the outputs of the role's contract as views that the next run of the same role and T on this cache overwrites.
+        Returns the outputs of the role's contract as views that the next run of the same role on this cache overwrites. A session on a
+        GPU leaves ``logits`` there and returns a :class:`DeviceArray`: ``np.asarray`` copies it.
         """
         ...
+
+
+class DeviceArray:
+    """An array in GPU memory that is copied when somebody asks for its values; the next forward into the same memory changes them.
+
+    Args:
+        shape: as numpy would say.
+        dtype: of the values.
+        fetch: copies all of it to the host.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array]) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._fetch = fetch
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("expected a copy to be allowed, found copy=False for an array in GPU memory")
+        return np.asarray(self._fetch(), dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__array__()[index]
 
 
 def bucket(length: int) -> int:

@@ -5,6 +5,7 @@ TrimodeError
 ├── CheckpointError       a Hugging Face checkpoint is incomplete or not of this family
 ├── BuildError            a bundle could not be built or written
 ├── BundleError           a bundle is missing, damaged or of an unknown schema
+├── DeviceError           a GPU call failed, or the GPU cannot be used
 └── DependencyError       an optional package is not installed
 
 Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do next).
@@ -49,6 +50,10 @@ class BuildError(TrimodeError):
 
 class BundleError(TrimodeError):
     """A bundle is missing, damaged, or of a schema this version does not read."""
+
+
+class DeviceError(TrimodeError):
+    """A GPU call failed, or the GPU cannot be used."""
 
 
 class DependencyError(TrimodeError):

@@ -49,7 +49,7 @@ def edit(copy: Path, **changes: object) -> None:
 
 def test_newer_schema(copy: Path) -> None:
     edit(copy, schema_version=99, something_new=1)
-    with pytest.raises(BundleError, match="schema version 1 or older, found 99") as raised:
+    with pytest.raises(BundleError, match="schema version 2 or older, found 99") as raised:
         open_bundle(copy)
     assert "update" in raised.value.hint
 
@@ -62,7 +62,7 @@ def test_manifest_must_be_as_declared(copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_manifest_cannot_leave_the_folder(copy: Path, name: str) -> None:
-    edit(copy, weights=name)
+    edit(copy, weights={"file": name, "dtype": "float32"})
     with pytest.raises(BundleError, match="weights"):
         open_bundle(copy)
 

@@ -1,0 +1,75 @@
+"""Identity of a checkpoint: a digest of its bytes, and a stamp that tells without reading them that nothing was touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from trimode.errors import BuildError
+from trimode.graphs.checkpoint import ADAPTER_FOLDER, Checkpoint, to_float32
+from trimode.graphs.contract import DType
+
+SAFETENSORS_NAMES: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class SourceDigest:
+    """Digest of a checkpoint's tensors, taken while they are copied so that nothing is read twice."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._whole = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+
+    def read(self, name: str, dtype: DType) -> Iterator[bytes]:
+        """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's order.
+
+        Raises:
+            BuildError: a weight is too large for ``dtype``.
+        """
+        source = self._tensors[name].dtype
+        for raw in self._raw(name):
+            yield raw if source == SAFETENSORS_NAMES[dtype] else _converted(raw, source, dtype, name)
+
+    def read_all(self) -> Iterator[int]:
+        """Read every tensor for the digest alone; yields the number of bytes of each piece."""
+        for name in self._tensors:
+            for raw in self._raw(name):
+                yield len(raw)
+
+    def hexdigest(self) -> str:
+        """The digest of what has been read."""
+        return self._whole.hexdigest()
+
+    def _raw(self, name: str) -> Iterator[bytes]:
+        entry = self._tensors[name]
+        self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        for raw in entry.chunks():
+            self._whole.update(raw)
+            yield raw
+
+
+def stamp_of(checkpoint: Checkpoint) -> str:
+    """Digest over name, size and modification time of the checkpoint's files."""
+    files = [checkpoint.path / "config.json", *sorted({entry.file for entry in checkpoint.tensors.values()})]
+    if checkpoint.drafter is not None:
+        files.append(checkpoint.path / ADAPTER_FOLDER / "adapter_config.json")
+    facts = [(str(f.relative_to(checkpoint.path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:
+    wide = to_float32(raw, source)
+    with np.errstate(over="ignore"):  # looked for below
+        narrow = wide.astype(NUMPY_DTYPES[dtype])
+    if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(wide).any():
+        largest = float(np.abs(wide).max())
+        raise BuildError(f"{name}: expected weights up to 65504, the largest of fp16, found {largest:.6g}", "pass --precision bf16 or fp32")
+    return narrow.tobytes()

@@ -1,0 +1,92 @@
+"""Reads the weight pack: a safetensors file (https://github.com/huggingface/safetensors) whose tensors are bound to engines by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.errors import BundleError
+from trimode.graphs.contract import DType
+
+SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+
+@dataclass(frozen=True)
+class PackEntry:
+    """One tensor of the pack; ``offset`` is in bytes from the start of the file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+class WeightPack:
+    """A mapped pack: nothing is read before it is used, and processes share the pages.
+
+    Args:
+        path: the safetensors file.
+
+    Raises:
+        BundleError: the file is no pack of this library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.entries = _read_header(path)
+            self._bytes = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path}: expected a weight pack, found one that cannot be read ({error})",
+                              "build the bundle again with `trimode build`") from error  # fmt: skip
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's bytes, mapped."""
+        entry = self.entries[name]
+        return self._bytes[entry.offset : entry.offset + entry.num_bytes]
+
+    def widened(self, name: str) -> NDArray[np.float32]:
+        """The tensor in float32, shaped; a view of the file where it is float32 there, else a copy."""
+        entry = self.entries[name]
+        return widen(self.raw(name), entry.dtype).reshape(entry.shape)
+
+
+def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
+    """Bytes of a floating-point type as float32, exactly."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        wide = np.zeros((raw.size // 2, 2), "<u2")
+        wide[:, 1] = raw.view("<u2")
+        return wide.view("<f4")[:, 0]
+    if dtype == "float16":
+        return raw.view("<f2").astype(np.float32)
+    return raw.view("<f4")
+
+
+def _read_header(path: Path) -> dict[str, PackEntry]:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(stream.read(length))
+    return {name: _read_entry(name, value, 8 + length, size) for name, value in header.items() if name != "__metadata__"}
+
+
+def _read_entry(name: str, value: Any, base: int, size: int) -> PackEntry:
+    if value["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{name} has type {value['dtype']!r}")
+    begin, end = value["data_offsets"]
+    entry = PackEntry(SAFETENSORS_DTYPES[value["dtype"]], tuple(value["shape"]), base + begin)
+    if min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes or not 0 <= begin <= end <= size - base:
+        raise ValueError(f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}")
+    return entry

@@ -1,0 +1,147 @@
+"""One engine loaded, and execution contexts on it that are told only what changed since the last forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from trimode.graphs.contract import DType, ModelInfo, Role, TensorSpec
+from trimode.runtime.manifest import EngineRecord
+from trimode.runtime.pack import PackEntry
+from trimode.runtime.tensorrt_library import EngineLibrary, load_runtime_cache, save_runtime_cache
+from trimode.runtime.tensorrt_memory import DeviceMemory, Stream
+from trimode.runtime.tensorrt_plan import EngineTensor, IoLayout, Layout, plan_bindings, tensor_shape
+
+_DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+
+
+class Places(Protocol):
+    """Where the tensors of one sequence lie."""
+
+    keys_values: DeviceMemory
+
+    def io(self, role: Role) -> DeviceMemory:
+        """Inputs and outputs of a role, laid out as the graph says."""
+        ...
+
+
+class LoadedGraph:
+    """An engine whose tensors have been checked.
+
+    Args:
+        library: loads it.
+        role: which graph it is.
+        record: its file and profiles.
+        path: the file.
+        io: where its inputs and outputs lie in a sequence's memory.
+        cache: type and shape of every cache tensor; its layout.
+        model: the model's facts.
+        pack: header of the weight pack.
+        runtime_cache: file for compiled kernels; None = not kept.
+
+    Raises:
+        BundleError: the library refuses the engine, or its tensors are not as the contract says.
+    """
+
+    def __init__(
+        self, library: EngineLibrary, role: Role, record: EngineRecord, path: Path, *, io: IoLayout, cache: tuple[TensorSpec, Layout],
+        model: ModelInfo, pack: Mapping[str, PackEntry], runtime_cache: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.library, self.role, self.record, self.io = library, role, record, io
+        self.engine = library.load(path)
+        self.cache_layout = cache[1]
+        self.bindings = plan_bindings(role, read_tensors(library.trt, self.engine), io.contract, model, cache[0], pack)
+        self._kernels_path = runtime_cache
+        self._config, self._kernels = self._configure()
+
+    @property
+    def replays_itself(self) -> bool:
+        """Whether the library records and replays forwards as CUDA graphs on its own."""
+        return hasattr(self.library.trt, "CudaGraphStrategy")
+
+    def new_context(self) -> Any:
+        """An execution context that shares the engine; its scratch memory is that of the largest profile."""
+        if self._config is None:
+            return self.library.accept(self.engine.create_execution_context(), f"create a context for {self.role}")
+        return self.library.accept(self.engine.create_execution_context(self._config), f"create a context for {self.role}")
+
+    def new_recorded_context(self) -> Any:
+        """An execution context for one profile, with scratch memory for that one only."""
+        strategy = self.library.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        return self.library.accept(self.engine.create_execution_context(strategy), f"create a context for {self.role}")
+
+    def save_kernels(self) -> None:
+        """Write the kernels that were compiled while running, where they are kept."""
+        if self._kernels is not None and self._kernels_path is not None:
+            save_runtime_cache(self._kernels, self._kernels_path)
+
+    def addresses(self, memory: Places, weights: Mapping[str, int]) -> dict[str, int]:
+        """Where every tensor of the engine lies: past and present of the cache in the same place, which updates it there."""
+        io, keys_values = memory.io(self.role).address, memory.keys_values.address
+        named = {name: io + self.io.layout.offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)}
+        caches = {name: keys_values + self.cache_layout.offsets[tensor] for name, tensor in self.bindings.caches.items()}
+        return named | caches | {name: weights[name] for name in self.bindings.weights}
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs that have no fixed one, for one sequence of ``rows`` rows."""
+        specs = {spec.name: spec for spec in self.io.contract.inputs}
+        named = {name: tensor_shape(specs[name], rows) for name in self.bindings.inputs if any(isinstance(d, str) for d in specs[name].shape)}
+        caches = (name for name in self.bindings.caches if name.startswith("past_key_values"))
+        return named | {name: (1, *tuple(self.engine.get_tensor_shape(name))[1:]) for name in caches}
+
+    def _configure(self) -> tuple[Any, Any]:
+        if not hasattr(self.engine, "create_runtime_config"):
+            return None, None
+        config = self.engine.create_runtime_config()
+        if self.replays_itself:
+            config.cuda_graph_strategy = self.library.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config, load_runtime_cache(config, self._kernels_path) if self._kernels_path else None
+
+
+class Runner:
+    """One execution context, and what it is set to.
+
+    Args:
+        graph: the engine.
+        context: on that engine; nobody else sets it.
+        weights: address of every tensor of the pack that the engine reads.
+        stream: where forwards go.
+    """
+
+    def __init__(self, graph: LoadedGraph, context: Any, weights: Mapping[str, int], stream: Stream) -> None:
+        self._graph, self._context, self._weights, self._stream = graph, context, weights, stream
+        self._profile: int | None = None
+        self._rows = 0
+        self._memory: Places | None = None
+
+    def prepare(self, memory: Places, profile: int, rows: int) -> None:
+        """Choose the profile, the shapes and the memory of the next forwards."""
+        context, accept, role = self._context, self._graph.library.accept, self._graph.role
+        if profile != self._profile:
+            accept(context.set_optimization_profile_async(profile, self._stream.handle), f"choose profile {profile} of {role}")
+            self._profile, self._rows, self._memory = profile, 0, None
+        if rows != self._rows:
+            for name, shape in self._graph.shapes(rows).items():
+                accept(context.set_input_shape(name, shape), f"take {name} of shape {shape} in {role}")
+            self._rows = rows
+        if memory is not self._memory:
+            for name, address in self._graph.addresses(memory, self._weights).items():
+                accept(context.set_tensor_address(name, address), f"bind {name} of {role}")
+            self._memory = memory
+
+    def launch(self) -> None:
+        """Queue a forward."""
+        self._graph.library.accept(self._context.execute_async_v3(self._stream.handle), f"run {self._graph.role}")
+
+
+def read_tensors(trt: Any, engine: Any) -> list[EngineTensor]:
+    """The inputs and outputs of an engine."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    return [_read_tensor(trt, engine, name) for name in names]
+
+
+def _read_tensor(trt: Any, engine: Any, name: str) -> EngineTensor:
+    library_type = engine.get_tensor_dtype(name).name
+    dtype = _DTYPES.get(library_type, library_type.lower())
+    return EngineTensor(name, engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT, dtype, tuple(engine.get_tensor_shape(name)))

@@ -1,0 +1,211 @@
+"""What a TensorRT session can decide without a GPU: where tensors lie, which profile a forward runs under, and what is bound to what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from trimode.errors import BundleError, DeviceError, UsageError
+from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.runtime.device import Gpu
+from trimode.runtime.manifest import EngineRecord, ProfileRecord
+from trimode.runtime.pack import ITEM_SIZES, PackEntry
+
+ALIGNMENT = 256
+"""Every tensor begins at a multiple of this many bytes, as TensorRT asks."""
+
+DEVICE_OUTPUTS = ("logits",)
+"""Outputs that stay on the GPU until somebody asks: large, and no decoding algorithm reads them."""
+
+_REBUILD = "build the target again with `trimode build`"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors in one piece of memory: where each begins, and how large the whole is."""
+
+    offsets: dict[str, int]
+    num_bytes: int
+
+
+def lay_out(sizes: Mapping[str, int]) -> Layout:
+    """Place tensors of these sizes in bytes one after the other, each at a multiple of :data:`ALIGNMENT`."""
+    offsets, end = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return Layout(offsets, end)
+
+
+def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int) -> Layout:
+    """The cache of one sequence; names are those of the cache tensors without ``past_key_values`` or ``present``."""
+    size = model.num_key_value_heads * capacity * model.head_dim * ITEM_SIZES[dtype]
+    return lay_out({spec.name.removeprefix("past_key_values"): size for spec in cache_specs(model, "past_key_values")})
+
+
+@dataclass(frozen=True)
+class IoLayout:
+    """Inputs and outputs of one graph in one piece of memory: inputs, then what is copied back, then what stays.
+
+    Attributes:
+        layout: where each begins.
+        inputs_end: bytes ``0 .. inputs_end`` are copied to the GPU before a forward.
+        copied_end: bytes ``inputs_end .. copied_end`` are copied back after it.
+    """
+
+    contract: GraphContract
+    layout: Layout
+    inputs_end: int
+    copied_end: int
+
+
+def lay_out_io(contract: GraphContract, rows: int) -> IoLayout:
+    """Room for forwards of one sequence and up to ``rows`` rows; a shorter tensor begins where the longest would."""
+    inputs = {spec.name: tensor_bytes(spec, rows) for spec in contract.inputs}
+    copied = {spec.name: tensor_bytes(spec, rows) for spec in contract.outputs if spec.name not in DEVICE_OUTPUTS}
+    kept = {spec.name: tensor_bytes(spec, rows) for spec in contract.outputs if spec.name in DEVICE_OUTPUTS}
+    return IoLayout(contract, lay_out(inputs | copied | kept), lay_out(inputs).num_bytes, lay_out(inputs | copied).num_bytes)
+
+
+def tensor_shape(spec: TensorSpec, rows: int) -> tuple[int, ...]:
+    """The shape of an input or output for one sequence of ``rows`` rows."""
+    sizes = {"batch": 1, "rows": rows}
+    return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+
+
+def tensor_bytes(spec: TensorSpec, rows: int) -> int:
+    """Size of an input or output for one sequence of ``rows`` rows."""
+    return math.prod(tensor_shape(spec, rows)) * ITEM_SIZES[spec.dtype]
+
+
+def max_rows(record: EngineRecord) -> int:
+    """Most rows of one sequence that any profile holds."""
+    return max((profile.rows[2] for profile in record.profiles if profile.batch[0] <= 1), default=0)
+
+
+def choose_profile(record: EngineRecord, rows: int) -> int:
+    """Index of the profile under which one sequence of ``rows`` rows runs: of those that hold it, the narrowest.
+
+    Raises:
+        UsageError: none holds it.
+    """
+    fitting = [i for i, profile in enumerate(record.profiles) if profile.holds(1, rows)]
+    if not fitting:
+        raise UsageError(f"expected a block of a length that the engine was built for ({describe_rows(record)}), found {rows}",
+                         "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip
+    return min(fitting, key=lambda i: _width(record.profiles[i]))
+
+
+def describe_rows(record: EngineRecord) -> str:
+    """The numbers of rows that an engine takes, for messages: ``8, 32`` or ``1, 1 to 512``."""
+    ranges = sorted({(profile.rows[0], profile.rows[2]) for profile in record.profiles if profile.batch[0] <= 1})
+    return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in ranges)
+
+
+def recurs(profile: ProfileRecord, rows: int, model: ModelInfo) -> bool:
+    """Whether forwards of this size come again and again, so that recording one is worth while: decoding and blocks, not prompt chunks."""
+    return rows == profile.rows[1] and rows <= model.max_block_length
+
+
+def _width(profile: ProfileRecord) -> int:
+    return profile.rows[2] - profile.rows[0]
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """One input or output of an engine; ``dtype`` in the contract's words, or the library's where the contract has none."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BindingPlan:
+    """What an engine's tensors are.
+
+    Attributes:
+        inputs: of the contract; an engine may lack one that its graph does not use.
+        outputs: of the contract.
+        caches: engine tensor -> cache tensor, past and present alike.
+        weights: to be bound from the pack.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    caches: dict[str, str]
+    weights: tuple[str, ...]
+
+
+def plan_bindings(
+    role: Role, tensors: Iterable[EngineTensor], contract: GraphContract, model: ModelInfo, cache: TensorSpec, pack: Mapping[str, PackEntry]
+) -> BindingPlan:
+    """Sort the tensors of an engine, and check each against the contract or the weight pack.
+
+    Args:
+        role: for messages.
+        tensors: as the engine has them.
+        contract: inputs and outputs of the role.
+        model: how many layers.
+        cache: type and shape of every cache tensor.
+        pack: the weight pack's header.
+
+    Raises:
+        BundleError: the engine lacks an output or a cache tensor, or has a tensor that is not as expected or that nothing can be bound to.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    caches = {spec.name: spec.name.removeprefix(prefix) for prefix in ("past_key_values", "present") for spec in cache_specs(model, prefix)}
+    inputs = {spec.name: spec for spec in contract.inputs}
+    outputs = {spec.name: spec for spec in contract.outputs}
+    for name in (*outputs, *caches):
+        if name not in by_name:
+            raise BundleError(f"{role} engine: expected a tensor {name}, found none", _REBUILD)
+    weights = []
+    for name, tensor in by_name.items():
+        if name in caches:
+            _check_tensor(role, tensor, cache.dtype, cache.shape)
+        elif name in inputs or name in outputs:
+            spec = inputs.get(name) or outputs[name]
+            _check_tensor(role, tensor, spec.dtype, spec.shape)
+        elif tensor.is_input and name in pack:
+            _check_tensor(role, tensor, pack[name].dtype, pack[name].shape)
+            weights.append(name)
+        else:
+            raise BundleError(f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}", _REBUILD)
+    return BindingPlan(tuple(n for n in inputs if n in by_name), tuple(outputs), caches, tuple(weights))
+
+
+def _check_tensor(role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]) -> None:
+    same = len(tensor.shape) == len(shape) and all(isinstance(w, str) or g in (-1, w) for g, w in zip(tensor.shape, shape, strict=True))
+    if not same or tensor.dtype != dtype:
+        wanted = tuple(-1 if isinstance(d, str) else d for d in shape)
+        raise BundleError(f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}", _REBUILD)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the GPU for one sequence; scratch memory of the engines is known only once they are loaded."""
+
+    engines: int
+    weights: int
+    cache: int
+    io: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.engines + self.weights + self.cache + self.io
+
+
+def check_memory(plan: MemoryPlan, gpu: Gpu) -> None:
+    """Raise :class:`DeviceError` where the GPU is too small whatever else runs on it."""
+    if plan.total > gpu.memory_bytes:
+        parts = f"weights {_gib(plan.weights)}, engines {_gib(plan.engines)}, cache {_gib(plan.cache)}, inputs and outputs {_gib(plan.io)}"
+        raise DeviceError(f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), found {_gib(gpu.memory_bytes)} on {gpu.name}",
+                          "build with a smaller --max-length, or choose the target cpu")  # fmt: skip
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"

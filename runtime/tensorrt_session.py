@@ -1,0 +1,187 @@
+"""TensorRT and TensorRT-RTX behind :class:`trimode.runtime.session.Session`.
+
+The weights are uploaded once and bound by address to all three engines; keys and values are updated in place; a step copies token ids
+to the GPU and ids, probabilities and counts back, and nothing else. Everything that needs no GPU is checked before the first call to one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from trimode.errors import DeviceError
+from trimode.graphs.contract import ROLES, Role
+from trimode.runtime.bundle import Bundle
+from trimode.runtime.device import find_gpu
+from trimode.runtime.manifest import TargetRecord
+from trimode.runtime.session import Array, DeviceArray, Ids, KVCache
+from trimode.runtime.tensorrt_cache import Launchable, RecordedForward, SequenceMemory, TensorRTCache
+from trimode.runtime.tensorrt_graph import LoadedGraph, Runner
+from trimode.runtime.tensorrt_library import EngineLibrary
+from trimode.runtime.tensorrt_memory import DeviceMemory, PinnedMemory, RecordedWork, Stream, upload
+from trimode.runtime.tensorrt_plan import (
+    DEVICE_OUTPUTS,
+    IoLayout,
+    check_memory,
+    choose_profile,
+    lay_out,
+    max_rows,
+    recurs,
+    tensor_bytes,
+    tensor_shape,
+)
+from trimode.runtime.tensorrt_target import check_block_length, check_gpu, prepare
+
+logger = logging.getLogger("trimode.runtime")
+
+
+class TensorRTSession:
+    """Three engines over one upload of the weights. One forward runs at a time; threads wait for each other.
+
+    Args:
+        bundle: an opened bundle.
+        target: what was built for this GPU.
+        runtime_cache: folder where kernels that TensorRT-RTX compiles while running are kept from one process to the next; written by
+            :meth:`close`. None = compile them anew.
+
+    Raises:
+        DependencyError: the library is not installed.
+        BundleError: the library has another version, or a file is damaged.
+        DeviceError: no GPU, another one than the target's, or one that is too small.
+    """
+
+    def __init__(self, bundle: Bundle, target: TargetRecord, *, runtime_cache: Path | None = None) -> None:
+        prepared = prepare(bundle, target)
+        check_memory(prepared.memory, check_gpu(target, find_gpu()))
+        self._target, self._prepared, self._model = target, prepared, bundle.manifest.model
+        self._stream = Stream()
+        library = EngineLibrary(prepared.trt)
+        self._graphs: dict[Role, LoadedGraph] = {
+            role: LoadedGraph(
+                library, role, target.graphs[role], prepared.engines[role], io=prepared.io[role], cache=(prepared.cache, prepared.cache_layout),
+                model=self._model, pack=prepared.pack.entries, runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
+            )
+            for role in ROLES
+        }  # fmt: skip
+        self._weights, self._addresses = self._upload_weights()
+        self._runners = {role: Runner(graph, graph.new_context(), self._addresses, self._stream) for role, graph in self._graphs.items()}
+        self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
+        self._free: list[SequenceMemory] = []
+        self._lock = threading.Lock()
+
+    @property
+    def max_prefill_rows(self) -> int:
+        """See :class:`trimode.runtime.session.Session`."""
+        return max_rows(self._target.graphs["ar"])
+
+    def check_block_length(self, block_length: int) -> None:
+        """See :class:`trimode.runtime.session.Session`."""
+        check_block_length(self._target, block_length)
+
+    def new_cache(self) -> TensorRTCache:
+        """See :class:`trimode.runtime.session.Session`. Takes the memory of a sequence that nobody uses any more, where there is one."""
+        with self._lock:  # what is queued on the stream while a forward is recorded would be recorded with it
+            memory = self._free.pop() if self._free else SequenceMemory(self._prepared, self._stream)
+        return TensorRTCache(memory, self._prepared.cache, self._free)
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+        """See :class:`trimode.runtime.session.Session`."""
+        rows = input_ids.shape[1]
+        cache.reserve(past_length + rows)
+        profile = choose_profile(self._target.graphs[role], rows)
+        memory, io = cast("TensorRTCache", cache).memory, self._prepared.io[role]
+        values = {"input_ids": input_ids, "past_length": past_length, "input_length": rows, "drafter_scale": drafter_scale}
+        with self._lock:
+            write_inputs(io, self._pinned.bytes, values)
+            address, returned = memory.io(role).address, io.copied_end - io.inputs_end
+            self._stream.copy_in(address, self._pinned.address, io.inputs_end)
+            self._forward(role, memory, profile, rows)
+            self._stream.copy_out(self._pinned.address + io.inputs_end, address + io.inputs_end, returned)
+            self._stream.synchronize()
+            copied = read_outputs(io, self._pinned.bytes, rows)
+        outputs = (spec.name for spec in io.contract.outputs)
+        return tuple(copied[name] if name in copied else self._on_device(role, memory, name, rows) for name in outputs)
+
+    def close(self) -> None:
+        """Save compiled kernels where they are kept, and give the GPU's memory back."""
+        with self._lock:
+            for graph in self._graphs.values():
+                graph.save_kernels()
+            self._runners.clear()
+            self._graphs.clear()
+            for memory in self._free:
+                memory.close()
+            self._free.clear()
+            self._weights.close()
+            self._pinned.close()
+            self._stream.close()
+
+    def _upload_weights(self) -> tuple[DeviceMemory, dict[str, int]]:
+        names = sorted({name for graph in self._graphs.values() for name in graph.bindings.weights})
+        layout = lay_out({name: self._prepared.pack.entries[name].num_bytes for name in names})
+        memory = DeviceMemory(layout.num_bytes, "the weights")
+        upload(self._prepared.pack, layout.offsets, memory, self._stream)
+        return memory, {name: memory.address + offset for name, offset in layout.offsets.items()}
+
+    def _forward(self, role: Role, memory: SequenceMemory, profile: int, rows: int) -> None:
+        """Queue a forward: as recorded before, or step by step, and then record it where that is possible."""
+        graph = self._graphs[role]
+        recorded = memory.recorded.get((role, rows))
+        if recorded is not None:
+            recorded.launch()
+        elif graph.replays_itself or not recurs(graph.record.profiles[profile], rows, self._model):
+            runner = self._runners[role]
+            runner.prepare(memory, profile, rows)
+            runner.launch()
+        else:
+            # A recorded forward holds only as long as its context is left alone, so it gets one of its own. The first forward on it is
+            # executed step by step: it settles what depends on the shapes, which must not be recorded.
+            runner = Runner(graph, graph.new_recorded_context(), self._addresses, self._stream)
+            runner.prepare(memory, profile, rows)
+            runner.launch()
+            memory.recorded[role, rows] = self._record(runner)
+
+    def _record(self, runner: Runner) -> Launchable:
+        self._stream.synchronize()
+        try:
+            return RecordedForward(RecordedWork(self._stream, runner.launch), runner)
+        except DeviceError as error:
+            logger.info("forwards are queued step by step: %s", error.message)
+            return runner
+
+    def _on_device(self, role: Role, memory: SequenceMemory, name: str, rows: int) -> Any:
+        io = self._prepared.io[role]
+        spec = next(spec for spec in io.contract.outputs if spec.name == name)
+        shape, dtype = tensor_shape(spec, rows), np.dtype(spec.dtype)
+
+        def fetch() -> Array:
+            values = np.empty(shape, dtype)
+            with self._lock:
+                self._stream.copy_out(values.ctypes.data, memory.io(role).address + io.layout.offsets[name], values.nbytes)
+                self._stream.synchronize()
+            return values
+
+        return DeviceArray(shape, dtype, fetch)
+
+
+def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:
+    """Write the inputs of a forward into host memory that is laid out like a sequence's."""
+    for spec in io.contract.inputs:
+        data = np.ascontiguousarray(values[spec.name], np.dtype(spec.dtype)).reshape(-1).view(np.uint8)
+        begin = io.layout.offsets[spec.name]
+        memory[begin : begin + data.size] = data
+
+
+def read_outputs(io: IoLayout, memory: Any, rows: int) -> dict[str, Array]:
+    """Copies of the outputs that a forward of ``rows`` rows has left in host memory."""
+    outputs = {}
+    for spec in io.contract.outputs:
+        if spec.name not in DEVICE_OUTPUTS:
+            begin = io.layout.offsets[spec.name]
+            data = memory[begin : begin + tensor_bytes(spec, rows)].copy()
+            outputs[spec.name] = data.view(np.dtype(spec.dtype)).reshape(tensor_shape(spec, rows))
+    return outputs

@@ -1,0 +1,107 @@
+"""A TensorRT target as far as it can be read and checked without a GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.errors import BundleError, DeviceError, UsageError
+from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs
+from trimode.runtime.bundle import Bundle
+from trimode.runtime.device import Gpu, NoGpu
+from trimode.runtime.manifest import TargetRecord
+from trimode.runtime.pack import WeightPack
+from trimode.runtime.tensorrt_library import import_library
+from trimode.runtime.tensorrt_plan import IoLayout, Layout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows
+
+_MAGIC = (b"vtrt", b"ftrt")
+"""How the engine files of TensorRT-RTX and of TensorRT begin."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A target as read and checked without a GPU.
+
+    Attributes:
+        trt: the library, of the version that compiled the engines.
+        engines: engine file of each role.
+        cache: type and shape of every cache tensor.
+    """
+
+    trt: Any
+    engines: dict[Role, Path]
+    pack: WeightPack
+    io: dict[Role, IoLayout]
+    cache: TensorSpec
+    cache_layout: Layout
+    memory: MemoryPlan
+
+
+def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
+    """Check what can be checked without a GPU: the library's version, the engine files, the weight pack, and the memory they need.
+
+    Raises:
+        DependencyError: the library is not installed.
+        BundleError: it has another version, or a file is damaged.
+    """
+    trt = import_library(target.backend)
+    check_library(trt, target)
+    manifest = bundle.manifest
+    engines = {role: bundle.path / target.graphs[role].file for role in ROLES}
+    engine_bytes = sum(check_engine_file(path) for path in engines.values())
+    pack = WeightPack(bundle.path / manifest.weights.file)
+    io = {role: lay_out_io(manifest.graphs[role].contract, max_rows(target.graphs[role])) for role in ROLES}
+    capacity = target.capacity or manifest.model.num_positions
+    cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
+    cache_layout = lay_out_cache(manifest.model, target.compute_dtype, capacity)
+    bound = [entry for name, entry in pack.entries.items() if target.placement == "shared" or name.startswith("rope.")]
+    memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.num_bytes, sum(x.layout.num_bytes for x in io.values()))
+    return Prepared(trt, engines, pack, io, cache, cache_layout, memory)
+
+
+def check_library(trt: Any, target: TargetRecord) -> None:
+    """Raise :class:`BundleError` unless the library is the one, to the version, that compiled the engines."""
+    found = f"{target.backend} {trt.__version__}"
+    if found != target.library:
+        name, _, version = target.library.partition(" ")
+        raise BundleError(f"expected {target.library}, which compiled the engines, found {found}",
+                          f"build the target again with `trimode build`, or pip install {name.replace('_', '-')}=={version}")  # fmt: skip
+
+
+def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
+    """The GPU, if it is one that the engines were compiled for.
+
+    Raises:
+        DeviceError: it is another, or there is none.
+    """
+    wanted = f"a GPU of compute capability {target.compute_capability}" if target.compute_capability else "a GPU"
+    if isinstance(gpu, NoGpu):
+        raise DeviceError(f"expected {wanted}, found no GPU ({gpu.reason})", "the rest of the target is in order; run it where there is such a GPU")
+    if target.compute_capability not in (None, gpu.compute_capability):
+        raise DeviceError(f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
+                          f"build a target for this GPU: trimode build --target sm{gpu.compute_capability.replace('.', '')}")  # fmt: skip
+    return gpu
+
+
+def check_engine_file(path: Path) -> int:
+    """Size of an engine file in bytes; :class:`BundleError` where it is none."""
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise BundleError(f"{path}: expected an engine, found none", "build the target again with `trimode build`") from error
+    if magic not in _MAGIC:
+        raise BundleError(f"{path}: expected an engine, found a file that begins with {magic!r}", "build the target again with `trimode build`")
+    return size
+
+
+def check_block_length(target: TargetRecord, block_length: int) -> None:
+    """Raise :class:`UsageError` unless every engine of a target takes blocks of this length."""
+    for role in ROLES:
+        record = target.graphs[role]
+        if not any(profile.holds(1, block_length) for profile in record.profiles):
+            raise UsageError(f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",
+                             "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip

@@ -1,0 +1,145 @@
+"""The passes: what they change, that the lowered graph still computes the same, and that they refuse what they do not understand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from checkpoints import SHAPES, config_of, write_checkpoint
+from onnx.reference import ReferenceEvaluator
+
+from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, caches, lower, to_bytes, weights
+from trimode.compiler.plan import describe_model
+from trimode.compiler.weights import plan_pack, write_pack
+from trimode.errors import BuildError
+from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
+from trimode.graphs.contract import ROLES, DType, Role, cache_specs, graph_contract
+from trimode.graphs.trace import trace_role
+from trimode.runtime.pack import WeightPack
+
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CAPACITY = 41
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    changes, dtype, rank, shards = SHAPES["three_kv_heads"]
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("c") / "it", config_of(**changes), dtype=dtype, rank=rank, shards=shards))
+
+
+@pytest.fixture(scope="module")
+def traced(checkpoint: Checkpoint) -> dict[Role, ir.Model]:
+    return {role: trace_role(role, checkpoint.config, describe_model(checkpoint), checkpoint.drafter) for role in ROLES}
+
+
+def feeds(checkpoint: Checkpoint, dtype: DType, graph: ir.Model, folder: Path) -> dict[str, np.ndarray]:
+    """Ragged rows, a cache with something in it, and every weight by its name."""
+    model = describe_model(checkpoint)
+    layout, _ = plan_pack(checkpoint, model.num_positions, dtype)
+    write_pack(layout, folder / "pack", lambda _: None)
+    pack, rng = WeightPack(folder / "pack"), np.random.default_rng(0)
+    fed: dict[str, np.ndarray] = {
+        "input_ids": rng.integers(0, 100, (2, 7)), "past_length": np.array([3, 30]), "input_length": np.array([7, 4]),
+        "drafter_scale": np.array(1, np.float32),
+    }  # fmt: skip
+    shape = (2, model.num_key_value_heads, CAPACITY, model.head_dim)
+    fed |= {spec.name: (rng.standard_normal(shape) * 0.3).astype(NUMPY[dtype]) for spec in cache_specs(model, "past_key_values")}
+    fed |= {name: pack.raw(name).view(NUMPY[entry.dtype]).reshape(entry.shape) for name, entry in pack.entries.items()}
+    return {value.name: fed[value.name] for value in graph.graph.inputs if value.name}
+
+
+def run_ort(graph: ir.Model, fed: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(to_bytes(graph), options, providers=["CPUExecutionProvider"]).run(outputs, fed)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_graph_in_sixteen_bits_computes_the_same(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, dtype: DType, tmp_path: Path
+) -> None:
+    """ONNX Runtime for fp16, ONNX's own reference evaluator for bf16, which ONNX Runtime's CPU kernels do not know."""
+    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    wide = lower(traced[role], WeightsToInputs())
+    expected = run_ort(wide, feeds(checkpoint, "float32", wide, tmp_path), names)
+    narrow = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType(dtype), WeightsToInputs())
+    fed = feeds(checkpoint, dtype, narrow, tmp_path)
+    found = run_ort(narrow, fed, names) if dtype == "float16" else ReferenceEvaluator(onnx.load_from_string(to_bytes(narrow))).run(names, fed)
+    # Two layers, logits up to 12: a few dozen roundings of half a unit in the last place, 2^-11 and 2^-8 relative.
+    tolerance = {"float16": 0.03, "bfloat16": 0.25}[dtype]
+    for name, one, other in zip(names, expected, found, strict=True):
+        assert one.dtype == other.dtype, name
+        if one.dtype == np.float32:
+            np.testing.assert_allclose(other, one, atol=tolerance, err_msg=name)
+    ids = names.index("top_ids" if role == "draft" else "greedy_ids")
+    first = (expected[ids][..., 0], found[ids][..., 0]) if role == "draft" else (expected[ids], found[ids])
+    assert (first[0] == first[1]).mean() >= 0.9
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_names_and_types_after_lowering(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role) -> None:
+    model = describe_model(checkpoint)
+    before = to_bytes(lower(traced[role], WeightsToInputs()))
+    lowered = lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
+    contract = graph_contract(role, model)
+    declared = [*contract.inputs, *cache_specs(model, "past_key_values", "bfloat16", 99)]
+    found = list(lowered.graph.inputs)
+    assert [v.name for v in found[: len(declared)]] == [s.name for s in declared]
+    for value, spec in zip(found, declared, strict=False):
+        assert value.dtype is not None
+        assert value.dtype.name.lower() == {"float32": "float", "int64": "int64", "bfloat16": "bfloat16"}[spec.dtype]
+        assert value.shape is not None
+        assert [d if isinstance(d, int) else d.value for d in value.shape] == list(spec.shape)
+    names = set(checkpoint.tensors) | {"rope.cos", "rope.sin", "rope.query_scale"}
+    assert {v.name for v in found[len(declared) :]} <= names
+    assert {v.name: v.dtype for v in found}["rope.cos"] == ir.DataType.FLOAT  # angles stay exact
+    assert [v.name for v in lowered.graph.outputs[: len(contract.outputs)]] == [s.name for s in contract.outputs]
+    assert not weights(lowered)
+    assert to_bytes(lower(traced[role], WeightsToInputs())) == before  # passes work on copies
+    assert to_bytes(lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())) == to_bytes(lowered)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_weights_stored_in_sixteen_bits_are_widened(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path) -> None:
+    """bf16 weights in float32 arithmetic: exactly what float32 weights of the same values give."""
+    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    wide = lower(traced[role], WeightsToInputs())
+    fed = feeds(checkpoint, "float32", wide, tmp_path)
+    for name in checkpoint.tensors:
+        if name in fed:
+            fed[name] = fed[name].astype(np.float16).astype(np.float32)
+    stored = lower(traced[role], StoredType("float16"), WeightsToInputs())
+    narrow = {name: array.astype(np.float16) if name in checkpoint.tensors else array for name, array in fed.items()}
+    for one, other in zip(run_ort(wide, fed, names), run_ort(stored, narrow, names), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model]) -> None:
+    twice = {
+        "StaticCacheCapacity": (StaticCacheCapacity(8), StaticCacheCapacity(9)),
+        "ComputeType": (ComputeType("float16"), ComputeType("bfloat16")),
+        "StoredType": (ComputeType("float16"), StoredType("bfloat16")),
+        "WeightsToInputs": (WeightsToInputs(), WeightsToInputs()),
+    }
+    for name, steps in twice.items():
+        with pytest.raises(BuildError, match=rf"lower the graph \({name}\)"):
+            lower(traced["ar"], *steps)
+
+
+def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[Role, ir.Model]) -> None:
+    class Careless(ir.passes.InPlacePass):
+        """Retypes the cache and forgets what is computed with it."""
+
+        def call(self, model: ir.Model) -> ir.passes.PassResult:
+            for value in caches(model):
+                value.type = ir.TensorType(ir.DataType.FLOAT16)
+            return ir.passes.PassResult(model, modified=True)
+
+    with pytest.raises(BuildError, match="Careless"):
+        lower(traced["verify"], Careless())

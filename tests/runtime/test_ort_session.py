@@ -1,0 +1,185 @@
+"""ONNX Runtime with the weights as inputs: on the CPU, and on a GPU that is acted out by copies in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from conftest import Built
+
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.pipeline import build_bundle
+from trimode.errors import BundleError, DependencyError, UsageError
+from trimode.graphs.contract import ROLES
+from trimode.runtime import ort_library, ort_memory
+from trimode.runtime.bundle import Bundle, open_bundle
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.ort_memory import place, place_weights, zeros
+from trimode.runtime.ort_session import OrtCache, OrtSession
+from trimode.runtime.pack import WeightPack
+
+SHAPE = "three_kv_heads"
+
+
+@pytest.fixture(scope="session")
+def half(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A float16 pack with targets for the CPU (float32) and for a GPU (float16)."""
+    folder = tmp_path_factory.mktemp("half") / "bundle"
+    build_bundle(built(SHAPE).checkpoint, folder, BuildOptions(targets=("cpu", "cuda"), precision="fp16"))
+    return open_bundle(folder)
+
+
+def tokens(model: TriModeModel, length: int) -> list[Any]:
+    prompt = [np.random.default_rng(length).integers(12, 100, length).tolist()]
+    return [
+        call(prompt, max_new_tokens=30, **options)[0].tolist()
+        for call, options in ((model.ar_generate, {}), (model.generate, {"block_length": 8}), (model.linear_spec_generate, {"block_length": 8}))
+    ]
+
+
+def test_shared_weights_on_the_cpu(half: Bundle) -> None:
+    record = half.manifest.targets["cpu"]
+    assert (record.placement, record.compute_dtype, half.manifest.weights.dtype) == ("shared", "float32", "float16")
+    shared, portable = TriModeModel(half, OrtSession(half, record, 1)), TriModeModel(half, OrtSession(half, None, 1))
+    for length in (1, 40, 300):
+        assert tokens(shared, length) == tokens(portable, length)
+
+
+def test_every_graph_reads_the_same_memory(half: Bundle) -> None:
+    session = OrtSession(half, half.manifest.targets["cpu"], 1)
+    for name in session._read_by["ar"]:
+        assert {session._read_by[role][name].value.data_ptr() for role in ROLES if name in session._read_by[role]} == {
+            session._weights[name].value.data_ptr()
+        }
+    session.close()
+    assert not session.sessions
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An IO binding on which ``cuda`` is host memory, and binding an array copies it, as it does on a GPU."""
+
+    real: Any
+    on_gpu: dict[int, Any]
+
+    def bind_input(self, name: str, device: str, *rest: Any) -> None:
+        assert (device == "cuda") == (rest[-1] in self.on_gpu)
+        self.real.bind_input(name, "cpu", *rest)
+
+    def bind_output(self, name: str, device: str, *rest: Any) -> None:
+        assert (device == "cuda") == (rest[-1] in self.on_gpu)
+        self.real.bind_output(name, "cpu", *rest)
+
+    def bind_cpu_input(self, name: str, array: Any) -> None:
+        self.real.bind_cpu_input(name, array.copy())
+
+
+@pytest.fixture
+def act_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, sessions run on a GPU whose memory is copies in host memory."""
+    copies: dict[int, Any] = {}
+
+    def from_numpy(array: Any, device: str, _device_id: int) -> Any:
+        value = ort.OrtValue.ortvalue_from_numpy(array.copy() if device == "cuda" else array)
+        copies.update({value.data_ptr(): value} if device == "cuda" else {})
+        return value
+
+    class Session:
+        def __init__(self, *args: Any, **_: Any) -> None:
+            self.real = ort.InferenceSession(*args, providers=["CPUExecutionProvider"])
+            self.get_inputs = self.real.get_inputs
+
+        def io_binding(self) -> Binding:
+            return Binding(self.real.io_binding(), copies)
+
+        def run_with_iobinding(self, binding: Binding) -> None:
+            self.real.run_with_iobinding(binding.real)
+
+        def get_providers(self) -> list[str]:
+            return [ort_library.CUDA_PROVIDER, "CPUExecutionProvider"]
+
+    acted = SimpleNamespace(
+        OrtValue=SimpleNamespace(ortvalue_from_numpy=from_numpy), InferenceSession=Session, SessionOptions=ort.SessionOptions,
+        get_available_providers=lambda: [ort_library.CUDA_PROVIDER], __version__=ort.__version__,
+    )  # fmt: skip
+
+    def act() -> None:
+        monkeypatch.setattr(ort_memory, "ort", acted)
+        monkeypatch.setattr(ort_library, "ort", acted)
+
+    return act
+
+
+def test_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
+    """The float16 graphs over acted-out GPU memory give what they give over plain memory; the cache grows on the way."""
+    record = half.manifest.targets["cuda"]
+    plain = TriModeModel(half, OrtSession(half, record.model_copy(update={"device": "cpu"}), 1))
+    act_gpu()
+    on_gpu = TriModeModel(half, OrtSession(half, record, 1))
+    for length in (1, 40, 250):
+        assert tokens(on_gpu, length) == tokens(plain, length)
+    caches = [model.session.new_cache() for model in (on_gpu, plain)]
+    outputs = [model.session.run("verify", cache, np.arange(8)[None] + 20, 0) for model, cache in zip((on_gpu, plain), caches, strict=True)]
+    assert type(outputs[0][2]) is not np.ndarray
+    assert outputs[0][2].shape == outputs[1][2].shape
+    np.testing.assert_array_equal(np.asarray(outputs[0][2]), outputs[1][2])
+
+
+def test_without_the_cuda_provider(half: Bundle) -> None:
+    if ort_library.CUDA_PROVIDER in ort.get_available_providers():
+        pytest.skip("it is here")
+    with pytest.raises(DependencyError, match="with the CUDA provider, found") as raised:
+        OrtSession(half, half.manifest.targets["cuda"])
+    assert "onnxruntime-gpu" in raised.value.hint
+
+
+def test_a_pack_that_does_not_fit(half: Bundle, tmp_path: Any) -> None:
+    pack = WeightPack(half.path / half.manifest.weights.file)
+    name, entry = next(iter(pack.entries.items()))
+    shape = list(entry.shape)
+    cases = (("missing", "float", [3]), (name, "float", [*shape, 1]), (name, "bfloat16", shape), (name, "int4", shape))
+    for other, kind, declared in cases:
+        with pytest.raises(BundleError, match=f"{other}: expected tensor"):
+            place_weights(pack, [{other: SimpleNamespace(type=f"tensor({kind})", shape=declared)}], "cpu")
+
+
+def test_bfloat16_bits_are_kept() -> None:
+    bits = np.array([[0x3F80, 0x7FC1, 0xFF80, 0x0001]], np.uint16)
+    assert place(bits.view(np.float16), "bfloat16", "cpu").numpy().view(np.uint16).tolist() == bits.tolist()
+    assert zeros((2, 3), "bfloat16", "cpu").numpy().tolist() == [[0] * 3] * 2
+
+
+def test_unaligned_tensors_are_copied() -> None:
+    odd = np.arange(13, dtype=np.uint8)[1:].view("<f4")
+    np.testing.assert_array_equal(place(odd, "float32", "cpu").numpy(), odd)
+
+
+def test_a_capacity_that_graphs_fix(built: Callable[[str], Built]) -> None:
+    cache = OrtCache(built(SHAPE).model.model, "float16", "cpu", 300)
+    cache.reserve(10)
+    assert (cache.capacity, cache.values[".0.key"].numpy().dtype) == (300, np.float16)
+    with pytest.raises(UsageError, match="at most 300 tokens"):
+        cache.reserve(301)
+
+
+def test_threads() -> None:
+    with pytest.raises(UsageError, match="at least 1 thread"):
+        OrtSession(None, None, 0)  # type: ignore[arg-type]
+
+
+def test_the_cache_is_updated_in_place(half: Bundle) -> None:
+    """Past and present are one memory: a forward leaves every slot but its own as it was."""
+    session = OrtSession(half, half.manifest.targets["cpu"], 1)
+    cache = session.new_cache()
+    session.run("ar", cache, np.arange(20)[None] + 12, 0)
+    before = {name: buffer.numpy().copy() for name, buffer in cache.values.items()}
+    session.run("verify", cache, np.arange(4)[None] + 12, 9)
+    for name, buffer in cache.values.items():
+        changed = (buffer.numpy() != before[name]).any((0, 1, 3)).nonzero()[0]
+        assert set(changed.tolist()) <= {9, 10, 11, 12}
+        assert changed.size

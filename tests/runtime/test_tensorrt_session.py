@@ -1,0 +1,512 @@
+"""The TensorRT session: its plans, its calls against the installed libraries, and the whole of it over a GPU acted out in host memory."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import importlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import host_gpu
+import numpy as np
+import onnx
+import pytest
+from conftest import Built
+from host_gpu import MAGIC, HostCuda, HostDriver, host_tensorrt
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from trimode.compiler.backends import lower_for
+from trimode.compiler.lowering import to_bytes
+from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
+from trimode.graphs.trace import trace_role
+from trimode.runtime import device, tensorrt_memory
+from trimode.runtime.bundle import Bundle, read_manifest
+from trimode.runtime.device import Gpu, NoGpu
+from trimode.runtime.manifest import EngineRecord, ProfileRecord, TargetRecord
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.ort_session import OrtSession
+from trimode.runtime.pack import WeightPack
+from trimode.runtime.tensorrt_plan import (
+    EngineTensor,
+    MemoryPlan,
+    check_memory,
+    choose_profile,
+    describe_rows,
+    lay_out,
+    lay_out_io,
+    plan_bindings,
+    tensor_bytes,
+)
+from trimode.runtime.tensorrt_session import TensorRTSession
+from trimode.runtime.tensorrt_target import check_gpu, check_library, prepare
+
+VERSION = "1.7.1.116"
+BLOCK_LENGTHS = (1, 2, 8, 32)
+SHAPE = "three_kv_heads"
+
+
+def profiles(*ranges: tuple[int, int, int], batch: tuple[int, int, int] = (1, 1, 4)) -> EngineRecord:
+    return EngineRecord(file="x", profiles=tuple(ProfileRecord(batch=batch, rows=rows) for rows in ranges))
+
+
+BLOCKS = profiles(*((n, n, n) for n in BLOCK_LENGTHS))
+PROFILES = {"ar": profiles((1, 1, 2), (1, 100, 100)), "draft": BLOCKS, "verify": BLOCKS}
+
+
+def record_of(backend: Any = "tensorrt_rtx", dtype: Any = "float32", placement: Any = "shared", **changes: Any) -> TargetRecord:
+    graphs = {role: EngineRecord(file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles) for role in ROLES}
+    values = {
+        "backend": backend, "device": "cuda", "compute_capability": "8.9", "compute_dtype": dtype, "placement": placement, "capacity": 1088,
+        "workspace_mib": None, "library": f"{backend} {VERSION}", "graphs": graphs, **changes,
+    }  # fmt: skip
+    return TargetRecord(**values)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A bundle with engines for the acted-out GPU, and what to compare them with."""
+
+    cuda: HostCuda
+    libraries: dict[str, Any]
+    bundles: dict[str, Bundle]
+    references: dict[str, TriModeModel]
+
+    def session(self, record: TargetRecord, **options: Any) -> TensorRTSession:
+        return TensorRTSession(self.bundles[record.compute_dtype], record, **options)
+
+    def model(self, record: TargetRecord, **options: Any) -> TriModeModel:
+        return TriModeModel(self.bundles[record.compute_dtype], self.session(record, **options))
+
+    def contexts(self, record: TargetRecord) -> list[Any]:
+        return [context for engine in self.libraries[record.backend].engines for context in engine.contexts]
+
+
+@pytest.fixture(scope="session")
+def graphs(built: Callable[[str], Built]) -> dict[Role, Any]:
+    """As traced."""
+    opened = open_checkpoint(built(SHAPE).checkpoint)
+    return {role: trace_role(role, opened.config, built(SHAPE).model.model, opened.drafter) for role in ROLES}
+
+
+@pytest.fixture(scope="session")
+def bundles(built: Callable[[str], Built], graphs: dict[Role, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """The engines of every kind of target, in one bundle for each type of the weights."""
+    folder = tmp_path_factory.mktemp("engines")
+    for dtype in ("float32", "float16"):
+        shutil.copytree(built(SHAPE).bundle, folder / dtype)
+    narrow = {n: t if n.startswith("rope.") else t.half() for n, t in load_file(folder / "float16" / "weights.safetensors").items()}
+    save_file(narrow, folder / "float16" / "weights.safetensors")
+    for role, graph in graphs.items():
+        for record in (record_of(), record_of(dtype="float16"), record_of("tensorrt")):
+            (folder / record.compute_dtype / record.graphs[role].file).write_bytes(MAGIC + to_bytes(lower_for(record, graph)))
+        baked = record_of(placement="baked").graphs[role].file
+        (folder / "float32" / baked).write_bytes(MAGIC + with_weights(folder / "float32" / f"{role}.onnx"))
+    return {dtype: Bundle(folder / dtype, read_manifest(folder / dtype)) for dtype in ("float32", "float16")}
+
+
+def with_weights(path: Path) -> bytes:
+    graph = onnx.load(path)
+    for value in (*graph.graph.input, *graph.graph.output):
+        if value.name.startswith(("past_key_values", "present")):
+            value.type.tensor_type.shape.dim[2].dim_value = 1088
+    del graph.graph.value_info[:]
+    return graph.SerializeToString()
+
+
+@pytest.fixture(scope="session")
+def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str, TriModeModel]:
+    """The same graphs in ONNX Runtime."""
+    bundle = bundles["float16"]
+    files = {role: EngineRecord(file=f"{role}.reference") for role in ROLES}
+    half = record_of("onnxruntime", "float16", device="cpu", compute_capability=None, capacity=None, library="any", graphs=files)
+    for role, graph in graphs.items():
+        (bundle.path / files[role].file).write_bytes(to_bytes(lower_for(half, graph)))
+    return {
+        "float32": TriModeModel(bundles["float32"], OrtSession(bundles["float32"], None, 1)),
+        "float16": TriModeModel(bundle, OrtSession(bundle, half, 1)),
+    }
+
+
+@pytest.fixture
+def host(bundles: dict[str, Bundle], references: dict[str, TriModeModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    cuda = HostCuda()
+    libraries = {name: host_tensorrt(cuda, name, VERSION) for name in ("tensorrt_rtx", "tensorrt")}
+    for name, module in {"cuda.bindings.runtime": cuda, "cuda.bindings.driver": HostDriver(), **libraries}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    device.cudart.cache_clear()
+    yield Host(cuda, libraries, bundles, references)
+    for library in libraries.values():
+        library.engines.clear()
+    gc.collect()
+    assert not cuda.live, "everything is given back"
+    device.cudart.cache_clear()
+
+
+RECORDS = {
+    "rtx": record_of(), "rtx half": record_of(dtype="float16"), "full": record_of("tensorrt"), "baked": record_of(placement="baked"),
+}  # fmt: skip
+
+
+def prompt_of(length: int) -> list[list[int]]:
+    return [np.random.default_rng(length).integers(12, 100, length).tolist()]
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_tokens_are_those_of_onnx_runtime(host: Host, kind: str) -> None:
+    ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
+    for length in (1, 7, 350):
+        prompt = prompt_of(length)
+        assert np.array_equal(ours.ar_generate(prompt, max_new_tokens=20)[0], reference.ar_generate(prompt, max_new_tokens=20)[0])
+        for block_length in BLOCK_LENGTHS:
+            for threshold in (0.0, 0.9):
+                options: dict[str, Any] = {"max_new_tokens": 20, "block_length": block_length, "threshold": threshold}
+                for name in ("generate", "linear_spec_generate"):
+                    (got, nfe), (expected, expected_nfe) = getattr(ours, name)(prompt, **options), getattr(reference, name)(prompt, **options)
+                    assert (got.tolist(), nfe) == (expected.tolist(), expected_nfe)
+    ours.close()
+
+
+def test_prompt_chunks_fit_the_largest_profile(host: Host) -> None:
+    model = host.model(RECORDS["rtx"])
+    assert model.session.max_prefill_rows == 100
+    stream = model.stream(prompt_of(350), "ar", max_new_tokens=1)
+    list(stream)
+    assert stream.result.prefill_forwards == 4
+
+
+def test_logits_stay_until_asked_for(host: Host) -> None:
+    outputs = {}
+    for name, model in (("ours", host.model(RECORDS["rtx"])), ("reference", host.references["float32"])):
+        cache = model.session.new_cache()
+        model.session.run("ar", cache, np.array(prompt_of(40)), 0)
+        outputs[name] = model.session.run("verify", cache, np.array(prompt_of(8)), 40)
+    greedy, accepted, logits = outputs["ours"]
+    assert logits.shape == (1, 8, host.references["float32"].model.vocab_size)
+    assert type(logits) is not np.ndarray
+    np.testing.assert_array_equal(np.asarray(logits), outputs["reference"][2])
+    np.testing.assert_array_equal(logits[0, -1], outputs["reference"][2][0, -1])
+    np.testing.assert_array_equal(greedy, np.asarray(logits).argmax(-1))
+    np.testing.assert_array_equal(accepted, outputs["reference"][1])
+    with pytest.raises(ValueError, match="copy"):
+        np.array(logits, copy=False)
+
+
+def test_full_tensorrt_replays_recorded_blocks(host: Host) -> None:
+    model = host.model(RECORDS["full"])
+    first = model.linear_spec_generate(prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108)[0]
+    replayed = host.cuda.num_replayed
+    assert replayed > 4
+    contexts = len(host.contexts(RECORDS["full"]))
+    # The next sequence takes over the memory of the first, and what was recorded over it.
+    assert np.array_equal(model.linear_spec_generate(prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108)[0], first)
+    assert len(host.contexts(RECORDS["full"])) == contexts
+    assert host.cuda.num_replayed > 2 * replayed
+
+
+def test_what_cannot_be_recorded_runs_step_by_step(host: Host) -> None:
+    host.cuda.refuses_recording = True
+    ours = host.model(RECORDS["full"]).generate(prompt_of(7), max_new_tokens=20, block_length=8)[0]
+    assert host.cuda.num_replayed == 0
+    assert np.array_equal(ours, host.references["float32"].generate(prompt_of(7), max_new_tokens=20, block_length=8)[0])
+
+
+def test_profiles_are_switched_only_when_they_change(host: Host) -> None:
+    model = host.model(RECORDS["rtx"])
+    model.ar_generate(prompt_of(30), max_new_tokens=20, eos_token_id=108)
+    model.ar_generate(prompt_of(30), max_new_tokens=20, eos_token_id=108)
+    switches = sorted(context.num_profile_switches for context in host.contexts(RECORDS["rtx"]))
+    assert switches == [0, 0, 4]
+
+
+def test_sequences_in_turns_and_in_threads(host: Host) -> None:
+    model, reference = host.model(RECORDS["full"]), host.references["float32"]
+    prompts = [[[20 + i, 30, 40]] for i in range(6)]
+    alone = [reference.linear_spec_generate(p, max_new_tokens=40, block_length=8)[0].tolist() for p in prompts]
+    streams = [model.stream(p, "linear_spec", max_new_tokens=40, block_length=8) for p in prompts]
+    tokens = [list(p[0]) for p in prompts]
+    for _ in range(41):
+        for stream, so_far in zip(streams, tokens, strict=True):
+            so_far += next(stream, ([], None))[0]
+    assert [[t] for t in tokens] == alone
+    del streams, stream
+    gc.collect()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda p: model.linear_spec_generate(p, max_new_tokens=40, block_length=8)[0].tolist(), prompts)) == alone
+
+
+def test_memory_of_finished_sequences_is_used_again(host: Host) -> None:
+    model = host.model(RECORDS["rtx"])
+    model.ar_generate(prompt_of(5), max_new_tokens=3)
+    gc.collect()
+    held = len(host.cuda.live)
+    for _ in range(3):
+        model.ar_generate(prompt_of(5), max_new_tokens=3)
+        gc.collect()
+    assert len(host.cuda.live) == held
+    both = [model.new_sequence(prompt_of(5)), model.new_sequence(prompt_of(6))]
+    assert len(host.cuda.live) == held + 1
+    del both
+
+
+def test_weights_travel_in_pieces(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_memory, "CHUNK_BYTES", 1000)  # several pieces a tensor, the last one short
+    model = host.model(RECORDS["rtx"])
+    assert host.cuda.largest_copy == 1000
+    assert np.array_equal(model.ar_generate(prompt_of(7))[0], host.references["float32"].ar_generate(prompt_of(7))[0])
+
+
+def test_baked_engines_take_no_weights(host: Host) -> None:
+    shared, baked = host.session(RECORDS["rtx"]), host.session(RECORDS["baked"])
+    assert shared._weights.num_bytes > 10000
+    assert baked._weights.num_bytes == 0
+
+
+def test_compiled_kernels_are_kept(host: Host, tmp_path: Path) -> None:
+    for i in range(2):
+        model = host.model(RECORDS["rtx"], runtime_cache=tmp_path / "kernels")
+        model.ar_generate(prompt_of(3), max_new_tokens=2)
+        model.close()
+        assert [(p.name, p.read_bytes()) for p in sorted((tmp_path / "kernels").iterdir())] == [
+            (f"{role}.kernels", b"kernels:+" + b"+" * i) for role in ROLES
+        ]
+    (tmp_path / "kernels" / "ar.kernels").write_bytes(b"of another machine")
+    host.model(RECORDS["rtx"], runtime_cache=tmp_path / "kernels").close()
+    assert (tmp_path / "kernels" / "ar.kernels").read_bytes() == b"kernels:+"
+
+
+def test_a_library_that_compiles_no_kernels_keeps_none(host: Host, tmp_path: Path) -> None:
+    host.model(RECORDS["full"], runtime_cache=tmp_path / "kernels").close()
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_block_lengths_that_were_not_built(host: Host) -> None:
+    model = host.model(RECORDS["rtx"])
+    for call in (model.generate, model.linear_spec_generate):
+        with pytest.raises(UsageError, match=r"built for \(1, 2, 8, 32\), found 16"):
+            call(prompt_of(5), block_length=16)
+    with pytest.raises(UsageError, match="found 16"):
+        model.stream(prompt_of(5), "diffusion", block_length=16)
+    model.stream(prompt_of(5), "ar", block_length=16)
+    cache = model.session.new_cache()
+    with pytest.raises(UsageError, match=r"1, 2, 8, 32.*found 3"):
+        model.session.run("verify", cache, np.ones((1, 3), np.int64), 0)
+    with pytest.raises(UsageError, match=r"1 to 2, 1 to 100.*found 101"):
+        model.session.run("ar", cache, np.ones((1, 101), np.int64), 0)
+
+
+def test_a_text_longer_than_the_cache(host: Host) -> None:
+    cache = host.session(RECORDS["rtx"]).new_cache()
+    cache.reserve(1088)
+    with pytest.raises(UsageError, match=r"at most 1088 tokens.*found 1089"):
+        cache.reserve(1089)
+
+
+def test_errors_before_and_on_the_gpu(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RECORDS["rtx"]
+    with pytest.raises(DeviceError, match=r"compute capability 12\.0, found HOST 4090 of 8\.9"):
+        host.session(record_of(compute_capability="12.0"))
+    with pytest.raises(BundleError, match=r"expected tensorrt_rtx 1\.6, which compiled the engines, found tensorrt_rtx 1\.7\.1\.116"):
+        host.session(record_of(library="tensorrt_rtx 1.6"))
+    short = host.bundles["float32"].path / "short"
+    graphs = {**record.graphs, "draft": EngineRecord(file="short", profiles=record.graphs["draft"].profiles)}
+    for content, message in (
+        (b"", "begins with b''"),
+        (b"ONNX" * 9, "begins with b'ONNX'"),
+        (MAGIC, "refuses the engine: Serialization assertion failed\nhint"),
+    ):
+        short.write_bytes(content)
+        with pytest.raises(BundleError, match=message):
+            host.session(record_of(graphs=graphs))
+    short.unlink()
+    with pytest.raises(BundleError, match="found none"):
+        host.session(record_of(graphs=graphs))
+    host.cuda.properties.totalGlobalMem = 1 << 20
+    with pytest.raises(DeviceError, match=r"GPU memory \(weights .* on HOST 4090"):
+        host.session(record)
+    needed = prepare(host.bundles["float32"], record).memory
+    host.cuda.properties.totalGlobalMem = needed.total
+    session = host.session(record)
+    kept = [session.new_cache()]
+    with pytest.raises(DeviceError, match=r"cudaMalloc of \d+ bytes for the cache of a sequence.*cudaErrorMemoryAllocation") as raised:
+        kept.extend(iter(session.new_cache, None))
+    assert "free memory" in raised.value.hint
+    monkeypatch.setattr(host_gpu.IExecutionContext, "execute_async_v3", lambda *_: False)
+    host.cuda.properties.totalGlobalMem = 1 << 40
+    with pytest.raises(DeviceError, match="expected tensorrt_rtx to run ar, found: no message"):
+        session.run("ar", kept[0], np.ones((1, 1), np.int64), 0)
+
+
+# Plans
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers(0, 5000), max_size=8))
+def test_layouts_are_aligned_and_do_not_overlap(sizes: dict[str, int]) -> None:
+    layout = lay_out(sizes)
+    end = 0
+    for name, size in sizes.items():
+        assert layout.offsets[name] % 256 == 0
+        assert layout.offsets[name] >= end
+        end = layout.offsets[name] + size
+    assert end <= layout.num_bytes < end + 256
+
+
+def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> None:
+    model = built(SHAPE).model.model
+    for role in ROLES:
+        contract = graph_contract(role, model)
+        io = lay_out_io(contract, 32)
+        for spec in contract.inputs:
+            assert io.layout.offsets[spec.name] + tensor_bytes(spec, 32) <= io.inputs_end
+        for spec in contract.outputs:
+            begin = io.layout.offsets[spec.name]
+            assert begin >= (io.copied_end if spec.name == "logits" else io.inputs_end)
+            assert begin + tensor_bytes(spec, 32) <= (io.layout.num_bytes if spec.name == "logits" else io.copied_end)
+
+
+def test_the_narrowest_profile_is_chosen() -> None:
+    record = profiles((1, 512, 512), (1, 1, 1), (8, 8, 8), (4, 8, 64))
+    assert [choose_profile(record, rows) for rows in (1, 2, 5, 8, 65, 512)] == [1, 0, 3, 2, 0, 0]
+    assert describe_rows(record) == "1, 1 to 512, 4 to 64, 8"
+    for bad in (profiles((8, 8, 8)), profiles(), profiles((1, 512, 512), batch=(2, 2, 4))):
+        with pytest.raises(UsageError, match="found 9"):
+            choose_profile(bad, 9)
+
+
+def tensors_of(role: Role, bundle: Bundle, weights: list[str]) -> tuple[dict[str, EngineTensor], TensorSpec]:
+    model, pack = bundle.manifest.model, WeightPack(bundle.path / "weights.safetensors")
+    cache = cache_specs(model, "past_key_values", "float32", 64)[0]
+    contract = graph_contract(role, model)
+    found = [EngineTensor(s.name, s in contract.inputs, s.dtype, tuple(-1 if isinstance(d, str) else d for d in s.shape))
+             for s in (*contract.inputs, *contract.outputs)]  # fmt: skip
+    for prefix in ("past_key_values", "present"):
+        found += [EngineTensor(s.name, prefix != "present", "float32", (-1, *cache.shape[1:])) for s in cache_specs(model, prefix)]  # type: ignore[arg-type]
+    found += [EngineTensor(name, True, pack.entries[name].dtype, pack.entries[name].shape) for name in weights]
+    return {tensor.name: tensor for tensor in found}, cache
+
+
+def test_bindings(built: Callable[[str], Built]) -> None:
+    bundle = built(SHAPE).model.bundle
+    model, pack = bundle.manifest.model, WeightPack(bundle.path / "weights.safetensors")
+    weights = ["rope.cos", "diffusion_head.weight"]
+    for role in ROLES:
+        tensors, cache = tensors_of(role, bundle, weights)
+
+        def plan(changed: dict[str, EngineTensor], role: Role = role, cache: TensorSpec = cache) -> Any:
+            return plan_bindings(role, changed.values(), graph_contract(role, model), model, cache, pack.entries)
+
+        bindings = plan(tensors)
+        assert set(bindings.weights) == set(weights)
+        assert bindings.caches["past_key_values.1.value"] == bindings.caches["present.1.value"] == ".1.value"
+        assert plan({n: t for n, t in tensors.items() if n != "past_length"}).inputs == tuple(n for n in bindings.inputs if n != "past_length")
+        for name in ("present.0.key", graph_contract(role, model).outputs[0].name):
+            with pytest.raises(BundleError, match=f"{role} engine: expected a tensor {name}, found none"):
+                plan({n: t for n, t in tensors.items() if n != name})
+        changes: dict[str, tuple[dict[str, Any], ...]] = {
+            "input_ids": ({"dtype": "float32"}, {"shape": (-1,)}),
+            graph_contract(role, model).outputs[0].name: ({"dtype": "float32"}, {"shape": (-1, -1, -1, 7)}),
+            "past_key_values.0.key": ({"dtype": "float16"}, {"shape": (*cache.shape, 1)}, {"shape": (-1, 3, 65, 16)}),
+            "rope.cos": ({"dtype": "float16"}, {"shape": (5, 5)}),
+        }
+        for name, change in ((name, change) for name, several in changes.items() for change in several):
+            with pytest.raises(BundleError, match=f"expected {name} to be"):
+                plan({**tensors, name: EngineTensor(**{**vars(tensors[name]), **change})})
+        for extra in (EngineTensor("scale", True, "float32", ()), EngineTensor("rope.sin", False, "float32", pack.entries["rope.sin"].shape)):
+            with pytest.raises(BundleError, match=f"found {extra.name}"):
+                plan({**tensors, extra.name: extra})
+
+
+def test_checks_without_a_gpu() -> None:
+    gpu = Gpu("RTX", "8.9", 1 << 30)
+    assert check_gpu(record_of(compute_capability=None), gpu) is gpu
+    with pytest.raises(DeviceError, match=r"compute capability 8\.9, found no GPU \(none\)") as raised:
+        check_gpu(record_of(), NoGpu("none"))
+    assert "in order" in raised.value.hint
+    check_memory(MemoryPlan(1, 2, 3, 4), gpu)
+    with pytest.raises(DeviceError, match=r"at least 1\.50 GiB of GPU memory \(weights 1\.00, engines 0\.00, cache 0\.50"):
+        check_memory(MemoryPlan(0, 1 << 30, 1 << 29, 0), gpu)
+
+
+def test_the_modules_import_nothing_heavy() -> None:
+    heavy = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
+    code = f"import sys, trimode.runtime.tensorrt_session, trimode.runtime.backends; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The installed libraries
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, bundles: dict[str, Bundle]) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(DependencyError, match="expected the package tensorrt, found") as raised:
+        prepare(bundles["float32"], record_of("tensorrt"))
+    assert raised.value.hint == "pip install 'trimode[tensorrt]'"
+
+
+def test_on_a_machine_without_gpu_all_else_is_checked(bundles: dict[str, Bundle]) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("cuda.bindings.runtime")
+    if isinstance(device.find_gpu(), Gpu):
+        pytest.skip("there is a GPU")
+    record = record_of(library=f"tensorrt_rtx {trt.__version__}")
+    check_library(trt, record)
+    with pytest.raises(DeviceError, match="found no GPU"):
+        TensorRTSession(bundles["float32"], record)
+
+
+RUNTIME = Path(tensorrt_memory.__file__).parent
+CALLED_ON = {
+    "trt": "", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig", "_runtime": "Runtime",
+}  # fmt: skip
+
+
+def attributes(file: str) -> set[tuple[str, str]]:
+    """(last name of what it is taken from, attribute) of every attribute in a module of the runtime."""
+    nodes = [n for n in ast.walk(ast.parse((RUNTIME / file).read_text())) if isinstance(n, ast.Attribute)]
+    owner = {ast.Name: lambda n: n.id, ast.Attribute: lambda n: n.attr}
+    return {(owner.get(type(n.value), lambda _: "")(n.value), n.attr) for n in nodes}
+
+
+def test_every_cuda_name_exists() -> None:
+    runtime, driver = pytest.importorskip("cuda.bindings.runtime"), importlib.import_module("cuda.bindings.driver")
+    names = {a for file in ("device.py", "tensorrt_memory.py") for _, a in attributes(file) if a.startswith(("cuda", "cu")) and a != "cudart"}
+    enums = (runtime.cudaError_t, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
+    assert len(names) > 20
+    for name in names:
+        assert any(hasattr(owner, name) for owner in (runtime, driver, *enums)), name
+    for name in ("major", "minor", "name", "totalGlobalMem"):
+        assert hasattr(runtime.cudaDeviceProp, name)
+
+
+def test_every_tensorrt_name_exists() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    seen = set()
+    for file in ("tensorrt_graph.py", "tensorrt_library.py"):
+        for base, name in attributes(file):
+            if base in CALLED_ON:
+                owner = getattr(trt, CALLED_ON[base]) if CALLED_ON[base] else trt
+                assert hasattr(owner, name), (base, name)
+                seen.add(base)
+    assert seen == set(CALLED_ON)
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "ON_PROFILE_CHANGE")
+    assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
+    assert {"deserialize", "serialize"} <= set(dir(trt.IRuntimeCache))
+
+
+def test_what_is_acted_out_exists() -> None:
+    trt, runtime = pytest.importorskip("tensorrt_rtx"), pytest.importorskip("cuda.bindings.runtime")
+    for name in ("IExecutionContext", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache"):
+        acted = {n for n in vars(getattr(host_gpu, name)) if not n.startswith("_")} - {"execute"}
+        assert acted <= set(dir(getattr(trt, name))), name
+    assert {n for n in vars(HostCuda) if n.startswith("cuda")} <= set(dir(runtime))
