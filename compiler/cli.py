@@ -48,23 +48,78 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command()
 def build(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Folder to write.")],
-    target: Annotated[str, typer.Option(help="Where the bundle will run: cpu.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="Type of weights and activations: fp32.")] = "fp32",
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Folder to write, or a bundle of this checkpoint to add to.")],
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Where the bundle will run, repeatable; `trimode targets` lists them. [default: cpu]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; if left out what the GPUs prefer and all targets can run, fp32 on a CPU.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
     ] = None,
+    block_lengths: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Block lengths to compile engines for; if left out 8, 16, 32 and the model's own.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most sequences in one forward of an engine.")] = 1,
+    weights: Annotated[str, typer.Option(help="Engines share the one pack (shared), or each holds its own copy (baked).")] = "shared",
+    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache of TensorRT (TensorRT-RTX has none).")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Engines compiled at a time; one a core if left out.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor fill the cache of traced graphs and engines.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle: three graphs over one weight pack."""
-    _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock")
-    from trimode.compiler.console import RichProgress
-    from trimode.compiler.pipeline import BuildOptions, build_bundle
+    """Compile a checkpoint into a bundle, for one target or several; add targets to a bundle that exists."""
+    _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock", "platformdirs")
+    from trimode.compiler.build_command import BuildRequest, run_build
 
-    with RichProgress() as progress:
-        manifest = build_bundle(checkpoint, output, BuildOptions(target, precision, max_length, force), progress)
-    size = sum(record.num_bytes for record in manifest.files.values())
-    sys.stderr.write(f"built {output}: {len(manifest.graphs)} graphs over one weight pack, {size / 1e6:.1f} MB\n")
+    request = BuildRequest(
+        tuple(target or ("cpu",)), precision, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache, force, as_json
+    )
+    run_build(checkpoint, output, request)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from.")],
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    long: Annotated[
+        int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each generation.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code 1 if they differ."""
+    _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
+    from trimode.compiler.verify_command import VerifyRequest, run_verify
+
+    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List where bundles can run, and what this machine can compile for and run now."""
+    from trimode.compiler.targets_command import list_targets
+
+    list_targets(as_json=as_json)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete every entry that no build is using.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show, or clear, the cache of traced graphs and engines."""
+    _need("the compiler", "compile", "filelock", "platformdirs")
+    from trimode.compiler.cache_command import show_cache
+
+    show_cache(clear=clear, as_json=as_json)
 
 
 @app.command()
@@ -79,14 +134,17 @@ def run(
     block_length: Annotated[int | None, typer.Option(help="Slots of a block; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
+    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where TensorRT-RTX keeps kernels it compiles for this GPU.")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, or token ids, in one of the modes."""
-    _need("the runtime on CPU", "ort", "onnxruntime")
     from trimode.compiler.run_command import RunRequest, run_prompts
 
-    request = RunRequest(mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, threads, as_json)
+    request = RunRequest(
+        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, target, threads, runtime_cache, as_json
+    )
     run_prompts(bundle, request)
 
 
@@ -104,12 +162,12 @@ def _need(what: str, extra: str, *modules: str) -> None:
         raise DependencyError(f"expected {', '.join(missing)} for {what}, found not installed", f"pip install 'trimode[{extra}]'")
 
 
-def parse_token_ids(text: str) -> list[int]:
+def parse_ints(text: str) -> list[int]:
     """``"1,2,3"`` -> ``[1, 2, 3]``."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UsageError(f"expected token ids like 1,2,3, found {text!r}", "separate whole numbers by commas") from error
+        raise UsageError(f"expected whole numbers like 1,2,3, found {text!r}", "separate them by commas") from error
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from trimode.compiler.progress import Advance
 
 
 class RichProgress:
@@ -18,7 +21,6 @@ class RichProgress:
         self._bars = Progress(
             TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console, disable=self._plain
         )
-        self._task: TaskID | None = None
 
     def __enter__(self) -> RichProgress:
         self._bars.start()
@@ -27,13 +29,8 @@ class RichProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def stage(self, name: str, total: int) -> None:
-        """A stage begins."""
+    def stage(self, name: str, total: int) -> Advance:
+        """See :class:`~trimode.compiler.progress.Progress`."""
         if self._plain:
             sys.stderr.write(f"{name} ...\n")
-        self._task = self._bars.add_task(name, total=total)
-
-    def advance(self, steps: int) -> None:
-        """The stage made progress."""
-        if self._task is not None:
-            self._bars.advance(self._task, steps)
+        return partial(self._bars.advance, self._bars.add_task(name, total=total))

@@ -1,36 +1,90 @@
-"""``trimode inspect``: what a bundle holds."""
+"""``trimode inspect``: what a bundle holds, and what sharing the weights saves."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from trimode.runtime.bundle import read_manifest
-from trimode.runtime.manifest import Manifest
+from trimode.runtime.manifest import Manifest, ProfileRecord, TargetRecord
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
-    """Print the manifest, for people or as JSON."""
+    """Print the manifest, for people or as JSON with the figures of :func:`sharing`."""
     manifest = read_manifest(path)
-    sys.stdout.write(manifest.model_dump_json(indent=1) + "\n" if as_json else "\n".join(describe(manifest)) + "\n")
+    if as_json:
+        data = {**manifest.model_dump(mode="json"), "sharing": sharing(manifest)}
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    else:
+        sys.stdout.write("\n".join(describe(manifest)) + "\n")
+
+
+def sharing(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the pack, how many compiled graphs read it, and the bytes that a copy in each of them would take on top."""
+    pack_bytes = manifest.files[manifest.weights.file].num_bytes
+    users = sum(len(record.graphs) for record in manifest.targets.values() if record.placement != "baked")
+    return {"pack_bytes": pack_bytes, "graphs": users, "bytes_saved": pack_bytes * max(users - 1, 0)}
 
 
 def describe(manifest: Manifest) -> list[str]:
     """The manifest in lines for people."""
+    return [*_model(manifest), "", *_graphs(manifest), *_targets(manifest), "", *_files(manifest), "", *_versions(manifest)]
+
+
+def _model(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
     size, heads = manifest.source.num_parameters / 1e6, f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}"
-    lines = [
-        f"model      {manifest.source.name}, {size:.1f} M parameters, {manifest.precision}, {', '.join(manifest.targets)}",
-        f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}",
-        f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}",
-        f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})",
-        f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}",
-        "",
-    ]
+    yield f"model      {manifest.source.name}, {size:.1f} M parameters, {manifest.precision}"
+    yield f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}"
+    yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
+    yield f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})"
+    yield f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}"
+
+
+def _graphs(manifest: Manifest) -> Iterator[str]:
     for role, graph in manifest.graphs.items():
-        lines.append(f"{role:<8} {graph.contract.attention:<14} {graph.file}")
+        yield f"{role:<8} {graph.contract.attention:<14} {graph.file}"
         for kind, specs in (("in", graph.contract.inputs), ("out", graph.contract.outputs)):
-            lines += [f"         {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs]
-    lines += ["", *(f"{record.num_bytes:>13,}  {record.sha256[:16]}  {name}" for name, record in sorted(manifest.files.items())), ""]
-    lines.append("built with " + ", ".join(f"{k} {v}" for k, v in (("trimode", manifest.trimode_version), *manifest.libraries.items())))
-    return lines
+            yield from (f"         {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs)
+
+
+def _targets(manifest: Manifest) -> Iterator[str]:
+    facts = sharing(manifest)
+    yield ""
+    for name, record in manifest.targets.items():
+        where = f"compute capability {record.compute_capability}" if record.compute_capability else record.device
+        yield f"{name:<14} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
+        if record.capacity is not None:
+            yield f"               K/V cache of {record.capacity} slots"
+            yield from (f"               {role:<7} {_profiles(engine.profiles)}" for role, engine in record.graphs.items())
+    yield ""
+    yield (
+        f"weights        one pack of {facts['pack_bytes'] / 1e6:.1f} MB serves {facts['graphs']} compiled graphs: "
+        f"{facts['bytes_saved'] / 1e6:.1f} MB less than a copy in each"
+    )
+    yield from _baked(manifest.targets)
+
+
+def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
+    names = [name for name, record in targets.items() if record.placement == "baked"]
+    if names:
+        yield f"               the engines of {', '.join(names)} hold copies of their own"
+
+
+def _profiles(profiles: tuple[ProfileRecord, ...]) -> str:
+    def span(low: int, high: int) -> str:
+        return str(low) if low == high else f"{low}..{high}"
+
+    sizes = ", ".join(span(profile.rows[0], profile.rows[2]) for profile in profiles)
+    return f"rows {sizes}; batch {span(profiles[0].batch[0], profiles[0].batch[2])}"
+
+
+def _files(manifest: Manifest) -> Iterator[str]:
+    for name, record in sorted(manifest.files.items()):
+        yield f"{record.num_bytes:>15,}  {record.sha256[:16]}  {name}"
+
+
+def _versions(manifest: Manifest) -> Iterator[str]:
+    yield "built with " + ", ".join(f"{k} {v}" for k, v in (("trimode", manifest.trimode_version), *manifest.libraries.items()))

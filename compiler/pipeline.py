@@ -1,6 +1,7 @@
 """checkpoint -> bundle, as a flat list of stages. Start reading here.
 
-A stage takes the state of the build and adds to it; the bundle appears under its name only when the last one is done.
+A stage takes the state of the build and adds to it. A new bundle appears under its name only when the last stage is done; a bundle that
+exists already gets the targets it lacks, and is whole before, between and after.
 """
 
 from __future__ import annotations
@@ -10,79 +11,67 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import onnx_ir as ir
 
 import trimode
+from trimode.compiler.backends import Graphs, compile_engines, write_lowered_graphs
+from trimode.compiler.cache import ContentCache
+from trimode.compiler.existing import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.graphfile import check_graph, save_graph
-from trimode.compiler.staging import check_destination, check_space, staged_folder
-from trimode.compiler.weights import PackLayout, SourceDigest, plan_pack, write_pack
-from trimode.errors import UsageError
-from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import ROLES, ModelInfo, Role, graph_contract
-from trimode.graphs.trace import trace_role
+from trimode.compiler.lowering import StoredType, lower
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.plan import BuildPlan, make_plan
+from trimode.compiler.progress import Progress, Silent
+from trimode.compiler.source import SourceDigest, stamp_of
+from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
+from trimode.compiler.toolchain import require_toolchain
+from trimode.compiler.traced import traced_graph
+from trimode.compiler.weights import PackLayout, PackWriter, plan_pack
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.contract import ROLES, graph_contract
 from trimode.runtime.bundle import sha256_of
-from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, FileRecord, GraphRecord, Manifest, SourceRecord
+from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, FileRecord, GraphRecord, Manifest, PackRecord, SourceRecord
 
-DEFAULT_MAX_LENGTH = 32768
-MAX_BLOCK_LENGTH = 64
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-TARGETS = ("cpu",)
-PRECISIONS = ("fp32",)
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """What a user can choose.
+class BuildResult:
+    """What a build did.
 
     Attributes:
-        target: ``cpu`` (ONNX Runtime).
-        precision: ``fp32``.
-        max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
-        force: replace an existing bundle.
+        manifest: of the bundle as it is now.
+        built: targets that were added; none where the bundle had them all.
+        num_cached: engines that came from the cache.
     """
 
-    target: str = "cpu"
-    precision: str = "fp32"
-    max_length: int | None = None
-    force: bool = False
-
-
-class Progress(Protocol):
-    """Told what happens, so that the pipeline itself draws nothing."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage begins that will make ``total`` steps (bytes for the weights, graphs for tracing)."""
-
-    def advance(self, steps: int) -> None:
-        """The current stage made ``steps`` more."""
-
-
-class Silent:
-    """A :class:`Progress` that shows nothing."""
-
-    def stage(self, name: str, total: int) -> None:
-        """See :class:`Progress`."""
-
-    def advance(self, steps: int) -> None:
-        """See :class:`Progress`."""
+    manifest: Manifest
+    built: tuple[str, ...]
+    num_cached: int
 
 
 @dataclass
 class BuildState:
-    """What the stages hand on."""
+    """What the stages hand on.
 
-    options: BuildOptions
-    checkpoint: Checkpoint
-    folder: Path
+    Attributes:
+        folder: where files are written; it becomes the bundle, or part of it.
+        pack: path of the weight pack; outside ``folder`` where the bundle exists already.
+        base: manifest of the bundle that exists already.
+    """
+
+    plan: BuildPlan
     progress: Progress
-    model: ModelInfo
+    cache: ContentCache | None
+    folder: Path
+    pack: Path
     layout: PackLayout
     source: SourceDigest
-    graphs: dict[Role, ir.Model] = field(default_factory=dict)
+    base: Manifest | None = None
+    graphs: Graphs = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    writer: PackWriter | None = None
+    num_cached: int = 0
     manifest: Manifest | None = None
 
     def record(self, name: str, sha256: str | None = None) -> None:
@@ -91,124 +80,151 @@ class BuildState:
         self.files[name] = FileRecord(sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size)
 
 
-def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> Manifest:
-    """Build a bundle.
+def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
+    """Build a bundle, or add targets to one.
 
     Args:
         checkpoint: folder of a Hugging Face checkpoint.
-        output: folder to create.
-        options: see :class:`BuildOptions`.
+        output: folder to create, or a bundle of the same checkpoint.
+        options: see :class:`~trimode.compiler.options.BuildOptions`.
         progress: told about stages; None = silent.
 
     Raises:
-        UsageError: an option is out of range, or ``output`` exists.
+        UsageError: an option is out of range, or ``output`` is something else than a bundle of this checkpoint.
         CheckpointError: the checkpoint is incomplete or not of this family.
-        BuildError: the bundle could not be written; nothing is left behind.
+        DependencyError: the library that compiles for a target is not installed.
+        BuildError: a target cannot be compiled for here, or the bundle could not be written; what was there before still is.
     """
     options, progress = options or BuildOptions(), progress or Silent()
-    _check_options(options)
-    check_destination(output, force=options.force)
+    options.check()
+    check_destination(output)
     opened = open_checkpoint(checkpoint)
-    model = describe_model(opened, options)
-    layout, source = plan_pack(opened, model.num_positions)
-    with staged_folder(output, force=options.force) as folder:
+    base = None if options.force else read_existing(output)
+    plan = make_plan(opened, options, base)
+    cache = ContentCache(options.cache, options.cache_limit_bytes) if options.cache else None
+    result = _create(plan, output, progress, cache) if base is None else _extend(base, plan, output, progress, cache)
+    if cache is not None and result.built:
+        cache.prune()
+    return result
+
+
+def _create(plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
+    for target in plan.targets.values():
+        require_toolchain(target)
+    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype)
+    with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
-        state = BuildState(options, opened, folder, progress, model, layout, source)
-        for stage in STAGES:
+        return _run(NEW_BUNDLE, BuildState(plan, progress, cache, folder, folder / WEIGHTS, layout, source))
+
+
+def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
+    check_same(base, output, plan, progress)
+    plan = without_built(plan, base)
+    if not plan.targets:
+        return BuildResult(base, (), 0)
+    for target in plan.targets.values():
+        require_toolchain(target)
+    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype)
+    with added_to_bundle(output, drop_targets(base, list(plan.targets)), list(plan.targets)) as folder:
+        return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, output / base.weights.file, layout, source, base))
+
+
+def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) -> BuildResult:
+    try:
+        for stage in stages:
             stage(state)
-        assert state.manifest is not None
-        return state.manifest
+            if state.writer is not None:
+                state.writer.check()
+    finally:
+        if state.writer is not None:
+            state.writer.stop()
+    assert state.manifest is not None
+    (state.folder / MANIFEST).write_text(state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return BuildResult(state.manifest, tuple(state.plan.targets), state.num_cached)
 
 
 def trace_graphs(state: BuildState) -> None:
     """One graph per role, under fake tensors."""
-    state.progress.stage("trace graphs", len(ROLES))
+    advance = state.progress.stage("trace graphs", len(ROLES))
     for role in ROLES:
-        state.graphs[role] = trace_role(role, state.checkpoint.config, state.model, state.checkpoint.drafter)
-        state.progress.advance(1)
+        state.graphs[role] = traced_graph(role, state.plan.checkpoint, state.plan.model, state.cache)
+        advance(1)
 
 
-def write_weights(state: BuildState) -> None:
-    """Copy the checkpoint into one pack, chunk by chunk."""
-    state.progress.stage("write weights", state.layout.num_bytes)
-    state.record(WEIGHTS, write_pack(state.layout, state.folder / WEIGHTS, state.progress.advance))
+def start_weights(state: BuildState) -> None:
+    """Begin to copy the checkpoint into one pack: it waits for the disk while the next stages keep the processor busy."""
+    state.writer = PackWriter(state.layout, state.pack, state.progress.stage("write weights", state.layout.num_bytes))
+
+
+def finish_weights(state: BuildState) -> None:
+    """Wait for the pack."""
+    assert state.writer is not None
+    state.record(WEIGHTS, state.writer.result())
 
 
 def write_graphs(state: BuildState) -> None:
-    """Save the graphs beside the pack they refer to, and check them."""
-    state.progress.stage("write graphs", len(ROLES))
+    """Save the portable graphs beside the pack they refer to, and check them."""
+    advance = state.progress.stage("write graphs", len(ROLES))
     for role, graph in state.graphs.items():
         path = state.folder / f"{role}.onnx"
-        save_graph(graph, state.layout, WEIGHTS, path)
+        portable = lower(graph) if state.plan.dtype == "float32" else lower(graph, StoredType(state.plan.dtype))
+        save_graph(portable, state.layout, state.pack, path)
         check_graph(path)
         state.record(path.name)
-        state.progress.advance(1)
+        advance(1)
+
+
+def compile_targets(state: BuildState) -> None:
+    """Lower the graphs for each target and compile its engines; those that copy the weights wait for the pack."""
+    if state.writer is not None and any(record.placement == "baked" for record in state.plan.records.values()):
+        state.writer.result()
+    write_lowered_graphs(state.plan, state.graphs, state.folder)
+    state.num_cached = compile_engines(state.plan, state.graphs, state.layout, state.pack, state.folder, state.cache, state.progress)
+    for record in state.plan.records.values():
+        for engine in record.graphs.values():
+            if engine.file not in state.files and (state.folder / engine.file).is_file():  # portable graphs are recorded already
+                state.record(engine.file)
 
 
 def copy_tokenizer(state: BuildState) -> None:
     """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that takes token ids only."""
-    state.progress.stage("copy tokenizer", len(COPIED_FILES))
+    advance = state.progress.stage("copy tokenizer", len(COPIED_FILES))
     for name in COPIED_FILES:
-        if (state.checkpoint.path / name).is_file():
-            shutil.copyfile(state.checkpoint.path / name, state.folder / name)
+        if (state.plan.checkpoint.path / name).is_file():
+            shutil.copyfile(state.plan.checkpoint.path / name, state.folder / name)
             state.record(name)
-        state.progress.advance(1)
+        advance(1)
 
 
-def write_manifest(state: BuildState) -> None:
-    """Describe it all."""
-    state.progress.stage("write manifest", 1)
+def describe_bundle(state: BuildState) -> None:
+    """The manifest of a new bundle."""
+    plan, checkpoint = state.plan, state.plan.checkpoint
+    assert plan.precision in ("fp32", "fp16", "bf16")
     state.manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        precision=state.options.precision,
-        targets=(state.options.target,),
-        model=state.model,
+        precision=plan.precision,
+        model=plan.model,
         source=SourceRecord(
-            name=state.checkpoint.path.resolve().name,
+            name=checkpoint.path.resolve().name,
             sha256=state.source.hexdigest(),
-            num_parameters=sum(t.num_bytes // 4 for name, t in state.layout.tensors.items() if name in state.checkpoint.tensors),
+            stamp=stamp_of(checkpoint),
+            num_parameters=sum(tensor.num_elements for name, tensor in state.layout.tensors.items() if name in checkpoint.tensors),
         ),
-        graphs={role: GraphRecord(file=f"{role}.onnx", contract=graph_contract(role, state.model)) for role in ROLES},
-        weights=WEIGHTS,
+        graphs={role: GraphRecord(file=f"{role}.onnx", contract=graph_contract(role, plan.model)) for role in ROLES},
+        weights=PackRecord(file=WEIGHTS, dtype=plan.dtype),
+        targets=plan.records,
         files=state.files,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
-    (state.folder / MANIFEST).write_text(state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    state.progress.advance(1)
 
 
-STAGES: tuple[Callable[[BuildState], None], ...] = (trace_graphs, write_weights, write_graphs, copy_tokenizer, write_manifest)
+def describe_additions(state: BuildState) -> None:
+    """The manifest of the bundle with its new targets."""
+    assert state.base is not None
+    rest = drop_targets(state.base, list(state.plan.targets))
+    state.manifest = rest.model_copy(update={"targets": {**rest.targets, **state.plan.records}, "files": {**rest.files, **state.files}})
 
 
-def describe_model(checkpoint: Checkpoint, options: BuildOptions) -> ModelInfo:
-    """The facts that decoding needs, from the checkpoint and the options."""
-    config = checkpoint.config
-    limit = config.max_position_embeddings
-    max_length = min(limit, DEFAULT_MAX_LENGTH) if options.max_length is None else options.max_length
-    if not 2 <= max_length <= limit:
-        raise UsageError(
-            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), found {max_length}",
-            "choose --max-length in that range",
-        )
-    return ModelInfo(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        mask_token_id=config.mask_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
-        block_size=min(config.block_size, MAX_BLOCK_LENGTH),
-        max_length=max_length,
-        max_block_length=MAX_BLOCK_LENGTH,
-        has_drafter=checkpoint.drafter is not None,
-    )
-
-
-def _check_options(options: BuildOptions) -> None:
-    for name, value, known in (("target", options.target, TARGETS), ("precision", options.precision, PRECISIONS)):
-        if value not in known:
-            raise UsageError(f"expected --{name} {' or '.join(known)}, found {value!r}", f"this version builds for {' and '.join(known)}")
+NEW_BUNDLE = (start_weights, trace_graphs, write_graphs, compile_targets, copy_tokenizer, finish_weights, describe_bundle)
+ADDED_TARGETS = (trace_graphs, compile_targets, describe_additions)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimode.compiler.cli import parse_token_ids
+from trimode.compiler.cli import parse_ints
 from trimode.errors import UsageError
 from trimode.runtime.decode import ALGORITHMS, Mode
 from trimode.runtime.model import Generation, Stream, TriModeModel
@@ -31,7 +31,9 @@ class RunRequest:
     block_length: int | None
     threshold: float | None
     use_drafter: bool
+    target: str | None
     threads: int | None
+    runtime_cache: Path | None
     as_json: bool
 
 
@@ -48,7 +50,7 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
     """Answer every prompt of a request; see the command's help."""
     mode = parse_mode(request.mode)
     prompts = list(read_prompts(request))
-    model = TriModeModel.from_pretrained(bundle, num_threads=request.threads)
+    model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache)
     num_right, num_known = 0, 0
     for prompt in prompts:
         stream = _start(model, prompt, mode, request)
@@ -61,6 +63,7 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
             sys.stdout.flush()
         else:
             sys.stderr.write(summary(stream.result) + "\n")
+    model.close()
     if num_known:
         sys.stderr.write(f"exact match: {num_right} of {num_known}\n")
 
@@ -85,7 +88,7 @@ def read_prompts(request: RunRequest) -> Iterator[Prompt]:
             raise UsageError("expected a prompt, found an empty one", "pass some text to --prompt")
         yield Prompt(text=request.prompt)
     elif request.token_ids is not None:
-        yield Prompt(token_ids=parse_token_ids(request.token_ids))
+        yield Prompt(token_ids=parse_ints(request.token_ids))
     else:
         assert request.prompts_file is not None
         yield from read_prompts_file(request.prompts_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from filelock import FileLock, Timeout
 
 from trimode.errors import BuildError, UsageError
 from trimode.files import recover, staged_replacement
-from trimode.runtime.manifest import MANIFEST
+from trimode.runtime.manifest import MANIFEST, Manifest
+
+_ADDITION = ".partial-"
 
 
 @contextlib.contextmanager
@@ -25,23 +28,41 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """
     output = output.absolute()
     with _disk_errors(output):
-        check_destination(output, force=force)
+        _check_free(output, force=force)
         output.parent.mkdir(parents=True, exist_ok=True)
         with _lock(output):
             recover(output)
-            check_destination(output, force=force)
+            _check_free(output, force=force)
             with staged_replacement(output) as staging:
                 yield staging
 
 
-def check_destination(output: Path, *, force: bool) -> None:
-    """Refuse an existing output unless it is a bundle and ``force`` is given."""
-    if not output.exists():
-        return
-    if not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
+@contextlib.contextmanager
+def added_to_bundle(output: Path, rest: Manifest, targets: list[str]) -> Iterator[Path]:
+    """Yield an empty folder whose ``engines/<target>`` and manifest become part of the bundle when the block ends well.
+
+    ``rest`` describes the bundle without ``targets``: it holds while their files are being replaced, so that a bundle which is interrupted
+    there lacks them and has nothing half.
+
+    Raises:
+        BuildError: another build is writing the same bundle, or the disk is full or not writable.
+    """
+    output = output.absolute()
+    with _disk_errors(output), _lock(output):
+        for leftover in output.glob(f"{_ADDITION}*"):  # of a build that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        staged = Path(tempfile.mkdtemp(prefix=_ADDITION, dir=output))
+        try:
+            yield staged
+            _publish(staged, output, rest, targets)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_destination(output: Path) -> None:
+    """Refuse an existing output unless it is a bundle or an empty folder."""
+    if output.exists() and not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output}: expected a new folder or a bundle, found something else", "choose another output; it will not be touched")
-    if not force and (output / MANIFEST).is_file():
-        raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
 
 
 def check_space(output: Path, num_bytes: int) -> None:
@@ -50,6 +71,31 @@ def check_space(output: Path, num_bytes: int) -> None:
     if free < num_bytes:
         found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB"
         raise BuildError(found, "free some space or choose another disk")
+
+
+def _check_free(output: Path, *, force: bool) -> None:
+    check_destination(output)
+    if (output / MANIFEST).is_file() and not force:
+        raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
+
+
+def _publish(staged: Path, output: Path, rest: Manifest, targets: list[str]) -> None:
+    if any((output / "engines" / name).exists() for name in targets):
+        _replace_manifest(output, rest.model_dump_json(indent=1) + "\n")
+    for name in targets:
+        new, old = staged / "engines" / name, output / "engines" / name
+        if old.exists():
+            shutil.rmtree(old)
+        if new.exists():  # a target that runs the portable graphs has no files of its own
+            old.parent.mkdir(exist_ok=True)
+            new.rename(old)
+    _replace_manifest(output, (staged / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _replace_manifest(output: Path, text: str) -> None:
+    new = output / f"{_ADDITION}{MANIFEST}"
+    new.write_text(text, encoding="utf-8")
+    new.replace(output / MANIFEST)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from checkpoints import config_of, write_checkpoint
 from conftest import Built
 from safetensors.numpy import load_file
 
-from trimode.compiler.pipeline import BuildOptions, build_bundle
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.staging import staged_folder
 from trimode.errors import BuildError, CheckpointError, UsageError
 from trimode.graphs.checkpoint import open_checkpoint, to_float32
@@ -52,10 +53,10 @@ def test_the_manifest_lists_every_file(built: Callable[[str], Built]) -> None:
 
 
 def test_source_digest_follows_the_weights(checkpoint: Path, tmp_path: Path) -> None:
-    first = build_bundle(checkpoint, tmp_path / "a").source.sha256
-    assert build_bundle(checkpoint, tmp_path / "b").source.sha256 == first
+    first = build_bundle(checkpoint, tmp_path / "a").manifest.source.sha256
+    assert build_bundle(checkpoint, tmp_path / "b").manifest.source.sha256 == first
     other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
-    assert build_bundle(other, tmp_path / "c").source.sha256 != first
+    assert build_bundle(other, tmp_path / "c").manifest.source.sha256 != first
     for name in ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors"):  # same input, same bytes
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -63,12 +64,13 @@ def test_source_digest_follows_the_weights(checkpoint: Path, tmp_path: Path) -> 
 def test_existing_bundles_are_replaced_only_by_force(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     build_bundle(checkpoint, output)
-    with pytest.raises(UsageError, match="found a bundle"):
-        build_bundle(checkpoint, output)
+    other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
+    with pytest.raises(UsageError, match="other weights"):
+        build_bundle(other, output)
     (output / "stale").touch()
     build_bundle(checkpoint, output, BuildOptions(force=True))
     assert not (output / "stale").exists()
-    assert leftovers(tmp_path) == ["bundle"]
+    assert leftovers(tmp_path) == ["bundle", "other"]
 
 
 def test_what_is_no_bundle_is_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
@@ -81,7 +83,22 @@ def test_what_is_no_bundle_is_never_replaced(checkpoint: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "options", [BuildOptions(target="h100"), BuildOptions(precision="fp8"), BuildOptions(max_length=1), BuildOptions(max_length=2000)]
+    "options",
+    [
+        BuildOptions(targets=("abacus",)),
+        BuildOptions(targets=()),
+        BuildOptions(precision="fp8"),
+        BuildOptions(max_length=1),
+        BuildOptions(max_length=2000),
+        BuildOptions(block_lengths=()),
+        BuildOptions(block_lengths=(0,)),
+        BuildOptions(block_lengths=(65,)),
+        BuildOptions(max_batch=0),
+        BuildOptions(workspace_mib=0),
+        BuildOptions(num_jobs=0),
+        BuildOptions(targets=("auto",)),
+        BuildOptions(weights="elsewhere"),  # type: ignore[arg-type]
+    ],
 )
 def test_options_out_of_range(checkpoint: Path, tmp_path: Path, options: BuildOptions) -> None:
     with pytest.raises(UsageError):
@@ -105,12 +122,10 @@ def test_max_length_is_kept(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_interruption_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     class Interrupt:
-        def stage(self, name: str, total: int) -> None:
+        def stage(self, name: str, total: int) -> Callable[[int], None]:
             if name == "write graphs":
                 raise KeyboardInterrupt
-
-        def advance(self, steps: int) -> None:
-            pass
+            return lambda _: None
 
     with pytest.raises(KeyboardInterrupt):
         build_bundle(checkpoint, tmp_path / "bundle", progress=Interrupt())

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoints import config_of, write_checkpoint
 from conftest import Built
 
 FIELDS = {"text", "token_ids", "mode", "nfe", "prefill_forwards", "tokens_per_forward", "acceptance_length", "finish_reason", "elapsed_s"}
@@ -21,7 +23,7 @@ def trimode(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_version_and_help() -> None:
     assert trimode("--version").stdout.startswith("trimode 0.")
-    for command in ("build", "run", "inspect"):
+    for command in ("build", "run", "inspect", "targets", "verify", "cache"):
         assert command in trimode("--help").stdout
         assert trimode(command, "--help").returncode == 0
 
@@ -64,7 +66,7 @@ def test_inspect(built: Callable[[str], Built]) -> None:
     shown = trimode("inspect", it.bundle)
     for word in ("weights.safetensors", "verify", "accepted_length", "bidirectional", "adapter"):
         assert word in shown.stdout
-    assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 1
+    assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 2
 
 
 def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) ->
     # A runner may have started the tests with interrupts ignored, which children inherit.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as build:
         assert build.stderr is not None
-        assert build.stderr.readline() == "trace graphs ...\n"
+        assert [build.stderr.readline() for _ in range(2)] == ["write weights ...\n", "trace graphs ...\n"]
         build.send_signal(signal.SIGINT)
         rest = build.stderr.read()
     assert build.returncode == 130
@@ -102,7 +104,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no tokenizer": (["run", "BUNDLE", "--prompt", "hello"], 2, "tokenizer.json"),
     "unknown mode": (["run", "BUNDLE", "--token-ids", "1", "--mode", "warp"], 2, "--mode"),
     "no ids": (["run", "BUNDLE", "--token-ids", ""], 2, "empty prompt"),
-    "ids that are words": (["run", "BUNDLE", "--token-ids", "a,b"], 2, "token ids like"),
+    "ids that are words": (["run", "BUNDLE", "--token-ids", "a,b"], 2, "whole numbers like"),
     "id too large": (["run", "BUNDLE", "--token-ids", "109"], 2, "from 0 to 108, found 109"),
     "id negative": (["run", "BUNDLE", "--token-ids", "5,-3"], 2, "found -3"),
     "prompt too long": (["run", "BUNDLE", "--token-ids", ",".join(["20"] * 1024)], 2, "shorter than 1024"),
@@ -142,3 +144,68 @@ def test_bad_prompt_files(built: Callable[[str], Built], tmp_path: Path, content
     assert done.returncode == 2
     assert "prompts.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_targets_lists_what_this_machine_can_do() -> None:
+    by_name = {row["target"]: row for row in json.loads(trimode("targets", "--json").stdout)}
+    assert by_name["cpu"]["why_not_build"] is None
+    assert by_name["cpu"]["why_not_run"] is None
+    assert by_name["rtx-4090"] == {
+        "target": "rtx-4090", "compute_capability": "8.9", "backend": "tensorrt_rtx", "precisions": ["bf16", "fp16", "int8", "int4", "fp8"],
+        "memory_gb": 24, "why_not_build": None, "why_not_run": by_name["rtx-4090"]["why_not_run"],
+    }  # fmt: skip
+    table = trimode("targets").stdout
+    for row in by_name.values():
+        assert row["target"] in table
+        for reason in (row["why_not_build"], row["why_not_run"]):
+            assert reason is None or f"] {reason}" in table
+
+
+def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
+    assert json.loads(trimode("cache", "--json").stdout) == {"folder": str(tmp_path / "cache"), "entries": 0, "num_bytes": 0, "deleted": 0}
+    entry = tmp_path / "cache" / "ab" / ("ab" * 32)
+    entry.parent.mkdir(parents=True)
+    entry.write_bytes(bytes(1000))
+    assert trimode("cache").stdout == f"{tmp_path / 'cache'}: 1 entries, 0.0 MB\n"
+    assert json.loads(trimode("cache", "--clear", "--json").stdout)["deleted"] == 1
+    assert not entry.exists()
+
+
+def test_building_twice_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(num_hidden_layers=1))
+    first = trimode("build", checkpoint, "-o", tmp_path / "bundle", "--json")
+    assert json.loads(first.stdout)["built"] == ["cpu"]
+    assert "built" in first.stderr
+    again = trimode("build", checkpoint, "-o", tmp_path / "bundle")
+    assert again.returncode == 0
+    assert again.stdout == ""
+    assert "is up to date: cpu in fp32" in again.stderr
+    assert trimode("build", checkpoint, "-o", tmp_path / "bundle", "--block-lengths", "8;16").returncode == 2
+
+
+def test_a_bundle_in_sixteen_bits_runs_on_the_cpu(tmp_path: Path) -> None:
+    """Weights as inputs, widened once: the tokens of the float32 bundle, since the checkpoint has 16 bits itself."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(), dtype=torch.bfloat16)
+    command = ("--token-ids", "20,21,22", "--max-new-tokens", 20, "--mode", "linear-spec")
+    answers = []
+    for precision in ("fp32", "bf16"):
+        bundle = tmp_path / precision
+        assert trimode("build", checkpoint, "-o", bundle, "--precision", precision, "--no-cache").returncode == 0
+        answers += [trimode("run", bundle, *command).stdout, trimode("run", bundle, *command, "--target", "portable").stdout]
+    assert answers[0].count(",") >= 8
+    assert len(set(answers)) == 1
+
+
+def test_a_target_that_cannot_run_here(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(num_hidden_layers=1))
+    assert trimode("build", checkpoint, "-o", tmp_path / "bundle", "--target", "sm89", "--block-lengths", "8", "--no-cache").returncode == 0
+    fallen_back = trimode("run", tmp_path / "bundle", "--token-ids", "20", "--max-new-tokens", 2)
+    assert fallen_back.returncode == 0
+    assert "target sm89: " in fallen_back.stderr
+    named = trimode("run", tmp_path / "bundle", "--token-ids", "20", "--target", "sm89")
+    assert named.returncode == 1
+    assert named.stdout == ""
+    assert "hint:" in named.stderr
+    assert trimode("run", tmp_path / "bundle", "--token-ids", "20", "--target", "t4").returncode == 2

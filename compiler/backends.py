@@ -1,0 +1,111 @@
+"""From traced graphs to what each target runs: lowered ONNX for ONNX Runtime, engines for TensorRT."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trimode.compiler.cache import ContentCache, key_of
+from trimode.compiler.engine_builder import EngineJob
+from trimode.compiler.engines import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
+from trimode.compiler.graphfile import point_into_pack
+from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, WeightsToInputs, lower, to_bytes
+from trimode.compiler.plan import BuildPlan
+from trimode.compiler.progress import Progress
+from trimode.compiler.weights import PackLayout
+from trimode.graphs.contract import Role
+from trimode.runtime.manifest import TargetRecord
+
+Graphs = dict[Role, ir.Model]
+
+
+def lower_for(record: TargetRecord, graph: ir.Model) -> ir.Model:
+    """The passes a target asks for."""
+    passes: list[ir.passes.InPlacePass] = []
+    if record.capacity is not None:
+        passes.append(StaticCacheCapacity(record.capacity))
+    if record.compute_dtype != "float32":
+        passes.append(ComputeType(record.compute_dtype))
+    if record.placement == "shared":
+        passes.append(WeightsToInputs())
+    return lower(graph, *passes)
+
+
+def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, folder: Path) -> None:
+    """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record gives."""
+    for record in plan.records.values():
+        if record.backend == "onnxruntime" and record.placement == "shared":
+            for role, graph in graphs.items():
+                path = folder / record.graphs[role].file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(to_bytes(lower_for(record, graph)))
+
+
+def compile_engines(
+    plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, folder: Path, cache: ContentCache | None, progress: Progress
+) -> int:
+    """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
+
+    Args:
+        plan: targets and options.
+        graphs: as traced.
+        layout: what lies where in the pack.
+        pack: the weight pack, which ``baked`` engines copy.
+        folder: of the bundle, or where its new parts are staged.
+        cache: of engines; None = compile all.
+        progress: told about the stage.
+
+    Raises:
+        BuildError: a library refuses a graph.
+    """
+    tasks = _plan_tasks(plan, graphs, layout, pack, folder)
+    if not tasks:
+        return 0
+    advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
+    try:
+        return build_engines(tasks, cache, plan.options.num_jobs or default_num_workers(), advance)
+    finally:
+        for path in {task.job.graph for task in tasks}:
+            path.unlink()
+
+
+def _plan_tasks(plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, folder: Path) -> list[EngineTask]:
+    """Targets of one precision share their lowered graphs, which are written beside the engines for as long as it takes."""
+    tasks = []
+    for name, record in plan.records.items():
+        if record.backend == "onnxruntime":
+            continue
+        for role, graph in graphs.items():
+            lowered = lower_for(record, graph)
+            if record.placement == "baked":
+                point_into_pack(lowered, layout, pack)
+            data = to_bytes(lowered)
+            path = folder / f".{role}-{record.compute_dtype}.onnx"
+            path.write_bytes(data)
+            tasks.append(_task(plan, name, role, data, path, pack if record.placement == "baked" else None, folder))
+    return tasks
+
+
+def _task(plan: BuildPlan, name: str, role: Role, data: bytes, graph: Path, pack: Path | None, folder: Path) -> EngineTask:
+    record, target = plan.records[name], plan.targets[name]
+    assert record.backend != "onnxruntime"
+    assert record.compute_capability is not None
+    output = folder / record.graphs[role].file
+    output.parent.mkdir(parents=True, exist_ok=True)
+    workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
+    job = EngineJob(
+        library=record.backend, graph=graph, pack=pack, output=output, compute_capability=record.compute_capability,
+        profiles=record.graphs[role].profiles, workspace_bytes=workspace, timing_cache=plan.options.timing_cache,
+    )  # fmt: skip
+    key = key_of(
+        kind="engine", graph=hashlib.sha256(data).hexdigest(), library=record.library, compute_capability=record.compute_capability,
+        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack=_sha256(pack) if pack else None,
+    )  # fmt: skip
+    return EngineTask(target, plan.precision, key, job)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,76 @@
+"""``trimode build``: options to a bundle, and what to say about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.compiler.cache import default_folder
+from trimode.compiler.cli import parse_ints
+from trimode.compiler.console import RichProgress
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.pipeline import BuildResult, build_bundle
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """The command line's options, in its order."""
+
+    targets: tuple[str, ...]
+    precision: str | None
+    max_length: int | None
+    block_lengths: str | None
+    max_batch: int
+    weights: str
+    workspace: int | None
+    timing_cache: Path | None
+    jobs: int | None
+    no_cache: bool
+    force: bool
+    as_json: bool
+
+
+def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
+    """Build, with progress on stderr; say what was done, there or as JSON on stdout."""
+    options = BuildOptions(
+        targets=request.targets,
+        precision=request.precision,
+        max_length=request.max_length,
+        block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
+        max_batch=request.max_batch,
+        weights=request.weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
+        workspace_mib=request.workspace,
+        timing_cache=request.timing_cache,
+        num_jobs=request.jobs,
+        cache=None if request.no_cache else default_folder(),
+        force=request.force,
+    )
+    with RichProgress() as progress:
+        result = build_bundle(checkpoint, output, options, progress)
+    if request.as_json:
+        sys.stdout.write(json.dumps(_as_data(output, result)) + "\n")
+    sys.stderr.write(_in_words(output, result) + "\n")
+
+
+def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
+    manifest = result.manifest
+    return {
+        "bundle": str(output),
+        "precision": manifest.precision,
+        "targets": list(manifest.targets),
+        "built": list(result.built),
+        "cached_engines": result.num_cached,
+        "num_bytes": sum(record.num_bytes for record in manifest.files.values()),
+    }
+
+
+def _in_words(output: Path, result: BuildResult) -> str:
+    manifest = result.manifest
+    size = sum(record.num_bytes for record in manifest.files.values()) / 1e6
+    if not result.built:
+        return f"{output} is up to date: {', '.join(manifest.targets)} in {manifest.precision}, {size:.1f} MB"
+    cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
+    return f"built {output}: {', '.join(result.built)} in {manifest.precision} over one weight pack, {size:.1f} MB{cached}"

@@ -1,0 +1,63 @@
+"""What a user can choose about a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trimode.compiler.cache import DEFAULT_LIMIT_BYTES
+from trimode.errors import UsageError
+
+DEFAULT_MAX_LENGTH = 32768
+MAX_BLOCK_LENGTH = 64
+MAX_BATCH = 128
+Placement = Literal["shared", "baked"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user can choose.
+
+    Attributes:
+        targets: names of :mod:`trimode.compiler.targets`, or ``auto``.
+        precision: of weights and activations; None = the first that the GPUs prefer and all targets can run; fp32 on a CPU.
+        max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
+        block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.
+        max_batch: most sequences in one forward of a TensorRT engine.
+        weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack; ``baked``: each holds its own copy.
+        workspace_mib: most scratch memory of an engine on the GPU; None = the library's choice.
+        timing_cache: file for TensorRT's timing cache (TensorRT-RTX has none).
+        num_jobs: engines compiled at a time; None = one a core.
+        cache: where traced graphs and engines are kept; None = nowhere.
+        cache_limit_bytes: the cache is pruned to this size after a build.
+        force: replace an existing bundle.
+    """
+
+    targets: tuple[str, ...] = ("cpu",)
+    precision: str | None = None
+    max_length: int | None = None
+    block_lengths: tuple[int, ...] | None = None
+    max_batch: int = 1
+    weights: Placement = "shared"
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    num_jobs: int | None = None
+    cache: Path | None = None
+    cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` for a value out of its range."""
+        for length in self.block_lengths or ():
+            if not 1 <= length <= MAX_BLOCK_LENGTH:
+                raise UsageError(f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}", "pass for example --block-lengths 8,16,32")
+        if self.block_lengths == ():
+            raise UsageError("expected at least one block length, found none", "pass for example --block-lengths 8,16,32")
+        if not 1 <= self.max_batch <= MAX_BATCH:
+            raise UsageError(f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}", "each size costs memory; 1 is usual on a desk")
+        if self.weights not in ("shared", "baked"):
+            raise UsageError(f"expected --weights shared or baked, found {self.weights!r}", "shared keeps one copy for all engines")
+        for name, value in (("--workspace", self.workspace_mib), ("--jobs", self.num_jobs)):
+            if value is not None and value < 1:
+                raise UsageError(f"expected {name} of at least 1, found {value}", "leave it out for the default")

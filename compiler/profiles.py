@@ -1,0 +1,35 @@
+"""Optimization profiles: the sizes that a TensorRT engine is compiled for.
+
+``ar`` has one profile for decoding and one for prompt chunks; ``draft`` and ``verify`` have one for each block length, with that number of
+rows fixed, so that kernels are chosen for it and forwards can be captured as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from trimode.graphs.contract import ModelInfo, Role
+from trimode.runtime.manifest import ProfileRecord
+from trimode.runtime.sequence import PREFILL_CHUNK
+
+DEFAULT_BLOCK_LENGTHS = (8, 16, 32)
+
+_ONE_ROW_SLOTS = 24576
+"""TensorRT-RTX 1.7 has an attention kernel for exactly one row, which keeps 2 bytes for each slot of the cache and each element of a head
+in 48 KiB of shared memory, and refuses to compile where they do not fit (found by bisection at head sizes 64, 128 and 256, on SM75 to
+SM121). A profile that admits a second row gets the general kernel, at any capacity."""
+
+
+def plan_profiles(role: Role, model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int) -> tuple[ProfileRecord, ...]:
+    """Profiles of one graph, in the engine's order.
+
+    Args:
+        role: which graph.
+        model: decides the cache's capacity and the longest prompt; a chunk is never longer.
+        block_lengths: rows of ``draft`` and ``verify``.
+        max_batch: most sequences in one forward.
+    """
+    batch = (1, 1, max_batch)
+    if role == "ar":
+        most = 1 if model.num_positions + model.head_dim <= _ONE_ROW_SLOTS else 2
+        chunk = max(min(PREFILL_CHUNK, model.max_length), *block_lengths)
+        return (ProfileRecord(batch=batch, rows=(1, 1, most)), ProfileRecord(batch=batch, rows=(1, chunk, chunk)))
+    return tuple(ProfileRecord(batch=batch, rows=(n, n, n)) for n in sorted(set(block_lengths)))

@@ -1,0 +1,55 @@
+"""``trimode targets``: where bundles can run, and what this machine can do about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trimode.compiler.targets import TARGETS, Target
+from trimode.compiler.toolchain import why_not_build, why_not_run
+
+
+def list_targets(*, as_json: bool) -> None:
+    """Print the table, or the same facts as JSON."""
+    facts = [_facts(target) for target in TARGETS.values()]
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("target", "GPU", "compiled by", "precisions", "memory", "builds here", "runs here"):
+        table.add_column(title, no_wrap=True)
+    reasons: list[str] = []
+    for row in facts:
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else ""
+        cells = (row["target"], row["compute_capability"] or "any", row["backend"], " ".join(row["precisions"]), memory)
+        table.add_row(*cells, _answer(row["why_not_build"], reasons), _answer(row["why_not_run"], reasons))
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"[{number}] {reason}", markup=False)
+    console.print("Also known: an architecture such as sm89, and auto for the GPU of this machine. This version builds fp32, fp16 and bf16.")
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "compute_capability": target.compute_capability,
+        "backend": target.backend,
+        "precisions": list(target.precisions),
+        "memory_gb": target.memory_gb,
+        "why_not_build": why_not_build(target),
+        "why_not_run": why_not_run(target),
+    }
+
+
+def _answer(reason: str | None, reasons: list[str]) -> str:
+    """``yes``, or the number of a footnote."""
+    if reason is None:
+        return "yes"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no \\[{reasons.index(reason) + 1}]"

@@ -1,0 +1,66 @@
+"""Traced graphs by way of the cache: tracing takes seconds a graph and needs PyTorch, reading one takes neither."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import onnx_ir as ir
+
+import trimode.graphs
+from trimode.compiler.cache import ContentCache, key_of
+from trimode.compiler.lowering import WeightsToInputs, lower, to_bytes
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import ModelInfo, Role, cache_specs, graph_contract
+
+
+def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None) -> ir.Model:
+    """The graph of a role, as :func:`trimode.graphs.trace.trace_role` makes it; from the cache where it has been made before."""
+    if kept is None:
+        return _trace(role, checkpoint, model)
+    drafter = checkpoint.drafter
+    key = key_of(
+        kind="traced graph", role=role, config=repr(checkpoint.config), model=model.model_dump(mode="json"),
+        drafter=[drafter.rank, drafter.alpha] if drafter else None, sources=_sources_digest(),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "traced.onnx"
+        kept.fetch(key, path, lambda entry: _write(_trace(role, checkpoint, model), entry))
+        return _read(path, role, model)
+
+
+def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    from trimode.graphs.trace import trace_role  # brings PyTorch
+
+    return trace_role(role, checkpoint.config, model, checkpoint.drafter)
+
+
+def _write(graph: ir.Model, path: Path) -> None:
+    """Weights have no data, which ONNX cannot say of an initializer: they are stored as inputs behind the contract's."""
+    path.write_bytes(to_bytes(lower(graph, WeightsToInputs())))
+
+
+def _read(path: Path, role: Role, model: ModelInfo) -> ir.Model:
+    graph = ir.load(path)
+    count = len(graph_contract(role, model).inputs) + len(cache_specs(model, "past_key_values"))
+    for value in graph.graph.inputs[count:]:
+        assert value.name is not None
+        graph.graph.initializers[value.name] = value
+    del graph.graph.inputs[count:]
+    return graph
+
+
+@cache
+def _sources_digest() -> str:
+    """Digest of the code that traces and of the libraries that take part: what is traced follows from it."""
+    import importlib.metadata
+
+    digest = hashlib.sha256()
+    for folder in trimode.graphs.__path__:
+        for path in sorted(Path(folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    for library in ("torch", "onnx", "onnx-ir", "onnxscript", "numpy"):
+        digest.update(f"{library} {importlib.metadata.version(library)}".encode())
+    return digest.hexdigest()

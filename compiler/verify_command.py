@@ -1,0 +1,313 @@
+"""``trimode verify``: a bundle against the checkpoint it came from, graph by graph and token by token."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import trimode
+from trimode.compiler.console import RichProgress
+from trimode.compiler.parity.graph_parity import SHORT_POSITION, compare_portable, compare_target, count_comparisons
+from trimode.compiler.parity.report import (
+    BoundsRecord,
+    CheckpointRecord,
+    GraphParity,
+    OutputRecord,
+    Subject,
+    TokenParity,
+    Verification,
+    write_verification,
+)
+from trimode.compiler.parity.runners import CachedText
+from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens, count_generations
+from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
+from trimode.compiler.parity.torch_session import TorchSession, load_trunk
+from trimode.compiler.progress import Advance, Progress
+from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.source import SAFETENSORS_NAMES, SourceDigest
+from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
+from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
+from trimode.graphs.contract import ROLES, DType
+from trimode.runtime.backends import PORTABLE
+from trimode.runtime.bundle import sha256_of
+from trimode.runtime.manifest import MANIFEST, Manifest
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.session import Ids
+
+AFFORDABLE_FLOPS = 2e13
+"""What the default long position may cost the reference: some minutes on few cores."""
+DEFAULT_LONG_POSITION = 1024
+LONGEST_PORTABLE = 2048
+"""Most tokens in the cache that is handed to a portable graph, whole, as an input."""
+Record = TypeVar("Record")
+LIBRARIES = ("torch", "onnxruntime", "polygraphy", "numpy")
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """The options of the command, as given."""
+
+    checkpoint: Path
+    target: str | None = None
+    prompts_file: Path | None = None
+    seed: int = 0
+    long: int | None = None
+    max_new_tokens: int = 64
+    threads: int | None = None
+    as_json: bool = False
+
+
+def run_verify(bundle: Path, request: VerifyRequest) -> bool:
+    """Verify, write ``verification.json``, print what was found; returns whether all of it passed.
+
+    Raises:
+        UsageError: an option is out of range, the bundle has no such target, or the checkpoint is of another shape.
+        CheckpointError: the checkpoint cannot be read.
+        BundleError, DeviceError, DependencyError: the target cannot run here. An earlier ``verification.json`` stays as it is.
+    """
+    _check_request(request)
+    model = _open_target(bundle, request)
+    checkpoint = open_checkpoint(request.checkpoint)
+    _check_shape(checkpoint, model.bundle.manifest)
+    with RichProgress() as progress:
+        verification = verify(model, checkpoint, request, progress)
+    path = write_verification(verification, bundle)
+    if request.as_json:
+        sys.stdout.write(verification.model_dump_json(indent=1) + "\n")
+    else:
+        _show(verification, request)
+    sys.stderr.write(f"wrote {path}\n")
+    return verification.passed
+
+
+def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, progress: Progress) -> Verification:
+    """Compare the model's target, and the bundle's portable graphs, with the trunk of ``checkpoint``."""
+    manifest, info = model.bundle.manifest, model.model
+    position = long_position(checkpoint, manifest, request.long)
+    text = np.random.default_rng(request.seed).integers(0, info.vocab_size, position + info.max_block_length)
+    prompts = _prompts(model, request, text, position)
+    advance = progress.stage("read checkpoint", 1)
+    digest = SourceDigest(checkpoint)
+    reference = TorchSession(load_trunk(checkpoint, info.num_positions, manifest.weights.dtype, digest))
+    advance(1)
+    place = _place(manifest, model.target)
+    bounds: dict[Subject, Tolerance] = {
+        "target": tolerance_for(place.compute_dtype, info.num_hidden_layers),
+        "portable": tolerance_for("float32", info.num_hidden_layers),
+    }
+    graphs, notes = _compare_graphs(model, reference, text, position, bounds, request.seed, progress)
+    advance = progress.stage("compare tokens", count_generations(info, len(prompts)))
+    tokens = _counted(compare_tokens(reference, model.session, info, prompts, request.max_new_tokens, bounds["target"]), advance)
+    sha256 = digest.hexdigest()
+    if not _is_exact(checkpoint, manifest.weights.dtype):
+        notes.append(f"the reference's weights are rounded to {manifest.weights.dtype}, as the bundle's are")
+    others = [name for name in manifest.targets if name != model.target]
+    if others:
+        notes.append(f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)")
+    original = checkpoint.config.rope.original_max_position_embeddings or None
+    if original is not None and position < original:
+        notes.append(f"positions from {original} on, the rope's original length, were not reached: --long {original} would")
+    return Verification(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        passed=all(record.passed for record in graphs) and all(record.passed for record in tokens),
+        target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
+        manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
+        checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
+        seed=request.seed, long_position=position, original_length=original,
+        weight_dtype=manifest.weights.dtype,
+        bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
+        graphs=tuple(graphs), tokens=tuple(tokens), notes=tuple(notes), versions=_versions(),
+    )  # fmt: skip
+
+
+def long_position(checkpoint: Checkpoint, manifest: Manifest, wanted: int | None) -> int:
+    """Where the long comparisons stand: twice the rope's original length and a block, as far as the bundle reaches and the reference is quick.
+
+    Raises:
+        UsageError: ``wanted`` is out of range.
+    """
+    limit = max(1, manifest.model.max_length - manifest.model.block_size)
+    if wanted is not None:
+        if not 1 <= wanted <= limit:
+            raise UsageError(f"expected --long from 1 to {limit}, found {wanted}", "a block has to fit behind it; a longer bundle needs --max-length")
+        return wanted
+    original = checkpoint.config.rope.original_max_position_embeddings
+    goal = 2 * original + manifest.model.block_size if original else DEFAULT_LONG_POSITION
+    affordable = int(AFFORDABLE_FLOPS / (2 * manifest.source.num_parameters))
+    return max(1, min(goal, affordable, limit))
+
+
+def _check_request(request: VerifyRequest) -> None:
+    if request.max_new_tokens < 1:
+        raise UsageError(f"expected --max-new-tokens of at least 1, found {request.max_new_tokens}", "64 is usual")
+    if request.seed < 0:
+        raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
+
+
+class _Place(NamedTuple):
+    """Where a target runs, and what it computes in."""
+
+    backend: str
+    device: str
+    compute_dtype: DType
+
+
+def _place(manifest: Manifest, target: str) -> _Place:
+    if target == PORTABLE:
+        return _Place("onnxruntime", "cpu", "float32")
+    record = manifest.targets[target]
+    return _Place(record.backend, record.device, record.compute_dtype)
+
+
+def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
+    try:
+        model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads)
+    except (BundleError, DeviceError, DependencyError) as error:
+        raise type(error)(f"nothing was verified: {error.message}", error.hint) from error
+    names = model.bundle.manifest.targets
+    if model.target == PORTABLE and request.target != PORTABLE and names:
+        # Generating may fall back to the portable graphs; saying that a GPU's engines are right because these are may not.
+        raise DeviceError(f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
+                          "verify on the machine with the GPU, or pass --target portable for the portable graphs alone")  # fmt: skip
+    return model
+
+
+def _check_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    config, model = checkpoint.config, manifest.model
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "mask_token_id")
+    pairs = [(name, getattr(model, name), getattr(config, name)) for name in names]
+    for name, expected, found in (*pairs, ("a drafter", model.has_drafter, checkpoint.drafter is not None)):
+        if expected != found:
+            raise UsageError(f"{checkpoint.path}: expected a checkpoint like the bundle's, {name} {expected}, found {found}",
+                             f"the bundle was built from {manifest.source.name}")  # fmt: skip
+
+
+def _prompts(model: TriModeModel, request: VerifyRequest, text: Ids, position: int) -> list[TokenPrompt]:
+    """Those of the file, each until the model ends it; else a short and a long one of random tokens, which nothing ends."""
+    if request.prompts_file is None:
+        lengths = sorted({min(SHORT_POSITION, position), position})
+        return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
+    ids = []
+    for prompt in read_prompts_file(request.prompts_file):
+        if prompt.token_ids is None:
+            assert prompt.text is not None
+            ids.append(model.codec.encode_chat([{"role": "user", "content": prompt.text}]))
+        else:
+            ids.append(prompt.token_ids)
+    # A sequence of the model checks the ids: length and range.
+    return [TokenPrompt(model.new_sequence([one]).tokens) for one in ids]
+
+
+def _is_exact(checkpoint: Checkpoint, stored: DType) -> bool:
+    return stored == "float32" or all(entry.dtype == SAFETENSORS_NAMES[stored] for entry in checkpoint.tensors.values())
+
+
+def _compare_graphs(
+    model: TriModeModel, reference: TorchSession, text: Ids, position: int, bounds: dict[Subject, Tolerance], seed: int, progress: Progress
+) -> tuple[list[GraphParity], list[str]]:
+    """The target's graphs and the portable ones, and notes about what was left out."""
+    info, manifest = model.model, model.bundle.manifest
+    positions = sorted({0, min(SHORT_POSITION, position), position})
+    advance = progress.stage("compare target", count_comparisons(model.session, info, positions))
+    read, other = CachedText(reference, text), CachedText(model.session, text)
+    records = _counted(compare_target(read, other, info, positions, bounds["target"], seed), advance)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return records, ["the portable graphs were not compared: ONNX Runtime is not installed (pip install 'trimode[ort]')"]
+    files = {role: manifest.graphs[role].file for role in ROLES}
+    at = min(position, LONGEST_PORTABLE)
+    advance = progress.stage("compare portable", len(ROLES) + info.has_drafter)
+    records += _counted(compare_portable(CachedText(reference, text), model.bundle.path, files, info, at, bounds["portable"], seed), advance)
+    return records, []
+
+
+def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:
+    collected = []
+    for record in records:
+        collected.append(record)
+        advance(1)
+    return collected
+
+
+def _versions() -> dict[str, str]:
+    found = {"trimode": trimode.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _show(verification: Verification, request: VerifyRequest) -> None:
+    """The figures as two tables, and what they come to."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
+    source = "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
+    console.print(f"{verification.target} ({verification.backend}, {verification.compute_dtype}) against {request.checkpoint}, {source}")
+    console.print(_graph_table(verification.graphs))
+    console.print(_token_table(verification.tokens))
+    for note in verification.notes:
+        console.print(f"note: {note}")
+    graphs, tokens = len(verification.graphs), len(verification.tokens)
+    num_failed = sum(not record.passed for record in verification.graphs) + sum(not record.passed for record in verification.tokens)
+    console.print(f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed")
+
+
+def _graph_table(records: Sequence[GraphParity]) -> Table:
+    """A line an output; portable graphs are marked."""
+    table = Table("graph", "of", "in cache", "rows", "drafter", "output", "max error", "allowed", "mean error", "allowed", "same id", "",
+                  title="graphs against the torch trunk", title_justify="left", box=None, header_style="bold")  # fmt: skip
+    for record in records:
+        same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
+        for index, output in enumerate(record.outputs):
+            where = (record.graph, record.subject, ",".join(map(str, record.positions)), str(record.rows), _switch(record.use_drafter))
+            # The first line of a comparison speaks for its ids too.
+            passed = output.passed if index else output.passed and _ids_passed(record)
+            table.add_row(*where, output.name, *_figures(output), "" if index else same, _word(passed))
+    return table
+
+
+def _token_table(records: Sequence[TokenParity]) -> Table:
+    table = Table("mode", "drafter", "against", "prompt", "same tokens", "parts at", "preferred by", "allowed", "nfe", "other nfe", "",
+                  title="tokens", title_justify="left", box=None, header_style="bold")  # fmt: skip
+    for record in records:
+        table.add_row(
+            record.mode.replace("_", "-"), _switch(record.use_drafter), record.against, f"{record.prompt_length} tokens",
+            f"{record.num_equal}/{record.num_tokens}", _number(record.first_divergence), _number(record.preference), _number(record.tolerance),
+            str(record.nfe), str(record.other_nfe), _word(record.passed),
+        )  # fmt: skip
+    return table
+
+
+def _figures(output: OutputRecord) -> tuple[str, ...]:
+    return tuple(_number(value) for value in (output.max_error, output.tolerance, output.mean_error, output.mean_tolerance))
+
+
+def _ids_passed(record: GraphParity) -> bool:
+    return all(ids.passed for ids in record.ids) and record.has_accepted_length is not False
+
+
+def _switch(use_drafter: bool | None) -> str:
+    return "" if use_drafter is None else "on" if use_drafter else "off"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.2g}"
+
+
+def _word(passed: bool) -> str:
+    return "ok" if passed else "[bold red]FAILED[/bold red]"

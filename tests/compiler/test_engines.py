@@ -1,0 +1,261 @@
+"""Engines, compiled for real by TensorRT-RTX, without a GPU; its refusals; and what happens when compiling is cut short."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import config_of, write_checkpoint
+
+from trimode.compiler import engines
+from trimode.compiler.engine_builder import PhaseTree
+from trimode.compiler.inspect_command import describe, sharing
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.targets import find_target
+from trimode.errors import BuildError, DependencyError, UsageError
+from trimode.graphs.contract import ROLES
+from trimode.runtime.bundle import open_bundle
+
+DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
+ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("c") / "small", config_of(num_hidden_layers=1), rank=2)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_demo_compiles_for_every_architecture(tmp_path: Path) -> None:
+    result = build_bundle(DEMO, tmp_path / "bundle", BuildOptions(targets=(*ARCHITECTURES, "cpu")))
+    manifest = open_bundle(tmp_path / "bundle").manifest  # every file has the digest the manifest says
+    assert manifest == result.manifest
+    assert manifest.precision == "fp16"  # sm75 cannot do bf16
+    version = importlib.metadata.version("tensorrt-rtx")
+    for name in ARCHITECTURES:
+        record = manifest.targets[name]
+        assert record.library == f"tensorrt_rtx {version}"
+        assert record.compute_capability == f"{name[2:-1]}.{name[-1]}"
+        for role in ROLES:
+            engine = record.graphs[role]
+            assert manifest.files[engine.file].num_bytes > 1_000_000
+            assert [p.rows for p in engine.profiles] == ([(1, 1, 1), (1, 512, 512)] if role == "ar" else [(n, n, n) for n in (8, 16, 32)])
+    blobs = [(tmp_path / "bundle" / manifest.targets[name].graphs["ar"].file).read_bytes() for name in ARCHITECTURES]
+    assert len(set(blobs)) == len(blobs)  # one for each architecture
+    facts = sharing(manifest)
+    assert facts["graphs"] == 21
+    assert facts["bytes_saved"] == 20 * facts["pack_bytes"]
+    assert any("one pack of 10.0 MB serves 21 compiled graphs" in line for line in describe(manifest))
+
+
+def test_shared_engines_hold_no_weights_and_baked_ones_do(tmp_path: Path) -> None:
+    """A value that occurs in the weights alone is looked for in the engines' bytes."""
+    wide = write_checkpoint(tmp_path / "wide", config_of(num_hidden_layers=1, hidden_size=128, intermediate_size=512))
+    for placement in ("shared", "baked"):
+        options = BuildOptions(targets=("sm89",), weights=placement, block_lengths=(8,))  # type: ignore[arg-type]
+        manifest = build_bundle(wide, tmp_path / placement, options).manifest
+        assert manifest.targets["sm89"].placement == placement
+    name = "encoder.layers.0.mlp.gate_proj.weight"
+    from trimode.runtime.pack import WeightPack
+
+    rows = WeightPack(tmp_path / "shared" / "weights.safetensors").raw(name).reshape(512, 256)
+    engine = {p: (tmp_path / p / "engines" / "sm89" / "verify.engine").read_bytes() for p in ("shared", "baked")}
+    assert rows[3].tobytes()[:64] not in engine["shared"]
+    assert len(engine["baked"]) - len(engine["shared"]) > 0.8 * 2 * 3 * 512 * 128  # at least the three matrices of the MLP
+
+
+def test_adding_a_target_adds_only_its_engines(checkpoint: Path, tmp_path: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("cpu", "sm86"), block_lengths=(8,)))
+    before = files_of(tmp_path / "bundle")
+    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,)))
+    assert result.built == ("sm89",)
+    after = files_of(tmp_path / "bundle")
+    assert {name: data for name, data in after.items() if name in before and name != "manifest.json"} == {
+        name: data for name, data in before.items() if name != "manifest.json"
+    }
+    assert sorted(set(after) - set(before)) == [f"engines/sm89/{role}.engine" for role in ROLES]
+    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "sm86", "sm89"]
+
+
+def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BuildOptions(targets=("sm89",), block_lengths=(8,))
+    build_bundle(checkpoint, tmp_path / "bundle", options)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")}
+    monkeypatch.setattr("trimode.compiler.pipeline.traced_graph", None)  # nothing may be traced
+    assert build_bundle(checkpoint, tmp_path / "bundle", options).built == ()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")} == before
+
+
+def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,)))
+    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(4, 8), max_batch=3))
+    assert result.built == ("sm89",)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert [p.rows[0] for p in manifest.targets["sm89"].graphs["verify"].profiles] == [4, 8]
+    assert manifest.targets["sm89"].graphs["ar"].profiles[0].batch == (1, 1, 3)
+    assert [p.rows[0] for p in manifest.targets["sm86"].graphs["verify"].profiles] == [8]
+
+
+def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, tmp_path: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+    other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
+    for source, options, message in (
+        (other, BuildOptions(targets=("sm86",)), "other weights"),
+        (checkpoint, BuildOptions(targets=("sm86",), precision="fp16"), "expected a bundle in fp16, found one in bf16"),
+        (checkpoint, BuildOptions(targets=("sm86",), max_length=100), "max_length 100, found 1024"),
+        (checkpoint, BuildOptions(targets=("t4",)), r"t4 \(7.5\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build_bundle(source, tmp_path / "bundle", options)
+    copy = write_checkpoint(tmp_path / "copy", config_of(num_hidden_layers=1), rank=2)  # another folder and another time, the same bytes
+    assert build_bundle(copy, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,))).built == ()
+
+
+def test_the_cache_serves_other_bundles_and_other_weights(checkpoint: Path, tmp_path: Path) -> None:
+    options = BuildOptions(targets=("sm89", "sm120"), block_lengths=(8,), cache=tmp_path / "cache")
+    assert build_bundle(checkpoint, tmp_path / "one", options).num_cached == 0
+    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 6
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    tuned = write_checkpoint(tmp_path / "tuned", config_of(num_hidden_layers=1), rank=2, seed=1)
+    assert build_bundle(tuned, tmp_path / "three", options).num_cached == 6  # engines do not depend on the weights
+    assert build_bundle(checkpoint, tmp_path / "four", replace(options, workspace_mib=64)).num_cached == 0
+    baked = replace(options, weights="baked", targets=("sm89",))
+    assert build_bundle(checkpoint, tmp_path / "five", baked).num_cached == 0
+    assert build_bundle(tuned, tmp_path / "six", baked).num_cached == 0  # baked ones do
+
+
+def test_refusals_of_the_builder_are_explained(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match=r"sm86/.*: expected enough workspace .*, found 1 MiB"):
+        build_bundle(DEMO, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,), workspace_mib=1))
+    # What the check of precisions would refuse beforehand, the compiler itself refuses too.
+    monkeypatch.setattr("trimode.compiler.targets._check_precision", lambda *_: None)
+    with pytest.raises(BuildError, match=r"t4 \(7.5\): expected types the GPU can compute in, found b16 \(bf16\)") as refusal:
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("t4",), precision="bf16"))
+    assert refusal.value.hint == "pass --precision fp16"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fp8_below_compute_capability_8_9_is_explained() -> None:
+    """The message is the builder's own, from a graph with fp8 weights compiled for SM86."""
+    message = (
+        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm86, because the model "
+        "contains HW-specific datatypes: fp8_e4m3. In compileGraph at /_src/optimizer/myelin/codeGenerator.cpp:2012)"
+    )
+    task = engines.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
+    assert "a10 (8.6): expected types the GPU can compute in, found fp8_e4m3 (fp8)" in str(engines.explain_refusal(task, [message]))
+
+
+@pytest.mark.parametrize("target", ["h100", "gb200", "sm103"])
+def test_full_tensorrt_needs_its_gpu(checkpoint: Path, tmp_path: Path, target: str) -> None:
+    with pytest.raises((DependencyError, BuildError), match=r"tensorrt|that architecture"):
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=(target,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_crashes_is_reported(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(BuildError, match="compiling process ended with 1"):
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_build(checkpoint: Path, tmp_path: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--block-lengths", "8", *more]
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env={**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")})
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_bundle_and_cache_whole(checkpoint: Path, tmp_path: Path, how: signal.Signals) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,)))
+    before = files_of(tmp_path / "bundle")
+    process = run_build(checkpoint, tmp_path, "--target", "sm89", "--target", "sm120", "--jobs", "1")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("compile"):
+            break
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("??/*.partial")) and len(list((tmp_path / "cache").glob("??/*.sha256"))) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    open_bundle(tmp_path / "bundle")
+    if how == signal.SIGINT:
+        assert files_of(tmp_path / "bundle") == before
+        assert not list((tmp_path / "cache").glob("??/*.partial"))
+    again = run_build(checkpoint, tmp_path, "--target", "sm89", "--target", "sm120")
+    assert again.communicate()[1].splitlines()[-1].startswith("built ")
+    bundle = open_bundle(tmp_path / "bundle")
+    assert list(bundle.manifest.targets) == ["sm86", "sm89", "sm120"]
+    assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
+
+
+def test_two_builds_of_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(block_lengths=(8,), precision="bf16"))
+    running = [run_build(checkpoint, tmp_path, "--target", "sm89"), run_build(checkpoint, tmp_path, "--target", "sm120")]
+    messages = [process.communicate()[1] for process in running]
+    assert sorted(process.returncode for process in running) in ([0, 0], [0, 1])
+    for process, message in zip(running, messages, strict=True):
+        assert process.returncode == 0 or "another build" in message
+    bundle = open_bundle(tmp_path / "bundle")
+    assert len(bundle.manifest.targets) == 1 + sum(process.returncode == 0 for process in running)
+    assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
+
+
+def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "--target", "sm89", "--block-lengths", "8", "--json"]
+    environment = {**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")}
+    running = [subprocess.Popen([*command, "-o", str(tmp_path / name)], stdout=-1, stderr=-1, text=True, env=environment) for name in ("one", "two")]
+    done = [json.loads(process.communicate()[0]) for process in running]
+    assert sum(result["cached_engines"] for result in done) == 3  # each engine was compiled by one of them
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_full_disk_leaves_the_bundle_whole(checkpoint: Path, tmp_path: Path) -> None:
+    """A limit on file size makes writing an engine fail in the middle, as a full disk does."""
+    import resource
+
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,)))
+    before = files_of(tmp_path / "bundle")
+    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--target", "sm89"]
+    done = subprocess.run(
+        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)), capture_output=True, text=True, check=False,
+        env={**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "disk full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert files_of(tmp_path / "bundle") == before
+    assert not list((tmp_path / "cache").glob("??/*.partial"))
+
+
+def test_nested_phases_become_one_fraction() -> None:
+    tree, seen = PhaseTree(), []
+    tree.start("build", None, 2)
+    tree.start("prepare", "build", 4)
+    for step in range(4):
+        tree.step("prepare", step)
+        seen.append(tree.fraction)
+    tree.finish("prepare")
+    tree.step("build", 0)
+    tree.start("time", "build", 1)
+    tree.start("inner", "time", 2)
+    tree.step("inner", 0)
+    seen.append(tree.fraction)
+    assert seen == [0.125, 0.25, 0.375, 0.5, 0.75]
+    tree.step("nobody knows it", 3)
+    tree.step("build", 1)
+    assert tree.fraction == 1.0

@@ -1,0 +1,52 @@
+"""Targets: names, architectures, and which precision they share."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimode.compiler.targets import TARGETS, choose_precision, find_target, resolve_targets
+from trimode.errors import UsageError
+
+
+def test_names_and_architectures() -> None:
+    assert find_target("RTX-4090").compute_capability == "8.9"
+    for spelling, expected in {"sm89": "8.9", "SM_120": "12.0", "sm75": "7.5", "sm121": "12.1"}.items():
+        assert find_target(spelling).compute_capability == expected
+    assert find_target("sm90").backend == "tensorrt"
+    assert find_target("sm86").backend == "tensorrt_rtx"
+    assert {t.backend for t in TARGETS.values() if t.compute_capability in ("9.0", "10.0")} == {"tensorrt"}
+
+
+@pytest.mark.parametrize("name", ["", "rtx", "sm", "sm7", "sm61", "sm1234", "4090"])
+def test_unknown_targets(name: str) -> None:
+    with pytest.raises(UsageError, match=r"expected a (target|GPU architecture)"):
+        find_target(name)
+
+
+def test_a_target_named_twice_is_one() -> None:
+    assert [t.name for t in resolve_targets(("t4", "cpu", "T4"))] == ["t4", "cpu"]
+    with pytest.raises(UsageError, match="at least one target"):
+        resolve_targets(())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("cpu",), "fp32"), (("rtx-4090",), "bf16"), (("cpu", "rtx-4090"), "bf16"), (("rtx-4090", "t4", "cpu"), "fp16"), (("cuda", "a100"), "fp16")],
+)
+def test_the_precision_all_targets_share(names: tuple[str, ...], expected: str) -> None:
+    assert choose_precision(None, resolve_targets(names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "message"),
+    [
+        ("bf16", ("rtx-4090", "t4"), r"t4 \(7.5\): expected a precision it can run \(fp16, int8, int4\), found bf16"),
+        ("fp32", ("rtx-4090",), "found fp32"),
+        ("fp8", ("a100",), r"a100 \(8.0\): expected a precision it can run .*, found fp8"),
+        ("fp8", ("rtx-4090",), "expected --precision fp32, fp16, bf16, found 'fp8'"),
+        ("half", ("cpu",), "found 'half'"),
+    ],
+)
+def test_precisions_that_cannot_be(asked: str, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_precision(asked, resolve_targets(names))
