@@ -1,0 +1,190 @@
+"""The records of ``verification.json``: what was compared with what, by how much it differed, and whether that is allowed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trimode.errors import BundleError
+from trimode.graphs.contract import DType, Role
+from trimode.runtime.decode import Mode
+
+SCHEMA_VERSION = 1
+VERIFICATION = "verification.json"
+
+Subject = Literal["target", "portable"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Judged(_Record):
+    passed: bool
+
+
+class CheckpointRecord(_Record):
+    """The checkpoint that was compared against.
+
+    Attributes:
+        sha256: as in the manifest's ``source``.
+        is_source: whether the bundle was built from these very tensors and this ``config.json``.
+    """
+
+    name: str
+    sha256: str
+    is_source: bool
+
+
+class BoundsRecord(_Record):
+    """What was allowed (see :mod:`trimode.compiler.parity.tolerance`).
+
+    Attributes:
+        dtype: the compute type the bound follows from.
+        relative: largest error of logits, keys and values over the largest reference value; the mean error may be a sixth of it.
+    """
+
+    dtype: DType
+    relative: float
+
+
+class OutputRecord(_Judged):
+    """One output of a graph in one comparison.
+
+    Attributes:
+        max_error: largest absolute error; None where there is no such number: another shape, NaN, infinity.
+        mean_error: mean absolute error, likewise.
+        scale: the largest absolute reference value; for probabilities, the largest reference logit at this place.
+        tolerance: what ``max_error`` may be.
+        mean_tolerance: what ``mean_error`` may be.
+    """
+
+    name: str
+    max_error: float | None
+    mean_error: float | None
+    scale: float
+    tolerance: float
+    mean_tolerance: float
+
+
+class IdsRecord(_Judged):
+    """Token ids of a graph in one comparison.
+
+    Attributes:
+        num_compared: ids.
+        num_equal: of these, equal to the reference's.
+        largest_preference: by how much the reference prefers its own id where they differ, in logits (``greedy_ids``) or in probability
+            (``top_ids``); None where all are equal, or an id is no id.
+        tolerance: what that may be.
+    """
+
+    name: str
+    num_compared: int
+    num_equal: int
+    largest_preference: float | None
+    tolerance: float
+
+
+class GraphParity(_Judged):
+    """One forward of one graph, compared with the reference.
+
+    Attributes:
+        subject: ``target``: the target's session; ``portable``: the portable graph on a ragged batch, in ONNX Runtime on the CPU.
+        positions: tokens in the cache, per sequence of the batch.
+        rows: new tokens.
+        use_drafter: whether the adapter is on; None for graphs without one.
+        has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids; None for graphs without it.
+    """
+
+    subject: Subject
+    graph: Role
+    positions: tuple[int, ...]
+    rows: int
+    use_drafter: bool | None
+    outputs: tuple[OutputRecord, ...]
+    ids: tuple[IdsRecord, ...]
+    has_accepted_length: bool | None
+
+
+class TokenParity(_Judged):
+    """One generation, compared with another over the same prompt.
+
+    Attributes:
+        against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar mode.
+        num_tokens: of the longer of the two.
+        num_equal: places where both have the same token.
+        first_divergence: place of the first token that differs, from 0; None where all are equal.
+        preference: at that place, by how much the reference prefers its own choice, in logits, or in probability for a diffusion slot;
+            None where all are equal or it cannot be told.
+        tolerance: what ``preference`` may be; None where tokens must be equal.
+        nfe, other_nfe: forward passes of the two.
+    """
+
+    mode: Mode
+    against: Literal["reference", "ar"]
+    use_drafter: bool | None
+    prompt: int
+    prompt_length: int
+    num_tokens: int
+    num_equal: int
+    first_divergence: int | None
+    preference: float | None
+    tolerance: float | None
+    nfe: int
+    other_nfe: int
+
+
+class Verification(_Judged):
+    """The contents of ``verification.json``.
+
+    Attributes:
+        date: UTC, ISO 8601.
+        manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than the one verified.
+        long_position: the position of the long comparisons.
+        original_length: the rope's length before scaling; None where it is not scaled.
+        weight_dtype: the type of the bundle's weights; the reference's are rounded to it, too.
+        notes: what was not compared, and why.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    date: str
+    target: str
+    backend: str
+    device: str
+    compute_dtype: DType
+    manifest_sha256: str
+    checkpoint: CheckpointRecord
+    seed: int
+    long_position: int
+    original_length: int | None
+    weight_dtype: DType
+    bounds: dict[Subject, BoundsRecord]
+    graphs: tuple[GraphParity, ...]
+    tokens: tuple[TokenParity, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def write_verification(verification: Verification, bundle: Path) -> Path:
+    """Put ``verification.json`` into a bundle, in place of an earlier one, whole or not at all.
+
+    Raises:
+        BundleError: the bundle cannot be written to.
+    """
+    path = bundle / VERIFICATION
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{VERIFICATION}.", dir=bundle)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(verification.model_dump_json(indent=1) + "\n")
+            Path(partial).chmod(0o644)
+            Path(partial).replace(path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    except OSError as error:
+        raise BundleError(f"{path}: expected to be able to write, found: {error.strerror}", "verify a copy of the bundle") from error
+    return path

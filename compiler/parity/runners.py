@@ -1,0 +1,152 @@
+"""Polygraphy runners: one over any session of the runtime, one over the trunk that takes what a portable graph takes.
+
+Their inputs and outputs are those of the tensor contract, so they stand beside Polygraphy's own runners in one comparison.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+
+from trimode.compiler.parity.torch_session import TorchCache, TorchSession
+from trimode.graphs.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.runtime.sequence import PREFILL_CHUNK
+from trimode.runtime.session import Ids, Session
+
+Feed = dict[str, NDArray[Any]]
+
+
+class CachedText:
+    """A text and the cache of a session that has read its first tokens.
+
+    Args:
+        session: who reads it.
+        token_ids: (n,) int64.
+    """
+
+    def __init__(self, session: Session, token_ids: Ids) -> None:
+        self.session = session
+        self.token_ids = token_ids
+        self.cache = session.new_cache()
+        self.length = 0
+
+    def read_to(self, length: int) -> None:
+        """Let the cache hold the first ``length`` tokens; what lies behind them may be anything."""
+        chunk = min(PREFILL_CHUNK, self.session.max_prefill_rows or PREFILL_CHUNK)
+        while self.length < length:
+            ids = self.token_ids[None, self.length : min(self.length + chunk, length)]
+            self.session.run("ar", self.cache, ids, self.length)
+            self.length += ids.shape[1]
+        self.length = length
+
+
+class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
+    """One graph of a session after the first ``past_length`` tokens of a text; takes the contract's inputs, batch 1.
+
+    Args:
+        name: shown in reports.
+        text: the text, read by the session; several runners may share it.
+        contract: of the graph.
+    """
+
+    def __init__(self, name: str, text: CachedText, contract: GraphContract) -> None:
+        super().__init__(name=name)
+        self._text = text
+        self._contract = contract
+
+    def get_input_metadata_impl(self) -> Any:
+        """Names, types and shapes of the contract's inputs."""
+        return metadata(self._contract.inputs)
+
+    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        """The contract's outputs, copied."""
+        past_length = int(feed_dict["past_length"][0])
+        self._text.read_to(past_length)
+        start = time.perf_counter()
+        scale = float(feed_dict.get("drafter_scale", np.float32(0)))
+        outputs = self._text.session.run(self._contract.role, self._text.cache, feed_dict["input_ids"], past_length, scale)
+        named = OrderedDict((spec.name, np.array(output)) for spec, output in zip(self._contract.outputs, outputs, strict=True))
+        self.inference_time = time.perf_counter() - start
+        return named
+
+
+class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
+    """The trunk as a portable graph: a batch of sequences of different length, the cache as inputs and outputs of fixed capacity.
+
+    Args:
+        name: shown in reports.
+        session: the reference.
+        model: sizes of the cache.
+        contract: of the graph.
+    """
+
+    def __init__(self, name: str, session: TorchSession, model: ModelInfo, contract: GraphContract) -> None:
+        super().__init__(name=name)
+        self._session = session
+        self._contract = contract
+        self._pasts = cache_specs(model, "past_key_values")
+
+    def get_input_metadata_impl(self) -> Any:
+        """Names, types and shapes of the contract's inputs and of the cache."""
+        return metadata((*self._contract.inputs, *self._pasts))
+
+    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        """The contract's outputs and the updated cache, ``present.{i}.key|value (B, G, C, D)``."""
+        start = time.perf_counter()
+        present = [feed_dict[spec.name].copy() for spec in self._pasts]
+        rows = [self._one(feed_dict, index, present) for index in range(len(feed_dict["input_ids"]))]
+        named = OrderedDict((spec.name, np.concatenate(parts)) for spec, parts in zip(self._contract.outputs, zip(*rows, strict=True), strict=True))
+        named.update((spec.name.replace("past_key_values", "present"), tensor) for spec, tensor in zip(self._pasts, present, strict=True))
+        self.inference_time = time.perf_counter() - start
+        return named
+
+    def _one(self, feed: Mapping[str, NDArray[Any]], index: int, present: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        """Run sequence ``index`` of the batch alone; its new keys and values go to ``present``."""
+        past, ids = int(feed["past_length"][index]), feed["input_ids"][index : index + 1]
+        tensors = [torch.from_numpy(tensor[index : index + 1, :, :past].copy()) for tensor in present]
+        cache = TorchCache.of(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        real = int(feed["input_length"][index]) if "input_length" in feed else None
+        outputs = self._session.forward(self._contract.role, cache, ids, past, float(feed.get("drafter_scale", np.float32(0))), real)
+        for tensor, new in zip(present, (part for layer in cache.layers for part in layer), strict=True):
+            tensor[index, :, past : past + ids.shape[1]] = new[0, :, past:].numpy()
+        return outputs
+
+
+def portable_runner(name: str, path: Path) -> Any:
+    """Polygraphy's own runner for a portable graph: in ONNX Runtime, as the file says it, without optimizations or copies of the weights."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it would say at every call that the cache is not updated in place
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return OnnxrtRunner(lambda: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), name=name)
+
+
+def metadata(specs: Iterable[TensorSpec]) -> Any:
+    """Tensor specifications as Polygraphy writes them; a dynamic dimension is -1."""
+    meta = TensorMetadata()
+    for spec in specs:
+        meta.add(spec.name, np.dtype(spec.dtype), tuple(-1 if isinstance(d, str) else d for d in spec.shape))
+    return meta
+
+
+def role_feed(role: Role, model: ModelInfo, input_ids: Ids, past_length: Ids, drafter_scale: float = 0.0, input_length: Ids | None = None) -> Feed:
+    """The contract's inputs of a role: ``input_ids (B, T)``, ``past_length (B,)``; ``input_length (B,)`` all rows if left out."""
+    feed: Feed = {"input_ids": input_ids.astype(np.int64), "past_length": past_length.astype(np.int64)}
+    if role == "ar":
+        feed["input_length"] = np.full(len(input_ids), input_ids.shape[1], np.int64) if input_length is None else input_length.astype(np.int64)
+    if role == "draft" and model.has_drafter:
+        feed["drafter_scale"] = np.array(drafter_scale, np.float32)
+    return feed
