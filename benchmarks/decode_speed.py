@@ -19,22 +19,14 @@ import torch
 
 from benchmarks.common import median, save
 from trimode.calib.demo.tasks import examples
+from trimode.compiler.parity.torch_session import load_trunk
 from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.checkpoint import Checkpoint, open_checkpoint, to_float32
+from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime import TriModeModel
 
 ROUNDS = 5
 MAX_NEW_TOKENS = 192
-
-
-def load_trunk(checkpoint: Checkpoint) -> TriModeTrunk:
-    trunk = TriModeTrunk(checkpoint.config, checkpoint.config.max_position_embeddings)
-    own = trunk.state_dict()
-    for name in own:
-        entry = checkpoint.tensors[name]
-        own[name].copy_(torch.from_numpy(to_float32(b"".join(entry.chunks()), entry.dtype).copy()).reshape(entry.shape))
-    return trunk.eval()
 
 
 @torch.inference_mode()
@@ -64,8 +56,8 @@ class Stopwatch:
 
     def __init__(self, model: TriModeModel) -> None:
         self.seconds, self.forwards = 0.0, 0
-        for role, session in model._session.sessions.items():  # type: ignore[attr-defined]
-            model._session.sessions[role] = self._watched(session)  # type: ignore[attr-defined]
+        for role, session in model.session.sessions.items():  # type: ignore[attr-defined]
+            model.session.sessions[role] = self._watched(session)  # type: ignore[attr-defined]
 
     def _watched(self, session: Any) -> Any:
         watch = self
@@ -91,7 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = TriModeModel.from_pretrained(args.bundle, num_threads=args.threads)
-    trunk = load_trunk(open_checkpoint(args.checkpoint))
+    checkpoint = open_checkpoint(args.checkpoint)
+    trunk = load_trunk(checkpoint, checkpoint.config.max_position_embeddings)
     chosen = itertools.islice(examples(1, "held-out"), args.prompts)
     prompts = [model.codec.encode_chat([{"role": "user", "content": e.prompt}]) for e in chosen]
     runners: dict[str, Callable[[list[int]], list[int]]] = {

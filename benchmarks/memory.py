@@ -72,7 +72,7 @@ def measure_open(folder: Path) -> dict[str, Any]:
     base, read, start = pss_bytes(), bytes_read(), time.perf_counter()
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2)
     opened, read = time.perf_counter() - start, bytes_read() - read
-    session, cache = model._session, model._session.new_cache()
+    session, cache = model.session, model.session.new_cache()
     for role, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
         session.run(role, cache, np.full((1, rows), 5), 100)
     return {"open_s": opened, "bytes_read": read, "pss_bytes": pss_bytes() - base}
@@ -95,7 +95,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     cache.reserve(200)
     times: dict[str, list[float]] = {}
     for rows in (1, 32):
-        sessions = {"ours": model._session.sessions["ar"], "ordinary": ordinary}  # type: ignore[attr-defined]
+        sessions = {"ours": model.session.sessions["ar"], "ordinary": ordinary}  # type: ignore[attr-defined]
         bound = {name: BoundGraph(session, contract, cache, rows) for name, session in sessions.items()}
         for _, name in itertools.product(range(6), sessions):
             bound[name].input_ids[:], bound[name].past_length[0] = 5, 100
