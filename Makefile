@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLE := artifacts/nld-tiny-cpu
+GPU_BUNDLE := artifacts/nld-tiny-gpus
 
 .PHONY: demo test lint setup clean
 .DELETE_ON_ERROR:
@@ -19,6 +20,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/trimode build artifacts/nld-tiny -o $(BUNDLE) --target cpu --force
 	$(BIN)/trimode inspect $(BUNDLE)
+	$(BIN)/trimode build artifacts/nld-tiny -o $(GPU_BUNDLE) --target rtx-pro-6000 --target dgx-spark --target rtx-4090 --target cpu --force
+	$(BIN)/trimode inspect $(GPU_BUNDLE)
+	$(BIN)/trimode verify $(GPU_BUNDLE) --against artifacts/nld-tiny --target cpu
 	@for mode in ar diffusion linear-spec; do for prompt in \
 	  "JSON: Clara is 47 and lives in Kyoto." "SQL: name of books with price over 40, by year." "Add 478 and 356."; do \
 	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
@@ -34,4 +38,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv $(BUNDLE) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(BUNDLE) $(GPU_BUNDLE) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
