@@ -1,19 +1,48 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import SHAPES, config_of, write_checkpoint
 from reference import Reference
 
+from trimode.compiler import traced
 from trimode.compiler.pipeline import build_bundle
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import ModelInfo, Role
+from trimode.graphs.trace import trace_role
 from trimode.runtime import TriModeModel
 
 # The models are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands that a test starts keep graphs and engines in a folder of this run, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMODE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Tracing takes seconds, and builds of one shape trace the same graphs; passes work on copies."""
+    graphs: dict[tuple[str, ...], ir.Model] = {}
+
+    def trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        key = (role, repr(checkpoint.config), model.model_dump_json(), repr(checkpoint.drafter))
+        if key not in graphs:
+            graphs[key] = trace_role(role, checkpoint.config, model, checkpoint.drafter)
+        return graphs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced, "_trace", trace)
+        yield
 
 
 @dataclass(frozen=True)

@@ -143,3 +143,10 @@ def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[Role, ir.Mod
 
     with pytest.raises(BuildError, match="Careless"):
         lower(traced["verify"], Careless())
+
+
+def test_tracing_and_lowering_are_deterministic(checkpoint: Checkpoint, traced: dict[Role, ir.Model]) -> None:
+    """The cache finds an engine by the bytes of its graph."""
+    again = trace_role("draft", checkpoint.config, describe_model(checkpoint), checkpoint.drafter)
+    passes = (StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
+    assert to_bytes(lower(again, *passes)) == to_bytes(lower(traced["draft"], *passes))
