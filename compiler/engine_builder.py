@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trimode.runtime.manifest import ProfileRecord
 from trimode.runtime.pack import WeightPack
+from trimode.runtime.tensorrt_library import make_logger
 
 
 class EngineJob(BaseModel):
@@ -63,7 +64,7 @@ def build_engine(job: EngineJob, on_progress: Callable[[float], bool]) -> None:
         EngineRefusedError: the graph, a profile or the GPU does not suit the library.
     """
     trt = importlib.import_module(job.library)
-    logger = _make_logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     pack = WeightPack(job.pack) if job.pack else None  # must outlive the build: the parser keeps its addresses
@@ -83,21 +84,6 @@ def build_engine(job: EngineJob, on_progress: Callable[[float], bool]) -> None:
     job.output.write_bytes(engine)
     if cache is not None and job.timing_cache is not None:
         job.timing_cache.write_bytes(cache.serialize())
-
-
-def _make_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors; warnings speak of internals."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
 
 
 def _network_flags(trt: Any) -> int:

@@ -40,7 +40,7 @@ class EngineLibrary:
 
     def __init__(self, trt: Any) -> None:
         self.trt = trt
-        self._logger = _make_logger(trt)
+        self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
 
     def load(self, path: Path) -> Any:
@@ -72,7 +72,9 @@ class EngineLibrary:
         return self._logger.errors[-1].splitlines()[0] if self._logger.errors else "no message"
 
 
-def _make_logger(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
+    """A logger for the library that keeps its last errors in ``errors``."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps the last errors; nothing else is of use to somebody who runs a model."""
 
