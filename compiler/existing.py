@@ -7,9 +7,9 @@ from pathlib import Path
 
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
-from trimode.compiler.source import SourceDigest, stamp_of
 from trimode.errors import BundleError, UsageError
 from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import open_bundle
 from trimode.runtime.manifest import MANIFEST, Manifest
 

@@ -21,13 +21,13 @@ from trimode.compiler.lowering import StoredType, lower
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.progress import Progress, Silent
-from trimode.compiler.source import SourceDigest, stamp_of
 from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
 from trimode.compiler.toolchain import require_toolchain
 from trimode.compiler.traced import traced_graph
 from trimode.compiler.weights import PackLayout, PackWriter, plan_pack
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, graph_contract
+from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, FileRecord, GraphRecord, Manifest, PackRecord, SourceRecord
 

@@ -43,7 +43,7 @@ class Target:
         return "cpu" if self.name == "cpu" else "cuda"
 
 
-_TURING: tuple[Precision, ...] = ("fp16", "int8", "int4")
+_TURING: tuple[Precision, ...] = ("fp16", "int8")  # TensorRT-RTX refuses int4 below compute capability 8.0
 _AMPERE: tuple[Precision, ...] = ("bf16", "fp16", "int8", "int4")
 _ADA: tuple[Precision, ...] = (*_AMPERE, "fp8")
 _BLACKWELL: tuple[Precision, ...] = (*_ADA, "nvfp4")

@@ -35,10 +35,10 @@ from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
 from trimode.compiler.parity.torch_session import TorchSession, load_trunk
 from trimode.compiler.progress import Advance, Progress
 from trimode.compiler.run_command import read_prompts_file
-from trimode.compiler.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ROLES, DType
+from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.runtime.backends import PORTABLE
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.compiler.source import NUMPY_DTYPES, SAFETENSORS_NAMES, SourceDigest
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
 from trimode.graphs.rope import rope_tables
+from trimode.graphs.source import NUMPY_DTYPES, SAFETENSORS_NAMES, SourceDigest
 
 _DATA_ALIGNMENT = 4096
 

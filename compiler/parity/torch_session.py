@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.compiler.source import SourceDigest
 from trimode.graphs.attention import GrowingCacheAttention
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import TOP_K, DType, Role
+from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.session import Array, Ids, KVCache
 

@@ -12,8 +12,8 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 
 from trimode.compiler.parity.torch_session import TorchSession, accepted_lengths, load_trunk
 from trimode.compiler.plan import describe_model
-from trimode.compiler.source import SourceDigest
 from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.source import SourceDigest
 from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence
 

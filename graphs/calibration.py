@@ -1,0 +1,122 @@
+"""What calibration hands to the compiler: ``calibration.json`` and ``scales.safetensors`` in one folder.
+
+For each quantized linear layer, named as in the checkpoint without ``.weight`` (``encoder.layers.0.mlp.gate_proj``), float32 tensors:
+
+==================== ============================================ ==========================================================
+``.weight_amax``     ``()``, ``(out,)`` or ``(out, in / block)``  largest magnitude that the weight's quantized type represents
+``.input_amax``      ``()``                                       the same of the layer's input; fp8 and int8 only
+``.pre_quant_scale`` ``(in,)``                                    optional: the input is multiplied by it, each weight row divided
+==================== ============================================ ==========================================================
+
+The arithmetic that follows from it, with ``w = weight / pre_quant_scale`` and ``x = input * pre_quant_scale``:
+
+- fp8: ``s = amax / 448``, ``q = e4m3(w / s)`` to nearest even, saturating; weights and inputs
+- int8: ``s = amax / 127``, ``q = clip(rint(w / s), -127, 127)``; weights and inputs
+- int4: ``s = amax / 7``, one for each row and block of ``block_size`` inputs, ``q = clip(rint(w / s), -8, 7)``; weights only
+
+A layer that is not named stays in high precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from trimode.errors import CheckpointError
+from trimode.files import staged_replacement
+
+SCHEMA_VERSION = 1
+RECORD = "calibration.json"
+SCALES = "scales.safetensors"
+QuantizedPrecision = Literal["fp8", "int8", "int4"]
+Scales = dict[str, NDArray[np.float32]]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecord(_Record):
+    """The texts that were run.
+
+    Attributes:
+        sha256: of the data file.
+        num_tokens: rows that the layers saw, by mode.
+    """
+
+    sha256: str
+    num_samples: int
+    seed: int
+    num_tokens: dict[Literal["ar", "draft", "verify"], int]
+
+
+class LayerRecord(_Record):
+    """Statistics of one quantized layer, for people; ``input_amax`` as seen in each mode alone."""
+
+    input_amax: dict[str, float]
+    weight_snr_db: float
+
+
+class Calibration(_Record):
+    """The contents of ``calibration.json``.
+
+    Attributes:
+        algorithm: ModelOpt's name of it, or ``rtn``.
+        block_size: inputs that share a scale; None where blocks are not used.
+        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.source.SourceDigest` takes it.
+        scales_sha256: of ``scales.safetensors``.
+    """
+
+    schema_version: int
+    trimode_version: str
+    precision: QuantizedPrecision
+    algorithm: str
+    block_size: int | None
+    source_name: str
+    source_sha256: str
+    scales_sha256: str
+    data: DataRecord | None
+    layers: dict[str, LayerRecord]
+    libraries: dict[str, str]
+
+
+def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
+    """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier calibration in ``folder``."""
+    with staged_replacement(folder) as staged:
+        save_file(scales, staged / SCALES)
+        digest = hashlib.sha256((staged / SCALES).read_bytes()).hexdigest()
+        record = calibration.model_copy(update={"scales_sha256": digest})
+        (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
+    """Read a calibration.
+
+    Raises:
+        CheckpointError: missing, damaged, of another schema, or with scales that are not finite and positive.
+    """
+    hint = "make one with `trimode calibrate CHECKPOINT --precision ... -o FOLDER`"
+    try:
+        record = Calibration.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
+        data = (folder / SCALES).read_bytes()
+        scales: Scales = load_file(folder / SCALES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder}: expected a calibration with {RECORD} and {SCALES}, found none", hint) from error
+    except (OSError, ValueError, ValidationError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: expected a calibration that can be read, found: {str(error).splitlines()[0]}", hint) from error
+    if record.schema_version != SCHEMA_VERSION:
+        raise CheckpointError(f"{folder}: expected a calibration of schema version {SCHEMA_VERSION}, found {record.schema_version}", hint)
+    if hashlib.sha256(data).hexdigest() != record.scales_sha256:
+        raise CheckpointError(f"{folder / SCALES}: expected the file that {RECORD} describes, found another", hint)
+    for name, values in scales.items():
+        if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
+            raise CheckpointError(f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others", hint)
+    return record, scales
