@@ -173,7 +173,10 @@ def test_a_compiler_that_crashes_is_reported(checkpoint: Path, tmp_path: Path, m
 
 def run_build(checkpoint: Path, tmp_path: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--block-lengths", "8", *more]
-    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env={**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")})
+    # A runner may have started the tests with interrupts ignored, which children inherit.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    environment = {**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")}
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment, preexec_fn=heed)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -26,7 +26,7 @@ from trimode.compiler.parity.report import VERIFICATION, GraphParity, Verificati
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens
 from trimode.compiler.parity.tolerance import tolerance_for
-from trimode.compiler.parity.torch_session import TorchSession, load_trunk
+from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import describe_model
 from trimode.compiler.verify_command import VerifyRequest, run_verify

@@ -10,7 +10,7 @@ import pytest
 import reference
 from checkpoints import SHAPES, config_of, write_checkpoint
 
-from trimode.compiler.parity.torch_session import TorchSession, accepted_lengths, load_trunk
+from trimode.calib.torch_session import TorchSession, accepted_lengths, load_trunk
 from trimode.compiler.plan import describe_model
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.source import SourceDigest
