@@ -24,13 +24,16 @@ from trimode.graphs.config import parse_config
 SIZES = {"3b": (3072, 9216, 26, 1e6), "8b": (4096, 14336, 34, 1e6), "14b": (5120, 16384, 40, 1e9)}
 
 
-def write_sparse_checkpoint(folder: Path, size: str) -> int:
-    """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it stands for."""
+def write_sparse_checkpoint(folder: Path, size: str, *, vocab_size: int = 131072, heads: tuple[int, int, int] = (32, 8, 128)) -> int:
+    """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it stands for.
+
+    ``heads``: of queries, of keys and values, and their size.
+    """
     hidden, inner, layers, theta = SIZES[size]
     config = {
-        "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": 131072, "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
-        "mask_token_id": 100, "eos_token_id": 11, "block_size": 32,
+        "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": heads[2],
+        "max_position_embeddings": 262144, "mask_token_id": 100, "eos_token_id": 11, "block_size": 32,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, "factor": 16.0, "original_max_position_embeddings": 16384,
                             "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     }  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import median, save
 from trimode.calib.demo.tasks import examples
-from trimode.compiler.parity.torch_session import load_trunk
+from trimode.calib.torch_session import load_trunk
 from trimode.graphs.attention import GrowingCacheAttention
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.trunk import TriModeTrunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 
@@ -29,7 +30,11 @@ def library_of(backend: Backend) -> str:
     if not is_installed(backend):
         where = ", on a machine with the GPU that the engines are for" if backend == "tensorrt" else ""
         raise DependencyError(f"expected {module}, found it not installed", f"{hint}{where}")
-    return f"{module} {importlib.metadata.version(distribution)}"
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # unpacked by hand: only the library itself can tell
+        version = importlib.import_module(module).__version__
+    return f"{module} {version}"
 
 
 def is_installed(backend: Backend) -> bool:
