@@ -22,8 +22,8 @@ from pathlib import Path
 PIECE_BYTES = 45_000_000
 GROUPS = {
     "rtx": (
-        "tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116", "cuda-bindings", "cuda-pathfinder", "onnx-ir>=1.1", "polygraphy",
-        "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs", "typer>=0.29", "ml-dtypes>=0.5",
+        "tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116", "cuda-bindings", "cuda-pathfinder", "onnx-ir>=1.1",
+        "polygraphy", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs", "typer>=0.29", "ml-dtypes>=0.5",
     ),
     "ort": ("onnxruntime-gpu>=1.31",),
 }  # fmt: skip
