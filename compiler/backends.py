@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -11,36 +13,46 @@ from trimode.compiler.cache import ContentCache, key_of
 from trimode.compiler.engine_builder import EngineJob
 from trimode.compiler.engines import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
 from trimode.compiler.graphfile import point_into_pack
-from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, WeightsToInputs, lower, to_bytes
+from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, lower, to_bytes
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
+from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
 from trimode.compiler.weights import PackLayout
-from trimode.graphs.contract import Role
+from trimode.graphs.contract import DType, Role
 from trimode.runtime.manifest import TargetRecord
 
 Graphs = dict[Role, ir.Model]
 
 
-def lower_for(record: TargetRecord, graph: ir.Model) -> ir.Model:
-    """The passes a target asks for."""
+def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
+    """The passes of the portable graphs: float32 arithmetic over what the pack holds."""
+    passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack)]
+    if dtype != "float32":
+        passes.append(StoredType(dtype))
+    return lower(graph, *passes)
+
+
+def lower_for(record: TargetRecord, graph: ir.Model, pack: Mapping[str, Stored] = MappingProxyType({})) -> ir.Model:
+    """The passes a target asks for; ``pack`` tells which weights are quantized."""
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
         passes.append(StaticCacheCapacity(record.capacity))
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
+    passes.append(QuantizeWeights(pack))
     if record.placement == "shared":
         passes.append(WeightsToInputs())
     return lower(graph, *passes)
 
 
-def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, folder: Path) -> None:
+def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, layout: PackLayout, folder: Path) -> None:
     """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record gives."""
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
             for role, graph in graphs.items():
                 path = folder / record.graphs[role].file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(to_bytes(lower_for(record, graph)))
+                path.write_bytes(to_bytes(lower_for(record, graph, layout.tensors)))
 
 
 def compile_engines(
@@ -78,7 +90,7 @@ def _plan_tasks(plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path,
         if record.backend == "onnxruntime":
             continue
         for role, graph in graphs.items():
-            lowered = lower_for(record, graph)
+            lowered = lower_for(record, graph, layout.tensors)
             if record.placement == "baked":
                 point_into_pack(lowered, layout, pack)
             data = to_bytes(lowered)

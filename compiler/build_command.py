@@ -6,13 +6,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trimode.compiler.cache import default_folder
 from trimode.compiler.cli import parse_ints
 from trimode.compiler.console import RichProgress
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import BuildResult, build_bundle
+from trimode.compiler.quantize.scales import RTN
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class BuildRequest:
 
     targets: tuple[str, ...]
     precision: str | None
+    calibration: str | None
     max_length: int | None
     block_lengths: str | None
     max_batch: int
@@ -38,6 +40,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
     options = BuildOptions(
         targets=request.targets,
         precision=request.precision,
+        calibration=_calibration(request.calibration),
         max_length=request.max_length,
         block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,
@@ -53,6 +56,13 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
     if request.as_json:
         sys.stdout.write(json.dumps(_as_data(output, result)) + "\n")
     sys.stderr.write(_in_words(output, result) + "\n")
+
+
+def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
+    """``rtn`` is the method, anything else a folder (``./rtn`` too)."""
+    if value is None or value == RTN:
+        return None if value is None else RTN
+    return Path(value)
 
 
 def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:

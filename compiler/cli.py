@@ -53,7 +53,12 @@ def build(
         list[str] | None, typer.Option(metavar="NAME", help="Where the bundle will run, repeatable; `trimode targets` lists them. [default: cpu]")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; if left out what the GPUs prefer and all targets can run, fp32 on a CPU.")
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out what the GPUs prefer and all targets can run, fp32 on a CPU."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Scales for fp8, int8 or int4; rtn rounds int8 or int4 weights to nearest, without calibration."),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
@@ -75,9 +80,35 @@ def build(
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache, force, as_json
-    )
+        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache,
+        force, as_json,
+    )  # fmt: skip
     run_build(checkpoint, output, request)
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
+    precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant) or int4 (AWQ).")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`.")],
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
+    modes: Annotated[str, typer.Option(metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify.")] = "ar,draft,verify",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    block_size: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")] = None,
+    per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the scales for a quantized build, from prompts answered in every mode."""
+    _need("calibration", "compile", "torch", "safetensors", "ml_dtypes")
+    _need("calibration", "calib", "modelopt", "requests")
+    from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
+
+    request = CalibrateRequest(precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json)
+    run_calibrate(checkpoint, output, request)
 
 
 @app.command()

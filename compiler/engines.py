@@ -17,7 +17,7 @@ from typing import Any
 
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.engine_builder import EngineJob
-from trimode.compiler.targets import BUILT_PRECISIONS, Precision, Target
+from trimode.compiler.targets import DENSE_PRECISIONS, Precision, Target
 from trimode.errors import BuildError
 
 PROGRESS_STEPS = 100
@@ -181,7 +181,7 @@ def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
     where = f"{task.target.name} ({task.target.compute_capability})"
     types = re.search(r"HW-specific datatypes: (\w+)", text)
     if types:
-        able = " or ".join(p for p in task.target.precisions if p in BUILT_PRECISIONS and p != task.precision)
+        able = " or ".join(p for p in task.target.precisions if p in DENSE_PRECISIONS and p != task.precision)
         return BuildError(f"{where}: expected types the GPU can compute in, found {types[1]} ({task.precision})", f"pass --precision {able}")
     if "workspace limit" in text:
         found = f"{(task.job.workspace_bytes or 0) >> 20} MiB"

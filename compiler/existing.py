@@ -45,6 +45,10 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
     if base.precision != plan.precision:
         found = f"{output}: expected a bundle in {plan.precision}, found one in {base.precision}, which all its targets share"
         raise UsageError(found, _FORCE)
+    if plan.quantization is not None and plan.quantization.record != base.calibration:
+        asked, held = plan.quantization.record, base.calibration
+        found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
+        raise UsageError(found, _FORCE)
     if not _same_source(base, plan.checkpoint, progress):
         found = f"{output}: expected a bundle of {plan.checkpoint.path}, found one of other weights ({base.source.name})"
         raise UsageError(found, _FORCE)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trimode.runtime.bundle import read_manifest
-from trimode.runtime.manifest import Manifest, ProfileRecord, TargetRecord
+from trimode.runtime.manifest import CalibrationRecord, Manifest, ProfileRecord, TargetRecord
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
@@ -37,10 +37,17 @@ def _model(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
     size, heads = manifest.source.num_parameters / 1e6, f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}"
     yield f"model      {manifest.source.name}, {size:.1f} M parameters, {manifest.precision}"
+    if manifest.calibration is not None:
+        yield f"quantized  {_calibration(manifest.calibration)}; the rest in {manifest.weights.dtype}"
     yield f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}"
     yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
     yield f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})"
     yield f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}"
+
+
+def _calibration(record: CalibrationRecord) -> str:
+    blocks = f", blocks of {record.block_size}" if record.block_size else ""
+    return f"{record.algorithm}{blocks}, scales of {record.name}" if record.scales_sha256 else f"rounded to nearest{blocks}"
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:

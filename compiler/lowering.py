@@ -29,7 +29,12 @@ IR_DTYPES: dict[DType, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
 }
+QUANTIZED_TYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.INT4)
+"""Types of weights that a DequantizeLinear reads."""
 
 
 def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
@@ -130,28 +135,28 @@ class ComputeType(ir.passes.InPlacePass):
 
 
 class StoredType(ir.passes.InPlacePass):
-    """Read every weight as ``dtype`` and widen it to float32 before it is used: for runtimes that compute in float32."""
+    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is used: for runtimes that compute in float32."""
 
     def __init__(self, dtype: DType) -> None:
         super().__init__()
         self.dtype = IR_DTYPES[dtype]
 
     def requires(self, model: ir.Model) -> None:
-        """Weights are float32."""
-        for value in weights(model):
+        """Weights are float32, or quantized."""
+        for value in [v for v in weights(model) if v.dtype not in QUANTIZED_TYPES]:
             if value.dtype != ir.DataType.FLOAT:
                 raise ir.passes.PreconditionError(f"{value.name} is {value.dtype}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype the weights and put a Cast behind each."""
-        for value in [v for v in weights(model) if not _is_table(v)]:
+        for value in _stored(model):
             _cast_after(model.graph, value, ir.DataType.FLOAT, before=model.graph[0])
             value.type = ir.TensorType(self.dtype)  # a new one: clones share their types
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
         """Weights have the type, and nothing but their casts reads them."""
-        for value in [v for v in weights(model) if not _is_table(v)]:
+        for value in _stored(model):
             if value.dtype != self.dtype or not all(node.op_type == "Cast" for node, _ in value.uses()):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or used without a Cast")
 
@@ -186,6 +191,11 @@ def caches(model: ir.Model) -> list[ir.Value]:
 def weights(model: ir.Model) -> list[ir.Value]:
     """Initializers whose data lies in the pack."""
     return [v for v in model.graph.initializers.values() if v.const_value is None]
+
+
+def _stored(model: ir.Model) -> list[ir.Value]:
+    """Weights of the type that the pack as a whole has."""
+    return [v for v in weights(model) if not _is_table(v) and v.dtype not in QUANTIZED_TYPES]
 
 
 def _is_table(value: ir.Value) -> bool:

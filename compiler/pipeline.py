@@ -13,18 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trimode
-from trimode.compiler.backends import Graphs, compile_engines, write_lowered_graphs
+from trimode.compiler.backends import Graphs, compile_engines, lower_portable, write_lowered_graphs
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.existing import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.graphfile import check_graph, save_graph
-from trimode.compiler.lowering import StoredType, lower
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.progress import Progress, Silent
 from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
 from trimode.compiler.toolchain import require_toolchain
 from trimode.compiler.traced import traced_graph
-from trimode.compiler.weights import PackLayout, PackWriter, plan_pack
+from trimode.compiler.weights import PackLayout, PackWriter, plan_pack, read_layout
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, graph_contract
 from trimode.graphs.source import SourceDigest, stamp_of
@@ -57,6 +56,7 @@ class BuildState:
     Attributes:
         folder: where files are written; it becomes the bundle, or part of it.
         pack: path of the weight pack; outside ``folder`` where the bundle exists already.
+        source: digest of the checkpoint, complete when the pack is written; None where no pack is written.
         base: manifest of the bundle that exists already.
     """
 
@@ -66,7 +66,7 @@ class BuildState:
     folder: Path
     pack: Path
     layout: PackLayout
-    source: SourceDigest
+    source: SourceDigest | None = None
     base: Manifest | None = None
     graphs: Graphs = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -78,6 +78,11 @@ class BuildState:
         """Enter a written file into the manifest's list."""
         path = self.folder / name
         self.files[name] = FileRecord(sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size)
+
+    def check_weights(self) -> None:
+        """Raise what writing the pack raised, or that the calibration is of another checkpoint, as soon as it is known."""
+        if self.writer is not None and self.writer.check() and self.source is not None and self.plan.quantization is not None:
+            self.plan.quantization.check_source(self.source.hexdigest())
 
 
 def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
@@ -91,7 +96,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
 
     Raises:
         UsageError: an option is out of range, or ``output`` is something else than a bundle of this checkpoint.
-        CheckpointError: the checkpoint is incomplete or not of this family.
+        CheckpointError: the checkpoint is incomplete or not of this family, or the calibration does not belong to it.
         DependencyError: the library that compiles for a target is not installed.
         BuildError: a target cannot be compiled for here, or the bundle could not be written; what was there before still is.
     """
@@ -111,7 +116,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
 def _create(plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype)
+    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization)
     with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
         return _run(NEW_BUNDLE, BuildState(plan, progress, cache, folder, folder / WEIGHTS, layout, source))
@@ -124,17 +129,17 @@ def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, c
         return BuildResult(base, (), 0)
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype)
+    pack = output / base.weights.file
+    layout = read_layout(pack)
     with added_to_bundle(output, drop_targets(base, list(plan.targets)), list(plan.targets)) as folder:
-        return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, output / base.weights.file, layout, source, base))
+        return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, pack, layout, base=base))
 
 
 def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) -> BuildResult:
     try:
         for stage in stages:
             stage(state)
-            if state.writer is not None:
-                state.writer.check()
+            state.check_weights()
     finally:
         if state.writer is not None:
             state.writer.stop()
@@ -167,8 +172,7 @@ def write_graphs(state: BuildState) -> None:
     advance = state.progress.stage("write graphs", len(ROLES))
     for role, graph in state.graphs.items():
         path = state.folder / f"{role}.onnx"
-        portable = lower(graph) if state.plan.dtype == "float32" else lower(graph, StoredType(state.plan.dtype))
-        save_graph(portable, state.layout, state.pack, path)
+        save_graph(lower_portable(state.plan.dtype, graph, state.layout.tensors), state.layout, state.pack, path)
         check_graph(path)
         state.record(path.name)
         advance(1)
@@ -178,7 +182,7 @@ def compile_targets(state: BuildState) -> None:
     """Lower the graphs for each target and compile its engines; those that copy the weights wait for the pack."""
     if state.writer is not None and any(record.placement == "baked" for record in state.plan.records.values()):
         state.writer.result()
-    write_lowered_graphs(state.plan, state.graphs, state.folder)
+    write_lowered_graphs(state.plan, state.graphs, state.layout, state.folder)
     state.num_cached = compile_engines(state.plan, state.graphs, state.layout, state.pack, state.folder, state.cache, state.progress)
     for record in state.plan.records.values():
         for engine in record.graphs.values():
@@ -199,11 +203,13 @@ def copy_tokenizer(state: BuildState) -> None:
 def describe_bundle(state: BuildState) -> None:
     """The manifest of a new bundle."""
     plan, checkpoint = state.plan, state.plan.checkpoint
-    assert plan.precision in ("fp32", "fp16", "bf16")
+    assert plan.precision != "nvfp4"
+    assert state.source is not None
     state.manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
         precision=plan.precision,
+        calibration=plan.quantization.record if plan.quantization else None,
         model=plan.model,
         source=SourceRecord(
             name=checkpoint.path.resolve().name,

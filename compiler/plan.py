@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trimode.compiler.options import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, BuildOptions
 from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_profiles
+from trimode.compiler.quantize.scales import Quantization, load_quantization
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
 from trimode.compiler.toolchain import library_of
 from trimode.errors import UsageError
+from trimode.graphs.calibration import load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ROLES, DType, ModelInfo
 from trimode.runtime.manifest import EngineRecord, Manifest, TargetRecord
@@ -21,6 +24,8 @@ class BuildPlan:
     """What a build will make.
 
     Attributes:
+        dtype: of the weights in the pack that are not quantized; GPUs compute in it.
+        quantization: of the other weights; None where there are none, or where they are in the bundle that is added to.
         records: the manifest's entry of each target, known in full beforehand.
     """
 
@@ -28,13 +33,10 @@ class BuildPlan:
     checkpoint: Checkpoint
     model: ModelInfo
     precision: Precision
+    dtype: DType
+    quantization: Quantization | None
     targets: dict[str, Target]
     records: dict[str, TargetRecord]
-
-    @property
-    def dtype(self) -> DType:
-        """Type of the weights in the pack."""
-        return DTYPES[self.precision]
 
 
 def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | None = None) -> BuildPlan:
@@ -42,28 +44,33 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
 
     Raises:
         UsageError: an option is out of range, or a target cannot run the precision.
+        CheckpointError: the calibration cannot be read, or does not fit the checkpoint.
         DependencyError: the library that compiles for a target is not installed.
     """
     options.check()
     targets = {target.name: target for target in resolve_targets(options.targets)}
-    precision = choose_precision(options.precision or (base.precision if base else None), tuple(targets.values()))
+    precision = choose_precision(options.precision or (base.precision if base else _calibrated_precision(options)), tuple(targets.values()))
+    quantization = _plan_quantization(checkpoint, options, precision, base)
+    dtype = base.weights.dtype if base and base.precision == precision else _compute_dtype(precision, tuple(targets.values()))
+    if precision not in DTYPES:
+        _check_compute(dtype, tuple(targets.values()))
     max_length = options.max_length if options.max_length is not None or base is None else base.model.max_length
     model = describe_model(checkpoint, max_length)
-    records = {name: plan_target(target, options, model, precision) for name, target in targets.items()}
-    return BuildPlan(options, checkpoint, model, precision, targets, records)
+    records = {name: plan_target(target, options, model, dtype, is_quantized=precision not in DTYPES) for name, target in targets.items()}
+    return BuildPlan(options, checkpoint, model, precision, dtype, quantization, targets, records)
 
 
-def plan_target(target: Target, options: BuildOptions, model: ModelInfo, precision: Precision) -> TargetRecord:
-    """The manifest's entry of one target."""
+def plan_target(target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, *, is_quantized: bool = False) -> TargetRecord:
+    """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, DTYPES[precision])
+        return _plan_onnxruntime(target, dtype, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
     graphs = {
         role: EngineRecord(file=f"engines/{target.name}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch))
         for role in ROLES
     }
     return TargetRecord(
-        backend=target.backend, device="cuda", compute_capability=target.compute_capability, compute_dtype=DTYPES[precision],
+        backend=target.backend, device="cuda", compute_capability=target.compute_capability, compute_dtype=dtype,
         placement=options.weights, capacity=model.num_positions, workspace_mib=options.workspace_mib, library=library_of(target.backend),
         graphs=graphs,
     )  # fmt: skip
@@ -97,9 +104,40 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
     )
 
 
-def _plan_onnxruntime(target: Target, dtype: DType) -> TargetRecord:
-    """On a CPU everything is computed in float32; a pack of float32 is mapped by the portable graphs, any other is widened once, on loading."""
-    portable = target.device == "cpu" and dtype == "float32"
+def _calibrated_precision(options: BuildOptions) -> str | None:
+    return load_calibration(options.calibration)[0].precision if isinstance(options.calibration, Path) else None
+
+
+def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None) -> Quantization | None:
+    """The scales; None where nothing is quantized, or the bundle that is added to has them and no others are asked for."""
+    if precision not in ("fp8", "int8", "int4"):
+        if options.calibration is not None:
+            raise UsageError(f"expected --calibration with --precision fp8, int8 or int4, found {precision}", "leave --calibration out")
+        return None
+    if base is not None and base.precision == precision and options.calibration is None:
+        return None
+    return load_quantization(options.calibration, precision, checkpoint)
+
+
+def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:
+    """The type of a dense bundle; of a quantized one, what a dense one for these targets would have."""
+    return DTYPES[precision] if precision in DTYPES else DTYPES[choose_precision(None, targets)]
+
+
+def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
+    """Raise :class:`UsageError` where a GPU cannot compute in the type that a quantized bundle has for everything else."""
+    for target in targets:
+        if target.device == "cuda" and not any(DTYPES.get(precision) == dtype for precision in target.precisions):
+            raise UsageError(f"{target.name}: expected a bundle that computes in a type it can run, found one in {dtype}",
+                             f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own")  # fmt: skip
+
+
+def _plan_onnxruntime(target: Target, dtype: DType, *, is_quantized: bool) -> TargetRecord:
+    """On a CPU everything is computed in float32.
+
+    A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is widened once, on loading.
+    """
+    portable = target.device == "cpu" and (dtype == "float32" or is_quantized)
     return TargetRecord(
         backend="onnxruntime", device=target.device, compute_capability=None, compute_dtype="float32" if target.device == "cpu" else dtype,
         placement="external" if portable else "shared", capacity=None, workspace_mib=None, library=library_of("onnxruntime"),

@@ -15,7 +15,10 @@ from trimode.errors import UsageError
 Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4"]
 
-BUILT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+DENSE_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+"""Those in which a whole model is computed."""
+
+BUILT_PRECISIONS: tuple[Precision, ...] = (*DENSE_PRECISIONS, "fp8", "int8", "int4")
 """What this version compiles; the others are what the hardware could do."""
 
 
@@ -78,7 +81,7 @@ _GPUS: tuple[tuple[str, str, int], ...] = (
 )
 
 TARGETS: dict[str, Target] = {
-    "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16")),
+    "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8")),
     "cuda": Target("cuda", "onnxruntime", None, ("fp16", "bf16")),
     **{name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory) for name, cc, memory in _GPUS},
 }
@@ -129,7 +132,7 @@ def choose_precision(asked: str | None, targets: tuple[Target, ...]) -> Precisio
     """
     if asked is None:
         first = next((t for t in targets if t.device == "cuda"), targets[0])
-        shared = [p for p in first.precisions if p in BUILT_PRECISIONS and all(p in t.precisions for t in targets)]
+        shared = [p for p in first.precisions if p in DENSE_PRECISIONS and all(p in t.precisions for t in targets)]
         if shared:
             return shared[0]
         names = ", ".join(target.name for target in targets)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trimode
+from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.console import RichProgress
 from trimode.compiler.parity.graph_parity import SHORT_POSITION, compare_portable, compare_target, count_comparisons
 from trimode.compiler.parity.report import (
@@ -32,7 +33,6 @@ from trimode.compiler.parity.report import (
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
-from trimode.compiler.parity.torch_session import TorchSession, load_trunk
 from trimode.compiler.progress import Advance, Progress
 from trimode.compiler.run_command import read_prompts_file
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
@@ -40,7 +40,7 @@ from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ROLES, DType
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.runtime.backends import PORTABLE
-from trimode.runtime.bundle import sha256_of
+from trimode.runtime.bundle import read_manifest, sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.session import Ids
@@ -77,6 +77,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
         BundleError, DeviceError, DependencyError: the target cannot run here. An earlier ``verification.json`` stays as it is.
     """
     _check_request(request)
+    _check_precision(read_manifest(bundle))
     model = _open_target(bundle, request)
     checkpoint = open_checkpoint(request.checkpoint)
     _check_shape(checkpoint, model.bundle.manifest)
@@ -153,6 +154,12 @@ def _check_request(request: VerifyRequest) -> None:
         raise UsageError(f"expected --max-new-tokens of at least 1, found {request.max_new_tokens}", "64 is usual")
     if request.seed < 0:
         raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
+
+
+def _check_precision(manifest: Manifest) -> None:
+    if manifest.calibration is not None:
+        raise UsageError(f"expected a bundle in fp32, fp16 or bf16, found {manifest.precision}, whose weights differ on purpose",
+                         "build the same targets without --precision to verify them")  # fmt: skip
 
 
 class _Place(NamedTuple):

@@ -20,17 +20,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.compiler.quantize.formats import FORMATS
+from trimode.compiler.quantize.scales import Quantization
+from trimode.compiler.quantize.weight_stream import WeightStream
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
 from trimode.graphs.rope import rope_tables
-from trimode.graphs.source import NUMPY_DTYPES, SAFETENSORS_NAMES, SourceDigest
+from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
+from trimode.runtime.pack import WeightPack, stored_bytes
 
 _DATA_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``."""
+    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``, once, after those of the tensors before it."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +49,7 @@ class _Source:
     @property
     def num_bytes(self) -> int:
         """Size of the tensor."""
-        return self.num_elements * NUMPY_DTYPES[self.dtype].itemsize
+        return stored_bytes(self.dtype, self.num_elements)
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,46 @@ class PackLayout:
         return len(self.header) + sum(t.num_bytes for t in self.tensors.values())
 
 
-def plan_pack(checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32") -> tuple[PackLayout, SourceDigest]:
-    """Lay out the pack of a checkpoint: its tensors in ``dtype``, then the position tables, always in float32.
+def plan_pack(
+    checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32", quantization: Quantization | None = None
+) -> tuple[PackLayout, SourceDigest]:
+    """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position tables, always in float32; scales, in ``dtype``.
 
-    Angles need the precision at long positions, whatever the weights are stored in. The returned digest is complete once every tensor
-    has been written.
+    Angles need the precision at long positions, whatever the weights are stored in. Scales come last: some are single numbers, behind which
+    nothing would be aligned, and some are known only when their weight has been read. The returned digest is complete once every tensor has
+    been written.
     """
     digest = SourceDigest(checkpoint)
-    sources = [_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)) for name, entry in checkpoint.tensors.items()]
+    sources, scales = [], []
+    for name, entry in checkpoint.tensors.items():
+        layer = name.removesuffix(".weight")
+        if quantization is None or layer not in quantization.layers:
+            sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
+            continue
+        read = partial(digest.read, name, "float32")
+        stream = WeightStream(layer, entry.shape, read, scales=quantization.layers[layer], precision=quantization.precision, stored=dtype)
+        sources.append(_Source(name, entry.shape, FORMATS[quantization.precision].dtype, stream.weight))
+        scales += [_Source(f"{layer}.{kind}", shape, dtype, partial(stream.scale, kind)) for kind, shape in stream.scale_shapes.items()]
     tables = rope_tables(checkpoint.config.rope, checkpoint.config.head_dim, num_positions)
     for name, table in zip(("rope.cos", "rope.sin", "rope.query_scale"), tables, strict=True):
         if table is not None:
             column = np.ascontiguousarray(table.reshape(num_positions, -1), "<f4")
             sources.append(_Source(name, column.shape, "float32", partial(_whole, column)))
-    return _lay_out(sources), digest
+    return _lay_out([*sources, *scales]), digest
+
+
+def read_layout(path: Path) -> PackLayout:
+    """The layout of a pack that is there.
+
+    Raises:
+        BundleError: the file is no pack of this library.
+    """
+    pack = WeightPack(path)
+    start = min((entry.offset for entry in pack.entries.values()), default=path.stat().st_size)
+    with path.open("rb") as stream:
+        header = stream.read(start)
+    tensors = {name: PackedTensor(name, e.shape, e.dtype, partial(_packed, pack, name), e.offset) for name, e in pack.entries.items()}
+    return PackLayout(header, tensors)
 
 
 def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
@@ -120,10 +150,11 @@ class PackWriter:
         """Wait until the pack is written; its sha256. Raises what writing raised."""
         return self._digest.result()
 
-    def check(self) -> None:
-        """Raise what writing raised, if it has failed by now."""
+    def check(self) -> bool:
+        """Whether the pack is written by now; raises what writing raised, if it has failed."""
         if self._digest.done():
             self._digest.result()
+        return self._digest.done()
 
     def stop(self) -> None:
         """Give up writing, if it has not ended, and wait for the thread."""
@@ -140,13 +171,28 @@ def _whole(table: NDArray[np.float32]) -> Iterator[bytes]:
     yield table.tobytes()
 
 
+def _packed(pack: WeightPack, name: str) -> Iterator[bytes]:
+    yield pack.raw(name).tobytes()
+
+
 def _lay_out(sources: list[_Source]) -> PackLayout:
     begins = list(itertools.accumulate((source.num_bytes for source in sources), initial=0))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": _metadata(sources)}
     for source, begin, end in zip(sources, begins, begins[1:], strict=False):
-        header[source.name] = {"dtype": SAFETENSORS_NAMES[source.dtype], "shape": list(source.shape), "data_offsets": [begin, end]}
+        header[source.name] = {"dtype": SAFETENSORS_NAMES[source.dtype], "shape": _bytes_shape(source), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
     tensors = {s.name: PackedTensor(s.name, s.shape, s.dtype, s.chunks, len(prefix) + begin) for s, begin in zip(sources, begins, strict=False)}
     return PackLayout(prefix, tensors)
+
+
+def _metadata(sources: list[_Source]) -> dict[str, str]:
+    if any(source.dtype == "int4" for source in sources):
+        return {"format": "pt", "U8": "int4, two numbers along the last axis in each byte, the first in the low four bits"}
+    return {"format": "pt"}
+
+
+def _bytes_shape(source: _Source) -> list[int]:
+    """The shape as safetensors counts it: in bytes, where it has no name for the type."""
+    return [*source.shape[:-1], source.shape[-1] // 2] if source.dtype == "int4" else list(source.shape)

@@ -11,10 +11,11 @@ For each quantized linear layer, named as in the checkpoint without ``.weight`` 
 The arithmetic that follows from it, with ``w = weight / pre_quant_scale`` and ``x = input * pre_quant_scale``:
 
 - fp8: ``s = amax / 448``, ``q = e4m3(w / s)`` to nearest even, saturating; weights and inputs
-- int8: ``s = amax / 127``, ``q = clip(rint(w / s), -127, 127)``; weights and inputs
+- int8: ``s = amax / 127``, ``q = clip(rint(w / s), -127, 127)``; weights and inputs, but that an input beyond its amax may become -128, where
+  ONNX's QuantizeLinear saturates
 - int4: ``s = amax / 7``, one for each row and block of ``block_size`` inputs, ``q = clip(rint(w / s), -8, 7)``; weights only
 
-A layer that is not named stays in high precision.
+A scale is rounded to the type that the graph computes in before anything is divided by it. A layer that is not named stays in high precision.
 """
 
 from __future__ import annotations

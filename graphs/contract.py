@@ -21,7 +21,8 @@ TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
 Dimension = int | str
-DType = Literal["int64", "float32", "float16", "bfloat16"]
+DType = Literal["int64", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4"]
+"""Element types; the last three only of quantized weights."""
 
 
 class _Record(BaseModel):

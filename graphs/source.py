@@ -13,7 +13,14 @@ from trimode.errors import BuildError
 from trimode.graphs.checkpoint import ADAPTER_FOLDER, Checkpoint, to_float32
 from trimode.graphs.contract import DType
 
-SAFETENSORS_NAMES: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS_NAMES: dict[DType, str] = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8e4m3fn": "F8_E4M3",
+    "int8": "I8",
+    "int4": "U8",  # safetensors has no such type: two of them along the last axis are one byte, the first in the low four bits
+}
 NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),

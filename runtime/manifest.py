@@ -4,7 +4,7 @@ A bundle is a folder::
 
     manifest.json                      this schema
     ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
-    weights.safetensors                every tensor once; the portable graphs name it as ONNX external data
+    weights.safetensors                every tensor once, and the scales of quantized ones; external data of the portable graphs
     engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
     engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
     tokenizer.json ...                 copied from the checkpoint
@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -71,10 +71,26 @@ class SourceRecord(_Record):
 
 
 class PackRecord(_Record):
-    """The weight pack; ``dtype`` is the type of every tensor but the position tables, which are float32."""
+    """The weight pack; ``dtype`` is the type of every tensor but the position tables, which are float32, and weights that are quantized."""
 
     file: FileName
     dtype: DType
+
+
+class CalibrationRecord(_Record):
+    """Where the scales of a quantized bundle come from.
+
+    Attributes:
+        name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest magnitude.
+        algorithm: that found them.
+        block_size: inputs that share a scale; None where a whole row or tensor does.
+        scales_sha256: of the calibration's scales; None for ``rtn``.
+    """
+
+    name: str
+    algorithm: str
+    block_size: int | None
+    scales_sha256: str | None
 
 
 class ProfileRecord(_Record):
@@ -123,11 +139,17 @@ class TargetRecord(_Record):
 
 
 class Manifest(_Record):
-    """The contents of ``manifest.json``."""
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        precision: type of the weights of linear layers.
+        calibration: of fp8, int8 and int4, and only of these.
+    """
 
     schema_version: int
     trimode_version: str
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+    calibration: CalibrationRecord | None = None
     model: ModelInfo
     source: SourceRecord
     graphs: dict[Role, GraphRecord]

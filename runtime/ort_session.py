@@ -46,7 +46,7 @@ class OrtSession:
         providers = choose_providers(self._device)
         portable = target is None or target.placement == "external"
         mapped_bytes = manifest.files[manifest.weights.file].num_bytes if portable else 0
-        options = session_options(mapped_bytes, num_threads)
+        options = session_options(mapped_bytes, num_threads, is_quantized=manifest.calibration is not None)
         files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in ROLES}
         self.sessions: dict[Role, Any] = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
         wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in ROLES}

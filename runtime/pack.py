@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType
 
-SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8", "U8": "int4"}
+ITEM_SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float8e4m3fn": 1, "int8": 1}
+"""Bytes of one number; int4 is two to a byte."""
 
 
 @dataclass(frozen=True)
 class PackEntry:
-    """One tensor of the pack; ``offset`` is in bytes from the start of the file."""
+    """One tensor of the pack; ``offset`` is in bytes from the start of the file.
+
+    int4 lies in the file as bytes of two numbers each, along the last axis, the first in the low four bits; ``shape`` counts numbers.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -29,7 +33,12 @@ class PackEntry:
     @property
     def num_bytes(self) -> int:
         """Size of the tensor."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return stored_bytes(self.dtype, math.prod(self.shape))
+
+
+def stored_bytes(dtype: DType, num_elements: int) -> int:
+    """Size of a tensor of so many numbers."""
+    return num_elements // 2 if dtype == "int4" else num_elements * ITEM_SIZES[dtype]
 
 
 class WeightPack:
@@ -46,7 +55,7 @@ class WeightPack:
         try:
             self.entries = _read_header(path)
             self._bytes = np.memmap(path, np.uint8, mode="r")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise BundleError(f"{path}: expected a weight pack, found one that cannot be read ({error})",
                               "build the bundle again with `trimode build`") from error  # fmt: skip
 
@@ -56,19 +65,21 @@ class WeightPack:
         return self._bytes[entry.offset : entry.offset + entry.num_bytes]
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """The tensor in float32, shaped; a view of the file where it is float32 there, else a copy."""
+        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of the file where it is float32 there, else a copy."""
         entry = self.entries[name]
         return widen(self.raw(name), entry.dtype).reshape(entry.shape)
 
 
 def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
-    """Bytes of a floating-point type as float32, exactly."""
+    """Bytes of a floating-point type of 16 bits or more as float32, exactly."""
     if dtype == "bfloat16":  # the upper half of a float32
         wide = np.zeros((raw.size // 2, 2), "<u2")
         wide[:, 1] = raw.view("<u2")
         return wide.view("<f4")[:, 0]
     if dtype == "float16":
         return raw.view("<f2").astype(np.float32)
+    if dtype != "float32":
+        raise ValueError(f"expected float32, float16 or bfloat16, found {dtype}")
     return raw.view("<f4")
 
 
@@ -86,7 +97,8 @@ def _read_entry(name: str, value: Any, base: int, size: int) -> PackEntry:
     if value["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"{name} has type {value['dtype']!r}")
     begin, end = value["data_offsets"]
-    entry = PackEntry(SAFETENSORS_DTYPES[value["dtype"]], tuple(value["shape"]), base + begin)
+    dtype, shape = SAFETENSORS_DTYPES[value["dtype"]], tuple(value["shape"])
+    entry = PackEntry(dtype, (*shape[:-1], shape[-1] * 2) if dtype == "int4" else shape, base + begin)
     if min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes or not 0 <= begin <= end <= size - base:
         raise ValueError(f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}")
     return entry

@@ -13,7 +13,15 @@ from trimode.runtime.tensorrt_library import EngineLibrary, load_runtime_cache, 
 from trimode.runtime.tensorrt_memory import DeviceMemory, Stream
 from trimode.runtime.tensorrt_plan import EngineTensor, IoLayout, Layout, plan_bindings, tensor_shape
 
-_DTYPES: dict[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_DTYPES: dict[str, DType] = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "FP8": "float8e4m3fn",
+    "INT8": "int8",
+    "INT4": "int4",
+}
 
 
 class Places(Protocol):

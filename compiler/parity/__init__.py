@@ -1,6 +1,5 @@
 """Parity of a bundle with its checkpoint: graphs and tokens of a target against the torch trunk, run eagerly in float32.
 
-- ``torch_session`` the reference: the runtime's ``Session`` over the trunk, with a cache that grows by concatenation
 - ``tolerance``     what may differ, by the type a target computes in
 - ``runners``       Polygraphy runners for a session and for the trunk
 - ``graph_parity``  each graph at several positions and numbers of rows

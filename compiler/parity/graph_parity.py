@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
+from trimode.calib.torch_session import TorchCache, TorchSession, accepted_lengths
 from trimode.compiler.parity.report import GraphParity, IdsRecord, OutputRecord, Subject
 from trimode.compiler.parity.runners import CachedText, Feed, SessionRunner, TrunkRunner, portable_runner, role_feed
 from trimode.compiler.parity.tolerance import Tolerance
-from trimode.compiler.parity.torch_session import TorchCache, TorchSession, accepted_lengths
 from trimode.errors import UsageError
 from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, cache_specs, graph_contract
 from trimode.runtime.session import Ids, Session

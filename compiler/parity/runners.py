@@ -18,7 +18,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from trimode.compiler.parity.torch_session import TorchCache, TorchSession
+from trimode.calib.torch_session import TorchCache, TorchSession
 from trimode.graphs.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.sequence import PREFILL_CHUNK
 from trimode.runtime.session import Ids, Session

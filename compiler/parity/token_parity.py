@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.calib.torch_session import TorchSession
 from trimode.compiler.parity.report import TokenParity
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.tolerance import Tolerance
-from trimode.compiler.parity.torch_session import TorchSession
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
 from trimode.runtime.model import DEFAULT_THRESHOLDS

@@ -43,7 +43,9 @@ def test_the_precision_all_targets_share(names: tuple[str, ...], expected: str) 
         ("bf16", ("rtx-4090", "t4"), r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found bf16"),
         ("fp32", ("rtx-4090",), "found fp32"),
         ("fp8", ("a100",), r"a100 \(8.0\): expected a precision it can run .*, found fp8"),
-        ("fp8", ("rtx-4090",), "expected --precision fp32, fp16, bf16, found 'fp8'"),
+        ("int4", ("t4",), r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found int4"),
+        ("int4", ("cuda",), r"cuda \(onnxruntime\): expected a precision it can run \(fp16, bf16\), found int4"),
+        ("nvfp4", ("rtx-5090",), "expected --precision fp32, fp16, bf16, fp8, int8, int4, found 'nvfp4'"),
         ("half", ("cpu",), "found 'half'"),
     ],
 )

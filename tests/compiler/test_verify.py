@@ -20,13 +20,13 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from conftest import Built
 from safetensors.torch import load_file, save_file
 
+from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.parity.graph_parity import compare_target
 from trimode.compiler.parity.report import VERIFICATION, GraphParity, Verification
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens
 from trimode.compiler.parity.tolerance import tolerance_for
-from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import describe_model
 from trimode.compiler.verify_command import VerifyRequest, run_verify

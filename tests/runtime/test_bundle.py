@@ -49,7 +49,7 @@ def edit(copy: Path, **changes: object) -> None:
 
 def test_newer_schema(copy: Path) -> None:
     edit(copy, schema_version=99, something_new=1)
-    with pytest.raises(BundleError, match="schema version 2 or older, found 99") as raised:
+    with pytest.raises(BundleError, match="schema version 3 or older, found 99") as raised:
         open_bundle(copy)
     assert "update" in raised.value.hint
 

@@ -1,7 +1,8 @@
-"""The reference: the runtime's ``Session`` over the torch trunk, eager, float32, with a cache that grows by concatenation.
+"""The runtime's ``Session`` over the torch trunk, eager, float32, with a cache that grows by concatenation.
 
-It shares the trunk's weights and position tables with the graphs, but neither their operators nor their cache: attention is torch's, K/V are
-concatenated and cropped, tokens are chosen by a softmax over the whole vocabulary.
+Calibration runs the decoders over it, and verification takes it as the reference: it shares the trunk's weights and position tables with the
+graphs, but neither their operators nor their cache. Attention is torch's, K/V are concatenated and cropped, tokens are chosen by a softmax
+over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class TorchCache(GrowingCacheAttention):
 
 
 class TorchSession:
-    """A :class:`trimode.runtime.session.Session` over the trunk."""
+    """A :class:`trimode.runtime.session.Session` over the trunk, on the device where its weights are."""
 
     max_prefill_rows = None
 
@@ -103,20 +104,20 @@ class TorchSession:
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
         cache.is_causal = role != "draft"
-        ids = torch.from_numpy(np.ascontiguousarray(input_ids))
-        positions = torch.arange(past_length, past_length + ids.shape[1])[None]
+        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.diffusion_head.weight.device)
+        positions = torch.arange(past_length, past_length + ids.shape[1], device=ids.device)[None]
         scale = drafter_scale if role == "draft" and drafter_scale else None
         hidden = self.trunk(ids, positions, cache, scale)  # (1, T, hidden_size)
         if role == "ar":
             last = ids.shape[1] if input_length is None else input_length
             logits = self.trunk.head(hidden[:, last - 1]).float()
-            return logits.argmax(-1).numpy(), logits.numpy()
+            return logits.argmax(-1).numpy(force=True), logits.numpy(force=True)
         logits = self.trunk.head(hidden).float()
         if role == "verify":
-            greedy = logits.argmax(-1).numpy()
-            return greedy, accepted_lengths(greedy, input_ids), logits.numpy()
+            greedy = logits.argmax(-1).numpy(force=True)
+            return greedy, accepted_lengths(greedy, input_ids), logits.numpy(force=True)
         best = logits.softmax(-1).topk(min(TOP_K, logits.shape[-1]), -1)
-        return best.indices.numpy(), best.values.numpy()
+        return best.indices.numpy(force=True), best.values.numpy(force=True)
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:

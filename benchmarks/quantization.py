@@ -1,0 +1,89 @@
+"""What quantization does to each mode: exact match, acceptance length and tokens per forward of the demo, by precision and calibration.
+
+python -m benchmarks.quantization [--per-family 30] [--samples 64]
+
+Calibration prompts are of the training split, questions of the held-out one. All on the CPU through the portable graphs, which compute in
+float32 with the quantized weights and inputs. For each precision: calibrated with the rows of all modes, and of AR alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.common import save
+from benchmarks.demo_quality import measure
+from trimode.calib.demo.tasks import FAMILIES, examples
+from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.pipeline import build_bundle
+from trimode.runtime import TriModeModel
+
+DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
+ALL_MODES, AR_ALONE = "ar,draft,verify", "ar"
+PRECISIONS = ("fp8", "int8", "int4")
+
+
+def write_prompts(path: Path, count: int) -> None:
+    prompts = [example.prompt for example in itertools.islice(examples(3, "train"), count)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def evaluate(bundle: Path, per_family: int) -> dict[str, Any]:
+    """Families weighted equally; acceptance per cycle and tokens per forward over all of them; whether self-speculation wrote AR's text."""
+    model = TriModeModel.from_pretrained(bundle)
+    table = {family: measure(model, family, per_family) for family in FAMILIES}
+    modes: dict[str, Any] = {}
+    for mode in next(iter(table.values())):
+        rows = [families[mode] for families in table.values()]
+        accepted = [row["acceptance_length"] for row in rows if row["acceptance_length"]]
+        modes[mode] = {
+            "exact_match": sum(row["exact_match"] or 0 for row in rows) / len(rows),
+            "tokens_per_forward": sum(row["tokens"] or 0 for row in rows) / sum(row["nfe"] or 0 for row in rows),
+            "acceptance_length": sum(accepted) / len(accepted) if accepted else None,
+        }
+    weights = model.bundle.manifest.files[model.bundle.manifest.weights.file].num_bytes
+    return {"weight_bytes": weights, "modes": modes, "families": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--per-family", type=int, default=30)
+    parser.add_argument("--samples", type=int, default=64)
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_prompts(folder / "prompts.jsonl", options.samples)
+        build_bundle(DEMO, folder / "fp32")
+        results["fp32"] = evaluate(folder / "fp32", options.per_family)
+        for precision in PRECISIONS:
+            calibrations: dict[str, Path | Literal["rtn"]] = {}
+            for label, modes in (("all modes", ALL_MODES), ("ar alone", AR_ALONE)):
+                calibrations[label] = output = folder / f"{precision}-{modes}"
+                request = CalibrateRequest(precision, folder / "prompts.jsonl", None, modes, 128, 0, None, False, False, "cpu", True)
+                run_calibrate(DEMO, output, request)
+            if precision != "fp8":
+                calibrations["rounded to nearest"] = "rtn"
+            for label, calibration in calibrations.items():
+                bundle = folder / f"bundle-{precision}-{label.replace(' ', '-')}"
+                build_bundle(DEMO, bundle, BuildOptions(precision=precision, calibration=calibration))
+                results[f"{precision}, {label}"] = evaluate(bundle, options.per_family)
+    save("quantization", {"per_family": options.per_family, "samples": options.samples, "results": results})
+    print(f"{'':26s}{'MB':>7s}" + "".join(f"{mode:>26s}" for mode in results["fp32"]["modes"]))
+    for label, result in results.items():
+        print(f"{label:26s}{result['weight_bytes'] / 1e6:7.1f}" + "".join(f"{_cell(row):>26s}" for row in result["modes"].values()))
+    print("each cell: exact match / tokens per forward / acceptance length")
+
+
+def _cell(row: dict[str, Any]) -> str:
+    accepted = row["acceptance_length"]
+    return f"{100 * row['exact_match']:.1f}% / {row['tokens_per_forward']:.2f}" + (f" / {accepted:.1f}" if accepted else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""``trimode calibrate``: prompts through a checkpoint to scales, and what to say about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from trimode.calib.quantize.job import calibrate, check_output
+from trimode.calib.quantize.settings import QuantizeSettings
+from trimode.calib.quantize.texts import Text
+from trimode.compiler.console import RichProgress
+from trimode.compiler.plan import describe_model
+from trimode.compiler.run_command import Prompt, read_prompts_file
+from trimode.graphs.calibration import Calibration, QuantizedPrecision
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.contract import Role
+from trimode.runtime.bundle import sha256_of
+from trimode.runtime.text import TextCodec
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """The command line's options, in its order."""
+
+    precision: str
+    data: Path
+    num_samples: int | None
+    modes: str
+    max_new_tokens: int
+    seed: int
+    block_size: int | None
+    is_per_channel: bool
+    quantizes_head: bool
+    device: str
+    as_json: bool
+
+
+def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
+    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. Errors are raised before anything is written."""
+    settings = QuantizeSettings(
+        precision=cast("QuantizedPrecision", request.precision),
+        modes=cast("tuple[Role, ...]", tuple(part.strip() for part in request.modes.split(",") if part.strip())),
+        num_samples=request.num_samples,
+        max_new_tokens=request.max_new_tokens,
+        seed=request.seed,
+        block_size=request.block_size,
+        is_per_channel=request.is_per_channel,
+        quantizes_head=request.quantizes_head,
+        device=request.device,
+    )
+    settings.check()
+    check_output(output)
+    checkpoint = open_checkpoint(checkpoint_path)
+    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
+    with RichProgress() as progress:
+        calibration = calibrate(checkpoint, describe_model(checkpoint), texts, sha256_of(request.data), output, settings, progress)
+    if request.as_json:
+        sys.stdout.write(json.dumps(_as_data(output, calibration)) + "\n")
+    sys.stderr.write(_in_words(output, calibration) + "\n")
+
+
+def encode_prompts(prompts: Sequence[Prompt], checkpoint: Path) -> list[Text]:
+    """Token ids of prompts; those that are text go through the checkpoint's chat template.
+
+    Raises:
+        UsageError: there is text, and no tokenizer or template in the checkpoint.
+    """
+    codec = TextCodec(checkpoint) if any(prompt.text is not None for prompt in prompts) else None
+    texts = []
+    for prompt in prompts:
+        if codec is None or prompt.text is None:
+            assert prompt.token_ids is not None
+            texts.append(prompt.token_ids)
+        else:
+            texts.append(codec.encode_chat([{"role": "user", "content": prompt.text}]))
+    return texts
+
+
+def _as_data(output: Path, calibration: Calibration) -> dict[str, Any]:
+    assert calibration.data is not None
+    return {
+        "calibration": str(output),
+        "precision": calibration.precision,
+        "algorithm": calibration.algorithm,
+        "block_size": calibration.block_size,
+        "num_layers": len(calibration.layers),
+        "num_samples": calibration.data.num_samples,
+        "num_tokens": calibration.data.num_tokens,
+        "worst_weight_snr_db": min(layer.weight_snr_db for layer in calibration.layers.values()),
+    }
+
+
+def _in_words(output: Path, calibration: Calibration) -> str:
+    assert calibration.data is not None
+    rows = ", ".join(f"{count} {role}" for role, count in calibration.data.num_tokens.items())
+    worst = min(calibration.layers, key=lambda name: calibration.layers[name].weight_snr_db)
+    return (
+        f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of {len(calibration.layers)} layers "
+        f"from {calibration.data.num_samples} prompts ({rows} rows); lowest weight SNR {calibration.layers[worst].weight_snr_db:.1f} dB, {worst}"
+    )

@@ -1,0 +1,133 @@
+"""The pass that puts quantized weights into a graph.
+
+For each weight that the pack holds in fp8, int8 or int4, standard ONNX and with the names of the pack::
+
+    x -- Mul by .pre_quant_scale -- QuantizeLinear -- DequantizeLinear by .input_scale --.
+                                                                                         Gemm(transB=1)
+                                            .weight -- DequantizeLinear by .weight_scale '
+
+The first two steps are there only where the pack has their scales. All that is not quantized, and what the product gives, stays in the type
+that the graph computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from trimode.compiler.lowering import IR_DTYPES, QUANTIZED_TYPES, weights
+from trimode.graphs.contract import DType
+
+_NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, ir.DataType.INT8: np.int8}
+
+
+class Stored(Protocol):
+    """What the pass asks of a tensor of the pack."""
+
+    @property
+    def dtype(self) -> DType:
+        """Type in the pack."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the pack."""
+        ...
+
+
+class QuantizeWeights(ir.passes.InPlacePass):
+    """Read the weights that ``pack`` holds quantized from there.
+
+    To be applied once the graph has its compute type, which the scales take.
+    """
+
+    def __init__(self, pack: Mapping[str, Stored]) -> None:
+        super().__init__()
+        self.pack = pack
+
+    def requires(self, model: ir.Model) -> None:
+        """Each such weight is the second factor of one product, as ``(out, in)``."""
+        for value in self._quantized(model):
+            uses = list(value.uses())
+            if value.dtype in QUANTIZED_TYPES:
+                raise ir.passes.PreconditionError(f"{value.name} is {value.dtype} already")
+            if len(uses) != 1 or uses[0][0].op_type != "Gemm" or uses[0][1] != 1 or len(uses[0][0].inputs) != 2:
+                raise ir.passes.PreconditionError(f"{value.name} is not the second factor of one product")
+            if uses[0][0].attributes.get_int("transB", 0) != 1:
+                raise ir.passes.PreconditionError(f"the product with {value.name} does not read it as (out, in)")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Put the nodes around each product."""
+        found = self._quantized(model)
+        for value in found:
+            self._rewrite(model.graph, value)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        """These weights have the pack's type, and nothing but a DequantizeLinear reads them."""
+        for value in self._quantized(model):
+            if value.dtype not in QUANTIZED_TYPES or any(node.op_type != "DequantizeLinear" for node, _ in value.uses()):
+                raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear")
+
+    def _quantized(self, model: ir.Model) -> list[ir.Value]:
+        quantized = {name for name, stored in self.pack.items() if IR_DTYPES[stored.dtype] in QUANTIZED_TYPES}
+        return [v for v in weights(model) if v.name in quantized]
+
+    def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
+        assert weight.name is not None
+        layer, compute = weight.name.removesuffix(".weight"), weight.dtype
+        assert compute is not None
+        ((product, _),) = weight.uses()
+        kind, x = IR_DTYPES[self.pack[weight.name].dtype], product.inputs[0]
+        assert x is not None
+        if f"{layer}.pre_quant_scale" in self.pack:
+            x = _insert(product, "Mul", [x, self._scale(graph, f"{layer}.pre_quant_scale", compute)], f"{layer}.input_scaled", compute, x)
+        if f"{layer}.input_scale" in self.pack:
+            scale, zero = self._scale(graph, f"{layer}.input_scale", compute), _zero(graph, kind)
+            narrow = _insert(product, "QuantizeLinear", [x, scale, zero], f"{layer}.input_quantized", kind, x)
+            x = _insert(product, "DequantizeLinear", [narrow, scale, zero], f"{layer}.input_dequantized", compute, x)
+        scale = self._scale(graph, f"{layer}.weight_scale", compute)
+        assert scale.shape is not None
+        assert weight.shape is not None
+        weight.type = ir.TensorType(kind)  # a new one: clones share their types
+        wide = _insert(product, "DequantizeLinear", [weight, scale], f"{layer}.weight_dequantized", compute, weight, _axes(weight.shape, scale.shape))
+        product.replace_input_with(0, x)
+        product.replace_input_with(1, wide)
+
+    def _scale(self, graph: ir.Graph, name: str, compute: ir.DataType) -> ir.Value:
+        """An initializer without data: what the pack holds under this name."""
+        value = ir.Value(name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape))
+        graph.initializers[name] = value
+        return value
+
+
+def _axes(weight: ir.Shape, scale: ir.Shape) -> dict[str, int]:
+    """Which numbers share a scale: all, those of a row, or those of a block in a row."""
+    if len(scale) == 0:
+        return {}
+    if len(scale) == 1:
+        return {"axis": 0}
+    return {"axis": 1, "block_size": weight.numpy()[1] // scale.numpy()[1]}
+
+
+def _zero(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
+    """The constant zero point, which also says what type to quantize to."""
+    name = f"zero.{kind.name.lower()}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.zeros((), _NUMPY[kind]), dtype=kind, name=name)
+        graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([]), const_value=tensor)
+    return graph.initializers[name]
+
+
+def _insert(
+    before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, like: ir.Value, attributes: dict[str, int] | None = None
+) -> ir.Value:
+    node = ir.node(op_type, inputs, attributes=attributes or {}, name=name)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = name, ir.TensorType(dtype), like.shape
+    before.graph.insert_before(before, node)  # type: ignore[union-attr]
+    return output

@@ -1,0 +1,101 @@
+"""One weight on its way into the pack: read in pieces, quantized row by row, so that memory does not follow its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from trimode.compiler.quantize.formats import Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
+from trimode.compiler.quantize.scales import LayerScales
+from trimode.errors import BuildError
+from trimode.graphs.calibration import QuantizedPrecision
+from trimode.graphs.contract import DType
+
+
+class WeightStream:
+    """Quantizes one weight.
+
+    Args:
+        layer: its name without ``.weight``, for messages.
+        shape: ``(out, in)``.
+        read: yields the weight's bytes as float32.
+        scales: what is known beforehand.
+        precision: the type of the weight.
+        stored: the type of the scales.
+    """
+
+    def __init__(
+        self, layer: str, shape: tuple[int, ...], read: Callable[[], Iterator[bytes]], *, scales: LayerScales, precision: QuantizedPrecision,
+        stored: DType,
+    ) -> None:  # fmt: skip
+        self._layer, self._shape, self._read, self._given = layer, shape, read, scales
+        self._precision, self._stored = precision, stored
+        self._found: list[bytes] = []
+
+    @property
+    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the scales that go beside the weight, by the end of their names."""
+        rows, columns = self._shape
+        given = self._given
+        shape = (rows, columns // given.block_size) if given.block_size else (rows,)
+        shapes = {"weight_scale": shape if given.weight_amax is None else given.weight_amax.shape}
+        if given.pre_quant_scale is not None:
+            shapes["pre_quant_scale"] = given.pre_quant_scale.shape
+        if given.input_amax is not None:
+            shapes["input_scale"] = ()
+        return shapes
+
+    def weight(self) -> Iterator[bytes]:
+        """Yield the quantized weight.
+
+        Raises:
+            BuildError: a weight is not finite, or a scale does not fit its type.
+        """
+        self._found = []
+        try:
+            divisor = None if self._given.pre_quant_scale is None else round_to(self._given.pre_quant_scale, self._stored)
+            row = 0
+            for values in _whole_rows(self._read(), self._shape[1]):
+                yield self._quantized(values if divisor is None else values / divisor, row)
+                row += values.shape[0]
+        except BuildError as error:
+            raise BuildError(f"{self._layer}: {error.message}", error.hint) from error
+
+    def scale(self, kind: str) -> Iterator[bytes]:
+        """Yield the scales of one kind; the weight must have been read."""
+        given = self._given
+        if kind == "weight_scale":
+            yield b"".join(self._found) if given.weight_amax is None else bytes_of(self._scale_of(given.weight_amax), self._stored)
+        elif kind == "input_scale":
+            assert given.input_amax is not None
+            yield bytes_of(self._scale_of(given.input_amax), self._stored)
+        else:
+            assert given.pre_quant_scale is not None
+            yield bytes_of(round_to(given.pre_quant_scale, self._stored), self._stored)
+
+    def _quantized(self, values: Floats, row: int) -> bytes:
+        if self._given.weight_amax is None:
+            scale = self._scale_of(largest_magnitudes(values, self._precision, self._given.block_size))
+            self._found.append(bytes_of(scale, self._stored))
+        else:
+            amax = self._given.weight_amax
+            scale = self._scale_of(amax[row : row + values.shape[0]] if amax.ndim else amax)
+        return quantize(values, scale, self._precision).tobytes()
+
+    def _scale_of(self, amax: Floats) -> Floats:
+        return scale_of(amax, self._precision, self._stored)
+
+
+def _whole_rows(pieces: Iterator[bytes], columns: int) -> Iterator[Floats]:
+    """Regroup the bytes of a float32 matrix into whole rows, ``(rows, columns)`` each."""
+    rest = np.empty(0, np.float32)
+    for piece in pieces:
+        values = np.frombuffer(piece, "<f4")
+        if rest.size:
+            values = np.concatenate((rest, values))
+        whole = values.size // columns * columns
+        if whole:
+            yield values[:whole].reshape(-1, columns)
+        rest = values[whole:].copy()
+    assert not rest.size
