@@ -131,7 +131,7 @@ def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, c
         require_toolchain(target)
     pack = output / base.weights.file
     layout = read_layout(pack)
-    with added_to_bundle(output, drop_targets(base, list(plan.targets)), list(plan.targets)) as folder:
+    with added_to_bundle(output, base, drop_targets(base, list(plan.targets)), list(plan.targets)) as folder:
         return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, pack, layout, base=base))
 
 

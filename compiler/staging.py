@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from trimode.errors import BuildError, UsageError
 from trimode.files import recover, staged_replacement
+from trimode.runtime.bundle import read_manifest
 from trimode.runtime.manifest import MANIFEST, Manifest
 
 _ADDITION = ".partial-"
@@ -38,17 +39,19 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def added_to_bundle(output: Path, rest: Manifest, targets: list[str]) -> Iterator[Path]:
+def added_to_bundle(output: Path, base: Manifest, rest: Manifest, targets: list[str]) -> Iterator[Path]:
     """Yield an empty folder whose ``engines/<target>`` and manifest become part of the bundle when the block ends well.
 
-    ``rest`` describes the bundle without ``targets``: it holds while their files are being replaced, so that a bundle which is interrupted
-    there lacks them and has nothing half.
+    ``base`` is the bundle's manifest as the build was planned on it. ``rest`` describes the bundle without ``targets``: it holds while
+    their files are being replaced, so that a bundle which is interrupted there lacks them and has nothing half.
 
     Raises:
-        BuildError: another build is writing the same bundle, or the disk is full or not writable.
+        BuildError: another build is writing the same bundle or has changed it since, or the disk is full or not writable.
     """
     output = output.absolute()
     with _disk_errors(output), _lock(output):
+        if read_manifest(output) != base:  # planned before the lock was taken: writing now would undo what was added since
+            raise BuildError(f"{output}: expected the bundle as it was read, found that another build has changed it", "run the build again")
         for leftover in output.glob(f"{_ADDITION}*"):  # of a build that was killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         staged = Path(tempfile.mkdtemp(prefix=_ADDITION, dir=output))

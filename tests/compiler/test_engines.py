@@ -11,11 +11,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import config_of, write_checkpoint
 
-from trimode.compiler import engines
+from trimode.compiler import engines, pipeline
 from trimode.compiler.engine_builder import PhaseTree
 from trimode.compiler.inspect_command import describe, sharing
 from trimode.compiler.options import BuildOptions
@@ -216,6 +217,24 @@ def test_two_builds_of_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
     bundle = open_bundle(tmp_path / "bundle")
     assert len(bundle.manifest.targets) == 1 + sum(process.returncode == 0 for process in running)
     assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
+
+
+def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another build adds its target after this one has read the manifest and before it takes the lock."""
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(precision="bf16"))
+    compare = pipeline.check_same
+
+    def slow(*arguments: Any) -> None:
+        monkeypatch.setattr(pipeline, "check_same", compare)
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("cuda",)))
+        compare(*arguments)
+
+    monkeypatch.setattr(pipeline, "check_same", slow)
+    with pytest.raises(BuildError, match="another build has changed it"):
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "cuda"]
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "cuda", "sm89"]
 
 
 def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path) -> None:
