@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from trimode.compiler.progress import Progress
 from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
 from trimode.compiler.weights import PackLayout
 from trimode.graphs.contract import DType, Role
+from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import TargetRecord
 
 Graphs = dict[Role, ir.Model]
@@ -56,8 +56,9 @@ def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, layout: PackLayout, fo
 
 
 def compile_engines(
-    plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, folder: Path, cache: ContentCache | None, progress: Progress
-) -> int:
+    plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, pack_sha256: str | None, folder: Path, cache: ContentCache | None,
+    progress: Progress,
+) -> int:  # fmt: skip
     """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
 
     Args:
@@ -65,6 +66,7 @@ def compile_engines(
         graphs: as traced.
         layout: what lies where in the pack.
         pack: the weight pack, which ``baked`` engines copy.
+        pack_sha256: its digest, which those depend on; None where it is not written yet, and no engine is baked.
         folder: of the bundle, or where its new parts are staged.
         cache: of engines; None = compile all.
         progress: told about the stage.
@@ -72,52 +74,44 @@ def compile_engines(
     Raises:
         BuildError: a library refuses a graph.
     """
-    tasks = _plan_tasks(plan, graphs, layout, pack, folder)
-    if not tasks:
+    records = {name: record for name, record in plan.records.items() if record.backend != "onnxruntime"}
+    if not records:
         return 0
+    # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered once, and lies beside the engines meanwhile.
+    lowered = {role: _write_lowered(next(iter(records.values())), role, graph, layout, pack, folder) for role, graph in graphs.items()}
+    tasks = [_task(plan, name, role, path, pack, pack_sha256) for name in records for role, path in lowered.items()]
     advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     try:
         return build_engines(tasks, cache, plan.options.num_jobs or default_num_workers(), advance)
     finally:
-        for path in {task.job.graph for task in tasks}:
+        for path in lowered.values():
             path.unlink()
 
 
-def _plan_tasks(plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, folder: Path) -> list[EngineTask]:
-    """Targets of one precision share their lowered graphs, which are written beside the engines for as long as it takes."""
-    tasks = []
-    for name, record in plan.records.items():
-        if record.backend == "onnxruntime":
-            continue
-        for role, graph in graphs.items():
-            lowered = lower_for(record, graph, layout.tensors)
-            if record.placement == "baked":
-                point_into_pack(lowered, layout, pack)
-            data = to_bytes(lowered)
-            path = folder / f".{role}-{record.compute_dtype}.onnx"
-            path.write_bytes(data)
-            tasks.append(_task(plan, name, role, data, path, pack if record.placement == "baked" else None, folder))
-    return tasks
+def _write_lowered(record: TargetRecord, role: Role, graph: ir.Model, layout: PackLayout, pack: Path, folder: Path) -> Path:
+    lowered = lower_for(record, graph, layout.tensors)
+    if record.placement == "baked":
+        point_into_pack(lowered, layout, pack)
+    path = folder / f".{role}.onnx"
+    path.write_bytes(to_bytes(lowered))
+    return path
 
 
-def _task(plan: BuildPlan, name: str, role: Role, data: bytes, graph: Path, pack: Path | None, folder: Path) -> EngineTask:
+def _task(plan: BuildPlan, name: str, role: Role, graph: Path, pack: Path, pack_sha256: str | None) -> EngineTask:
     record, target = plan.records[name], plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
-    output = folder / record.graphs[role].file
+    is_baked = record.placement == "baked"
+    assert pack_sha256 is not None or not is_baked
+    output = graph.parent / record.graphs[role].file
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
     job = EngineJob(
-        library=record.backend, graph=graph, pack=pack, output=output, compute_capability=record.compute_capability,
+        library=record.backend, graph=graph, pack=pack if is_baked else None, output=output, compute_capability=record.compute_capability,
         profiles=record.graphs[role].profiles, workspace_bytes=workspace, timing_cache=plan.options.timing_cache,
     )  # fmt: skip
     key = key_of(
-        kind="engine", graph=hashlib.sha256(data).hexdigest(), library=record.library, compute_capability=record.compute_capability,
-        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack=_sha256(pack) if pack else None,
+        kind="engine", graph=sha256_of(graph), library=record.library, compute_capability=record.compute_capability,
+        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack=pack_sha256 if is_baked else None,
     )  # fmt: skip
     return EngineTask(target, plan.precision, key, job)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,6 +18,8 @@ from typing import Any
 import platformdirs
 from filelock import FileLock, Timeout
 
+from trimode.runtime.bundle import sha256_of
+
 DEFAULT_LIMIT_BYTES = 10 * 10**9
 
 
@@ -89,7 +91,7 @@ class ContentCache:
 
     def _is_whole(self, entry: Path) -> bool:
         try:
-            return _digest_file(entry).read_text() == _sha256(entry)
+            return _digest_file(entry).read_text() == sha256_of(entry)
         except FileNotFoundError:
             return False
 
@@ -99,7 +101,7 @@ class ContentCache:
         partial = entry.with_name(f"{entry.name}.partial")
         try:
             make(partial)
-            _digest_file(entry).write_text(_sha256(partial))
+            _digest_file(entry).write_text(sha256_of(partial))
             partial.rename(entry)
         finally:
             partial.unlink(missing_ok=True)
@@ -115,8 +117,3 @@ class ContentCache:
 
 def _digest_file(entry: Path) -> Path:
     return entry.with_name(f"{entry.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,15 +1,14 @@
 """A process that compiles one engine: ``python -m trimode.compiler.engine_worker``.
 
-The job comes as one JSON line on stdin, events go out as JSON lines on stdout: ``{"progress": 0.4}``, at the end ``{"done": {...}}`` or
-``{"refused": [...]}``. A process of its own keeps the compiler's memory apart, may crash without taking the build with it, and can be
-stopped at any moment. It ends by itself when stdin closes, i.e. when its parent is gone.
+The job comes as one JSON line on stdin, events go out as JSON lines on stdout: ``{"progress": 0.4}``, at the end ``{"done": true}``,
+``{"refused": [...]}`` or ``{"disk": {...}}``. A process of its own keeps the compiler's memory apart, may crash without taking the build
+with it, and can be stopped at any moment. It ends by itself when stdin closes, i.e. when its parent is gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -27,7 +26,6 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     job = EngineJob.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start = time.perf_counter()
     try:
         build_engine(job, _Reporter(events))
     except EngineRefusedError as error:
@@ -36,8 +34,7 @@ def main() -> None:
     except OSError as error:
         _send(events, disk={"errno": error.errno, "message": str(error)})
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    _send(events, done={"seconds": time.perf_counter() - start, "peak_rss_bytes": peak})
+    _send(events, done=True)
 
 
 class _Reporter:

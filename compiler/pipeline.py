@@ -79,6 +79,13 @@ class BuildState:
         path = self.folder / name
         self.files[name] = FileRecord(sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size)
 
+    def pack_sha256(self) -> str:
+        """Digest of the weight pack, once it is written."""
+        if self.writer is not None:
+            return self.writer.result()
+        assert self.base is not None
+        return self.base.files[self.base.weights.file].sha256
+
     def check_weights(self) -> None:
         """Raise what writing the pack raised, or that the calibration is of another checkpoint, as soon as it is known."""
         if self.writer is not None and self.writer.check() and self.source is not None and self.plan.quantization is not None:
@@ -163,8 +170,7 @@ def start_weights(state: BuildState) -> None:
 
 def finish_weights(state: BuildState) -> None:
     """Wait for the pack."""
-    assert state.writer is not None
-    state.record(WEIGHTS, state.writer.result())
+    state.record(WEIGHTS, state.pack_sha256())
 
 
 def write_graphs(state: BuildState) -> None:
@@ -180,10 +186,11 @@ def write_graphs(state: BuildState) -> None:
 
 def compile_targets(state: BuildState) -> None:
     """Lower the graphs for each target and compile its engines; those that copy the weights wait for the pack."""
-    if state.writer is not None and any(record.placement == "baked" for record in state.plan.records.values()):
-        state.writer.result()
     write_lowered_graphs(state.plan, state.graphs, state.layout, state.folder)
-    state.num_cached = compile_engines(state.plan, state.graphs, state.layout, state.pack, state.folder, state.cache, state.progress)
+    is_baked = any(record.placement == "baked" for record in state.plan.records.values())
+    state.num_cached = compile_engines(
+        state.plan, state.graphs, state.layout, state.pack, state.pack_sha256() if is_baked else None, state.folder, state.cache, state.progress
+    )
     for record in state.plan.records.values():
         for engine in record.graphs.values():
             if engine.file not in state.files and (state.folder / engine.file).is_file():  # portable graphs are recorded already
