@@ -11,7 +11,7 @@ from trimode.compiler.quantize.scales import Quantization, load_quantization
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
 from trimode.compiler.toolchain import library_of
 from trimode.errors import UsageError
-from trimode.graphs.calibration import load_calibration
+from trimode.graphs.calibration import load_record
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ROLES, DType, ModelInfo
 from trimode.runtime.manifest import EngineRecord, Manifest, TargetRecord
@@ -105,7 +105,7 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
 
 
 def _calibrated_precision(options: BuildOptions) -> str | None:
-    return load_calibration(options.calibration)[0].precision if isinstance(options.calibration, Path) else None
+    return load_record(options.calibration).precision if isinstance(options.calibration, Path) else None
 
 
 def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None) -> Quantization | None:

@@ -20,8 +20,10 @@ A scale is rounded to the type that the graph computes in before anything is div
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from trimode.errors import CheckpointError
 from trimode.files import staged_replacement
@@ -38,6 +40,7 @@ SCHEMA_VERSION = 1
 RECORD = "calibration.json"
 SCALES = "scales.safetensors"
 QuantizedPrecision = Literal["fp8", "int8", "int4"]
+_HINT = "make one with `trimode calibrate CHECKPOINT --precision ... -o FOLDER`"
 Scales = dict[str, NDArray[np.float32]]
 
 
@@ -98,26 +101,42 @@ def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> 
         (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
+def load_record(folder: Path) -> Calibration:
+    """Read ``calibration.json`` without the scales.
+
+    Raises:
+        CheckpointError: missing, damaged or of another schema.
+    """
+    with _readable(folder):
+        record = Calibration.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
+    if record.schema_version != SCHEMA_VERSION:
+        raise CheckpointError(f"{folder}: expected a calibration of schema version {SCHEMA_VERSION}, found {record.schema_version}", _HINT)
+    return record
+
+
 def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
     """Read a calibration.
 
     Raises:
         CheckpointError: missing, damaged, of another schema, or with scales that are not finite and positive.
     """
-    hint = "make one with `trimode calibrate CHECKPOINT --precision ... -o FOLDER`"
-    try:
-        record = Calibration.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
+    record = load_record(folder)
+    with _readable(folder):
         data = (folder / SCALES).read_bytes()
-        scales: Scales = load_file(folder / SCALES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder}: expected a calibration with {RECORD} and {SCALES}, found none", hint) from error
-    except (OSError, ValueError, ValidationError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: expected a calibration that can be read, found: {str(error).splitlines()[0]}", hint) from error
-    if record.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(f"{folder}: expected a calibration of schema version {SCHEMA_VERSION}, found {record.schema_version}", hint)
+        scales: Scales = dict(sorted(load(data).items()))  # the library gives them in any order
     if hashlib.sha256(data).hexdigest() != record.scales_sha256:
-        raise CheckpointError(f"{folder / SCALES}: expected the file that {RECORD} describes, found another", hint)
+        raise CheckpointError(f"{folder / SCALES}: expected the file that {RECORD} describes, found another", _HINT)
     for name, values in scales.items():
         if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
-            raise CheckpointError(f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others", hint)
+            raise CheckpointError(f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others", _HINT)
     return record, scales
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder}: expected a calibration with {RECORD} and {SCALES}, found none", _HINT) from error
+    except (OSError, ValueError, ValidationError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: expected a calibration that can be read, found: {str(error).splitlines()[0]}", _HINT) from error
