@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import trimode
 from trimode.errors import DependencyError, TrimodeError, UsageError, exit_with
@@ -22,6 +23,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _Jobs(TyperGroup):
+    """Commands of which one may go unnamed: ``trimode calibrate CHECKPOINT`` is ``trimode calibrate scales CHECKPOINT``."""
+
+    unnamed = "scales"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = [self.unnamed, *args]
+        return list(super().parse_args(ctx, args))
+
+
+calibrate = typer.Typer(cls=_Jobs, no_args_is_help=True, help="Find what a build needs from data; without the name of a job: scales.")
+app.add_typer(calibrate, name="calibrate")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -86,8 +102,8 @@ def build(
     run_build(checkpoint, output, request)
 
 
-@app.command()
-def calibrate(
+@calibrate.command()
+def scales(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
     precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant) or int4 (AWQ).")],

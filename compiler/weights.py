@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.compiler.quantize.formats import FORMATS
 from trimode.compiler.quantize.scales import Quantization
 from trimode.compiler.quantize.weight_stream import WeightStream
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
+from trimode.graphs.quantization import FORMATS
 from trimode.graphs.rope import rope_tables
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.runtime.pack import WeightPack, stored_bytes

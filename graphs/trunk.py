@@ -173,10 +173,14 @@ class LowRankLinear(nn.Linear):
             nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:
-        y = functional.linear(x, self.weight)
+        y = self.product(x)
         if drafter_scale is None or self.lora_A is None or self.lora_B is None:
             return y
         return y + self.lora_B(self.lora_A(x) * (drafter_scale * self.scaling))  # type: ignore[no-any-return]
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` times the weight, without the branch; for those who quantize it."""
+        return functional.linear(x, self.weight)
 
 
 class Mlp(nn.Module):

@@ -1,7 +1,6 @@
 """What the layers' inputs looked like in each mode, and how much of each weight is left after quantization.
 
-Neither asks ModelOpt: inputs are seen through hooks of our own, weights are quantized here, in numpy, by the arithmetic that
-:mod:`trimode.graphs.calibration` states.
+Neither asks ModelOpt: inputs are seen through hooks of our own, weights are quantized by :mod:`trimode.graphs.quantization`.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import Role
+from trimode.graphs.quantization import Floats, dequantize, quantize, scale_of
 
-Weight = NDArray[np.float32]
-LARGEST: dict[QuantizedPrecision, float] = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
-SMALLEST: dict[QuantizedPrecision, float] = {"fp8": -448.0, "int8": -127.0, "int4": -8.0}
 LOSSLESS_DB = 200.0
 """Said of a weight that quantization does not change; float32 itself is at about 150."""
 
@@ -82,7 +77,7 @@ class InputStatistics:
         return look
 
 
-def quantize_weight(weight: Weight, amax: Weight, precision: QuantizedPrecision, pre_quant_scale: Weight | None = None) -> Weight:
+def quantize_weight(weight: Floats, amax: Floats, precision: QuantizedPrecision, pre_quant_scale: Floats | None = None) -> Floats:
     """The weight as the graphs will see it: quantized and back, ``(out, in)``, float32.
 
     Args:
@@ -92,21 +87,11 @@ def quantize_weight(weight: Weight, amax: Weight, precision: QuantizedPrecision,
         pre_quant_scale: (in,), divided out before and multiplied back after; None = ones.
     """
     factor = np.float32(1) if pre_quant_scale is None else pre_quant_scale
-    scale = per_weight(amax, weight.shape) / np.float32(LARGEST[precision])
-    codes = np.clip(weight / factor / scale, SMALLEST[precision], LARGEST[precision])
-    rounded = codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if precision == "fp8" else np.rint(codes)
-    result: Weight = rounded * scale * factor
-    return result
+    scale = scale_of(amax, precision, "float32")
+    return dequantize(quantize(weight / factor, scale, precision), scale, precision) * factor
 
 
-def per_weight(amax: Weight, shape: tuple[int, ...]) -> Weight:
-    """The amax of each weight, broadcastable to ``shape (out, in)``."""
-    if amax.ndim == 2:
-        return np.repeat(amax, shape[1] // amax.shape[1], 1)
-    return amax[:, None] if amax.ndim == 1 else amax
-
-
-def snr_db(weight: Weight, quantized: Weight) -> float:
+def snr_db(weight: Floats, quantized: Floats) -> float:
     """Signal-to-noise ratio ``10 log10(sum w^2 / sum (w - w')^2)``, at most :data:`LOSSLESS_DB`."""
     signal = float(np.square(weight, dtype=np.float64).sum())
     noise = float(np.square(weight - quantized, dtype=np.float64).sum())

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from trimode.compiler.quantize.formats import Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
 from trimode.compiler.quantize.scales import LayerScales
 from trimode.errors import BuildError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import DType
+from trimode.graphs.quantization import Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
 
 
 class WeightStream:

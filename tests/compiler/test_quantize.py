@@ -26,7 +26,6 @@ from trimode.compiler.lowering import lower, to_bytes
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import describe_model
-from trimode.compiler.quantize.formats import FORMATS, dequantize, quantize, round_to, scale_of
 from trimode.compiler.quantize.lowering import QuantizeWeights
 from trimode.compiler.quantize.scales import LayerScales
 from trimode.compiler.quantize.weight_stream import WeightStream
@@ -35,6 +34,7 @@ from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
 from trimode.graphs.calibration import Calibration, QuantizedPrecision, save_calibration
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, Role
+from trimode.graphs.quantization import FORMATS, dequantize, quantize, round_to, scale_of
 from trimode.graphs.source import NUMPY_DTYPES, SourceDigest
 from trimode.graphs.trace import trace_role
 from trimode.runtime.bundle import Bundle, open_bundle

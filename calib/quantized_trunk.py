@@ -1,0 +1,166 @@
+"""The trunk as a quantized bundle computes it: weights that have been quantized and back, inputs quantized on the way.
+
+Shared with the graphs are the scales and the arithmetic on weights (:mod:`trimode.graphs.quantization`); what happens to inputs is torch's.
+Float32 throughout. Gradients pass a quantized input as if it had been left alone where it is not cut (straight through, Bengio et al. 2013), so that
+a drafter can be trained behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trimode.errors import CheckpointError
+from trimode.graphs.calibration import QuantizedPrecision, Scales
+from trimode.graphs.contract import DType
+from trimode.graphs.quantization import Floats, dequantize, quantize, round_to, scale_of
+from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+
+INPUT_RANGES: dict[QuantizedPrecision, tuple[float, float]] = {"fp8": (-448, 448), "int8": (-128, 127)}
+"""What the input's type holds, in steps of its scale; int4 leaves inputs alone."""
+
+
+@dataclass(frozen=True)
+class LinearScales:
+    """The scales of one layer, as the pack stores them, in float32.
+
+    Attributes:
+        weight: ``()``, ``(out,)`` or ``(out, in / block)``.
+        input: ``()``; None = the input stays as it is.
+        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is none.
+    """
+
+    weight: Floats
+    input: Floats | None = None
+    pre_quant: Floats | None = None
+
+
+def linear_scales(scales: Scales, precision: QuantizedPrecision, stored: DType = "float32", leave_out: Iterable[str] = ()) -> dict[str, LinearScales]:
+    """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
+
+    Args:
+        scales: as :func:`trimode.graphs.calibration.load_calibration` gives them.
+        precision: of the calibration.
+        stored: the compute type of the bundle.
+        leave_out: layers that stay in high precision.
+
+    Raises:
+        BuildError: a scale is too large for ``stored``.
+    """
+    skipped = set(leave_out)
+    layers = {name.removesuffix(".weight_amax") for name in scales if name.endswith(".weight_amax")} - skipped
+
+    def layer_scales(layer: str) -> LinearScales:
+        inputs, factor = scales.get(f"{layer}.input_amax"), scales.get(f"{layer}.pre_quant_scale")
+        return LinearScales(
+            weight=scale_of(scales[f"{layer}.weight_amax"], precision, stored),
+            input=None if inputs is None else scale_of(inputs, precision, stored),
+            pre_quant=None if factor is None else round_to(factor, stored),
+        )
+
+    return {layer: layer_scales(layer) for layer in sorted(layers)}
+
+
+def quantize_trunk(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]) -> None:
+    """Quantize linear layers of a float32 trunk in place; the drafter's branch keeps reading the input as it was.
+
+    Args:
+        trunk: whose layers are replaced.
+        precision: the type.
+        layers: by the checkpoint's names, without ``.weight``.
+
+    Raises:
+        CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
+        BuildError: a weight is not finite.
+    """
+    for name, scales in layers.items():
+        linear = _find(trunk, name)
+        _check_shapes(name, linear, scales)
+        parent, _, attribute = name.rpartition(".")
+        kind = QuantizedLowRankLinear if isinstance(linear, LowRankLinear) else QuantizedLinear
+        setattr(trunk.get_submodule(parent), attribute, kind(linear, precision, scales))  # type: ignore[arg-type]
+
+
+class InputQuantizer(nn.Module):
+    """``pre_quant_scale``, QuantizeLinear and DequantizeLinear in front of a product, as far as a layer has them."""
+
+    factor: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, precision: QuantizedPrecision, scales: LinearScales, device: torch.device) -> None:
+        super().__init__()
+        self.precision = precision
+        self.register_buffer("factor", None if scales.pre_quant is None else torch.from_numpy(scales.pre_quant).to(device), persistent=False)
+        self.register_buffer("scale", None if scales.input is None else torch.tensor(float(scales.input), device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` as the product reads it."""
+        if self.factor is not None:
+            x = x * self.factor
+        if self.scale is None:
+            return x
+        lowest, highest = INPUT_RANGES[self.precision]
+        steps = torch.clamp(x / self.scale, lowest, highest)
+        return (steps + (_rounded(steps, self.precision) - steps).detach()) * self.scale
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight holds quantized values and whose input is quantized on the way in."""
+
+    def __init__(self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = _quantized_weight(linear, precision, scales)
+        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` -> ``(..., out)``."""
+        return functional.linear(self.quantizer(x), self.weight)
+
+
+class QuantizedLowRankLinear(LowRankLinear):
+    """The same for a layer with the drafter's branch, which reads the input as it was."""
+
+    def __init__(self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, 0, 0.0)
+        self.lora_A, self.lora_B, self.scaling = linear.lora_A, linear.lora_B, linear.scaling
+        self.weight = _quantized_weight(linear, precision, scales)
+        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See :class:`trimode.graphs.trunk.LowRankLinear`."""
+        return functional.linear(self.quantizer(x), self.weight)
+
+
+def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
+    try:
+        linear = trunk.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"expected the model to have the linear layer {name}, found none", "calibrate this checkpoint with `trimode calibrate`")
+    return linear
+
+
+def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
+    rows, columns = linear.weight.shape
+    shape = scales.weight.shape
+    fits = shape in ((), (rows,)) or (len(shape) == 2 and shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0)
+    if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
+        raise CheckpointError(f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
+                              "calibrate this checkpoint again with `trimode calibrate`")  # fmt: skip
+
+
+def _quantized_weight(linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> nn.Parameter:
+    weight: Floats = linear.weight.detach().float().numpy(force=True)
+    divided: Floats = weight if scales.pre_quant is None else weight / scales.pre_quant
+    values = dequantize(quantize(divided, scales.weight, precision), scales.weight, precision)
+    return nn.Parameter(torch.from_numpy(values).to(linear.weight.device), requires_grad=False)
+
+
+def _rounded(steps: Tensor, precision: QuantizedPrecision) -> Tensor:
+    return torch.round(steps) if precision == "int8" else steps.to(torch.float8_e4m3fn).float()
