@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimode.graphs.attention import GrowingCacheAttention
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import TOP_K, DType, Role
+from trimode.graphs.contract import ROLES, TOP_K, DType, Role
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.session import Array, Ids, KVCache
@@ -66,11 +66,15 @@ class TorchCache(GrowingCacheAttention):
         """Keys and values, layer by layer."""
         return [self._cache[i] for i in range(len(self._cache))]
 
+    def replace(self, layers: list[LayerSlots]) -> None:
+        """Hold these contents instead."""
+        self._cache = dict(enumerate(layers))
+
     @classmethod
     def of(cls, layers: list[LayerSlots]) -> TorchCache:
         """A cache with these contents."""
         cache = cls()
-        cache._cache = dict(enumerate(layers))
+        cache.replace(layers)
         return cache
 
 
@@ -82,7 +86,7 @@ class TorchSession:
     def __init__(self, trunk: TriModeTrunk) -> None:
         self.trunk = trunk
 
-    def check_block_length(self, block_length: int) -> None:
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
         """Any will do."""
 
     def close(self) -> None:
@@ -101,6 +105,8 @@ class TorchSession:
         self, role: Role, cache: TorchCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0, input_length: int | None = None
     ) -> tuple[Array, ...]:
         """Like :meth:`run`; ``input_length`` says how many of the rows are real where a prompt chunk is padded on the right."""
+        if role == "quadratic":
+            return self._quadratic(cache, input_ids, past_length)
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
         cache.is_causal = role != "draft"
@@ -118,6 +124,23 @@ class TorchSession:
             return greedy, accepted_lengths(greedy, input_ids), logits.numpy(force=True)
         best = logits.softmax(-1).topk(min(TOP_K, logits.shape[-1]), -1)
         return best.indices.numpy(force=True), best.values.numpy(force=True)
+
+    def _quadratic(self, cache: TorchCache, input_ids: Ids, past_length: int) -> tuple[Array, ...]:
+        """The obvious way: a causal forward, then a bidirectional one over masked slots behind what it accepts. Keeps K/V of the former."""
+        greedy, accepted, logits = self.forward("verify", cache, input_ids, past_length)
+        kept = cache.layers
+        ids, probabilities = self.drafts_behind(cache, past_length + int(accepted[0]) + 1, input_ids.shape[1])
+        cache.replace(kept)
+        # The token behind the accepted ones is known already: its candidates are the causal ones.
+        best = torch.from_numpy(logits[:, int(accepted[0])]).softmax(-1).topk(ids.shape[-1], -1)
+        ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
+        return greedy, accepted, logits, ids, probabilities
+
+    def drafts_behind(self, cache: TorchCache, past_length: int, rows: int) -> tuple[Array, Array]:
+        """Candidates and probabilities, ``(1, rows, 5)``, of masked slots behind ``past_length`` tokens; their K/V end up in the cache."""
+        masked = np.full((1, rows), self.trunk.config.mask_token_id, np.int64)
+        ids, probabilities = self.forward("draft", cache, masked, past_length)
+        return ids, probabilities
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:

@@ -26,6 +26,7 @@ class BuildRequest:
     max_length: int | None
     block_lengths: str | None
     max_batch: int
+    quadratic: bool
     weights: str
     workspace: int | None
     timing_cache: Path | None
@@ -44,6 +45,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         max_length=request.max_length,
         block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,
+        quadratic=request.quadratic,
         weights=request.weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
         workspace_mib=request.workspace,
         timing_cache=request.timing_cache,

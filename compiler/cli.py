@@ -83,6 +83,7 @@ def build(
         str | None, typer.Option(metavar="N,N,...", help="Block lengths to compile engines for; if left out 8, 16, 32 and the model's own.")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Most sequences in one forward of an engine.")] = 1,
+    quadratic: Annotated[bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")] = False,
     weights: Annotated[str, typer.Option(help="Engines share the one pack (shared), or each holds its own copy (baked).")] = "shared",
     workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")] = None,
     timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache of TensorRT (TensorRT-RTX has none).")] = None,
@@ -96,8 +97,8 @@ def build(
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache,
-        force, as_json,
+        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, quadratic, weights, workspace,
+        timing_cache, jobs, no_cache, force, as_json,
     )  # fmt: skip
     run_build(checkpoint, output, request)
 

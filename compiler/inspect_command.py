@@ -52,9 +52,9 @@ def _calibration(record: CalibrationRecord) -> str:
 
 def _graphs(manifest: Manifest) -> Iterator[str]:
     for role, graph in manifest.graphs.items():
-        yield f"{role:<8} {graph.contract.attention:<14} {graph.file}"
+        yield f"{role:<9} {graph.contract.attention:<14} {graph.file}"
         for kind, specs in (("in", graph.contract.inputs), ("out", graph.contract.outputs)):
-            yield from (f"         {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs)
+            yield from (f"          {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs)
 
 
 def _targets(manifest: Manifest) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _targets(manifest: Manifest) -> Iterator[str]:
         yield f"{name:<14} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
         if record.capacity is not None:
             yield f"               K/V cache of {record.capacity} slots"
-            yield from (f"               {role:<7} {_profiles(engine.profiles)}" for role, engine in record.graphs.items())
+            yield from (f"               {role:<9} {_profiles(engine.profiles)}" for role, engine in record.graphs.items())
     yield ""
     yield (
         f"weights        one pack of {facts['pack_bytes'] / 1e6:.1f} MB serves {facts['graphs']} compiled graphs: "

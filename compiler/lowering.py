@@ -94,22 +94,23 @@ class ComputeType(ir.passes.InPlacePass):
         self.dtype = IR_DTYPES[dtype]
 
     def requires(self, model: ir.Model) -> None:
-        """A float32 graph with one head."""
+        """A float32 graph in which nothing but products read the head."""
         if model.graph.initializers[HEAD].dtype != ir.DataType.FLOAT:
             raise ir.passes.PreconditionError("the graph does not compute in float32")
-        if len(model.graph.initializers[HEAD].uses()) != 1:
-            raise ir.passes.PreconditionError("the head is not used exactly once")
+        if not (heads := _heads(model)) or any(node.op_type != "Gemm" for node in heads):
+            raise ir.passes.PreconditionError("the head is not read by products, and only by these")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype everything before the head and put casts at the two borders."""
         graph = model.graph
-        (head, _), *_ = graph.initializers[HEAD].uses()
-        wide = _downstream(head)
+        heads = _heads(model)
+        wide = _downstream(heads)
         borders = [*(v for v in graph.inputs if v not in set(caches(model))), *(v for v in weights(model) if _is_table(v))]
         for value in borders:
             if value.dtype == ir.DataType.FLOAT:
                 _cast_after(graph, value, self.dtype, before=graph[0])
-        _cast_after(graph, head.outputs[0], ir.DataType.FLOAT)
+        for head in heads:
+            _cast_after(graph, head.outputs[0], ir.DataType.FLOAT)
         kept = {*borders, *(v for node in wide for v in node.outputs)}
         for value in _values(model):
             if value.dtype == ir.DataType.FLOAT and value not in kept and not _is_cast_to(value, ir.DataType.FLOAT):
@@ -209,12 +210,17 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _downstream(start: ir.Node) -> set[ir.Node]:
-    """Nodes that depend on the outputs of ``start``, itself not included."""
+def _heads(model: ir.Model) -> list[ir.Node]:
+    """The products with the head: one, or a second one over rows that what the first gave has chosen."""
+    return [node for node, _ in model.graph.initializers[HEAD].uses()]
+
+
+def _downstream(start: list[ir.Node]) -> set[ir.Node]:
+    """Nodes that compute with the numbers ``start`` gives, themselves not included; an index taken from these is no such number."""
     found: set[ir.Node] = set()
-    pending = [start]
+    pending = list(start)
     while pending:
-        for value in pending.pop().outputs:
+        for value in (v for v in pending.pop().outputs if v.dtype == ir.DataType.FLOAT):
             new = {node for node, _ in value.uses()} - found
             found |= new
             pending += new

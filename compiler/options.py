@@ -27,6 +27,7 @@ class BuildOptions:
         max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
         block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.
         max_batch: most sequences in one forward of a TensorRT engine.
+        quadratic: also build the graph of quadratic self-speculation; a bundle that is added to has it or has it not.
         weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack; ``baked``: each holds its own copy.
         workspace_mib: most scratch memory of an engine on the GPU; None = the library's choice.
         timing_cache: file for TensorRT's timing cache (TensorRT-RTX has none).
@@ -42,6 +43,7 @@ class BuildOptions:
     max_length: int | None = None
     block_lengths: tuple[int, ...] | None = None
     max_batch: int = 1
+    quadratic: bool = False
     weights: Placement = "shared"
     workspace_mib: int | None = None
     timing_cache: Path | None = None
@@ -55,6 +57,9 @@ class BuildOptions:
         for length in self.block_lengths or ():
             if not 1 <= length <= MAX_BLOCK_LENGTH:
                 raise UsageError(f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}", "pass for example --block-lengths 8,16,32")
+        if self.quadratic and self.block_lengths and min(self.block_lengths) > MAX_BLOCK_LENGTH // 2:
+            raise UsageError(f"expected, with --quadratic, a block length up to {MAX_BLOCK_LENGTH // 2}, found {min(self.block_lengths)}",
+                             "16 is usual: pass for example --block-lengths 16,32")  # fmt: skip
         if self.block_lengths == ():
             raise UsageError("expected at least one block length, found none", "pass for example --block-lengths 8,16,32")
         if not 1 <= self.max_batch <= MAX_BATCH:

@@ -25,7 +25,7 @@ from trimode.compiler.toolchain import require_toolchain
 from trimode.compiler.traced import traced_graph
 from trimode.compiler.weights import PackLayout, PackWriter, plan_pack, read_layout
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES, graph_contract
+from trimode.graphs.contract import graph_contract
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, FileRecord, GraphRecord, Manifest, PackRecord, SourceRecord
@@ -157,8 +157,8 @@ def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) ->
 
 def trace_graphs(state: BuildState) -> None:
     """One graph per role, under fake tensors."""
-    advance = state.progress.stage("trace graphs", len(ROLES))
-    for role in ROLES:
+    advance = state.progress.stage("trace graphs", len(state.plan.roles))
+    for role in state.plan.roles:
         state.graphs[role] = traced_graph(role, state.plan.checkpoint, state.plan.model, state.cache)
         advance(1)
 
@@ -175,7 +175,7 @@ def finish_weights(state: BuildState) -> None:
 
 def write_graphs(state: BuildState) -> None:
     """Save the portable graphs beside the pack they refer to, and check them."""
-    advance = state.progress.stage("write graphs", len(ROLES))
+    advance = state.progress.stage("write graphs", len(state.plan.roles))
     for role, graph in state.graphs.items():
         path = state.folder / f"{role}.onnx"
         save_graph(lower_portable(state.plan.dtype, graph, state.layout.tensors), state.layout, state.pack, path)
@@ -224,7 +224,7 @@ def describe_bundle(state: BuildState) -> None:
             stamp=stamp_of(checkpoint),
             num_parameters=sum(tensor.num_elements for name, tensor in state.layout.tensors.items() if name in checkpoint.tensors),
         ),
-        graphs={role: GraphRecord(file=f"{role}.onnx", contract=graph_contract(role, plan.model)) for role in ROLES},
+        graphs={role: GraphRecord(file=f"{role}.onnx", contract=graph_contract(role, plan.model)) for role in plan.roles},
         weights=PackRecord(file=WEIGHTS, dtype=plan.dtype),
         targets=plan.records,
         files=state.files,

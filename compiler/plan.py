@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimode.compiler.options import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, BuildOptions
-from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_profiles
+from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.compiler.quantize.scales import Quantization, load_quantization
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
 from trimode.compiler.toolchain import library_of
 from trimode.errors import UsageError
 from trimode.graphs.calibration import load_record
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import ROLES, DType, ModelInfo
+from trimode.graphs.contract import ROLES, DType, ModelInfo, Role
 from trimode.runtime.manifest import EngineRecord, Manifest, TargetRecord
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -25,6 +25,7 @@ class BuildPlan:
 
     Attributes:
         dtype: of the weights in the pack that are not quantized; GPUs compute in it.
+        roles: graphs of the bundle.
         quantization: of the other weights; None where there are none, or where they are in the bundle that is added to.
         records: the manifest's entry of each target, known in full beforehand.
     """
@@ -32,6 +33,7 @@ class BuildPlan:
     options: BuildOptions
     checkpoint: Checkpoint
     model: ModelInfo
+    roles: tuple[Role, ...]
     precision: Precision
     dtype: DType
     quantization: Quantization | None
@@ -56,22 +58,26 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
         _check_compute(dtype, tuple(targets.values()))
     max_length = options.max_length if options.max_length is not None or base is None else base.model.max_length
     model = describe_model(checkpoint, max_length)
-    records = {name: plan_target(target, options, model, dtype, is_quantized=precision not in DTYPES) for name, target in targets.items()}
-    return BuildPlan(options, checkpoint, model, precision, dtype, quantization, targets, records)
+    roles = _plan_roles(options, base)
+    records = {name: plan_target(target, options, model, dtype, roles, is_quantized=precision not in DTYPES) for name, target in targets.items()}
+    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, targets, records)
 
 
-def plan_target(target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, *, is_quantized: bool = False) -> TargetRecord:
+def plan_target(
+    target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, roles: tuple[Role, ...] = ROLES, *, is_quantized: bool = False
+) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, dtype, is_quantized=is_quantized)
+        return _plan_onnxruntime(target, dtype, roles, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
+    capacity = plan_capacity(roles, model, lengths)
     graphs = {
-        role: EngineRecord(file=f"engines/{target.name}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch))
-        for role in ROLES
+        role: EngineRecord(file=f"engines/{target.name}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity))
+        for role in roles
     }
     return TargetRecord(
         backend=target.backend, device="cuda", compute_capability=target.compute_capability, compute_dtype=dtype,
-        placement=options.weights, capacity=model.num_positions, workspace_mib=options.workspace_mib, library=library_of(target.backend),
+        placement=options.weights, capacity=capacity, workspace_mib=options.workspace_mib, library=library_of(target.backend),
         graphs=graphs,
     )  # fmt: skip
 
@@ -104,6 +110,16 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
     )
 
 
+def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
+    """The graphs of the bundle that is added to, or those that are asked for."""
+    if base is None:
+        return (*ROLES, "quadratic") if options.quadratic else ROLES
+    if options.quadratic and "quadratic" not in base.graphs:
+        raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without",
+                         "pass --force to build it again with --quadratic, or leave --quadratic out")  # fmt: skip
+    return tuple(base.graphs)
+
+
 def _calibrated_precision(options: BuildOptions) -> str | None:
     return load_record(options.calibration).precision if isinstance(options.calibration, Path) else None
 
@@ -132,7 +148,7 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
                              f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own")  # fmt: skip
 
 
-def _plan_onnxruntime(target: Target, dtype: DType, *, is_quantized: bool) -> TargetRecord:
+def _plan_onnxruntime(target: Target, dtype: DType, roles: tuple[Role, ...], *, is_quantized: bool) -> TargetRecord:
     """On a CPU everything is computed in float32.
 
     A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is widened once, on loading.
@@ -141,5 +157,5 @@ def _plan_onnxruntime(target: Target, dtype: DType, *, is_quantized: bool) -> Ta
     return TargetRecord(
         backend="onnxruntime", device=target.device, compute_capability=None, compute_dtype="float32" if target.device == "cpu" else dtype,
         placement="external" if portable else "shared", capacity=None, workspace_mib=None, library=library_of("onnxruntime"),
-        graphs={role: EngineRecord(file=f"{role}.onnx" if portable else f"engines/{target.name}/{role}.onnx") for role in ROLES},
+        graphs={role: EngineRecord(file=f"{role}.onnx" if portable else f"engines/{target.name}/{role}.onnx") for role in roles},
     )  # fmt: skip

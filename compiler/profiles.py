@@ -1,12 +1,12 @@
 """Optimization profiles: the sizes that a TensorRT engine is compiled for.
 
-``ar`` has one profile for decoding and one for prompt chunks; ``draft`` and ``verify`` have one for each block length, with that number of
-rows fixed, so that kernels are chosen for it and forwards can be captured as CUDA graphs.
+``ar`` has one profile for decoding and one for prompt chunks; the others have one for each block length, with that number of rows fixed, so that
+kernels are chosen for it and forwards can be captured as CUDA graphs.
 """
 
 from __future__ import annotations
 
-from trimode.graphs.contract import ModelInfo, Role
+from trimode.graphs.contract import ModelInfo, Role, slots_written
 from trimode.runtime.manifest import ProfileRecord
 from trimode.runtime.sequence import PREFILL_CHUNK
 
@@ -18,18 +18,33 @@ in 48 KiB of shared memory, and refuses to compile where they do not fit (found 
 SM121). A profile that admits a second row gets the general kernel, at any capacity."""
 
 
-def plan_profiles(role: Role, model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int) -> tuple[ProfileRecord, ...]:
+def plan_capacity(roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...]) -> int:
+    """Slots of a cache that holds the longest text and, behind it, whatever the graphs write there."""
+    written = (slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths))
+    return model.max_length + max(model.max_block_length, *written)
+
+
+def plan_profiles(
+    role: Role, model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int, capacity: int | None = None
+) -> tuple[ProfileRecord, ...]:
     """Profiles of one graph, in the engine's order.
 
     Args:
         role: which graph.
-        model: decides the cache's capacity and the longest prompt; a chunk is never longer.
-        block_lengths: rows of ``draft`` and ``verify``.
+        model: decides the longest prompt; a chunk is never longer.
+        block_lengths: rows of the other graphs.
         max_batch: most sequences in one forward.
+        capacity: slots of the cache; None = a text and a block.
     """
     batch = (1, 1, max_batch)
     if role == "ar":
-        most = 1 if model.num_positions + model.head_dim <= _ONE_ROW_SLOTS else 2
+        most = 1 if (capacity or model.num_positions) + model.head_dim <= _ONE_ROW_SLOTS else 2
         chunk = max(min(PREFILL_CHUNK, model.max_length), *block_lengths)
         return (ProfileRecord(batch=batch, rows=(1, 1, most)), ProfileRecord(batch=batch, rows=(1, chunk, chunk)))
-    return tuple(ProfileRecord(batch=batch, rows=(n, n, n)) for n in sorted(set(block_lengths)))
+    return tuple(ProfileRecord(batch=batch, rows=(n, n, n)) for n in _lengths(role, model, block_lengths))
+
+
+def _lengths(role: Role, model: ModelInfo, block_lengths: tuple[int, ...]) -> list[int]:
+    """Block lengths that a graph is compiled for, ascending."""
+    most = model.max_quadratic_length if role == "quadratic" else model.max_block_length
+    return [length for length in sorted(set(block_lengths)) if length <= most]

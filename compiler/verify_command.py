@@ -37,7 +37,7 @@ from trimode.compiler.progress import Advance, Progress
 from trimode.compiler.run_command import read_prompts_file
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import ROLES, DType
+from trimode.graphs.contract import DType
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.runtime.backends import PORTABLE
 from trimode.runtime.bundle import read_manifest, sha256_of
@@ -108,8 +108,9 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         "portable": tolerance_for("float32", info.num_hidden_layers),
     }
     graphs, notes = _compare_graphs(model, reference, text, position, bounds, request.seed, progress)
-    advance = progress.stage("compare tokens", count_generations(info, len(prompts)))
-    tokens = _counted(compare_tokens(reference, model.session, info, prompts, request.max_new_tokens, bounds["target"]), advance)
+    roles = tuple(manifest.graphs)
+    advance = progress.stage("compare tokens", count_generations(info, len(prompts), roles))
+    tokens = _counted(compare_tokens(reference, model.session, info, prompts, request.max_new_tokens, bounds["target"], roles), advance)
     sha256 = digest.hexdigest()
     if not _is_exact(checkpoint, manifest.weights.dtype):
         notes.append(f"the reference's weights are rounded to {manifest.weights.dtype}, as the bundle's are")
@@ -226,14 +227,15 @@ def _compare_graphs(
     """The target's graphs and the portable ones, and notes about what was left out."""
     info, manifest = model.model, model.bundle.manifest
     positions = sorted({0, min(SHORT_POSITION, position), position})
-    advance = progress.stage("compare target", count_comparisons(model.session, info, positions))
+    roles = tuple(manifest.graphs)
+    advance = progress.stage("compare target", count_comparisons(model.session, info, positions, roles))
     read, other = CachedText(reference, text), CachedText(model.session, text)
-    records = _counted(compare_target(read, other, info, positions, bounds["target"], seed), advance)
+    records = _counted(compare_target(read, other, info, positions, bounds["target"], seed, roles), advance)
     if importlib.util.find_spec("onnxruntime") is None:
         return records, ["the portable graphs were not compared: ONNX Runtime is not installed (pip install 'trimode[ort]')"]
-    files = {role: manifest.graphs[role].file for role in ROLES}
+    files = {role: manifest.graphs[role].file for role in roles}
     at = min(position, LONGEST_PORTABLE)
-    advance = progress.stage("compare portable", len(ROLES) + info.has_drafter)
+    advance = progress.stage("compare portable", len(roles) + info.has_drafter)
     records += _counted(compare_portable(CachedText(reference, text), model.bundle.path, files, info, at, bounds["portable"], seed), advance)
     return records, []
 

@@ -34,14 +34,16 @@ class FixedCacheAttention:
         past_key_values: key and value per layer, alternating, each ``(B, G, C, D)``.
         past_length: ``(B,)`` int64, tokens already in the cache, per sequence.
         is_causal: causal among the new tokens, or each sees all of them.
+        mask: ``(B, 1, T, C)`` bool, True where a new token sees a slot; None = the whole pattern is what ``is_causal`` says.
 
     ``present`` holds the updated caches in the same order. A runtime that binds present to the memory of past updates in place.
     """
 
-    def __init__(self, past_key_values: list[Tensor], past_length: Tensor, *, is_causal: bool) -> None:
+    def __init__(self, past_key_values: list[Tensor], past_length: Tensor, *, is_causal: bool, mask: Tensor | None = None) -> None:
         self.past = past_key_values
         self.past_length = past_length
         self.is_causal = is_causal
+        self.mask = mask
         self.present: list[Tensor] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class FixedCacheAttention:
         self.present += [key, value]
         valid_length = self.past_length + q.shape[2]
         return torch.onnx.ops.symbolic(
-            "Attention", (q, key, value, None, None, None, valid_length),
+            "Attention", (q, key, value, self.mask, None, None, valid_length),
             attrs={"is_causal": int(self.is_causal)}, dtype=q.dtype, shape=q.shape, version=OPSET,
         )  # fmt: skip
 

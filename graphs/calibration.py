@@ -35,6 +35,7 @@ from safetensors.numpy import load, save_file
 
 from trimode.errors import CheckpointError
 from trimode.files import staged_replacement
+from trimode.graphs.contract import Role
 
 SCHEMA_VERSION = 1
 RECORD = "calibration.json"
@@ -59,7 +60,7 @@ class DataRecord(_Record):
     sha256: str
     num_samples: int
     seed: int
-    num_tokens: dict[Literal["ar", "draft", "verify"], int]
+    num_tokens: dict[Role, int]
 
 
 class LayerRecord(_Record):

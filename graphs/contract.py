@@ -1,9 +1,9 @@
 """The tensor contract: what each graph takes and returns, as data that the compiler writes and the runtime reads.
 
-Three roles over one set of weights. ``B`` batch, ``T`` new tokens, ``C`` cache capacity, ``G`` key/value heads, ``D`` head size,
-``V`` vocabulary. Every graph also takes ``past_key_values.{i}.key|value`` and returns ``present.{i}.key|value``, ``(B, G, C, D)``,
-which may be the same memory. A row's K/V land in slots ``past_length .. past_length + T - 1``; nothing else of the cache changes,
-so rolling back is not advancing ``past_length``.
+Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new tokens, ``C`` cache capacity,
+``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph also takes ``past_key_values.{i}.key|value`` and returns ``present.{i}.key|value``, ``(B, G, C, D)``,
+which may be the same memory. A row's K/V land in slots ``past_length .. past_length + slots_written - 1`` (:func:`slots_written`:
+T, but for ``quadratic`` T of tokens and T * T behind them); nothing else of the cache changes, so rolling back is not advancing ``past_length``.
 
 This module imports neither torch nor onnx.
 """
@@ -14,8 +14,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Role = Literal["ar", "draft", "verify"]
+Role = Literal["ar", "draft", "verify", "quadratic"]
 ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
+"""What every bundle has."""
 
 TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
@@ -59,6 +60,11 @@ class ModelInfo(_Record):
         """Rows of the position tables: a block that begins at the last token still has positions for all its slots."""
         return self.max_length + self.max_block_length
 
+    @property
+    def max_quadratic_length(self) -> int:
+        """Longest block of ``quadratic``: the slots behind its last token reach nearly two blocks beyond what is cached."""
+        return self.max_block_length // 2
+
 
 class TensorSpec(_Record):
     """Name, element type and shape of one graph input or output; a text in the shape is a dynamic dimension."""
@@ -72,9 +78,14 @@ class GraphContract(_Record):
     """Inputs and outputs of one role, without the cache, and how its rows attend to each other."""
 
     role: Role
-    attention: Literal["causal", "bidirectional"]
+    attention: Literal["causal", "bidirectional", "quadratic"]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def slots_written(role: Role, rows: int) -> int:
+    """Slots of the cache that a forward of ``rows`` rows writes, from ``past_length`` on."""
+    return rows * (rows + 1) if role == "quadratic" else rows
 
 
 def cache_specs(model: ModelInfo, prefix: str, dtype: DType = "float32", capacity: Dimension = "capacity") -> tuple[TensorSpec, ...]:
@@ -96,6 +107,9 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
     the full softmax. ``drafter_scale`` 1 switches the adapter on, 0 off.
     ``verify`` (causal): per row the greedy id and the logits of the *next* token; ``accepted_length`` counts the leading drafts
     ``input_ids[:, 1:]`` that equal the greedy ids before them.
+    ``quadratic`` (:mod:`trimode.graphs.quadratic`): ``verify`` and ``draft`` at once, without the adapter. ``input_ids`` are drafts of which the
+    first is right; besides what ``verify`` returns, the candidates of the ``T`` tokens behind the last accepted one, the first of them
+    its causal prediction.
     """
     ids = _spec("input_ids", "int64", "batch", "rows")
     past = _spec("past_length", "int64", "batch")
@@ -105,19 +119,19 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
             inputs=(ids, past, _spec("input_length", "int64", "batch")),
             outputs=(_spec("greedy_ids", "int64", "batch"), _spec("logits", "float32", "batch", model.vocab_size)),
         )  # fmt: skip
+    top_k = min(TOP_K, model.vocab_size)
+    candidates = (_spec("top_ids", "int64", "batch", "rows", top_k), _spec("top_probabilities", "float32", "batch", "rows", top_k))
     if role == "draft":
-        top_k = min(TOP_K, model.vocab_size)
         return GraphContract(
             role=role, attention="bidirectional",
             inputs=(ids, past, *((_spec("drafter_scale", "float32"),) if model.has_drafter else ())),
-            outputs=(_spec("top_ids", "int64", "batch", "rows", top_k), _spec("top_probabilities", "float32", "batch", "rows", top_k)),
+            outputs=candidates,
         )  # fmt: skip
-    return GraphContract(
-        role=role, attention="causal",
-        inputs=(ids, past),
-        outputs=(_spec("greedy_ids", "int64", "batch", "rows"), _spec("accepted_length", "int64", "batch"),
-                 _spec("logits", "float32", "batch", "rows", model.vocab_size)),
-    )  # fmt: skip
+    verified = (_spec("greedy_ids", "int64", "batch", "rows"), _spec("accepted_length", "int64", "batch"),
+                _spec("logits", "float32", "batch", "rows", model.vocab_size))  # fmt: skip
+    if role == "verify":
+        return GraphContract(role=role, attention="causal", inputs=(ids, past), outputs=verified)
+    return GraphContract(role=role, attention="quadratic", inputs=(ids, past), outputs=(*verified, *candidates))
 
 
 def _spec(name: str, dtype: DType, *shape: Dimension) -> TensorSpec:

@@ -2,7 +2,7 @@
 
 Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back.
 ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
-the prefill and every draft and verify forward.
+the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trimode.graphs.contract import ModelInfo
 from trimode.runtime.sequence import Sequence
 from trimode.runtime.session import Array, Ids
 
-Mode = Literal["ar", "diffusion", "linear_spec"]
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DecodeOptions:
         max_new_tokens: no mode returns more.
         block_length: slots of a block, the first of which is always a token already decided.
         threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once.
-        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens.
+        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens. Quadratic self-speculation never does.
         eos_token_ids: ends a text; None = the model's.
     """
 
@@ -114,10 +114,32 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
         yield budget.settle(kept)
 
 
+def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Iterator[list[int]]:
+    """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
+
+    The reference reads the prompt and makes the first draft in one forward, which counts; here these are two.
+    """
+    budget = _Budget(sequence, options, counters)
+    if budget.done:
+        return
+    counters.nfe += 1
+    drafts = sequence.first_drafts(options.block_length)
+    while not budget.done:
+        counters.nfe += 1
+        counters.cycles += 1
+        accepted, drafts = sequence.speculate(drafts)
+        verified = budget.before_end(accepted)
+        counters.cycle_tokens += len(verified)
+        kept = budget.fit(verified)
+        sequence.accept(kept, following=int(drafts[0]) if len(kept) == len(accepted) else None)
+        yield budget.settle(kept)
+
+
 ALGORITHMS: dict[Mode, Callable[[Sequence, DecodeOptions, Counters], Iterator[list[int]]]] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear_spec": decode_linear_spec,
+    "quadratic_spec": decode_quadratic_spec,
 }
 
 

@@ -4,6 +4,7 @@ A bundle is a folder::
 
     manifest.json                      this schema
     ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
+    quadratic.onnx                     one more, where it was asked for
     weights.safetensors                every tensor once, and the scales of quantized ones; external data of the portable graphs
     engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
     engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
@@ -22,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -124,7 +125,7 @@ class TargetRecord(_Record):
         capacity: slots of the K/V cache where the engines fix it.
         workspace_mib: limit on an engine's scratch memory that was asked for.
         library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs only under that version.
-        graphs: one for each role.
+        graphs: one for each graph of the bundle.
     """
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
@@ -144,6 +145,7 @@ class Manifest(_Record):
     Attributes:
         precision: type of the weights of linear layers.
         calibration: of fp8, int8 and int4, and only of these.
+        graphs: one for each of :data:`trimode.graphs.contract.ROLES`, and ``quadratic`` where it was asked for.
     """
 
     schema_version: int

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimode.errors import UsageError
+from trimode.graphs.contract import ModelInfo
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode, check_options
@@ -19,7 +20,9 @@ from trimode.runtime.sequence import Forwards, Sequence
 from trimode.runtime.session import Ids, Session
 from trimode.runtime.text import TextCodec
 
-DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0}
+DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0}
+DEFAULT_QUADRATIC_LENGTH = 16
+"""The reference's: rows of a forward grow with the square."""
 
 
 class Chunk(NamedTuple):
@@ -180,6 +183,18 @@ class TriModeModel:
         options = DecodeOptions(max_new_tokens, block_length, threshold, use_drafter, _eos(eos_token_id))
         return self._generate(ids, "linear_spec", options)
 
+    def self_spec_generate(self, ids: Any, max_new_tokens: int = 128, block_length: int = 16, eos_token_id: int | None = None) -> tuple[Ids, int]:
+        """Quadratic self-speculation, under the reference's name: the tokens of :meth:`ar_generate`, verified and drafted in the same forwards.
+
+        ``ids``: array-like (1, n); returns as above.
+
+        Raises:
+            UsageError: the bundle lacks the graph (``trimode build --quadratic``), or the block is too long for it.
+        """
+        return self._generate(ids, "quadratic_spec", DecodeOptions(max_new_tokens, block_length, eos_token_ids=_eos(eos_token_id)))
+
+    quadratic_spec_generate = self_spec_generate
+
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
         """Yield :class:`Chunk` as tokens are committed; keyword arguments are those of :class:`DecodeOptions`."""
         return self.continue_sequence(self.new_sequence(ids), mode, **options)
@@ -196,7 +211,7 @@ class TriModeModel:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
         if mode not in ALGORITHMS:
             raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
-        chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": self.model.block_size, **options})
+        chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model), **options})
         self._check_options(mode, chosen)
         return Stream(sequence, mode, chosen)
 
@@ -210,8 +225,18 @@ class TriModeModel:
 
     def _check_options(self, mode: Mode, options: DecodeOptions) -> None:
         check_options(options, self.model)
-        if mode != "ar":
+        if mode == "quadratic_spec":
+            self._check_quadratic(options.block_length)
+        elif mode != "ar":
             self.session.check_block_length(options.block_length)
+
+    def _check_quadratic(self, block_length: int) -> None:
+        if "quadratic" not in self.bundle.manifest.graphs:
+            raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without", "build it with --quadratic")
+        if block_length > self.model.max_quadratic_length:
+            found = f"expected, for quadratic self-speculation, a block length from 1 to {self.model.max_quadratic_length}, found {block_length}"
+            raise UsageError(found, f"the reference takes {DEFAULT_QUADRATIC_LENGTH}; a forward has as many rows as the square of it")
+        self.session.check_block_length(block_length, ("draft", "quadratic"))
 
     def _check_ids(self, ids: Any) -> list[int]:
         try:
@@ -232,6 +257,11 @@ class TriModeModel:
             raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.shape[1]}",
                              "shorten the prompt, or build with a larger --max-length")  # fmt: skip
         return array[0].tolist()  # type: ignore[no-any-return]
+
+
+def default_block_length(mode: Mode, model: ModelInfo) -> int:
+    """The block length that a mode has where none is asked for."""
+    return DEFAULT_QUADRATIC_LENGTH if mode == "quadratic_spec" else model.block_size
 
 
 def _eos(token_id: int | None) -> tuple[int, ...] | None:

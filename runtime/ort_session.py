@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from trimode.errors import UsageError
-from trimode.graphs.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.graphs.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.manifest import TargetRecord
 from trimode.runtime.ort_library import Device, choose_providers, load_graph, session_options
@@ -18,7 +18,7 @@ from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
 
 
 class OrtSession:
-    """Three inference sessions over one weight pack.
+    """An inference session for each graph, over one weight pack.
 
     Args:
         bundle: an opened bundle.
@@ -39,7 +39,7 @@ class OrtSession:
             raise UsageError(f"expected at least 1 thread, found {num_threads}", "leave --threads out to use every core")
         manifest = bundle.manifest
         self.model = manifest.model
-        self.contracts: dict[Role, GraphContract] = {role: manifest.graphs[role].contract for role in ROLES}
+        self.contracts: dict[Role, GraphContract] = {role: graph.contract for role, graph in manifest.graphs.items()}
         self._device: Device = target.device if target else "cpu"
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
@@ -47,13 +47,13 @@ class OrtSession:
         portable = target is None or target.placement == "external"
         mapped_bytes = manifest.files[manifest.weights.file].num_bytes if portable else 0
         options = session_options(mapped_bytes, num_threads, is_quantized=manifest.calibration is not None)
-        files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in ROLES}
+        files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in manifest.graphs}
         self.sessions: dict[Role, Any] = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
-        wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in ROLES}
+        wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in files}
         self._weights = place_weights(WeightPack(bundle.path / manifest.weights.file), wanted.values(), self._device)
-        self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in ROLES}
+        self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in files}
 
-    def check_block_length(self, block_length: int) -> None:
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
         """Any will do."""
 
     def close(self) -> None:
@@ -70,8 +70,9 @@ class OrtSession:
         """See :class:`trimode.runtime.session.Session`."""
         cache = cast("OrtCache", cache)
         rows = input_ids.shape[1]
-        if past_length + rows > cache.capacity:
-            cache.reserve(past_length + rows)
+        end = past_length + slots_written(role, rows)
+        if end > cache.capacity:
+            cache.reserve(end)
         bound = cache.bound.get((role, rows)) or self._bind(role, cache, rows)
         bound.input_ids[:] = input_ids
         bound.past_length[0] = past_length

@@ -28,6 +28,7 @@ class Forwards:
     draft: int = 0
     verify: int = 0
     commit: int = 0
+    quadratic: int = 0
 
 
 class Sequence:
@@ -99,10 +100,33 @@ class Sequence:
         greedy, accepted, _ = self._session.run("verify", self._cache, block[None], self.cached_length)
         return greedy[0, : int(accepted[0]) + 1].tolist()  # type: ignore[no-any-return]
 
-    def accept(self, token_ids: Seq[int]) -> None:
-        """Append the first tokens of what :meth:`verify` returned; it cached the block's first token and all of these but the last."""
+    def first_drafts(self, block_length: int) -> Ids:
+        """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked slots behind all tokens gives."""
+        first = self.predict()
+        ids, _ = self.draft(np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False)
+        return _drafts(ids, first)
+
+    def speculate(self, drafts: Ids) -> tuple[list[int], Ids]:
+        """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and drafts anew behind those that are.
+
+        All tokens must be cached. Returns the right drafts, at least one, which the caller hands to :meth:`accept`, and ``(L,)`` drafts of what
+        follows them, of which again the first is right.
+        """
+        assert self.cached_length == len(self.tokens)
+        self.forwards.quadratic += 1
+        greedy, accepted, _, ids, _ = self._session.run("quadratic", self._cache, drafts[None], self.cached_length)
+        last = int(accepted[0])
+        return drafts[: last + 1].tolist(), _drafts(ids[0], int(greedy[0, last]))
+
+    def accept(self, token_ids: Seq[int], following: int | None = None) -> None:
+        """Append the first tokens of what :meth:`verify` or :meth:`speculate` returned.
+
+        The former cached the block's first token and all of these but the last, the latter all of these. ``following`` is the greedy token
+        behind them, where it is known.
+        """
         self.cached_length += len(token_ids)
         self.append(token_ids)
+        self._next = following
 
     def commit(self, block: Ids) -> None:
         """Append a finished block and cache it with a causal forward, which also predicts the token after it."""
@@ -119,3 +143,10 @@ class Sequence:
     def _bidirectional(self, block: Ids, drafter_scale: float) -> tuple[Array, Array]:
         ids, probabilities = self._session.run("draft", self._cache, block[None], self.cached_length, drafter_scale)
         return ids[0], probabilities[0]
+
+
+def _drafts(candidates: Array, first: int) -> Ids:
+    """The best candidate of each slot, ``(L, 5)`` -> ``(L,)``, the first replaced by a token that is certain."""
+    drafts: Ids = candidates[:, 0].astype(np.int64)
+    drafts[0] = first
+    return drafts

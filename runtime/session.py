@@ -1,4 +1,4 @@
-"""What decoding needs from an inference engine: forwards of the three graphs over one K/V cache."""
+"""What decoding needs from an inference engine: forwards of its graphs over one K/V cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trimode.graphs.contract import Role
+from trimode.graphs.contract import ROLES, Role
 
 Ids = NDArray[np.int64]
 Array = NDArray[np.generic]
@@ -34,15 +34,15 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """The three graphs of a bundle, loaded once, with weights shared."""
+    """The graphs of a bundle, loaded once, with weights shared."""
 
     @property
     def max_prefill_rows(self) -> int | None:
         """Most rows of one ``ar`` forward; None = any number."""
         ...
 
-    def check_block_length(self, block_length: int) -> None:
-        """Raise :class:`UsageError` for a block length that the graphs were not built for."""
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+        """Raise :class:`UsageError` for a block length that one of these graphs was not built for."""
         ...
 
     def close(self) -> None:
@@ -54,7 +54,8 @@ class Session(Protocol):
         ...
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
-        """One forward; writes K/V of ``input_ids (1, T)`` into slots ``past_length ..`` of the cache, growing it where needed.
+        """One forward; writes K/V of ``input_ids (1, T)`` (for ``quadratic``, of masked slots too) into slots ``past_length ..`` of the cache, growing
+        it where needed.
 
         Returns the outputs of the role's contract as views that the next run of the same role on this cache overwrites. A session on a
         GPU leaves ``logits`` there and returns a :class:`DeviceArray`: ``np.asarray`` copies it.

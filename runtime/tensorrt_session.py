@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX behind :class:`trimode.runtime.session.Session`.
 
-The weights are uploaded once and bound by address to all three engines; keys and values are updated in place; a step copies token ids
+The weights are uploaded once and bound by address to all engines; keys and values are updated in place; a step copies token ids
 to the GPU and ids, probabilities and counts back, and nothing else. Everything that needs no GPU is checked before the first call to one.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from trimode.errors import DeviceError
-from trimode.graphs.contract import ROLES, Role
+from trimode.graphs.contract import ROLES, Role, slots_written
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import find_gpu
 from trimode.runtime.manifest import TargetRecord
@@ -40,7 +40,7 @@ logger = logging.getLogger("trimode.runtime")
 
 
 class TensorRTSession:
-    """Three engines over one upload of the weights. One forward runs at a time; threads wait for each other.
+    """Engines over one upload of the weights. One forward runs at a time; threads wait for each other.
 
     Args:
         bundle: an opened bundle.
@@ -65,7 +65,7 @@ class TensorRTSession:
                 library, role, target.graphs[role], prepared.engines[role], io=prepared.io[role], cache=(prepared.cache, prepared.cache_layout),
                 model=self._model, pack=prepared.pack.entries, runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
             )
-            for role in ROLES
+            for role in prepared.engines
         }  # fmt: skip
         self._weights, self._addresses = self._upload_weights()
         self._runners = {role: Runner(graph, graph.new_context(), self._addresses, self._stream) for role, graph in self._graphs.items()}
@@ -78,9 +78,9 @@ class TensorRTSession:
         """See :class:`trimode.runtime.session.Session`."""
         return max_rows(self._target.graphs["ar"])
 
-    def check_block_length(self, block_length: int) -> None:
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
         """See :class:`trimode.runtime.session.Session`."""
-        check_block_length(self._target, block_length)
+        check_block_length(self._target, block_length, roles)
 
     def new_cache(self) -> TensorRTCache:
         """See :class:`trimode.runtime.session.Session`. Takes the memory of a sequence that nobody uses any more, where there is one."""
@@ -91,7 +91,7 @@ class TensorRTSession:
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.session.Session`."""
         rows = input_ids.shape[1]
-        cache.reserve(past_length + rows)
+        cache.reserve(past_length + slots_written(role, rows))
         profile = choose_profile(self._target.graphs[role], rows)
         memory, io = cast("TensorRTCache", cache).memory, self._prepared.io[role]
         values = {"input_ids": input_ids, "past_length": past_length, "input_length": rows, "drafter_scale": drafter_scale}

@@ -49,10 +49,10 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     trt = import_library(target.backend)
     check_library(trt, target)
     manifest = bundle.manifest
-    engines = {role: bundle.path / target.graphs[role].file for role in ROLES}
+    engines = {role: bundle.path / target.graphs[role].file for role in manifest.graphs}
     engine_bytes = sum(check_engine_file(path) for path in engines.values())
     pack = WeightPack(bundle.path / manifest.weights.file)
-    io = {role: lay_out_io(manifest.graphs[role].contract, max_rows(target.graphs[role])) for role in ROLES}
+    io = {role: lay_out_io(manifest.graphs[role].contract, max_rows(target.graphs[role])) for role in engines}
     capacity = target.capacity or manifest.model.num_positions
     cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
     cache_layout = lay_out_cache(manifest.model, target.compute_dtype, capacity)
@@ -98,9 +98,9 @@ def check_engine_file(path: Path) -> int:
     return size
 
 
-def check_block_length(target: TargetRecord, block_length: int) -> None:
-    """Raise :class:`UsageError` unless every engine of a target takes blocks of this length."""
-    for role in ROLES:
+def check_block_length(target: TargetRecord, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    """Raise :class:`UsageError` unless these engines of a target take blocks of this length."""
+    for role in roles:
         record = target.graphs[role]
         if not any(profile.holds(1, block_length) for profile in record.profiles):
             raise UsageError(f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",

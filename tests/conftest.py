@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from reference import Reference
 
 from trimode.compiler import traced
+from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
@@ -68,6 +69,21 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
             build_bundle(checkpoint, folder / "bundle")
             model = TriModeModel.from_pretrained(folder / "bundle", num_threads=1)
             done[name] = Built(checkpoint, folder / "bundle", model, Reference(checkpoint))
+        return done[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def quadratic(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """The same with the graph of quadratic self-speculation."""
+    done: dict[str, Built] = {}
+
+    def build(name: str) -> Built:
+        if name not in done:
+            plain, bundle = built(name), tmp_path_factory.mktemp(f"{name}_quadratic") / "bundle"
+            build_bundle(plain.checkpoint, bundle, BuildOptions(quadratic=True))
+            done[name] = replace(plain, bundle=bundle, model=TriModeModel.from_pretrained(bundle, num_threads=1))
         return done[name]
 
     return build

@@ -50,10 +50,30 @@ class Reference:
         n = len(tokens)
         sees = torch.ones(n, n, dtype=torch.bool).tril()
         sees[n - block :] = True
-        mask = torch.zeros(n, n, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)[None, None]
-        self._rows = block if drafter and self.has_drafter else 0
+        return self._run(tokens, sees, torch.arange(n), block if drafter and self.has_drafter else 0)
+
+    def quadratic_logits(self, tokens: list[int], draft: list[int]) -> Tensor:
+        """(k, k + 1, V). Row r is [draft r, k masks], at positions n + r, n + r + 1, ...; it sees ``tokens``, the first of each row up to its own,
+        and, in its masks, all of itself.
+        """
+        n, k = len(tokens), len(draft)
+        text = tokens + [t for d in draft for t in [d] + [self.mask_token_id] * k]
+        positions = list(range(n)) + [n + r + c for r in range(k) for c in range(k + 1)]
+        sees = torch.zeros(len(text), len(text), dtype=torch.bool)
+        sees[:n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
+        sees[n:, :n] = True
+        for r in range(k):
+            row = slice(n + r * (k + 1), n + (r + 1) * (k + 1))
+            for earlier in range(r + 1):
+                sees[row, n + earlier * (k + 1)] = True
+            sees[row.start + 1 : row.stop, row] = True
+        return self._run(text, sees, torch.tensor(positions), 0)[n:].unflatten(0, (k, k + 1))
+
+    def _run(self, tokens: list[int], sees: Tensor, positions: Tensor, drafter_rows: int) -> Tensor:
+        mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)[None, None]
+        self._rows = drafter_rows
         with torch.no_grad():
-            out = self.model(input_ids=torch.tensor([tokens]), attention_mask=mask, position_ids=torch.arange(n)[None], use_cache=False)
+            out = self.model(input_ids=torch.tensor([tokens]), attention_mask=mask, position_ids=positions[None], use_cache=False)
         return out.logits[0]
 
     def pick(self, row: Tensor) -> int:
@@ -139,6 +159,34 @@ def linear_spec(model: Reference, prompt: list[int], max_new: int, length: int, 
         if eos in out:
             out = out[: out.index(eos) + 1]
     return out[:max_new], nfe
+
+
+def quadratic_spec(model: Reference, prompt: list[int], max_new: int, length: int) -> tuple[list[int], int, list[int]]:
+    """Tokens, forwards, and what each cycle emitted."""
+    start = model.logits(prompt + [model.mask_token_id] * length, block=length)
+    nfe = 1
+    draft = [int(row.argmax()) for row in start[-length:]]
+    draft[0] = model.pick(start[len(prompt) - 1])
+    out: list[int] = []
+    cycles: list[int] = []
+    while len(out) < max_new:
+        nfe += 1
+        logits = model.quadratic_logits(prompt + out, draft)
+        logits[:, 1] = logits[:, 0]
+        predicted = logits.argmax(-1)
+        accepted = 1
+        while accepted < length and predicted[accepted - 1, 0] == draft[accepted]:
+            accepted += 1
+        model.pick(logits[accepted - 1, 0])
+        emitted = draft[:accepted]
+        if model.eos_token_id in emitted:
+            emitted = emitted[: emitted.index(model.eos_token_id) + 1]
+        out += emitted
+        cycles.append(len(emitted))
+        if out[-1] == model.eos_token_id:
+            break
+        draft = predicted[accepted - 1, 1:].tolist()
+    return out[:max_new], nfe, cycles
 
 
 def _fill(model: Reference, block: list[int], logits: Tensor, threshold: float) -> None:

@@ -24,7 +24,7 @@ from trimode.compiler.parity.report import GraphParity, IdsRecord, OutputRecord,
 from trimode.compiler.parity.runners import CachedText, Feed, SessionRunner, TrunkRunner, portable_runner, role_feed
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.errors import UsageError
-from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, cache_specs, graph_contract
+from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, cache_specs, graph_contract, slots_written
 from trimode.runtime.session import Ids, Session
 
 ODD_ROWS = 7
@@ -78,22 +78,23 @@ def row_counts(session: Session, role: Role, model: ModelInfo) -> list[int]:
         if role == "ar":
             return session.max_prefill_rows is None or rows <= session.max_prefill_rows
         try:
-            session.check_block_length(rows)
+            session.check_block_length(rows, (role,))
         except UsageError:
             return False
-        return rows <= model.max_block_length
+        return rows <= (model.max_quadratic_length if role == "quadratic" else model.max_block_length)
 
     return sorted({rows for rows in (1, ODD_ROWS, model.block_size) if is_built(rows)})
 
 
-def count_comparisons(session: Session, model: ModelInfo, positions: Sequence[int]) -> int:
+def count_comparisons(session: Session, model: ModelInfo, positions: Sequence[int], roles: Sequence[Role] = ROLES) -> int:
     """How many records :func:`compare_target` yields."""
-    return len(positions) * sum(len(row_counts(session, role, model)) * len(_drafter_scales(role, model)) for role in ROLES)
+    return len(positions) * sum(len(row_counts(session, role, model)) * len(_drafter_scales(role, model)) for role in roles)
 
 
 def compare_target(
-    reference: CachedText, target: CachedText, model: ModelInfo, positions: Sequence[int], tolerance: Tolerance, seed: int
-) -> Iterator[GraphParity]:
+    reference: CachedText, target: CachedText, model: ModelInfo, positions: Sequence[int], tolerance: Tolerance, seed: int,
+    roles: Sequence[Role] = ROLES,
+) -> Iterator[GraphParity]:  # fmt: skip
     """The graphs of a target's session; both texts are the same.
 
     Args:
@@ -103,12 +104,13 @@ def compare_target(
         positions: tokens in the cache, ascending.
         tolerance: of the target.
         seed: of the blocks.
+        roles: graphs to compare.
     """
     rng = np.random.default_rng(seed)
-    counts = {role: row_counts(target.session, role, model) for role in ROLES}
+    counts = {role: row_counts(target.session, role, model) for role in roles}
     for position in positions:
-        blocks = {rows: make_block(reference, position, rows, model, rng) for rows in sorted({n for role in ROLES for n in counts[role]})}
-        for role in ROLES:
+        blocks = {rows: make_block(reference, position, rows, model, rng) for rows in sorted({n for role in roles for n in counts[role]})}
+        for role in roles:
             contract = graph_contract(role, model)
             runners = [SessionRunner("reference", reference, contract), SessionRunner("target", target, contract)]
             for block in (blocks[rows] for rows in counts[role]):
@@ -125,7 +127,7 @@ def compare_portable(
     Args:
         reference: the text, read by the trunk.
         folder: the bundle.
-        files: the graph of each role.
+        files: the graph of each role that is compared.
         model: the bundle's model.
         position: tokens in the cache of the longer sequence.
         tolerance: of the portable graphs.
@@ -134,8 +136,9 @@ def compare_portable(
     rng = np.random.default_rng(seed)
     blocks = [make_block(reference, at, ODD_ROWS, model, rng) for at in (position // 2, position)]
     past = np.array([block.position for block in blocks])
-    caches = _caches(cast("TorchCache", reference.cache), past, model, rng)
-    for role in ROLES:
+    capacity = int(past.max()) + max(slots_written(role, ODD_ROWS) for role in files) + _GARBAGE_SLOTS
+    caches = _caches(cast("TorchCache", reference.cache), past, capacity, model, rng)
+    for role in files:
         contract = graph_contract(role, model)
         trunk = TrunkRunner("reference", cast("TorchSession", reference.session), model, contract)
         ids = np.concatenate([block.ids(role) for block in blocks])
@@ -149,10 +152,9 @@ def _drafter_scales(role: Role, model: ModelInfo) -> tuple[float, ...]:
     return (0.0, 1.0) if role == "draft" and model.has_drafter else (0.0,)
 
 
-def _caches(cache: TorchCache, past: Ids, model: ModelInfo, rng: np.random.Generator) -> Feed:
+def _caches(cache: TorchCache, past: Ids, capacity: int, model: ModelInfo, rng: np.random.Generator) -> Feed:
     """The first keys and values of the text for each sequence of the batch, noise in the slots behind: those must not matter."""
     tensors = [part.numpy()[0] for layer in cache.layers for part in layer]  # (G, n, D)
-    capacity = int(past.max()) + ODD_ROWS + _GARBAGE_SLOTS
     feed: Feed = {}
     for spec, tensor in zip(cache_specs(model, "past_key_values"), tensors, strict=True):
         values = rng.standard_normal((len(past), tensor.shape[0], capacity, tensor.shape[2]), np.float32)
@@ -165,8 +167,10 @@ def _caches(cache: TorchCache, past: Ids, model: ModelInfo, rng: np.random.Gener
 def _compare(subject: Subject, contract: GraphContract, runners: Sequence[Any], feed: Feed, scale: float, tolerance: Tolerance) -> GraphParity:
     """Run both and compare the second with the first."""
     with _quiet():
-        (run,) = Comparator.run(list(runners), data_loader=[feed], streaming=True)
-        reference, found = (OrderedDict(results[0].items()) for _, results in run)
+        run, reference, found = _run_both(runners, feed)
+        if contract.role == "quadratic" and (reference["accepted_length"] != found["accepted_length"]).any():
+            feed = {**feed, "input_ids": _until_either_parts(feed["input_ids"], reference, found)}
+            run, reference, found = _run_both(runners, feed)
         floats = [name for name, values in reference.items() if values.dtype == np.float32]
         bounds = {name: _bounds(name, reference[name], scale, tolerance) for name in floats}
         # Polygraphy is content when either tolerance holds: a relative one of 0 leaves it to the absolute one.
@@ -179,9 +183,9 @@ def _compare(subject: Subject, contract: GraphContract, runners: Sequence[Any], 
         )  # fmt: skip
     (largest,), (mean,) = (next(iter(result.values())) for result in results)
     outputs = [_output(name, largest[name], mean[name], bounds[name]) for name in floats]
-    ids = list(_compare_ids(contract.role, reference, found, scale, tolerance))
+    ids = list(_compare_ids(reference, found, scale, tolerance))
     accepted = None
-    if contract.role == "verify":
+    if "accepted_length" in found:
         accepted = bool((found["accepted_length"] == accepted_lengths(found["greedy_ids"], feed["input_ids"])).all())
     return GraphParity(
         subject=subject, graph=contract.role, positions=tuple(feed["past_length"].tolist()), rows=feed["input_ids"].shape[1],
@@ -189,6 +193,25 @@ def _compare(subject: Subject, contract: GraphContract, runners: Sequence[Any], 
         outputs=tuple(_worst_cache(outputs)), ids=tuple(ids), has_accepted_length=accepted,
         passed=all(r.passed for r in outputs) and all(r.passed for r in ids) and accepted is not False,
     )  # fmt: skip
+
+
+def _run_both(runners: Sequence[Any], feed: Feed) -> tuple[Any, Feed, Feed]:
+    """Polygraphy's results, and the outputs of the first and the second runner by name."""
+    (run,) = Comparator.run(list(runners), data_loader=[feed], streaming=True)
+    reference, found = (OrderedDict(results[0].items()) for _, results in run)
+    return run, reference, found
+
+
+def _until_either_parts(draft: Ids, reference: Feed, found: Feed) -> Ids:
+    """The draft with a token that neither expects behind the shorter of two accepted lengths: what lies behind an accepted length can
+    be compared only where both have the same.
+    """
+    draft = draft.copy()
+    for row, last in enumerate(np.minimum(reference["accepted_length"], found["accepted_length"]).tolist()):
+        if last + 1 < draft.shape[1]:
+            expected = {int(outputs["greedy_ids"][row, last]) for outputs in (reference, found)}
+            draft[row, last + 1] = next(token for token in range(len(expected) + 1) if token not in expected)
+    return draft
 
 
 def _only(names: Iterable[str]) -> Any:
@@ -219,17 +242,16 @@ def _worst_cache(outputs: Sequence[OutputRecord]) -> Iterator[OutputRecord]:
         yield max(cache, key=lambda record: (not record.passed, (record.max_error or 0.0) / max(record.tolerance, 1e-30)))
 
 
-def _compare_ids(
-    role: Role, reference: dict[str, NDArray[Any]], found: dict[str, NDArray[Any]], scale: float, tolerance: Tolerance
-) -> Iterator[IdsRecord]:
+def _compare_ids(reference: Feed, found: Feed, scale: float, tolerance: Tolerance) -> Iterator[IdsRecord]:
     """The most probable id of every row or slot."""
-    if role == "draft":
+    if "top_ids" in reference:
         candidates, values = reference["top_ids"], reference["top_probabilities"]
         own, other = candidates[..., 0], found["top_ids"][..., 0]
         # Where the target's id is none of the reference's candidates, the last of them says how improbable it is at least.
         is_it = candidates == other[..., None]
         theirs = np.where(is_it.any(-1), (values * is_it).sum(-1), values[..., -1])
         yield _ids_record("top_ids", own, other, values[..., 0] - theirs, 2 * tolerance.probabilities(scale))
+    if "greedy_ids" not in reference:
         return
     own, other, logits = reference["greedy_ids"], found["greedy_ids"], reference["logits"]
     exists = (other >= 0) & (other < logits.shape[-1])

@@ -117,9 +117,25 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         cache = TorchCache.of(list(zip(tensors[::2], tensors[1::2], strict=True)))
         real = int(feed["input_length"][index]) if "input_length" in feed else None
         outputs = self._session.forward(self._contract.role, cache, ids, past, float(feed.get("drafter_scale", np.float32(0))), real)
-        for tensor, new in zip(present, (part for layer in cache.layers for part in layer), strict=True):
-            tensor[index, :, past : past + ids.shape[1]] = new[0, :, past:].numpy()
+        _keep(cache, present, index, past, past)
+        if self._contract.role == "quadratic":
+            self._keep_slots(cache, present, index, past, ids.shape[1])
         return outputs
+
+    def _keep_slots(self, cache: TorchCache, present: list[NDArray[Any]], index: int, past: int, rows: int) -> None:
+        """Keys and values of the masked slots, for each token of the draft by a forward of its own; they lie behind those of the tokens."""
+        tokens = cache.layers
+        for token in range(rows):
+            cache.replace(tokens)
+            end = past + token + 1
+            self._session.drafts_behind(cache, end, rows)
+            _keep(cache, present, index, end, past + rows + token * rows)
+
+
+def _keep(cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int) -> None:
+    """Write what a cache holds from ``begin`` on into row ``index`` of fixed caches, from ``slot`` on."""
+    for tensor, new in zip(present, (part for layer in cache.layers for part in layer), strict=True):
+        tensor[index, :, slot : slot + new.shape[2] - begin] = new[0, :, begin:].numpy()
 
 
 def portable_runner(name: str, path: Path) -> Any:

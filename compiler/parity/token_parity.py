@@ -17,11 +17,14 @@ from trimode.calib.torch_session import TorchSession
 from trimode.compiler.parity.report import TokenParity
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.tolerance import Tolerance
-from trimode.graphs.contract import ModelInfo, Role
+from trimode.graphs.contract import ROLES, ModelInfo, Role
 from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
-from trimode.runtime.model import DEFAULT_THRESHOLDS
+from trimode.runtime.model import DEFAULT_THRESHOLDS, default_block_length
 from trimode.runtime.sequence import Sequence as TextSequence
 from trimode.runtime.session import Array, Ids, KVCache, Session
+
+SPECULATIVE: tuple[Mode, ...] = ("linear_spec", "quadratic_spec")
+"""Modes whose tokens are those of ar."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class Witness:
         """See :class:`trimode.runtime.session.Session`."""
         return self._session.max_prefill_rows
 
-    def check_block_length(self, block_length: int) -> None:
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
         """See :class:`trimode.runtime.session.Session`."""
-        self._session.check_block_length(block_length)
+        self._session.check_block_length(block_length, roles)
 
     def close(self) -> None:
         """Leaves the other session open: it is not this one's."""
@@ -88,8 +91,9 @@ class Witness:
 
 
 def compare_tokens(
-    reference: TorchSession, target: Session, model: ModelInfo, prompts: Sequence[TokenPrompt], max_new_tokens: int, tolerance: Tolerance
-) -> Iterator[TokenParity]:
+    reference: TorchSession, target: Session, model: ModelInfo, prompts: Sequence[TokenPrompt], max_new_tokens: int, tolerance: Tolerance,
+    roles: Sequence[Role] = ROLES,
+) -> Iterator[TokenParity]:  # fmt: skip
     """Every mode on every prompt against the reference, and self-speculation against the target's own ar.
 
     Args:
@@ -99,18 +103,20 @@ def compare_tokens(
         prompts: what to continue.
         max_new_tokens: of each generation.
         tolerance: of the target.
+        roles: graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
         judge = Judge(reference, model, prompt.token_ids, tolerance)
         own_ar: Run | None = None
-        for mode, use_drafter in _ways(model):
-            options = DecodeOptions(max_new_tokens, model.block_size, DEFAULT_THRESHOLDS[mode], use_drafter is not False, prompt.eos_token_ids)
+        for mode, use_drafter in _ways(model, roles):
+            block_length = default_block_length(mode, model)
+            options = DecodeOptions(max_new_tokens, block_length, DEFAULT_THRESHOLDS[mode], use_drafter is not False, prompt.eos_token_ids)
             expected = _generate(reference, model, prompt, mode, options)
             found = _generate(target, model, prompt, mode, options)
             yield _record(judge, number, mode, use_drafter, "reference", expected, found)
             if mode == "ar":
                 own_ar = found
-            if mode == "linear_spec":
+            if mode in SPECULATIVE:
                 assert own_ar is not None
                 yield _record(judge, number, mode, use_drafter, "ar", own_ar, found)
 
@@ -208,15 +214,17 @@ def _largest_gap(expected: Denoised, found: Denoised, mask_token_id: int) -> flo
     return max(gaps)
 
 
-def count_generations(model: ModelInfo, num_prompts: int) -> int:
+def count_generations(model: ModelInfo, num_prompts: int, roles: Sequence[Role] = ROLES) -> int:
     """How many records :func:`compare_tokens` yields."""
-    return num_prompts * sum(2 if mode == "linear_spec" else 1 for mode, _ in _ways(model))
+    return num_prompts * sum(2 if mode in SPECULATIVE else 1 for mode, _ in _ways(model, roles))
 
 
-def _ways(model: ModelInfo) -> Iterator[tuple[Mode, bool | None]]:
+def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool | None]]:
     """Modes, self-speculation with and without the drafter where there is one; ar comes first."""
     yield from (("ar", None), ("diffusion", None))
     yield from ((("linear_spec", True), ("linear_spec", False)) if model.has_drafter else (("linear_spec", None),))
+    if "quadratic" in roles:
+        yield "quadratic_spec", None
 
 
 def _generate(session: Session, model: ModelInfo, prompt: TokenPrompt, mode: Mode, options: DecodeOptions) -> Run:

@@ -50,15 +50,15 @@ class QuantizeWeights(ir.passes.InPlacePass):
         self.pack = pack
 
     def requires(self, model: ir.Model) -> None:
-        """Each such weight is the second factor of one product, as ``(out, in)``."""
+        """Each such weight is the second factor of products, as ``(out, in)``."""
         for value in self._quantized(model):
-            uses = list(value.uses())
             if value.dtype in QUANTIZED_TYPES:
                 raise ir.passes.PreconditionError(f"{value.name} is {value.dtype} already")
-            if len(uses) != 1 or uses[0][0].op_type != "Gemm" or uses[0][1] != 1 or len(uses[0][0].inputs) != 2:
-                raise ir.passes.PreconditionError(f"{value.name} is not the second factor of one product")
-            if uses[0][0].attributes.get_int("transB", 0) != 1:
-                raise ir.passes.PreconditionError(f"the product with {value.name} does not read it as (out, in)")
+            for node, index in value.uses():
+                if node.op_type != "Gemm" or index != 1 or len(node.inputs) != 2:
+                    raise ir.passes.PreconditionError(f"{value.name} is something else than the second factor of a product")
+                if node.attributes.get_int("transB", 0) != 1:
+                    raise ir.passes.PreconditionError(f"the product with {value.name} does not read it as (out, in)")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Put the nodes around each product."""
@@ -79,30 +79,37 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
         assert weight.name is not None
-        layer, compute = weight.name.removesuffix(".weight"), weight.dtype
+        compute = weight.dtype
         assert compute is not None
-        ((product, _),) = weight.uses()
-        kind, x = IR_DTYPES[self.pack[weight.name].dtype], product.inputs[0]
+        weight.type = ir.TensorType(IR_DTYPES[self.pack[weight.name].dtype])  # a new one: clones share their types
+        for number, (product, _) in enumerate(list(weight.uses())):
+            # Where a weight is used twice, it is dequantized twice: only right before a product need it be in memory.
+            self._rewrite_product(graph, product, weight, compute, f".{number}" if number else "")
+
+    def _rewrite_product(self, graph: ir.Graph, product: ir.Node, weight: ir.Value, compute: ir.DataType, suffix: str) -> None:
+        assert weight.name is not None
+        layer, kind, x = weight.name.removesuffix(".weight"), weight.dtype, product.inputs[0]
         assert x is not None
+        assert kind is not None
         if f"{layer}.pre_quant_scale" in self.pack:
-            x = _insert(product, "Mul", [x, self._scale(graph, f"{layer}.pre_quant_scale", compute)], f"{layer}.input_scaled", compute, x)
+            x = _insert(product, "Mul", [x, self._scale(graph, f"{layer}.pre_quant_scale", compute)], f"{layer}.input_scaled{suffix}", compute, x)
         if f"{layer}.input_scale" in self.pack:
             scale, zero = self._scale(graph, f"{layer}.input_scale", compute), _zero(graph, kind)
-            narrow = _insert(product, "QuantizeLinear", [x, scale, zero], f"{layer}.input_quantized", kind, x)
-            x = _insert(product, "DequantizeLinear", [narrow, scale, zero], f"{layer}.input_dequantized", compute, x)
+            narrow = _insert(product, "QuantizeLinear", [x, scale, zero], f"{layer}.input_quantized{suffix}", kind, x)
+            x = _insert(product, "DequantizeLinear", [narrow, scale, zero], f"{layer}.input_dequantized{suffix}", compute, x)
         scale = self._scale(graph, f"{layer}.weight_scale", compute)
         assert scale.shape is not None
         assert weight.shape is not None
-        weight.type = ir.TensorType(kind)  # a new one: clones share their types
-        wide = _insert(product, "DequantizeLinear", [weight, scale], f"{layer}.weight_dequantized", compute, weight, _axes(weight.shape, scale.shape))
+        axes, name = _axes(weight.shape, scale.shape), f"{layer}.weight_dequantized{suffix}"
+        wide = _insert(product, "DequantizeLinear", [weight, scale], name, compute, weight, axes)
         product.replace_input_with(0, x)
         product.replace_input_with(1, wide)
 
     def _scale(self, graph: ir.Graph, name: str, compute: ir.DataType) -> ir.Value:
         """An initializer without data: what the pack holds under this name."""
-        value = ir.Value(name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape))
-        graph.initializers[name] = value
-        return value
+        if name not in graph.initializers:
+            graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape))
+        return graph.initializers[name]
 
 
 def _axes(weight: ir.Shape, scale: ir.Shape) -> dict[str, int]:

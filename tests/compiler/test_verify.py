@@ -376,3 +376,34 @@ def test_tolerances() -> None:
     assert half.relative * 8 == pytest.approx(brain.relative)
     assert (single.must_equal, half.must_equal, brain.must_equal) == (True, False, False)
     assert brain.probabilities(1e6) == 1.0
+
+
+def test_the_quadratic_graph_is_compared_too(quadratic: Callable[[str], Built], tmp_path: Path) -> None:
+    it = quadratic("three_kv_heads")
+    bundle = shutil.copytree(it.bundle, tmp_path / "bundle")
+    found = verify(bundle, it.checkpoint)
+    assert found.passed
+    records = [record for record in found.graphs if record.graph == "quadratic"]
+    assert {(r.subject, r.positions, r.rows) for r in records} == {
+        *(("target", (p,), rows) for p in (0, 11, 160) for rows in (1, 7, 32)), ("portable", (80, 160), 7),
+    }  # fmt: skip
+    assert all([ids.name for ids in r.ids] == ["top_ids", "greedy_ids"] and r.has_accepted_length for r in records)
+    assert any(output.name.startswith("present.") for output in records[-1].outputs)
+    assert {r.against for r in found.tokens if r.mode == "quadratic_spec"} == {"reference", "ar"}
+
+
+def test_notices_masked_slots_that_see_those_of_others(quadratic: Callable[[str], Built], tmp_path: Path) -> None:
+    it = quadratic("three_kv_heads")
+    bundle = shutil.copytree(it.bundle, tmp_path / "bundle")
+
+    def sees_more(graph: onnx.GraphProto) -> None:
+        (end,) = (node for node in graph.node if node.op_type == "Less")  # the end of a slot's own row
+        end.op_type = "LessOrEqual"  # one slot more, which is another's
+
+    change_graph(bundle, "quadratic.onnx", sees_more)
+    found = verify(bundle, it.checkpoint)
+    assert {(record.graph, record.subject) for record in failed(found)} == {("quadratic", "target"), ("quadratic", "portable")}
+    wrong = {output.name for record in failed(found) for output in record.outputs if not output.passed}
+    assert "top_probabilities" in wrong
+    assert "logits" not in wrong  # the tokens' own rows see what they should
+    assert all(record.passed for record in found.tokens if record.mode != "quadratic_spec")

@@ -54,6 +54,7 @@ from trimode.runtime.tensorrt_target import check_gpu, check_library, prepare
 VERSION = "1.7.1.116"
 BLOCK_LENGTHS = (1, 2, 8, 32)
 SHAPE = "three_kv_heads"
+ALL_ROLES: tuple[Role, ...] = (*ROLES, "quadratic")
 
 
 def profiles(*ranges: tuple[int, int, int], batch: tuple[int, int, int] = (1, 1, 4)) -> EngineRecord:
@@ -61,11 +62,16 @@ def profiles(*ranges: tuple[int, int, int], batch: tuple[int, int, int] = (1, 1,
 
 
 BLOCKS = profiles(*((n, n, n) for n in BLOCK_LENGTHS))
-PROFILES = {"ar": profiles((1, 1, 2), (1, 100, 100)), "draft": BLOCKS, "verify": BLOCKS}
+PROFILES = {
+    "ar": profiles((1, 1, 2), (1, 100, 100)),
+    "draft": BLOCKS,
+    "verify": BLOCKS,
+    "quadratic": profiles(*((n, n, n) for n in BLOCK_LENGTHS[:-1])),
+}
 
 
 def record_of(backend: Any = "tensorrt_rtx", dtype: Any = "float32", placement: Any = "shared", **changes: Any) -> TargetRecord:
-    graphs = {role: EngineRecord(file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles) for role in ROLES}
+    graphs = {role: EngineRecord(file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles) for role in ALL_ROLES}
     values = {
         "backend": backend, "device": "cuda", "compute_capability": "8.9", "compute_dtype": dtype, "placement": placement, "capacity": 1088,
         "workspace_mib": None, "library": f"{backend} {VERSION}", "graphs": graphs, **changes,
@@ -93,18 +99,18 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def graphs(built: Callable[[str], Built]) -> dict[Role, Any]:
+def graphs(quadratic: Callable[[str], Built]) -> dict[Role, Any]:
     """As traced."""
-    opened = open_checkpoint(built(SHAPE).checkpoint)
-    return {role: trace_role(role, opened.config, built(SHAPE).model.model, opened.drafter) for role in ROLES}
+    opened = open_checkpoint(quadratic(SHAPE).checkpoint)
+    return {role: trace_role(role, opened.config, quadratic(SHAPE).model.model, opened.drafter) for role in ALL_ROLES}
 
 
 @pytest.fixture(scope="session")
-def bundles(built: Callable[[str], Built], graphs: dict[Role, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+def bundles(quadratic: Callable[[str], Built], graphs: dict[Role, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """The engines of every kind of target, in one bundle for each type of the weights."""
     folder = tmp_path_factory.mktemp("engines")
     for dtype in ("float32", "float16"):
-        shutil.copytree(built(SHAPE).bundle, folder / dtype)
+        shutil.copytree(quadratic(SHAPE).bundle, folder / dtype)
     narrow = {n: t if n.startswith("rope.") else t.half() for n, t in load_file(folder / "float16" / "weights.safetensors").items()}
     save_file(narrow, folder / "float16" / "weights.safetensors")
     for role, graph in graphs.items():
@@ -128,7 +134,7 @@ def with_weights(path: Path) -> bytes:
 def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str, TriModeModel]:
     """The same graphs in ONNX Runtime."""
     bundle = bundles["float16"]
-    files = {role: EngineRecord(file=f"{role}.reference") for role in ROLES}
+    files = {role: EngineRecord(file=f"{role}.reference") for role in ALL_ROLES}
     half = record_of("onnxruntime", "float16", device="cpu", compute_capability=None, capacity=None, library="any", graphs=files)
     for role, graph in graphs.items():
         (bundle.path / files[role].file).write_bytes(to_bytes(lower_for(half, graph)))
@@ -174,6 +180,20 @@ def test_tokens_are_those_of_onnx_runtime(host: Host, kind: str) -> None:
                 for name in ("generate", "linear_spec_generate"):
                     (got, nfe), (expected, expected_nfe) = getattr(ours, name)(prompt, **options), getattr(reference, name)(prompt, **options)
                     assert (got.tolist(), nfe) == (expected.tolist(), expected_nfe)
+    ours.close()
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_quadratic_tokens_are_those_of_onnx_runtime(host: Host, kind: str) -> None:
+    ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
+    for length in (1, 350):
+        for block_length in BLOCK_LENGTHS[:-1]:
+            got, expected = (model.self_spec_generate(prompt_of(length), 20, block_length) for model in (ours, reference))
+            assert (got[0].tolist(), got[1]) == (expected[0].tolist(), expected[1])
+    with pytest.raises(UsageError, match=r"built for \(1, 2, 8\), found 32"):
+        ours.self_spec_generate(prompt_of(3), 20, 32)
+    with pytest.raises(UsageError, match="at most 1088 tokens"):  # a text of 1024 leaves too few slots behind it
+        ours.self_spec_generate(prompt_of(1020), 3, 8)
     ours.close()
 
 
@@ -278,7 +298,7 @@ def test_compiled_kernels_are_kept(host: Host, tmp_path: Path) -> None:
         model.ar_generate(prompt_of(3), max_new_tokens=2)
         model.close()
         assert [(p.name, p.read_bytes()) for p in sorted((tmp_path / "kernels").iterdir())] == [
-            (f"{role}.kernels", b"kernels:+" + b"+" * i) for role in ROLES
+            (f"{role}.kernels", b"kernels:+" + b"+" * i) for role in ALL_ROLES
         ]
     (tmp_path / "kernels" / "ar.kernels").write_bytes(b"of another machine")
     host.model(RECORDS["rtx"], runtime_cache=tmp_path / "kernels").close()
@@ -363,7 +383,7 @@ def test_layouts_are_aligned_and_do_not_overlap(sizes: dict[str, int]) -> None:
 
 def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> None:
     model = built(SHAPE).model.model
-    for role in ROLES:
+    for role in ALL_ROLES:
         contract = graph_contract(role, model)
         io = lay_out_io(contract, 32)
         for spec in contract.inputs:
