@@ -57,9 +57,6 @@ class BuildOptions:
         for length in self.block_lengths or ():
             if not 1 <= length <= MAX_BLOCK_LENGTH:
                 raise UsageError(f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}", "pass for example --block-lengths 8,16,32")
-        if self.quadratic and self.block_lengths and min(self.block_lengths) > MAX_BLOCK_LENGTH // 2:
-            raise UsageError(f"expected, with --quadratic, a block length up to {MAX_BLOCK_LENGTH // 2}, found {min(self.block_lengths)}",
-                             "16 is usual: pass for example --block-lengths 16,32")  # fmt: skip
         if self.block_lengths == ():
             raise UsageError("expected at least one block length, found none", "pass for example --block-lengths 8,16,32")
         if not 1 <= self.max_batch <= MAX_BATCH:

@@ -70,6 +70,9 @@ def plan_target(
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, roles, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
+    if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
+        raise UsageError(f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
+                         "pass a shorter one in --block-lengths, or leave --quadratic out")  # fmt: skip
     capacity = plan_capacity(roles, model, lengths)
     graphs = {
         role: EngineRecord(file=f"engines/{target.name}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity))

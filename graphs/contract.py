@@ -1,9 +1,10 @@
 """The tensor contract: what each graph takes and returns, as data that the compiler writes and the runtime reads.
 
 Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new tokens, ``C`` cache capacity,
-``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph also takes ``past_key_values.{i}.key|value`` and returns ``present.{i}.key|value``, ``(B, G, C, D)``,
-which may be the same memory. A row's K/V land in slots ``past_length .. past_length + slots_written - 1`` (:func:`slots_written`:
-T, but for ``quadratic`` T of tokens and T * T behind them); nothing else of the cache changes, so rolling back is not advancing ``past_length``.
+``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph also takes ``past_key_values.{i}.key|value`` and returns
+``present.{i}.key|value``, ``(B, G, C, D)``, which may be the same memory. K/V land in the :func:`slots_written` slots from ``past_length``
+on: one a row, and for ``quadratic`` T * T more behind the tokens'. Nothing else of the cache changes, so rolling back is not advancing
+``past_length``.
 
 This module imports neither torch nor onnx.
 """
@@ -62,8 +63,13 @@ class ModelInfo(_Record):
 
     @property
     def max_quadratic_length(self) -> int:
-        """Longest block of ``quadratic``: the slots behind its last token reach nearly two blocks beyond what is cached."""
-        return self.max_block_length // 2
+        """Longest block of ``quadratic``.
+
+        The slots behind its last token reach nearly two blocks beyond what is cached, and ONNX Runtime refuses to rotate more rows than the position
+        tables have.
+        """
+        most = self.max_block_length // 2
+        return max((n for n in range(1, most + 1) if slots_written("quadratic", n) <= self.num_positions), default=0)
 
 
 class TensorSpec(_Record):

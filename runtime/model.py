@@ -235,7 +235,7 @@ class TriModeModel:
             raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without", "build it with --quadratic")
         if block_length > self.model.max_quadratic_length:
             found = f"expected, for quadratic self-speculation, a block length from 1 to {self.model.max_quadratic_length}, found {block_length}"
-            raise UsageError(found, f"the reference takes {DEFAULT_QUADRATIC_LENGTH}; a forward has as many rows as the square of it")
+            raise UsageError(found, f"the reference takes {DEFAULT_QUADRATIC_LENGTH}; a text that may be longer (--max-length) allows up to 32")
         self.session.check_block_length(block_length, ("draft", "quadratic"))
 
     def _check_ids(self, ids: Any) -> list[int]:
@@ -261,7 +261,7 @@ class TriModeModel:
 
 def default_block_length(mode: Mode, model: ModelInfo) -> int:
     """The block length that a mode has where none is asked for."""
-    return DEFAULT_QUADRATIC_LENGTH if mode == "quadratic_spec" else model.block_size
+    return min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length) if mode == "quadratic_spec" else model.block_size
 
 
 def _eos(token_id: int | None) -> tuple[int, ...] | None:

@@ -54,8 +54,8 @@ class Session(Protocol):
         ...
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
-        """One forward; writes K/V of ``input_ids (1, T)`` (for ``quadratic``, of masked slots too) into slots ``past_length ..`` of the cache, growing
-        it where needed.
+        """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots) into slots ``past_length ..`` of the cache,
+        growing it where needed.
 
         Returns the outputs of the role's contract as views that the next run of the same role on this cache overwrites. A session on a
         GPU leaves ``logits`` there and returns a :class:`DeviceArray`: ``np.asarray`` copies it.

@@ -285,10 +285,10 @@ def test_nested_phases_become_one_fraction() -> None:
 
 def test_quadratic_engines_have_room_behind_the_longest_text(checkpoint: Path, tmp_path: Path) -> None:
     """The fourth graph compiles for two architectures; what it writes behind a text fits the cache of all four."""
-    options = BuildOptions(targets=("sm89", "sm120"), quadratic=True, block_lengths=(1, 16, 64), max_length=200)
+    options = BuildOptions(targets=("sm89", "sm120"), quadratic=True, block_lengths=(1, 16, 64), max_length=208)
     manifest = build_bundle(checkpoint, tmp_path / "bundle", options).manifest
     for record in manifest.targets.values():
-        assert record.capacity == 200 + 16 * 17
+        assert record.capacity == 208 + 16 * 17
         assert [p.rows[0] for p in record.graphs["quadratic"].profiles] == [1, 16]  # 64 is beyond the position tables
         assert [p.rows[0] for p in record.graphs["verify"].profiles] == [1, 16, 64]
         assert manifest.files[record.graphs["quadratic"].file].num_bytes > 100_000

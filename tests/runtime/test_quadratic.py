@@ -85,19 +85,19 @@ def test_goes_on_after_other_modes_and_they_after_it(quadratic: Callable[[str], 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
-    """Texts of 48 tokens at most."""
+    """Texts of 992 tokens at most: the shortest for which blocks of 32 are possible."""
     folder = tmp_path_factory.mktemp("short")
     write_checkpoint(folder / "checkpoint", config_of(num_hidden_layers=1))
-    build_bundle(folder / "checkpoint", folder / "bundle", BuildOptions(max_length=48, quadratic=True))
+    build_bundle(folder / "checkpoint", folder / "bundle", BuildOptions(max_length=992, quadratic=True))
     return TriModeModel.from_pretrained(folder / "bundle", num_threads=1)
 
 
 @pytest.mark.parametrize("block_length", [1, 16, 32])
 def test_slots_beyond_the_longest_text_have_positions(short: TriModeModel, block_length: int) -> None:
-    for length in (40, 47):
+    for length in (985, 991):
         prompt = prompt_of(length, 109)
         expected = short.ar_generate([prompt], max_new_tokens=30, eos_token_id=-1)[0].tolist()
-        assert len(expected[0]) == 48
+        assert len(expected[0]) == 992
         assert short.self_spec_generate([prompt], 30, block_length, eos_token_id=-1)[0].tolist() == expected
 
 
@@ -111,4 +111,6 @@ def test_refusals(quadratic: Callable[[str], Built], built: Callable[[str], Buil
     with pytest.raises(UsageError, match="found one without"):
         build_bundle(built("plain").checkpoint, built("plain").bundle, BuildOptions(quadratic=True))
     with pytest.raises(UsageError, match="block length up to 32, found 48"):
-        build_bundle(built("plain").checkpoint, tmp_path / "b", BuildOptions(quadratic=True, block_lengths=(48, 64)))
+        build_bundle(built("plain").checkpoint, tmp_path / "b", BuildOptions(("sm89",), quadratic=True, block_lengths=(48, 64)))
+    lengths = {n: built("plain").model.model.model_copy(update={"max_length": n}).max_quadratic_length for n in (48, 991, 992, 32768)}
+    assert lengths == {48: 10, 991: 31, 992: 32, 32768: 32}  # 10 * 11 rows fit position tables of 48 + 64
