@@ -16,6 +16,7 @@ from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredTy
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
 from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
+from trimode.compiler.quantize.products import AccuracyLevel, MultiplyInt4
 from trimode.compiler.weights import PackLayout
 from trimode.graphs.contract import DType, Role
 from trimode.runtime.bundle import sha256_of
@@ -23,13 +24,16 @@ from trimode.runtime.manifest import TargetRecord
 
 Graphs = dict[Role, ir.Model]
 
+INT4_ACCURACY_LEVEL: AccuracyLevel = 4
+"""How the portable graphs multiply int4 weights: with inputs in int8 blocks. docs/quantization.md has what that costs, and what float32 would."""
+
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
-    """The passes of the portable graphs: float32 arithmetic over what the pack holds."""
+    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for products with int4 weights."""
     passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack)]
     if dtype != "float32":
         passes.append(StoredType(dtype))
-    return lower(graph, *passes)
+    return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
 def lower_for(record: TargetRecord, graph: ir.Model, pack: Mapping[str, Stored] = MappingProxyType({})) -> ir.Model:

@@ -183,7 +183,7 @@ def run(
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
-    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where TensorRT-RTX keeps kernels it compiles for this GPU.")] = None,
+    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, or token ids, in one of the modes."""

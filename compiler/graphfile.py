@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from trimode.compiler.lowering import IR_DTYPES
-from trimode.compiler.weights import PackLayout
+from trimode.compiler.weights import PackedTensor, PackLayout
 from trimode.errors import BuildError
 
 
@@ -32,13 +33,22 @@ def point_into_pack(model: ir.Model, layout: PackLayout, pack: Path) -> None:
         if value.const_value is not None:
             continue
         packed = layout.tensors.get(name)
-        shape = tuple(value.shape.numpy()) if value.shape is not None else None
-        if packed is None or packed.shape != shape or IR_DTYPES[packed.dtype] != value.dtype:
-            raise BuildError(f"{model.graph.name}: expected the tensor {name} {value.dtype} {shape} in the weight pack, found {packed}",
+        if packed is None or not _is_as_declared(packed, value):
+            raise BuildError(f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape} in the weight pack, found {packed}",
                              "this is an inconsistency of the compiler; please report it with the checkpoint's config.json")  # fmt: skip
+        assert value.dtype is not None
+        assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            pack.name, packed.offset, packed.num_bytes, IR_DTYPES[packed.dtype], shape=ir.Shape(packed.shape), name=name, base_dir=pack.parent
+            pack.name, packed.offset, packed.num_bytes, value.dtype, shape=value.shape, name=name, base_dir=pack.parent
         )
+
+
+def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
+    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape."""
+    shape = tuple(value.shape.numpy()) if value.shape is not None else None
+    if packed.dtype == "int4" and value.dtype == ir.DataType.UINT8:
+        return shape is not None and math.prod(shape) == packed.num_bytes
+    return packed.shape == shape and IR_DTYPES[packed.dtype] == value.dtype
 
 
 def check_graph(path: Path) -> None:

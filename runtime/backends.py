@@ -41,7 +41,8 @@ def open_session(bundle: Bundle, target: str | None = None, num_threads: int | N
         target: a name, which is opened or fails. None or ``auto``: the first that runs here of TensorRT targets, ONNX Runtime on a GPU,
             ONNX Runtime on the CPU, and the portable graphs.
         num_threads: threads inside one operator on the CPU; None = one per physical core.
-        runtime_cache: folder for kernels that TensorRT-RTX compiles while running; None = not kept.
+        runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles (None = not kept) and int4
+            weights as ONNX Runtime arranges them (None = the user's cache folder).
 
     Raises:
         UsageError: the bundle has no target of this name, or ``num_threads`` is below 1.
@@ -110,7 +111,7 @@ def _open(bundle: Bundle, record: TargetRecord | None, num_threads: int | None, 
     if record is None or record.backend == "onnxruntime":
         from trimode.runtime.ort_session import OrtSession
 
-        return OrtSession(bundle, record, num_threads)
+        return OrtSession(bundle, record, num_threads, runtime_cache=runtime_cache)
     from trimode.runtime.tensorrt_session import TensorRTSession
 
     return TensorRTSession(bundle, record, runtime_cache=runtime_cache)

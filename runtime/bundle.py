@@ -19,10 +19,15 @@ _REBUILD = "build the bundle again with `trimode build`"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are as the manifest says."""
+    """A bundle whose files are as the manifest says.
+
+    Attributes:
+        is_verified: whether digests were compared, or sizes only.
+    """
 
     path: Path
     manifest: Manifest
+    is_verified: bool = True
 
 
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
@@ -44,7 +49,7 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         # Hashing releases the interpreter lock; small files first keep a second thread busy beside the weights.
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda item: _check_digest(path / item[0], item[1]), manifest.files.items()))
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, verify)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -130,7 +130,8 @@ class TriModeModel:
                 the GPU of this machine, else ONNX Runtime on the GPU, else the CPU; the logger ``trimode.runtime`` says what and why.
             num_threads: threads inside one operator on the CPU; None = one per physical core.
             verify: compare the sha256 of every file with the manifest.
-            runtime_cache: folder where TensorRT-RTX keeps the kernels it compiles for this GPU; written by :meth:`close`.
+            runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles, written by :meth:`close`
+                (None = not kept), and int4 weights as ONNX Runtime arranges them for the processor (None = the user's cache folder).
 
         Raises:
             UsageError: the bundle has no such target.

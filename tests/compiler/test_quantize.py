@@ -215,8 +215,11 @@ def assert_close(found: dict[Role, tuple[np.ndarray, ...]], expected: dict[Role,
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("targets", [("cpu",), ("cpu", "sm89")])
-def test_rounded_weights_run_as_their_values(checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, targets: tuple[str, ...]) -> None:
+def test_rounded_weights_run_as_their_values(
+    checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The quantized graph, and a dense bundle of the numbers that the quantized weights stand for."""
+    monkeypatch.setattr("trimode.compiler.backends.INT4_ACCURACY_LEVEL", 1)  # inputs as they are
     result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets, precision=precision, calibration="rtn", block_lengths=(8,)))
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest.calibration is not None
@@ -280,19 +283,32 @@ def _replace(module: Any, weight: torch.Tensor, change: Any) -> None:
     module.forward = forward
 
 
-def fake_quantized(precision: QuantizedPrecision, pre: np.ndarray, scale: np.ndarray | None) -> Any:
-    """What the Mul, QuantizeLinear and DequantizeLinear of a layer do, in torch."""
+def fake_quantized(precision: QuantizedPrecision, pre: np.ndarray, scale: np.ndarray | None, accuracy_level: int = 1) -> Any:
+    """What the Mul, QuantizeLinear and DequantizeLinear of a layer do, in torch, or MatMulNBits with its inputs."""
     multiplier = torch.from_numpy(pre)
     if scale is None:
-        return lambda x: x * multiplier
+        return (lambda x: in_int8_blocks(x * multiplier, 32)) if accuracy_level == 4 else lambda x: x * multiplier
     step = torch.tensor(float(scale))
     if precision == "int8":
         return lambda x: torch.clamp(torch.round(x * multiplier / step), -128, 127) * step
     return lambda x: torch.clamp(x * multiplier / step, -448, 448).to(torch.float8_e4m3fn).float() * step
 
 
-@pytest.mark.parametrize(("precision", "per_tensor"), [("int8", False), ("fp8", False), ("fp8", True), ("int4", False)])
-def test_calibrated_graphs_against_torch(checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, per_tensor: bool) -> None:
+def in_int8_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Each block of a row rounded to int8, by a scale of its own."""
+    blocks = x.unflatten(-1, (-1, block))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, torch.round(blocks / step) * step, 0).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_tensor", "accuracy_level"),
+    [("int8", False, 4), ("fp8", False, 4), ("fp8", True, 4), ("int4", False, 1), ("int4", False, 4)],
+)
+def test_calibrated_graphs_against_torch(
+    checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, per_tensor: bool, accuracy_level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimode.compiler.backends.INT4_ACCURACY_LEVEL", accuracy_level)
     scales = make_scales(checkpoint, precision, per_tensor=per_tensor)
     folder = calibration_for(checkpoint, tmp_path / "cal", precision, scales)
     manifest = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(calibration=folder)).manifest
@@ -305,10 +321,10 @@ def test_calibrated_graphs_against_torch(checkpoint: Path, tmp_path: Path, preci
         step = scale_of(scales[f"{layer}.weight_amax"], precision, "float32")
         weights[layer] = dequantize(quantize(weight / pre, step, precision), step, precision)
         amax = scales.get(f"{layer}.input_amax")
-        inputs[layer] = fake_quantized(precision, pre, None if amax is None else scale_of(amax, precision, "float32"))
+        inputs[layer] = fake_quantized(precision, pre, None if amax is None else scale_of(amax, precision, "float32"), accuracy_level)
     found, expected = run_roles(open_bundle(tmp_path / "bundle")), torch_roles(checkpoint, weights, inputs)
     # A value on the border between two steps may fall to either side: one step of one input then, out of many.
-    assert_close(found, expected, 1e-4 if precision == "int4" else 0.1)
+    assert_close(found, expected, 1e-4 if precision == "int4" and accuracy_level == 1 else 0.1)
     for role in ("ar", "verify"):
         close = np.isclose(found[role][-1], expected[role][-1], atol=1e-3)  # type: ignore[index]
         assert close.mean() > 0.9
