@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trimode.calib.quality.candidate import Candidate
 from trimode.calib.quality.decoding import ToText
+from trimode.calib.quality.figure import load_matplotlib
 from trimode.calib.quality.questions import QualitySettings, Question
 from trimode.calib.quality.report import check_output, measure, save_report
 from trimode.calib.quality.schema import DecodingRecord, FidelityRecord, PrecisionRecord, Report, decoding_name
@@ -57,6 +58,8 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     settings = QualitySettings(parse_modes(request.modes), request.num_samples, request.max_new_tokens, request.seed, request.device)
     settings.check()
     check_output(output)
+    if request.draws:
+        load_matplotlib()  # it takes minutes to need it, and no time to miss it
     checkpoint = open_checkpoint(checkpoint_path)
     candidates = [read_candidate(name, checkpoint) for name in request.calibrations]
     questions, to_text = read_questions(request.data, checkpoint_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from trimode.calib.quality.schema import DecodingRecord, PrecisionRecord, Report, decoding_name
@@ -17,6 +19,20 @@ _GROUP = 0.8
 """Width of a group of bars, of the room that it has."""
 
 
+def load_matplotlib() -> ModuleType:
+    """``matplotlib.figure``, without pyplot: no window system and no state is involved.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise DependencyError(
+            "expected matplotlib for the picture, found not installed", "pip install 'trimode[calib]', or pass --no-figure"
+        ) from error
+
+
 def draw(report: Report, path: Path) -> None:
     """Draw local and accumulated errors by role, divergence, and what comes out at the end.
 
@@ -27,17 +43,15 @@ def draw(report: Report, path: Path) -> None:
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError(
-            "expected matplotlib for the picture, found not installed", "pip install 'trimode[calib]', or pass --no-figure"
-        ) from error
-    figure = Figure(figsize=(15, 11), layout="constrained")
+    figure = load_matplotlib().Figure(figsize=(15, 11), layout="constrained")
     figure.suptitle(f"{report.source_name}: {report.data.num_questions} questions, {report.source_sha256[:12]}")
     axes = figure.subplots(3, 3)
     quantized = report.precisions[1:]
     for column, role in enumerate(ROLES):
+        if role not in report.data.num_rows:
+            axes[0, column].set_axis_off()
+            axes[1, column].set_axis_off()
+            continue
         _local(axes[0, column], quantized, role)
         _accumulated(axes[1, column], quantized, role)
     _divergence(axes[2, 0], report)
@@ -53,7 +67,7 @@ def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> N
     axes.set(title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB")
     for number, precision in enumerate(precisions, 1):
         values = sorted(by_role[role].snr_db for by_role in precision.local.values() if role in by_role)
-        axes.plot(range(1, len(values) + 1), values, f"C{number}", marker=".", label=precision.name)
+        axes.plot(range(1, len(values) + 1), values, color=f"C{number}", marker=".", label=precision.name)
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -61,7 +75,7 @@ def _accumulated(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role
     axes.set(title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB")
     for number, precision in enumerate(precisions, 1):
         points = [(index, by_role[role].snr_db) for index, by_role in enumerate(precision.accumulated) if role in by_role]
-        axes.plot([x for x, _ in points], [y for _, y in points], f"C{number}", marker=".", label=precision.name)
+        axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", marker=".", label=precision.name)
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -93,5 +107,5 @@ def _bars(axes: Axes, title: str, values: Mapping[str, Mapping[str, float]], fir
     for number, (name, by_group) in enumerate(values.items()):
         left = [index - _GROUP / 2 + (number + 0.5) * width for index in range(len(groups))]
         axes.bar(left, [by_group[group] for group in groups], width, color=f"C{number + first_colour}", label=name)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [group.replace(", ", ",\n") for group in groups])
     axes.set_title(title)

@@ -14,6 +14,7 @@ import trimode
 from trimode.calib.quality.candidate import COMPUTE_TYPE, Candidate, quantized_twin, weight_bytes
 from trimode.calib.quality.decoding import Answers, ToText, answer, answer_and_record, partings, right_answers, same_tokens
 from trimode.calib.quality.fidelity import Fidelity
+from trimode.calib.quality.figure import draw
 from trimode.calib.quality.lockstep import ByRole, Comparison
 from trimode.calib.quality.questions import Decoding, QualitySettings, Question, decodings_for, draw_questions, roles_for
 from trimode.calib.quality.schema import (
@@ -121,8 +122,6 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
     with staged_replacement(output) as staged:
         (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if draws:
-            from trimode.calib.quality.figure import draw  # matplotlib, which nothing else needs
-
             draw(report, staged / FIGURE)
 
 
@@ -201,7 +200,8 @@ def _measure_candidate(bench: _Bench, candidate: Candidate, checkpoint: Checkpoi
     advance = bench.progress.stage(f"{candidate.name}: answer", len(bench.questions) * len(bench.answers))
     answers = answer(TorchSession(twin), bench.model, bench.questions, tuple(bench.answers), bench.settings.max_new_tokens, advance)
     decoding = bench.decoding_records(twin, answers)
-    comparison = Comparison(bench.trunk, twin, list(layers))  # numbers the twin's layers anew: after it has answered
+    names = [name for name, _ in bench.trunk.named_modules() if name in layers]  # in the model's order
+    comparison = Comparison(bench.trunk, twin, names)  # numbers the twin's layers anew: after it has answered
     comparison.run(bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes)))
     return PrecisionRecord(
         name=candidate.name,

@@ -38,7 +38,7 @@ class PartingRecord(_Record):
     Attributes:
         question: counted from 0, among those that were drawn.
         position: of the first token that differs, counted from 0.
-        preference: AR's logit above the other's there; about 1e-5 and less is rounding of float32. None where one text ends first.
+        preference: AR's logit above the other's there; next to nothing where rounding decided. None where one text ends first.
     """
 
     question: int
