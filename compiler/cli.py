@@ -38,6 +38,8 @@ class _Jobs(TyperGroup):
 
 calibrate = typer.Typer(cls=_Jobs, no_args_is_help=True, help="Find what a build needs from data; without the name of a job: scales.")
 app.add_typer(calibrate, name="calibrate")
+report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
+app.add_typer(report, name="report")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -125,6 +127,56 @@ def scales(
 
     request = CalibrateRequest(precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json)
     run_calibrate(checkpoint, output, request)
+
+
+@calibrate.command()
+def sensitivity(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
+    calibration: Annotated[Path, typer.Option(metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100.")],
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
+    ranking_samples: Annotated[int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")] = 8,
+    modes: Annotated[
+        str, typer.Option(metavar="MODE,...", help="That have to hold the budget: ar, diffusion, linear-spec.")
+    ] = "ar,diffusion,linear-spec",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Leave the most sensitive layers in high precision, as many as a budget on exact match asks for."""
+    _need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.compiler.sensitivity_command import SensitivityRequest, run_sensitivity
+
+    request = SensitivityRequest(calibration, data, max_drop, samples, ranking_samples, modes, max_new_tokens, seed, device, as_json)
+    run_sensitivity(checkpoint, output, request)
+
+
+@report.command()
+def quantization(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace.")],
+    calibration: Annotated[list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8 and rtn-int4 round to nearest.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
+    modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization costs in each mode; exit code 1 if self-speculation does not give autoregression's tokens."""
+    _need("the report", "compile", "torch", "safetensors", "ml_dtypes")
+    if not no_figure:
+        _need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
+    from trimode.compiler.report_command import ReportRequest, run_report
+
+    request = ReportRequest(tuple(calibration), data, samples, modes, max_new_tokens, seed, device, not no_figure, as_json)
+    if not run_report(checkpoint, output, request):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import CheckpointError, UsageError
-from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, load_calibration
+from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.runtime.manifest import CalibrationRecord
 
@@ -56,9 +56,7 @@ class Quantization:
 
     def check_source(self, sha256: str) -> None:
         """Raise :class:`CheckpointError` where the weights are not those that were calibrated."""
-        if self.source_sha256 not in (None, sha256):
-            raise CheckpointError(f"{self.record.name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
-                                  f"({(self.source_sha256 or '')[:16]}…)", _MAKE_AGAIN)  # fmt: skip
+        check_source(self.record.name, self.source_sha256, sha256)
 
 
 def load_quantization(calibration: Path | Literal["rtn"] | None, precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
