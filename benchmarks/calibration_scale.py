@@ -28,7 +28,7 @@ from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import parse_config
 
 HIDDEN, INNER, VOCABULARY = 2048, 8192, 1024
-PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 4, 64, 8
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 2, 64, 3
 
 
 def write_checkpoint(folder: Path, num_layers: int) -> int:

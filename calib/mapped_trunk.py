@@ -76,24 +76,25 @@ class MappedLinear(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` float32 -> ``(..., out)``."""
+    def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:  # noqa: ARG002
+        """``x (..., in)`` float32 -> ``(..., out)``; without an adapter there is no branch that ``drafter_scale`` could multiply."""
         rows = max(1, WIDENED_BYTES // (4 * self.weight.shape[1]))
-        products = [functional.linear(x, weight.to(x.device, torch.float32)) for weight in self.weight.split(rows)]
+        starts = range(0, self.weight.shape[0], rows)
+        products = [functional.linear(x, self.weight[i : i + rows].to(x.device, torch.float32)) for i in starts]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
 class MappedLowRankLinear(nn.Module):
     """:class:`trimode.graphs.trunk.LowRankLinear` over mapped weights."""
 
-    def __init__(self, base: MappedLinear, lora_a: MappedLinear | None, lora_b: MappedLinear | None, scaling: float) -> None:
+    def __init__(self, base: MappedLinear, lora_a: MappedLinear, lora_b: MappedLinear, scaling: float) -> None:
         super().__init__()
         self.base, self.lora_a, self.lora_b, self.scaling = base, lora_a, lora_b, scaling
 
     def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:
         """See :class:`trimode.graphs.trunk.LowRankLinear`."""
         y: Tensor = self.base(x)
-        if drafter_scale is None or self.lora_a is None or self.lora_b is None:
+        if drafter_scale is None:
             return y
         return y + self.lora_b(self.lora_a(x) * (drafter_scale * self.scaling))  # type: ignore[no-any-return]
 
@@ -135,9 +136,9 @@ def _mapped(module: nn.Module, path: str, checkpoint: Checkpoint) -> nn.Module |
         return MappedLinear(mapped_tensor(checkpoint.tensors[f"{name}.weight"]))
 
     if isinstance(module, LowRankLinear):
-        has_branch = module.lora_A is not None
-        branch = (linear(f"{path}.lora_A"), linear(f"{path}.lora_B")) if has_branch else (None, None)
-        return MappedLowRankLinear(linear(path), *branch, module.scaling)
+        if module.lora_A is None:
+            return linear(path)
+        return MappedLowRankLinear(linear(path), linear(f"{path}.lora_A"), linear(f"{path}.lora_B"), module.scaling)
     if isinstance(module, nn.Linear):
         return linear(path)
     if isinstance(module, nn.Embedding):

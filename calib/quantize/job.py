@@ -25,7 +25,7 @@ from trimode.calib.quantize.statistics import InputStatistics, quantize_weight, 
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
 from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
-from trimode.errors import CheckpointError, DeviceError, UsageError
+from trimode.errors import BuildError, CheckpointError, DeviceError, UsageError
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
@@ -76,7 +76,7 @@ def calibrate(
         CheckpointError: the checkpoint cannot be read, or a layer's input is not finite.
         DeviceError: the device is not here.
         DependencyError: ModelOpt is not installed.
-        BuildError: ModelOpt gives up.
+        BuildError: ModelOpt gives up, or the work cannot be written.
     """
     settings.check()
     check_output(output)
@@ -96,6 +96,8 @@ def calibrate(
         except (UsageError, CheckpointError):
             shutil.rmtree(folder)
             raise
+        except OSError as error:
+            raise BuildError(f"{folder}: expected to write what is done, found: {error}", "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
         calibration = Calibration(

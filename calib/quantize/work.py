@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -72,7 +72,8 @@ class WorkFolder:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             os.truncate(path, len(whole))
-        return [[_episode(*values) for values in json.loads(line)] for line in whole.splitlines()]
+        with _readable(path):
+            return [[_episode(*values) for values in json.loads(line)] for line in whole.splitlines()]
 
     def has_hidden(self, part: int) -> bool:
         """Whether the hidden states that enter a part are here."""
@@ -91,7 +92,11 @@ class WorkFolder:
         """Take in the hidden states that enter a part, in order; they are there when the block ends well."""
         partial = self.path / "hidden.partial"
         with partial.open("wb") as stream:
-            yield lambda rows: stream.write(rows.numpy(force=True).tobytes()) and None
+
+            def write(rows: Tensor) -> None:
+                stream.write(rows.numpy(force=True).tobytes())
+
+            yield write
         partial.replace(self._hidden(part))
 
     def finish_part(self, part: int, scales: Scales, records: Mapping[str, LayerRecord]) -> None:
@@ -108,7 +113,7 @@ class WorkFolder:
 
     def part(self, part: int) -> tuple[Scales, dict[str, LayerRecord]]:
         """What a part has got."""
-        with safe_open(self._part(part), "np") as file:
+        with _readable(self._part(part)), safe_open(self._part(part), "np") as file:
             scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return scales, {name: LayerRecord.model_validate_json(text) for name, text in (file.metadata() or {}).items()}
 
@@ -187,6 +192,14 @@ def _locked(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder}: expected no other run at work there, found one", "wait for it, or name another output") from error
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise UsageError(f"{path}: expected what an interrupted run wrote, found a file that cannot be read", _START_OVER) from error
 
 
 def _episode(tokens: list[int], prompt_length: int, blocks: list[Any]) -> Episode:

@@ -387,6 +387,25 @@ def test_refuses_hidden_states_that_are_cut_off(folder: Path, tmp_path: Path) ->
         run(folder, tmp_path / "out", resume=True)
 
 
+@pytest.mark.parametrize("file", ["episodes.jsonl", "part-0.safetensors"])
+def test_refuses_work_that_is_damaged(folder: Path, tmp_path: Path, file: str) -> None:
+    work = interrupted(folder, tmp_path / "out")
+    (work / file).write_text("[[1]]\n")
+    with pytest.raises(UsageError, match=f"{file}: expected what an interrupted run wrote"):
+        run(folder, tmp_path / "out", resume=True)
+
+
+def test_a_full_disk_leaves_the_work_to_go_on_with(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkFolder, "finish_part", full)
+        with pytest.raises(BuildError, match="No space left on device"):
+            run(folder, tmp_path / "out")
+    assert run(folder, tmp_path / "out", resume=True)[0] == run(folder, tmp_path / "fresh")[0]
+
+
 def test_two_runs_do_not_share_a_work_folder(folder: Path, tmp_path: Path) -> None:
     work = interrupted(folder, tmp_path / "out")
     with open_work(work, {}, resume=False), pytest.raises(UsageError, match="expected no other run at work there"):
