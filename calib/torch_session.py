@@ -104,7 +104,7 @@ class TorchSession:
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
         cache.is_causal = role != "draft"
-        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.diffusion_head.weight.device)
+        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.encoder.norm.weight.device)
         positions = torch.arange(past_length, past_length + ids.shape[1], device=ids.device)[None]
         scale = drafter_scale if role == "draft" and drafter_scale else None
         hidden = self.trunk(ids, positions, cache, scale)  # (1, T, hidden_size)

@@ -118,6 +118,16 @@ def scales(
     per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
     device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", help="Decode with float32 weights in memory if they fit into this, else from the files; half of what is free if left out."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where the same command was interrupted; without it, what that left in CALIBRATION.work is deleted."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the scales for a quantized build, from prompts answered in every mode."""
@@ -125,7 +135,9 @@ def scales(
     _need("calibration", "calib", "modelopt", "requests")
     from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
 
-    request = CalibrateRequest(precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json)
+    request = CalibrateRequest(
+        precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json, memory, resume
+    )
     run_calibrate(checkpoint, output, request)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimode.calib.quality.questions import Decoding, Question
-from trimode.calib.quantize.workload import Advance, Episode, RecordingSession, merged
+from trimode.calib.quantize.workload import Episode, RecordingSession, merged
 from trimode.calib.torch_session import TorchSession
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.trunk import TriModeTrunk
@@ -16,6 +16,7 @@ from trimode.runtime.decode import DecodeOptions
 from trimode.runtime.model import Generation, Stream
 from trimode.runtime.sequence import Sequence as DecodedSequence
 
+Advance = Callable[[int], None]
 Answers = dict[Decoding, list[Generation]]
 """One generation a question, in their order."""
 ToText = Callable[[Sequence[int]], str]
@@ -53,7 +54,7 @@ def answer_and_record(
     trunk: TriModeTrunk, model: ModelInfo, questions: Sequence[Question], recorded: Mapping[Decoding, Sequence[Role]], max_new_tokens: int,
     advance: Advance,
 ) -> tuple[Answers, list[list[Episode]]]:  # fmt: skip
-    """Like :func:`answer`, and what was run on the way, question by question, for :func:`trimode.calib.quantize.workload.replay`.
+    """Like :func:`answer`, and what was run on the way, question by question, for a replay.
 
     Args:
         trunk: the model.

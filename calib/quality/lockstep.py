@@ -1,7 +1,7 @@
 """The original and a quantized trunk run the same forwards side by side, so that nothing has to be kept to compare them.
 
 Both read the same tokens; each attends to the keys and values that it computed itself. They share one cache object: the second trunk's
-layers are numbered behind the first one's. :func:`~trimode.calib.quantize.workload.replay` therefore takes the pair for one trunk.
+layers are numbered behind the first one's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from trimode.calib.quality.fidelity import Divergence, Fidelity
-from trimode.calib.quantize.workload import Advance, Episode, replay
+from trimode.calib.quantize.workload import Episode, Forward, forwards_of, pattern_for
+from trimode.calib.torch_session import TorchCache
 from trimode.graphs.attention import AttentionPattern
 from trimode.graphs.contract import Role
 from trimode.graphs.trunk import TriModeTrunk
 
+Advance = Callable[[int], None]
 ByRole = dict[Role, Fidelity]
 
 
@@ -52,15 +54,22 @@ class Comparison(nn.Module):
         self.accumulated: list[ByRole] = [{} for _ in range(blocks)]
         self.outputs: dict[Role, Divergence] = {}
 
-    @property
-    def diffusion_head(self) -> nn.Linear:
-        """The original's."""
-        return self._original.diffusion_head
-
+    @torch.no_grad()
     def run(self, episodes: Sequence[Episode], advance: Advance) -> None:
-        """Replay the episodes; ``advance(1)`` after each."""
+        """Run every forward of the episodes again; ``advance(1)`` after each episode."""
         with self._hooked():
-            replay(cast("TriModeTrunk", self), episodes, advance, self._watch, needs_head=True)
+            for episode in episodes:
+                text = TorchCache()
+                for forward in forwards_of(episode):
+                    self._run(forward, pattern_for(forward, text))
+                advance(1)
+
+    def _run(self, forward: Forward, attend: TorchCache) -> None:
+        device = self._original.diffusion_head.weight.device
+        self._role = forward.role
+        positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids), device=device)[None]
+        hidden = self(torch.tensor([forward.ids], device=device), positions, attend, forward.drafter_scale or None)
+        self.head(hidden[:, forward.first_logits_row :])
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: AttentionPattern, drafter_scale: float | None = None) -> Tensor:
         """Hidden states of both, side by side: ``(B, T, 2 * hidden_size)``."""
@@ -83,11 +92,6 @@ class Comparison(nn.Module):
         assert self._role is not None
         self.outputs.setdefault(self._role, Divergence()).add(logits, self._twin.head(y))
         return logits
-
-    @contextmanager
-    def _watch(self, role: Role, _num_rows: int) -> Iterator[None]:
-        self._role = role
-        yield
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from trimode.calib.quality.schema import (
 )
 from trimode.calib.quantize.job import Progress
 from trimode.calib.quantize.statistics import LOSSLESS_DB
-from trimode.calib.quantize.workload import Episode
+from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.errors import DeviceError, UsageError
 from trimode.files import staged_replacement
@@ -95,7 +95,7 @@ def measure(
         source_sha256=digest,
         data=DataRecord(
             sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(question.answer is not None for question in drawn),
-            seed=settings.seed, num_rows=num_rows(bench.episodes),
+            seed=settings.seed, num_rows=count_rows(bench.episodes),
         ),
         modes=tuple(map(_name, settings.modes)),
         max_new_tokens=settings.max_new_tokens,
@@ -148,14 +148,6 @@ def read_original(
         candidate.check_source(digest.hexdigest())
     advance(1)
     return trunk.to(device), digest.hexdigest()
-
-
-def num_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
-    """Rows that a replay runs, by role."""
-    rows: dict[Role, int] = {"ar": sum(len(episode.tokens) for episode in episodes)}
-    for block in (block for episode in episodes for block in episode.blocks):
-        rows[block.role] = rows.get(block.role, 0) + len(block.ids)
-    return rows
 
 
 class _Bench:

@@ -15,9 +15,9 @@ from trimode.calib.quality.candidate import Candidate, quantized_twin
 from trimode.calib.quality.decoding import Answers, ToText, answer, answer_and_record, right_answers, same_tokens
 from trimode.calib.quality.lockstep import Comparison
 from trimode.calib.quality.questions import Decoding, QualitySettings, Question, draw_questions
-from trimode.calib.quality.report import check_device, num_rows, read_original
+from trimode.calib.quality.report import check_device, read_original
 from trimode.calib.quantize.job import Progress
-from trimode.calib.quantize.workload import Episode
+from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.quantized_trunk import LinearScales
 from trimode.calib.torch_session import TorchSession
 from trimode.errors import BuildError, UsageError
@@ -110,7 +110,7 @@ def search(
     if num_kept == len(ranking):
         raise BuildError(f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} points, found none in {len(ranking)}",
                          "allow a larger --max-drop, or build without quantization")  # fmt: skip
-    data = DataRecord(sha256=questions_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=num_rows(rows))
+    data = DataRecord(sha256=questions_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=count_rows(rows))
     return SensitivityRecord(
         kept=tuple(ranking)[:num_kept], ranking=ranking, max_drop=budget.max_drop, drops=_named(trials.drops(num_kept)),
         drops_if_none_kept=_named(trials.drops(0)), data=data, max_new_tokens=settings.max_new_tokens,

@@ -13,18 +13,20 @@ import pytest
 import torch
 from checkpoints import SHAPES, config_of, write_checkpoint
 from torch import Tensor
+from whole_trunk import record
 
 from trimode.calib.quality.candidate import Candidate, quantized_twin, rounding_scales
 from trimode.calib.quality.decoding import answer, partings
 from trimode.calib.quality.fidelity import Divergence, Fidelity
 from trimode.calib.quality.lockstep import Comparison
 from trimode.calib.quality.questions import Decoding, QualitySettings, Question, decodings_for, draw_questions
-from trimode.calib.quality.report import check_output, measure, num_rows, save_report
+from trimode.calib.quality.report import check_output, measure, save_report
 from trimode.calib.quality.schema import PartingRecord, Report
 from trimode.calib.quality.sensitivity import Budget, _Trials, save_without, search, shortest
-from trimode.calib.quantize.workload import Episode, record, replay
+from trimode.calib.quantize.settings import QuantizeSettings
+from trimode.calib.quantize.workload import Episode, count_rows, forwards_of, pattern_for
 from trimode.calib.quantized_trunk import LinearScales
-from trimode.calib.torch_session import TorchSession, load_trunk
+from trimode.calib.torch_session import TorchCache, TorchSession, load_trunk
 from trimode.compiler.plan import describe_model
 from trimode.errors import BuildError, CheckpointError, DependencyError, UsageError
 from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, LayerRecord, Scales, load_calibration
@@ -35,6 +37,7 @@ from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.model import Generation
 from trimode.runtime.sequence import Forwards
 
+RECORDED = QuantizeSettings("int8", max_new_tokens=10)
 BAD = "encoder.layers.1.mlp.up_proj"
 Kept = dict[Role, list[np.ndarray]]
 
@@ -54,7 +57,7 @@ class Model:
         self.trunk = load_trunk(self.checkpoint, self.info.num_positions)
         rng = np.random.default_rng(7)
         self.questions = [Question(rng.integers(12, self.info.vocab_size, 5 + 9 * i).tolist()) for i in range(4)]
-        self.episodes = record(self.trunk, self.info, [q.token_ids for q in self.questions[:2]], ROLES, 10, lambda _: None)
+        self.episodes = record(self.trunk, self.info, [q.token_ids for q in self.questions[:2]], RECORDED)
 
     @property
     def layers(self) -> list[str]:
@@ -154,16 +157,6 @@ def kept_while(trunk: TriModeTrunk, names: list[str], episodes: list[Episode]) -
     inputs: dict[str, dict[Role, list[Any]]] = {name: {} for name in names}
     logits: Kept = {}
 
-    class Watch:
-        def __init__(self, role: Role, _rows: int) -> None:
-            self.role = role
-
-        def __enter__(self) -> None:
-            now[:] = [self.role]
-
-        def __exit__(self, *_: object) -> None:
-            now.clear()
-
     def hook_of(name: str) -> Any:
         def look(_module: Any, args: tuple[Any, ...], out: Tensor) -> None:
             outputs[name].setdefault(now[0], []).append(out.reshape(-1, out.shape[-1]).double().numpy())
@@ -173,7 +166,13 @@ def kept_while(trunk: TriModeTrunk, names: list[str], episodes: list[Episode]) -
 
     handles = [trunk.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     handles.append(trunk.diffusion_head.register_forward_hook(lambda _m, _a, out: logits.setdefault(now[0], []).append(out[0].double().numpy())))
-    replay(trunk, episodes, lambda _: None, Watch, needs_head=True)  # type: ignore[arg-type]
+    for episode in episodes:
+        text = TorchCache()
+        for forward in forwards_of(episode):
+            now[:] = [forward.role]
+            positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids))[None]
+            hidden = trunk(torch.tensor([forward.ids]), positions, pattern_for(forward, text), forward.drafter_scale or None)
+            trunk.head(hidden[:, forward.first_logits_row :])
     for handle in handles:
         handle.remove()
     return outputs, inputs, logits
@@ -194,7 +193,7 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
         for index, block in enumerate(blocks):
             x, y = np.concatenate(kept[block][role]), np.concatenate(other_kept[block][role])
             found = comparison.accumulated[index][role]
-            assert found.num_rows == len(x) == num_rows(model.episodes)[role]
+            assert found.num_rows == len(x) == count_rows(model.episodes)[role]
             assert found.snr_db == pytest.approx(slow_snr(x, y), rel=1e-9)
             assert found.cosine == pytest.approx(slow_cosine(x, y), rel=1e-9)
         for name in chosen:
@@ -266,7 +265,7 @@ def test_a_checkpoint_without_a_drafter(tmp_path: Path) -> None:
 def test_rows_are_those_that_calibration_replays(model: Model) -> None:
     report = report_on(model, model.int8())
     texts = [question.token_ids for question in model.questions]
-    assert report.data.num_rows == num_rows(record(model.trunk, model.info, texts, ROLES, 10, lambda _: None))
+    assert report.data.num_rows == count_rows(record(model.trunk, model.info, texts, RECORDED))
 
 
 def test_answers_are_compared_as_text(model: Model) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from safetensors.numpy import save_file
+from trimode.compiler.quantize.formats import dequantize, quantize
 
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.compiler.backends import lower_portable
@@ -19,7 +20,6 @@ from trimode.compiler.graphfile import point_into_pack
 from trimode.compiler.lowering import to_bytes
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.quantize.formats import dequantize, quantize
 from trimode.compiler.weights import read_layout
 from trimode.errors import BuildError
 from trimode.graphs.contract import DType
