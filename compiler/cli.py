@@ -76,6 +76,9 @@ def build(
         str | None,
         typer.Option(metavar="FOLDER", help="Scales for fp8, int8 or int4; rtn rounds int8 or int4 weights to nearest, without calibration."),
     ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
     ] = None,
@@ -96,8 +99,8 @@ def build(
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache,
-        force, as_json,
+        tuple(target or ("cpu",)), precision, calibration, drafter, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs,
+        no_cache, force, as_json,
     )  # fmt: skip
     run_build(checkpoint, output, request)
 
@@ -134,6 +137,7 @@ def verify(
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
     long: Annotated[
         int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
     ] = None,
@@ -145,7 +149,7 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json)):
+    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)):
         raise typer.Exit(1)
 
 

@@ -83,7 +83,7 @@ def calibrate(
         algorithm=_algorithm_name(settings),
         block_size=block_size,
         source_name=checkpoint.path.resolve().name,
-        source_sha256=digest.hexdigest(),
+        source_sha256=digest.base_hexdigest(),
         scales_sha256="",
         data=DataRecord(sha256=texts_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=dict(statistics.num_rows)),
         layers=_layer_records(checkpoint, scales, statistics, settings),
