@@ -130,6 +130,48 @@ def scales(
     run_calibrate(checkpoint, output, request)
 
 
+@calibrate.command()
+def drafter(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER", help="Folder to write, or a trained adapter to replace.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the drafter is for; if left out nothing is quantized.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
+    ] = "float32",
+    steps: Annotated[int | None, typer.Option(help="Steps of training; 300 if neither this nor --minutes is given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing answers and measuring.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Slots of a block that will be drafted; the model's if left out.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a fresh adapter, whose branch is scaled by alpha / rank; 4 times the rank if left out.")
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with a fresh adapter, not with the checkpoint's.")] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the drafter's adapter on what the model itself answers, quantized if it will be; for `trimode build --drafter`."""
+    _need("training", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.calib.drafter_job.settings import DrafterJobSettings
+    from trimode.compiler.drafter_command import DrafterRequest, run_drafter
+
+    settings = DrafterJobSettings(
+        dtype, steps, minutes, samples, held_out, block_length, rank, alpha, from_scratch, learning_rate, batch_size, seed, max_new_tokens, device,  # type: ignore[arg-type]  # its check refuses any other type
+    )  # fmt: skip
+    run_drafter(checkpoint, output, DrafterRequest(data, calibration, resume, as_json), settings)
+
+
 @app.command()
 def verify(
     bundle: BundlePath,
