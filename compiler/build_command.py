@@ -23,6 +23,7 @@ class BuildRequest:
     targets: tuple[str, ...]
     precision: str | None
     calibration: str | None
+    drafter: Path | None
     max_length: int | None
     block_lengths: str | None
     max_batch: int
@@ -41,6 +42,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         targets=request.targets,
         precision=request.precision,
         calibration=_calibration(request.calibration),
+        drafter=request.drafter,
         max_length=request.max_length,
         block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,

@@ -78,6 +78,9 @@ def build(
         str | None,
         typer.Option(metavar="FOLDER", help="Scales for fp8, int8 or int4; rtn rounds int8 or int4 weights to nearest, without calibration."),
     ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
     ] = None,
@@ -98,8 +101,8 @@ def build(
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs, no_cache,
-        force, as_json,
+        tuple(target or ("cpu",)), precision, calibration, drafter, max_length, block_lengths, max_batch, weights, workspace, timing_cache, jobs,
+        no_cache, force, as_json,
     )  # fmt: skip
     run_build(checkpoint, output, request)
 
@@ -191,6 +194,48 @@ def quantization(
         raise typer.Exit(1)
 
 
+@calibrate.command()
+def drafter(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER", help="Folder to write, or a trained adapter to replace.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the drafter is for; if left out nothing is quantized.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
+    ] = "float32",
+    steps: Annotated[int | None, typer.Option(help="Steps of training; 300 if neither this nor --minutes is given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing answers and measuring.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Slots of a block that will be drafted; the model's if left out.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a fresh adapter, whose branch is scaled by alpha / rank; 4 times the rank if left out.")
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with a fresh adapter, not with the checkpoint's.")] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the drafter's adapter on what the model itself answers, quantized if it will be; for `trimode build --drafter`."""
+    _need("training", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.calib.drafter_job.settings import DrafterJobSettings
+    from trimode.compiler.drafter_command import DrafterRequest, run_drafter
+
+    settings = DrafterJobSettings(
+        dtype, steps, minutes, samples, held_out, block_length, rank, alpha, from_scratch, learning_rate, batch_size, seed, max_new_tokens, device,  # type: ignore[arg-type]  # its check refuses any other type
+    )  # fmt: skip
+    run_drafter(checkpoint, output, DrafterRequest(data, calibration, resume, as_json), settings)
+
+
 @app.command()
 def verify(
     bundle: BundlePath,
@@ -198,6 +243,7 @@ def verify(
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
     long: Annotated[
         int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
     ] = None,
@@ -209,7 +255,7 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json)):
+    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)):
         raise typer.Exit(1)
 
 

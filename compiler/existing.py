@@ -50,7 +50,8 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
         found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
         raise UsageError(found, _FORCE)
     if not _same_source(base, plan.checkpoint, progress):
-        found = f"{output}: expected a bundle of {plan.checkpoint.path}, found one of other weights ({base.source.name})"
+        drafter = f" with the drafter {plan.checkpoint.adapter}" if plan.checkpoint.adapter else ""
+        found = f"{output}: expected a bundle of {plan.checkpoint.path}{drafter}, found one of other weights ({base.source.name})"
         raise UsageError(found, _FORCE)
     for name, found in base.model.model_dump().items():
         expected = getattr(plan.model, name)

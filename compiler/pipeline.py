@@ -89,7 +89,7 @@ class BuildState:
     def check_weights(self) -> None:
         """Raise what writing the pack raised, or that the calibration is of another checkpoint, as soon as it is known."""
         if self.writer is not None and self.writer.check() and self.source is not None and self.plan.quantization is not None:
-            self.plan.quantization.check_source(self.source.hexdigest())
+            self.plan.quantization.check_source(self.source.base_hexdigest())
 
 
 def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
@@ -110,7 +110,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()
     check_destination(output)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, options.drafter)
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)
     cache = ContentCache(options.cache, options.cache_limit_bytes) if options.cache else None

@@ -66,6 +66,7 @@ class VerifyRequest:
     max_new_tokens: int = 64
     threads: int | None = None
     as_json: bool = False
+    drafter: Path | None = None
 
 
 def run_verify(bundle: Path, request: VerifyRequest) -> bool:
@@ -79,7 +80,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     _check_request(request)
     _check_precision(read_manifest(bundle))
     model = _open_target(bundle, request)
-    checkpoint = open_checkpoint(request.checkpoint)
+    checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)
     with RichProgress() as progress:
         verification = verify(model, checkpoint, request, progress)

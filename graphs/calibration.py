@@ -101,7 +101,7 @@ class Calibration(_Record):
     Attributes:
         algorithm: ModelOpt's name of it, or ``rtn``; with ``+sensitivity`` where layers were left out by a search.
         block_size: inputs that share a scale; None where blocks are not used.
-        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.source.SourceDigest` takes it.
+        source_sha256: digest of the checkpoint without its adapter, :meth:`trimode.graphs.source.SourceDigest.base_hexdigest`.
         scales_sha256: of ``scales.safetensors``.
         sensitivity: of the search that left layers out; None = there was none.
     """

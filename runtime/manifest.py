@@ -60,7 +60,7 @@ class SourceRecord(_Record):
 
     Attributes:
         name: the checkpoint folder's name.
-        sha256: digest over name, type, shape and bytes of every tensor, and over ``config.json``.
+        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and the drafter's alpha.
         stamp: digest over name, size and modification time of the checkpoint's files; equal stamps spare comparing the bytes.
     """
 

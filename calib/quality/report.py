@@ -145,7 +145,7 @@ def read_original(
     digest = SourceDigest(checkpoint)
     trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
     for candidate in candidates:
-        candidate.check_source(digest.hexdigest())
+        candidate.check_source(digest.base_hexdigest())
     advance(1)
     return trunk.to(device), digest.hexdigest()
 

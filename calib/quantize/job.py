@@ -236,7 +236,7 @@ def _source_digest(checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[
     advance = progress.stage("read checkpoint", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
     for num_bytes in digest.read_all():
         advance(num_bytes)
-    return digest.hexdigest()
+    return digest.base_hexdigest()
 
 
 def _libraries() -> dict[str, str]:

@@ -46,7 +46,7 @@ class Quantization:
     Attributes:
         layers: by the layer's name, without ``.weight``.
         record: for the manifest.
-        source_sha256: digest of the checkpoint that was calibrated; None = any will do.
+        source_sha256: base digest of the checkpoint that was calibrated; None = any will do.
     """
 
     precision: QuantizedPrecision
@@ -55,7 +55,7 @@ class Quantization:
     source_sha256: str | None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where the weights are not those that were calibrated."""
+        """Raise :class:`CheckpointError` where ``sha256``, a base digest, is not of the weights that were calibrated."""
         check_source(self.record.name, self.source_sha256, sha256)
 
 

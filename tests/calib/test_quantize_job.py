@@ -625,7 +625,7 @@ def test_demo_checkpoint_from_the_command(tmp_path: Path, capsys: pytest.Capture
     digest = SourceDigest(open_checkpoint(DEMO))
     for _ in digest.read_all():
         pass
-    assert calibration.source_sha256 == digest.hexdigest()
+    assert calibration.source_sha256 == digest.base_hexdigest()
     assert calibration.data is not None
     assert calibration.data.sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
     assert calibration.block_size == 128

@@ -168,7 +168,7 @@ def linear_weights(checkpoint: Path) -> dict[str, np.ndarray]:
 def digest_of(checkpoint: Path) -> str:
     digest = SourceDigest(open_checkpoint(checkpoint))
     list(digest.read_all())
-    return digest.hexdigest()
+    return digest.base_hexdigest()
 
 
 def make_scales(checkpoint: Path, precision: QuantizedPrecision, *, per_tensor: bool = False, block_size: int = 32) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ def calibrated(checkpoint: Path, folder: Path, precision: QuantizedPrecision, *,
         scales[f"{layer}.weight_amax"] = np.asarray(amax * (1e4 if layer == ruined else 1), np.float32)
     record = Calibration(
         schema_version=1, trimode_version="0", precision=precision, algorithm="by hand", block_size=BLOCK if precision == "int4" else None,
-        source_name="it", source_sha256=source or digest.hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
+        source_name="it", source_sha256=source or digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
     )  # fmt: skip
     save_calibration(folder, record, scales)
     return folder
@@ -144,7 +144,7 @@ def test_a_calibration_with_layers_left_out_builds(checkpoint: Path, data: Path,
     layout, digest = plan_pack(opened, NUM_POSITIONS, plan.dtype, plan.quantization)
     write_pack(layout, tmp_path / "pack", lambda _: None)
     assert plan.quantization is not None
-    plan.quantization.check_source(digest.hexdigest())
+    plan.quantization.check_source(digest.base_hexdigest())
     codes = {name.removesuffix(".weight") for name, entry in WeightPack(tmp_path / "pack").entries.items() if entry.dtype == "int4"}
     assert codes == {name.rpartition(".")[0] for name in load_calibration(calibration)[1]} - set(printed["kept"])
 
