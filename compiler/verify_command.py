@@ -40,7 +40,7 @@ from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ROLES, DType
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
 from trimode.runtime.backends import PORTABLE
-from trimode.runtime.bundle import read_manifest, sha256_of
+from trimode.runtime.bundle import Bundle, sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.session import Ids
@@ -59,6 +59,7 @@ class VerifyRequest:
     """The options of the command, as given."""
 
     checkpoint: Path
+    precision: str | None = None
     target: str | None = None
     prompts_file: Path | None = None
     seed: int = 0
@@ -77,8 +78,8 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
         BundleError, DeviceError, DependencyError: the target cannot run here. An earlier ``verification.json`` stays as it is.
     """
     _check_request(request)
-    _check_precision(read_manifest(bundle))
     model = _open_target(bundle, request)
+    _check_precision(model.bundle)
     checkpoint = open_checkpoint(request.checkpoint)
     _check_shape(checkpoint, model.bundle.manifest)
     with RichProgress() as progress:
@@ -100,9 +101,9 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
     prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    reference = TorchSession(load_trunk(checkpoint, info.num_positions, manifest.weights.dtype, digest))
+    reference = TorchSession(load_trunk(checkpoint, info.num_positions, manifest.dtype, digest))
     advance(1)
-    place = _place(manifest, model.target)
+    place = _place(model)
     bounds: dict[Subject, Tolerance] = {
         "target": tolerance_for(place.compute_dtype, info.num_hidden_layers),
         "portable": tolerance_for("float32", info.num_hidden_layers),
@@ -111,9 +112,9 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
     advance = progress.stage("compare tokens", count_generations(info, len(prompts)))
     tokens = _counted(compare_tokens(reference, model.session, info, prompts, request.max_new_tokens, bounds["target"]), advance)
     sha256 = digest.hexdigest()
-    if not _is_exact(checkpoint, manifest.weights.dtype):
-        notes.append(f"the reference's weights are rounded to {manifest.weights.dtype}, as the bundle's are")
-    others = [name for name in manifest.targets if name != model.target]
+    if not _is_exact(checkpoint, manifest.dtype):
+        notes.append(f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are")
+    others = [name for name in model.bundle.chosen.targets if name != model.target]
     if others:
         notes.append(f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)")
     original = checkpoint.config.rope.original_max_position_embeddings or None
@@ -126,7 +127,7 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
         checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
-        weight_dtype=manifest.weights.dtype,
+        weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
         graphs=tuple(graphs), tokens=tuple(tokens), notes=tuple(notes), versions=_versions(),
     )  # fmt: skip
@@ -156,9 +157,9 @@ def _check_request(request: VerifyRequest) -> None:
         raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
 
 
-def _check_precision(manifest: Manifest) -> None:
-    if manifest.calibration is not None:
-        raise UsageError(f"expected a bundle in fp32, fp16 or bf16, found {manifest.precision}, whose weights differ on purpose",
+def _check_precision(bundle: Bundle) -> None:
+    if bundle.chosen.calibration is not None:
+        raise UsageError(f"expected a bundle in fp32, fp16 or bf16, found {bundle.precision}, whose weights differ on purpose",
                          "build the same targets without --precision to verify them")  # fmt: skip
 
 
@@ -170,19 +171,19 @@ class _Place(NamedTuple):
     compute_dtype: DType
 
 
-def _place(manifest: Manifest, target: str) -> _Place:
-    if target == PORTABLE:
+def _place(model: TriModeModel) -> _Place:
+    if model.target == PORTABLE:
         return _Place("onnxruntime", "cpu", "float32")
-    record = manifest.targets[target]
+    record = model.bundle.chosen.targets[model.target]
     return _Place(record.backend, record.device, record.compute_dtype)
 
 
 def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
     try:
-        model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads)
+        model = TriModeModel.from_pretrained(bundle, precision=request.precision, target=request.target, num_threads=request.threads)
     except (BundleError, DeviceError, DependencyError) as error:
         raise type(error)(f"nothing was verified: {error.message}", error.hint) from error
-    names = model.bundle.manifest.targets
+    names = model.bundle.chosen.targets
     if model.target == PORTABLE and request.target != PORTABLE and names:
         # Generating may fall back to the portable graphs; saying that a GPU's engines are right because these are may not.
         raise DeviceError(f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
@@ -224,14 +225,14 @@ def _compare_graphs(
     model: TriModeModel, reference: TorchSession, text: Ids, position: int, bounds: dict[Subject, Tolerance], seed: int, progress: Progress
 ) -> tuple[list[GraphParity], list[str]]:
     """The target's graphs and the portable ones, and notes about what was left out."""
-    info, manifest = model.model, model.bundle.manifest
+    info = model.model
     positions = sorted({0, min(SHORT_POSITION, position), position})
     advance = progress.stage("compare target", count_comparisons(model.session, info, positions))
     read, other = CachedText(reference, text), CachedText(model.session, text)
     records = _counted(compare_target(read, other, info, positions, bounds["target"], seed), advance)
     if importlib.util.find_spec("onnxruntime") is None:
         return records, ["the portable graphs were not compared: ONNX Runtime is not installed (pip install 'trimode[ort]')"]
-    files = {role: manifest.graphs[role].file for role in ROLES}
+    files = {role: model.bundle.chosen.graphs[role] for role in ROLES}
     at = min(position, LONGEST_PORTABLE)
     advance = progress.stage("compare portable", len(ROLES) + info.has_drafter)
     records += _counted(compare_portable(CachedText(reference, text), model.bundle.path, files, info, at, bounds["portable"], seed), advance)

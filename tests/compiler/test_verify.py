@@ -218,7 +218,8 @@ def test_the_portable_graphs_do_not_stand_for_a_gpu(copied: Callable[[str], tupl
     manifest = json.loads((bundle / "manifest.json").read_text())
     gpu = {"backend": "tensorrt_rtx", "device": "cuda", "compute_capability": "8.9", "compute_dtype": "float16", "placement": "shared",
            "capacity": 1088, "library": "tensorrt_rtx 0"}  # fmt: skip
-    manifest["targets"] = {"rtx-4090": {**manifest["targets"]["cpu"], **gpu}}
+    targets = manifest["precisions"]["fp32"]["targets"]
+    manifest["precisions"]["fp32"]["targets"] = {"rtx-4090": {**targets["cpu"], **gpu}}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     for target in (None, "auto", "rtx-4090"):
         with pytest.raises((DeviceError, BundleError, DependencyError), match="nothing was verified"):
