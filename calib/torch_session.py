@@ -7,6 +7,7 @@ over the whole vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,9 @@ LayerSlots = tuple[Tensor, Tensor]
 """Keys and values of one layer, each ``(1, G, n, D)``."""
 
 
-def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "float32", digest: SourceDigest | None = None) -> TriModeTrunk:
+def load_trunk(
+    checkpoint: Checkpoint, num_positions: int, stored: DType = "float32", digest: SourceDigest | None = None, exact: Container[str] = ()
+) -> TriModeTrunk:
     """The trunk of a checkpoint in float32, ready for inference; takes four bytes of memory a parameter.
 
     Args:
@@ -32,6 +35,7 @@ def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "floa
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
         digest: of the same checkpoint; has seen all of it afterwards.
+        exact: names of the weights that are not rounded: those that a bundle quantizes.
 
     Raises:
         CheckpointError: a file of the checkpoint ends too early.
@@ -44,8 +48,9 @@ def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "floa
         )
     weights = {}
     for name, entry in checkpoint.tensors.items():
-        raw = bytearray().join(digest.read(name, stored))
-        weights[name] = torch.frombuffer(raw, dtype=getattr(torch, stored)).float().reshape(entry.shape)
+        dtype: DType = "float32" if name in exact else stored
+        raw = bytearray().join(digest.read(name, dtype))
+        weights[name] = torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
     trunk.load_state_dict(weights, assign=True)
     return trunk.eval().requires_grad_(False)
 

@@ -134,6 +134,9 @@ def verify(
     against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from.")],
     precision: RunPrecision = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Compare the scales with this calibration's, too; those of rtn are always compared.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     long: Annotated[
@@ -147,7 +150,7 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    if not run_verify(bundle, VerifyRequest(against, precision, target, prompts_file, seed, long, max_new_tokens, threads, as_json)):
+    if not run_verify(bundle, VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json)):
         raise typer.Exit(1)
 
 
