@@ -39,7 +39,7 @@ def load_trunk(
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
         digest: of the same checkpoint; has seen all of it afterwards.
-        exact: tensors that are not rounded to ``stored``, because something else will be done to them.
+        exact: names of the weights that are not rounded, because something else will be done to them: those that a bundle quantizes.
 
     Raises:
         CheckpointError: a file of the checkpoint ends too early.
@@ -52,7 +52,7 @@ def load_trunk(
         )
     weights = {}
     for name, entry in checkpoint.tensors.items():
-        dtype = "float32" if name in exact else stored
+        dtype: DType = "float32" if name in exact else stored
         raw = bytearray().join(digest.read(name, dtype))
         weights[name] = torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
     trunk.load_state_dict(weights, assign=True)

@@ -41,6 +41,7 @@ app.add_typer(calibrate, name="calibrate")
 report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
 app.add_typer(report, name="report")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
+RunPrecision = Annotated[str | None, typer.Option("--precision", help="One of the bundle's; the one that was built first if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -72,7 +73,7 @@ def build(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out what the GPUs prefer and all targets can run, fp32 on a CPU."),
+        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out the bundle's first, for a new one what its targets prefer."),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -96,7 +97,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, for one target or several; add targets to a bundle that exists."""
+    """Compile a checkpoint into a bundle, for one target or several; add targets, or a precision, to a bundle that exists."""
     _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock", "platformdirs")
     from trimode.compiler.build_command import BuildRequest, run_build
 
@@ -240,7 +241,11 @@ def drafter(
 def verify(
     bundle: BundlePath,
     against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from.")],
+    precision: RunPrecision = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Compare the scales with this calibration's, too; those of rtn are always compared.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
@@ -255,7 +260,8 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)):
+    request = VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)
+    if not run_verify(bundle, request):
         raise typer.Exit(1)
 
 
@@ -291,7 +297,8 @@ def run(
     block_length: Annotated[int | None, typer.Option(help="Slots of a block; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
-    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what fits if left out.")] = None,
+    precision: RunPrecision = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
     runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
     as_json: Json = False,
@@ -300,8 +307,9 @@ def run(
     from trimode.compiler.run_command import RunRequest, run_prompts
 
     request = RunRequest(
-        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, target, threads, runtime_cache, as_json
-    )
+        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
+        runtime_cache, as_json,
+    )  # fmt: skip
     run_prompts(bundle, request)
 
 

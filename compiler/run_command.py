@@ -31,6 +31,7 @@ class RunRequest:
     block_length: int | None
     threshold: float | None
     use_drafter: bool
+    precision: str | None
     target: str | None
     threads: int | None
     runtime_cache: Path | None
@@ -50,7 +51,9 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
     """Answer every prompt of a request; see the command's help."""
     mode = parse_mode(request.mode)
     prompts = list(read_prompts(request))
-    model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache)
+    model = TriModeModel.from_pretrained(
+        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
+    )
     num_right, num_known = 0, 0
     for prompt in prompts:
         stream = _start(model, prompt, mode, request)

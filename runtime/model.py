@@ -100,7 +100,7 @@ class TriModeModel:
     """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache.
 
     Attributes:
-        bundle: what was opened.
+        bundle: what was opened, in which precision.
         model: the model's facts.
         target: the bundle's target that runs, or ``portable`` for its portable graphs.
         session: the loaded graphs.
@@ -117,6 +117,7 @@ class TriModeModel:
         cls,
         path: str | Path,
         *,
+        precision: str | None = None,
         target: str | None = None,
         num_threads: int | None = None,
         verify: bool = True,
@@ -126,20 +127,21 @@ class TriModeModel:
 
         Args:
             path: the folder that ``trimode build`` wrote.
-            target: one of the bundle's targets, or ``portable``: its portable graphs on the CPU. None or ``auto``: a TensorRT target for
+            precision: one of the bundle's; None = the one that was built first.
+            target: one of that precision's targets, or ``portable``: its portable graphs on the CPU. None or ``auto``: a TensorRT target for
                 the GPU of this machine, else ONNX Runtime on the GPU, else the CPU; the logger ``trimode.runtime`` says what and why.
             num_threads: threads inside one operator on the CPU; None = one per physical core.
-            verify: compare the sha256 of every file with the manifest.
+            verify: compare the sha256 of every file that the precision reads with the manifest.
             runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles, written by :meth:`close`
                 (None = not kept), and int4 weights as ONNX Runtime arranges them for the processor (None = the user's cache folder).
 
         Raises:
-            UsageError: the bundle has no such target.
-            BundleError: the bundle is missing, damaged or newer than this library, or the target was compiled by another version.
+            UsageError: the bundle has no such precision or target.
+            BundleError: the bundle is missing, damaged or of another schema than this library's, or the target was compiled by another version.
             DeviceError: the named target needs a GPU that is not here.
             DependencyError: the library that runs the target is not installed.
         """
-        bundle = open_bundle(path, verify=verify)
+        bundle = open_bundle(path, precision, verify=verify)
         opened = open_session(bundle, target, num_threads, runtime_cache=Path(runtime_cache) if runtime_cache else None)
         return cls(bundle, opened.session, opened.target)
 

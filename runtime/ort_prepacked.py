@@ -86,7 +86,7 @@ def _key(bundle: Bundle, graphs: Mapping[Role, str]) -> str:
     """Digest of everything an entry depends on."""
     manifest = bundle.manifest
     facts = {
-        "version": _VERSION, "weights": manifest.files[manifest.weights.file].sha256,
+        "version": _VERSION, "weights": [manifest.files[pack].sha256 for pack in bundle.chosen.packs],
         "graphs": {role: manifest.files[file].sha256 for role, file in graphs.items()},
         "onnxruntime": [ort.__version__, ort.get_build_info()], "processor": _processor(),
     }  # fmt: skip

@@ -17,17 +17,16 @@ from trimode.runtime.onnx_file import operators
 from trimode.runtime.ort_library import PRIVATE_WEIGHTS_BYTES, Device, choose_providers, load_graph, session_options
 from trimode.runtime.ort_memory import Buffer, place, place_weights, zeros
 from trimode.runtime.ort_prepacked import prepacked_graphs
-from trimode.runtime.pack import WeightPack
 from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
 
 logger = logging.getLogger("trimode.runtime")
 
 
 class OrtSession:
-    """Three inference sessions over one weight pack.
+    """Three inference sessions over one copy of the weights.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle, whose chosen precision runs.
         target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
         num_threads: threads inside one operator; None = one per physical core.
         runtime_cache: folder for int4 weights that ONNX Runtime has arranged for this processor; None = the user's cache folder. Where it cannot
@@ -49,14 +48,14 @@ class OrtSession:
             raise UsageError(f"expected at least 1 thread, found {num_threads}", "leave --threads out to use every core")
         manifest = bundle.manifest
         self.model = manifest.model
-        self.contracts: dict[Role, GraphContract] = {role: manifest.graphs[role].contract for role in ROLES}
+        self.contracts: dict[Role, GraphContract] = {role: manifest.contracts[role] for role in ROLES}
         self._device: Device = target.device if target else "cpu"
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
         portable = target is None or target.placement == "external"
-        mapped_bytes = manifest.files[manifest.weights.file].num_bytes if portable else 0
-        files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in ROLES}
+        mapped_bytes = bundle.chosen.weight_bytes if portable else 0
+        files = {role: bundle.chosen.graphs[role] if portable or target is None else target.graphs[role].file for role in ROLES}
         found = _operators(bundle.path / file for file in files.values())
         self.sessions: dict[Role, Any]
         if "MatMulNBits" in found:
@@ -65,7 +64,7 @@ class OrtSession:
             options = session_options(mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found)
             self.sessions = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
         wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in ROLES}
-        self._weights = place_weights(WeightPack(bundle.path / manifest.weights.file), wanted.values(), self._device)
+        self._weights = place_weights(bundle.weights(), wanted.values(), self._device)
         self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in ROLES}
 
     def check_block_length(self, block_length: int) -> None:

@@ -110,7 +110,7 @@ def test_a_bundle_has_one_drafter(checkpoint: Path, adapter: Path, tmp_path: Pat
 def test_one_calibration_serves_every_drafter(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     calibration = write_int8_calibration(checkpoint, tmp_path / "cal")
     manifest = build_bundle(checkpoint, tmp_path / "b", BuildOptions(calibration=calibration, drafter=adapter)).manifest
-    assert manifest.precision == "int8"
+    assert list(manifest.precisions) == ["int8"]
 
 
 @pytest.mark.parametrize("found", ["nothing", "a file", "other shapes"])
