@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType, Role
-from trimode.runtime.decode import Mode
+from trimode.runtime.options import Mode
 
 SCHEMA_VERSION = 1
 VERIFICATION = "verification.json"
