@@ -205,10 +205,10 @@ class RuledChooser:
     def _draw_candidates(self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array) -> tuple[Ids, Probabilities]:
         """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``; ``first`` is the index of the first slot."""
         scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
-        # A drawn mask token would leave its slot undecided, so its draw would say nothing and those before it something else.
+        # A slot that draws the mask token would stay undecided and be drawn again; what fills it in the end would have another distribution.
         never = (ids == self._sequence.model.mask_token_id) & self._sampling.is_random
         ends = np.isin(ids, self._end_ids) & (first + np.arange(len(block)) < self._options.min_new_tokens)[:, None]
-        ends &= ~(ends | never).all(-1, keepdims=True)  # something must be left: such a draft is not accepted
+        ends &= ~(ends | never).all(-1, keepdims=True)  # something must be left; a draft that is forbidden will not be accepted
         seen = self._seen[ids] | np.isin(ids, block[~masked])
         q = distribution(np.where(never | ends, -np.inf, scores), self._sampling, seen)
         return self._choose_rows(q), q

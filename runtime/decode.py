@@ -194,7 +194,8 @@ class _Budget:
         """Count tokens that were appended, and decide whether they are the last ones; returns them."""
         self._left -= len(kept)
         self._count += len(kept)
-        del self._counters.logprobs[self._count :]  # of tokens that were chosen, but cut off
+        if self._counters.logprobs:
+            del self._counters.logprobs[self._count :]  # of tokens that were chosen, but cut off
         if kept and kept[-1] in self.eos:
             self._counters.finish_reason = "stop"
         elif self._left <= 0:

@@ -113,6 +113,8 @@ def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     ends = options.end_tokens(model)
     for token in ends:
         _check_token("an end token", token, model)
+    if model.mask_token_id in ends:
+        raise UsageError(f"expected end tokens other than the mask token, found {model.mask_token_id}", "a slot that is still masked ends nothing")
     if mode == "diffusion" and options.min_new_tokens and len(set(ends)) >= min(TOP_K, model.vocab_size):
         found = f"expected fewer than {min(TOP_K, model.vocab_size)} end tokens together with min_new_tokens in diffusion, found {len(set(ends))}"
         raise UsageError(found, "a denoise forward names five candidates for a slot, and one of them must be allowed")

@@ -56,7 +56,7 @@ def model(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactor
 def with_ends(model: TriModeModel, options: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
     """Options whose end tokens do appear: some are taken from the greedy text."""
     free = model.stream([prompt], "ar", max_new_tokens=20, eos_token_ids=()).finish().token_ids
-    ends = [free[i % 20] if i % 2 else i for i in options["eos_token_ids"]]
+    ends = {free[i % 20] if i % 2 else i for i in options["eos_token_ids"]} - {model.model.mask_token_id}
     think = {"end_think_token_id": THINK} if options["max_thinking_tokens"] is not None else {}
     least = min(options["min_new_tokens"], options["max_new_tokens"])
     return {**options, "eos_token_ids": tuple(ends), "min_new_tokens": least, **think}
@@ -115,6 +115,15 @@ def test_greedy_under_rules_is_that_of_transformers_processors(built: Callable[[
     chosen = {"max_new_tokens": 30, "eos_token_id": ends, "repetition_penalty": 1.7, "min_new_tokens": 12}
     assert it.model.ar_generate([prompt], **chosen)[0][0, 3:].tolist() == out
     assert it.model.linear_spec_generate([prompt], block_length=8, **chosen)[0][0, 3:].tolist() == out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_asking_for_logprobs_changes_nothing_else(model: TriModeModel, mode: Any) -> None:
+    for block_length, threshold in ((8, 0.0), (8, 0.2), (5, 0.9)):
+        options: dict[str, Any] = {"max_new_tokens": 30, "block_length": block_length, "threshold": threshold, "eos_token_ids": ()}
+        plain, reported = (model.stream([[20, 30]], mode, logprobs=n, **options).finish() for n in (None, 0))
+        assert (plain.token_ids, plain.nfe, plain.forwards) == (reported.token_ids, reported.nfe, reported.forwards)
+        assert plain.logprobs is None
 
 
 def test_logprobs_are_those_of_the_model(built: Callable[[str], Built]) -> None:
@@ -217,7 +226,7 @@ def test_an_incomplete_character_does_not_hide_a_stop_string(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("mode", "wrong"),
     [("ar", {"temperature": -1.0}), ("ar", {"top_p": 0}), ("ar", {"min_new_tokens": 9, "max_new_tokens": 8}), ("ar", {"min_new_tokens": -1}),
-     ("ar", {"stop": ["a", ""]}), ("ar", {"eos_token_ids": (109,)}), ("ar", {"max_thinking_tokens": -1, "end_think_token_id": 1}),
+     ("ar", {"stop": ["a", ""]}), ("ar", {"eos_token_ids": (109,)}), ("ar", {"eos_token_ids": (100,)}), ("ar", {"max_thinking_tokens": -1, "end_think_token_id": 1}),
      ("ar", {"max_thinking_tokens": 5, "end_think_token_id": 200}), ("ar", {"max_thinking_tokens": 5}), ("ar", {"logprobs": -1}),
      ("ar", {"logprobs": 110}), ("diffusion", {"logprobs": 6}), ("diffusion", {"min_new_tokens": 1, "eos_token_ids": (1, 2, 3, 4, 5)})],
 )  # fmt: skip
