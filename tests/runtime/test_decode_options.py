@@ -226,7 +226,8 @@ def test_an_incomplete_character_does_not_hide_a_stop_string(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("mode", "wrong"),
     [("ar", {"temperature": -1.0}), ("ar", {"top_p": 0}), ("ar", {"min_new_tokens": 9, "max_new_tokens": 8}), ("ar", {"min_new_tokens": -1}),
-     ("ar", {"stop": ["a", ""]}), ("ar", {"eos_token_ids": (109,)}), ("ar", {"eos_token_ids": (100,)}), ("ar", {"max_thinking_tokens": -1, "end_think_token_id": 1}),
+     ("ar", {"stop": ["a", ""]}), ("ar", {"eos_token_ids": (109,)}), ("ar", {"eos_token_ids": (100,)}),
+     ("ar", {"max_thinking_tokens": -1, "end_think_token_id": 1}),
      ("ar", {"max_thinking_tokens": 5, "end_think_token_id": 200}), ("ar", {"max_thinking_tokens": 5}), ("ar", {"logprobs": -1}),
      ("ar", {"logprobs": 110}), ("diffusion", {"logprobs": 6}), ("diffusion", {"min_new_tokens": 1, "eos_token_ids": (1, 2, 3, 4, 5)})],
 )  # fmt: skip
