@@ -297,6 +297,17 @@ def run(
     block_length: Annotated[int | None, typer.Option(help="Slots of a block; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0, the most probable token, if left out.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable tokens that together have this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of at least this share of the highest probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Divides the logits of tokens that were there before; 1 is none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws, for each prompt; drawn and reported if left out.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer, which ends before it; repeatable.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens to generate.")] = None,
+    max_thinking_tokens: Annotated[int | None, typer.Option(help="Tokens after which thinking is ended.")] = None,
+    end_think_token_id: Annotated[int | None, typer.Option(metavar="ID", help="Ends thinking; the tokenizer's </think> if left out.")] = None,
+    logprobs: Annotated[int | None, typer.Option(metavar="N", help="With --json, log-probabilities of each token and of the N best.")] = None,
     precision: RunPrecision = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
@@ -306,9 +317,15 @@ def run(
     """Generate text, or token ids, in one of the modes."""
     from trimode.compiler.run_command import RunRequest, run_prompts
 
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "stop": stop, "min_new_tokens": min_new_tokens, "max_thinking_tokens": max_thinking_tokens, "end_think_token_id": end_think_token_id,
+        "logprobs": logprobs,
+    }  # fmt: skip
+    choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(
         mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
-        runtime_cache, as_json,
+        runtime_cache, as_json, choices,
     )  # fmt: skip
     run_prompts(bundle, request)
 

@@ -27,7 +27,7 @@ from trimode.graphs.calibration import QuantizedPrecision, Scales, load_record
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import Role
 from trimode.runtime.bundle import sha256_of
-from trimode.runtime.decode import Mode
+from trimode.runtime.options import Mode
 from trimode.runtime.text import TextCodec
 
 ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4"}

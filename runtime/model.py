@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from trimode.errors import UsageError
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode, check_options
+from trimode.runtime.chooser import TokenLogprob
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
 from trimode.runtime.sequence import Forwards, Sequence
 from trimode.runtime.session import Ids, Session
-from trimode.runtime.text import TextCodec
+from trimode.runtime.text import TextCodec, TextStream
 
+END_THINK = "</think>"
 DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0}
 
 
@@ -34,13 +38,15 @@ class Generation:
     """A finished generation.
 
     Attributes:
-        token_ids: new tokens, the end token included.
+        token_ids: new tokens, the end token included, or the token that completed a stop string.
         nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode`).
         prefill_forwards: forwards that read the prompt.
         tokens_per_forward: new tokens / nfe.
         acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
         forwards: executed forward passes by phase.
-        finish_reason: ``stop`` (end token) or ``length`` (a limit).
+        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit).
+        seed: of the draws; None where nothing was drawn.
+        logprobs: one for each new token; None if not asked for.
         elapsed_s: wall time, tokens in to tokens out.
     """
 
@@ -52,14 +58,24 @@ class Generation:
     acceptance_length: float | None
     forwards: Forwards
     finish_reason: str
+    seed: int | None
+    logprobs: list[TokenLogprob] | None
     elapsed_s: float
 
 
 class Stream:
-    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole."""
+    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole.
 
-    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions) -> None:
-        self._sequence, self._mode = sequence, mode
+    Args:
+        sequence: what to continue.
+        mode: how.
+        options: checked.
+        codec: gives the tokenizer, when text is asked for or stop strings are given; without, neither may be.
+    """
+
+    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions, codec: Callable[[], TextCodec] | None = None) -> None:
+        self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
+        self._watch = self._new_text() if options.stop else None
         self._counters = Counters()
         self._before = Forwards(**vars(sequence.forwards))
         self._token_ids: list[int] = []
@@ -75,8 +91,27 @@ class Stream:
             token_ids = next(self._steps)
         finally:
             self._elapsed_s += time.perf_counter() - start
+        if self._watch is not None:
+            token_ids = self._before_stop(self._watch, token_ids)
         self._token_ids += token_ids
         return Chunk(token_ids, self._counters.finish_reason)
+
+    def text(self) -> Iterator[str]:
+        """Iterate to the end, in pieces of text: as soon as they are certain, without special tokens, ending before a stop string.
+
+        Raises:
+            UsageError: the bundle has no tokenizer.
+        """
+        text = self._new_text()
+        for chunk in self:
+            yield text.push(chunk.token_ids)
+        yield text.finish()
+
+    def finish(self) -> Generation:
+        """Iterate to the end; the result."""
+        for _ in self:
+            pass
+        return self.result
 
     @property
     def result(self) -> Generation:
@@ -92,8 +127,34 @@ class Stream:
             acceptance_length=counters.cycle_tokens / counters.cycles if counters.cycles else None,
             forwards=forwards,
             finish_reason=counters.finish_reason or "length",
+            seed=counters.seed,
+            logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
         )
+
+    def _new_text(self) -> TextStream:
+        if self._codec is None:
+            raise UsageError("expected a tokenizer for text and stop strings, found none", "give the stream the codec of the bundle")
+        return TextStream(self._codec(), self._options.stop, self._options.min_new_tokens)
+
+    def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
+        """The tokens up to the one that completes a stop string; the rest is forgotten before anybody has seen it."""
+        for count, token in enumerate(token_ids, 1):
+            watch.push([token])
+            if watch.is_stopped:
+                self._end(len(token_ids) - count)
+                return token_ids[:count]
+        return token_ids
+
+    def _end(self, surplus: int) -> None:
+        """End here, without the last ``surplus`` tokens."""
+        counters = self._counters
+        self._steps.close()
+        self._sequence.truncate(len(self._sequence.tokens) - surplus)
+        counters.finish_reason = "stop"
+        counters.cycle_tokens -= surplus if counters.cycles else 0
+        if self._options.logprobs is not None:
+            del counters.logprobs[len(counters.logprobs) - surplus :]
 
 
 class TriModeModel:
@@ -160,15 +221,37 @@ class TriModeModel:
         """The bundle's tokenizer and chat template; :class:`UsageError` where it has none."""
         return TextCodec(self.bundle.path)
 
-    def ar_generate(self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | None = None) -> tuple[Ids, int]:
-        """Autoregressive generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
-        return self._generate(ids, "ar", DecodeOptions(max_new_tokens, eos_token_ids=_eos(eos_token_id)))
+    def ar_generate(
+        self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | Seq[int] | None = None, **choices: Unpack[TokenChoices]
+    ) -> tuple[Ids, int]:
+        """Autoregressive generation.
+
+        Args:
+            ids: array-like ``(1, n)``.
+            max_new_tokens: most new tokens.
+            eos_token_id: one or several that end the text; None = the model's.
+            choices: see :class:`TokenChoices`; without any, the most probable token is taken.
+
+        Returns:
+            int64 ``(1, n + generated)``, and nfe: forwards as the reference counts them.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        return self._generate(ids, "ar", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **choices)
 
     def generate(
-        self, ids: Any, max_new_tokens: int = 512, block_length: int = 32, threshold: float = 0.9, eos_token_id: int | None = None
+        self,
+        ids: Any,
+        max_new_tokens: int = 512,
+        block_length: int = 32,
+        threshold: float = 0.9,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
     ) -> tuple[Ids, int]:
-        """Block-diffusion generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
-        return self._generate(ids, "diffusion", DecodeOptions(max_new_tokens, block_length, threshold, eos_token_ids=_eos(eos_token_id)))
+        """Block-diffusion generation; otherwise like :meth:`ar_generate`."""
+        blocks = {"block_length": block_length, "threshold": threshold}
+        return self._generate(ids, "diffusion", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
     def linear_spec_generate(
         self,
@@ -177,14 +260,18 @@ class TriModeModel:
         block_length: int = 32,
         threshold: float = 0.0,
         use_drafter: bool = True,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
     ) -> tuple[Ids, int]:
-        """Linear self-speculation: the tokens of :meth:`ar_generate` in fewer forwards. ``ids``: array-like (1, n); returns as above."""
-        options = DecodeOptions(max_new_tokens, block_length, threshold, use_drafter, _eos(eos_token_id))
-        return self._generate(ids, "linear_spec", options)
+        """Linear self-speculation: the tokens of :meth:`ar_generate`, or their distribution, in fewer forwards; otherwise like it."""
+        blocks = {"block_length": block_length, "threshold": threshold, "use_drafter": use_drafter}
+        return self._generate(ids, "linear_spec", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
-        """Yield :class:`Chunk` as tokens are committed; keyword arguments are those of :class:`DecodeOptions`."""
+        """Yield :class:`Chunk` as tokens are committed.
+
+        Keyword arguments are the attributes of :class:`DecodeOptions` and :class:`~trimode.runtime.sampling.SamplingOptions`.
+        """
         return self.continue_sequence(self.new_sequence(ids), mode, **options)
 
     def new_sequence(self, ids: Any) -> Sequence:
@@ -199,22 +286,24 @@ class TriModeModel:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
         if mode not in ALGORITHMS:
             raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
-        chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": self.model.block_size, **options})
-        self._check_options(mode, chosen)
-        return Stream(sequence, mode, chosen)
-
-    def _generate(self, ids: Any, mode: Mode, options: DecodeOptions) -> tuple[Ids, int]:
-        self._check_options(mode, options)
-        sequence = self.new_sequence(ids)
-        stream = Stream(sequence, mode, options)
-        for _ in stream:
-            pass
-        return np.array([sequence.tokens], np.int64), stream.result.nfe
-
-    def _check_options(self, mode: Mode, options: DecodeOptions) -> None:
-        check_options(options, self.model)
+        chosen = make_options(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": self.model.block_size, **self._with_end_think(options)})
+        check_options(chosen, self.model, mode)
         if mode != "ar":
-            self.session.check_block_length(options.block_length)
+            self.session.check_block_length(chosen.block_length)
+        return Stream(sequence, mode, chosen, lambda: self.codec)
+
+    def _generate(self, ids: Any, mode: Mode, **options: Any) -> tuple[Ids, int]:
+        if "logprobs" in options:
+            raise UsageError("expected no logprobs here, where only tokens are returned, found them", "use stream(...).finish().logprobs")
+        sequence = self.new_sequence(ids)
+        result = self.continue_sequence(sequence, mode, **options).finish()
+        return np.array([sequence.tokens], np.int64), result.nfe
+
+    def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with the tokenizer's ``</think>`` where a thinking budget names no token."""
+        if options.get("max_thinking_tokens") is None or options.get("end_think_token_id") is not None:
+            return options
+        return {**options, "end_think_token_id": self.codec.token_id(END_THINK)}
 
     def _check_ids(self, ids: Any) -> list[int]:
         try:
@@ -235,7 +324,3 @@ class TriModeModel:
             raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.shape[1]}",
                              "shorten the prompt, or build with a larger --max-length")  # fmt: skip
         return array[0].tolist()  # type: ignore[no-any-return]
-
-
-def _eos(token_id: int | None) -> tuple[int, ...] | None:
-    return None if token_id is None else (token_id,)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.session import Array, Ids, Session
@@ -30,6 +32,29 @@ class Forwards:
     commit: int = 0
 
 
+@dataclass
+class Verification:
+    """What a verify forward says of a block of L tokens; valid until the next one.
+
+    Attributes:
+        greedy_ids: ``(L,)``, the most probable token after each.
+        accepted_length: how many of the block's drafts, from its second token on, are these.
+    """
+
+    greedy_ids: Ids
+    accepted_length: int
+    raw_logits: Array
+
+    @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        """``(L, V)``, of the token after each; copied from a GPU when first asked for."""
+        return np.asarray(self.raw_logits)[0]  # type: ignore[no-any-return]
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        """One row of :attr:`logits`."""
+        return self.logits[index]  # type: ignore[no-any-return]
+
+
 class Sequence:
     """A sequence over a session. Modes may alternate; none re-reads what is cached.
 
@@ -47,6 +72,7 @@ class Sequence:
         self._session = session
         self._cache = session.new_cache()
         self._next: int | None = None  # greedy token after self.tokens, where a forward has already told it
+        self._next_logits: Array | None = None  # of that forward
 
     @property
     def room(self) -> int:
@@ -66,6 +92,11 @@ class Sequence:
             setattr(self.forwards, phase, getattr(self.forwards, phase) + 1)
         assert self._next is not None
         return self._next
+
+    def predict_logits(self) -> NDArray[np.float32]:
+        """Logits ``(V,)`` of the token that :meth:`predict` tells; runs the same forwards. Valid until the next causal one."""
+        self.predict()
+        return np.asarray(self._next_logits)[0]  # type: ignore[no-any-return]
 
     def append(self, token_ids: Seq[int]) -> None:
         """Add tokens that were decided on, or given (the next turn of a conversation)."""
@@ -89,18 +120,17 @@ class Sequence:
         self.forwards.draft += 1
         return self._bidirectional(block, 1.0 if use_drafter else 0.0)
 
-    def verify(self, block: Ids) -> list[int]:
-        """Causal forward over a drafted block whose first token is the last of the sequence.
-
-        Returns what follows that first token: the accepted drafts and one token more. The caller decides how many of them to
-        :meth:`accept`.
-        """
+    def verify(self, block: Ids) -> Verification:
+        """Causal forward over a drafted block whose first token is the last of the sequence. The caller decides what to :meth:`accept`."""
         self.forwards.verify += 1
-        greedy, accepted, _ = self._session.run("verify", self._cache, block[None], self.cached_length)
-        return greedy[0, : int(accepted[0]) + 1].tolist()  # type: ignore[no-any-return]
+        greedy, accepted, logits = self._session.run("verify", self._cache, block[None], self.cached_length)
+        return Verification(greedy[0], int(accepted[0]), logits)
 
     def accept(self, token_ids: Seq[int]) -> None:
-        """Append the first tokens of what :meth:`verify` returned; it cached the block's first token and all of these but the last."""
+        """Append what follows the first token of the verified block: its drafts, as it has them, and any one token after these.
+
+        :meth:`verify` cached the block's first token and all of these but the last.
+        """
         self.cached_length += len(token_ids)
         self.append(token_ids)
 
@@ -112,7 +142,7 @@ class Sequence:
 
     def _causal(self, token_ids: list[int]) -> int:
         ids = np.array([token_ids], np.int64)
-        greedy, _ = self._session.run("ar", self._cache, ids, self.cached_length)
+        greedy, self._next_logits = self._session.run("ar", self._cache, ids, self.cached_length)
         self.cached_length += len(token_ids)
         return int(greedy[0])
 

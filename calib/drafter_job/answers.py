@@ -16,7 +16,8 @@ from torch import Tensor
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.decode import Counters, DecodeOptions, decode_ar
+from trimode.runtime.decode import Counters, decode_ar
+from trimode.runtime.options import DecodeOptions
 from trimode.runtime.sequence import Sequence as DecodedSequence
 from trimode.runtime.session import Session
 

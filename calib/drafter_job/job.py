@@ -38,7 +38,7 @@ from trimode.errors import BuildError, DeviceError, UsageError
 from trimode.files import staged_replacement
 from trimode.graphs.checkpoint import Checkpoint, Drafter
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.decode import DecodeOptions
+from trimode.runtime.options import DecodeOptions
 
 LIBRARIES = ("torch", "numpy", "safetensors")
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from trimode.calib.drafter_job.answers import Written
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.decode import Counters, DecodeOptions, decode_linear_spec
+from trimode.runtime.decode import Counters, decode_linear_spec
+from trimode.runtime.options import DecodeOptions
 from trimode.runtime.sequence import Sequence as DecodedSequence
 from trimode.runtime.session import Session
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo, Role
-from trimode.runtime.decode import ALGORITHMS, Mode
+from trimode.runtime.decode import ALGORITHMS
 from trimode.runtime.model import DEFAULT_THRESHOLDS
+from trimode.runtime.options import Mode
 
 
 @dataclass(frozen=True)

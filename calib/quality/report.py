@@ -38,7 +38,7 @@ from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import Mode
+from trimode.runtime.options import Mode
 
 REPORT = "report.json"
 FIGURE = "report.png"

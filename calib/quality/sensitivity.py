@@ -25,7 +25,7 @@ from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, DataRecord, 
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import Mode
+from trimode.runtime.options import Mode
 
 DEFAULT_RANKING_SAMPLES = 8
 SUFFIX = "+sensitivity"

@@ -16,7 +16,8 @@ from trimode.calib.quantize.texts import Text
 from trimode.calib.torch_session import TorchCache, TorchSession
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import PREFILL_CHUNK
 from trimode.runtime.sequence import Sequence as DecodedSequence
 from trimode.runtime.session import Array, Ids, KVCache

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType, Role
-from trimode.runtime.decode import Mode
 from trimode.runtime.manifest import PrecisionName
+from trimode.runtime.options import Mode
 
 VERIFICATION = "verification.json"
 

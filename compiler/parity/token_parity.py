@@ -19,8 +19,9 @@ from trimode.compiler.parity.report import TokenParity
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.graphs.contract import ModelInfo, Role
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
 from trimode.runtime.model import DEFAULT_THRESHOLDS
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence as TextSequence
 from trimode.runtime.session import Array, Ids, KVCache, Session
 

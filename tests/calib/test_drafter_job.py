@@ -33,7 +33,7 @@ from trimode.compiler.plan import describe_model
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
 from trimode.graphs.checkpoint import ADAPTER_FOLDER, open_checkpoint
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.decode import DecodeOptions
+from trimode.runtime.options import DecodeOptions
 
 CONFIG = {"block_size": 8, "eos_token_id": 11}
 SETTINGS: dict[str, Any] = {"steps": 6, "max_new_tokens": 14, "batch_size": 3, "num_held_out": 3}

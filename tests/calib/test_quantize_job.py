@@ -43,7 +43,8 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
