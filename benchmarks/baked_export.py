@@ -100,7 +100,7 @@ def our_way(folder: Path) -> None:
     (folder / "lowered.onnx").write_bytes(to_bytes(lowered))
     _tell("lower")
     job = EngineJob(
-        library="tensorrt_rtx", graph=folder / "lowered.onnx", pack=None, output=folder / "ar.engine", compute_capability="12.0",
+        library="tensorrt_rtx", graph=folder / "lowered.onnx", packs=(), output=folder / "ar.engine", compute_capability="12.0",
         profiles=plan_profiles("ar", model, (32,), 1),
     )  # fmt: skip
     build_engine(job, lambda _: True)

@@ -91,7 +91,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     options.intra_op_num_threads = 2
     ordinary = ort.InferenceSession(folder / "bundle" / "ar.onnx", options, providers=["CPUExecutionProvider"])
     ordinary_bytes = pss_bytes() - base
-    contract, cache = model.bundle.manifest.graphs["ar"].contract, OrtCache(model.model)
+    contract, cache = model.bundle.manifest.contracts["ar"], OrtCache(model.model)
     cache.reserve(200)
     times: dict[str, list[float]] = {}
     for rows in (1, 32):

@@ -46,8 +46,7 @@ def evaluate(bundle: Path, per_family: int) -> dict[str, Any]:
             "tokens_per_forward": sum(row["tokens"] or 0 for row in rows) / sum(row["nfe"] or 0 for row in rows),
             "acceptance_length": sum(accepted) / len(accepted) if accepted else None,
         }
-    weights = model.bundle.manifest.files[model.bundle.manifest.weights.file].num_bytes
-    return {"weight_bytes": weights, "modes": modes, "families": table}
+    return {"weight_bytes": model.bundle.chosen.weight_bytes, "modes": modes, "families": table}
 
 
 def main() -> None:

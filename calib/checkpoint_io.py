@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimode.errors import UsageError
 from trimode.files import staged_replacement
-from trimode.graphs.checkpoint import ADAPTER_FOLDER, ADAPTER_PREFIX
+from trimode.graphs.checkpoint import ADAPTER_FOLDER, ADAPTER_PREFIX, is_adapter_tensor
 from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
 
 
@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any
     """
     with _replacing(folder) as staged:
         write_json(staged / "config.json", config)
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in _weights(trunk).items() if not _is_adapter(name)}
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in _weights(trunk).items() if not is_adapter_tensor(name)}
         (staged / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
         for name, text in texts.items():
             (staged / name).write_text(text, encoding="utf-8")
@@ -55,7 +55,7 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assert layers[0].lora_A is not None
     rank = layers[0].lora_A.out_features
-    alpha = layers[0].scaling * rank
+    alpha = round(layers[0].scaling * rank, 9)  # the division may have cost a last digit
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,7 +69,7 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {ADAPTER_PREFIX + name: tensor.float() for name, tensor in _weights(trunk).items() if _is_adapter(name)}
+    tensors = {ADAPTER_PREFIX + name: tensor.float() for name, tensor in _weights(trunk).items() if is_adapter_tensor(name)}
     partial = folder / ".adapter_model.safetensors.partial"
     partial.write_bytes(save(tensors, {"format": "pt"}))
     partial.replace(folder / "adapter_model.safetensors")
@@ -87,7 +87,7 @@ def round_weights(trunk: TriModeTrunk) -> None:
     """Round the weights in place to what :func:`write_checkpoint` will write; the adapter keeps float32."""
     with torch.no_grad():
         for name, parameter in trunk.named_parameters():
-            if not _is_adapter(name):
+            if not is_adapter_tensor(name):
                 parameter.copy_(parameter.bfloat16())
 
 
@@ -98,10 +98,6 @@ def adapter_layers(trunk: TriModeTrunk) -> list[LowRankLinear]:
 
 def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in trunk.state_dict().items()}
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class DrafterSettings:
         token_weight, distribution_weight: of the cross-entropy to the verifier's token, and of KL(verifier || drafter).
         warm_up, decay: shares of the budget over which the learning rate rises and falls.
         autocast: computes in bfloat16 where that is safe.
+        block_length: slots of a block that will be drafted; None = the model's.
     """
 
     learning_rate: float = 2e-3
@@ -69,6 +71,7 @@ class DrafterSettings:
     distribution_weight: float = 1.0
     seed: int = 0
     autocast: bool = True
+    block_length: int | None = None
 
 
 class DraftForward(NamedTuple):
@@ -121,35 +124,99 @@ def train_drafter(
     Raises:
         UsageError: the trunk has no adapter.
     """
-    settings = settings or DrafterSettings()
-    weights = reset_adapter(trunk, settings.seed)
-    needed_grad = {p: p.requires_grad for p in trunk.parameters()}
-    trunk.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        return _train(trunk, answers, budget, settings, report, weights)
-    finally:
-        for parameter, needed in needed_grad.items():
-            parameter.requires_grad_(needed)
-            parameter.grad = None
+    return DrafterTraining(trunk, settings).run(answers, budget, report)
+
+
+class DrafterTraining:
+    """A training of the trunk's adapter, in place, that can be stopped after any step and taken up again.
+
+    Args:
+        trunk: as for :func:`train_drafter`.
+        settings: see :class:`DrafterSettings`.
+        from_scratch: begin with a fresh adapter; otherwise with the one that the trunk has.
+
+    Raises:
+        UsageError: the trunk has no adapter.
+    """
+
+    def __init__(self, trunk: TriModeTrunk, settings: DrafterSettings | None = None, *, from_scratch: bool = True) -> None:
+        self.trunk, self.settings = trunk, settings or DrafterSettings()
+        self.progress = DrafterProgress()
+        self._weights = reset_adapter(trunk, self.settings.seed) if from_scratch else adapter_weights(trunk)
+        self._optimizer = torch.optim.AdamW(self._weights, lr=self.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self._generator, self._rng = torch.Generator().manual_seed(self.settings.seed), random.Random(self.settings.seed)
+        self._lengths = window_lengths(self.settings.block_length or trunk.config.block_size)
+
+    def run(self, answers: Iterator[Answers], budget: Budget, report: Report = lambda _progress, _share: None) -> DrafterProgress:
+        """Train until the budget is used up, counting what has been used before; ``report`` is called after each step."""
+        progress, started = self.progress, time.monotonic() - self.progress.seconds
+        with _learning(self.trunk, self._weights):
+            while (share := budget.progress(progress.seconds, progress.step)) < 1:
+                loss = self._step(next(answers), share)
+                _record(progress, loss)
+                progress.seconds = time.monotonic() - started
+                report(progress, share)
+        log.info("drafter: %d steps, loss %.3f, %.2f slots accepted", progress.step, progress.loss, progress.accepted)
+        return progress
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads; tensors are not copied."""
+        return {
+            "weights": [weight.detach() for weight in self._weights],
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "rng": self._rng.getstate(),
+            "progress": vars(self.progress),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue a training of the same settings; the next step is the one that it would have made, given the next answers."""
+        with torch.no_grad():
+            for weight, saved in zip(self._weights, state["weights"], strict=True):
+                weight.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        version, words, gauss = state["rng"]
+        self._rng.setstate((version, tuple(words), gauss))
+        self.progress = DrafterProgress(**state["progress"])
+
+    def _step(self, batch: Answers, share: float) -> DrafterLoss:
+        settings, length = self.settings, self._rng.choice(self._lengths)
+        starts = window_starts(batch, max(1, settings.noisy_slots // length), self._generator)
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=settings.autocast):
+            forward = draft_forward(self.trunk, batch, starts, length)
+        loss = drafter_loss(forward, token_weight=settings.token_weight, distribution_weight=settings.distribution_weight)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate_at(share, warm_up=settings.warm_up, decay=settings.decay)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._weights, 1.0)
+        self._optimizer.step()
+        return loss
+
+
+def adapter_weights(trunk: TriModeTrunk) -> list[nn.Parameter]:
+    """The weights of the branch, layer by layer.
+
+    Raises:
+        UsageError: the trunk has no adapter.
+    """
+    weights = [weight for layer in adapter_layers(trunk) for name, weight in layer.named_parameters() if name != "weight"]
+    if not weights:
+        raise UsageError("expected a trunk with a drafter adapter, found one without", "give TriModeTrunk a drafter_rank")
+    return weights
 
 
 def reset_adapter(trunk: TriModeTrunk, seed: int) -> list[nn.Parameter]:
     """Make the branch a fresh one, random down and zero up, so that it changes nothing yet; returns its weights."""
-    weights: list[nn.Parameter] = []
+    weights = adapter_weights(trunk)
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapter_layers(trunk):
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        bound = layer.in_features**-0.5
-        drawn = torch.rand(layer.lora_A.weight.shape, generator=generator) * 2 * bound - bound
+    for down, up in zip(weights[::2], weights[1::2], strict=True):
+        bound = down.shape[1] ** -0.5
+        drawn = torch.rand(down.shape, generator=generator) * 2 * bound - bound
         with torch.no_grad():
-            layer.lora_A.weight.copy_(drawn)
-            layer.lora_B.weight.zero_()
-        weights += [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
-    if not weights:
-        raise UsageError("expected a trunk with a drafter adapter, found one without", "give TriModeTrunk a drafter_rank")
+            down.copy_(drawn)
+            up.zero_()
     return weights
 
 
@@ -238,30 +305,19 @@ def draft_forward(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length:
     return DraftForward(trunk.head(noisy[:, :, 1:]), verifier_logits, tokens[..., 1:], slots[..., 1:] <= answers.end[:, :, None])
 
 
-def _train(
-    trunk: TriModeTrunk, answers: Iterator[Answers], budget: Budget, settings: DrafterSettings, report: Report, weights: list[nn.Parameter]
-) -> DrafterProgress:
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    generator, rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
-    lengths = window_lengths(trunk.config.block_size)
-    progress, started = DrafterProgress(), time.monotonic()
-    while (share := budget.progress(progress.seconds, progress.step)) < 1:
-        batch, length = next(answers), rng.choice(lengths)
-        starts = window_starts(batch, max(1, settings.noisy_slots // length), generator)
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=settings.autocast):
-            forward = draft_forward(trunk, batch, starts, length)
-        loss = drafter_loss(forward, token_weight=settings.token_weight, distribution_weight=settings.distribution_weight)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate_at(share, warm_up=settings.warm_up, decay=settings.decay)
-        optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        _record(progress, loss)
-        progress.seconds = time.monotonic() - started
-        report(progress, share)
-    log.info("drafter: %d steps, loss %.3f, %.2f slots accepted", progress.step, progress.loss, progress.accepted)
-    return progress
+@contextmanager
+def _learning(trunk: TriModeTrunk, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Only these weights take gradients; afterwards all is as before."""
+    needed_grad = {p: p.requires_grad for p in trunk.parameters()}
+    trunk.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, needed in needed_grad.items():
+            parameter.requires_grad_(needed)
+            parameter.grad = None
 
 
 def _record(progress: DrafterProgress, loss: DrafterLoss) -> None:

@@ -7,6 +7,7 @@ over the whole vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,13 @@ LayerSlots = tuple[Tensor, Tensor]
 """Keys and values of one layer, each ``(1, G, n, D)``."""
 
 
-def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "float32", digest: SourceDigest | None = None) -> TriModeTrunk:
+def load_trunk(
+    checkpoint: Checkpoint,
+    num_positions: int,
+    stored: DType = "float32",
+    digest: SourceDigest | None = None,
+    exact: Container[str] = (),
+) -> TriModeTrunk:
     """The trunk of a checkpoint in float32, ready for inference; takes four bytes of memory a parameter.
 
     Args:
@@ -32,6 +39,7 @@ def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "floa
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
         digest: of the same checkpoint; has seen all of it afterwards.
+        exact: names of the weights that are not rounded, because something else will be done to them: those that a bundle quantizes.
 
     Raises:
         CheckpointError: a file of the checkpoint ends too early.
@@ -44,8 +52,9 @@ def load_trunk(checkpoint: Checkpoint, num_positions: int, stored: DType = "floa
         )
     weights = {}
     for name, entry in checkpoint.tensors.items():
-        raw = bytearray().join(digest.read(name, stored))
-        weights[name] = torch.frombuffer(raw, dtype=getattr(torch, stored)).float().reshape(entry.shape)
+        dtype: DType = "float32" if name in exact else stored
+        raw = bytearray().join(digest.read(name, dtype))
+        weights[name] = torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
     trunk.load_state_dict(weights, assign=True)
     return trunk.eval().requires_grad_(False)
 
@@ -110,7 +119,7 @@ class TorchSession:
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
         cache.is_causal = role != "draft"
-        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.diffusion_head.weight.device)
+        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.encoder.norm.weight.device)
         positions = torch.arange(past_length, past_length + ids.shape[1], device=ids.device)[None]
         scale = drafter_scale if role == "draft" and drafter_scale else None
         hidden = self.trunk(ids, positions, cache, scale)  # (1, T, hidden_size)
@@ -131,16 +140,20 @@ class TorchSession:
         kept = cache.layers
         ids, probabilities = self.drafts_behind(cache, past_length + int(accepted[0]) + 1, input_ids.shape[1])
         cache.replace(kept)
-        # The token behind the accepted ones is known already: its candidates are the causal ones.
-        best = torch.from_numpy(logits[:, int(accepted[0])]).softmax(-1).topk(ids.shape[-1], -1)
-        ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
-        return greedy, accepted, logits, ids, probabilities
+        return greedy, accepted, logits, *led_by_causal(ids, probabilities, logits[:, int(accepted[0])])
 
     def drafts_behind(self, cache: TorchCache, past_length: int, rows: int) -> tuple[Array, Array]:
         """Candidates and probabilities, ``(1, rows, 5)``, of masked slots behind ``past_length`` tokens; their K/V end up in the cache."""
         masked = np.full((1, rows), self.trunk.config.mask_token_id, np.int64)
         ids, probabilities = self.forward("draft", cache, masked, past_length)
         return ids, probabilities
+
+
+def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Array, Array]:
+    """Candidates and probabilities of slots, ``(B, T, 5)``, those of the first slot replaced by what causal ``logits (B, V)`` say of its token."""
+    best = torch.from_numpy(logits).softmax(-1).topk(ids.shape[-1], -1)
+    ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
+    return ids, probabilities
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:

@@ -11,25 +11,31 @@ import onnx_ir as ir
 from trimode.compiler.cache import ContentCache, key_of
 from trimode.compiler.engine_builder import EngineJob
 from trimode.compiler.engines import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
-from trimode.compiler.graphfile import point_into_pack
+from trimode.compiler.graphfile import point_into_packs
 from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, lower, to_bytes
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
 from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
-from trimode.compiler.weights import PackLayout
+from trimode.compiler.quantize.products import AccuracyLevel, MultiplyInt4
+from trimode.compiler.weights import PackedTensor
 from trimode.graphs.contract import DType, Role
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import TargetRecord
 
 Graphs = dict[Role, ir.Model]
+Packs = dict[Path, str]
+"""Weight packs of a precision, its own first, and the sha256 of each."""
+
+INT4_ACCURACY_LEVEL: AccuracyLevel = 1
+"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike. docs/quantization.md has what 4 would gain."""
 
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
-    """The passes of the portable graphs: float32 arithmetic over what the pack holds."""
+    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for products with int4 weights."""
     passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack)]
     if dtype != "float32":
         passes.append(StoredType(dtype))
-    return lower(graph, *passes)
+    return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
 def lower_for(record: TargetRecord, graph: ir.Model, pack: Mapping[str, Stored] = MappingProxyType({})) -> ir.Model:
@@ -45,18 +51,18 @@ def lower_for(record: TargetRecord, graph: ir.Model, pack: Mapping[str, Stored] 
     return lower(graph, *passes)
 
 
-def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, layout: PackLayout, folder: Path) -> None:
+def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path) -> None:
     """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record gives."""
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
             for role, graph in graphs.items():
                 path = folder / record.graphs[role].file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(to_bytes(lower_for(record, graph, layout.tensors)))
+                path.write_bytes(to_bytes(lower_for(record, graph, tensors)))
 
 
 def compile_engines(
-    plan: BuildPlan, graphs: Graphs, layout: PackLayout, pack: Path, pack_sha256: str | None, folder: Path, cache: ContentCache | None,
+    plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], packs: Packs | None, folder: Path, cache: ContentCache | None,
     progress: Progress,
 ) -> int:  # fmt: skip
     """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
@@ -64,9 +70,8 @@ def compile_engines(
     Args:
         plan: targets and options.
         graphs: as traced.
-        layout: what lies where in the pack.
-        pack: the weight pack, which ``baked`` engines copy.
-        pack_sha256: its digest, which those depend on; None where it is not written yet, and no engine is baked.
+        tensors: what lies where in the packs.
+        packs: which ``baked`` engines copy; None where no engine is baked, and one may not be written yet.
         folder: of the bundle, or where its new parts are staged.
         cache: of engines; None = compile all.
         progress: told about the stage.
@@ -78,8 +83,8 @@ def compile_engines(
     if not records:
         return 0
     # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered once, and lies beside the engines meanwhile.
-    lowered = {role: _write_lowered(next(iter(records.values())), role, graph, layout, pack, folder) for role, graph in graphs.items()}
-    tasks = [_task(plan, name, role, path, pack, pack_sha256) for name in records for role, path in lowered.items()]
+    lowered = {role: _write_lowered(next(iter(records.values())), role, graph, tensors, folder) for role, graph in graphs.items()}
+    tasks = [_task(plan, name, role, path, packs) for name in records for role, path in lowered.items()]
     advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     try:
         return build_engines(tasks, cache, plan.options.num_jobs or default_num_workers(), advance)
@@ -88,30 +93,29 @@ def compile_engines(
             path.unlink()
 
 
-def _write_lowered(record: TargetRecord, role: Role, graph: ir.Model, layout: PackLayout, pack: Path, folder: Path) -> Path:
-    lowered = lower_for(record, graph, layout.tensors)
+def _write_lowered(record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], folder: Path) -> Path:
+    lowered = lower_for(record, graph, tensors)
     if record.placement == "baked":
-        point_into_pack(lowered, layout, pack)
+        point_into_packs(lowered, tensors, folder)
     path = folder / f".{role}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
 
 
-def _task(plan: BuildPlan, name: str, role: Role, graph: Path, pack: Path, pack_sha256: str | None) -> EngineTask:
+def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | None) -> EngineTask:
     record, target = plan.records[name], plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
-    is_baked = record.placement == "baked"
-    assert pack_sha256 is not None or not is_baked
+    assert (packs is not None) == (record.placement == "baked")
     output = graph.parent / record.graphs[role].file
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
     job = EngineJob(
-        library=record.backend, graph=graph, pack=pack if is_baked else None, output=output, compute_capability=record.compute_capability,
+        library=record.backend, graph=graph, packs=tuple(packs) if packs else (), output=output, compute_capability=record.compute_capability,
         profiles=record.graphs[role].profiles, workspace_bytes=workspace, timing_cache=plan.options.timing_cache,
     )  # fmt: skip
     key = key_of(
         kind="engine", graph=sha256_of(graph), library=record.library, compute_capability=record.compute_capability,
-        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack=pack_sha256 if is_baked else None,
+        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack="+".join(packs.values()) if packs else None,
     )  # fmt: skip
     return EngineTask(target, plan.precision, key, job)

@@ -23,6 +23,7 @@ class BuildRequest:
     targets: tuple[str, ...]
     precision: str | None
     calibration: str | None
+    drafter: Path | None
     max_length: int | None
     block_lengths: str | None
     max_batch: int
@@ -42,6 +43,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         targets=request.targets,
         precision=request.precision,
         calibration=_calibration(request.calibration),
+        drafter=request.drafter,
         max_length=request.max_length,
         block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,
@@ -71,8 +73,9 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
     manifest = result.manifest
     return {
         "bundle": str(output),
-        "precision": manifest.precision,
-        "targets": list(manifest.targets),
+        "precision": result.precision,
+        "precisions": list(manifest.precisions),
+        "targets": list(result.record.targets),
         "built": list(result.built),
         "cached_engines": result.num_cached,
         "num_bytes": sum(record.num_bytes for record in manifest.files.values()),
@@ -83,6 +86,8 @@ def _in_words(output: Path, result: BuildResult) -> str:
     manifest = result.manifest
     size = sum(record.num_bytes for record in manifest.files.values()) / 1e6
     if not result.built:
-        return f"{output} is up to date: {', '.join(manifest.targets)} in {manifest.precision}, {size:.1f} MB"
+        return f"{output} is up to date: {', '.join(result.record.targets)} in {result.precision}, {size:.1f} MB"
+    others = [name for name in manifest.precisions if name != result.precision]
+    beside = f" beside {', '.join(others)}" if others else ""
     cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
-    return f"built {output}: {', '.join(result.built)} in {manifest.precision} over one weight pack, {size:.1f} MB{cached}"
+    return f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} MB{cached}"

@@ -12,6 +12,7 @@ from typing import Any, cast
 from trimode.calib.quantize.job import calibrate, check_output
 from trimode.calib.quantize.settings import QuantizeSettings
 from trimode.calib.quantize.texts import Text
+from trimode.calib.quantize.work import check_work_folder, work_folder_of
 from trimode.compiler.console import RichProgress
 from trimode.compiler.plan import describe_model
 from trimode.compiler.run_command import Prompt, read_prompts_file
@@ -37,10 +38,12 @@ class CalibrateRequest:
     quantizes_head: bool
     device: str
     as_json: bool
+    memory_gib: float | None = None
+    resume: bool = False
 
 
 def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
-    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. Errors are raised before anything is written."""
+    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. ``output`` is written whole or not at all."""
     settings = QuantizeSettings(
         precision=cast("QuantizedPrecision", request.precision),
         modes=cast("tuple[Role, ...]", tuple(part.strip() for part in request.modes.split(",") if part.strip())),
@@ -51,13 +54,21 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
         is_per_channel=request.is_per_channel,
         quantizes_head=request.quantizes_head,
         device=request.device,
+        memory_gib=request.memory_gib,
     )
     settings.check()
     check_output(output)
+    check_work_folder(work_folder_of(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
-    with RichProgress() as progress:
-        calibration = calibrate(checkpoint, describe_model(checkpoint), texts, sha256_of(request.data), output, settings, progress)
+    model, data_sha256 = describe_model(checkpoint), sha256_of(request.data)
+    try:
+        with RichProgress() as progress:
+            calibration = calibrate(checkpoint, model, texts, data_sha256, output, settings, progress, resume=request.resume)
+    except KeyboardInterrupt:
+        if work_folder_of(output).exists():
+            sys.stderr.write(f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n")
+        raise
     if request.as_json:
         sys.stdout.write(json.dumps(_as_data(output, calibration)) + "\n")
     sys.stderr.write(_in_words(output, calibration) + "\n")

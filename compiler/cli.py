@@ -38,7 +38,10 @@ class _Jobs(TyperGroup):
 
 calibrate = typer.Typer(cls=_Jobs, no_args_is_help=True, help="Find what a build needs from data; without the name of a job: scales.")
 app.add_typer(calibrate, name="calibrate")
+report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
+app.add_typer(report, name="report")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
+RunPrecision = Annotated[str | None, typer.Option("--precision", help="One of the bundle's; the one that was built first if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -70,11 +73,14 @@ def build(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out what the GPUs prefer and all targets can run, fp32 on a CPU."),
+        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out the bundle's first, for a new one what its targets prefer."),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Scales for fp8, int8 or int4; rtn rounds int8 or int4 weights to nearest, without calibration."),
+    ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
@@ -92,12 +98,12 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, for one target or several; add targets to a bundle that exists."""
+    """Compile a checkpoint into a bundle, for one target or several; add targets, or a precision, to a bundle that exists."""
     _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock", "platformdirs")
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, max_length, block_lengths, max_batch, quadratic, weights, workspace,
+        tuple(target or ("cpu",)), precision, calibration, drafter, max_length, block_lengths, max_batch, quadratic, weights, workspace,
         timing_cache, jobs, no_cache, force, as_json,
     )  # fmt: skip
     run_build(checkpoint, output, request)
@@ -117,6 +123,16 @@ def scales(
     per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
     device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", help="Decode with float32 weights in memory if they fit into this, else from the files; half of what is free if left out."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where the same command was interrupted; without it, what that left in CALIBRATION.work is deleted."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the scales for a quantized build, from prompts answered in every mode."""
@@ -124,17 +140,116 @@ def scales(
     _need("calibration", "calib", "modelopt", "requests")
     from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
 
-    request = CalibrateRequest(precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json)
+    request = CalibrateRequest(
+        precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json, memory, resume
+    )
     run_calibrate(checkpoint, output, request)
+
+
+@calibrate.command()
+def sensitivity(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
+    calibration: Annotated[Path, typer.Option(metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100.")],
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
+    ranking_samples: Annotated[int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")] = 8,
+    modes: Annotated[
+        str, typer.Option(metavar="MODE,...", help="That have to hold the budget: ar, diffusion, linear-spec.")
+    ] = "ar,diffusion,linear-spec",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Leave the most sensitive layers in high precision, as many as a budget on exact match asks for."""
+    _need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.compiler.sensitivity_command import SensitivityRequest, run_sensitivity
+
+    request = SensitivityRequest(calibration, data, max_drop, samples, ranking_samples, modes, max_new_tokens, seed, device, as_json)
+    run_sensitivity(checkpoint, output, request)
+
+
+@report.command()
+def quantization(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace.")],
+    calibration: Annotated[list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8 and rtn-int4 round to nearest.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
+    modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization costs in each mode; exit code 1 if self-speculation does not give autoregression's tokens."""
+    _need("the report", "compile", "torch", "safetensors", "ml_dtypes")
+    if not no_figure:
+        _need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
+    from trimode.compiler.report_command import ReportRequest, run_report
+
+    request = ReportRequest(tuple(calibration), data, samples, modes, max_new_tokens, seed, device, not no_figure, as_json)
+    if not run_report(checkpoint, output, request):
+        raise typer.Exit(1)
+
+
+@calibrate.command()
+def drafter(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER", help="Folder to write, or a trained adapter to replace.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the drafter is for; if left out nothing is quantized.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
+    ] = "float32",
+    steps: Annotated[int | None, typer.Option(help="Steps of training; 300 if neither this nor --minutes is given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing answers and measuring.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Slots of a block that will be drafted; the model's if left out.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a fresh adapter, whose branch is scaled by alpha / rank; 4 times the rank if left out.")
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with a fresh adapter, not with the checkpoint's.")] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the drafter's adapter on what the model itself answers, quantized if it will be; for `trimode build --drafter`."""
+    _need("training", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.calib.drafter_job.settings import DrafterJobSettings
+    from trimode.compiler.drafter_command import DrafterRequest, run_drafter
+
+    settings = DrafterJobSettings(
+        dtype, steps, minutes, samples, held_out, block_length, rank, alpha, from_scratch, learning_rate, batch_size, seed, max_new_tokens, device,  # type: ignore[arg-type]  # its check refuses any other type
+    )  # fmt: skip
+    run_drafter(checkpoint, output, DrafterRequest(data, calibration, resume, as_json), settings)
 
 
 @app.command()
 def verify(
     bundle: BundlePath,
     against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from.")],
+    precision: RunPrecision = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Compare the scales with this calibration's, too; those of rtn are always compared.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
     long: Annotated[
         int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
     ] = None,
@@ -146,7 +261,8 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    if not run_verify(bundle, VerifyRequest(against, target, prompts_file, seed, long, max_new_tokens, threads, as_json)):
+    request = VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)
+    if not run_verify(bundle, request):
         raise typer.Exit(1)
 
 
@@ -182,17 +298,36 @@ def run(
     block_length: Annotated[int | None, typer.Option(help="Slots of a block; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
-    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what fits if left out.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0, the most probable token, if left out.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable tokens that together have this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from tokens of at least this share of the highest probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Divides the logits of tokens that were there before; 1 is none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws, for each prompt; drawn and reported if left out.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer, which ends before it; repeatable.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens to generate.")] = None,
+    max_thinking_tokens: Annotated[int | None, typer.Option(help="Tokens after which thinking is ended.")] = None,
+    end_think_token_id: Annotated[int | None, typer.Option(metavar="ID", help="Ends thinking; the tokenizer's </think> if left out.")] = None,
+    logprobs: Annotated[int | None, typer.Option(metavar="N", help="With --json, log-probabilities of each token and of the N best.")] = None,
+    precision: RunPrecision = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
-    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where TensorRT-RTX keeps kernels it compiles for this GPU.")] = None,
+    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, or token ids, in one of the modes."""
     from trimode.compiler.run_command import RunRequest, run_prompts
 
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "stop": stop, "min_new_tokens": min_new_tokens, "max_thinking_tokens": max_thinking_tokens, "end_think_token_id": end_think_token_id,
+        "logprobs": logprobs,
+    }  # fmt: skip
+    choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(
-        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, target, threads, runtime_cache, as_json
-    )
+        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
+        runtime_cache, as_json, choices,
+    )  # fmt: skip
     run_prompts(bundle, request)
 
 

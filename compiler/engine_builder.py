@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trimode.runtime.manifest import ProfileRecord
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.tensorrt_library import make_logger
 
 
@@ -25,7 +25,7 @@ class EngineJob(BaseModel):
     Attributes:
         library: the module that compiles.
         graph: lowered ONNX file.
-        pack: weight pack, where the graph keeps its weights as initializers.
+        packs: of the precision, its own first, where the graph keeps its weights as initializers; else none.
         output: engine file to write.
         compute_capability: of the GPU, as ``8.9``.
         profiles: one optimization profile each, in this order.
@@ -37,7 +37,7 @@ class EngineJob(BaseModel):
 
     library: Literal["tensorrt_rtx", "tensorrt"]
     graph: Path
-    pack: Path | None
+    packs: tuple[Path, ...]
     output: Path
     compute_capability: str
     profiles: tuple[ProfileRecord, ...]
@@ -67,8 +67,8 @@ def build_engine(job: EngineJob, on_progress: Callable[[float], bool]) -> None:
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
-    pack = WeightPack(job.pack) if job.pack else None  # must outlive the build: the parser keeps its addresses
-    _parse(trt, network, logger, job.graph, pack)
+    weights = PrecisionWeights(job.packs) if job.packs else None  # must outlive the build: the parser keeps its addresses
+    _parse(trt, network, logger, job.graph, weights)
     config = builder.create_builder_config()
     config.progress_monitor = monitor = _make_monitor(trt, on_progress)
     if job.workspace_bytes is not None:
@@ -91,14 +91,14 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(trt: Any, network: Any, logger: Any, graph: Path, pack: WeightPack | None) -> None:
+def _parse(trt: Any, network: Any, logger: Any, graph: Path, weights: PrecisionWeights | None) -> None:
     parser = trt.OnnxParser(network, logger)
-    if pack is None:
+    if weights is None:
         parsed = parser.parse(graph.read_bytes())
     else:
         parser.load_model_proto(graph.read_bytes())
-        for name in pack.entries:
-            data = pack.raw(name)
+        for name in weights.entries:
+            data = weights.raw(name)
             parser.load_initializer(name, data.ctypes.data, data.nbytes)  # False for what this graph does not use
         parsed = parser.parse_model_proto()
     if not parsed:

@@ -10,8 +10,8 @@ from trimode.compiler.progress import Progress
 from trimode.errors import BundleError, UsageError
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.source import SourceDigest, stamp_of
-from trimode.runtime.bundle import open_bundle
-from trimode.runtime.manifest import MANIFEST, Manifest
+from trimode.runtime.bundle import files_of, open_bundle
+from trimode.runtime.manifest import MANIFEST, Manifest, PrecisionName
 
 _FORCE = "pass --force to replace it, or choose another output"
 
@@ -32,38 +32,44 @@ def read_existing(output: Path) -> Manifest | None:
 
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
     """What is left of a plan when the bundle has some of its targets, exactly as planned, already."""
-    left = {name: record for name, record in plan.records.items() if base.targets.get(name) != record}
+    there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
+    left = {name: record for name, record in plan.records.items() if there.get(name) != record}
     return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
 
 
 def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress) -> None:
-    """Refuse to mix: the bundle must hold this checkpoint, in this precision, for these lengths.
+    """Refuse to mix: the bundle must hold this checkpoint, for these lengths, and in this precision, if at all, by the same calibration.
 
     Raises:
         UsageError: it does not.
+        CheckpointError: the calibration of a precision that is to be added is of another checkpoint.
     """
-    if base.precision != plan.precision:
-        found = f"{output}: expected a bundle in {plan.precision}, found one in {base.precision}, which all its targets share"
-        raise UsageError(found, _FORCE)
-    if plan.quantization is not None and plan.quantization.record != base.calibration:
-        asked, held = plan.quantization.record, base.calibration
+    there = base.precisions.get(plan.precision)
+    if there is not None and plan.quantization is not None and plan.quantization.record != there.calibration:
+        asked, held = plan.quantization.record, there.calibration
         found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
         raise UsageError(found, _FORCE)
     if not _same_source(base, plan.checkpoint, progress):
-        found = f"{output}: expected a bundle of {plan.checkpoint.path}, found one of other weights ({base.source.name})"
+        drafter = f" with the drafter {plan.checkpoint.adapter}" if plan.checkpoint.adapter else ""
+        found = f"{output}: expected a bundle of {plan.checkpoint.path}{drafter}, found one of other weights ({base.source.name})"
         raise UsageError(found, _FORCE)
     for name, found in base.model.model_dump().items():
         expected = getattr(plan.model, name)
         if found != expected:
             raise UsageError(f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE)
+    if there is None and plan.quantization is not None:
+        plan.quantization.check_source(base.source.sha256)
 
 
-def drop_targets(base: Manifest, names: list[str]) -> Manifest:
-    """The manifest without these targets and the files that only they use."""
-    kept = {name: record for name, record in base.targets.items() if name not in names}
-    gone = {engine.file for name in names if name in base.targets for engine in base.targets[name].graphs.values()}
-    gone -= {engine.file for record in kept.values() for engine in record.graphs.values()} | {graph.file for graph in base.graphs.values()}
-    return base.model_copy(update={"targets": kept, "files": {name: record for name, record in base.files.items() if name not in gone}})
+def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
+    """The manifest without these targets of a precision, if it has any, and the files that only they use."""
+    if precision not in base.precisions:
+        return base
+    record = base.precisions[precision]
+    rest = record.model_copy(update={"targets": {name: target for name, target in record.targets.items() if name not in names}})
+    gone = files_of(record) - files_of(rest)
+    files = {name: file for name, file in base.files.items() if name not in gone}
+    return base.model_copy(update={"precisions": {**base.precisions, precision: rest}, "files": files})
 
 
 def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> bool:

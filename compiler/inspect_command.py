@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trimode.runtime.bundle import read_manifest
-from trimode.runtime.manifest import CalibrationRecord, Manifest, ProfileRecord, TargetRecord
+from trimode.runtime.manifest import CalibrationRecord, Manifest, PrecisionName, PrecisionRecord, ProfileRecord, TargetRecord
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
@@ -22,23 +22,28 @@ def inspect_bundle(path: Path, *, as_json: bool) -> None:
 
 
 def sharing(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the pack, how many compiled graphs read it, and the bytes that a copy in each of them would take on top."""
-    pack_bytes = manifest.files[manifest.weights.file].num_bytes
-    users = sum(len(record.graphs) for record in manifest.targets.values() if record.placement != "baked")
-    return {"pack_bytes": pack_bytes, "graphs": users, "bytes_saved": pack_bytes * max(users - 1, 0)}
+    """Bytes of the packs, how many compiled graphs read them, and the bytes that a copy in each of these would take on top."""
+    pack_bytes = sum(manifest.files[name].num_bytes for name in {pack for record in manifest.precisions.values() for pack in record.packs})
+    users = {name: _readers(record) for name, record in manifest.precisions.items()}
+    copies = sum(manifest.precisions[name].weight_bytes * count for name, count in users.items())
+    return {"pack_bytes": pack_bytes, "graphs": sum(users.values()), "bytes_saved": max(copies - pack_bytes, 0)}
+
+
+def _readers(record: PrecisionRecord) -> int:
+    """Compiled graphs that read the packs."""
+    return sum(len(target.graphs) for target in record.targets.values() if target.placement != "baked")
 
 
 def describe(manifest: Manifest) -> list[str]:
     """The manifest in lines for people."""
-    return [*_model(manifest), "", *_graphs(manifest), *_targets(manifest), "", *_files(manifest), "", *_versions(manifest)]
+    precisions = [line for name, record in manifest.precisions.items() for line in ("", *_precision(manifest, name, record))]
+    return [*_model(manifest), "", *_graphs(manifest), *precisions, "", *_sharing(manifest), "", *_files(manifest), "", *_versions(manifest)]
 
 
 def _model(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
     size, heads = manifest.source.num_parameters / 1e6, f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}"
-    yield f"model      {manifest.source.name}, {size:.1f} M parameters, {manifest.precision}"
-    if manifest.calibration is not None:
-        yield f"quantized  {_calibration(manifest.calibration)}; the rest in {manifest.weights.dtype}"
+    yield f"model      {manifest.source.name}, {size:.1f} M parameters, {', '.join(manifest.precisions)}"
     yield f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}"
     yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
     yield f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})"
@@ -51,27 +56,39 @@ def _calibration(record: CalibrationRecord) -> str:
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:
-    for role, graph in manifest.graphs.items():
-        yield f"{role:<9} {graph.contract.attention:<14} {graph.file}"
-        for kind, specs in (("in", graph.contract.inputs), ("out", graph.contract.outputs)):
+    for role, contract in manifest.contracts.items():
+        yield f"{role:<9} {contract.attention}"
+        for kind, specs in (("in", contract.inputs), ("out", contract.outputs)):
             yield from (f"          {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs)
 
 
-def _targets(manifest: Manifest) -> Iterator[str]:
-    facts = sharing(manifest)
-    yield ""
-    for name, record in manifest.targets.items():
+def _precision(manifest: Manifest, name: PrecisionName, record: PrecisionRecord) -> Iterator[str]:
+    kind = f"{_calibration(record.calibration)}; the rest in {manifest.dtype}" if record.calibration else f"all in {manifest.dtype}"
+    first = ", runs where none is asked for" if name == manifest.first_precision and len(manifest.precisions) > 1 else ""
+    yield f"{name:<14} {kind}{first}"
+    packs = ", ".join(f"{pack} ({manifest.files[pack].num_bytes / 1e6:.1f} MB)" for pack in record.packs)
+    yield f"               {record.weight_bytes / 1e6:.1f} MB of weights, in {packs}"
+    yield f"               portable graphs {', '.join(record.graphs.values())}"
+    yield from _targets(record)
+
+
+def _targets(precision: PrecisionRecord) -> Iterator[str]:
+    for name, record in precision.targets.items():
         where = f"compute capability {record.compute_capability}" if record.compute_capability else record.device
-        yield f"{name:<14} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
+        yield f"  {name:<12} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
         if record.capacity is not None:
             yield f"               K/V cache of {record.capacity} slots"
             yield from (f"               {role:<9} {_profiles(engine.profiles)}" for role, engine in record.graphs.items())
-    yield ""
+    yield from _baked(precision.targets)
+
+
+def _sharing(manifest: Manifest) -> Iterator[str]:
+    facts, count = sharing(manifest), len({pack for record in manifest.precisions.values() for pack in record.packs})
+    packs = "one pack" if count == 1 else f"{count} packs"
     yield (
-        f"weights        one pack of {facts['pack_bytes'] / 1e6:.1f} MB serves {facts['graphs']} compiled graphs: "
+        f"weights        {packs} of {facts['pack_bytes'] / 1e6:.1f} MB serve{'s' if count == 1 else ''} {facts['graphs']} compiled graphs: "
         f"{facts['bytes_saved'] / 1e6:.1f} MB less than a copy in each"
     )
-    yield from _baked(manifest.targets)
 
 
 def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:

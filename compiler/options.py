@@ -22,8 +22,9 @@ class BuildOptions:
     Attributes:
         targets: names of :mod:`trimode.compiler.targets`, or ``auto``.
         precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4); None = the calibration's, else the
-            first that the GPUs prefer and all targets can run; fp32 on a CPU.
+            first of the bundle that is added to, else the first that the GPUs prefer and all targets can run; fp32 on a CPU.
         calibration: folder with the scales of fp8, int8 or int4; ``rtn``: int8 or int4 weights by rounding to nearest, without any data.
+        drafter: folder of a drafter adapter that takes the place of the checkpoint's own.
         max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
         block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.
         max_batch: most sequences in one forward of a TensorRT engine.
@@ -40,6 +41,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ("cpu",)
     precision: str | None = None
     calibration: Path | Literal["rtn"] | None = None
+    drafter: Path | None = None
     max_length: int | None = None
     block_lengths: tuple[int, ...] | None = None
     max_batch: int = 1

@@ -1,19 +1,20 @@
 """checkpoint -> bundle, as a flat list of stages. Start reading here.
 
 A stage takes the state of the build and adds to it. A new bundle appears under its name only when the last stage is done; a bundle that
-exists already gets the targets it lacks, and is whole before, between and after.
+exists already gets the precision and the targets it lacks, and is whole before, between and after.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trimode
-from trimode.compiler.backends import Graphs, compile_engines, lower_portable, write_lowered_graphs
+from trimode.compiler.backends import Graphs, Packs, compile_engines, lower_portable, write_lowered_graphs
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.existing import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.graphfile import check_graph, save_graph
@@ -23,12 +24,13 @@ from trimode.compiler.progress import Progress, Silent
 from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
 from trimode.compiler.toolchain import require_toolchain
 from trimode.compiler.traced import traced_graph
-from trimode.compiler.weights import PackLayout, PackWriter, plan_pack, read_layout
+from trimode.compiler.weights import PackedTensor, PackLayout, PackWriter, held_in, plan_pack, read_tensors
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import graph_contract
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
-from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, WEIGHTS, FileRecord, GraphRecord, Manifest, PackRecord, SourceRecord
+from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
+from trimode.runtime.pack import PrecisionWeights
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -40,13 +42,20 @@ class BuildResult:
 
     Attributes:
         manifest: of the bundle as it is now.
-        built: targets that were added; none where the bundle had them all.
+        precision: that was built, or added to.
+        built: targets that were added to it; none where the bundle had them all.
         num_cached: engines that came from the cache.
     """
 
     manifest: Manifest
+    precision: PrecisionName
     built: tuple[str, ...]
     num_cached: int
+
+    @property
+    def record(self) -> PrecisionRecord:
+        """What the manifest says of the precision."""
+        return self.manifest.precisions[self.precision]
 
 
 @dataclass
@@ -55,8 +64,10 @@ class BuildState:
 
     Attributes:
         folder: where files are written; it becomes the bundle, or part of it.
-        pack: path of the weight pack; outside ``folder`` where the bundle exists already.
-        source: digest of the checkpoint, complete when the pack is written; None where no pack is written.
+        packs: paths of the precision's weight packs, its own first; outside ``folder`` where the bundle has them already.
+        tensors: what lies where in them.
+        layout: of the pack that is written; None where the precision is there already.
+        source: digest of the checkpoint, complete when the pack is written; None where the bundle exists already, which was compared with it.
         base: manifest of the bundle that exists already.
     """
 
@@ -64,8 +75,9 @@ class BuildState:
     progress: Progress
     cache: ContentCache | None
     folder: Path
-    pack: Path
-    layout: PackLayout
+    packs: list[Path]
+    tensors: dict[str, PackedTensor]
+    layout: PackLayout | None = None
     source: SourceDigest | None = None
     base: Manifest | None = None
     graphs: Graphs = field(default_factory=dict)
@@ -79,21 +91,21 @@ class BuildState:
         path = self.folder / name
         self.files[name] = FileRecord(sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size)
 
-    def pack_sha256(self) -> str:
-        """Digest of the weight pack, once it is written."""
-        if self.writer is not None:
-            return self.writer.result()
-        assert self.base is not None
-        return self.base.files[self.base.weights.file].sha256
+    def pack_sha256(self, path: Path) -> str:
+        """Digest of a weight pack, once it is written."""
+        if self.base is not None and path.name in self.base.files:
+            return self.base.files[path.name].sha256
+        assert self.writer is not None
+        return self.writer.result()
 
     def check_weights(self) -> None:
         """Raise what writing the pack raised, or that the calibration is of another checkpoint, as soon as it is known."""
         if self.writer is not None and self.writer.check() and self.source is not None and self.plan.quantization is not None:
-            self.plan.quantization.check_source(self.source.hexdigest())
+            self.plan.quantization.check_source(self.source.base_hexdigest())
 
 
 def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
-    """Build a bundle, or add targets to one.
+    """Build a bundle, or add a precision or targets to one.
 
     Args:
         checkpoint: folder of a Hugging Face checkpoint.
@@ -110,7 +122,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()
     check_destination(output)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, options.drafter)
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)
     cache = ContentCache(options.cache, options.cache_limit_bytes) if options.cache else None
@@ -123,23 +135,34 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
 def _create(plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization)
+    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization, file=plan.names.pack)
     with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
-        return _run(NEW_BUNDLE, BuildState(plan, progress, cache, folder, folder / WEIGHTS, layout, source))
+        return _run(NEW_BUNDLE, BuildState(plan, progress, cache, folder, [folder / plan.names.pack], layout.tensors, layout, source))
 
 
 def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
     check_same(base, output, plan, progress)
     plan = without_built(plan, base)
     if not plan.targets:
-        return BuildResult(base, (), 0)
+        return BuildResult(base, plan.precision, (), 0)
     for target in plan.targets.values():
         require_toolchain(target)
-    pack = output / base.weights.file
-    layout = read_layout(pack)
-    with added_to_bundle(output, base, drop_targets(base, list(plan.targets)), list(plan.targets)) as folder:
-        return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, pack, layout, base=base))
+    rest = drop_targets(base, plan.precision, list(plan.targets))
+    with added_to_bundle(output, base, rest, [plan.names.target(name) for name in plan.targets]) as folder:
+        if plan.precision in base.precisions:
+            packs = [output / name for name in base.precisions[plan.precision].packs]
+            return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, packs, read_tensors(PrecisionWeights(packs)), base=base))
+        held = held_in(output / name for name in _all_packs(base))
+        layout, _ = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization, file=plan.names.pack, held=held)
+        check_space(output, layout.num_bytes)
+        used = {tensor.file for tensor in layout.tensors.values()}
+        packs = [folder / plan.names.pack, *(output / name for name in _all_packs(base) if name in used)]
+        return _run(ADDED_PRECISION, BuildState(plan, progress, cache, folder, packs, layout.tensors, layout, base=base))
+
+
+def _all_packs(base: Manifest) -> list[str]:
+    return list(dict.fromkeys(name for record in base.precisions.values() for name in record.packs))
 
 
 def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) -> BuildResult:
@@ -152,7 +175,7 @@ def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) ->
             state.writer.stop()
     assert state.manifest is not None
     (state.folder / MANIFEST).write_text(state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return BuildResult(state.manifest, tuple(state.plan.targets), state.num_cached)
+    return BuildResult(state.manifest, state.plan.precision, tuple(state.plan.targets), state.num_cached)
 
 
 def trace_graphs(state: BuildState) -> None:
@@ -165,32 +188,47 @@ def trace_graphs(state: BuildState) -> None:
 
 def start_weights(state: BuildState) -> None:
     """Begin to copy the checkpoint into one pack: it waits for the disk while the next stages keep the processor busy."""
-    state.writer = PackWriter(state.layout, state.pack, state.progress.stage("write weights", state.layout.num_bytes))
+    assert state.layout is not None
+    state.writer = PackWriter(state.layout, state.packs[0], state.progress.stage("write weights", state.layout.num_bytes))
 
 
 def finish_weights(state: BuildState) -> None:
     """Wait for the pack."""
-    state.record(WEIGHTS, state.pack_sha256())
+    state.record(state.packs[0].name, state.pack_sha256(state.packs[0]))
 
 
 def write_graphs(state: BuildState) -> None:
-    """Save the portable graphs beside the pack they refer to, and check them."""
+    """Save the portable graphs beside the packs they refer to, and check them."""
     advance = state.progress.stage("write graphs", len(state.plan.roles))
-    for role, graph in state.graphs.items():
-        path = state.folder / f"{role}.onnx"
-        save_graph(lower_portable(state.plan.dtype, graph, state.layout.tensors), state.layout, state.pack, path)
-        check_graph(path)
-        state.record(path.name)
-        advance(1)
+    with _stand_ins(state.packs, state.folder):
+        for role, graph in state.graphs.items():
+            path = state.folder / state.plan.names.graph(role)
+            save_graph(lower_portable(state.plan.dtype, graph, state.tensors), state.tensors, path)
+            check_graph(path)
+            state.record(path.name)
+            advance(1)
+
+
+@contextlib.contextmanager
+def _stand_ins(packs: list[Path], folder: Path) -> Iterator[None]:
+    """For the time of a check, files of the size of those packs that lie elsewhere: ONNX refuses links and other folders."""
+    away = [pack for pack in packs if pack.parent != folder]
+    for pack in away:
+        with (folder / pack.name).open("wb") as stream:
+            stream.truncate(pack.stat().st_size)  # takes no room on the disk
+    try:
+        yield
+    finally:
+        for pack in away:
+            (folder / pack.name).unlink()
 
 
 def compile_targets(state: BuildState) -> None:
     """Lower the graphs for each target and compile its engines; those that copy the weights wait for the pack."""
-    write_lowered_graphs(state.plan, state.graphs, state.layout, state.folder)
+    write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
     is_baked = any(record.placement == "baked" for record in state.plan.records.values())
-    state.num_cached = compile_engines(
-        state.plan, state.graphs, state.layout, state.pack, state.pack_sha256() if is_baked else None, state.folder, state.cache, state.progress
-    )
+    packs: Packs | None = {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
+    state.num_cached = compile_engines(state.plan, state.graphs, state.tensors, packs, state.folder, state.cache, state.progress)
     for record in state.plan.records.values():
         for engine in record.graphs.values():
             if engine.file not in state.files and (state.folder / engine.file).is_file():  # portable graphs are recorded already
@@ -210,34 +248,47 @@ def copy_tokenizer(state: BuildState) -> None:
 def describe_bundle(state: BuildState) -> None:
     """The manifest of a new bundle."""
     plan, checkpoint = state.plan, state.plan.checkpoint
-    assert plan.precision != "nvfp4"
     assert state.source is not None
     state.manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        precision=plan.precision,
-        calibration=plan.quantization.record if plan.quantization else None,
         model=plan.model,
         source=SourceRecord(
             name=checkpoint.path.resolve().name,
             sha256=state.source.hexdigest(),
             stamp=stamp_of(checkpoint),
-            num_parameters=sum(tensor.num_elements for name, tensor in state.layout.tensors.items() if name in checkpoint.tensors),
+            num_parameters=sum(tensor.num_elements for name, tensor in state.tensors.items() if name in checkpoint.tensors),
         ),
-        graphs={role: GraphRecord(file=f"{role}.onnx", contract=graph_contract(role, plan.model)) for role in plan.roles},
-        weights=PackRecord(file=WEIGHTS, dtype=plan.dtype),
-        targets=plan.records,
+        dtype=plan.dtype,
+        contracts={role: graph_contract(role, plan.model) for role in plan.roles},
+        precisions={plan.precision: _describe_precision(state)},
         files=state.files,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
 
 
 def describe_additions(state: BuildState) -> None:
-    """The manifest of the bundle with its new targets."""
+    """The manifest of the bundle with its new precision, or new targets of one."""
     assert state.base is not None
-    rest = drop_targets(state.base, list(state.plan.targets))
-    state.manifest = rest.model_copy(update={"targets": {**rest.targets, **state.plan.records}, "files": {**rest.files, **state.files}})
+    precision = state.plan.precision
+    rest = drop_targets(state.base, precision, list(state.plan.targets))
+    there = rest.precisions.get(precision)
+    record = there.model_copy(update={"targets": {**there.targets, **state.plan.records}}) if there else _describe_precision(state)
+    update = {"precisions": {**rest.precisions, precision: record}, "files": {**rest.files, **state.files}}
+    state.manifest = rest.model_copy(update=update)
+
+
+def _describe_precision(state: BuildState) -> PrecisionRecord:
+    plan = state.plan
+    return PrecisionRecord(
+        calibration=plan.quantization.record if plan.quantization else None,
+        packs=tuple(path.name for path in state.packs),
+        weight_bytes=sum(tensor.num_bytes for tensor in state.tensors.values()),
+        graphs={role: plan.names.graph(role) for role in plan.roles},
+        targets=plan.records,
+    )
 
 
 NEW_BUNDLE = (start_weights, trace_graphs, write_graphs, compile_targets, copy_tokenizer, finish_weights, describe_bundle)
+ADDED_PRECISION = (start_weights, trace_graphs, write_graphs, compile_targets, finish_weights, describe_additions)
 ADDED_TARGETS = (trace_graphs, compile_targets, describe_additions)

@@ -14,9 +14,29 @@ from trimode.errors import UsageError
 from trimode.graphs.calibration import load_record
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ROLES, DType, ModelInfo, Role
-from trimode.runtime.manifest import EngineRecord, Manifest, TargetRecord
+from trimode.runtime.manifest import EngineRecord, Manifest, PrecisionName, TargetRecord
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """What the files of a precision are called in the bundle; ``suffix`` is empty for the one that was built first."""
+
+    suffix: str = ""
+
+    @property
+    def pack(self) -> str:
+        """The weights."""
+        return f"weights{self.suffix}.safetensors"
+
+    def graph(self, role: Role) -> str:
+        """A portable graph."""
+        return f"{role}{self.suffix}.onnx"
+
+    def target(self, name: str) -> str:
+        """The folder of a target's engines or graphs."""
+        return f"engines/{name}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -24,9 +44,10 @@ class BuildPlan:
     """What a build will make.
 
     Attributes:
-        dtype: of the weights in the pack that are not quantized; GPUs compute in it.
+        dtype: of the weights that are not quantized; GPUs compute in it.
         roles: graphs of the bundle.
         quantization: of the other weights; None where there are none, or where they are in the bundle that is added to.
+        names: of the precision's files.
         records: the manifest's entry of each target, known in full beforehand.
     """
 
@@ -34,9 +55,10 @@ class BuildPlan:
     checkpoint: Checkpoint
     model: ModelInfo
     roles: tuple[Role, ...]
-    precision: Precision
+    precision: PrecisionName
     dtype: DType
     quantization: Quantization | None
+    names: FileNames
     targets: dict[str, Target]
     records: dict[str, TargetRecord]
 
@@ -45,37 +67,46 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     """Plan a build; ``base`` is the bundle that it adds to, whose choices stand where the options leave them open.
 
     Raises:
-        UsageError: an option is out of range, or a target cannot run the precision.
+        UsageError: an option is out of range, a target cannot run the precision, or the precision or a target cannot compute in the type that
+            all precisions of the bundle share.
         CheckpointError: the calibration cannot be read, or does not fit the checkpoint.
         DependencyError: the library that compiles for a target is not installed.
     """
     options.check()
     targets = {target.name: target for target in resolve_targets(options.targets)}
-    precision = choose_precision(options.precision or (base.precision if base else _calibrated_precision(options)), tuple(targets.values()))
+    asked = options.precision or _calibrated_precision(options) or (base.first_precision if base else None)
+    precision = choose_precision(asked, tuple(targets.values()))
+    assert precision != "nvfp4"  # this version builds none
+    if base is not None:
+        _check_shared_dtype(precision, base)
     quantization = _plan_quantization(checkpoint, options, precision, base)
-    dtype = base.weights.dtype if base and base.precision == precision else _compute_dtype(precision, tuple(targets.values()))
+    dtype = base.dtype if base else _compute_dtype(precision, tuple(targets.values()))
     if precision not in DTYPES:
         _check_compute(dtype, tuple(targets.values()))
+    names = FileNames() if base is None or precision == base.first_precision else FileNames(f"-{precision}")
     max_length = options.max_length if options.max_length is not None or base is None else base.model.max_length
     model = describe_model(checkpoint, max_length)
-    roles = _plan_roles(options, base)
-    records = {name: plan_target(target, options, model, dtype, roles, is_quantized=precision not in DTYPES) for name, target in targets.items()}
-    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, targets, records)
+    roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
+    records = {name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized) for name, target in targets.items()}
+    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, names, targets, records)
 
 
 def plan_target(
-    target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, roles: tuple[Role, ...] = ROLES, *, is_quantized: bool = False
-) -> TargetRecord:
+    target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, names: FileNames, roles: tuple[Role, ...] = ROLES, *,
+    is_quantized: bool = False,
+) -> TargetRecord:  # fmt: skip
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, dtype, roles, is_quantized=is_quantized)
+        return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
     if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
         raise UsageError(f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
                          "pass a shorter one in --block-lengths, or leave --quadratic out")  # fmt: skip
     capacity = plan_capacity(roles, model, lengths)
     graphs = {
-        role: EngineRecord(file=f"engines/{target.name}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity))
+        role: EngineRecord(
+            file=f"{names.target(target.name)}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity)
+        )
         for role in roles
     }
     return TargetRecord(
@@ -117,10 +148,10 @@ def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...
     """The graphs of the bundle that is added to, or those that are asked for."""
     if base is None:
         return (*ROLES, "quadratic") if options.quadratic else ROLES
-    if options.quadratic and "quadratic" not in base.graphs:
+    if options.quadratic and "quadratic" not in base.contracts:
         raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without",
                          "pass --force to build it again with --quadratic, or leave --quadratic out")  # fmt: skip
-    return tuple(base.graphs)
+    return tuple(base.contracts)
 
 
 def _calibrated_precision(options: BuildOptions) -> str | None:
@@ -133,7 +164,7 @@ def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision:
         if options.calibration is not None:
             raise UsageError(f"expected --calibration with --precision fp8, int8 or int4, found {precision}", "leave --calibration out")
         return None
-    if base is not None and base.precision == precision and options.calibration is None:
+    if base is not None and precision in base.precisions and options.calibration is None:
         return None
     return load_quantization(options.calibration, precision, checkpoint)
 
@@ -141,6 +172,15 @@ def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision:
 def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:
     """The type of a dense bundle; of a quantized one, what a dense one for these targets would have."""
     return DTYPES[precision] if precision in DTYPES else DTYPES[choose_precision(None, targets)]
+
+
+def _check_shared_dtype(precision: PrecisionName, base: Manifest) -> None:
+    """Raise :class:`UsageError` where a dense precision has another type than all else in the bundle that it would be added to."""
+    dtype = DTYPES.get(precision)
+    if dtype not in (None, base.dtype):
+        (able,) = (name for name, other in DTYPES.items() if other == base.dtype)
+        raise UsageError(f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
+                         f"add {able}, fp8, int8 or int4 to this bundle, or build {precision} as a bundle of its own")  # fmt: skip
 
 
 def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
@@ -151,7 +191,7 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
                              f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own")  # fmt: skip
 
 
-def _plan_onnxruntime(target: Target, dtype: DType, roles: tuple[Role, ...], *, is_quantized: bool) -> TargetRecord:
+def _plan_onnxruntime(target: Target, dtype: DType, names: FileNames, roles: tuple[Role, ...], *, is_quantized: bool) -> TargetRecord:
     """On a CPU everything is computed in float32.
 
     A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is widened once, on loading.
@@ -160,5 +200,5 @@ def _plan_onnxruntime(target: Target, dtype: DType, roles: tuple[Role, ...], *, 
     return TargetRecord(
         backend="onnxruntime", device=target.device, compute_capability=None, compute_dtype="float32" if target.device == "cpu" else dtype,
         placement="external" if portable else "shared", capacity=None, workspace_mib=None, library=library_of("onnxruntime"),
-        graphs={role: EngineRecord(file=f"{role}.onnx" if portable else f"engines/{target.name}/{role}.onnx") for role in roles},
+        graphs={role: EngineRecord(file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx") for role in roles},
     )  # fmt: skip

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimode.compiler.cli import parse_ints
 from trimode.errors import UsageError
-from trimode.runtime.decode import ALGORITHMS, Mode
+from trimode.runtime.decode import ALGORITHMS
 from trimode.runtime.model import Generation, Stream, TriModeModel
-from trimode.runtime.text import TextStream
+from trimode.runtime.options import Mode
 
 _LINE_HINT = 'write {"prompt": "..."} or {"token_ids": [1, 2]}'
 
@@ -31,10 +31,13 @@ class RunRequest:
     block_length: int | None
     threshold: float | None
     use_drafter: bool
+    precision: str | None
     target: str | None
     threads: int | None
     runtime_cache: Path | None
     as_json: bool
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of :class:`trimode.runtime.options.TokenChoices` and ``logprobs``, those that were given."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,12 @@ class Prompt:
 def run_prompts(bundle: Path, request: RunRequest) -> None:
     """Answer every prompt of a request; see the command's help."""
     mode = parse_mode(request.mode)
+    if "logprobs" in request.choices and not request.as_json:
+        raise UsageError("expected --logprobs together with --json, found it alone", "add --json")
     prompts = list(read_prompts(request))
-    model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache)
+    model = TriModeModel.from_pretrained(
+        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
+    )
     num_right, num_known = 0, 0
     for prompt in prompts:
         stream = _start(model, prompt, mode, request)
@@ -123,8 +130,11 @@ def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str,
         "tokens_per_forward": round(result.tokens_per_forward, 4),
         "acceptance_length": None if result.acceptance_length is None else round(result.acceptance_length, 4),
         "finish_reason": result.finish_reason,
+        "seed": result.seed,
         "elapsed_s": round(result.elapsed_s, 6),
     }
+    if result.logprobs is not None:
+        record["logprobs"] = [{"token_id": t.token_id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in result.logprobs]
     if prompt.answer is not None:
         record["is_exact_match"] = text == prompt.answer
     return record
@@ -136,6 +146,8 @@ def summary(result: Generation) -> str:
     parts = [f"{result.mode.replace('_', '-')}: {count} tokens", f"nfe {result.nfe}", f"{result.tokens_per_forward:.2f} tokens per forward"]
     if result.acceptance_length is not None:
         parts.append(f"acceptance length {result.acceptance_length:.2f}")
+    if result.seed is not None:
+        parts.append(f"seed {result.seed}")
     speed = count / result.elapsed_s if result.elapsed_s else 0.0
     return ", ".join([*parts, f"{speed:.0f} tokens/s", f"finish {result.finish_reason}"])
 
@@ -158,7 +170,7 @@ def _start(model: TriModeModel, prompt: Prompt, mode: Mode, request: RunRequest)
     else:
         assert prompt.text is not None
         ids = model.codec.encode(prompt.text) if request.raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
-    chosen: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "use_drafter": request.use_drafter}
+    chosen: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "use_drafter": request.use_drafter, **request.choices}
     for name in ("block_length", "threshold"):
         if getattr(request, name) is not None:
             chosen[name] = getattr(request, name)
@@ -166,24 +178,22 @@ def _start(model: TriModeModel, prompt: Prompt, mode: Mode, request: RunRequest)
 
 
 def _drain(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
-    for _ in stream:
-        pass
-    return model.codec.decode(stream.result.token_ids) if _has_text(model, prompt) else None
+    if _has_text(model, prompt):
+        return "".join(stream.text())
+    stream.finish()
+    return None
 
 
 def _show_stream(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
     if not _has_text(model, prompt):
-        _drain(model, stream, prompt)
-        sys.stdout.write(",".join(map(str, stream.result.token_ids)) + "\n")
+        sys.stdout.write(",".join(map(str, stream.finish().token_ids)) + "\n")
         return None
     pieces = []
-    text = TextStream(model.codec)
-    for chunk in stream:
-        pieces.append(text.push(chunk.token_ids))
-        sys.stdout.write(pieces[-1])
+    for piece in stream.text():
+        pieces.append(piece)
+        sys.stdout.write(piece)
         sys.stdout.flush()
-    pieces.append(text.finish())
-    sys.stdout.write(pieces[-1] + "\n")
+    sys.stdout.write("\n")
     return "".join(pieces)
 
 

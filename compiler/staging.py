@@ -39,11 +39,12 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def added_to_bundle(output: Path, base: Manifest, rest: Manifest, targets: list[str]) -> Iterator[Path]:
-    """Yield an empty folder whose ``engines/<target>`` and manifest become part of the bundle when the block ends well.
+def added_to_bundle(output: Path, base: Manifest, rest: Manifest, folders: list[str]) -> Iterator[Path]:
+    """Yield an empty folder whose files become part of the bundle when the block ends well, the manifest last.
 
-    ``base`` is the bundle's manifest as the build was planned on it. ``rest`` describes the bundle without ``targets``: it holds while
-    their files are being replaced, so that a bundle which is interrupted there lacks them and has nothing half.
+    ``base`` is the bundle's manifest as the build was planned on it. ``folders`` are those of the targets that are added: they take the place
+    of what is there. ``rest`` describes the bundle without these targets: it holds while their files are being replaced, so that a bundle
+    which is interrupted there lacks them and has nothing half. Other files than theirs must be new to the bundle.
 
     Raises:
         BuildError: another build is writing the same bundle or has changed it since, or the disk is full or not writable.
@@ -57,7 +58,7 @@ def added_to_bundle(output: Path, base: Manifest, rest: Manifest, targets: list[
         staged = Path(tempfile.mkdtemp(prefix=_ADDITION, dir=output))
         try:
             yield staged
-            _publish(staged, output, rest, targets)
+            _publish(staged, output, rest, folders)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -82,16 +83,19 @@ def _check_free(output: Path, *, force: bool) -> None:
         raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
 
 
-def _publish(staged: Path, output: Path, rest: Manifest, targets: list[str]) -> None:
-    if any((output / "engines" / name).exists() for name in targets):
+def _publish(staged: Path, output: Path, rest: Manifest, folders: list[str]) -> None:
+    if any((output / folder).exists() for folder in folders):
         _replace_manifest(output, rest.model_dump_json(indent=1) + "\n")
-    for name in targets:
-        new, old = staged / "engines" / name, output / "engines" / name
+    for folder in folders:
+        new, old = staged / folder, output / folder
         if old.exists():
             shutil.rmtree(old)
         if new.exists():  # a target that runs the portable graphs has no files of its own
             old.parent.mkdir(exist_ok=True)
             new.rename(old)
+    for file in staged.iterdir():  # of a precision that is added: nothing knows them before the manifest does
+        if file.is_file() and file.name != MANIFEST:
+            file.replace(output / file.name)
     _replace_manifest(output, (staged / MANIFEST).read_text(encoding="utf-8"))
 
 

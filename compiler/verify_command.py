@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 from rich.console import Console
@@ -19,15 +19,19 @@ from rich.table import Table
 import trimode
 from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.console import RichProgress
+from trimode.compiler.parity.borders import NUM_DITHERED, DitheredSession, Guide, guide_inputs
 from trimode.compiler.parity.graph_parity import SHORT_POSITION, compare_portable, compare_target, count_comparisons
+from trimode.compiler.parity.quantized import load_quantized_trunk
 from trimode.compiler.parity.report import (
     BoundsRecord,
     CheckpointRecord,
     GraphParity,
     OutputRecord,
+    ScalesParity,
     Subject,
     TokenParity,
     Verification,
+    WeightsParity,
     write_verification,
 )
 from trimode.compiler.parity.runners import CachedText
@@ -36,11 +40,13 @@ from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
 from trimode.compiler.progress import Advance, Progress
 from trimode.compiler.run_command import read_prompts_file
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
+from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import DType
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
+from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.backends import PORTABLE
-from trimode.runtime.bundle import read_manifest, sha256_of
+from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.session import Ids
@@ -59,27 +65,31 @@ class VerifyRequest:
     """The options of the command, as given."""
 
     checkpoint: Path
+    precision: str | None = None
     target: str | None = None
+    calibration: Path | None = None
     prompts_file: Path | None = None
     seed: int = 0
     long: int | None = None
     max_new_tokens: int = 64
     threads: int | None = None
     as_json: bool = False
+    drafter: Path | None = None
 
 
 def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     """Verify, write ``verification.json``, print what was found; returns whether all of it passed.
 
     Raises:
-        UsageError: an option is out of range, the bundle has no such target, or the checkpoint is of another shape.
-        CheckpointError: the checkpoint cannot be read.
+        UsageError: an option is out of range, the bundle has no such precision or target, or another calibration; or the checkpoint is of
+            another shape.
+        CheckpointError: the checkpoint or the calibration cannot be read.
         BundleError, DeviceError, DependencyError: the target cannot run here. An earlier ``verification.json`` stays as it is.
     """
     _check_request(request)
-    _check_precision(read_manifest(bundle))
     model = _open_target(bundle, request)
-    checkpoint = open_checkpoint(request.checkpoint)
+    _check_calibration(model, request)
+    checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)
     with RichProgress() as progress:
         verification = verify(model, checkpoint, request, progress)
@@ -100,21 +110,26 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
     prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    reference = TorchSession(load_trunk(checkpoint, info.num_positions, manifest.weights.dtype, digest))
+    loaded = _load_reference(model, checkpoint, digest, request.calibration)
     advance(1)
-    place = _place(manifest, model.target)
+    place = _place(model)
     bounds: dict[Subject, Tolerance] = {
         "target": tolerance_for(place.compute_dtype, info.num_hidden_layers),
         "portable": tolerance_for("float32", info.num_hidden_layers),
     }
+    roles = tuple(manifest.contracts)
+    reference = _Reference(loaded.trunk, bounds["target"].relative, request.seed)
     graphs, notes = _compare_graphs(model, reference, text, position, bounds, request.seed, progress)
-    roles = tuple(manifest.graphs)
     advance = progress.stage("compare tokens", count_generations(info, len(prompts), roles))
-    tokens = _counted(compare_tokens(reference, model.session, info, prompts, request.max_new_tokens, bounds["target"], roles), advance)
+    tokens = _counted(
+        compare_tokens(reference.session, model.session, info, prompts, request.max_new_tokens, bounds["target"], reference.dithered, roles), advance
+    )
     sha256 = digest.hexdigest()
-    if not _is_exact(checkpoint, manifest.weights.dtype):
-        notes.append(f"the reference's weights are rounded to {manifest.weights.dtype}, as the bundle's are")
-    others = [name for name in manifest.targets if name != model.target]
+    if not _is_exact(checkpoint, manifest.dtype):
+        notes.append(f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are")
+    if loaded.weights is not None and loaded.scales is None:
+        notes.append("the scales were taken as the bundle has them: --calibration FOLDER compares them with those it was built by")
+    others = [name for name in model.bundle.chosen.targets if name != model.target]
     if others:
         notes.append(f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)")
     original = checkpoint.config.rope.original_max_position_embeddings or None
@@ -122,13 +137,14 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         notes.append(f"positions from {original} on, the rope's original length, were not reached: --long {original} would")
     return Verification(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        passed=all(record.passed for record in graphs) and all(record.passed for record in tokens),
-        target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
+        passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales) if record is not None),
+        precision=model.bundle.precision, target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
         checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
-        weight_dtype=manifest.weights.dtype,
+        weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
+        weights=loaded.weights, scales=loaded.scales,
         graphs=tuple(graphs), tokens=tuple(tokens), notes=tuple(notes), versions=_versions(),
     )  # fmt: skip
 
@@ -157,10 +173,37 @@ def _check_request(request: VerifyRequest) -> None:
         raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
 
 
-def _check_precision(manifest: Manifest) -> None:
-    if manifest.calibration is not None:
-        raise UsageError(f"expected a bundle in fp32, fp16 or bf16, found {manifest.precision}, whose weights differ on purpose",
-                         "build the same targets without --precision to verify them")  # fmt: skip
+def _check_calibration(model: TriModeModel, request: VerifyRequest) -> None:
+    record = model.bundle.chosen.calibration
+    if request.calibration is not None and (record is None or record.scales_sha256 is None):
+        raise UsageError(f"expected --calibration with a precision that was built by one, found {model.bundle.precision}",
+                         "leave --calibration out")  # fmt: skip
+
+
+class _Loaded(NamedTuple):
+    """The reference's trunk, and what loading it has found about quantized weights."""
+
+    trunk: TriModeTrunk
+    weights: WeightsParity | None = None
+    scales: ScalesParity | None = None
+
+
+def _load_reference(model: TriModeModel, checkpoint: Checkpoint, digest: SourceDigest, calibration: Path | None) -> _Loaded:
+    bundle = model.bundle
+    for precision in get_args(QuantizedPrecision):
+        if bundle.precision == precision:
+            return _Loaded(*load_quantized_trunk(bundle, precision, checkpoint, digest, calibration))
+    return _Loaded(load_trunk(checkpoint, model.model.num_positions, bundle.manifest.dtype, digest))
+
+
+class _Reference:
+    """The trunk as sessions: as it is, and where it quantizes inputs also dithered within the target's bound."""
+
+    def __init__(self, trunk: TriModeTrunk, relative: float, seed: int) -> None:
+        self.session = TorchSession(trunk)
+        self.guide: Guide | None = guide_inputs(trunk)
+        guide = self.guide
+        self.dithered = [DitheredSession(trunk, guide, relative, seed + number) for number in range(NUM_DITHERED)] if guide else []
 
 
 class _Place(NamedTuple):
@@ -171,19 +214,19 @@ class _Place(NamedTuple):
     compute_dtype: DType
 
 
-def _place(manifest: Manifest, target: str) -> _Place:
-    if target == PORTABLE:
+def _place(model: TriModeModel) -> _Place:
+    if model.target == PORTABLE:
         return _Place("onnxruntime", "cpu", "float32")
-    record = manifest.targets[target]
+    record = model.bundle.chosen.targets[model.target]
     return _Place(record.backend, record.device, record.compute_dtype)
 
 
 def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
     try:
-        model = TriModeModel.from_pretrained(bundle, target=request.target, num_threads=request.threads)
+        model = TriModeModel.from_pretrained(bundle, precision=request.precision, target=request.target, num_threads=request.threads)
     except (BundleError, DeviceError, DependencyError) as error:
         raise type(error)(f"nothing was verified: {error.message}", error.hint) from error
-    names = model.bundle.manifest.targets
+    names = model.bundle.chosen.targets
     if model.target == PORTABLE and request.target != PORTABLE and names:
         # Generating may fall back to the portable graphs; saying that a GPU's engines are right because these are may not.
         raise DeviceError(f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
@@ -222,21 +265,22 @@ def _is_exact(checkpoint: Checkpoint, stored: DType) -> bool:
 
 
 def _compare_graphs(
-    model: TriModeModel, reference: TorchSession, text: Ids, position: int, bounds: dict[Subject, Tolerance], seed: int, progress: Progress
+    model: TriModeModel, reference: _Reference, text: Ids, position: int, bounds: dict[Subject, Tolerance], seed: int, progress: Progress
 ) -> tuple[list[GraphParity], list[str]]:
     """The target's graphs and the portable ones, and notes about what was left out."""
-    info, manifest = model.model, model.bundle.manifest
+    info = model.model
     positions = sorted({0, min(SHORT_POSITION, position), position})
-    roles = tuple(manifest.graphs)
+    roles = tuple(model.bundle.manifest.contracts)
     advance = progress.stage("compare target", count_comparisons(model.session, info, positions, roles))
-    read, other = CachedText(reference, text), CachedText(model.session, text)
-    records = _counted(compare_target(read, other, info, positions, bounds["target"], seed, roles), advance)
+    read, other, *dithered = (CachedText(session, text) for session in (reference.session, model.session, *reference.dithered))
+    records = _counted(compare_target(read, other, info, positions, bounds["target"], seed, dithered, roles), advance)
     if importlib.util.find_spec("onnxruntime") is None:
         return records, ["the portable graphs were not compared: ONNX Runtime is not installed (pip install 'trimode[ort]')"]
-    files = {role: manifest.graphs[role].file for role in roles}
+    files = model.bundle.chosen.graphs
     at = min(position, LONGEST_PORTABLE)
-    advance = progress.stage("compare portable", len(roles) + info.has_drafter)
-    records += _counted(compare_portable(CachedText(reference, text), model.bundle.path, files, info, at, bounds["portable"], seed), advance)
+    advance = progress.stage("compare portable", len(files) + info.has_drafter)
+    again = CachedText(reference.session, text)
+    records += _counted(compare_portable(again, model.bundle.path, files, info, at, bounds["portable"], seed, reference.guide), advance)
     return records, []
 
 
@@ -264,14 +308,35 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     if not console.is_terminal:
         console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
     source = "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
-    console.print(f"{verification.target} ({verification.backend}, {verification.compute_dtype}) against {request.checkpoint}, {source}")
+    what = f"{verification.precision} on {verification.target} ({verification.backend}, {verification.compute_dtype})"
+    console.print(f"{what} against {request.checkpoint}, {source}")
+    for line in _quantized_lines(verification):
+        console.print(line)
     console.print(_graph_table(verification.graphs))
     console.print(_token_table(verification.tokens))
     for note in verification.notes:
         console.print(f"note: {note}")
     graphs, tokens = len(verification.graphs), len(verification.tokens)
-    num_failed = sum(not record.passed for record in verification.graphs) + sum(not record.passed for record in verification.tokens)
+    records = (*verification.graphs, *verification.tokens, verification.weights, verification.scales)
+    num_failed = sum(not record.passed for record in records if record is not None)
     console.print(f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed")
+
+
+def _quantized_lines(verification: Verification) -> Iterator[str]:
+    """What is said of quantized weights, their scales and quantized inputs."""
+    weights, scales = verification.weights, verification.scales
+    if weights is not None:
+        differing = "".join(f"; {count} differ in {layer}" for layer, count in weights.differs.items())
+        yield f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} layers, bit for bit{differing}  {_word(weights.passed)}"
+    if scales is not None:
+        differing = "".join(f"; {name} differs" for name in scales.differs)
+        yield f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  {_word(scales.passed)}"
+    codes = [record.codes for record in verification.graphs if record.codes is not None]
+    if codes:
+        refused = {layer: sum(record.refused.get(layer, 0) for record in codes) for record in codes for layer in record.refused}
+        unexplained = "".join(f"; {count} unexplained in {layer}" for layer, count in refused.items())
+        counts = f"{sum(record.num_compared for record in codes)}, {sum(record.num_other for record in codes)} on the other side of a border"
+        yield f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
 
 
 def _graph_table(records: Sequence[GraphParity]) -> Table:
@@ -305,7 +370,7 @@ def _figures(output: OutputRecord) -> tuple[str, ...]:
 
 
 def _ids_passed(record: GraphParity) -> bool:
-    return all(ids.passed for ids in record.ids) and record.has_accepted_length is not False
+    return all(ids.passed for ids in record.ids) and record.has_accepted_length is not False and (record.codes is None or record.codes.passed)
 
 
 def _switch(use_drafter: bool | None) -> str:

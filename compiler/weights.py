@@ -1,7 +1,8 @@
-"""The weight pack: one safetensors file that every graph names as ONNX external data.
+"""The weight pack: a safetensors file that every graph names as ONNX external data; one for each precision of a bundle.
 
 Laid out before any byte is read, then written tensor by tensor in chunks: memory stays constant whatever the checkpoint's size.
-The data begins at a multiple of 4096, so that mapped tensors of usual sizes are aligned.
+The data begins at a multiple of 4096, so that mapped tensors of usual sizes are aligned. What another pack of the bundle holds already is
+not written again: graphs name that pack instead.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ from trimode.graphs.contract import DType
 from trimode.graphs.quantization import FORMATS
 from trimode.graphs.rope import rope_tables
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
-from trimode.runtime.pack import WeightPack, stored_bytes
+from trimode.runtime.pack import PackEntry, PrecisionWeights, WeightPack, is_common, stored_bytes
 
 _DATA_ALIGNMENT = 4096
 
@@ -53,40 +55,64 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class PackedTensor(_Source):
-    """One tensor of the pack; ``offset`` is in bytes from the start of the file."""
+class PackedTensor(PackEntry):
+    """One tensor of a pack; ``file`` is the pack's name in the bundle."""
 
-    offset: int
+    file: str
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Header and tensors of a pack that is not written yet."""
+    """A pack that is not written yet.
+
+    Attributes:
+        header: how the file begins.
+        sources: what follows, in this order.
+        tensors: all of the precision by name, those that lie in other packs included.
+    """
 
     header: bytes
+    sources: tuple[_Source, ...]
     tensors: dict[str, PackedTensor]
 
     @property
     def num_bytes(self) -> int:
         """Size of the whole file."""
-        return len(self.header) + sum(t.num_bytes for t in self.tensors.values())
+        return len(self.header) + sum(source.num_bytes for source in self.sources)
 
 
 def plan_pack(
-    checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32", quantization: Quantization | None = None
-) -> tuple[PackLayout, SourceDigest]:
+    checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32", quantization: Quantization | None = None, *,
+    file: str = "weights.safetensors", held: Mapping[str, PackedTensor] = MappingProxyType({}),
+) -> tuple[PackLayout, SourceDigest]:  # fmt: skip
     """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position tables, always in float32; scales, in ``dtype``.
 
     Angles need the precision at long positions, whatever the weights are stored in. Scales come last: some are single numbers, behind which
     nothing would be aligned, and some are known only when their weight has been read. The returned digest is complete once every tensor has
-    been written.
+    been written, where there are no others that hold some of them.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        num_positions: rows of the position tables.
+        dtype: of what is not quantized.
+        quantization: what is; None = nothing.
+        file: the pack's name in the bundle.
+        held: what other packs of the bundle hold in ``dtype``, by name (see :func:`held_in`): these are not written again.
     """
     digest = SourceDigest(checkpoint)
-    sources, scales = [], []
+    sources, scales, shared = [], [], {}
     for name, entry in checkpoint.tensors.items():
         layer = name.removesuffix(".weight")
         if quantization is None or layer not in quantization.layers:
-            sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
+            if name in held:
+                shared[name] = held[name]
+            else:
+                sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
             continue
         read = partial(digest.read, name, "float32")
         stream = WeightStream(layer, entry.shape, read, scales=quantization.layers[layer], precision=quantization.precision, stored=dtype)
@@ -94,24 +120,31 @@ def plan_pack(
         scales += [_Source(f"{layer}.{kind}", shape, dtype, partial(stream.scale, kind)) for kind, shape in stream.scale_shapes.items()]
     tables = rope_tables(checkpoint.config.rope, checkpoint.config.head_dim, num_positions)
     for name, table in zip(("rope.cos", "rope.sin", "rope.query_scale"), tables, strict=True):
-        if table is not None:
+        if name in held:
+            shared[name] = held[name]
+        elif table is not None:
             column = np.ascontiguousarray(table.reshape(num_positions, -1), "<f4")
             sources.append(_Source(name, column.shape, "float32", partial(_whole, column)))
-    return _lay_out([*sources, *scales]), digest
+    return _lay_out([*sources, *scales], file, shared), digest
 
 
-def read_layout(path: Path) -> PackLayout:
-    """The layout of a pack that is there.
+def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:
+    """What packs of a bundle hold that is the same in every precision which has it.
 
     Raises:
-        BundleError: the file is no pack of this library.
+        BundleError: a file is no pack of this library.
     """
-    pack = WeightPack(path)
-    start = min((entry.offset for entry in pack.entries.values()), default=path.stat().st_size)
-    with path.open("rb") as stream:
-        header = stream.read(start)
-    tensors = {name: PackedTensor(name, e.shape, e.dtype, partial(_packed, pack, name), e.offset) for name, e in pack.entries.items()}
-    return PackLayout(header, tensors)
+    held: dict[str, PackedTensor] = {}
+    for path in packs:
+        for name, entry in WeightPack(path).entries.items():
+            if is_common(name, entry.dtype):
+                held.setdefault(name, _packed(entry, path))
+    return held
+
+
+def read_tensors(weights: PrecisionWeights) -> dict[str, PackedTensor]:
+    """Where the tensors of a precision lie that is there."""
+    return {name: _packed(entry, weights.pack_of(name).path) for name, entry in weights.entries.items()}
 
 
 def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
@@ -121,8 +154,8 @@ def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) 
     with path.open("r+b") as stream:
         stream.write(layout.header)
         on_bytes(len(layout.header))
-        for tensor in layout.tensors.values():
-            for data in tensor.chunks():
+        for source in layout.sources:
+            for data in source.chunks():
                 whole.update(data)
                 stream.write(data)
                 on_bytes(len(data))
@@ -171,11 +204,11 @@ def _whole(table: NDArray[np.float32]) -> Iterator[bytes]:
     yield table.tobytes()
 
 
-def _packed(pack: WeightPack, name: str) -> Iterator[bytes]:
-    yield pack.raw(name).tobytes()
+def _packed(entry: PackEntry, path: Path) -> PackedTensor:
+    return PackedTensor(entry.dtype, entry.shape, entry.offset, path.name)
 
 
-def _lay_out(sources: list[_Source]) -> PackLayout:
+def _lay_out(sources: list[_Source], file: str, shared: Mapping[str, PackedTensor]) -> PackLayout:
     begins = list(itertools.accumulate((source.num_bytes for source in sources), initial=0))
     header: dict[str, object] = {"__metadata__": _metadata(sources)}
     for source, begin, end in zip(sources, begins, begins[1:], strict=False):
@@ -183,8 +216,8 @@ def _lay_out(sources: list[_Source]) -> PackLayout:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
-    tensors = {s.name: PackedTensor(s.name, s.shape, s.dtype, s.chunks, len(prefix) + begin) for s, begin in zip(sources, begins, strict=False)}
-    return PackLayout(prefix, tensors)
+    own = {s.name: PackedTensor(s.dtype, s.shape, len(prefix) + begin, file) for s, begin in zip(sources, begins, strict=False)}
+    return PackLayout(prefix, tuple(sources), {**shared, **own})
 
 
 def _metadata(sources: list[_Source]) -> dict[str, str]:

@@ -37,7 +37,9 @@ from trimode.errors import CheckpointError
 from trimode.files import staged_replacement
 from trimode.graphs.contract import Role
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added ``sensitivity``; version 1 is read as it was."""
+READABLE_VERSIONS = (1, 2)
 RECORD = "calibration.json"
 SCALES = "scales.safetensors"
 QuantizedPrecision = Literal["fp8", "int8", "int4"]
@@ -70,14 +72,39 @@ class LayerRecord(_Record):
     weight_snr_db: float
 
 
+class SensitivityRecord(_Record):
+    """What a sensitivity search decided, and on which measurements.
+
+    Attributes:
+        kept: layers without scales, the most sensitive first.
+        ranking: every layer that could be quantized, the most sensitive first; see :func:`trimode.calib.quality.sensitivity.rank_layers`.
+        max_drop: most points that a mode's exact match may lose.
+        drops: points that it loses with ``kept`` in high precision, by mode; negative where it gains.
+        drops_if_none_kept: the same with every layer quantized.
+        data: of the prompts that were answered; ``num_tokens`` counts the rows that ranked the layers.
+        max_new_tokens: of each answer.
+        scales_sha256: of the scales that the search began with.
+    """
+
+    kept: tuple[str, ...]
+    ranking: dict[str, float]
+    max_drop: float
+    drops: dict[str, float]
+    drops_if_none_kept: dict[str, float]
+    data: DataRecord
+    max_new_tokens: int
+    scales_sha256: str
+
+
 class Calibration(_Record):
     """The contents of ``calibration.json``.
 
     Attributes:
-        algorithm: ModelOpt's name of it, or ``rtn``.
+        algorithm: ModelOpt's name of it, or ``rtn``; with ``+sensitivity`` where layers were left out by a search.
         block_size: inputs that share a scale; None where blocks are not used.
-        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.source.SourceDigest` takes it.
+        source_sha256: digest of the checkpoint without its adapter, :meth:`trimode.graphs.source.SourceDigest.base_hexdigest`.
         scales_sha256: of ``scales.safetensors``.
+        sensitivity: of the search that left layers out; None = there was none.
     """
 
     schema_version: int
@@ -91,6 +118,7 @@ class Calibration(_Record):
     data: DataRecord | None
     layers: dict[str, LayerRecord]
     libraries: dict[str, str]
+    sensitivity: SensitivityRecord | None = None
 
 
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
@@ -110,8 +138,9 @@ def load_record(folder: Path) -> Calibration:
     """
     with _readable(folder):
         record = Calibration.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
-    if record.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(f"{folder}: expected a calibration of schema version {SCHEMA_VERSION}, found {record.schema_version}", _HINT)
+    if record.schema_version not in READABLE_VERSIONS:
+        versions = " or ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{folder}: expected a calibration of schema version {versions}, found {record.schema_version}", _HINT)
     return record
 
 
@@ -131,6 +160,19 @@ def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
         if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
             raise CheckpointError(f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others", _HINT)
     return record, scales
+
+
+def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
+    """Raise :class:`CheckpointError` where a calibration is of another checkpoint.
+
+    Args:
+        name: of the calibration, for the message.
+        calibrated_sha256: digest of the checkpoint that was calibrated; None = any will do.
+        sha256: digest of the checkpoint at hand.
+    """
+    if calibrated_sha256 not in (None, sha256):
+        raise CheckpointError(f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
+                              f"({(calibrated_sha256 or '')[:16]}…)", "calibrate this checkpoint again with `trimode calibrate`")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -66,18 +66,24 @@ class Checkpoint:
     """An opened checkpoint; every tensor the trunk needs is known to be there with the right shape.
 
     Attributes:
-        tensors: by the checkpoint's names, in the trunk's order; adapter tensors are named ``encoder...o_proj.lora_A.weight``.
-        drafter: the adapter's shape, or None where the checkpoint has none.
+        tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and named ``encoder...o_proj.lora_A.weight``.
+        drafter: the adapter's shape, or None where there is none.
+        adapter: the adapter's folder, or None where there is none.
     """
 
     path: Path
     config: ModelConfig
     tensors: Mapping[str, TensorEntry]
     drafter: Drafter | None
+    adapter: Path | None = None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     """Open a checkpoint folder without reading any weight.
+
+    Args:
+        path: the folder.
+        adapter: folder of a drafter adapter that takes the place of the checkpoint's own; None = its own, where it has one.
 
     Raises:
         CheckpointError: a file is missing, truncated or malformed; a tensor is missing, unknown, or of another shape or type;
@@ -88,13 +94,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
                               "download one first, e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`")  # fmt: skip
     config = load_config(path)
     tensors = _match(_read_weights(path), expected_tensors(config), str(path))
-    adapter = path / ADAPTER_FOLDER
-    if not adapter.is_dir():
+    if adapter is None and (path / ADAPTER_FOLDER).is_dir():
+        adapter = path / ADAPTER_FOLDER
+    if adapter is None:
         return Checkpoint(path, config, tensors, None)
+    if not adapter.is_dir():
+        raise CheckpointError(f"{adapter}: expected the folder of a drafter adapter, found {'a file' if adapter.exists() else 'nothing'}",
+                              "make one with `trimode calibrate drafter CHECKPOINT --data PROMPTS.jsonl -o ADAPTER`")  # fmt: skip
     drafter = _read_adapter_config(adapter / "adapter_config.json")
     entries = {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in read_safetensors_header(adapter / "adapter_model.safetensors").items()}
     tensors.update(_match(entries, expected_adapter_tensors(config, drafter.rank), str(adapter)))
-    return Checkpoint(path, config, tensors, drafter)
+    return Checkpoint(path, config, tensors, drafter, adapter)
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a tensor of :attr:`Checkpoint.tensors` is the drafter's."""
+    return ".lora_" in name
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

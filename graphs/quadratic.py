@@ -11,7 +11,8 @@ slot ``c`` of ``r`` ``n + k + r k + c``           ``n + r + 1 + c``   tokens ``0
 ==================  ============================  ==================  ==========================================================
 
 So the tokens' rows are those of a causal forward, and their keys and values stay. Those of the slots lie behind them, where the next forward
-overwrites them. Source: Nemotron-Labs-Diffusion (arXiv 2607.05722); TiDAR (arXiv 2511.08923) has the same layout.
+overwrites them. Source: Nemotron-Labs-Diffusion (arXiv 2607.05722); TiDAR: Think in Diffusion, Talk in Autoregression (Liu et al., arXiv
+2511.08923) has the same layout.
 """
 
 from __future__ import annotations

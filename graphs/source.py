@@ -1,16 +1,21 @@
-"""Identity of a checkpoint: a digest of its bytes, and a stamp that tells without reading them that nothing was touched."""
+"""Identity of a checkpoint: digests of its bytes, and a stamp that tells without reading them that nothing was touched.
+
+There are two digests. That of the *whole* covers the drafter's adapter and says what a bundle was built from. That of the *base* leaves the
+adapter out: scales of quantized weights, and adapters, belong to the base, so that one calibration serves every drafter that is trained later.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from trimode.errors import BuildError
-from trimode.graphs.checkpoint import ADAPTER_FOLDER, Checkpoint, to_float32
+from trimode.graphs.checkpoint import Checkpoint, is_adapter_tensor, to_float32
 from trimode.graphs.contract import DType
 
 SAFETENSORS_NAMES: dict[DType, str] = {
@@ -33,7 +38,9 @@ class SourceDigest:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = checkpoint.tensors
+        self._drafter = checkpoint.drafter
         self._whole = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+        self._base = self._whole  # another one from the adapter's first tensor on
 
     def read(self, name: str, dtype: DType) -> Iterator[bytes]:
         """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's order.
@@ -55,8 +62,16 @@ class SourceDigest:
         """The digest of what has been read."""
         return self._whole.hexdigest()
 
+    def base_hexdigest(self) -> str:
+        """The same without the drafter's adapter: equal for one checkpoint with any adapter, or none."""
+        return self._base.hexdigest()
+
     def _raw(self, name: str) -> Iterator[bytes]:
         entry = self._tensors[name]
+        if is_adapter_tensor(name) and self._base is self._whole:
+            assert self._drafter is not None
+            self._base = self._whole.copy()
+            self._whole.update(f"alpha {self._drafter.alpha}".encode())  # what the tensors do not tell; the graphs hold it
         self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
         for raw in entry.chunks():
             self._whole.update(raw)
@@ -66,10 +81,15 @@ class SourceDigest:
 def stamp_of(checkpoint: Checkpoint) -> str:
     """Digest over name, size and modification time of the checkpoint's files."""
     files = [checkpoint.path / "config.json", *sorted({entry.file for entry in checkpoint.tensors.values()})]
-    if checkpoint.drafter is not None:
-        files.append(checkpoint.path / ADAPTER_FOLDER / "adapter_config.json")
-    facts = [(str(f.relative_to(checkpoint.path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    if checkpoint.adapter is not None:
+        files.append(checkpoint.adapter / "adapter_config.json")
+    facts = [(_name_of(file, checkpoint), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _name_of(file: Path, checkpoint: Checkpoint) -> str:
+    """Relative to the checkpoint, so that it may be moved; in full for an adapter from elsewhere."""
+    return str(file.relative_to(checkpoint.path) if file.is_relative_to(checkpoint.path) else file.resolve())
 
 
 def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Chooses which of a bundle's targets runs on this machine, and opens it."""
+"""Chooses which target of a bundle's precision runs on this machine, and opens it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ class OpenedSession:
 
 
 def open_session(bundle: Bundle, target: str | None = None, num_threads: int | None = None, *, runtime_cache: Path | None = None) -> OpenedSession:
-    """Open a target of a bundle.
+    """Open a target of a bundle's chosen precision.
 
     Args:
         bundle: an opened bundle.
         target: a name, which is opened or fails. None or ``auto``: the first that runs here of TensorRT targets, ONNX Runtime on a GPU,
             ONNX Runtime on the CPU, and the portable graphs.
         num_threads: threads inside one operator on the CPU; None = one per physical core.
-        runtime_cache: folder for kernels that TensorRT-RTX compiles while running; None = not kept.
+        runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles (None = not kept) and int4
+            weights as ONNX Runtime arranges them (None = the user's cache folder).
 
     Raises:
-        UsageError: the bundle has no target of this name, or ``num_threads`` is below 1.
+        UsageError: the precision has no target of this name, or ``num_threads`` is below 1.
         BundleError: a file is damaged, or was compiled by another version of the library.
         DeviceError: the named target needs a GPU that is not here.
         DependencyError: the library that runs it is not installed.
@@ -52,7 +53,7 @@ def open_session(bundle: Bundle, target: str | None = None, num_threads: int | N
     if target not in (None, AUTO):
         assert target is not None
         return OpenedSession(_open(bundle, _find(bundle, target), num_threads, runtime_cache), target, {})
-    records: dict[str, TargetRecord | None] = {**bundle.manifest.targets, PORTABLE: None}
+    records: dict[str, TargetRecord | None] = {**bundle.chosen.targets, PORTABLE: None}
     gpu = find_gpu() if any(record and record.device == "cuda" for record in records.values()) else NoGpu("it was not looked for")
     rejected: dict[str, str] = {}
     for name in sorted(records, key=lambda name: _rank(records[name])):
@@ -75,12 +76,14 @@ def open_session(bundle: Bundle, target: str | None = None, num_threads: int | N
 
 
 def _find(bundle: Bundle, target: str) -> TargetRecord | None:
-    targets = bundle.manifest.targets
+    targets = bundle.chosen.targets
     if target == PORTABLE:
         return None
     if target not in targets:
-        raise UsageError(f"expected a target of the bundle ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
-                         "build it into the bundle with `trimode build --target`, or choose one of these")  # fmt: skip
+        others = [name for name, record in bundle.manifest.precisions.items() if target in record.targets]
+        hint = f"it is there in {', '.join(others)}: choose that precision" if others else "build it into the bundle with `trimode build --target`"
+        raise UsageError(f"expected a target of the bundle in {bundle.precision} ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
+                         f"{hint}, or choose one of these")  # fmt: skip
     return targets[target]
 
 
@@ -110,7 +113,7 @@ def _open(bundle: Bundle, record: TargetRecord | None, num_threads: int | None, 
     if record is None or record.backend == "onnxruntime":
         from trimode.runtime.ort_session import OrtSession
 
-        return OrtSession(bundle, record, num_threads)
+        return OrtSession(bundle, record, num_threads, runtime_cache=runtime_cache)
     from trimode.runtime.tensorrt_session import TensorRTSession
 
     return TensorRTSession(bundle, record, runtime_cache=runtime_cache)
@@ -120,7 +123,7 @@ def _report(name: str, record: TargetRecord | None, rejected: dict[str, str], bu
     """Falling back from a GPU is worth a warning, the rest is information."""
     chosen = f"{_LIBRARIES[record.backend] if record else 'ONNX Runtime'} ({name})"
     for other, reason in rejected.items():
-        level = logging.WARNING if bundle.manifest.targets[other].device == "cuda" else logging.INFO
+        level = logging.WARNING if bundle.chosen.targets[other].device == "cuda" else logging.INFO
         logger.log(level, "target %s: %s; running on %s", other, reason, chosen)
     if not rejected:
         logger.info("running on %s", chosen)

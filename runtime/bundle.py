@@ -11,40 +11,85 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trimode.errors import BundleError
-from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest
+from trimode.errors import BundleError, UsageError
+from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord
+from trimode.runtime.pack import PrecisionWeights
 
 _REBUILD = "build the bundle again with `trimode build`"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are as the manifest says."""
+    """A bundle whose files are as the manifest says, and one of its precisions.
+
+    Attributes:
+        is_verified: whether digests were compared, or sizes only.
+    """
 
     path: Path
     manifest: Manifest
+    precision: PrecisionName
+    is_verified: bool = True
+
+    @property
+    def chosen(self) -> PrecisionRecord:
+        """What the manifest says of the precision."""
+        return self.manifest.precisions[self.precision]
+
+    def weights(self) -> PrecisionWeights:
+        """The tensors of the precision.
+
+        Raises:
+            BundleError: a pack cannot be read.
+        """
+        return PrecisionWeights([self.path / name for name in self.chosen.packs])
 
 
-def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool = True) -> Bundle:
     """Open a bundle folder.
 
     Args:
         path: the folder.
-        verify: compare the sha256 of every file (reads each byte once, through the page cache that the sessions map afterwards);
-            False compares sizes only.
+        precision: one of the bundle's; None = the one that was built first.
+        verify: compare the sha256 of every file that the precision reads (reads each byte once, through the page cache that the sessions
+            map afterwards); False compares sizes only, as it is done for what belongs to other precisions alone.
 
     Raises:
-        BundleError: not a bundle, a newer schema, or a file that is missing or was changed.
+        BundleError: not a bundle, another schema, or a file that is missing or was changed.
+        UsageError: the bundle has no such precision.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    chosen = choose_precision(manifest, precision)
     for name, record in manifest.files.items():
         _check_size(path / name, record)
     if verify:
+        read = [item for item in manifest.files.items() if item[0] not in _files_of_others(manifest, chosen)]
         # Hashing releases the interpreter lock; small files first keep a second thread busy beside the weights.
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda item: _check_digest(path / item[0], item[1]), manifest.files.items()))
-    return Bundle(path, manifest)
+            list(pool.map(lambda item: _check_digest(path / item[0], item[1]), read))
+    return Bundle(path, manifest, chosen, verify)
+
+
+def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
+    """One of the bundle's precisions, the first for None; :class:`UsageError` where it has no such."""
+    if name is None:
+        return manifest.first_precision
+    for precision in manifest.precisions:
+        if precision == name:
+            return precision
+    raise UsageError(f"expected a precision of the bundle ({', '.join(manifest.precisions)}), found {name!r}",
+                     "choose one of these, or add it with `trimode build --precision`")  # fmt: skip
+
+
+def files_of(record: PrecisionRecord) -> set[str]:
+    """The files that a precision reads."""
+    return {*record.packs, *record.graphs.values(), *(graph.file for target in record.targets.values() for graph in target.graphs.values())}
+
+
+def _files_of_others(manifest: Manifest, chosen: PrecisionName) -> set[str]:
+    others = (files_of(record) for name, record in manifest.precisions.items() if name != chosen)
+    return set().union(*others) - files_of(manifest.precisions[chosen])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -57,8 +102,9 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(f"{file}: expected a JSON file, found one that cannot be read ({error})", _REBUILD) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BundleError(f"{file}: expected schema version {SCHEMA_VERSION} or older, found {version}", "update trimode, or build the bundle again")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        hint = "update trimode, or build the bundle again" if version > SCHEMA_VERSION else _REBUILD
+        raise BundleError(f"{file}: expected schema version {SCHEMA_VERSION}, found {version}", hint)
     try:
         return Manifest.model_validate_json(json.dumps(values))
     except ValidationError as error:

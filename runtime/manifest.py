@@ -11,7 +11,13 @@ A bundle is a folder::
     tokenizer.json ...                 copied from the checkpoint
     verification.json                  written by ``trimode verify``; not part of the manifest
 
-Refused on opening: a newer schema, a file that is missing or whose size or sha256 differs, a file name that leaves the folder.
+These are the files of the precision that was built first. One that was added has its own beside them, with its name in theirs::
+
+    ar-fp8.onnx ...                    its portable graphs
+    weights-fp8.safetensors            what the packs before it do not hold: its quantized weights and their scales
+    engines/<target>-fp8/...           its targets
+
+Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file name that leaves the folder.
 """
 
 from __future__ import annotations
@@ -23,9 +29,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
+PrecisionName = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+"""Type of the weights of linear layers."""
 
 
 def _plain(name: str) -> str:
@@ -49,19 +56,12 @@ class FileRecord(_Record):
     num_bytes: int = Field(ge=0)
 
 
-class GraphRecord(_Record):
-    """One graph: its file and its tensor contract."""
-
-    file: FileName
-    contract: GraphContract
-
-
 class SourceRecord(_Record):
     """The checkpoint a bundle was built from.
 
     Attributes:
         name: the checkpoint folder's name.
-        sha256: digest over name, type, shape and bytes of every tensor, and over ``config.json``.
+        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and the drafter's alpha.
         stamp: digest over name, size and modification time of the checkpoint's files; equal stamps spare comparing the bytes.
     """
 
@@ -71,15 +71,8 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class PackRecord(_Record):
-    """The weight pack; ``dtype`` is the type of every tensor but the position tables, which are float32, and weights that are quantized."""
-
-    file: FileName
-    dtype: DType
-
-
 class CalibrationRecord(_Record):
-    """Where the scales of a quantized bundle come from.
+    """Where the scales of a quantized precision come from.
 
     Attributes:
         name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest magnitude.
@@ -139,23 +132,46 @@ class TargetRecord(_Record):
     graphs: dict[Role, EngineRecord]
 
 
+class PrecisionRecord(_Record):
+    """One precision of the model: its weights, its portable graphs, its targets.
+
+    Attributes:
+        calibration: of fp8, int8 and int4, and only of these.
+        packs: where its tensors lie. The first is its own, all of it. Of the others, which belong to other precisions, it reads what these
+            have in common: tensors that are neither quantized nor scales.
+        weight_bytes: size of its tensors.
+        graphs: the portable graph of each role of the bundle.
+        targets: what was built, by name.
+    """
+
+    calibration: CalibrationRecord | None = None
+    packs: tuple[FileName, ...] = Field(min_length=1)
+    weight_bytes: int = Field(ge=0)
+    graphs: dict[Role, FileName]
+    targets: dict[str, TargetRecord]
+
+
 class Manifest(_Record):
     """The contents of ``manifest.json``.
 
     Attributes:
-        precision: type of the weights of linear layers.
-        calibration: of fp8, int8 and int4, and only of these.
-        graphs: one for each of :data:`trimode.graphs.contract.ROLES`, and ``quadratic`` where it was asked for.
+        dtype: of every tensor in every pack but the position tables, which are float32, and weights that are quantized; GPUs compute in it.
+        contracts: what each graph takes and returns, whatever the precision: one for each of :data:`trimode.graphs.contract.ROLES`, and for
+            ``quadratic`` where it was asked for.
+        precisions: in the order they were built; the first is the one that runs where none is asked for.
     """
 
     schema_version: int
     trimode_version: str
-    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
-    calibration: CalibrationRecord | None = None
     model: ModelInfo
     source: SourceRecord
-    graphs: dict[Role, GraphRecord]
-    weights: PackRecord
-    targets: dict[str, TargetRecord]
+    dtype: DType
+    contracts: dict[Role, GraphContract]
+    precisions: dict[PrecisionName, PrecisionRecord] = Field(min_length=1)
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]
+
+    @property
+    def first_precision(self) -> PrecisionName:
+        """The precision that was built first."""
+        return next(iter(self.precisions))

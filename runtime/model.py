@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode, check_options
+from trimode.runtime.chooser import TokenLogprob
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
 from trimode.runtime.sequence import Forwards, Sequence
 from trimode.runtime.session import Ids, Session
-from trimode.runtime.text import TextCodec
+from trimode.runtime.text import TextCodec, TextStream
 
+END_THINK = "</think>"
 DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0}
 DEFAULT_QUADRATIC_LENGTH = 16
 """The reference's: rows of a forward grow with the square."""
@@ -37,13 +41,15 @@ class Generation:
     """A finished generation.
 
     Attributes:
-        token_ids: new tokens, the end token included.
+        token_ids: new tokens, the end token included, or the token that completed a stop string.
         nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode`).
         prefill_forwards: forwards that read the prompt.
         tokens_per_forward: new tokens / nfe.
         acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
         forwards: executed forward passes by phase.
-        finish_reason: ``stop`` (end token) or ``length`` (a limit).
+        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit).
+        seed: of the draws; None where nothing was drawn.
+        logprobs: one for each new token; None if not asked for.
         elapsed_s: wall time, tokens in to tokens out.
     """
 
@@ -55,14 +61,24 @@ class Generation:
     acceptance_length: float | None
     forwards: Forwards
     finish_reason: str
+    seed: int | None
+    logprobs: list[TokenLogprob] | None
     elapsed_s: float
 
 
 class Stream:
-    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole."""
+    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole.
 
-    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions) -> None:
-        self._sequence, self._mode = sequence, mode
+    Args:
+        sequence: what to continue.
+        mode: how.
+        options: checked.
+        codec: gives the tokenizer, when text is asked for or stop strings are given; without, neither may be.
+    """
+
+    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions, codec: Callable[[], TextCodec] | None = None) -> None:
+        self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
+        self._watch = self._new_text() if options.stop else None
         self._counters = Counters()
         self._before = Forwards(**vars(sequence.forwards))
         self._token_ids: list[int] = []
@@ -78,8 +94,27 @@ class Stream:
             token_ids = next(self._steps)
         finally:
             self._elapsed_s += time.perf_counter() - start
+        if self._watch is not None:
+            token_ids = self._before_stop(self._watch, token_ids)
         self._token_ids += token_ids
         return Chunk(token_ids, self._counters.finish_reason)
+
+    def text(self) -> Iterator[str]:
+        """Iterate to the end, in pieces of text: as soon as they are certain, without special tokens, ending before a stop string.
+
+        Raises:
+            UsageError: the bundle has no tokenizer.
+        """
+        text = self._new_text()
+        for chunk in self:
+            yield text.push(chunk.token_ids)
+        yield text.finish()
+
+    def finish(self) -> Generation:
+        """Iterate to the end; the result."""
+        for _ in self:
+            pass
+        return self.result
 
     @property
     def result(self) -> Generation:
@@ -95,15 +130,41 @@ class Stream:
             acceptance_length=counters.cycle_tokens / counters.cycles if counters.cycles else None,
             forwards=forwards,
             finish_reason=counters.finish_reason or "length",
+            seed=counters.seed,
+            logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
         )
+
+    def _new_text(self) -> TextStream:
+        if self._codec is None:
+            raise UsageError("expected a tokenizer for text and stop strings, found none", "give the stream the codec of the bundle")
+        return TextStream(self._codec(), self._options.stop, self._options.min_new_tokens)
+
+    def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
+        """The tokens up to the one that completes a stop string; the rest is forgotten before anybody has seen it."""
+        for count, token in enumerate(token_ids, 1):
+            watch.push([token])
+            if watch.is_stopped:
+                self._end(len(token_ids) - count)
+                return token_ids[:count]
+        return token_ids
+
+    def _end(self, surplus: int) -> None:
+        """End here, without the last ``surplus`` tokens."""
+        counters = self._counters
+        self._steps.close()
+        self._sequence.truncate(len(self._sequence.tokens) - surplus)
+        counters.finish_reason = "stop"
+        counters.cycle_tokens -= surplus if counters.cycles else 0
+        if self._options.logprobs is not None:
+            del counters.logprobs[len(counters.logprobs) - surplus :]
 
 
 class TriModeModel:
     """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache.
 
     Attributes:
-        bundle: what was opened.
+        bundle: what was opened, in which precision.
         model: the model's facts.
         target: the bundle's target that runs, or ``portable`` for its portable graphs.
         session: the loaded graphs.
@@ -120,6 +181,7 @@ class TriModeModel:
         cls,
         path: str | Path,
         *,
+        precision: str | None = None,
         target: str | None = None,
         num_threads: int | None = None,
         verify: bool = True,
@@ -129,19 +191,21 @@ class TriModeModel:
 
         Args:
             path: the folder that ``trimode build`` wrote.
-            target: one of the bundle's targets, or ``portable``: its portable graphs on the CPU. None or ``auto``: a TensorRT target for
+            precision: one of the bundle's; None = the one that was built first.
+            target: one of that precision's targets, or ``portable``: its portable graphs on the CPU. None or ``auto``: a TensorRT target for
                 the GPU of this machine, else ONNX Runtime on the GPU, else the CPU; the logger ``trimode.runtime`` says what and why.
             num_threads: threads inside one operator on the CPU; None = one per physical core.
-            verify: compare the sha256 of every file with the manifest.
-            runtime_cache: folder where TensorRT-RTX keeps the kernels it compiles for this GPU; written by :meth:`close`.
+            verify: compare the sha256 of every file that the precision reads with the manifest.
+            runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles, written by :meth:`close`
+                (None = not kept), and int4 weights as ONNX Runtime arranges them for the processor (None = the user's cache folder).
 
         Raises:
-            UsageError: the bundle has no such target.
-            BundleError: the bundle is missing, damaged or newer than this library, or the target was compiled by another version.
+            UsageError: the bundle has no such precision or target.
+            BundleError: the bundle is missing, damaged or of another schema than this library's, or the target was compiled by another version.
             DeviceError: the named target needs a GPU that is not here.
             DependencyError: the library that runs the target is not installed.
         """
-        bundle = open_bundle(path, verify=verify)
+        bundle = open_bundle(path, precision, verify=verify)
         opened = open_session(bundle, target, num_threads, runtime_cache=Path(runtime_cache) if runtime_cache else None)
         return cls(bundle, opened.session, opened.target)
 
@@ -160,15 +224,37 @@ class TriModeModel:
         """The bundle's tokenizer and chat template; :class:`UsageError` where it has none."""
         return TextCodec(self.bundle.path)
 
-    def ar_generate(self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | None = None) -> tuple[Ids, int]:
-        """Autoregressive generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
-        return self._generate(ids, "ar", DecodeOptions(max_new_tokens, eos_token_ids=_eos(eos_token_id)))
+    def ar_generate(
+        self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | Seq[int] | None = None, **choices: Unpack[TokenChoices]
+    ) -> tuple[Ids, int]:
+        """Autoregressive generation.
+
+        Args:
+            ids: array-like ``(1, n)``.
+            max_new_tokens: most new tokens.
+            eos_token_id: one or several that end the text; None = the model's.
+            choices: see :class:`TokenChoices`; without any, the most probable token is taken.
+
+        Returns:
+            int64 ``(1, n + generated)``, and nfe: forwards as the reference counts them.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        return self._generate(ids, "ar", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **choices)
 
     def generate(
-        self, ids: Any, max_new_tokens: int = 512, block_length: int = 32, threshold: float = 0.9, eos_token_id: int | None = None
+        self,
+        ids: Any,
+        max_new_tokens: int = 512,
+        block_length: int = 32,
+        threshold: float = 0.9,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
     ) -> tuple[Ids, int]:
-        """Block-diffusion generation. ``ids``: array-like (1, n); returns int64 (1, n + generated) and nfe."""
-        return self._generate(ids, "diffusion", DecodeOptions(max_new_tokens, block_length, threshold, eos_token_ids=_eos(eos_token_id)))
+        """Block-diffusion generation; otherwise like :meth:`ar_generate`."""
+        blocks = {"block_length": block_length, "threshold": threshold}
+        return self._generate(ids, "diffusion", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
     def linear_spec_generate(
         self,
@@ -177,26 +263,38 @@ class TriModeModel:
         block_length: int = 32,
         threshold: float = 0.0,
         use_drafter: bool = True,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
     ) -> tuple[Ids, int]:
-        """Linear self-speculation: the tokens of :meth:`ar_generate` in fewer forwards. ``ids``: array-like (1, n); returns as above."""
-        options = DecodeOptions(max_new_tokens, block_length, threshold, use_drafter, _eos(eos_token_id))
-        return self._generate(ids, "linear_spec", options)
+        """Linear self-speculation: the tokens of :meth:`ar_generate`, or their distribution, in fewer forwards; otherwise like it."""
+        blocks = {"block_length": block_length, "threshold": threshold, "use_drafter": use_drafter}
+        return self._generate(ids, "linear_spec", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
-    def self_spec_generate(self, ids: Any, max_new_tokens: int = 128, block_length: int = 16, eos_token_id: int | None = None) -> tuple[Ids, int]:
+    def self_spec_generate(
+        self,
+        ids: Any,
+        max_new_tokens: int = 128,
+        block_length: int = DEFAULT_QUADRATIC_LENGTH,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
+    ) -> tuple[Ids, int]:
         """Quadratic self-speculation, under the reference's name: the tokens of :meth:`ar_generate`, verified and drafted in the same forwards.
 
-        ``ids``: array-like (1, n); returns as above.
+        Otherwise like it, but always greedy: of ``choices``, ``stop`` alone may change anything.
 
         Raises:
             UsageError: the bundle lacks the graph (``trimode build --quadratic``), or the block is too long for it.
         """
-        return self._generate(ids, "quadratic_spec", DecodeOptions(max_new_tokens, block_length, eos_token_ids=_eos(eos_token_id)))
+        ends = {"eos_token_ids": eos_token_id, "block_length": block_length}
+        return self._generate(ids, "quadratic_spec", max_new_tokens=max_new_tokens, **ends, **choices)
 
     quadratic_spec_generate = self_spec_generate
 
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
-        """Yield :class:`Chunk` as tokens are committed; keyword arguments are those of :class:`DecodeOptions`."""
+        """Yield :class:`Chunk` as tokens are committed.
+
+        Keyword arguments are the attributes of :class:`DecodeOptions` and :class:`~trimode.runtime.sampling.SamplingOptions`.
+        """
         return self.continue_sequence(self.new_sequence(ids), mode, **options)
 
     def new_sequence(self, ids: Any) -> Sequence:
@@ -211,27 +309,30 @@ class TriModeModel:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
         if mode not in ALGORITHMS:
             raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
-        chosen = DecodeOptions(**{"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model), **options})
-        self._check_options(mode, chosen)
-        return Stream(sequence, mode, chosen)
-
-    def _generate(self, ids: Any, mode: Mode, options: DecodeOptions) -> tuple[Ids, int]:
-        self._check_options(mode, options)
-        sequence = self.new_sequence(ids)
-        stream = Stream(sequence, mode, options)
-        for _ in stream:
-            pass
-        return np.array([sequence.tokens], np.int64), stream.result.nfe
-
-    def _check_options(self, mode: Mode, options: DecodeOptions) -> None:
-        check_options(options, self.model)
+        defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
+        chosen = make_options(**{**defaults, **self._with_end_think(options)})
+        check_options(chosen, self.model, mode)
         if mode == "quadratic_spec":
-            self._check_quadratic(options.block_length)
+            self._check_quadratic(chosen.block_length)
         elif mode != "ar":
-            self.session.check_block_length(options.block_length)
+            self.session.check_block_length(chosen.block_length)
+        return Stream(sequence, mode, chosen, lambda: self.codec)
+
+    def _generate(self, ids: Any, mode: Mode, **options: Any) -> tuple[Ids, int]:
+        if "logprobs" in options:
+            raise UsageError("expected no logprobs here, where only tokens are returned, found them", "use stream(...).finish().logprobs")
+        sequence = self.new_sequence(ids)
+        result = self.continue_sequence(sequence, mode, **options).finish()
+        return np.array([sequence.tokens], np.int64), result.nfe
+
+    def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with the tokenizer's ``</think>`` where a thinking budget names no token."""
+        if options.get("max_thinking_tokens") is None or options.get("end_think_token_id") is not None:
+            return options
+        return {**options, "end_think_token_id": self.codec.token_id(END_THINK)}
 
     def _check_quadratic(self, block_length: int) -> None:
-        if "quadratic" not in self.bundle.manifest.graphs:
+        if "quadratic" not in self.bundle.manifest.contracts:
             raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without", "build it with --quadratic")
         if block_length > self.model.max_quadratic_length:
             found = f"expected, for quadratic self-speculation, a block length from 1 to {self.model.max_quadratic_length}, found {block_length}"
@@ -262,7 +363,3 @@ class TriModeModel:
 def default_block_length(mode: Mode, model: ModelInfo) -> int:
     """The block length that a mode has where none is asked for."""
     return min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length) if mode == "quadratic_spec" else model.block_size
-
-
-def _eos(token_id: int | None) -> tuple[int, ...] | None:
-    return None if token_id is None else (token_id,)

@@ -37,13 +37,14 @@ def choose_providers(device: Device) -> list[Any]:
     return [(CUDA_PROVIDER, {"device_id": "0"}), "CPUExecutionProvider"]
 
 
-def session_options(mapped_bytes: int, num_threads: int | None, *, is_quantized: bool = False) -> Any:
-    """Options for three sessions that take turns.
+def session_options(mapped_bytes: int, num_threads: int | None, *, dequantizes: bool = False, is_optimized: bool = False) -> Any:
+    """Options for sessions that take turns.
 
     Args:
         mapped_bytes: size of the weights that the graphs map from a file.
         num_threads: threads inside one operator; None = one per physical core.
-        is_quantized: whether the graphs dequantize weights.
+        dequantizes: whether the graphs dequantize weights.
+        is_optimized: whether ONNX Runtime wrote the graphs itself, optimized for this machine.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only: warnings speak of graph internals that a user cannot change
@@ -55,7 +56,9 @@ def session_options(mapped_bytes: int, num_threads: int | None, *, is_quantized:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if mapped_bytes > PRIVATE_WEIGHTS_BYTES:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if is_quantized:
+    if is_optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if dequantizes:
         # Dequantize each weight just before its product, into the memory of the one before. By default ONNX Runtime dequantizes all of them
         # first, and keeps room for that once for every number of rows: several times the model in float32. Order by priority is the graph's
         # own, but for nodes that fusions of the extended level make: those would wait until every weight is dequantized.

@@ -14,7 +14,7 @@ import numpy as np
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType
 from trimode.runtime.ort_library import Device, ort
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.session import Array
 
 ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -71,7 +71,7 @@ def place(array: Array, dtype: DType, device: Device) -> Buffer:
     return Buffer(value, array if device == "cpu" else None, dtype, array.shape, device)
 
 
-def place_weights(pack: WeightPack, graphs: Iterable[Mapping[str, Any]], device: Device) -> dict[str, Buffer]:
+def place_weights(pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device) -> dict[str, Buffer]:
     """One buffer for every tensor of the pack that a graph reads; what the pack stores narrower than a graph reads it is widened.
 
     Args:
@@ -96,7 +96,7 @@ def place_weights(pack: WeightPack, graphs: Iterable[Mapping[str, Any]], device:
     return placed
 
 
-def _place_weight(pack: WeightPack, name: str, dtype: DType, device: Device) -> Buffer:
+def _place_weight(pack: PrecisionWeights, name: str, dtype: DType, device: Device) -> Buffer:
     entry = pack.entries[name]
     if dtype == "float32":
         return place(pack.widened(name), dtype, device)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from trimode.errors import UsageError
+from trimode.errors import BundleError, UsageError
 from trimode.graphs.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.manifest import TargetRecord
-from trimode.runtime.ort_library import Device, choose_providers, load_graph, session_options
+from trimode.runtime.onnx_file import operators
+from trimode.runtime.ort_library import PRIVATE_WEIGHTS_BYTES, Device, choose_providers, load_graph, session_options
 from trimode.runtime.ort_memory import Buffer, place, place_weights, zeros
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.ort_prepacked import prepacked_graphs
 from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
+
+logger = logging.getLogger("trimode.runtime")
 
 
 class OrtSession:
-    """An inference session for each graph, over one weight pack.
+    """Inference sessions, one for each graph, over one copy of the weights.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle, whose chosen precision runs.
         target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
         num_threads: threads inside one operator; None = one per physical core.
+        runtime_cache: folder for int4 weights that ONNX Runtime has arranged for this processor; None = the user's cache folder. Where it cannot
+            be written, each graph arranges a copy of its own, and a warning says so.
 
     Raises:
         UsageError: ``num_threads`` is below 1.
@@ -34,23 +41,30 @@ class OrtSession:
 
     max_prefill_rows = None
 
-    def __init__(self, bundle: Bundle, target: TargetRecord | None = None, num_threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, target: TargetRecord | None = None, num_threads: int | None = None, *, runtime_cache: Path | None = None
+    ) -> None:
         if num_threads is not None and num_threads < 1:
             raise UsageError(f"expected at least 1 thread, found {num_threads}", "leave --threads out to use every core")
         manifest = bundle.manifest
         self.model = manifest.model
-        self.contracts: dict[Role, GraphContract] = {role: graph.contract for role, graph in manifest.graphs.items()}
+        self.contracts: dict[Role, GraphContract] = dict(manifest.contracts)
         self._device: Device = target.device if target else "cpu"
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
         portable = target is None or target.placement == "external"
-        mapped_bytes = manifest.files[manifest.weights.file].num_bytes if portable else 0
-        options = session_options(mapped_bytes, num_threads, is_quantized=manifest.calibration is not None)
-        files = {role: manifest.graphs[role].file if portable or target is None else target.graphs[role].file for role in manifest.graphs}
-        self.sessions: dict[Role, Any] = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
+        mapped_bytes = bundle.chosen.weight_bytes if portable else 0
+        files = {role: bundle.chosen.graphs[role] if portable or target is None else target.graphs[role].file for role in self.contracts}
+        found = _operators(bundle.path / file for file in files.values())
+        self.sessions: dict[Role, Any]
+        if "MatMulNBits" in found:
+            self.sessions = _load_int4(bundle, files, mapped_bytes, num_threads, runtime_cache)
+        else:
+            options = session_options(mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found)
+            self.sessions = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
         wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in files}
-        self._weights = place_weights(WeightPack(bundle.path / manifest.weights.file), wanted.values(), self._device)
+        self._weights = place_weights(bundle.weights(), wanted.values(), self._device)
         self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in files}
 
     def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
@@ -158,6 +172,33 @@ class BoundGraph:
         """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it there."""
         for name, array in self._inputs.items():
             self.binding.bind_cpu_input(name, array)
+
+
+def _operators(graphs: Iterable[Path]) -> set[str]:
+    """The operators of all graphs together."""
+    found: set[str] = set()
+    for path in graphs:
+        try:
+            found |= operators(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: expected an ONNX graph, found one that cannot be read ({error})",
+                              "build the bundle again with `trimode build`") from error  # fmt: skip
+    return found
+
+
+def _load_int4(bundle: Bundle, files: Mapping[Role, str], mapped_bytes: int, num_threads: int | None, cache: Path | None) -> dict[Role, Any]:
+    """The portable graphs of int4 products: over one file of arranged weights, or where they are few each over a copy of its own."""
+    providers = choose_providers("cpu")
+    if mapped_bytes > PRIVATE_WEIGHTS_BYTES:
+        try:
+            graphs = prepacked_graphs(bundle, files, lambda: session_options(0, num_threads), cache)
+            options = session_options(0, num_threads, is_optimized=True)
+            return {role: load_graph(path, options, providers) for role, path in graphs.items()}
+        except (OSError, ValueError, BundleError) as error:
+            reason = error.message if isinstance(error, BundleError) else error
+            logger.warning("the graphs cannot share their int4 weights, each keeps a copy of its own: %s", reason)
+    options = session_options(0, num_threads)
+    return {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
 
 
 def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:

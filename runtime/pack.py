@@ -1,9 +1,13 @@
-"""Reads the weight pack: a safetensors file (https://github.com/huggingface/safetensors) whose tensors are bound to engines by name."""
+"""Reads weight packs: safetensors files (https://github.com/huggingface/safetensors) whose tensors are bound to engines by name.
+
+A bundle of several precisions has a pack for each, and what they have in common lies in one of them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,9 @@ from trimode.graphs.contract import DType
 SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8", "U8": "int4"}
 ITEM_SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float8e4m3fn": 1, "int8": 1}
 """Bytes of one number; int4 is two to a byte."""
+SCALE_KINDS = ("weight_scale", "input_scale", "pre_quant_scale")
+"""How the names of scales end, behind the layer's."""
+_QUANTIZED: tuple[DType, ...] = ("float8e4m3fn", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class PackEntry:
         return stored_bytes(self.dtype, math.prod(self.shape))
 
 
+def is_common(name: str, dtype: DType) -> bool:
+    """Whether a tensor is the same in every precision that has it: it is neither quantized nor a scale."""
+    return dtype not in _QUANTIZED and name.rpartition(".")[2] not in SCALE_KINDS
+
+
 def stored_bytes(dtype: DType, num_elements: int) -> int:
     """Size of a tensor of so many numbers."""
     return num_elements // 2 if dtype == "int4" else num_elements * ITEM_SIZES[dtype]
@@ -52,6 +64,7 @@ class WeightPack:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self.entries = _read_header(path)
             self._bytes = np.memmap(path, np.uint8, mode="r")
@@ -68,6 +81,39 @@ class WeightPack:
         """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of the file where it is float32 there, else a copy."""
         entry = self.entries[name]
         return widen(self.raw(name), entry.dtype).reshape(entry.shape)
+
+
+class PrecisionWeights:
+    """The tensors of one precision, each mapped once: all of its own pack, and of other packs what precisions have in common.
+
+    A weight that is quantized here may lie there in full, and the other way round: the own pack is asked first, and the quantized weights
+    and scales of others are not seen.
+
+    Args:
+        paths: the packs; the first is its own.
+
+    Raises:
+        BundleError: a file is no pack of this library.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        own, *others = (WeightPack(path) for path in paths)
+        self._packs = dict.fromkeys(own.entries, own)
+        for pack in others:
+            self._packs |= {name: pack for name, entry in pack.entries.items() if name not in self._packs and is_common(name, entry.dtype)}
+        self.entries = {name: pack.entries[name] for name, pack in self._packs.items()}
+
+    def pack_of(self, name: str) -> WeightPack:
+        """The pack that holds a tensor."""
+        return self._packs[name]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """See :meth:`WeightPack.raw`."""
+        return self._packs[name].raw(name)
+
+    def widened(self, name: str) -> NDArray[np.float32]:
+        """See :meth:`WeightPack.widened`."""
+        return self._packs[name].widened(name)
 
 
 def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:

@@ -6,10 +6,13 @@ slots after that and leave the length alone, so the next causal forward overwrit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.session import Array, Ids, Session
@@ -31,6 +34,42 @@ class Forwards:
     quadratic: int = 0
 
 
+@dataclass
+class Verification:
+    """What a verify forward says of a block of L tokens; valid until the next one.
+
+    Attributes:
+        greedy_ids: ``(L,)``, the most probable token after each.
+        accepted_length: how many of the block's drafts, from its second token on, are these.
+    """
+
+    greedy_ids: Ids
+    accepted_length: int
+    raw_logits: Array
+
+    @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        """``(L, V)``, of the token after each; copied from a GPU when first asked for."""
+        return np.asarray(self.raw_logits)[0]  # type: ignore[no-any-return]
+
+    def row(self, index: int) -> NDArray[np.float32]:
+        """One row of :attr:`logits`."""
+        return self.logits[index]  # type: ignore[no-any-return]
+
+
+@dataclass
+class Speculation(Verification):
+    """What a forward of quadratic self-speculation says of L drafts, and what it drafts behind the right ones.
+
+    Attributes:
+        accepted: the right drafts, at least one: the first was known to be, ``accepted_length`` more proved so.
+        next_drafts: ``(L,)``, of what follows these, of which again the first is right.
+    """
+
+    accepted: list[int]
+    next_drafts: Ids
+
+
 class Sequence:
     """A sequence over a session. Modes may alternate; none re-reads what is cached.
 
@@ -48,6 +87,7 @@ class Sequence:
         self._session = session
         self._cache = session.new_cache()
         self._next: int | None = None  # greedy token after self.tokens, where a forward has already told it
+        self._next_logits: Callable[[], NDArray[np.float32]] | None = None  # of that forward
 
     @property
     def room(self) -> int:
@@ -67,6 +107,12 @@ class Sequence:
             setattr(self.forwards, phase, getattr(self.forwards, phase) + 1)
         assert self._next is not None
         return self._next
+
+    def predict_logits(self) -> NDArray[np.float32]:
+        """Logits ``(V,)`` of the token that :meth:`predict` tells; runs the same forwards. Valid until the next causal one."""
+        self.predict()
+        assert self._next_logits is not None
+        return self._next_logits()
 
     def append(self, token_ids: Seq[int]) -> None:
         """Add tokens that were decided on, or given (the next turn of a conversation)."""
@@ -90,15 +136,11 @@ class Sequence:
         self.forwards.draft += 1
         return self._bidirectional(block, 1.0 if use_drafter else 0.0)
 
-    def verify(self, block: Ids) -> list[int]:
-        """Causal forward over a drafted block whose first token is the last of the sequence.
-
-        Returns what follows that first token: the accepted drafts and one token more. The caller decides how many of them to
-        :meth:`accept`.
-        """
+    def verify(self, block: Ids) -> Verification:
+        """Causal forward over a drafted block whose first token is the last of the sequence. The caller decides what to :meth:`accept`."""
         self.forwards.verify += 1
-        greedy, accepted, _ = self._session.run("verify", self._cache, block[None], self.cached_length)
-        return greedy[0, : int(accepted[0]) + 1].tolist()  # type: ignore[no-any-return]
+        greedy, accepted, logits = self._session.run("verify", self._cache, block[None], self.cached_length)
+        return Verification(greedy[0], int(accepted[0]), logits)
 
     def first_drafts(self, block_length: int) -> Ids:
         """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked slots behind all tokens gives."""
@@ -106,27 +148,32 @@ class Sequence:
         ids, _ = self.draft(np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False)
         return _drafts(ids, first)
 
-    def speculate(self, drafts: Ids) -> tuple[list[int], Ids]:
+    def speculate(self, drafts: Ids) -> Speculation:
         """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and drafts anew behind those that are.
 
-        All tokens must be cached. Returns the right drafts, at least one, which the caller hands to :meth:`accept`, and ``(L,)`` drafts of what
-        follows them, of which again the first is right.
+        All tokens must be cached. The caller decides how many of the right drafts to :meth:`accept_drafts`.
         """
         assert self.cached_length == len(self.tokens)
         self.forwards.quadratic += 1
-        greedy, accepted, _, ids, _ = self._session.run("quadratic", self._cache, drafts[None], self.cached_length)
+        greedy, accepted, logits, ids, _ = self._session.run("quadratic", self._cache, drafts[None], self.cached_length)
         last = int(accepted[0])
-        return drafts[: last + 1].tolist(), _drafts(ids[0], int(greedy[0, last]))
+        return Speculation(greedy[0], last, logits, drafts[: last + 1].tolist(), _drafts(ids[0], int(greedy[0, last])))
 
-    def accept(self, token_ids: Seq[int], following: int | None = None) -> None:
-        """Append the first tokens of what :meth:`verify` or :meth:`speculate` returned.
+    def accept_drafts(self, count: int, speculation: Speculation) -> None:
+        """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all of them the token after them is known, too."""
+        self.cached_length += count
+        self.append(speculation.accepted[:count])
+        if count == len(speculation.accepted):
+            last = speculation.accepted_length
+            self._next, self._next_logits = int(speculation.greedy_ids[last]), partial(speculation.row, last)
 
-        The former cached the block's first token and all of these but the last, the latter all of these. ``following`` is the greedy token
-        behind them, where it is known.
+    def accept(self, token_ids: Seq[int]) -> None:
+        """Append what follows the first token of the verified block: its drafts, as it has them, and any one token after these.
+
+        :meth:`verify` cached the block's first token and all of these but the last.
         """
         self.cached_length += len(token_ids)
         self.append(token_ids)
-        self._next = following
 
     def commit(self, block: Ids) -> None:
         """Append a finished block and cache it with a causal forward, which also predicts the token after it."""
@@ -136,7 +183,8 @@ class Sequence:
 
     def _causal(self, token_ids: list[int]) -> int:
         ids = np.array([token_ids], np.int64)
-        greedy, _ = self._session.run("ar", self._cache, ids, self.cached_length)
+        greedy, logits = self._session.run("ar", self._cache, ids, self.cached_length)
+        self._next_logits = lambda: np.asarray(logits)[0]
         self.cached_length += len(token_ids)
         return int(greedy[0])
 

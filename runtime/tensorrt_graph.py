@@ -45,7 +45,7 @@ class LoadedGraph:
         io: where its inputs and outputs lie in a sequence's memory.
         cache: type and shape of every cache tensor; its layout.
         model: the model's facts.
-        pack: header of the weight pack.
+        pack: the precision's tensors.
         runtime_cache: file for compiled kernels; None = not kept.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime.device import check, cudart
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.pack import PrecisionWeights
 
 Bytes = NDArray[np.uint8]
 
@@ -100,15 +100,15 @@ class RecordedWork:
         check("cudaGraphLaunch", cudart().cudaGraphLaunch(self._executable, self._stream.handle))
 
 
-def upload(pack: WeightPack, offsets: Mapping[str, int], memory: DeviceMemory, stream: Stream) -> None:
-    """Copy tensors of the pack to ``offsets`` of ``memory``, piece by piece: host memory stays constant whatever their size."""
+def upload(weights: PrecisionWeights, offsets: Mapping[str, int], memory: DeviceMemory, stream: Stream) -> None:
+    """Copy tensors to ``offsets`` of ``memory``, piece by piece: host memory stays constant whatever their size."""
     cuda = cudart()
     halves = [PinnedMemory(CHUNK_BYTES) for _ in range(2)]
     sent = [check("cudaEventCreateWithFlags", cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)) for _ in halves]
     turn = 0
     try:
         for name, offset in offsets.items():
-            raw = pack.raw(name)
+            raw = weights.raw(name)
             for begin in range(0, raw.size, CHUNK_BYTES):
                 piece, half = raw[begin : begin + CHUNK_BYTES], halves[turn]
                 check("copying the weights to the GPU", cuda.cudaEventSynchronize(sent[turn]))

@@ -150,7 +150,7 @@ def plan_bindings(
         contract: inputs and outputs of the role.
         model: how many layers.
         cache: type and shape of every cache tensor.
-        pack: the weight pack's header.
+        pack: the precision's tensors.
 
     Raises:
         BundleError: the engine lacks an output or a cache tensor, or has a tensor that is not as expected or that nothing can be bound to.

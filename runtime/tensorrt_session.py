@@ -43,7 +43,7 @@ class TensorRTSession:
     """Engines over one upload of the weights. One forward runs at a time; threads wait for each other.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle, whose chosen precision runs.
         target: what was built for this GPU.
         runtime_cache: folder where kernels that TensorRT-RTX compiles while running are kept from one process to the next; written by
             :meth:`close`. None = compile them anew.
@@ -63,7 +63,7 @@ class TensorRTSession:
         self._graphs: dict[Role, LoadedGraph] = {
             role: LoadedGraph(
                 library, role, target.graphs[role], prepared.engines[role], io=prepared.io[role], cache=(prepared.cache, prepared.cache_layout),
-                model=self._model, pack=prepared.pack.entries, runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
+                model=self._model, pack=prepared.weights.entries, runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
             )
             for role in prepared.engines
         }  # fmt: skip
@@ -122,9 +122,9 @@ class TensorRTSession:
 
     def _upload_weights(self) -> tuple[DeviceMemory, dict[str, int]]:
         names = sorted({name for graph in self._graphs.values() for name in graph.bindings.weights})
-        layout = lay_out({name: self._prepared.pack.entries[name].num_bytes for name in names})
+        layout = lay_out({name: self._prepared.weights.entries[name].num_bytes for name in names})
         memory = DeviceMemory(layout.num_bytes, "the weights")
-        upload(self._prepared.pack, layout.offsets, memory, self._stream)
+        upload(self._prepared.weights, layout.offsets, memory, self._stream)
         return memory, {name: memory.address + offset for name, offset in layout.offsets.items()}
 
     def _forward(self, role: Role, memory: SequenceMemory, profile: int, rows: int) -> None:

@@ -12,7 +12,7 @@ from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import Gpu, NoGpu
 from trimode.runtime.manifest import TargetRecord
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.tensorrt_library import import_library
 from trimode.runtime.tensorrt_plan import IoLayout, Layout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows
 
@@ -32,7 +32,7 @@ class Prepared:
 
     trt: Any
     engines: dict[Role, Path]
-    pack: WeightPack
+    weights: PrecisionWeights
     io: dict[Role, IoLayout]
     cache: TensorSpec
     cache_layout: Layout
@@ -40,7 +40,7 @@ class Prepared:
 
 
 def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
-    """Check what can be checked without a GPU: the library's version, the engine files, the weight pack, and the memory they need.
+    """Check what can be checked without a GPU: the library's version, the engine files, the weight packs, and the memory they need.
 
     Raises:
         DependencyError: the library is not installed.
@@ -49,16 +49,16 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     trt = import_library(target.backend)
     check_library(trt, target)
     manifest = bundle.manifest
-    engines = {role: bundle.path / target.graphs[role].file for role in manifest.graphs}
+    engines = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
     engine_bytes = sum(check_engine_file(path) for path in engines.values())
-    pack = WeightPack(bundle.path / manifest.weights.file)
-    io = {role: lay_out_io(manifest.graphs[role].contract, max_rows(target.graphs[role])) for role in engines}
+    weights = bundle.weights()
+    io = {role: lay_out_io(manifest.contracts[role], max_rows(target.graphs[role])) for role in engines}
     capacity = target.capacity or manifest.model.num_positions
     cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
     cache_layout = lay_out_cache(manifest.model, target.compute_dtype, capacity)
-    bound = [entry for name, entry in pack.entries.items() if target.placement == "shared" or name.startswith("rope.")]
+    bound = [entry for name, entry in weights.entries.items() if target.placement == "shared" or name.startswith("rope.")]
     memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.num_bytes, sum(x.layout.num_bytes for x in io.values()))
-    return Prepared(trt, engines, pack, io, cache, cache_layout, memory)
+    return Prepared(trt, engines, weights, io, cache, cache_layout, memory)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

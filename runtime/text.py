@@ -61,24 +61,65 @@ class TextCodec:
         except TemplateError as error:
             raise UsageError(f"expected a conversation that the chat template accepts, found: {error}", "check the order of roles") from error
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, such as ``</think>``; None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of tokens, without special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 class TextStream:
-    """Turns tokens that arrive in pieces into text that arrives in pieces; holds back bytes of a character that is not complete.
+    """Turns tokens that arrive in pieces into text that arrives in pieces, and never takes text back.
 
-    Only a window of tokens is decoded at each step: those whose text came out last, for what a decoder does at a seam, and the new ones.
+    Held back are bytes of a character that is not complete, and text that may be the beginning of a stop string. Only a window of tokens is
+    decoded at each step: those whose text came out last, for what a decoder does at a seam, and the new ones.
+
+    Args:
+        codec: the tokenizer.
+        stop: the text ends before the first of these that is complete, wherever in it tokens begin and end.
+        min_tokens: one that is complete before so many tokens ends nothing.
+
+    Attributes:
+        is_stopped: a stop string is complete; no more text will come.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, stop: Seq[str] = (), min_tokens: int = 0) -> None:
         self._codec = codec
         self._shown: list[int] = []  # tokens of the last piece
         self._held: list[int] = []  # tokens whose text is not out yet
+        self._stop, self._min_tokens, self._count = tuple(stop), min_tokens, 0
+        self._tail = ""  # text that may be the beginning of a stop string
+        self.is_stopped = False
 
     def push(self, token_ids: Seq[int]) -> str:
         """Text that became certain with these tokens."""
+        if not self._stop:
+            return self._complete(token_ids)
+        return "".join(self._push_watched(token) for token in token_ids)  # one by one, to know the token that completes a stop string
+
+    def finish(self) -> str:
+        """What was still held back."""
+        return "" if self.is_stopped else self._tail + self._new_text()
+
+    def _push_watched(self, token: int) -> str:
+        if self.is_stopped:
+            return ""
+        self._count += 1
+        self._tail += self._complete([token])
+        if self._count >= self._min_tokens:
+            # An incomplete character may follow, in the same token, on what completes a stop string.
+            text = self._tail + self._new_text().rstrip("\ufffd") if self._held else self._tail
+            end = first_stop(text, self._stop)
+            if end is not None:
+                self.is_stopped = True
+                return text[:end]
+        certain = len(self._tail) - _beginning(self._tail, self._stop)
+        out, self._tail = self._tail[:certain], self._tail[certain:]
+        return out
+
+    def _complete(self, token_ids: Seq[int]) -> str:
         self._held += token_ids
         new = self._new_text()
         if not new or new.endswith("\ufffd"):
@@ -86,13 +127,21 @@ class TextStream:
         self._shown, self._held = self._held, []
         return new
 
-    def finish(self) -> str:
-        """What was still held back."""
-        return self._new_text()
-
     def _new_text(self) -> str:
         before = self._codec.decode(self._shown)
         return self._codec.decode(self._shown + self._held)[len(before) :]
+
+
+def first_stop(text: str, stop: Seq[str]) -> int | None:
+    """Where the stop string begins that is complete first, the longest where several are; None if there is none."""
+    found = [(begin + len(s), begin) for s in stop if (begin := text.find(s)) >= 0]
+    return min(found)[1] if found else None
+
+
+def _beginning(text: str, stop: Seq[str]) -> int:
+    """How many of the last characters of ``text`` may be the beginning of a stop string."""
+    longest = min(len(text), max(map(len, stop)) - 1)
+    return next((n for n in range(longest, 0, -1) if any(len(s) > n and s.startswith(text[-n:]) for s in stop)), 0)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from trimode.graphs.checkpoint import ADAPTER_PREFIX, expected_adapter_tensors, expected_tensors
+from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, save_calibration
+from trimode.graphs.checkpoint import ADAPTER_PREFIX, expected_adapter_tensors, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
+from trimode.graphs.source import SourceDigest
 
 
 def yarn(**changes: Any) -> dict[str, Any]:
@@ -64,6 +68,30 @@ def write_checkpoint(
         )
         lora = {ADAPTER_PREFIX + n: torch.randn(s, generator=generator) * 0.1 for n, s in expected_adapter_tensors(parsed, rank).items()}
         save_file(lora, adapter / "adapter_model.safetensors")
+    return folder
+
+
+def raw_weight(folder: Path, name: str) -> NDArray[np.float32]:
+    """A tensor of a float32 checkpoint."""
+    entry = open_checkpoint(folder).tensors[name]
+    return np.frombuffer(b"".join(entry.chunks()), np.float32).reshape(entry.shape)
+
+
+def write_int8_calibration(checkpoint: Path, folder: Path) -> Path:
+    """Scales of every layer but the head, inputs scaled too; the checkpoint is one of float32."""
+    digest, rng, scales = SourceDigest(open_checkpoint(checkpoint)), np.random.default_rng(3), {}
+    for name in open_checkpoint(checkpoint).tensors:
+        if name.endswith("_proj.weight"):
+            layer, weight = name.removesuffix(".weight"), raw_weight(checkpoint, name)
+            scales[f"{layer}.pre_quant_scale"] = rng.uniform(0.5, 2, weight.shape[1]).astype(np.float32)
+            scales[f"{layer}.weight_amax"] = np.abs(weight / scales[f"{layer}.pre_quant_scale"]).max(1)
+            scales[f"{layer}.input_amax"] = np.array(rng.uniform(3, 5), np.float32)
+    list(digest.read_all())
+    record = Calibration(
+        schema_version=SCHEMA_VERSION, trimode_version="0", precision="int8", algorithm="by hand", block_size=None, source_name="it",
+        source_sha256=digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
+    )  # fmt: skip
+    save_calibration(folder, record, scales)
     return folder
 
 

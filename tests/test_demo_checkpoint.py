@@ -13,6 +13,7 @@ import reference
 from reference import Reference
 
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
+from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel
 
@@ -22,7 +23,7 @@ CHECKPOINT = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
     bundle = tmp_path_factory.mktemp("demo") / "bundle"
-    build_bundle(CHECKPOINT, bundle)
+    build_bundle(CHECKPOINT, bundle, BuildOptions(quadratic=True))
     return TriModeModel.from_pretrained(bundle, num_threads=1)
 
 
@@ -59,6 +60,29 @@ def test_linear_spec_equals_ar_on_every_family(model: TriModeModel) -> None:
             if block_length == 32:
                 lengths[use_drafter].append(stream.result.acceptance_length or 0)
     assert min(sum(values) / len(values) for values in lengths.values()) > 4
+
+
+def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
+    lengths = []
+    for question in questions(1):
+        ids = ask(model, question)
+        expected = model.ar_generate(ids, max_new_tokens=96)[0].tolist()
+        assert model.linear_spec_generate(ids, max_new_tokens=96, block_length=16)[0].tolist() == expected
+        for block_length in (5, 16):
+            result = model.stream(ids, "quadratic_spec", max_new_tokens=96, block_length=block_length).finish()
+            assert ids[0] + result.token_ids == expected[0]
+            lengths.append(result.acceptance_length or 0)
+    assert sum(lengths) / len(lengths) > 3
+
+
+def test_stop_strings_end_quadratic_spec(model: TriModeModel) -> None:
+    for question in questions(1):
+        ids = ask(model, question)
+        answer = model.codec.decode(model.ar_generate(ids, max_new_tokens=96)[0][0, len(ids[0]) :].tolist())
+        stop = answer[len(answer) // 2 :][:2]
+        results = [model.stream(ids, mode, max_new_tokens=96, stop=stop).finish() for mode in ("ar", "quadratic_spec")]  # type: ignore[arg-type]
+        assert results[0].token_ids == results[1].token_ids
+        assert results[1].finish_reason == "stop"
 
 
 def test_the_modes_equal_the_independent_model(model: TriModeModel) -> None:

@@ -60,7 +60,7 @@ def run_through_session(folder: Path, choice: str, capability: str) -> str:
     bundle = open_bundle(folder / target)
     from trimode.runtime.tensorrt_session import TensorRTSession
 
-    record = bundle.manifest.targets[target].model_copy(update={"compute_capability": capability})
+    record = bundle.chosen.targets[target].model_copy(update={"compute_capability": capability})
     session, wide = TensorRTSession(bundle, record), TriModeModel.from_pretrained(folder / target, target="cpu")
     cache, other = session.new_cache(), wide.session.new_cache()
     found = np.asarray(session.run("verify", cache, BLOCK, 0)[2])

@@ -29,7 +29,7 @@ DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 def accepted_here(bundle: Bundle, target: str) -> TensorRTSession:
     """The session of a target, as if it had been built for the GPU that is here."""
     gpu = find_gpu()
-    record = bundle.manifest.targets[target]
+    record = bundle.chosen.targets[target]
     if isinstance(gpu, Gpu):
         record = record.model_copy(update={"compute_capability": gpu.compute_capability})
     return TensorRTSession(bundle, record)
@@ -51,9 +51,9 @@ def parity(folder: Path, target: str) -> dict[str, Any]:
 def speed(checkpoint: Path, folder: Path, target: str, placement: str, pasts: tuple[int, ...]) -> dict[str, Any]:
     start = time.perf_counter()
     options = BuildOptions(targets=(target,), precision="bf16", weights=placement, max_length=max(pasts) + 128, block_lengths=(8, 16, 32))  # type: ignore[arg-type]
-    manifest = build_bundle(checkpoint, folder, options).manifest
+    bundle = build_bundle(checkpoint, folder, options)
     built = time.perf_counter() - start
-    engines = [manifest.files[engine.file].num_bytes for engine in manifest.targets[target].graphs.values()]
+    engines = [bundle.manifest.files[engine.file].num_bytes for engine in bundle.record.targets[target].graphs.values()]
     result: dict[str, Any] = {"placement": placement, "build_s": built, "engine_bytes": engines}
     start = time.perf_counter()
     session = accepted_here(open_bundle(folder, verify=False), target)

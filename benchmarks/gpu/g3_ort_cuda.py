@@ -28,7 +28,7 @@ DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 def placements(bundle: Path, target: str) -> dict[str, dict[str, int]]:
     """Nodes of the `verify` graph by provider and operator, from ONNX Runtime's own profile of one run."""
     model = TriModeModel.from_pretrained(bundle, target=target)
-    path = bundle / model.bundle.manifest.targets[target].graphs["verify"].file
+    path = bundle / model.bundle.chosen.targets[target].graphs["verify"].file
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(bundle / "profile")

@@ -1,30 +1,36 @@
-"""A calibration from beginning to end."""
+"""A calibration from beginning to end: the checkpoint is decoded, then calibrated a part at a time, and every step can be resumed after."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 import trimode
-from trimode.calib.quantize.extract import extract_scales
-from trimode.calib.quantize.modelopt_job import ALGORITHMS, block_size_of, load_modelopt, quantized_linears, run_modelopt, split_branches
+from trimode.calib.mapped_trunk import MappedEmbedding, float32_tensor, mapped_tensor, open_trunk
+from trimode.calib.memory import free_memory_bytes
+from trimode.calib.quantize.feed import find_scales
+from trimode.calib.quantize.layers import Shapes, quantized_layers
+from trimode.calib.quantize.modelopt_job import ALGORITHMS, load_modelopt
+from trimode.calib.quantize.parts import DecoderPart, HeadPart, Part, replay
 from trimode.calib.quantize.settings import QuantizeSettings
 from trimode.calib.quantize.statistics import InputStatistics, quantize_weight, snr_db
 from trimode.calib.quantize.texts import Text, draw_texts
-from trimode.calib.quantize.workload import Episode, decoders_for, record, replay
-from trimode.calib.torch_session import load_trunk
-from trimode.errors import DeviceError, UsageError
+from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
+from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
+from trimode.errors import BuildError, CheckpointError, DeviceError, UsageError
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
-from trimode.graphs.checkpoint import Checkpoint, to_float32
+from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
-from trimode.graphs.source import SourceDigest
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.source import SourceDigest, stamp_of
+from trimode.graphs.trunk import Rope
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
@@ -46,8 +52,13 @@ def calibrate(
     output: Path,
     settings: QuantizeSettings,
     progress: Progress,
+    *,
+    resume: bool = False,
 ) -> Calibration:
-    """Find the scales of a checkpoint's linear layers and write them to the folder ``output``; four bytes of memory a parameter.
+    """Find the scales of a checkpoint's linear layers and write them to the folder ``output``.
+
+    Work that is done lies in a folder beside ``output`` until the calibration is written. It stays there when anything ends the run but an error in
+    what the caller gave, with which nobody can go on.
 
     Args:
         checkpoint: whose weights are quantized.
@@ -57,39 +68,53 @@ def calibrate(
         output: new, empty, or an earlier calibration, which is replaced whole.
         settings: see :class:`QuantizeSettings`.
         progress: told what happens.
+        resume: go on where a run with the same arguments was interrupted. Without it, what such a run left is deleted.
 
     Raises:
-        UsageError: a setting or a text cannot be used, ``output`` is something else, or a layer never saw anything but zeros.
+        UsageError: a setting or a text cannot be used, ``output`` is something else, a layer never saw anything but zeros, or there is nothing that
+            could be resumed.
         CheckpointError: the checkpoint cannot be read, or a layer's input is not finite.
         DeviceError: the device is not here.
         DependencyError: ModelOpt is not installed.
+        BuildError: ModelOpt gives up, or the work cannot be written.
     """
     settings.check()
     check_output(output)
+    folder = work_folder_of(output)
+    check_work_folder(folder, resume=resume)
     _check_device(settings.device)
     drawn = draw_texts(texts, settings.num_samples, settings.seed, model)
+    layers, block_size = quantized_layers(checkpoint.config, settings)
     load_modelopt()  # it takes minutes to need it, and no time to miss it
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage("read checkpoint", 1)
-    trunk = load_trunk(checkpoint, model.num_positions, digest=digest).to(settings.device)
-    advance(1)
-    advance = progress.stage("decode", len(drawn) * len(decoders_for(settings.modes)))
-    episodes = record(trunk, model, drawn, settings.modes, settings.max_new_tokens, advance)
-    scales, statistics, block_size = _find_scales(trunk, episodes, settings, progress)
-    calibration = Calibration(
-        schema_version=SCHEMA_VERSION,
-        trimode_version=trimode.__version__,
-        precision=settings.precision,
-        algorithm=_algorithm_name(settings),
-        block_size=block_size,
-        source_name=checkpoint.path.resolve().name,
-        source_sha256=digest.hexdigest(),
-        scales_sha256="",
-        data=DataRecord(sha256=texts_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=dict(statistics.num_rows)),
-        layers=_layer_records(checkpoint, scales, statistics, settings),
-        libraries={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-    )
-    save_calibration(output, calibration, scales)
+    job = _Job(checkpoint, model, settings, layers, block_size, progress)
+    facts = _facts(checkpoint, texts_sha256, settings)
+    facts["source_sha256"] = _source_digest(checkpoint, read_record(folder) if resume else {}, facts, progress)
+    with open_work(folder, facts, resume=resume) as work:
+        try:
+            episodes = job.decode(work, drawn)
+            scales, records = job.calibrate_parts(work, episodes)
+        except (UsageError, CheckpointError):
+            shutil.rmtree(folder)
+            raise
+        except OSError as error:
+            raise BuildError(f"{folder}: expected to write what is done, found: {error}", "free disk space, then go on with --resume") from error
+        worst = min(records, key=lambda name: records[name].weight_snr_db)
+        log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
+        calibration = Calibration(
+            schema_version=SCHEMA_VERSION,
+            trimode_version=trimode.__version__,
+            precision=settings.precision,
+            algorithm=_algorithm_name(settings),
+            block_size=block_size,
+            source_name=checkpoint.path.resolve().name,
+            source_sha256=facts["source_sha256"],
+            scales_sha256="",
+            data=DataRecord(sha256=texts_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=dict(count_rows(episodes))),
+            layers=records,
+            libraries=_libraries(),
+        )
+        save_calibration(output, calibration, scales)
+        shutil.rmtree(folder)
     return calibration
 
 
@@ -99,41 +124,123 @@ def check_output(output: Path) -> None:
         raise UsageError(f"{output}: expected a new or empty folder, or a calibration to replace, found something else", "name another folder")
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one calibration need."""
+
+    checkpoint: Checkpoint
+    model: ModelInfo
+    settings: QuantizeSettings
+    layers: Shapes
+    block_size: int | None
+    progress: Progress
+
+    def decode(self, work: WorkFolder, texts: Sequence[Text]) -> list[Episode]:
+        """Answer the texts that are not answered yet."""
+        done = work.episodes()
+        advance = self.progress.stage("decode", len(texts))
+        advance(len(done))
+        if len(done) < len(texts):
+            trunk = open_trunk(self.checkpoint, self.model.num_positions, self.settings.device, self._memory_bytes())
+            session = RecordingSession(trunk, self.settings.modes)
+            for text in texts[len(done) :]:
+                done.append(answer(session, self.model, text, self.settings.modes, self.settings.max_new_tokens))
+                work.append_episodes(done[-1])
+                advance(1)
+        return merged([episode for answers in done for episode in answers])
+
+    def calibrate_parts(self, work: WorkFolder, episodes: Sequence[Episode]) -> tuple[Scales, dict[str, LayerRecord]]:
+        """Calibrate the parts that have no scales yet, in order; those of all."""
+        num_parts = self.checkpoint.config.num_hidden_layers + self.settings.quantizes_head
+        advance = self.progress.stage("calibrate", num_parts)
+        rope = Rope(self.checkpoint.config, self.model.num_positions).to(self.settings.device)
+        scales: Scales = {}
+        records: dict[str, LayerRecord] = {}
+        for index in range(num_parts):
+            if not work.has_part(index):
+                if index == 0 and not work.has_hidden(0):
+                    self._embed(work, episodes)
+                self._calibrate_part(work, index, rope, episodes)
+            part_scales, part_records = work.part(index)
+            scales.update(part_scales)
+            records.update(part_records)
+            advance(1)
+        return scales, {name: records[name] for name in self.layers}
+
+    def _memory_bytes(self) -> int:
+        if self.settings.memory_gib is not None:
+            return int(self.settings.memory_gib * 2**30)
+        return free_memory_bytes(self.settings.device) // 2
+
+    def _embed(self, work: WorkFolder, episodes: Sequence[Episode]) -> None:
+        embedding = MappedEmbedding(mapped_tensor(self.checkpoint.tensors["encoder.embed_tokens.weight"]))
+        with work.write_hidden(0) as write:
+            for episode in episodes:
+                for forward in forwards_of(episode):
+                    write(embedding(torch.tensor(forward.ids)))
+
+    def _calibrate_part(self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]) -> None:
+        """Inputs are looked at, and what enters the next part is computed, before ModelOpt quantizes anything."""
+        part = self._part(index, rope)
+        hidden = work.hidden(index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size)
+        statistics = InputStatistics(part.linears)
+        with work.write_hidden(index + 1) as write:
+            for forward, step in replay(part, episodes, hidden):
+                for name, x in step.inputs.items():
+                    statistics.look(forward.role, name, x)
+                write(step.outputs)
+        statistics.check_seen()
+        scales: Scales = {}
+        if part.linears:
+            weights = {name: linear.weight for name, linear in part.linears.items()}
+            scales = find_scales(
+                weights, statistics, lambda: (step.inputs for _, step in replay(part, episodes, hidden)), self.block_size, self.settings
+            )
+        records = {name: self._record(name, scales, amax) for name, amax in statistics.amax.items()}
+        work.finish_part(index, scales, records)
+
+    def _part(self, index: int, rope: Rope) -> Part:
+        if index < self.checkpoint.config.num_hidden_layers:
+            return DecoderPart(self.checkpoint, index, rope, self.layers)
+        return HeadPart(self.checkpoint, self.settings.device)
+
+    def _record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
+        """Statistics for people. The weight is read again: ModelOpt has smoothed the other in place."""
+        weight = float32_tensor(self.checkpoint.tensors[f"{name}.weight"], "cpu").numpy()
+        quantized = quantize_weight(weight, scales[f"{name}.weight_amax"], self.settings.precision, scales.get(f"{name}.pre_quant_scale"))
+        return LayerRecord(input_amax=input_amax, weight_snr_db=round(snr_db(weight, quantized), 3))
+
+
 def _check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to calibrate on the CPU")
 
 
-def _find_scales(
-    trunk: TriModeTrunk, episodes: Sequence[Episode], settings: QuantizeSettings, progress: Progress
-) -> tuple[Scales, InputStatistics, int | None]:
-    split_branches(trunk)
-    linears = quantized_linears(trunk, settings)
-    block_size = block_size_of(linears, settings) if settings.precision == "int4" else None
-    statistics = InputStatistics(linears)
-    advance = progress.stage("look at inputs", len(episodes))
-    with statistics.hooked():
-        replay(trunk, episodes, advance, statistics.watch, needs_head=settings.quantizes_head)
-    statistics.check_seen()
-
-    def forward_loop(model: TriModeTrunk) -> None:
-        replay(model, episodes, progress.stage("calibrate", len(episodes)), needs_head=settings.quantizes_head)
-
-    run_modelopt(trunk, linears, settings, forward_loop)
-    return extract_scales(linears, settings.precision), statistics, block_size
+def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings) -> dict[str, Any]:
+    """What has to be the same when a run is resumed; whether weights are mapped changes nothing."""
+    return {
+        "trimode_version": trimode.__version__,
+        "libraries": _libraries(),
+        "checkpoint": checkpoint.path.resolve().name,
+        "checkpoint_stamp": stamp_of(checkpoint),
+        "data_sha256": texts_sha256,
+        **{name: value for name, value in asdict(settings).items() if name != "memory_gib"},
+    }
 
 
-def _layer_records(checkpoint: Checkpoint, scales: Scales, statistics: InputStatistics, settings: QuantizeSettings) -> dict[str, LayerRecord]:
-    """Statistics for people. Weights are read again: those of the trunk have been smoothed in place."""
-    records = {}
-    for name, input_amax in statistics.amax.items():
-        entry = checkpoint.tensors[f"{name}.weight"]
-        weight = to_float32(b"".join(entry.chunks()), entry.dtype).reshape(entry.shape)
-        quantized = quantize_weight(weight, scales[f"{name}.weight_amax"], settings.precision, scales.get(f"{name}.pre_quant_scale"))
-        records[name] = LayerRecord(input_amax=input_amax, weight_snr_db=round(snr_db(weight, quantized), 3))
-    worst = min(records, key=lambda name: records[name].weight_snr_db)
-    log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
-    return records
+def _source_digest(checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress) -> str:
+    """The checkpoint's digest; of files that nobody touched since the resumed run took it, that one."""
+    if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(resumed.get("source_sha256"), str):
+        return str(resumed["source_sha256"])
+    digest = SourceDigest(checkpoint)
+    advance = progress.stage("read checkpoint", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    for num_bytes in digest.read_all():
+        advance(num_bytes)
+    return digest.base_hexdigest()
+
+
+def _libraries() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
 def _algorithm_name(settings: QuantizeSettings) -> str:

@@ -26,7 +26,9 @@ class QuantizeSettings:
         block_size: int4: inputs that share a scale, at most; a power of two from 16 on. None = 128.
         is_per_channel: fp8: a scale for each row of a weight, instead of one.
         quantizes_head: quantize ``diffusion_head`` too.
-        device: where the trunk runs, ``cpu`` or ``cuda``.
+        device: where the model runs, ``cpu`` or ``cuda``.
+        memory_gib: decoding keeps all weights in memory, in float32, where they take at most this; otherwise they stay in the checkpoint's files.
+            None = half of what is free.
     """
 
     precision: QuantizedPrecision
@@ -38,6 +40,7 @@ class QuantizeSettings:
     is_per_channel: bool = False
     quantizes_head: bool = False
     device: str = "cpu"
+    memory_gib: float | None = None
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value that cannot be used, or that the precision has no use for."""
@@ -48,6 +51,8 @@ class QuantizeSettings:
             if value is not None and value < least:
                 raise UsageError(f"expected --{name} of at least {least}, found {value}", "leave it out for the default")
         self._check_granularity()
+        if self.memory_gib is not None and not self.memory_gib >= 0:
+            raise UsageError(f"expected --memory of at least 0, found {self.memory_gib}", "leave it out for half of what is free")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
 

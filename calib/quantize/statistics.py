@@ -1,17 +1,16 @@
 """What the layers' inputs looked like in each mode, and how much of each weight is left after quantization.
 
-Neither asks ModelOpt: inputs are seen through hooks of our own, weights are quantized by :mod:`trimode.graphs.quantization`.
+Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by :mod:`trimode.graphs.quantization`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision
@@ -23,58 +22,55 @@ LOSSLESS_DB = 200.0
 
 
 class InputStatistics:
-    """Largest magnitude of each layer's input, and rows, by mode.
+    """What the inputs of some layers are, by column and by mode.
 
     Args:
-        layers: by the checkpoint's names.
+        names: the layers'.
+
+    Attributes:
+        amax: largest magnitude by layer and mode.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._role: Role | None = None
-        self.amax: dict[str, dict[str, float]] = {name: {} for name in layers}
-        self.num_rows: dict[Role, int] = {}
+    def __init__(self, names: Iterable[str]) -> None:
+        self.amax: dict[str, dict[str, float]] = {name: {} for name in names}
+        self._largest: dict[str, Tensor] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._num_forwards: dict[str, int] = {}
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Look at the layers' inputs while the block runs."""
-        handles = [layer.register_forward_pre_hook(self._hook_of(name)) for name, layer in self._layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def look(self, role: Role, name: str, x: Tensor) -> None:
+        """Take in the input ``x (rows, in)`` of a layer in a forward.
 
-    @contextmanager
-    def watch(self, role: Role, num_rows: int) -> Iterator[None]:
-        """What runs in the block is a forward of ``role``, of ``num_rows`` tokens."""
-        self._role = role
-        self.num_rows[role] = self.num_rows.get(role, 0) + num_rows
-        try:
-            yield
-        finally:
-            self._role = None
+        Raises:
+            CheckpointError: it is not finite.
+        """
+        if not x.numel():
+            return
+        magnitude = x.abs()
+        largest, mean = magnitude.amax(0), magnitude.mean(0)
+        peak = float(largest.max())
+        if not math.isfinite(peak):
+            raise CheckpointError(f"{name}: expected finite inputs, found {peak} in a forward of {role}",
+                                  "weights before this layer overflow or are damaged; download the checkpoint again")  # fmt: skip
+        seen = self.amax[name]
+        seen[role] = max(seen.get(role, 0.0), peak)
+        self._largest[name] = torch.maximum(self._largest[name], largest) if name in self._largest else largest
+        self._sum[name] = self._sum[name] + mean if name in self._sum else mean
+        self._num_forwards[name] = self._num_forwards.get(name, 0) + 1
 
     def check_seen(self) -> None:
         """Raise :class:`UsageError` where a layer's input was zero all the time, or never came."""
         for name, by_role in self.amax.items():
             if not any(by_role.values()):
-                raise UsageError(f"{name}: expected inputs other than zero, found none in {sum(self.num_rows.values())} rows",
+                raise UsageError(f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
                                  "no scale can be told from that; check the checkpoint, or use prompts that reach this layer")  # fmt: skip
 
-    def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def look(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x: Tensor = inputs[0]
-            if self._role is None or not x.numel():
-                return
-            peak = float(x.abs().amax())
-            if not math.isfinite(peak):
-                raise CheckpointError(f"{name}: expected finite inputs, found {peak} in a forward of {self._role}",
-                                      "weights before this layer overflow or are damaged; download the checkpoint again")  # fmt: skip
-            seen = self.amax[name]
-            seen[self._role] = max(seen.get(self._role, 0.0), peak)
+    def largest(self, name: str) -> Tensor:
+        """Largest magnitude of each column, ``(in,)``."""
+        return self._largest[name]
 
-        return look
+    def mean(self, name: str) -> Tensor:
+        """Mean magnitude of each column, ``(in,)``, in which every forward counts alike, however many rows it has."""
+        return self._sum[name] / self._num_forwards[name]
 
 
 def quantize_weight(weight: Floats, amax: Floats, precision: QuantizedPrecision, pre_quant_scale: Floats | None = None) -> Floats:

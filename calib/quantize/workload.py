@@ -8,26 +8,20 @@ before them. Nothing of an answer is decided anew, so every replay is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from trimode.calib.quantize.texts import Text
 from trimode.calib.torch_session import TorchCache, TorchSession
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import PREFILL_CHUNK
 from trimode.runtime.sequence import Sequence as DecodedSequence
 from trimode.runtime.session import Array, Ids, KVCache
 
-Advance = Callable[[int], None]
-Watch = Callable[[Role, int], AbstractContextManager[None]]
-"""Entered around each forward with its role and number of rows."""
 THRESHOLDS: dict[Mode, float] = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0}
 
 
@@ -38,6 +32,16 @@ class Block(NamedTuple):
     ids: Text
     past_length: int
     drafter_scale: float
+
+
+class Forward(NamedTuple):
+    """A forward of any graph, as it is replayed; ``first_logits_row`` is the first of its rows that the head reads."""
+
+    role: Role
+    ids: Text
+    past_length: int
+    drafter_scale: float
+    first_logits_row: int
 
 
 @dataclass(frozen=True)
@@ -79,21 +83,16 @@ def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
     return tuple(chosen)
 
 
-def record(
-    trunk: TriModeTrunk, model: ModelInfo, texts: Sequence[Text], roles: Sequence[Role], max_new_tokens: int, advance: Advance
-) -> list[Episode]:
-    """Answer each text in each mode that the roles need; ``advance(1)`` after each answer."""
-    session = RecordingSession(trunk, roles)
+def answer(session: RecordingSession, model: ModelInfo, text: Text, roles: Sequence[Role], max_new_tokens: int) -> list[Episode]:
+    """Answer a text in each mode that the roles need."""
     episodes = []
-    for text in texts:
-        for mode in decoders_for(roles):
-            sequence = DecodedSequence(session, model, text)
-            options = DecodeOptions(max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode])
-            for _ in ALGORITHMS[mode](sequence, options, Counters()):
-                pass
-            episodes.append(Episode(sequence.tokens, len(text), session.take()))
-            advance(1)
-    return merged(episodes)
+    for mode in decoders_for(roles):
+        sequence = DecodedSequence(session, model, text)
+        options = DecodeOptions(max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode])
+        for _ in ALGORITHMS[mode](sequence, options, Counters()):
+            pass
+        episodes.append(Episode(sequence.tokens, len(text), session.take()))
+    return episodes
 
 
 def merged(episodes: Sequence[Episode]) -> list[Episode]:
@@ -106,45 +105,26 @@ def merged(episodes: Sequence[Episode]) -> list[Episode]:
     return list(found.values())
 
 
-@torch.no_grad()
-def replay(
-    trunk: TriModeTrunk, episodes: Sequence[Episode], advance: Advance, watch: Watch = lambda *_: nullcontext(), *, needs_head: bool = False
-) -> None:
-    """Run every forward of the episodes again; ``advance(1)`` after each episode.
-
-    Args:
-        trunk: the model, whose layers may have been replaced.
-        episodes: what to run.
-        advance: told of each episode that is done.
-        watch: see :data:`Watch`.
-        needs_head: run the head too, on the rows whose logits a graph returns.
-    """
-    for episode in episodes:
-        for role, cache, ids, past_length, scale in _forwards(episode):
-            with watch(role, len(ids)):
-                hidden = _forward(trunk, role, cache, ids, past_length, scale)
-                if needs_head:
-                    trunk.head(hidden[:, _first_row(role, past_length, episode) :])
-        advance(1)
+def forwards_of(episode: Episode) -> list[Forward]:
+    """What a replay of the episode runs: its text in chunks, then its blocks."""
+    starts = range(0, len(episode.tokens), PREFILL_CHUNK)
+    # The ar graph returns logits of a prompt's last row and of each row after it, the others of every row.
+    texts = [Forward("ar", episode.tokens[i : i + PREFILL_CHUNK], i, 0.0, max(0, episode.prompt_length - 1 - i)) for i in starts]
+    return texts + [Forward(*block, first_logits_row=0) for block in episode.blocks]
 
 
-def _forwards(episode: Episode) -> Iterator[tuple[Role, TorchCache, Text, int, float]]:
-    cache = TorchCache()
-    for start in range(0, len(episode.tokens), PREFILL_CHUNK):
-        yield "ar", cache, episode.tokens[start : start + PREFILL_CHUNK], start, 0.0
-    for block in episode.blocks:
-        before = TorchCache.of([(k[:, :, : block.past_length], v[:, :, : block.past_length]) for k, v in cache.layers])
-        before.writes_cache = False
-        yield block.role, before, block.ids, block.past_length, block.drafter_scale
+def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
+    """How a forward attends: the text's own chunks fill ``text``, blocks read what lies before them and leave it alone."""
+    if forward.role == "ar":
+        return text
+    before = TorchCache.of([(k[:, :, : forward.past_length], v[:, :, : forward.past_length]) for k, v in text.layers])
+    before.writes_cache, before.is_causal = False, forward.role != "draft"
+    return before
 
 
-def _forward(trunk: TriModeTrunk, role: Role, cache: TorchCache, ids: Text, past_length: int, drafter_scale: float) -> Tensor:
-    device = trunk.diffusion_head.weight.device
-    cache.is_causal = role != "draft"
-    positions = torch.arange(past_length, past_length + len(ids), device=device)[None]
-    return trunk(torch.tensor([ids], device=device), positions, cache, drafter_scale or None)  # type: ignore[no-any-return]
-
-
-def _first_row(role: Role, past_length: int, episode: Episode) -> int:
-    """The ar graph returns logits of a prompt's last row and of each row after it, the others of every row."""
-    return max(0, episode.prompt_length - 1 - past_length) if role == "ar" else 0
+def count_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
+    """Tokens of all forwards, by role."""
+    counts: dict[Role, int] = {}
+    for forward in (forward for episode in episodes for forward in forwards_of(episode)):
+        counts[forward.role] = counts.get(forward.role, 0) + len(forward.ids)
+    return counts

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from trimode.calib.torch_session import TorchCache, TorchSession, accepted_lengths
+from trimode.compiler.parity.borders import SPREAD_FACTOR, Guide
 from trimode.compiler.parity.report import GraphParity, IdsRecord, OutputRecord, Subject
-from trimode.compiler.parity.runners import CachedText, Feed, SessionRunner, TrunkRunner, portable_runner, role_feed
+from trimode.compiler.parity.runners import CachedText, CodedRunner, Feed, SessionRunner, TrunkRunner, portable_runner, role_feed
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.errors import UsageError
 from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, cache_specs, graph_contract, slots_written
@@ -93,9 +94,9 @@ def count_comparisons(session: Session, model: ModelInfo, positions: Sequence[in
 
 def compare_target(
     reference: CachedText, target: CachedText, model: ModelInfo, positions: Sequence[int], tolerance: Tolerance, seed: int,
-    roles: Sequence[Role] = ROLES,
+    dithered: Sequence[CachedText] = (), roles: Sequence[Role] = ROLES,
 ) -> Iterator[GraphParity]:  # fmt: skip
-    """The graphs of a target's session; both texts are the same.
+    """The graphs of a target's session; all texts are the same.
 
     Args:
         reference: the text, read by the trunk.
@@ -104,6 +105,8 @@ def compare_target(
         positions: tokens in the cache, ascending.
         tolerance: of the target.
         seed: of the blocks.
+        dithered: the text, read by the trunk as it rounds inputs at random within the bound: how far that takes it from ``reference``, times
+            :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
         roles: graphs to compare.
     """
     rng = np.random.default_rng(seed)
@@ -113,15 +116,17 @@ def compare_target(
         for role in roles:
             contract = graph_contract(role, model)
             runners = [SessionRunner("reference", reference, contract), SessionRunner("target", target, contract)]
+            spreading = [SessionRunner("dithered", text, contract) for text in dithered]
             for block in (blocks[rows] for rows in counts[role]):
                 for scale in _drafter_scales(role, model):
                     feed = role_feed(role, model, block.ids(role), np.array([position]), scale)
-                    yield _compare("target", contract, runners, feed, block.scale, tolerance)
+                    yield _compare("target", contract, runners, feed, block.scale, tolerance, spreading)
 
 
 def compare_portable(
-    reference: CachedText, folder: Path, files: dict[Role, str], model: ModelInfo, position: int, tolerance: Tolerance, seed: int
-) -> Iterator[GraphParity]:
+    reference: CachedText, folder: Path, files: dict[Role, str], model: ModelInfo, position: int, tolerance: Tolerance, seed: int,
+    guide: Guide | None = None,
+) -> Iterator[GraphParity]:  # fmt: skip
     """The portable graphs on a ragged batch of two: the text up to ``position``, and up to half of it.
 
     Args:
@@ -132,6 +137,7 @@ def compare_portable(
         position: tokens in the cache of the longer sequence.
         tolerance: of the portable graphs.
         seed: of the blocks and of what lies in unused slots.
+        guide: of the trunk, where it quantizes inputs: it then follows the codes that the graph has chosen.
     """
     rng = np.random.default_rng(seed)
     blocks = [make_block(reference, at, ODD_ROWS, model, rng) for at in (position // 2, position)]
@@ -140,12 +146,20 @@ def compare_portable(
     caches = _caches(cast("TorchCache", reference.cache), past, capacity, model, rng)
     for role in files:
         contract = graph_contract(role, model)
-        trunk = TrunkRunner("reference", cast("TorchSession", reference.session), model, contract)
+        if guide is None:
+            runners = [
+                TrunkRunner("reference", cast("TorchSession", reference.session), model, contract),
+                portable_runner("portable", folder / files[role]),
+            ]
+        else:  # the graph runs first: the reference needs its codes
+            graph = CodedRunner("portable", folder / files[role], contract, model)
+            followed = (guide, graph, tolerance.relative)
+            runners = [graph, TrunkRunner("reference", cast("TorchSession", reference.session), model, contract, followed)]
         ids = np.concatenate([block.ids(role) for block in blocks])
         for scale in _drafter_scales(role, model):
             feed = {**role_feed(role, model, ids, past, scale, np.array([ODD_ROWS - 2, ODD_ROWS])), **caches}
             largest = max(block.scale for block in blocks)
-            yield _compare("portable", contract, [trunk, portable_runner("portable", folder / files[role])], feed, largest, tolerance)
+            yield _compare("portable", contract, runners, feed, largest, tolerance)
 
 
 def _drafter_scales(role: Role, model: ModelInfo) -> tuple[float, ...]:
@@ -164,18 +178,20 @@ def _caches(cache: TorchCache, past: Ids, capacity: int, model: ModelInfo, rng: 
     return feed
 
 
-def _compare(subject: Subject, contract: GraphContract, runners: Sequence[Any], feed: Feed, scale: float, tolerance: Tolerance) -> GraphParity:
-    """Run both and compare the second with the first."""
+def _compare(
+    subject: Subject, contract: GraphContract, runners: Sequence[Any], feed: Feed, scale: float, tolerance: Tolerance, spreading: Sequence[Any] = ()
+) -> GraphParity:
+    """Run both in their order and compare the other with the reference; ``spreading`` tell how far that is from itself."""
+    at = [runner.name for runner in runners].index("reference")
     with _quiet():
-        run, reference, found = _run_both(runners, feed)
-        if contract.role == "quadratic" and (reference["accepted_length"] != found["accepted_length"]).any():
-            feed = {**feed, "input_ids": _until_either_parts(feed["input_ids"], reference, found)}
-            run, reference, found = _run_both(runners, feed)
+        run, outputs_of, feed = _run_all(contract.role, runners, spreading, feed)
+        reference, found = outputs_of[at], outputs_of[1 - at]
         floats = [name for name, values in reference.items() if values.dtype == np.float32]
-        bounds = {name: _bounds(name, reference[name], scale, tolerance) for name in floats}
+        spreads = _spreads(reference, outputs_of[len(runners) :], floats)
+        bounds = {name: _bounds(name, reference[name], scale, tolerance, spreads[name]) for name in floats}
         # Polygraphy is content when either tolerance holds: a relative one of 0 leaves it to the absolute one.
         results = Comparator.compare_accuracy(
-            run, comparisons=[(1, 0)],
+            run, comparisons=[(1 - at, at)],
             compare_func=[
                 SimpleCompareFunc(atol={n: b[1] for n, b in bounds.items()}, rtol=0, check_error_stat="max", find_output_func=_only(floats)),
                 SimpleCompareFunc(atol={n: b[2] for n, b in bounds.items()}, rtol=0, check_error_stat="mean", find_output_func=_only(floats)),
@@ -183,33 +199,44 @@ def _compare(subject: Subject, contract: GraphContract, runners: Sequence[Any], 
         )  # fmt: skip
     (largest,), (mean,) = (next(iter(result.values())) for result in results)
     outputs = [_output(name, largest[name], mean[name], bounds[name]) for name in floats]
-    ids = list(_compare_ids(reference, found, scale, tolerance))
+    ids = list(_compare_ids(reference, found, scale, tolerance, spreads))
+    codes = getattr(runners[at], "codes", None)
     accepted = None
     if "accepted_length" in found:
         accepted = bool((found["accepted_length"] == accepted_lengths(found["greedy_ids"], feed["input_ids"])).all())
     return GraphParity(
         subject=subject, graph=contract.role, positions=tuple(feed["past_length"].tolist()), rows=feed["input_ids"].shape[1],
         use_drafter=bool(feed["drafter_scale"]) if "drafter_scale" in feed else None,
-        outputs=tuple(_worst_cache(outputs)), ids=tuple(ids), has_accepted_length=accepted,
-        passed=all(r.passed for r in outputs) and all(r.passed for r in ids) and accepted is not False,
+        outputs=tuple(_worst_cache(outputs)), ids=tuple(ids), codes=codes, has_accepted_length=accepted,
+        passed=all(r.passed for r in outputs) and all(r.passed for r in ids) and accepted is not False
+        and (codes is None or codes.passed),
     )  # fmt: skip
 
 
-def _run_both(runners: Sequence[Any], feed: Feed) -> tuple[Any, Feed, Feed]:
-    """Polygraphy's results, and the outputs of the first and the second runner by name."""
-    (run,) = Comparator.run(list(runners), data_loader=[feed], streaming=True)
-    reference, found = (OrderedDict(results[0].items()) for _, results in run)
-    return run, reference, found
+def _run_all(role: Role, runners: Sequence[Any], spreading: Sequence[Any], feed: Feed) -> tuple[Any, list[Feed], Feed]:
+    """Polygraphy's results, the outputs by name of all ``runners`` and then of all ``spreading``, and the inputs that gave them.
 
-
-def _until_either_parts(draft: Ids, reference: Feed, found: Feed) -> Ids:
-    """The draft with a token that neither expects behind the shorter of two accepted lengths: what lies behind an accepted length can
-    be compared only where both have the same.
+    What ``quadratic`` returns of the slots behind an accepted length can be compared only where all have the same. So where they do not, the
+    draft is cut short. That may take more than one attempt, because the dithered ones draw anew in each.
     """
+    outputs_of: list[Feed] = []
+    for _ in range(feed["input_ids"].shape[1] + 1):
+        if outputs_of:
+            feed = {**feed, "input_ids": _until_any_parts(feed["input_ids"], outputs_of)}
+        (run,) = Comparator.run(list(runners), data_loader=[feed], streaming=True)
+        outputs_of = [OrderedDict(results[0].items()) for _, results in run]
+        outputs_of += [runner.infer_impl(feed) for runner in spreading]
+        if role != "quadratic" or all((outputs["accepted_length"] == outputs_of[0]["accepted_length"]).all() for outputs in outputs_of):
+            break
+    return run, outputs_of, feed
+
+
+def _until_any_parts(draft: Ids, outputs_of: Sequence[Feed]) -> Ids:
+    """The draft with a token that none expects behind the shortest of the accepted lengths."""
     draft = draft.copy()
-    for row, last in enumerate(np.minimum(reference["accepted_length"], found["accepted_length"]).tolist()):
+    for row, last in enumerate(np.min([outputs["accepted_length"] for outputs in outputs_of], axis=0).tolist()):
         if last + 1 < draft.shape[1]:
-            expected = {int(outputs["greedy_ids"][row, last]) for outputs in (reference, found)}
+            expected = {int(outputs["greedy_ids"][row, last]) for outputs in outputs_of}
             draft[row, last + 1] = next(token for token in range(len(expected) + 1) if token not in expected)
     return draft
 
@@ -219,12 +246,29 @@ def _only(names: Iterable[str]) -> Any:
     return lambda name, _index, _results: [name] if name in wanted else None
 
 
-def _bounds(name: str, reference: NDArray[Any], scale: float, tolerance: Tolerance) -> tuple[float, float, float]:
+class _Spread(NamedTuple):
+    """What is allowed beyond the tolerance, of the largest and of the mean error."""
+
+    largest: float = 0.0
+    mean: float = 0.0
+
+
+def _spreads(reference: Mapping[str, NDArray[Any]], dithered: Sequence[Mapping[str, NDArray[Any]]], names: Sequence[str]) -> dict[str, _Spread]:
+    """How far the dithered runs are from the reference, times :data:`SPREAD_FACTOR`."""
+    errors = {name: [np.abs(outputs[name] - reference[name]) for outputs in dithered] for name in names}
+    return {
+        name: _Spread(*(SPREAD_FACTOR * max((float(take(error)) for error in several), default=0.0) for take in (np.max, np.mean)))
+        for name, several in errors.items()
+    }
+
+
+def _bounds(name: str, reference: NDArray[Any], scale: float, tolerance: Tolerance, spread: _Spread) -> tuple[float, float, float]:
     """Scale, tolerance of the largest and of the mean error."""
     if name == "top_probabilities":
-        return scale, tolerance.probabilities(scale), tolerance.probabilities(scale) / 6
+        bound = tolerance.probabilities(scale)
+        return scale, min(1.0, bound + spread.largest), min(1.0, bound / 6 + spread.mean)
     own = float(np.abs(reference).max())
-    return own, tolerance.logits(own), own * tolerance.relative_mean
+    return own, tolerance.logits(own) + spread.largest, own * tolerance.relative_mean + spread.mean
 
 
 def _output(name: str, largest: Any, mean: Any, bounds: tuple[float, float, float]) -> OutputRecord:
@@ -242,7 +286,7 @@ def _worst_cache(outputs: Sequence[OutputRecord]) -> Iterator[OutputRecord]:
         yield max(cache, key=lambda record: (not record.passed, (record.max_error or 0.0) / max(record.tolerance, 1e-30)))
 
 
-def _compare_ids(reference: Feed, found: Feed, scale: float, tolerance: Tolerance) -> Iterator[IdsRecord]:
+def _compare_ids(reference: Feed, found: Feed, scale: float, tolerance: Tolerance, spreads: Mapping[str, _Spread]) -> Iterator[IdsRecord]:
     """The most probable id of every row or slot."""
     if "top_ids" in reference:
         candidates, values = reference["top_ids"], reference["top_probabilities"]
@@ -250,14 +294,16 @@ def _compare_ids(reference: Feed, found: Feed, scale: float, tolerance: Toleranc
         # Where the target's id is none of the reference's candidates, the last of them says how improbable it is at least.
         is_it = candidates == other[..., None]
         theirs = np.where(is_it.any(-1), (values * is_it).sum(-1), values[..., -1])
-        yield _ids_record("top_ids", own, other, values[..., 0] - theirs, 2 * tolerance.probabilities(scale))
+        yield _ids_record("top_ids", own, other, values[..., 0] - theirs,
+                          2 * (tolerance.probabilities(scale) + spreads["top_probabilities"].largest))  # fmt: skip
     if "greedy_ids" not in reference:
         return
     own, other, logits = reference["greedy_ids"], found["greedy_ids"], reference["logits"]
     exists = (other >= 0) & (other < logits.shape[-1])
     theirs = np.take_along_axis(logits, np.where(exists, other, 0)[..., None], -1)[..., 0]
     preference = np.where(exists, logits.max(-1) - theirs, np.inf)
-    yield _ids_record("greedy_ids", own, other, preference, tolerance.near_tie(float(np.abs(logits).max())))
+    yield _ids_record("greedy_ids", own, other, preference,
+                      tolerance.near_tie(float(np.abs(logits).max())) + 2 * spreads["logits"].largest)  # fmt: skip
 
 
 def _ids_record(name: str, own: Ids, other: Ids, preference: NDArray[Any], tolerance: float) -> IdsRecord:

@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType, Role
-from trimode.runtime.decode import Mode
+from trimode.runtime.manifest import PrecisionName
+from trimode.runtime.options import Mode
 
-SCHEMA_VERSION = 1
 VERIFICATION = "verification.json"
 
 Subject = Literal["target", "portable"]
@@ -89,6 +89,46 @@ class IdsRecord(_Judged):
     tolerance: float
 
 
+class CodesRecord(_Judged):
+    """What a graph made of its quantized inputs in one comparison.
+
+    Attributes:
+        num_compared: inputs.
+        num_other: of these, not the code nearest to the reference's value.
+        refused: by layer, how many are codes that no rounding error explains.
+    """
+
+    num_compared: int
+    num_other: int
+    refused: dict[str, int]
+
+
+class WeightsParity(_Judged):
+    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's scales.
+
+    Attributes:
+        num_compared: numbers.
+        differs: by layer, how many are not the same, bit for bit.
+    """
+
+    num_layers: int
+    num_compared: int
+    differs: dict[str, int]
+
+
+class ScalesParity(_Judged):
+    """The bundle's scales and those of its calibration.
+
+    Attributes:
+        calibration: the calibration's name, or ``rtn``.
+        differs: scales that are not the same, bit for bit, or that only one of the two has.
+    """
+
+    calibration: str
+    num_layers: int
+    differs: tuple[str, ...]
+
+
 class GraphParity(_Judged):
     """One forward of one graph, compared with the reference.
 
@@ -97,6 +137,7 @@ class GraphParity(_Judged):
         positions: tokens in the cache, per sequence of the batch.
         rows: new tokens.
         use_drafter: whether the adapter is on; None for graphs without one.
+        codes: of quantized inputs, where they can be seen; the reference has taken them over.
         has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids; None for graphs without it.
     """
 
@@ -107,6 +148,7 @@ class GraphParity(_Judged):
     use_drafter: bool | None
     outputs: tuple[OutputRecord, ...]
     ids: tuple[IdsRecord, ...]
+    codes: CodesRecord | None = None
     has_accepted_length: bool | None
 
 
@@ -139,19 +181,20 @@ class TokenParity(_Judged):
 
 
 class Verification(_Judged):
-    """The contents of ``verification.json``.
+    """One target of one precision, verified.
 
     Attributes:
         date: UTC, ISO 8601.
         manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than the one verified.
         long_position: the position of the long comparisons.
         original_length: the rope's length before scaling; None where it is not scaled.
-        weight_dtype: the type of the bundle's weights; the reference's are rounded to it, too.
+        weight_dtype: the type of the bundle's weights that are not quantized; the reference's are rounded to it, too.
+        weights, scales: of a quantized precision; ``scales`` None where there was nothing to compare them with.
         notes: what was not compared, and why.
     """
 
-    schema_version: int = SCHEMA_VERSION
     date: str
+    precision: PrecisionName
     target: str
     backend: str
     device: str
@@ -163,14 +206,36 @@ class Verification(_Judged):
     original_length: int | None
     weight_dtype: DType
     bounds: dict[Subject, BoundsRecord]
+    weights: WeightsParity | None
+    scales: ScalesParity | None
     graphs: tuple[GraphParity, ...]
     tokens: tuple[TokenParity, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
 
 
+class Verifications(_Record):
+    """The contents of ``verification.json``: the latest of each target of each precision."""
+
+    schema_version: Literal[2] = 2
+    verifications: tuple[Verification, ...]
+
+    def replaced(self, new: Verification) -> Verifications:
+        """With a new one in place of that of the same target and precision."""
+        others = (old for old in self.verifications if (old.precision, old.target) != (new.precision, new.target))
+        return Verifications(verifications=(*others, new))
+
+
+def read_verifications(bundle: Path) -> Verifications:
+    """What ``verification.json`` of a bundle says; empty where there is none, or one of another schema."""
+    try:
+        return Verifications.model_validate_json((bundle / VERIFICATION).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return Verifications(verifications=())
+
+
 def write_verification(verification: Verification, bundle: Path) -> Path:
-    """Put ``verification.json`` into a bundle, in place of an earlier one, whole or not at all.
+    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same target, whole or not at all.
 
     Raises:
         BundleError: the bundle cannot be written to.
@@ -180,7 +245,7 @@ def write_verification(verification: Verification, bundle: Path) -> Path:
         descriptor, partial = tempfile.mkstemp(prefix=f".{VERIFICATION}.", dir=bundle)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(verification.model_dump_json(indent=1) + "\n")
+                stream.write(read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n")
             Path(partial).chmod(0o644)
             Path(partial).replace(path)
         finally:

@@ -5,25 +5,32 @@ Their inputs and outputs are those of the tensor contract, so they stand beside 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from trimode.calib.torch_session import TorchCache, TorchSession
+from trimode.calib.torch_session import TorchCache, TorchSession, led_by_causal
+from trimode.compiler.parity.borders import GraphCodes, Guide
+from trimode.compiler.parity.report import CodesRecord
 from trimode.graphs.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.sequence import PREFILL_CHUNK
 from trimode.runtime.session import Ids, Session
 
 Feed = dict[str, NDArray[Any]]
+
+HEAD = "diffusion_head"
+"""The layer whose rows are not those of all others."""
 
 
 class CachedText:
@@ -88,10 +95,16 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         session: the reference.
         model: sizes of the cache.
         contract: of the graph.
+        guided: guide of the trunk, the runner whose codes it follows, which has run the same inputs before, and the bound of their values,
+            relative; None where inputs are not quantized.
     """
 
-    def __init__(self, name: str, session: TorchSession, model: ModelInfo, contract: GraphContract) -> None:
+    def __init__(
+        self, name: str, session: TorchSession, model: ModelInfo, contract: GraphContract, guided: tuple[Guide, CodedRunner, float] | None = None
+    ) -> None:
         super().__init__(name=name)
+        self._guided = guided
+        self.codes: CodesRecord | None = None
         self._session = session
         self._contract = contract
         self._pasts = cache_specs(model, "past_key_values")
@@ -103,6 +116,7 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
     def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
         """The contract's outputs and the updated cache, ``present.{i}.key|value (B, G, C, D)``."""
         start = time.perf_counter()
+        self.codes = None
         present = [feed_dict[spec.name].copy() for spec in self._pasts]
         rows = [self._one(feed_dict, index, present) for index in range(len(feed_dict["input_ids"]))]
         named = OrderedDict((spec.name, np.concatenate(parts)) for spec, parts in zip(self._contract.outputs, zip(*rows, strict=True), strict=True))
@@ -116,20 +130,43 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         tensors = [torch.from_numpy(tensor[index : index + 1, :, :past].copy()) for tensor in present]
         cache = TorchCache.of(list(zip(tensors[::2], tensors[1::2], strict=True)))
         real = int(feed["input_length"][index]) if "input_length" in feed else None
-        outputs = self._session.forward(self._contract.role, cache, ids, past, float(feed.get("drafter_scale", np.float32(0))), real)
-        _keep(cache, present, index, past, past)
         if self._contract.role == "quadratic":
-            self._keep_slots(cache, present, index, past, ids.shape[1])
+            return self._quadratic(cache, ids, past, index, present)
+        with self._following(index):
+            outputs = self._session.forward(self._contract.role, cache, ids, past, float(feed.get("drafter_scale", np.float32(0))), real)
+        _keep(cache, present, index, past, past)
         return outputs
 
-    def _keep_slots(self, cache: TorchCache, present: list[NDArray[Any]], index: int, past: int, rows: int) -> None:
-        """Keys and values of the masked slots, for each token of the draft by a forward of its own; they lie behind those of the tokens."""
-        tokens = cache.layers
+    def _quadratic(self, cache: TorchCache, ids: Ids, past: int, index: int, present: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        """The outputs of ``quadratic``, by a forward over the draft and one over the masked slots of each of its tokens, in the order of the rows."""
+        rows = ids.shape[1]
+        with self._following(index, slice(rows), {HEAD: slice(rows)}):
+            greedy, accepted, logits = self._session.forward("verify", cache, ids, past)
+        _keep(cache, present, index, past, past)
+        tokens, last = cache.layers, int(accepted[0])
         for token in range(rows):
             cache.replace(tokens)
-            end = past + token + 1
-            self._session.drafts_behind(cache, end, rows)
-            _keep(cache, present, index, end, past + rows + token * rows)
+            end, begin = past + token + 1, rows + token * rows
+            # Of the slots the graph's head sees those behind the last accepted token but the first, where it sees that token's own row.
+            heads = slice(rows + 1, 2 * rows) if token == last else slice(0)
+            with self._following(index, slice(begin, begin + rows), {HEAD: heads}):
+                drafted = self._session.drafts_behind(cache, end, rows)
+            _keep(cache, present, index, end, past + begin)
+            if token == last:
+                candidates = drafted
+        return greedy, accepted, logits, *led_by_causal(*candidates, logits[:, last])
+
+    @contextlib.contextmanager
+    def _following(self, index: int, rows: slice = slice(None), other: Mapping[str, slice] | None = None) -> Iterator[None]:
+        """Let the trunk meanwhile take the codes that the graph chose for these ``rows`` of sequence ``index``; ``other`` rows in some layers."""
+        if self._guided is None:
+            yield
+            return
+        guide, graph, relative = self._guided
+        chosen = GraphCodes({layer: codes[index, (other or {}).get(layer, rows)] for layer, codes in graph.codes.items()})
+        with guide.asking(chosen, relative):
+            yield
+        self.codes = chosen.add_to(self.codes)
 
 
 def _keep(cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int) -> None:
@@ -140,6 +177,63 @@ def _keep(cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int
 
 def portable_runner(name: str, path: Path) -> Any:
     """Polygraphy's own runner for a portable graph: in ONNX Runtime, as the file says it, without optimizations or copies of the weights."""
+    return OnnxrtRunner(lambda: _open_portable(path), name=name)
+
+
+class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
+    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well.
+
+    Attributes:
+        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; where a layer is multiplied twice, the rows of both products.
+    """
+
+    def __init__(self, name: str, path: Path, contract: GraphContract, model: ModelInfo) -> None:
+        super().__init__(name=name)
+        self._path, self._inputs = path, (*contract.inputs, *cache_specs(model, "past_key_values"))
+        self._outputs = [spec.name for spec in (*contract.outputs, *cache_specs(model, "present"))]
+        self.codes: dict[str, NDArray[Any]] = {}
+
+    def activate_impl(self) -> None:
+        """Open the graph."""
+        graph, self._layers = _with_codes(self._path)
+        self._session = _open_portable(self._path, graph)
+
+    def deactivate_impl(self) -> None:
+        """Close it."""
+        del self._session
+
+    def get_input_metadata_impl(self) -> Any:
+        """Names, types and shapes of the contract's inputs and of the cache."""
+        return metadata(self._inputs)
+
+    def infer_impl(self, feed_dict: Mapping[str, NDArray[Any]]) -> OrderedDict[str, NDArray[Any]]:
+        """The contract's outputs and the updated cache; the codes are kept."""
+        start = time.perf_counter()
+        results = self._session.run([*self._outputs, *self._layers], dict(feed_dict))
+        self.inference_time = time.perf_counter() - start
+        count = len(self._outputs)
+        several: dict[str, list[NDArray[Any]]] = {}
+        for layer, codes in zip(self._layers.values(), results[count:], strict=True):
+            several.setdefault(layer, []).append(codes.reshape(len(feed_dict["input_ids"]), -1, codes.shape[-1]))
+        self.codes = {layer: np.concatenate(parts, axis=1) for layer, parts in several.items()}
+        return OrderedDict(zip(self._outputs, results[:count], strict=True))
+
+
+def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The graph with an output in float32 for each quantized input, and the layers by these outputs' names."""
+    model = onnx.load(path, load_external_data=False)
+    layers: dict[str, str] = {}
+    for node in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
+        # By the scale it reads, not by what the node is called.
+        name = f"codes.{len(layers)}"
+        layers[name] = node.input[1].removesuffix(".input_scale")
+        model.graph.node.append(onnx.helper.make_node("Cast", [node.output[0]], [name], to=onnx.TensorProto.FLOAT))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return model.SerializeToString(), layers
+
+
+def _open_portable(path: Path, graph: bytes | None = None) -> Any:
+    """A session over a portable graph, or over a changed one in its place."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -147,7 +241,8 @@ def portable_runner(name: str, path: Path) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return OnnxrtRunner(lambda: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]), name=name)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return ort.InferenceSession(path if graph is None else graph, options, providers=["CPUExecutionProvider"])
 
 
 def metadata(specs: Iterable[TensorSpec]) -> Any:

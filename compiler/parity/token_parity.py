@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.calib.torch_session import TorchSession
+from trimode.compiler.parity.borders import SPREAD_FACTOR
 from trimode.compiler.parity.report import TokenParity
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.graphs.contract import ROLES, ModelInfo, Role
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
 from trimode.runtime.model import DEFAULT_THRESHOLDS, default_block_length
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence as TextSequence
 from trimode.runtime.session import Array, Ids, KVCache, Session
 
@@ -92,7 +94,7 @@ class Witness:
 
 def compare_tokens(
     reference: TorchSession, target: Session, model: ModelInfo, prompts: Sequence[TokenPrompt], max_new_tokens: int, tolerance: Tolerance,
-    roles: Sequence[Role] = ROLES,
+    dithered: Sequence[TorchSession] = (), roles: Sequence[Role] = ROLES,
 ) -> Iterator[TokenParity]:  # fmt: skip
     """Every mode on every prompt against the reference, and self-speculation against the target's own ar.
 
@@ -103,10 +105,11 @@ def compare_tokens(
         prompts: what to continue.
         max_new_tokens: of each generation.
         tolerance: of the target.
+        dithered: the trunk as it rounds inputs at random within the bound; where there are any, tokens may part at near-ties.
         roles: graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
-        judge = Judge(reference, model, prompt.token_ids, tolerance)
+        judge = Judge(reference, model, prompt.token_ids, tolerance, dithered)
         own_ar: Run | None = None
         for mode, use_drafter in _ways(model, roles):
             block_length = default_block_length(mode, model)
@@ -141,16 +144,27 @@ class Judge:
         model: the bundle's model.
         prompt: token ids.
         tolerance: of the target.
+        dithered: the trunk as it rounds inputs at random; how far that takes it from the reference, times
+            :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
     """
 
-    def __init__(self, reference: TorchSession, model: ModelInfo, prompt: list[int], tolerance: Tolerance) -> None:
+    def __init__(
+        self, reference: TorchSession, model: ModelInfo, prompt: list[int], tolerance: Tolerance, dithered: Sequence[TorchSession] = ()
+    ) -> None:
         self._reference, self._model, self.prompt, self.tolerance = reference, model, prompt, tolerance
+        self._dithered = dithered
         self.block_length = model.block_size
+
+    @property
+    def must_equal(self) -> bool:
+        """Whether tokens may not part at all."""
+        return self.tolerance.must_equal and not self._dithered
 
     def causal(self, before: list[int], choices: Sequence[int]) -> Verdict:
         """Of two next tokens after the prompt and ``before``, the one that the reference likes less."""
-        logits = self._next_logits(before)
-        return Verdict(float(logits.max() - logits[list(choices)].min()), self.tolerance.near_tie(float(np.abs(logits).max())))
+        logits = self._next_logits(self._reference, before)
+        spread = SPREAD_FACTOR * max((float(np.abs(self._next_logits(other, before) - logits).max()) for other in self._dithered), default=0.0)
+        return Verdict(float(logits.max() - logits[list(choices)].min()), self.tolerance.near_tie(float(np.abs(logits).max())) + 2 * spread)
 
     def denoised(self, expected: Run, found: Run, start: int) -> Verdict:
         """The last denoise forward that both runs gave the same block, the one that begins at token ``start``: its probabilities on both sides.
@@ -158,18 +172,31 @@ class Judge:
         A slot is filled by comparing probabilities with each other and with the threshold. Where they agree within the bound, so do the
         decisions, but for near-ties.
         """
-        bound = 2 * self.tolerance.probabilities(float(np.abs(self._next_logits(expected.token_ids[:start])).max()))
+        before = expected.token_ids[:start]
+        bound = 2 * self.tolerance.probabilities(float(np.abs(self._next_logits(self._reference, before)).max()))
         last: tuple[Denoised, Denoised] | None = None
         for pair in zip(*(_of_block(run, len(self.prompt) + start) for run in (expected, found)), strict=False):
             if not pair[0].has_input_of(pair[1]):
                 break
             last = pair
-        return Verdict(None if last is None else _largest_gap(*last, self._model.mask_token_id), bound)
+        if last is None:
+            return Verdict(None, bound)
+        spread = SPREAD_FACTOR * max(
+            (_largest_gap(last[0], self._denoise(other, before, last[0]), self._model.mask_token_id) for other in self._dithered), default=0.0
+        )
+        return Verdict(_largest_gap(*last, self._model.mask_token_id), bound + 2 * spread)
 
-    def _next_logits(self, before: list[int]) -> NDArray[Any]:
-        text = CachedText(self._reference, np.array(self.prompt + before, np.int64))
+    def _denoise(self, session: TorchSession, before: list[int], like: Denoised) -> Denoised:
+        """The same denoise forward by another session."""
+        text = CachedText(session, np.array(self.prompt + before, np.int64))
+        text.read_to(like.past_length)
+        ids, probabilities = session.run("draft", text.cache, like.block[None], like.past_length)
+        return Denoised(like.past_length, like.block, np.array(ids[0]), np.array(probabilities[0]))
+
+    def _next_logits(self, session: TorchSession, before: list[int]) -> NDArray[Any]:
+        text = CachedText(session, np.array(self.prompt + before, np.int64))
         text.read_to(len(text.token_ids) - 1)
-        _, logits = self._reference.run("ar", text.cache, text.token_ids[None, -1:], text.length)
+        _, logits = session.run("ar", text.cache, text.token_ids[None, -1:], text.length)
         return np.array(logits[0])
 
 
@@ -190,8 +217,8 @@ def _record(
     return TokenParity(
         mode=mode, against=against, use_drafter=use_drafter, prompt=number, prompt_length=len(judge.prompt), num_tokens=length,
         num_equal=sum(a == b for a, b in pairs), first_divergence=None if is_equal else first,
-        preference=None if is_equal else verdict.preference, tolerance=None if is_equal or judge.tolerance.must_equal else verdict.tolerance,
-        nfe=found.nfe, other_nfe=expected.nfe, passed=is_equal or (not judge.tolerance.must_equal and verdict.is_near_tie),
+        preference=None if is_equal else verdict.preference, tolerance=None if is_equal or judge.must_equal else verdict.tolerance,
+        nfe=found.nfe, other_nfe=expected.nfe, passed=is_equal or (not judge.must_equal and verdict.is_near_tie),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import CheckpointError, UsageError
-from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, load_calibration
+from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.runtime.manifest import CalibrationRecord
 
@@ -46,7 +46,7 @@ class Quantization:
     Attributes:
         layers: by the layer's name, without ``.weight``.
         record: for the manifest.
-        source_sha256: digest of the checkpoint that was calibrated; None = any will do.
+        source_sha256: base digest of the checkpoint that was calibrated; None = any will do.
     """
 
     precision: QuantizedPrecision
@@ -55,10 +55,8 @@ class Quantization:
     source_sha256: str | None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where the weights are not those that were calibrated."""
-        if self.source_sha256 not in (None, sha256):
-            raise CheckpointError(f"{self.record.name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
-                                  f"({(self.source_sha256 or '')[:16]}…)", _MAKE_AGAIN)  # fmt: skip
+        """Raise :class:`CheckpointError` where ``sha256``, a base digest, is not of the weights that were calibrated."""
+        check_source(self.record.name, self.source_sha256, sha256)
 
 
 def load_quantization(calibration: Path | Literal["rtn"] | None, precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:

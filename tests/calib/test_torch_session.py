@@ -14,7 +14,8 @@ from trimode.calib.torch_session import TorchSession, accepted_lengths, load_tru
 from trimode.compiler.plan import describe_model
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.source import SourceDigest
-from trimode.runtime.decode import ALGORITHMS, Counters, DecodeOptions, Mode
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence
 
 

@@ -14,7 +14,7 @@ import torch
 from checkpoints import config_of, write_checkpoint
 from conftest import Built
 
-FIELDS = {"text", "token_ids", "mode", "nfe", "prefill_forwards", "tokens_per_forward", "acceptance_length", "finish_reason", "elapsed_s"}
+FIELDS = {"text", "token_ids", "mode", "nfe", "prefill_forwards", "tokens_per_forward", "acceptance_length", "finish_reason", "seed", "elapsed_s"}
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
@@ -59,6 +59,19 @@ def test_json_lines(built: Callable[[str], Built], tmp_path: Path) -> None:
     assert records[0]["mode"] == "linear-spec"
     assert records[0]["token_ids"] == it.model.ar_generate([[20, 21]], max_new_tokens=9)[0][0, 2:].tolist()
     assert records[0]["text"] is None  # this bundle has no tokenizer
+
+
+def test_sampling_from_the_command_line(built: Callable[[str], Built]) -> None:
+    it = built("three_kv_heads")
+    sampled = ("--temperature", 1.2, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.01, "--repetition-penalty", 1.1, "--min-new-tokens", 6)
+    command = ("run", it.bundle, "--token-ids", "20,21", "--max-new-tokens", 12, "--json", "--logprobs", 2, *sampled)
+    first = json.loads(trimode(*command, "--max-thinking-tokens", 4, "--end-think-token-id", 60).stdout)
+    assert set(first) == FIELDS | {"logprobs"}
+    assert 60 in first["token_ids"][:5]
+    assert [entry["token_id"] for entry in first["logprobs"]] == first["token_ids"]
+    assert all(len(entry["top"]) == 2 for entry in first["logprobs"])
+    again = json.loads(trimode(*command, "--max-thinking-tokens", 4, "--end-think-token-id", 60, "--seed", first["seed"]).stdout)
+    assert again["token_ids"] == first["token_ids"]
 
 
 def test_inspect(built: Callable[[str], Built]) -> None:
@@ -111,6 +124,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "block 0": (["run", "BUNDLE", "--token-ids", "20", "--block-length", "0"], 2, "from 1 to 64, found 0"),
     "block 65": (["run", "BUNDLE", "--token-ids", "20", "--block-length", "65"], 2, "from 1 to 64, found 65"),
     "threshold 2": (["run", "BUNDLE", "--token-ids", "20", "--threshold", "2"], 2, "from 0 to 1"),
+    "temperature -1": (["run", "BUNDLE", "--token-ids", "20", "--temperature", "-1"], 2, "temperature of 0 or more, found -1"),
+    "stop without text": (["run", "BUNDLE", "--token-ids", "20", "--stop", "a"], 2, "tokenizer.json"),
+    "budget without its token": (["run", "BUNDLE", "--token-ids", "20", "--max-thinking-tokens", "4"], 2, "tokenizer.json"),
+    "logprobs in plain text": (["run", "BUNDLE", "--token-ids", "20", "--logprobs", "1"], 2, "--json"),
     "no tokens": (["run", "BUNDLE", "--token-ids", "20", "--max-new-tokens", "0"], 2, "at least 1"),
     "no threads": (["run", "BUNDLE", "--token-ids", "20", "--threads", "0"], 2, "at least 1 thread"),
     "no prompts file": (["run", "BUNDLE", "--prompts-file", "nowhere.jsonl"], 2, "nowhere.jsonl"),

@@ -19,4 +19,5 @@ def test_the_group_lists_its_jobs() -> None:
     result = CliRunner().invoke(app, ["calibrate", "--help"])
     assert result.exit_code == 0
     assert "scales" in result.output
+    assert "sensitivity" in result.output
     assert "--precision" not in result.output

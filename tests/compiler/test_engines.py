@@ -41,23 +41,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_the_demo_compiles_for_every_architecture(tmp_path: Path) -> None:
     result = build_bundle(DEMO, tmp_path / "bundle", BuildOptions(targets=(*ARCHITECTURES, "cpu")))
-    manifest = open_bundle(tmp_path / "bundle").manifest  # every file has the digest the manifest says
+    bundle = open_bundle(tmp_path / "bundle")  # every file has the digest the manifest says
+    manifest = bundle.manifest
     assert manifest == result.manifest
-    assert manifest.precision == "fp16"  # sm75 cannot do bf16
+    assert manifest.first_precision == "fp16"  # sm75 cannot do bf16
     version = importlib.metadata.version("tensorrt-rtx")
     for name in ARCHITECTURES:
-        record = manifest.targets[name]
+        record = bundle.chosen.targets[name]
         assert record.library == f"tensorrt_rtx {version}"
         assert record.compute_capability == f"{name[2:-1]}.{name[-1]}"
         for role in ROLES:
             engine = record.graphs[role]
             assert manifest.files[engine.file].num_bytes > 1_000_000
             assert [p.rows for p in engine.profiles] == ([(1, 1, 1), (1, 512, 512)] if role == "ar" else [(n, n, n) for n in (8, 16, 32)])
-    blobs = [(tmp_path / "bundle" / manifest.targets[name].graphs["ar"].file).read_bytes() for name in ARCHITECTURES]
+    blobs = [(tmp_path / "bundle" / bundle.chosen.targets[name].graphs["ar"].file).read_bytes() for name in ARCHITECTURES]
     assert len(set(blobs)) == len(blobs)  # one for each architecture
     facts = sharing(manifest)
     assert facts["graphs"] == 21
-    assert facts["bytes_saved"] == 20 * facts["pack_bytes"]
+    assert facts["bytes_saved"] == 21 * bundle.chosen.weight_bytes - facts["pack_bytes"]
+    assert 0 <= facts["pack_bytes"] - bundle.chosen.weight_bytes < 20_000  # the header
     assert any("one pack of 10.0 MB serves 21 compiled graphs" in line for line in describe(manifest))
 
 
@@ -66,8 +68,8 @@ def test_shared_engines_hold_no_weights_and_baked_ones_do(tmp_path: Path) -> Non
     wide = write_checkpoint(tmp_path / "wide", config_of(num_hidden_layers=1, hidden_size=128, intermediate_size=512))
     for placement in ("shared", "baked"):
         options = BuildOptions(targets=("sm89",), weights=placement, block_lengths=(8,))  # type: ignore[arg-type]
-        manifest = build_bundle(wide, tmp_path / placement, options).manifest
-        assert manifest.targets["sm89"].placement == placement
+        result = build_bundle(wide, tmp_path / placement, options)
+        assert result.record.targets["sm89"].placement == placement
     name = "encoder.layers.0.mlp.gate_proj.weight"
     from trimode.runtime.pack import WeightPack
 
@@ -87,7 +89,7 @@ def test_adding_a_target_adds_only_its_engines(checkpoint: Path, tmp_path: Path)
         name: data for name, data in before.items() if name != "manifest.json"
     }
     assert sorted(set(after) - set(before)) == [f"engines/sm89/{role}.engine" for role in ROLES]
-    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "sm86", "sm89"]
+    assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "sm86", "sm89"]
 
 
 def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +105,10 @@ def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path) -> 
     build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,)))
     result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(4, 8), max_batch=3))
     assert result.built == ("sm89",)
-    manifest = open_bundle(tmp_path / "bundle").manifest
-    assert [p.rows[0] for p in manifest.targets["sm89"].graphs["verify"].profiles] == [4, 8]
-    assert manifest.targets["sm89"].graphs["ar"].profiles[0].batch == (1, 1, 3)
-    assert [p.rows[0] for p in manifest.targets["sm86"].graphs["verify"].profiles] == [8]
+    targets = open_bundle(tmp_path / "bundle").chosen.targets
+    assert [p.rows[0] for p in targets["sm89"].graphs["verify"].profiles] == [4, 8]
+    assert targets["sm89"].graphs["ar"].profiles[0].batch == (1, 1, 3)
+    assert [p.rows[0] for p in targets["sm86"].graphs["verify"].profiles] == [8]
 
 
 def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, 
     other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
     for source, options, message in (
         (other, BuildOptions(targets=("sm86",)), "other weights"),
-        (checkpoint, BuildOptions(targets=("sm86",), precision="fp16"), "expected a bundle in fp16, found one in bf16"),
+        (checkpoint, BuildOptions(targets=("sm86",), precision="fp16"), "computes in bfloat16, as all of the bundle do, found fp16"),
         (checkpoint, BuildOptions(targets=("sm86",), max_length=100), "max_length 100, found 1024"),
         (checkpoint, BuildOptions(targets=("t4",)), r"t4 \(7.5\)"),
     ):
@@ -203,7 +205,7 @@ def test_an_interrupted_build_leaves_bundle_and_cache_whole(checkpoint: Path, tm
     again = run_build(checkpoint, tmp_path, "--target", "sm89", "--target", "sm120")
     assert again.communicate()[1].splitlines()[-1].startswith("built ")
     bundle = open_bundle(tmp_path / "bundle")
-    assert list(bundle.manifest.targets) == ["sm86", "sm89", "sm120"]
+    assert list(bundle.chosen.targets) == ["sm86", "sm89", "sm120"]
     assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
 
 
@@ -215,7 +217,7 @@ def test_two_builds_of_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
     for process, message in zip(running, messages, strict=True):
         assert process.returncode == 0 or "another build" in message
     bundle = open_bundle(tmp_path / "bundle")
-    assert len(bundle.manifest.targets) == 1 + sum(process.returncode == 0 for process in running)
+    assert len(bundle.chosen.targets) == 1 + sum(process.returncode == 0 for process in running)
     assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
 
 
@@ -232,9 +234,9 @@ def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, 
     monkeypatch.setattr(pipeline, "check_same", slow)
     with pytest.raises(BuildError, match="another build has changed it"):
         build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
-    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "cuda"]
+    assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "cuda"]
     build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
-    assert list(open_bundle(tmp_path / "bundle").manifest.targets) == ["cpu", "cuda", "sm89"]
+    assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "cuda", "sm89"]
 
 
 def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.parity.graph_parity import compare_target
-from trimode.compiler.parity.report import VERIFICATION, GraphParity, Verification
+from trimode.compiler.parity.report import VERIFICATION, GraphParity, Verification, read_verifications
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens
 from trimode.compiler.parity.tolerance import tolerance_for
@@ -59,7 +59,7 @@ def copied(built: Callable[[str], Built], tmp_path: Path) -> Callable[[str], tup
 
 def verify(bundle: Path, checkpoint: Path, **options: Any) -> Verification:
     passed = run_verify(bundle, VerifyRequest(checkpoint, threads=1, **{"max_new_tokens": 20, **options}))
-    found = Verification.model_validate_json((bundle / VERIFICATION).read_text())
+    found = read_verifications(bundle).verifications[-1]
     assert found.passed == passed
     return found
 
@@ -113,7 +113,7 @@ def test_demo(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     prompts.write_text('{"prompt": "Add 478 and 356."}\n{"token_ids": [1, 10, 15, 20]}\n')
     found = verify(demo, DEMO, prompts_file=prompts, as_json=True, max_new_tokens=48)
     assert found.passed
-    assert json.loads(capsys.readouterr().out) == json.loads((demo / VERIFICATION).read_text())
+    assert [json.loads(capsys.readouterr().out)] == json.loads((demo / VERIFICATION).read_text())["verifications"]
     assert {record.prompt for record in found.tokens} == {0, 1}
 
 
@@ -218,7 +218,8 @@ def test_the_portable_graphs_do_not_stand_for_a_gpu(copied: Callable[[str], tupl
     manifest = json.loads((bundle / "manifest.json").read_text())
     gpu = {"backend": "tensorrt_rtx", "device": "cuda", "compute_capability": "8.9", "compute_dtype": "float16", "placement": "shared",
            "capacity": 1088, "library": "tensorrt_rtx 0"}  # fmt: skip
-    manifest["targets"] = {"rtx-4090": {**manifest["targets"]["cpu"], **gpu}}
+    targets = manifest["precisions"]["fp32"]["targets"]
+    manifest["precisions"]["fp32"]["targets"] = {"rtx-4090": {**targets["cpu"], **gpu}}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     for target in (None, "auto", "rtx-4090"):
         with pytest.raises((DeviceError, BundleError, DependencyError), match="nothing was verified"):

@@ -134,7 +134,7 @@ def test_graphs_are_standard_and_hold_no_weight(built: Callable[[str], Built], r
     weights = {n for n in outside if not n.startswith("rope.")}
     assert len([n for n in weights if "lora" not in n]) == 9 * 2 + 3
     assert any("lora" in n for n in weights) == (role == "draft")
-    contract = it.model.bundle.manifest.graphs[role].contract
+    contract = it.model.bundle.manifest.contracts[role]
     caches = {s.name for s in cache_specs(it.model.model, "past_key_values")}
     assert {i.name for i in model.graph.input} == {s.name for s in contract.inputs} | caches
 

@@ -43,12 +43,16 @@ TARGETS = {
 @pytest.fixture
 def bundle(built: Callable[[str], Built]) -> Bundle:
     opened = built(SHAPE).model.bundle
-    return Bundle(opened.path, opened.manifest.model_copy(update={"targets": TARGETS}))
+    return with_targets(opened, TARGETS)
 
 
 def without(bundle: Bundle, *names: str) -> Bundle:
-    kept = {name: target for name, target in bundle.manifest.targets.items() if name not in names}
-    return Bundle(bundle.path, bundle.manifest.model_copy(update={"targets": kept}))
+    return with_targets(bundle, {name: target for name, target in bundle.chosen.targets.items() if name not in names})
+
+
+def with_targets(bundle: Bundle, targets: dict[str, TargetRecord]) -> Bundle:
+    record = bundle.chosen.model_copy(update={"targets": targets})
+    return Bundle(bundle.path, bundle.manifest.model_copy(update={"precisions": {bundle.precision: record}}), bundle.precision)
 
 
 @pytest.fixture
@@ -130,7 +134,7 @@ def test_a_named_target_runs_or_fails(bundle: Bundle, machine: Callable[..., Non
         choose(bundle, "rtx-4090")
     with pytest.raises(DependencyError, match="CUDA provider"):
         choose(bundle, "cuda")
-    with pytest.raises(UsageError, match=r"a target of the bundle \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'"):
+    with pytest.raises(UsageError, match=r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'"):
         choose(bundle, "tpu")
 
 

@@ -49,9 +49,16 @@ def edit(copy: Path, **changes: object) -> None:
 
 def test_newer_schema(copy: Path) -> None:
     edit(copy, schema_version=99, something_new=1)
-    with pytest.raises(BundleError, match="schema version 3 or older, found 99") as raised:
+    with pytest.raises(BundleError, match="schema version 4, found 99") as raised:
         open_bundle(copy)
     assert "update" in raised.value.hint
+
+
+def test_older_schema(copy: Path) -> None:
+    edit(copy, schema_version=3)
+    with pytest.raises(BundleError, match="schema version 4, found 3") as raised:
+        open_bundle(copy)
+    assert "build the bundle again" in raised.value.hint
 
 
 def test_manifest_must_be_as_declared(copy: Path) -> None:
@@ -62,8 +69,10 @@ def test_manifest_must_be_as_declared(copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_manifest_cannot_leave_the_folder(copy: Path, name: str) -> None:
-    edit(copy, weights={"file": name, "dtype": "float32"})
-    with pytest.raises(BundleError, match="weights"):
+    precisions = json.loads((copy / "manifest.json").read_text())["precisions"]
+    precisions["fp32"]["packs"] = [name]
+    edit(copy, precisions=precisions)
+    with pytest.raises(BundleError, match="packs"):
         open_bundle(copy)
 
 

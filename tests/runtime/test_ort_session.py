@@ -21,7 +21,6 @@ from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.ort_memory import place, place_weights, zeros
 from trimode.runtime.ort_session import OrtCache, OrtSession
-from trimode.runtime.pack import WeightPack
 
 SHAPE = "three_kv_heads"
 
@@ -43,15 +42,15 @@ def tokens(model: TriModeModel, length: int) -> list[Any]:
 
 
 def test_shared_weights_on_the_cpu(half: Bundle) -> None:
-    record = half.manifest.targets["cpu"]
-    assert (record.placement, record.compute_dtype, half.manifest.weights.dtype) == ("shared", "float32", "float16")
+    record = half.chosen.targets["cpu"]
+    assert (record.placement, record.compute_dtype, half.manifest.dtype) == ("shared", "float32", "float16")
     shared, portable = TriModeModel(half, OrtSession(half, record, 1)), TriModeModel(half, OrtSession(half, None, 1))
     for length in (1, 40, 300):
         assert tokens(shared, length) == tokens(portable, length)
 
 
 def test_every_graph_reads_the_same_memory(half: Bundle) -> None:
-    session = OrtSession(half, half.manifest.targets["cpu"], 1)
+    session = OrtSession(half, half.chosen.targets["cpu"], 1)
     for name in session._read_by["ar"]:
         assert {session._read_by[role][name].value.data_ptr() for role in ROLES if name in session._read_by[role]} == {
             session._weights[name].value.data_ptr()
@@ -117,7 +116,7 @@ def act_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def test_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
     """The float16 graphs over acted-out GPU memory give what they give over plain memory; the cache grows on the way."""
-    record = half.manifest.targets["cuda"]
+    record = half.chosen.targets["cuda"]
     plain = TriModeModel(half, OrtSession(half, record.model_copy(update={"device": "cpu"}), 1))
     act_gpu()
     on_gpu = TriModeModel(half, OrtSession(half, record, 1))
@@ -134,12 +133,12 @@ def test_without_the_cuda_provider(half: Bundle) -> None:
     if ort_library.CUDA_PROVIDER in ort.get_available_providers():
         pytest.skip("it is here")
     with pytest.raises(DependencyError, match="with the CUDA provider, found") as raised:
-        OrtSession(half, half.manifest.targets["cuda"])
+        OrtSession(half, half.chosen.targets["cuda"])
     assert "onnxruntime-gpu" in raised.value.hint
 
 
 def test_a_pack_that_does_not_fit(half: Bundle, tmp_path: Any) -> None:
-    pack = WeightPack(half.path / half.manifest.weights.file)
+    pack = half.weights()
     name, entry = next(iter(pack.entries.items()))
     shape = list(entry.shape)
     cases = (("missing", "float", [3]), (name, "float", [*shape, 1]), (name, "bfloat16", shape), (name, "int4", shape))
@@ -174,7 +173,7 @@ def test_threads() -> None:
 
 def test_the_cache_is_updated_in_place(half: Bundle) -> None:
     """Past and present are one memory: a forward leaves every slot but its own as it was."""
-    session = OrtSession(half, half.manifest.targets["cpu"], 1)
+    session = OrtSession(half, half.chosen.targets["cpu"], 1)
     cache = session.new_cache()
     session.run("ar", cache, np.arange(20)[None] + 12, 0)
     before = {name: buffer.numpy().copy() for name, buffer in cache.values.items()}

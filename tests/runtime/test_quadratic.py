@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,38 @@ def test_goes_on_after_other_modes_and_they_after_it(quadratic: Callable[[str], 
     assert sequence.forwards.prefill == 1
 
 
+def test_a_rule_that_follows_reads_the_right_logits(quadratic: Callable[[str], Built]) -> None:
+    """The token after the drafts is known without a forward of its own: what other modes then ask about it comes from the same row."""
+    it = quadratic("plain")
+    prompt = prompt_of(9, it.model.model.vocab_size)
+    expected = it.model.stream([prompt], "ar", max_new_tokens=24, eos_token_ids=(), logprobs=3).finish().logprobs
+    assert expected is not None
+    for first in range(1, 9):
+        sequence = it.model.new_sequence([prompt])
+        it.model.continue_sequence(sequence, "quadratic_spec", max_new_tokens=first, block_length=4, eos_token_ids=()).finish()
+        rest = it.model.continue_sequence(sequence, "ar", max_new_tokens=6, eos_token_ids=(), logprobs=3).finish().logprobs
+        assert rest is not None
+        for found, other in zip(rest, expected[first:], strict=False):
+            assert found.token_id == other.token_id
+            assert found.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_what_only_other_modes_do_is_refused(quadratic: Callable[[str], Built]) -> None:
+    model = quadratic("plain").model
+    refused: list[dict[str, Any]] = [
+        {"temperature": 0.7}, {"repetition_penalty": 1.2}, {"min_new_tokens": 2}, {"logprobs": 0},
+        {"max_thinking_tokens": 3, "end_think_token_id": 12},
+    ]  # fmt: skip
+    for options in refused:
+        with pytest.raises(UsageError, match=f"quadratic self-speculation, no {next(iter(options))}, found it"):
+            model.stream([[5]], "quadratic_spec", **options)
+    with pytest.raises(UsageError, match="no temperature and no min_new_tokens, found them") as both:
+        model.self_spec_generate([[5]], temperature=1.0, min_new_tokens=3)
+    assert "linear_spec" in both.value.hint
+    one, two = (model.self_spec_generate([[5]], 6, 3, **options)[0].tolist() for options in ({}, {"top_k": 4, "seed": 2}))
+    assert one == two  # without a temperature these change no mode
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
     """Texts of 992 tokens at most: the shortest for which blocks of 32 are possible."""
@@ -96,9 +129,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
 def test_slots_beyond_the_longest_text_have_positions(short: TriModeModel, block_length: int) -> None:
     for length in (985, 991):
         prompt = prompt_of(length, 109)
-        expected = short.ar_generate([prompt], max_new_tokens=30, eos_token_id=-1)[0].tolist()
+        expected = short.ar_generate([prompt], max_new_tokens=30, eos_token_id=())[0].tolist()
         assert len(expected[0]) == 992
-        assert short.self_spec_generate([prompt], 30, block_length, eos_token_id=-1)[0].tolist() == expected
+        assert short.self_spec_generate([prompt], 30, block_length, eos_token_id=())[0].tolist() == expected
 
 
 def test_refusals(quadratic: Callable[[str], Built], built: Callable[[str], Built], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def bundles(quadratic: Callable[[str], Built], graphs: dict[Role, Any], tmp_path
             (folder / record.compute_dtype / record.graphs[role].file).write_bytes(MAGIC + to_bytes(lower_for(record, graph)))
         baked = record_of(placement="baked").graphs[role].file
         (folder / "float32" / baked).write_bytes(MAGIC + with_weights(folder / "float32" / f"{role}.onnx"))
-    return {dtype: Bundle(folder / dtype, read_manifest(folder / dtype)) for dtype in ("float32", "float16")}
+    return {dtype: Bundle(folder / dtype, read_manifest(folder / dtype), "fp32") for dtype in ("float32", "float16")}
 
 
 def with_weights(path: Path) -> bytes:

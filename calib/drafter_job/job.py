@@ -1,0 +1,299 @@
+"""The training of a drafter from beginning to end."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import trimode
+from trimode.calib.adapter import Adapter, adapter_of, blank_adapter, install_adapter
+from trimode.calib.checkpoint_io import write_adapter, write_json
+from trimode.calib.drafter import DrafterProgress, DrafterSettings, DrafterTraining
+from trimode.calib.drafter_job.answers import Split, Written, batches, long_enough, split_texts, write_answer
+from trimode.calib.drafter_job.measure import measure
+from trimode.calib.drafter_job.record import (
+    RECORD,
+    SCHEMA_VERSION,
+    Comparison,
+    DrafterRecord,
+    Kept,
+    PromptsRecord,
+    ScalesRecord,
+    TrainingRecord,
+)
+from trimode.calib.drafter_job.served import ServedTrunk, load_served
+from trimode.calib.drafter_job.settings import FRESH_RATE, REPAIR_RATE, DrafterJobSettings
+from trimode.calib.drafter_job.state import RunState, check_state, held_interrupts, state_file
+from trimode.calib.quantize.texts import Text
+from trimode.calib.torch_session import TorchSession
+from trimode.errors import BuildError, DeviceError, UsageError
+from trimode.files import staged_replacement
+from trimode.graphs.checkpoint import Checkpoint, Drafter
+from trimode.graphs.contract import ModelInfo
+from trimode.runtime.options import DecodeOptions
+
+LIBRARIES = ("torch", "numpy", "safetensors")
+
+
+class Progress(Protocol):
+    """Told what happens."""
+
+    def stage(self, name: str, total: int) -> Callable[[int], None]:
+        """A stage begins that will make ``total`` steps; the result is told how many more were made."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of prompts, and the digest of the file that they came from."""
+
+    texts: Sequence[Text]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a run needs."""
+
+    checkpoint: Checkpoint
+    model: ModelInfo
+    settings: DrafterJobSettings
+    served: ServedTrunk
+    progress: Progress
+
+    @property
+    def block_length(self) -> int:
+        return self.settings.block_length or self.model.block_size
+
+    @property
+    def starts_fresh(self) -> bool:
+        return self.settings.from_scratch or self.checkpoint.drafter is None
+
+
+@dataclass(frozen=True)
+class _Answers:
+    train: list[Written]
+    validation: list[Written]
+    held_out: list[Written]
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """The one before, None where the checkpoint has none; an untrained one of the new shape; and the trained one."""
+
+    checkpoint: Adapter | None
+    untrained: Adapter
+    trained: Adapter
+
+
+def train_adapter(
+    checkpoint: Checkpoint,
+    model: ModelInfo,
+    prompts: Prompts,
+    output: Path,
+    settings: DrafterJobSettings,
+    progress: Progress,
+    *,
+    calibration: Path | None = None,
+    resume: bool = False,
+) -> DrafterRecord:
+    """Train a drafter adapter against the model as it will be served, and write it to the folder ``output``.
+
+    Takes four bytes of memory a parameter, and what a step needs. Ctrl-C leaves a state beside ``output`` that ``resume`` takes up: the run
+    then ends with the same bytes as if it had not been interrupted, where the budget is one of steps.
+
+    Args:
+        checkpoint: whose drafter is trained.
+        model: the facts that decoding needs.
+        prompts: what the model answers; the answers are what is trained on.
+        output: new, empty, or an earlier output, which is replaced whole.
+        settings: see :class:`DrafterJobSettings`.
+        progress: told what happens.
+        calibration: folder of the scales that the bundle will have; None = its weights are not quantized.
+        resume: take up the run that was interrupted.
+
+    Raises:
+        UsageError: a setting or a prompt cannot be used, ``output`` is something else, or the answers are too short to draft.
+        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong together.
+        DeviceError: the device is not here.
+        BuildError: the training diverged.
+    """
+    settings.check()
+    shape = settings.shape(checkpoint.drafter)
+    check_output(output)
+    check_state(state_file(output), resume=resume)
+    _check_device(settings.device)
+    split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
+    advance = progress.stage("read checkpoint", 1)
+    # A window of twice the longest block may begin at the last token.
+    served = load_served(checkpoint, model.max_length + 2 * model.max_block_length, settings.dtype, calibration)
+    served.trunk.to(settings.device)
+    advance(1)
+    job = _Job(checkpoint, model, settings, served, progress)
+    state = RunState(state_file(output), _identity(job, prompts), resume=resume)
+    answers = _write_answers(job, split, state)
+    adapters, done = _train(job, answers, shape, state)
+    held_out = _compare(job, answers.held_out, adapters, "measure")
+    validation = _compare(job, answers.validation, adapters, "decide")
+    kept = _choose(validation)
+    chosen = {"trained": adapters.trained, "checkpoint": adapters.checkpoint, "untrained": adapters.untrained}[kept]
+    assert chosen is not None
+    record = DrafterRecord(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        source_name=checkpoint.path.resolve().name,
+        source_sha256=served.base_sha256,
+        checkpoint_sha256=served.sha256,
+        calibration=_scales_record(served, calibration),
+        dtype=settings.dtype,
+        rank=chosen.rank,
+        alpha=chosen.alpha,
+        block_length=job.block_length,
+        settings=asdict(settings),
+        prompts=PromptsRecord(
+            sha256=prompts.sha256,
+            num_train=len(answers.train),
+            num_validation=len(answers.validation),
+            num_held_out=len(answers.held_out),
+        ),
+        training=TrainingRecord(steps=done.step, seconds=done.seconds, first_loss=done.first_loss, loss=done.loss, accepted=done.accepted),
+        held_out=held_out,
+        validation=validation,
+        kept=kept,
+        adapter_sha256="",
+        libraries={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+    )
+    record = _write(output, job, chosen, record)
+    state.discard()
+    return record
+
+
+def check_output(output: Path) -> None:
+    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
+    if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
+        raise UsageError(f"{output}: expected a new or empty folder, or a trained adapter to replace, found something else", "name another folder")
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to train on the CPU")
+
+
+def _identity(job: _Job, prompts: Prompts) -> dict[str, Any]:
+    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
+    settings = {name: value for name, value in asdict(job.settings).items() if name != "device"}
+    scales = job.served.calibration.scales_sha256 if job.served.calibration else None
+    return {"checkpoint": job.served.sha256, "scales": scales, "data": prompts.sha256, **settings}
+
+
+def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
+    """Have the model answer every prompt that the state has no answer of."""
+    session, texts = TorchSession(job.served.trunk), split.texts
+    advance = job.progress.stage("write answers", len(texts))
+    advance(len(state.answers))
+    with held_interrupts() as is_interrupted:
+        for text in texts[len(state.answers) :]:
+            state.answers.append(write_answer(session, job.model, text, job.settings.max_new_tokens))
+            advance(1)
+            _keep(state, interrupted=is_interrupted())
+    written = iter([Written(text, answer) for text, answer in zip(texts, state.answers, strict=True)])
+    return _Answers(
+        train=long_enough([next(written) for _ in split.train], "train on"),
+        validation=long_enough([next(written) for _ in split.validation], "decide by"),
+        held_out=long_enough([next(written) for _ in split.held_out], "measure with"),
+    )
+
+
+def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tuple[_Adapters, DrafterProgress]:
+    """Train in the trunk, from where the state stands."""
+    trunk, settings, own = job.served.trunk, job.settings, job.checkpoint.drafter
+    before = None if own is None else adapter_of(trunk, own.alpha)
+    untrained = blank_adapter(trunk, shape.rank, shape.alpha)
+    if job.starts_fresh:
+        install_adapter(trunk, untrained)
+    training = DrafterTraining(trunk, _training_settings(job), from_scratch=job.starts_fresh)
+    if job.starts_fresh:
+        untrained = adapter_of(trunk, shape.alpha)
+    if state.training is not None:
+        training.load(state.training)
+    source = batches(answers.train, settings.batch_size, settings.seed, settings.device, first=training.progress.step)
+    advance, shown = job.progress.stage("train", 100), 0
+
+    def report(progress: DrafterProgress, _share: float) -> None:
+        nonlocal shown
+        if not math.isfinite(progress.loss):
+            raise BuildError(f"expected a finite loss, found {progress.loss} at step {progress.step}", "train with a lower --learning-rate")
+        percent = int(100 * settings.budget.progress(progress.seconds, progress.step))
+        advance(percent - shown)
+        shown = percent
+        state.training = training.state()
+        _keep(state, interrupted=is_interrupted())
+
+    with held_interrupts() as is_interrupted:
+        done = training.run(source, settings.budget, report)
+    state.save()
+    trained = adapter_of(trunk, shape.alpha).rounded(settings.dtype)
+    return _Adapters(before, untrained.rounded(settings.dtype), trained), done
+
+
+def _training_settings(job: _Job) -> DrafterSettings:
+    """In float32, whose greedy tokens are those that the answers were written with."""
+    rate = job.settings.learning_rate or (FRESH_RATE if job.starts_fresh else REPAIR_RATE)
+    return DrafterSettings(learning_rate=rate, seed=job.settings.seed, autocast=False, block_length=job.block_length)
+
+
+def _keep(state: RunState, *, interrupted: bool) -> None:
+    """Save the state now and then, and before an interrupt takes effect."""
+    if interrupted:
+        state.save()
+        raise KeyboardInterrupt
+    state.save_now_and_then()
+
+
+def _compare(job: _Job, written: Sequence[Written], adapters: _Adapters, stage: str) -> Comparison:
+    """Draft with each adapter in turn; the trunk is left with the trained one."""
+    session, trunk = TorchSession(job.served.trunk), job.served.trunk
+    advance = job.progress.stage(stage, len(written) * (2 if adapters.checkpoint is None else 3))
+    options = DecodeOptions(job.settings.max_new_tokens, job.block_length, threshold=0.0)
+    before = None
+    if adapters.checkpoint is not None:
+        install_adapter(trunk, adapters.checkpoint)
+        before = measure(session, job.model, written, options, advance)
+    install_adapter(trunk, adapters.trained)
+    trained = measure(session, job.model, written, options, advance)
+    no_drafter = measure(session, job.model, written, replace(options, use_drafter=False), advance)
+    return Comparison(no_drafter=no_drafter, checkpoint=before, trained=trained)
+
+
+def _choose(validation: Comparison) -> Kept:
+    """The trained adapter where it drafts better than the one before."""
+    before = validation.checkpoint or validation.no_drafter
+    if (validation.trained.acceptance_length or 0) > (before.acceptance_length or 0):
+        return "trained"
+    return "untrained" if validation.checkpoint is None else "checkpoint"
+
+
+def _scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord | None:
+    if served.calibration is None or calibration is None:
+        return None
+    record = served.calibration
+    return ScalesRecord(name=calibration.resolve().name, precision=record.precision, scales_sha256=record.scales_sha256)
+
+
+def _write(output: Path, job: _Job, adapter: Adapter, record: DrafterRecord) -> DrafterRecord:
+    """The folder, all or nothing."""
+    install_adapter(job.served.trunk, adapter)
+    with staged_replacement(output) as staged:
+        write_adapter(staged, job.served.trunk)
+        digest = hashlib.sha256((staged / "adapter_model.safetensors").read_bytes()).hexdigest()
+        record = record.model_copy(update={"adapter_sha256": digest})
+        write_json(staged / RECORD, record.model_dump(mode="json"))
+    return record

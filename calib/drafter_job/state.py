@@ -1,0 +1,109 @@
+"""What an interrupted run leaves behind: a file with the answers written so far and the training as it was after a step."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from trimode.errors import UsageError
+
+SAVE_EVERY_S = 120.0
+
+
+def state_file(output: Path) -> Path:
+    """Where a run that writes ``output`` keeps its state."""
+    return output.absolute().with_name(f"{output.absolute().name}.state.pt")
+
+
+class RunState:
+    """The state of a run.
+
+    Args:
+        file: where it is kept; written whole or not at all.
+        identity: what the run does, as JSON values: a state of another run is not taken up.
+        resume: take up the state in ``file``; without it, that file must not exist.
+
+    Attributes:
+        answers: token ids of the answers written so far, in the order of the prompts.
+        training: as :meth:`trimode.calib.drafter.DrafterTraining.state` gives it; None before it begins.
+
+    Raises:
+        UsageError: there is a state and ``resume`` is not set, or the other way round, or it is of another run.
+    """
+
+    def __init__(self, file: Path, identity: dict[str, Any], *, resume: bool) -> None:
+        self.file, self.identity = file, json.loads(json.dumps(identity))
+        self.answers: list[list[int]] = []
+        self.training: dict[str, Any] | None = None
+        self._saved = time.monotonic()
+        check_state(file, resume=resume)
+        if resume:
+            self._load()
+
+    def save(self) -> None:
+        """Write the file."""
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"identity": self.identity, "answers": self.answers, "training": self.training}, partial)
+        partial.replace(self.file)
+        self._saved = time.monotonic()
+
+    def save_now_and_then(self) -> None:
+        """Write the file if that was long ago."""
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save()
+
+    def discard(self) -> None:
+        """The run is done."""
+        self.file.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        try:
+            state: dict[str, Any] = torch.load(self.file, weights_only=True)
+            identity, self.answers, self.training = state["identity"], state["answers"], state["training"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise UsageError(f"{self.file}: expected the state of an earlier run, found a file that is none",
+                             "delete it and begin anew, without --resume") from error  # fmt: skip
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise UsageError(f"{self.file}: expected the state of a run with {name} {value}, found one with {identity.get(name)}",
+                                 "resume with the options and data of the run that was interrupted")  # fmt: skip
+
+
+def check_state(file: Path, *, resume: bool) -> None:
+    """Raise :class:`UsageError` where there is a state that is not asked for, or none that is."""
+    if resume and not file.is_file():
+        raise UsageError(f"{file}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
+    if file.exists() and not resume:
+        raise UsageError(f"{file}: expected no earlier run, found one that was interrupted", "pass --resume to take it up, or delete that file")
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back, so that a step is made whole; yields a function that tells whether there was one. A second one acts at once."""
+    pressed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            signal.default_int_handler(number, frame)
+        pressed.set()
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed.is_set  # somebody else decides what an interrupt does
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

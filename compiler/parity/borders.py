@@ -1,0 +1,179 @@
+"""Inputs on the border between two codes: what rounding them to the other side does, and what a graph rounded them to.
+
+A quantized input is the nearest code of a number that two correct computations know only up to their rounding. Where it lies on the border of
+two codes they may choose differently; that is a whole step, which moves others across their borders in the layers behind. Comparing outputs
+alone then bounds little. Two answers:
+
+- *Dithered*: the reference chooses at random wherever the bound of the compute type leaves the choice open. By how far that takes it from
+  itself says what a target may differ by whose codes cannot be seen.
+- *Guided*: the reference takes the codes that a graph has chosen, provided that each is one that the bound leaves open. From there on both
+  compute with the same numbers, and their outputs must agree as if nothing was quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trimode.calib.quantized_trunk import INPUT_RANGES, InputQuantizer
+from trimode.calib.torch_session import TorchCache, TorchSession
+from trimode.compiler.parity.report import CodesRecord
+from trimode.graphs.contract import Role
+from trimode.graphs.quantization import FORMATS
+from trimode.graphs.trunk import TriModeTrunk
+from trimode.runtime.session import Array, Ids
+
+NUM_DITHERED = 2
+"""Dithered runs of the reference; the farthest counts."""
+SPREAD_FACTOR = 3
+"""What a target may differ by, over what the farthest dithered run does: the farthest of two is not the farthest there is."""
+
+
+class Chooser(Protocol):
+    """Decides which code an input becomes."""
+
+    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:
+        """Codes, as numbers, of ``steps``: values in units of the scale, cut to the type's range and known up to ``reach`` either side."""
+        ...
+
+
+class GuidedQuantizer(nn.Module):
+    """An :class:`InputQuantizer` that asks a chooser where there is one; all quantizers of a trunk ask the same."""
+
+    def __init__(self, layer: str, quantizer: InputQuantizer, guide: Guide) -> None:
+        super().__init__()
+        self._layer, self.quantizer, self._guide = layer, quantizer, guide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` as the product reads it."""
+        quantizer, guide = self.quantizer, self._guide
+        if quantizer.scale is None or guide.chooser is None:
+            return quantizer(x)  # type: ignore[no-any-return]
+        if quantizer.factor is not None:
+            x = x * quantizer.factor
+        steps = torch.clamp(x / quantizer.scale, *INPUT_RANGES[quantizer.precision])
+        reach = guide.relative * float(x.abs().max() / quantizer.scale)
+        return guide.chooser.choose(self._layer, quantizer, steps, reach) * quantizer.scale
+
+
+class Guide:
+    """Whom the quantizers of a trunk ask.
+
+    Attributes:
+        chooser: None: each takes the nearest code.
+        relative: how far a value may be off, over the largest of its layer's input.
+    """
+
+    def __init__(self) -> None:
+        self.chooser: Chooser | None = None
+        self.relative = 0.0
+
+    @contextmanager
+    def asking(self, chooser: Chooser, relative: float) -> Iterator[None]:
+        """Let the quantizers ask ``chooser`` meanwhile."""
+        self.chooser, self.relative = chooser, relative
+        try:
+            yield
+        finally:
+            self.chooser = None
+
+
+def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
+    """Let every layer of a quantized trunk that quantizes its input ask one guide; None where no layer does."""
+    guide, count = Guide(), 0
+    for name, module in list(trunk.named_modules()):
+        quantizer = getattr(module, "quantizer", None)
+        if isinstance(quantizer, InputQuantizer) and quantizer.scale is not None:
+            module.quantizer = GuidedQuantizer(name, quantizer, guide)
+            count += 1
+    return guide if count else None
+
+
+class DitheredSession(TorchSession):
+    """The trunk, rounding each input up to ``relative`` away, or half a step, whichever is nearer.
+
+    Args:
+        trunk: whose quantizers ask ``guide``.
+        guide: of the trunk.
+        relative: how far an input may be off, over the largest of its layer.
+        seed: of the draw.
+    """
+
+    def __init__(self, trunk: TriModeTrunk, guide: Guide, relative: float, seed: int) -> None:
+        super().__init__(trunk)
+        self._guide, self._relative = guide, relative
+        self._generator = torch.Generator(trunk.diffusion_head.weight.device).manual_seed(seed)
+
+    def forward(
+        self, role: Role, cache: TorchCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0, input_length: int | None = None
+    ) -> tuple[Array, ...]:
+        """See :meth:`TorchSession.forward`."""
+        with self._guide.asking(self, self._relative):
+            return super().forward(role, cache, input_ids, past_length, drafter_scale, input_length)
+
+    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:  # noqa: ARG002  (Chooser's)
+        """See :class:`Chooser`."""
+        farthest = torch.clamp(_spacing(steps, quantizer) / 2, max=reach)
+        drawn = torch.rand(steps.shape, generator=self._generator, device=steps.device) * 2 - 1
+        return _nearest(steps + drawn * farthest, quantizer)
+
+
+@dataclass
+class GraphCodes:
+    """Codes that a graph has chosen, for the reference to follow, and what is to be said of them.
+
+    Attributes:
+        codes: by layer, ``(rows, in)``, of one sequence; or of its last rows only, where the graph computes no others. Rows before these take
+            the nearest codes.
+        num_other: codes that are not the nearest to the reference's value.
+        refused: by layer, how many are out of the bound's reach.
+    """
+
+    codes: Mapping[str, NDArray[Any]]
+    num_compared: int = 0
+    num_other: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:
+        """See :class:`Chooser`."""
+        if layer not in self.codes:  # the graph does not quantize this input
+            self.refused[layer] = self.refused.get(layer, 0) + steps.numel()
+            return _nearest(steps, quantizer)
+        shape, steps = steps.shape, steps.reshape(-1, steps.shape[-1])
+        chosen = torch.from_numpy(np.ascontiguousarray(self.codes[layer], np.float32)).to(steps.device)
+        count = len(steps) - len(chosen)
+        before, steps = steps[:count], steps[count:]
+        # Rounding is monotone: a code between those of both ends is that of some value between them. NaN is none.
+        is_open = (chosen >= _nearest(steps - reach, quantizer)) & (chosen <= _nearest(steps + reach, quantizer))
+        self.num_compared += chosen.numel()
+        self.num_other += int((chosen != _nearest(steps, quantizer)).sum())
+        if num_refused := int((~is_open).sum()):
+            self.refused[layer] = self.refused.get(layer, 0) + num_refused
+        return torch.cat((_nearest(before, quantizer), chosen)).reshape(shape)
+
+    def add_to(self, record: CodesRecord | None) -> CodesRecord:
+        """The record of these codes and of those before."""
+        before = record or CodesRecord(num_compared=0, num_other=0, refused={}, passed=True)
+        refused = {name: self.refused.get(name, 0) + before.refused.get(name, 0) for name in {**before.refused, **self.refused}}
+        return CodesRecord(num_compared=before.num_compared + self.num_compared, num_other=before.num_other + self.num_other, refused=refused,
+                           passed=not refused)  # fmt: skip
+
+
+def _nearest(steps: Tensor, quantizer: InputQuantizer) -> Tensor:
+    steps = torch.clamp(steps, *INPUT_RANGES[quantizer.precision])
+    return torch.round(steps) if quantizer.precision == "int8" else steps.to(torch.float8_e4m3fn).float()
+
+
+def _spacing(steps: Tensor, quantizer: InputQuantizer) -> Tensor:
+    """Distance of neighbouring codes at each value: 1, or with E4M3 an eighth of the power of two below it and at least 2**-9."""
+    if FORMATS[quantizer.precision].dtype == "int8":
+        return torch.ones_like(steps)
+    _, exponent = torch.frexp(torch.clamp(steps.abs(), min=2.0**-6))
+    return torch.ldexp(torch.ones_like(steps), exponent - 4)

@@ -1,0 +1,156 @@
+"""What a caller can choose about decoding, and the check that the choices make sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict
+
+from trimode.errors import UsageError
+from trimode.graphs.contract import TOP_K, ModelInfo
+from trimode.runtime.sampling import SamplingOptions, check_sampling
+
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What a caller can choose.
+
+    Attributes:
+        max_new_tokens: no mode returns more.
+        block_length: slots of a block, the first of which is always a token already decided.
+        threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once.
+        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens. Quadratic self-speculation never does.
+        eos_token_ids: any of them ends a text; None = the model's.
+        sampling: how the next token is drawn.
+        min_new_tokens: no end token, and no stop string, ends the text before it has as many.
+        stop: texts that end the answer when they appear in it; they are not part of it.
+        max_thinking_tokens: where no ``end_think_token_id`` has come by then, it is the token after so many; None = no budget.
+        end_think_token_id: the token that ends thinking.
+        logprobs: report the log-probability of each token, and of so many most probable ones; None = do not.
+    """
+
+    max_new_tokens: int = 128
+    block_length: int = 32
+    threshold: float = 0.9
+    use_drafter: bool = True
+    eos_token_ids: tuple[int, ...] | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    max_thinking_tokens: int | None = None
+    end_think_token_id: int | None = None
+    logprobs: int | None = None
+
+    def end_tokens(self, model: ModelInfo) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the ids that the graphs return are the tokens: nothing is drawn, penalised, forbidden, forced or reported."""
+        is_free = self.min_new_tokens == 0 and self.max_thinking_tokens is None and self.logprobs is None
+        return is_free and not self.sampling.is_random and self.sampling.repetition_penalty == 1
+
+
+class TokenChoices(TypedDict, total=False):
+    """Keywords that every way to generate takes; see :class:`DecodeOptions` and :class:`~trimode.runtime.sampling.SamplingOptions`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    min_new_tokens: int
+    stop: str | Seq[str]
+    max_thinking_tokens: int | None
+    end_think_token_id: int | None
+
+
+_SAMPLING = frozenset(f.name for f in fields(SamplingOptions))
+
+
+def make_options(**chosen: Any) -> DecodeOptions:
+    """Options from keywords, those of :class:`SamplingOptions` among them. ``stop`` may be one text, ``eos_token_ids`` one id.
+
+    Raises:
+        TypeError: an unknown keyword.
+    """
+    sampling = SamplingOptions(**{name: value for name, value in chosen.items() if name in _SAMPLING})
+    rest = {name: value for name, value in chosen.items() if name not in _SAMPLING}
+    if "stop" in rest:
+        rest["stop"] = (rest["stop"],) if isinstance(rest["stop"], str) else tuple(rest["stop"] or ())
+    if rest.get("eos_token_ids") is not None:
+        ends = rest["eos_token_ids"]
+        rest["eos_token_ids"] = (int(ends),) if not isinstance(ends, Seq) else tuple(ends)
+    return DecodeOptions(**{"sampling": sampling, **rest})
+
+
+def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
+    """Raise :class:`UsageError` for an option out of its range."""
+    if not 1 <= options.block_length <= model.max_block_length:
+        found = f"expected a block length from 1 to {model.max_block_length}, found {options.block_length}"
+        raise UsageError(found, f"the model was trained with {model.block_size}")
+    if not 0 <= options.threshold <= 1:
+        hint = "it is a probability; 0.9 is usual for diffusion, 0 for self-speculation"
+        raise UsageError(f"expected a threshold from 0 to 1, found {options.threshold}", hint)
+    check_sampling(options.sampling)
+    _check_limits(options, model, mode)
+    _check_thinking(options, model)
+    _check_logprobs(options, model, mode)
+    if mode == "quadratic_spec":
+        _check_plain(options)
+
+
+def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
+    if options.max_new_tokens < 1:
+        raise UsageError(f"expected max_new_tokens of at least 1, found {options.max_new_tokens}", "ask for at least one token")
+    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
+        found = f"expected min_new_tokens from 0 to max_new_tokens ({options.max_new_tokens}), found {options.min_new_tokens}"
+        raise UsageError(found, "ask for fewer, or raise max_new_tokens")
+    if "" in options.stop:
+        raise UsageError("expected stop strings with text in them, found an empty one", "leave it out")
+    ends = options.end_tokens(model)
+    for token in ends:
+        _check_token("an end token", token, model)
+    if model.mask_token_id in ends:
+        raise UsageError(f"expected end tokens other than the mask token, found {model.mask_token_id}", "a slot that is still masked ends nothing")
+    if mode == "diffusion" and options.min_new_tokens and len(set(ends)) >= min(TOP_K, model.vocab_size):
+        found = f"expected fewer than {min(TOP_K, model.vocab_size)} end tokens together with min_new_tokens in diffusion, found {len(set(ends))}"
+        raise UsageError(found, "a denoise forward names five candidates for a slot, and one of them must be allowed")
+
+
+def _check_thinking(options: DecodeOptions, model: ModelInfo) -> None:
+    if options.max_thinking_tokens is None:
+        return
+    if options.max_thinking_tokens < 0:
+        raise UsageError(f"expected max_thinking_tokens of 0 or more, found {options.max_thinking_tokens}", "leave it out for no budget")
+    if options.end_think_token_id is None:
+        raise UsageError("expected end_think_token_id together with max_thinking_tokens, found none", "pass the id of the token that ends thinking")
+    _check_token("end_think_token_id", options.end_think_token_id, model)
+
+
+def _check_logprobs(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
+    most = min(TOP_K, model.vocab_size) if mode == "diffusion" else model.vocab_size
+    if options.logprobs is not None and not 0 <= options.logprobs <= most:
+        found = f"expected logprobs from 0 to {most}, found {options.logprobs}"
+        raise UsageError(found, "0 reports the chosen tokens alone; a denoise forward names five candidates for a slot")
+
+
+def _check_plain(options: DecodeOptions) -> None:
+    """For quadratic self-speculation, whose graph decides by itself which drafts are right, and drafts behind them in the same forward."""
+    chosen = {
+        "temperature": options.sampling.is_random, "repetition_penalty": options.sampling.repetition_penalty != 1,
+        "min_new_tokens": options.min_new_tokens > 0, "max_thinking_tokens": options.max_thinking_tokens is not None,
+        "logprobs": options.logprobs is not None,
+    }  # fmt: skip
+    if found := [name for name, is_chosen in chosen.items() if is_chosen]:
+        raise UsageError(f"expected, for quadratic self-speculation, no {' and no '.join(found)}, found {'it' if len(found) == 1 else 'them'}",
+                         "it takes the most probable token always; linear_spec does all of these in two forwards a cycle")  # fmt: skip
+
+
+def _check_token(what: str, token: int, model: ModelInfo) -> None:
+    if not 0 <= token < model.vocab_size:
+        raise UsageError(f"expected {what} from 0 to {model.vocab_size - 1}, found {token}", "check that the id comes from this model's tokenizer")

@@ -1,0 +1,205 @@
+"""Sampled decoding has the distribution it should have, counted against exact probabilities of the independent model.
+
+The algorithms run over that model itself, every forward of which is remembered: thousands of texts in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from checkpoints import config_of, write_checkpoint
+from conftest import Built
+from reference import Reference
+from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, exact_match, with_transformers
+
+from trimode.calib.torch_session import accepted_lengths
+from trimode.graphs.contract import ModelInfo, Role
+from trimode.runtime import chooser, decode
+from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.options import DecodeOptions, Mode, make_options
+from trimode.runtime.sampling import SamplingOptions
+from trimode.runtime.sequence import Sequence
+from trimode.runtime.session import Session
+
+VOCABULARY, MASK = 10, 9
+PROMPT = [3, 5, 4]
+TEXTS = 4000
+TEMPERATURE = 2.5
+"""The random model is sure of itself; flatter distributions tell rules better apart."""
+
+
+class Cache(list[int]):
+    """Tokens whose keys and values would be cached."""
+
+
+class RememberedSession:
+    """The independent model as a session; a forward over the same tokens is done once."""
+
+    max_prefill_rows = None
+
+    def __init__(self, model: Reference) -> None:
+        self.model = model
+        self.forwards: dict[Any, tuple[np.ndarray, ...]] = {}
+
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    def run(self, role: Role, cache: Cache, input_ids: np.ndarray, past_length: int, drafter_scale: float = 0.0) -> tuple[np.ndarray, ...]:
+        assert past_length <= len(cache)
+        rows = input_ids[0].tolist()
+        tokens = cache[:past_length] + rows
+        if role != "draft":
+            cache[past_length:] = rows
+        key = (role, tuple(tokens), len(rows), drafter_scale)
+        if key not in self.forwards:
+            self.forwards[key] = self._forward(role, tokens, len(rows), drafter_scale)
+        return self.forwards[key]
+
+    def _forward(self, role: Role, tokens: list[int], rows: int, scale: float) -> tuple[np.ndarray, ...]:
+        logits = self.model.logits(tokens, rows if role == "draft" else 0, drafter=scale != 0)[-rows:]
+        if role == "ar":
+            return logits[-1:].argmax(-1).numpy(), logits[-1:].numpy()
+        if role == "verify":
+            greedy = logits.argmax(-1)[None].numpy()
+            return greedy, accepted_lengths(greedy, np.array([tokens[-rows:]])), logits[None].numpy()
+        best = logits.softmax(-1).topk(5)
+        return best.indices[None].numpy(), best.values[None].numpy()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> RememberedSession:
+    config = config_of(vocab_size=VOCABULARY, mask_token_id=MASK, eos_token_id=2, num_hidden_layers=1)
+    return RememberedSession(Reference(write_checkpoint(tmp_path_factory.mktemp("small"), config, rank=4, seed=2)))
+
+
+MODEL = ModelInfo(
+    vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, head_dim=16, mask_token_id=MASK,
+    bos_token_id=1, eos_token_ids=(2,), block_size=4, max_length=64, max_block_length=16, has_drafter=True,
+)  # fmt: skip
+
+
+def texts(session: RememberedSession, mode: Mode, count: int = TEXTS, **options: Any) -> Iterator[tuple[list[int], Counters]]:
+    """Sampled texts of three tokens, one a seed."""
+    for seed in range(count):
+        sequence, counters = Sequence(cast("Session", session), MODEL, PROMPT), Counters()
+        chosen = make_options(max_new_tokens=3, block_length=3, eos_token_ids=(), seed=seed, **options)
+        for _ in ALGORITHMS[mode](sequence, chosen, counters):
+            pass
+        yield sequence.tokens[len(PROMPT) :], counters
+
+
+def count_texts(session: RememberedSession, mode: Mode, **options: Any) -> tuple[np.ndarray, float]:
+    """How often each text ``(V, V, V)``, and tokens a cycle."""
+    counts, cycles, tokens = np.zeros((VOCABULARY,) * 3, int), 0, 0
+    for text, counters in texts(session, mode, **options):
+        counts[tuple(text)] += 1
+        cycles, tokens = cycles + counters.cycles, tokens + counters.cycle_tokens
+    return counts, tokens / max(1, cycles)
+
+
+def exact_ar(model: Reference, sampling: SamplingOptions) -> np.ndarray:
+    """Probability of each text under autoregression ``(V, V, V)``, with transformers' processors."""
+    table = np.zeros((VOCABULARY,) * 3)
+    conditional: dict[tuple[int, ...], np.ndarray] = {}
+    for text in product(range(VOCABULARY), repeat=3):
+        value = 1.0
+        for i, token in enumerate(text):
+            prefix = text[:i]
+            if prefix not in conditional:
+                seen = np.isin(np.arange(VOCABULARY), [*PROMPT, *prefix])
+                conditional[prefix] = with_transformers(model.logits([*PROMPT, *prefix])[-1].double().numpy(), sampling, seen)
+            value *= conditional[prefix][token]
+        table[text] = value
+    return table
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": TEMPERATURE, "threshold": 0.0},
+    "several draft forwards": {"temperature": TEMPERATURE, "threshold": 1.0},
+    "every processor": {"temperature": TEMPERATURE, "threshold": 0.0, "top_k": 7, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_linear_spec_has_the_distribution_of_ar(session: RememberedSession, case: str) -> None:
+    options = {name: value for name, value in CASES[case].items() if name != "threshold"}
+    counts, _ = count_texts(session, "linear_spec", **CASES[case])
+    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+
+
+def test_ar_has_the_distribution_of_ar(session: RememberedSession) -> None:
+    options = {name: value for name, value in CASES["every processor"].items() if name != "threshold"}
+    counts, _ = count_texts(session, "ar", **options)
+    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("rule", WRONG_RULES)
+def test_a_wrong_rule_is_told(session: RememberedSession, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "accept_or_replace", rule)
+    counts, _ = count_texts(session, "linear_spec", **CASES["plain"])
+    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE))) < 1e-6
+
+
+def test_more_is_accepted_than_by_exact_match(session: RememberedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = count_texts(session, "linear_spec", **CASES["plain"])
+    monkeypatch.setattr(chooser, "accept_or_replace", exact_match)
+    counts, theirs = count_texts(session, "linear_spec", **CASES["plain"])
+    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE))) > FALSE_ALARM
+    assert ours - 1 > 1.5 * (theirs - 1)  # one token a cycle comes without a draft
+
+
+def test_diffusion_draws_from_the_candidates(session: RememberedSession) -> None:
+    """Two slots: the first from the causal row, the second from the five candidates, processed and normalised, without the mask token."""
+    sampling = {"temperature": 2.0, "top_p": 0.9}
+    counts, _ = count_texts(session, "diffusion", threshold=0.0, **sampling)
+    first = with_transformers(session.model.logits(PROMPT)[-1].double().numpy(), SamplingOptions(**sampling), np.zeros(VOCABULARY, bool))
+    expected = np.zeros((VOCABULARY,) * 3)
+    for a in range(VOCABULARY):
+        rows = session.model.logits([*PROMPT, a, MASK, MASK], block=3)[-2:].double().softmax(-1)
+        slots = []
+        for row in rows:
+            ids = [i for i in row.topk(5).indices.tolist() if i != MASK]
+            slots.append(np.zeros(VOCABULARY))
+            slots[-1][ids] = with_transformers(row[ids].log().numpy(), SamplingOptions(**sampling), np.zeros(len(ids), bool))
+        expected[a] = first[a] * slots[0][:, None] * slots[1]
+    keep = np.arange(VOCABULARY) != MASK  # a first token that is the mask token leaves its slot to the denoiser
+    assert counts[keep].sum() > 0.8 * TEXTS
+    assert chi_squared_p_value(counts[keep], expected[keep] / expected[keep].sum()) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])
+def test_a_seed_reproduces_a_text_and_is_reported(built: Callable[[str], Built], mode: Any) -> None:
+    model = built("three_kv_heads").model
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": (), "temperature": 1.0}
+    drawn = model.stream([[20, 30]], mode, **options).finish()
+    assert drawn.seed is not None
+    again = model.stream([[20, 30]], mode, seed=drawn.seed, **options).finish()
+    other = model.stream([[20, 30]], mode, seed=drawn.seed + 1, **options).finish()
+    assert drawn.token_ids == again.token_ids != other.token_ids
+    assert model.stream([[20, 30]], mode, seed=3, max_new_tokens=3).finish().seed is None  # greedy: nothing is drawn
+
+
+def test_the_end_of_sampling_is_greedy(built: Callable[[str], Built]) -> None:
+    """top_k 1 takes the most probable token by way of sampling; so does a temperature close to 0."""
+    model = built("one_kv_head").model
+    for mode in ("ar", "linear_spec"):
+        greedy = model.stream([[20, 30]], mode, max_new_tokens=25, eos_token_ids=()).finish()  # type: ignore[arg-type]
+        for options in ({"temperature": 1.0, "top_k": 1}, {"temperature": 1e-6}):
+            result = model.stream([[20, 30]], mode, max_new_tokens=25, eos_token_ids=(), **options).finish()  # type: ignore[arg-type]
+            assert result.token_ids == greedy.token_ids
+
+
+def test_drawn_drafts_are_filled_from_the_left() -> None:
+    masked = np.array([False, True, True, True, True])
+    for confidence, slots in (([0, 0.1, 0.9, 0.9, 0.2], [1, 2, 3]), ([0, 0.9, 0.1, 0.9, 0.9], [1]), ([0, 0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4])):
+        assert np.flatnonzero(decode._leading(masked, np.array(confidence), 0.5)).tolist() == slots
+    assert not decode._leading(np.zeros(3, bool), np.ones(3), 0.5).any()
+
+
+def test_plain_options_read_no_logits() -> None:
+    assert DecodeOptions().is_plain
+    assert not make_options(temperature=0.5).is_plain
