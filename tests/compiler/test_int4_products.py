@@ -12,7 +12,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from safetensors.numpy import save_file
-from trimode.compiler.quantize.formats import dequantize, quantize
 
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.compiler.backends import lower_portable
@@ -23,6 +22,7 @@ from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.weights import read_layout
 from trimode.errors import BuildError
 from trimode.graphs.contract import DType
+from trimode.graphs.quantization import dequantize, quantize
 from trimode.runtime import TriModeModel
 
 ROWS = (1, 2, 5, 33)
