@@ -83,7 +83,7 @@ class HeadPart:
 def linear_of(weight: Tensor) -> nn.Linear:
     """A linear layer without bias over a weight ``(out, in)``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     return linear
 
 
