@@ -95,7 +95,7 @@ def test_a_pack_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_self_speculation_writes_what_ar_writes(tmp_path: Path) -> None:
-    """One row and a block of rows sum in another order, which int8 inputs amplify: on the demo never enough for another token."""
+    """One row and a block of rows sum in another order: on the demo never enough for another token."""
     build_bundle(DEMO, tmp_path / "bundle", BuildOptions(precision="int4", calibration="rtn"))
     model = TriModeModel.from_pretrained(tmp_path / "bundle", num_threads=1)
     right = 0
