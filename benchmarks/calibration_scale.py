@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, num_layers: int) -> int:
     config = {
         "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INNER,
         "num_hidden_layers": num_layers, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-        "mask_token_id": 100, "eos_token_id": 11, "block_size": 32, "rope_parameters": None, "rope_theta": 1e6,
+        "mask_token_id": 100, "eos_token_id": 11, "block_size": 4, "rope_parameters": None, "rope_theta": 1e6,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     shards: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu.pack rtx -o .gpu-rtx          TensorRT-RTX 1.7 and what trimode needs beside PyTorch
 python -m benchmarks.gpu.pack ort -o .gpu-ort          onnxruntime-gpu
+python -m benchmarks.gpu.pack calib -o .gpu-calib      ModelOpt and what it imports beside PyTorch
 python -m benchmarks.gpu.pack join FOLDER SITE         over there, with the pieces in FOLDER: unpacks into SITE, for PYTHONPATH
 
 Wheels are for Linux x86-64 and Python 3.12; they are unpacked and compressed again as one archive (xz), which is a third smaller.
@@ -26,6 +27,7 @@ GROUPS = {
         "polygraphy", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs", "typer>=0.29", "ml-dtypes>=0.5",
     ),
     "ort": ("onnxruntime-gpu>=1.31",),
+    "calib": ("nvidia-modelopt>=0.47", "nvidia-ml-py", "omegaconf", "PyYAML", "pulp", "regex", "scipy", "tqdm", "requests", "rich"),
 }  # fmt: skip
 TENSORRT_RTX_SHIM = "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
 

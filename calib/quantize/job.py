@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import platform
@@ -161,6 +162,7 @@ class _Job:
                 if index == 0 and not work.has_hidden(0):
                     self._embed(work, episodes)
                 self._calibrate_part(work, index, rope, episodes)
+                gc.collect()  # in AWQ ModelOpt's modules refer to themselves: their weights would stay while the next part is loaded
             part_scales, part_records = work.part(index)
             scales.update(part_scales)
             records.update(part_records)

@@ -52,15 +52,16 @@ class DecoderPart:
         self._layer, self._rope = load_layer(checkpoint, index, self.device), rope
         named = ((f"encoder.layers.{index}.{name}", module) for name, module in self._layer.named_modules())
         self.linears = {name: module for name, module in named if isinstance(module, nn.Linear) and name in quantized}
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs = captured = dict[str, Tensor]()
         for name, linear in self.linears.items():
-            linear.register_forward_pre_hook(lambda _module, inputs, name=name: self._inputs.__setitem__(name, inputs[0]))
+            linear.register_forward_pre_hook(lambda _module, inputs, name=name: captured.__setitem__(name, inputs[0]))
 
     def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
         """See :class:`Part`."""
         positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids), device=x.device)[None]
         outputs = self._layer(x, self._rope(positions), pattern_for(forward, text), forward.drafter_scale or None)
-        inputs, self._inputs = self._inputs, {}
+        inputs = dict(self._inputs)
+        self._inputs.clear()
         return Step(inputs, outputs)
 
 
@@ -82,7 +83,7 @@ class HeadPart:
 def linear_of(weight: Tensor) -> nn.Linear:
     """A linear layer without bias over a weight ``(out, in)``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     return linear
 
 

@@ -284,7 +284,7 @@ def test_answers_are_compared_as_text(model: Model) -> None:
 
 def test_partings_say_how_close_it_was(model: Model) -> None:
     def generation(ids: list[int]) -> Generation:
-        return Generation(ids, "ar", 1, 1, 1.0, None, Forwards(), "length", 0.0)
+        return Generation(ids, "ar", 1, 1, 1.0, None, Forwards(), "length", None, None, 0.0)
 
     first, second, third = model.questions[:3]
     ar = [generation([20, 21, 22]), generation([20, 21]), generation([20])]
@@ -408,7 +408,7 @@ def test_no_layer_can_be_quantized(model: Model) -> None:
 
 def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) -> None:
     def generation(token: int) -> Generation:
-        return Generation([token], "ar", 1, 1, 1.0, None, Forwards(), "length", 0.0)
+        return Generation([token], "ar", 1, 1, 1.0, None, Forwards(), "length", None, None, 0.0)
 
     ar = Decoding("ar")
     questions = [Question([1], a) for a in ("5", "5", "5", "5", None, None, "5", "6")]

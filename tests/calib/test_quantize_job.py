@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from trimode.calib.quantize.extract import extract_scales
 from trimode.calib.quantize.feed import weighted_rows
 from trimode.calib.quantize.layers import quantized_layers
 from trimode.calib.quantize.modelopt_job import load_modelopt, run_modelopt
+from trimode.calib.quantize.parts import DecoderPart
 from trimode.calib.quantize.settings import QuantizeSettings
 from trimode.calib.quantize.statistics import quantize_weight
 from trimode.calib.quantize.texts import draw_texts
@@ -310,6 +313,25 @@ def test_a_mapped_trunk_computes_what_the_float32_trunk_computes(folder: Path, m
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     held = sum(parameter.numel() for parameter in mapped.parameters())
     assert held == 48 * (2 * checkpoint.config.num_hidden_layers + 1)  # the norms
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_part_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    original = DecoderPart.__init__
+
+    def watched(self: DecoderPart, *args: Any) -> None:
+        assert not any(weight() is not None for weight in loaded)
+        original(self, *args)
+        loaded.extend(weakref.ref(linear.weight) for linear in self.linears.values())
+
+    monkeypatch.setattr(DecoderPart, "__init__", watched)
+    gc.disable()  # it would hide by chance what is never let go
+    try:
+        run(folder, tmp_path / "out", replace(FP8, precision=precision))
+    finally:
+        gc.enable()
+    assert len(loaded) == 14
 
 
 class Stopped(Silent):
