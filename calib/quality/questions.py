@@ -10,7 +10,6 @@ from typing import NamedTuple
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo, Role
-from trimode.runtime.decode import ALGORITHMS
 from trimode.runtime.model import DEFAULT_THRESHOLDS
 from trimode.runtime.options import Mode
 
@@ -35,6 +34,10 @@ class Decoding(NamedTuple):
         return DEFAULT_THRESHOLDS[self.mode]
 
 
+MODES: tuple[Mode, ...] = ("ar", "diffusion", "linear_spec")
+"""Modes that are measured. Quadratic self-speculation is not: its tokens are those of ar, and no calibration has rows of it."""
+
+
 @dataclass(frozen=True)
 class QualitySettings:
     """What a caller can choose.
@@ -47,7 +50,7 @@ class QualitySettings:
         device: where the trunk runs, ``cpu`` or ``cuda``.
     """
 
-    modes: tuple[Mode, ...] = tuple(ALGORITHMS)
+    modes: tuple[Mode, ...] = MODES
     num_samples: int | None = None
     max_new_tokens: int = 128
     seed: int = 0
@@ -55,8 +58,8 @@ class QualitySettings:
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value that cannot be used."""
-        known = [mode.replace("_", "-") for mode in ALGORITHMS]
-        unknown = [mode for mode in self.modes if mode not in ALGORITHMS]
+        known = [mode.replace("_", "-") for mode in MODES]
+        unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown or not self.modes:
             found = unknown[0].replace("_", "-") if unknown else "none"
             raise UsageError(f"expected --modes among {','.join(known)}, found {found}", "separate them by commas")
