@@ -1,8 +1,8 @@
 """Trains the drafter: a low-rank branch on ``o_proj`` that acts while a block is drafted, the rest of the model frozen.
 
-One forward over ``[noisy | clean]`` holds everything. The clean half is the text, causal and without the branch: its logits are what the
-verifier would say at each slot. The noisy half holds several windows, each drawn up as a draft forward sees it: a known first token, mask
-tokens after it, and the clean text before it.
+Two forwards a step. The first is the text, causal and without the branch or gradients: its logits are what the verifier would say at each
+slot. The second holds several windows, each drawn up as a draft forward sees it: a known first token, mask tokens after it, and the clean
+text before it.
 
 Only what self-speculation would use counts: the accepted prefix of a window and the first slot that the verifier would reject.
 Shapes: B texts, K windows of L slots, W = K * L, N tokens of text, V vocabulary.
@@ -25,7 +25,6 @@ from torch.nn import functional
 from trimode.calib.budget import Budget, rate_at
 from trimode.calib.checkpoint_io import adapter_layers
 from trimode.errors import UsageError
-from trimode.graphs.attention import MaskedAttention
 from trimode.graphs.trunk import TriModeTrunk
 
 log = logging.getLogger(__name__)
@@ -286,22 +285,20 @@ def drafter_loss(forward: DraftForward, *, token_weight: float = 10.0, distribut
 
 
 def draft_forward(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length: int) -> DraftForward:
-    """Draft windows of ``length`` slots at ``starts (B, K)`` and verify the text there, in one forward of the trunk."""
+    """Draft windows of ``length`` slots at ``starts (B, K)`` and verify the text there."""
     batch, num_clean = answers.ids.shape
     device = starts.device
     clean_positions = torch.arange(num_clean, device=device).expand(batch, -1)
     slots = starts[:, :, None] + torch.arange(length, device=device)  # (B, K, L)
-    num_noisy = slots[0].numel()
     tokens = _at(answers.ids, slots)
     drafting = torch.full_like(tokens, trunk.config.mask_token_id)
     drafting[..., 0] = tokens[..., 0]
-    ids, positions = torch.cat((drafting.flatten(1), answers.ids), 1), torch.cat((slots.flatten(1), clean_positions), 1)
-    drafter_scale = (torch.arange(num_noisy + num_clean, device=device) < num_noisy).float()[None, :, None]
-    hidden = trunk(ids, positions, MaskedAttention(draft_mask(starts, length, num_clean)), drafter_scale)
-    noisy, clean = hidden[:, :num_noisy].unflatten(1, slots.shape[1:]), hidden[:, num_noisy:]
+    attention = _TextAttention(draft_mask(starts, length, num_clean)[:, :, : slots[0].numel()])
     with torch.no_grad():  # the row before a slot predicts it
+        clean = trunk(answers.ids, clean_positions, attention)
         rows = (slots[..., 1:] - 1).clamp(max=num_clean - 1)
         verifier_logits = trunk.head(clean[torch.arange(batch, device=device)[:, None, None], rows])
+    noisy = trunk(drafting.flatten(1), slots.flatten(1), attention, 1.0).unflatten(1, slots.shape[1:])
     return DraftForward(trunk.head(noisy[:, :, 1:]), verifier_logits, tokens[..., 1:], slots[..., 1:] <= answers.end[:, :, None])
 
 
@@ -318,6 +315,25 @@ def _learning(trunk: TriModeTrunk, weights: list[nn.Parameter]) -> Iterator[None
         for parameter, needed in needed_grad.items():
             parameter.requires_grad_(needed)
             parameter.grad = None
+
+
+class _TextAttention:
+    """Causal over a text in the first forward, whose keys and values the windows of the second one see beside their own.
+
+    The text needs no gradient, for the branch is idle there; apart from the windows it also costs no backward pass.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+        self._text: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer not in self._text:
+            self._text[layer] = k, v
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        text_k, text_v = self._text[layer]
+        k, v = torch.cat((k, text_k), 2), torch.cat((v, text_v), 2)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True)
 
 
 def _record(progress: DrafterProgress, loss: DrafterLoss) -> None:

@@ -1,4 +1,4 @@
-"""Decodes held-out questions in eager torch: how many answers are exactly right, and how long the accepted drafts are."""
+"""Decodes held-out questions in eager torch: how many answers are exactly right, in how many forwards, and how long the accepted drafts are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import torch
 from tokenizers import Tokenizer
 
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
-from trimode.calib.demo.tokenizer import IM_END, SPECIAL_IDS, render_prompt
+from trimode.calib.demo.tokenizer import BOS, IM_END, SPECIAL_IDS, render_prompt
+from trimode.calib.torch_session import TorchSession
 from trimode.graphs.attention import GrowingCacheAttention
+from trimode.graphs.contract import ModelInfo
 from trimode.graphs.trunk import TriModeTrunk
+from trimode.runtime.decode import Counters, decode_diffusion
+from trimode.runtime.options import DecodeOptions
+from trimode.runtime.sequence import Sequence as DecodedSequence
 
 MAX_NEW_TOKENS = 128
+THRESHOLD = 0.9
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,13 @@ class Question:
     family: str
     prompt: list[int]
     expected: list[int]
+
+
+class Diffusion(NamedTuple):
+    """What block diffusion wrote, the prompt left out, and the denoise and commit forwards it took."""
+
+    tokens: list[int]
+    nfe: int
 
 
 class Speculation(NamedTuple):
@@ -41,6 +54,8 @@ class Evaluation:
     Attributes:
         num_questions: per family.
         exact_match: share of the questions answered exactly right, greedily and one token at a time, per family.
+        diffusion_exact_match: the same by block diffusion at :data:`THRESHOLD`.
+        diffusion_tokens_per_forward: over all questions.
         acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
         acceptance_length_base: the same without the drafter.
         acceptance_length_per_family: family -> the two of them, without and with the drafter.
@@ -49,6 +64,8 @@ class Evaluation:
 
     num_questions: int
     exact_match: dict[str, float]
+    diffusion_exact_match: dict[str, float]
+    diffusion_tokens_per_forward: float
     acceptance_length: float
     acceptance_length_base: float
     acceptance_length_per_family: dict[str, tuple[float, float]]
@@ -56,18 +73,27 @@ class Evaluation:
 
 
 def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 20, seed: int = 0, block_length: int | None = None) -> Evaluation:
-    """Decode ``num_questions`` held-out questions of each family, autoregressively and by linear self-speculation with both drafters."""
+    """Decode ``num_questions`` held-out questions of each family: one token at a time, by block diffusion, and by linear self-speculation with
+    the drafter and without.
+    """
     questions = [q for family in FAMILIES for q in held_out(family, num_questions, seed, tokenizer)]
     length = block_length or trunk.config.block_size
     with torch.inference_mode():
         greedy = greedy_answers(trunk, [q.prompt for q in questions])
+        diffused = [block_diffusion(trunk, q.prompt, length) for q in questions]
         base = [linear_speculation(trunk, q.prompt, length, drafter=False) for q in questions]
         drafted = [linear_speculation(trunk, q.prompt, length, drafter=True) for q in questions]
     names = [q.family for q in questions]
-    right = [q.expected == answer for q, answer in zip(questions, greedy, strict=True)]
+
+    def exact_match(answers: Sequence[list[int]]) -> dict[str, float]:
+        right = [(q.family, q.expected == answer) for q, answer in zip(questions, answers, strict=True)]
+        return {family: sum(r for f, r in right if f == family) / num_questions for family in FAMILIES}
+
     return Evaluation(
         num_questions=num_questions,
-        exact_match={f: sum(r for r, n in zip(right, names, strict=True) if n == f) / num_questions for f in FAMILIES},
+        exact_match=exact_match(greedy),
+        diffusion_exact_match=exact_match([d.tokens for d in diffused]),
+        diffusion_tokens_per_forward=sum(len(d.tokens) for d in diffused) / sum(d.nfe for d in diffused),
         acceptance_length=acceptance_length(drafted),
         acceptance_length_base=acceptance_length(base),
         acceptance_length_per_family={f: (_of_family(base, names, f), _of_family(drafted, names, f)) for f in FAMILIES},
@@ -88,6 +114,13 @@ def greedy_answers(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_to
         indices = list(group)
         answers.update(zip(indices, _greedy_batch(trunk, [prompts[i] for i in indices], max_new_tokens), strict=True))
     return [answers[i] for i in range(len(prompts))]
+
+
+def block_diffusion(trunk: TriModeTrunk, prompt: list[int], block_length: int, max_new_tokens: int = MAX_NEW_TOKENS) -> Diffusion:
+    """Denoise block after block at :data:`THRESHOLD`, by the runtime's own algorithm."""
+    options, counters = DecodeOptions(max_new_tokens=max_new_tokens, block_length=block_length, threshold=THRESHOLD), Counters()
+    sequence = DecodedSequence(TorchSession(trunk), _model_info(trunk, block_length), prompt)
+    return Diffusion([token for tokens in decode_diffusion(sequence, options, counters) for token in tokens], counters.nfe)
 
 
 def linear_speculation(
@@ -120,6 +153,16 @@ def acceptance_length(speculations: Sequence[Speculation]) -> float:
 
 def _of_family(speculations: Sequence[Speculation], names: Sequence[str], family: str) -> float:
     return acceptance_length([s for s, name in zip(speculations, names, strict=True) if name == family])
+
+
+def _model_info(trunk: TriModeTrunk, block_length: int) -> ModelInfo:
+    config = trunk.config
+    return ModelInfo(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
+        mask_token_id=config.mask_token_id, bos_token_id=SPECIAL_IDS[BOS], eos_token_ids=(SPECIAL_IDS[IM_END],), block_size=config.block_size,
+        max_length=trunk.rope.cos.shape[0] - block_length, max_block_length=block_length, has_drafter=True,
+    )  # fmt: skip
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question:

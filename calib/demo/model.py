@@ -11,7 +11,7 @@ from trimode.calib.demo.tokenizer import BOS, IM_END, MASK, SPECIAL_IDS, VOCAB_S
 from trimode.graphs.config import parse_config
 from trimode.graphs.trunk import TriModeTrunk
 
-DRAFTER_RANK, DRAFTER_ALPHA = 32, 128.0
+DRAFTER_RANK, DRAFTER_ALPHA = 128, 512.0  # as in the published checkpoints
 INITIAL_STD = 0.04
 
 

@@ -1,11 +1,13 @@
 """Trains the demo checkpoint from nothing: ``python -m trimode.calib.demo.train -o DIR``.
 
-Stages: the joint objective, rounding to bfloat16, the drafter on the rounded weights, the folder, and an evaluation on held-out questions
-whose results go to ``training.json`` in that folder.
+Stages: the joint objective on random corruption, the same on the states that decoding visits, the drafter, the folder, and an evaluation on
+held-out questions whose results go to ``training.json`` in that folder. After each of the first two stages the weights are rounded to
+bfloat16, so what a stage begins with is a checkpoint: ``--base DIR`` begins with one instead of the first stage.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -23,20 +25,27 @@ from trimode.calib.checkpoint_io import round_weights, write_json
 from trimode.calib.demo.console import StageProgress, run_command
 from trimode.calib.demo.data import batches
 from trimode.calib.demo.evaluate import Evaluation, evaluate
-from trimode.calib.demo.joint import JointTraining, Progress, Settings, hash_seed
+from trimode.calib.demo.joint import JointTraining
 from trimode.calib.demo.model import build_trunk, demo_config
+from trimode.calib.demo.refine import RefinementTraining
 from trimode.calib.demo.save import save_demo
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.tokenizer import build_tokenizer
+from trimode.calib.demo.training import Settings, Training, hash_seed
 from trimode.calib.drafter import DrafterProgress, DrafterSettings, train_drafter
+from trimode.calib.torch_session import load_trunk
 from trimode.errors import UsageError
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.config import parse_config
 from trimode.graphs.trunk import TriModeTrunk
 
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
-JOINT_MINUTES, DRAFTER_MINUTES = 40.0, 7.0
-DRAFTER_BATCH_SIZE = 16
+JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 30.0, 15.0
+REFINEMENT_BATCH_SIZE = DRAFTER_BATCH_SIZE = 16
+REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 4e-4, 0.03, 0.9
+DRAFTER_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,9 @@ class Plan:
 
     Attributes:
         output: folder of the checkpoint.
-        state: file with the joint stage's state.
+        state: file with the joint stage's state; the refinement's lies beside it.
+        refinement: None leaves that stage out.
+        base: checkpoint to begin with instead of the joint stage.
         resume: take up the run in ``state``; without it, that file must not exist.
         num_questions: held-out questions per family; 0 leaves the evaluation out.
         config: the contents of ``config.json``.
@@ -55,52 +66,94 @@ class Plan:
     state: Path
     joint: Budget
     drafter: Budget
+    refinement: Budget | None = None
+    base: Path | None = None
     seed: int = 0
     resume: bool = False
     num_questions: int = 20
     batch_size: int = 32
     config: dict[str, Any] = field(default_factory=demo_config)
 
+    @property
+    def refinement_state(self) -> Path:
+        """File with the refinement's state."""
+        return self.state.with_name(f"{self.state.stem}.refinement{self.state.suffix}")
+
 
 def train_demo(plan: Plan, progress: StageProgress | None = None) -> dict[str, Any]:
     """Run every stage; returns the contents of ``training.json``.
 
     Raises:
-        UsageError: there is a state and ``resume`` is not set, or the other way round, or the output is not a folder to write to.
+        UsageError: there is a state and ``resume`` is not set, or the other way round, or the output is not a folder to write to, or ``base``
+            has another shape.
+        CheckpointError: ``base`` is no checkpoint.
     """
     progress = progress or StageProgress()
     tokenizer = build_tokenizer()
     trunk = build_trunk(plan.config, plan.seed)
-    settings = Settings(seed=plan.seed, batch_size=plan.batch_size)
-    joint = _train_jointly(trunk, tokenizer, plan, settings, progress)
-    round_weights(trunk)
-    drafter_settings = DrafterSettings(seed=plan.seed)
-    drafter = _train_drafter(trunk, tokenizer, plan, drafter_settings, progress)
+    _check_states(plan)
+    stages: dict[str, Any] = {}
+    if plan.base:
+        stages["base"] = _begin_with(plan.base, trunk, plan.config)
+    else:
+        stages["joint"] = _train_jointly(trunk, tokenizer, plan, progress)
+    if plan.refinement:
+        stages["refinement"] = _refine(trunk, tokenizer, plan, plan.refinement, progress)
+    stages["drafter"] = _train_drafter(trunk, tokenizer, plan, progress)
     save_demo(plan.output, trunk, plan.config)
     log.info("wrote %s", plan.output)
     progress.update("evaluation", 0)
     evaluation = evaluate(trunk, tokenizer, num_questions=plan.num_questions, seed=plan.seed) if plan.num_questions else None
     progress.update("evaluation", 1)
-    report = _report(plan, (settings, joint), (drafter_settings, drafter), evaluation)
+    report = _report(plan, stages, evaluation)
     write_json(plan.output / REPORT_FILE, report)
     return report
 
 
-def _train_jointly(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, settings: Settings, progress: StageProgress) -> Progress:
-    if plan.resume and not plan.state.is_file():
-        raise UsageError(f"{plan.state}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
-    if plan.state.exists() and not plan.resume:
-        raise UsageError(f"{plan.state}: expected no earlier run, found one", "pass --resume to take it up, or delete it")
-    plan.state.parent.mkdir(parents=True, exist_ok=True)
-    training = JointTraining(trunk, tokenizer, settings, plan.state)
-    if plan.resume:
+def _check_states(plan: Plan) -> None:
+    states = [plan.refinement_state] if plan.base else [plan.state, plan.refinement_state]
+    found = [state for state in states if state.is_file()]
+    if plan.resume and states[0] not in found:
+        raise UsageError(f"{states[0]}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
+    if found and not plan.resume:
+        raise UsageError(f"{found[0]}: expected no earlier run, found one", "pass --resume to take it up, or delete it")
+
+
+def _begin_with(base: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> dict[str, Any]:
+    """Take a checkpoint's weights, its drafter left out; returns how they came about, as far as its ``training.json`` tells."""
+    checkpoint = open_checkpoint(base)
+    if checkpoint.config != parse_config(config):
+        raise UsageError(f"{base}: expected a checkpoint of the demo's shape, found another", "name one that this command has written")
+    weights = load_trunk(checkpoint, 1).state_dict()
+    trunk.load_state_dict({name: tensor for name, tensor in weights.items() if ".lora_" not in name}, strict=False)
+    report = json.loads((base / REPORT_FILE).read_text(encoding="utf-8")) if (base / REPORT_FILE).is_file() else {}
+    return {stage: report[stage] for stage in ("base", "joint", "refinement") if stage in report}
+
+
+def _train_jointly(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
+    settings = Settings(seed=plan.seed, batch_size=plan.batch_size)
+    return _train_trunk(JointTraining(trunk, tokenizer, settings, plan.state), "joint", plan.joint, progress)
+
+
+def _refine(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, budget: Budget, progress: StageProgress) -> dict[str, Any]:
+    batch_size = min(plan.batch_size, REFINEMENT_BATCH_SIZE)
+    settings = Settings(seed=plan.seed, batch_size=batch_size, learning_rate=REFINEMENT_RATE, warm_up=REFINEMENT_WARM_UP, decay=REFINEMENT_DECAY)
+    return _train_trunk(RefinementTraining(trunk, tokenizer, settings, plan.refinement_state), "refinement", budget, progress)
+
+
+def _train_trunk(training: Training, name: str, budget: Budget, progress: StageProgress) -> dict[str, Any]:
+    """Run a stage, taking it up where there is a state, and round the weights; returns what it was told and did."""
+    training.state.parent.mkdir(parents=True, exist_ok=True)
+    if training.state.is_file():
         training.load()
-    done = training.run(plan.joint, lambda p, share: progress.update("joint", share, _figures(p.step, p.losses)))
-    progress.update("joint", 1, _figures(done.step, done.losses))
-    return done
+    done = training.run(budget, lambda p, share: progress.update(name, share, _figures(p.step, p.losses)))
+    progress.update(name, 1, _figures(done.step, done.losses))
+    round_weights(training.trunk)
+    return {key: value for part in (training.settings, done) for key, value in asdict(part).items() if key != "save_every_s"}
 
 
-def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, settings: DrafterSettings, progress: StageProgress) -> DrafterProgress:
+def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
+    settings = DrafterSettings(seed=plan.seed, learning_rate=DRAFTER_RATE)
     source = batches(examples(hash_seed(f"{plan.seed} drafter"), "train"), tokenizer, min(plan.batch_size, DRAFTER_BATCH_SIZE))
 
     def report(p: DrafterProgress, share: float) -> None:
@@ -110,20 +163,17 @@ def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, settin
 
     done = train_drafter(trunk, source, plan.drafter, settings, report)
     progress.update("drafter", 1, _figures(done.step, {"loss": done.loss, "accepted": done.accepted}))
-    return done
+    return {**asdict(settings), **asdict(done)}
 
 
-def _report(
-    plan: Plan, joint: tuple[Settings, Progress], drafter: tuple[DrafterSettings, DrafterProgress], evaluation: Evaluation | None
-) -> dict[str, Any]:
+def _report(plan: Plan, stages: dict[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
     return {
         "trimode": trimode.__version__,
         "torch": torch.__version__,
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "seed": plan.seed,
         "block_size": plan.config["block_size"],
-        "joint": {name: value for part in joint for name, value in asdict(part).items() if name != "save_every_s"},
-        "drafter": {**asdict(drafter[0]), **asdict(drafter[1])},
+        **stages,
         "evaluation": None if evaluation is None else asdict(evaluation),
     }
 
@@ -144,10 +194,13 @@ def main(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to.")],
     minutes: Annotated[float | None, typer.Option(help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
+    refinement_minutes: Annotated[float | None, typer.Option(help=f"Time for the refinement; {REFINEMENT_MINUTES:g} if nothing is said.")] = None,
+    refinement_steps: Annotated[int | None, typer.Option(help="Steps of the refinement.")] = None,
     drafter_minutes: Annotated[float | None, typer.Option(help=f"Time for the drafter; {DRAFTER_MINUTES:g} if nothing is said.")] = None,
     drafter_steps: Annotated[int | None, typer.Option(help="Steps of the drafter.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the weights to begin with and the order of the examples.")] = 0,
-    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the joint stage keeps its state; beside DIR if left out.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="CHECKPOINT", help="Begin with these weights instead of the joint stage.")] = None,
+    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the stages keep their state; beside DIR if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up the run in the state file.")] = False,
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions per family to evaluate on; 0 for no evaluation.")] = 20,
 ) -> None:
@@ -156,7 +209,9 @@ def main(
         output=output,
         state=state or output.absolute().with_name(f"{output.absolute().name}.state.pt"),
         joint=_budget(minutes, steps, JOINT_MINUTES),
+        refinement=_budget(refinement_minutes, refinement_steps, REFINEMENT_MINUTES),
         drafter=_budget(drafter_minutes, drafter_steps, DRAFTER_MINUTES),
+        base=base,
         seed=seed,
         resume=resume,
         num_questions=questions,

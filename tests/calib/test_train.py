@@ -54,7 +54,7 @@ def test_three_steps_end_to_end(tmp_path: Path, small_config: dict[str, Any]) ->
     checkpoint = open_checkpoint(folder)
     assert checkpoint.config == parse_config(small_config)
     assert checkpoint.drafter is not None
-    assert (checkpoint.drafter.rank, checkpoint.drafter.alpha) == (32, 128.0)
+    assert (checkpoint.drafter.rank, checkpoint.drafter.alpha) == (128, 512.0)
     assert {e.dtype for n, e in checkpoint.tensors.items() if "lora_" not in n} == {"BF16"}
     assert {e.dtype for n, e in checkpoint.tensors.items() if "lora_" in n} == {"F32"}
     assert values(checkpoint, "encoder.layers.1.self_attn.o_proj.lora_B.weight").any()
@@ -71,6 +71,34 @@ def test_a_finished_run_is_taken_up_at_the_drafter(tmp_path: Path, small_config:
     assert (report["joint"]["step"], report["drafter"]["step"]) == (3, 1)
     second = load_file(tmp_path / "model/model.safetensors")
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_refinement_goes_on_from_the_joint_stage_and_from_its_checkpoint_alike(tmp_path: Path, small_config: dict[str, Any]) -> None:
+    whole = train_demo(plan(tmp_path / "whole", small_config, refinement=Budget(steps=2)))
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"model", "state.pt", "state.refinement.pt"}
+    train_demo(plan(tmp_path / "first", small_config))
+    base = tmp_path / "first/model"
+    second = train_demo(plan(tmp_path / "second", small_config, refinement=Budget(steps=2), base=base))
+    assert second["base"]["joint"]["step"] == whole["joint"]["step"] == 3
+    assert (second["refinement"]["step"], second["refinement"]["losses"]) == (2, whole["refinement"]["losses"])
+    folders = [load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "first", "second")]
+    assert all(torch.equal(tensor, folders[2][name]) for name, tensor in folders[0].items())
+    assert any(not torch.equal(tensor, folders[2][name]) for name, tensor in folders[1].items())
+
+
+def test_a_finished_refinement_is_taken_up(tmp_path: Path, small_config: dict[str, Any]) -> None:
+    train_demo(plan(tmp_path, small_config, refinement=Budget(steps=2)))
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(UsageError, match="expected no earlier run"):
+        train_demo(plan(tmp_path, small_config, refinement=Budget(steps=2), base=tmp_path / "model"))
+    report = train_demo(plan(tmp_path, small_config, refinement=Budget(steps=3), base=tmp_path / "model", resume=True))
+    assert report["refinement"]["step"] == 3
+
+
+def test_a_base_of_another_shape_is_refused(tmp_path: Path, small_config: dict[str, Any]) -> None:
+    train_demo(plan(tmp_path, small_config))
+    with pytest.raises(UsageError, match="another"):
+        train_demo(plan(tmp_path / "other", {**small_config, "num_hidden_layers": 1}, base=tmp_path / "model"))
 
 
 def test_resume_without_a_state_is_refused(tmp_path: Path, small_config: dict[str, Any]) -> None:
@@ -92,12 +120,12 @@ def test_the_files_are_those_of_the_family(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", build_trunk(demo_config(), 0), demo_config(), demo_texts())
     assert json.loads((tmp_path / "model/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [11]}
     adapter = json.loads((tmp_path / "model" / ADAPTER_FOLDER / "adapter_config.json").read_text())
-    expected = {"peft_type": "LORA", "r": 32, "lora_alpha": 128, "target_modules": ["o_proj"], "bias": "none", "fan_in_fan_out": False}
+    expected = {"peft_type": "LORA", "r": 128, "lora_alpha": 512, "target_modules": ["o_proj"], "bias": "none", "fan_in_fan_out": False}
     assert expected.items() <= adapter.items()
     assert adapter["inference_mode"] is True
     lora = load_file(tmp_path / "model" / ADAPTER_FOLDER / "adapter_model.safetensors")
-    assert lora["base_model.model.encoder.layers.5.self_attn.o_proj.lora_A.weight"].shape == (32, 384)
-    assert lora["base_model.model.encoder.layers.0.self_attn.o_proj.lora_B.weight"].shape == (256, 32)
+    assert lora["base_model.model.encoder.layers.5.self_attn.o_proj.lora_A.weight"].shape == (128, 384)
+    assert lora["base_model.model.encoder.layers.0.self_attn.o_proj.lora_B.weight"].shape == (256, 128)
     assert len(lora) == 12
 
 
@@ -125,7 +153,7 @@ def test_only_checkpoints_are_replaced_and_only_by_whole_ones(tmp_path: Path, sm
 
 def test_the_command_explains_itself() -> None:
     done = subprocess.run([sys.executable, "-m", "trimode.calib.demo.train", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--minutes", "--drafter-steps", "--resume", "--state"):
+    for option in ("--minutes", "--refinement-steps", "--base", "--drafter-steps", "--resume", "--state"):
         assert option in done.stdout
 
 

@@ -1,0 +1,136 @@
+"""Trains further on the states that block diffusion visits.
+
+Random corruption hides easy and hard slots alike. A decoder fills the easy ones first, so what it meets next are the hard ones that are
+left; a model that has seldom seen that is sure of none of them and has to guess. Here every block is therefore denoised as at inference:
+after each training step the slots that the forward was sure of are revealed (with the true tokens), and the next step trains on what is
+left. One forward is both a step of training and a step of decoding, so following the decoder costs nothing, and a block that takes many
+forwards is trained on as many times.
+
+Several blocks of an answer, which may overlap, share one clean copy of the text.
+Shapes: B chats, K blocks of L slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimode.calib.demo.data import LEAST_RATE, encode
+from trimode.calib.demo.joint import split_forward
+from trimode.calib.demo.tasks import Example, examples
+from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
+from trimode.calib.demo.training import Training
+from trimode.calib.drafter import draft_mask
+from trimode.calib.objective import Corruption, JointLoss, joint_loss
+
+NUM_BLOCKS = 4
+ALIGNED_SHARE = 0.5
+"""Blocks that begin where diffusion begins one; self-speculation goes on from anywhere."""
+MASKED_SHARE = 0.5
+"""Blocks that begin wholly masked, as at inference; the others begin at a random rate of corruption."""
+THRESHOLDS = 0.6, 0.95
+"""Range of the confidence at which a block's slots are revealed."""
+DIFFUSION_WEIGHT = 1.0
+"""More than in the joint stage, for next-token prediction has little left to learn."""
+
+
+@dataclass
+class Visit:
+    """One block on its way through the decoder.
+
+    Attributes:
+        start: tokens of the answer before the block.
+        threshold: confidence at which slots are revealed.
+        masked: (L,) bool, slots that hold the mask token.
+        rate: probability with which they were masked; 1 once they are what a forward left.
+        flawless: whether every slot revealed so far would have been filled with the true token.
+    """
+
+    start: int
+    threshold: float
+    masked: Tensor
+    rate: float
+    flawless: bool = True
+
+
+@dataclass
+class Row:
+    """A chat with the blocks that are being denoised in its answer; ``waiting`` are those that have not arrived once."""
+
+    example: Example
+    length: int
+    visits: list[Visit]
+    waiting: set[int]
+
+
+class RefinementTraining(Training):
+    """The joint objective on blocks on their way; one that has arrived is drawn anew, and a chat whose blocks all have makes room for another."""
+
+    def _begin(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._source = examples(seed, "train")
+        self._rows = [self._new_row() for _ in range(self.settings.batch_size)]
+
+    def _loss(self, share: float) -> JointLoss:  # noqa: ARG002
+        chats, size = encode([row.example for row in self._rows], self.tokenizer), self.trunk.config.block_size
+        starts = chats.answer_start + torch.tensor([[v.start for v in row.visits] for row in self._rows])
+        slots = starts[:, :, None] + torch.arange(size)  # (B, K, L)
+        positions = slots.flatten(1)
+        targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))  # all end tokens after the answer
+        masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
+        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(size, 1)
+        noisy_ids = targets.masked_fill(masked, SPECIAL_IDS[MASK])
+        mask = draft_mask(starts, size, chats.ids.shape[1])
+        noisy, clean = split_forward(self.trunk, noisy_ids, chats.ids, positions, chats.positions, mask)
+        logits = noisy.detach().float().view(*slots.shape, -1)
+        self._advance(slots <= chats.end[:, :, None], targets.view(slots.shape), masked.view(slots.shape), logits)
+        return joint_loss(noisy, targets, Corruption(masked, rate), clean, chats.ids, chats.target_weights(), diffusion_weight=DIFFUSION_WEIGHT)
+
+    def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
+        """Reveal what the forward was sure of, and replace what is decided up to its answer's end; all ``(B, K, L)``, logits with V."""
+        filled = revealed(logits, masked, torch.tensor([[[v.threshold] for v in row.visits] for row in self._rows]))
+        wrong = (filled & before_end & (logits.argmax(-1) != targets)).any(-1)
+        left = masked & ~filled
+        arrived = ~(left & before_end).any(-1)
+        for i, row in enumerate(self._rows):
+            for k, visit in enumerate(row.visits):
+                visit.masked, visit.rate, visit.flawless = left[i, k], 1.0, visit.flawless and not wrong[i, k]
+                if arrived[i, k]:
+                    self._count("flawless", float(visit.flawless))
+                    row.waiting.discard(k)
+                    row.visits[k] = self._new_visit(row.length)
+            if not row.waiting:
+                self._rows[i] = self._new_row()
+
+    def _new_row(self) -> Row:
+        example = next(self._source)
+        length = len(self.tokenizer.encode(example.answer).ids) + 1
+        return Row(example, length, [self._new_visit(length) for _ in range(NUM_BLOCKS)], set(range(NUM_BLOCKS)))
+
+    def _new_visit(self, length: int) -> Visit:
+        """Any block that begins before the last token of an answer of ``length``; its first slot is known and never masked."""
+        size = self.trunk.config.block_size
+        aligned = self._draw(0, 1) < ALIGNED_SHARE
+        start = size * int(self._draw(0, -(-(length - 1) // size))) if aligned else int(self._draw(0, length - 1))
+        rate = 1.0 if self._draw(0, 1) < MASKED_SHARE else self._draw(LEAST_RATE, 1)
+        masked = torch.rand(size, generator=self._generator) < rate
+        masked[0] = False
+        return Visit(start, self._draw(*THRESHOLDS), masked, rate)
+
+    def _draw(self, low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self._generator))
+
+
+def revealed(logits: Tensor, masked: Tensor, thresholds: Tensor) -> Tensor:
+    """(B, K, L) bool: the masked slots that a decoder would fill, the most probable one of each block and all that reach the threshold.
+
+    Args:
+        logits: (B, K, L, V).
+        masked: (B, K, L) bool.
+        thresholds: (B, K, 1) float.
+    """
+    confidence = logits.softmax(-1).amax(-1).masked_fill(~masked, -1.0)
+    best = torch.zeros_like(masked).scatter_(-1, confidence.argmax(-1, keepdim=True), True)
+    return masked & (best | (confidence >= thresholds))

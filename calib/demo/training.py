@@ -1,0 +1,141 @@
+"""The loop of a training run: learning rate, optimizer, running means, and a state from which a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from trimode.calib.budget import Budget, rate_at
+from trimode.calib.objective import JointLoss
+from trimode.graphs.trunk import TriModeTrunk
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is told."""
+
+    seed: int = 0
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    warm_up: float = 0.02
+    decay: float = 0.45
+    save_every_s: float = 180.0
+
+
+@dataclass
+class Progress:
+    """What a training run has done so far.
+
+    Attributes:
+        seconds: wall-clock time, which other work on the machine makes longer.
+        processor_seconds: time on all cores together, which it hardly changes.
+        losses: running means, and other figures that a stage keeps.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[Progress, float], None]
+
+
+class Training(ABC):
+    """A run that can be stopped and taken up again; what it trains on is left to the subclass.
+
+    Args:
+        trunk: trained in place; its drafter adapter is left alone.
+        tokenizer: of the checkpoint.
+        settings: of the run.
+        state: file that holds the run's state, written whole or not at all.
+    """
+
+    def __init__(self, trunk: TriModeTrunk, tokenizer: Tokenizer, settings: Settings, state: Path) -> None:
+        self.trunk, self.tokenizer, self.settings, self.state = trunk, tokenizer, settings, state
+        self.progress = Progress()
+        weights = [p for n, p in trunk.named_parameters() if "lora_" not in n]
+        groups = [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8)
+
+    def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
+        """Train until the budget is used up, counting what an earlier run has used; ``report`` is called after each step."""
+        seed = f"{self.settings.seed} {self.progress.step}"
+        self._begin(hash_seed(seed))
+        before, saved = (time.monotonic() - self.progress.seconds, time.process_time() - self.progress.processor_seconds), time.monotonic()
+        while (share := budget.progress(self.progress.seconds, self.progress.step)) < 1:
+            loss = self._step(share)
+            self.progress.step += 1
+            self.progress.seconds, self.progress.processor_seconds = time.monotonic() - before[0], time.process_time() - before[1]
+            self._record(loss)
+            report(self.progress, share)
+            if time.monotonic() - saved > self.settings.save_every_s:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        return self.progress
+
+    def save(self) -> None:
+        """Write the state atomically."""
+        trained = {name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" not in name}
+        state = {"trunk": trained, "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
+        temporary = self.state.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.state)
+        log.info("step %d: saved %s", self.progress.step, self.state)
+
+    def load(self) -> None:
+        """Take up the run that the state file holds."""
+        state: dict[str, Any] = torch.load(self.state, weights_only=True)
+        adapter = {name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" in name}
+        self.trunk.load_state_dict({**state["trunk"], **adapter})
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+
+    @abstractmethod
+    def _begin(self, seed: int) -> None:
+        """Start drawing examples."""
+
+    @abstractmethod
+    def _loss(self, share: float) -> JointLoss:
+        """The loss of the next step, ``share`` of the way through the budget."""
+
+    def _step(self, share: float) -> JointLoss:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * rate_at(share, warm_up=self.settings.warm_up, decay=self.settings.decay)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self._loss(share)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        return loss
+
+    def _record(self, loss: JointLoss) -> None:
+        for name, value in (("autoregressive", loss.autoregressive), ("diffusion", loss.diffusion)):
+            if value > 0:
+                self._count(name, value.item())
+
+    def _count(self, name: str, value: float) -> None:
+        """Keep running means that forget with a time constant of 50 values."""
+        mean = self.progress.losses.get(name, value)
+        self.progress.losses[name] = mean + 0.02 * (value - mean)
+
+
+def hash_seed(text: str) -> int:
+    """A seed below 2**31 from a text, the same in every process."""
+    return int.from_bytes(text.encode(), "big") % (2**31 - 1)
