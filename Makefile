@@ -28,8 +28,9 @@ demo: setup
 	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
 	  $(BIN)/trimode run $(BUNDLE) --mode $$mode --prompt "$$prompt" || exit 1; done; done
 
+# Modules stay together, since what they build is shared within one; two workers, each with one thread for PyTorch and ONNX Runtime to share.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .
