@@ -12,7 +12,6 @@ depends on, so that it is right or absent, never stale; it appears by renaming, 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -118,6 +117,8 @@ def _is_whole(entry: Path, is_verified: bool) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Held by one process at a time; never deleted, because a deleted lock can be held twice."""
+    import fcntl  # where there is none, other bundles should run nevertheless
+
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
