@@ -126,7 +126,7 @@ def test_notices_a_slightly_changed_weight(copied: Callable[[str], tuple[Path, P
     assert not found.passed
     assert not found.checkpoint.is_source
     assert {(record.graph, record.subject) for record in failed(found)} >= {(r, s) for r in ("ar", "verify") for s in ("target", "portable")}
-    assert "NOT the bundle's source" in capsys.readouterr().out
+    assert "NOT the bundle's source" in " ".join(capsys.readouterr().out.split())  # a long path breaks the line
 
 
 def test_the_same_weights_in_another_type_pass(copied: Callable[[str], tuple[Path, Path]]) -> None:
