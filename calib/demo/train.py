@@ -45,7 +45,6 @@ REPORT_FILE = "training.json"
 JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 30.0, 15.0
 REFINEMENT_BATCH_SIZE = DRAFTER_BATCH_SIZE = 16
 REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 4e-4, 0.03, 0.9
-DRAFTER_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _train_trunk(training: Training, name: str, budget: Budget, progress: StageP
 
 
 def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
-    settings = DrafterSettings(seed=plan.seed, learning_rate=DRAFTER_RATE)
+    settings = DrafterSettings(seed=plan.seed)
     source = batches(examples(hash_seed(f"{plan.seed} drafter"), "train"), tokenizer, min(plan.batch_size, DRAFTER_BATCH_SIZE))
 
     def report(p: DrafterProgress, share: float) -> None:
