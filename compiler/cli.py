@@ -331,6 +331,26 @@ def run(
 
 
 @app.command()
+def bench(
+    bundle: BundlePath,
+    precision: RunPrecision = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
+    rows: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1, 8, 16, 32 and the model's block if left out.")] = None,
+    past: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens cached before it; 64, 512 and 2048 if left out.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds, each of which times every forward twice.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
+    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="TABLE.json", help="Write the table here too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the milliseconds of each forward on this machine, and keep them for `run --mode auto`."""
+    from trimode.compiler.bench_command import BenchRequest, run_bench
+
+    chosen = [None if text is None else tuple(parse_ints(text)) for text in (rows, past)]
+    run_bench(bundle, BenchRequest(precision, target, chosen[0], chosen[1], repeats, threads, runtime_cache, output, as_json))
+
+
+@app.command()
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds: model, graphs, files, sizes, versions."""
     from trimode.compiler.inspect_command import inspect_bundle
