@@ -13,10 +13,12 @@ from rich.table import Table
 
 import trimode
 from trimode.compiler.console import RichProgress
+from trimode.compiler.run_command import Prompt, read_prompts_file
 from trimode.errors import UsageError
+from trimode.runtime.acceptance import acceptance_rate
 from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.timings import ForwardTime, Timings, save_timings, subject_of, table_path
+from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class BenchRequest:
     repeats: int
     threads: int | None
     runtime_cache: Path | None
+    prompts_file: Path | None
     output: Path | None
     as_json: bool
 
@@ -38,6 +41,7 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     """Measure, keep the table, print it; see the command's help."""
     if request.output is not None and (request.output.is_dir() or not request.output.absolute().parent.is_dir()):
         raise UsageError(f"{request.output}: expected a file to write, in a folder that exists, found neither", "name a file such as timings.json")
+    questions = list(read_prompts_file(request.prompts_file)) if request.prompts_file else []
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
@@ -46,15 +50,40 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
         with RichProgress() as progress:
             advance = progress.stage("time forwards", settings.repeats)
             forwards = time_forwards(model.session, model.model, settings, advance)
+            acceptance = _acceptance(model, [encode(model, question) for question in questions], settings, progress)
     timings = Timings(
         trimode_version=trimode.__version__, command=" ".join(["trimode", *sys.argv[1:]]), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}", subject=subject, forwards=forwards,
+        acceptance=acceptance,
     )  # fmt: skip
     _keep(timings, request.output)
     if request.as_json:
         sys.stdout.write(timings.model_dump_json(indent=1) + "\n")
     else:
         _show(timings)
+
+
+def encode(model: TriModeModel, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, through the chat template where it is text."""
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    assert prompt.text is not None
+    return model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+
+
+def _acceptance(model: TriModeModel, prompts: list[list[int]], settings: TimerSettings, progress: RichProgress) -> tuple[AcceptanceRecord, ...]:
+    """Over the longest block that was timed, with the drafter and without; nothing where there are no prompts or no blocks."""
+    length = max(settings.rows or (1,))
+    if not prompts or length == 1:
+        return ()
+    records, drafters = [], (False, True) if model.model.has_drafter else (False,)
+    advance = progress.stage("answer prompts", len(drafters))
+    for drafter in drafters:
+        rate = acceptance_rate(model, prompts, length, use_drafter=drafter)
+        if rate is not None:
+            records.append(AcceptanceRecord(drafter=drafter, rate=rate, block_length=length, num_prompts=len(prompts)))
+        advance(1)
+    return tuple(records)
 
 
 def _keep(timings: Timings, output: Path | None) -> None:
@@ -92,6 +121,9 @@ def _show(timings: Timings) -> None:
     for (name, rows), cells in by_case.items():
         table.add_row(name, str(rows), *(_cell(cells[cached]) for cached in past))
     console.print(table)
+    for record in timings.acceptance:
+        name = "with the drafter" if record.drafter else "without the drafter"
+        console.print(f"{100 * record.rate:.1f}% of the drafts whose predecessors were accepted are accepted, {name} ({record.num_prompts} prompts)")
 
 
 def _cell(one: ForwardTime) -> str:

@@ -11,7 +11,7 @@ Nothing here looks at a clock, so the same text under the same table takes the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 AR_STEP = 1
 """The block length that stands for a step of AR."""
 
-PRIOR_ACCEPTANCE = 0.9
-"""Of a slot whose predecessors were accepted, before a text has shown its own."""
+PRIOR_ACCEPTANCE = 0.93
+"""Of a slot whose predecessors were accepted, before a text has shown its own, where nothing was measured."""
 PRIOR_SLOTS = 4.0
 """Drafts that the prior weighs as much as."""
-SLOT_TRIALS = 2.0
+SLOT_TRIALS = 4.0
 """Trials of one slot that weigh as much as what all slots say together."""
 MEMORY_TOKENS = 60.0
 """After so many tokens what was seen weighs 1/e. Forgetting goes by tokens, not by cycles: acceptance is a property of a stretch of text."""
@@ -38,11 +38,13 @@ class StepCosts:
         past: the grid, ascending.
         ar_ms: of one forward of one token.
         cycle_ms: block length -> of one draft and one verification.
+        acceptance: of a slot's draft, where those before it were accepted, in a text of which nothing is known yet.
     """
 
     past: tuple[int, ...]
     ar_ms: tuple[float, ...]
     cycle_ms: Mapping[int, tuple[float, ...]]
+    acceptance: float = PRIOR_ACCEPTANCE
 
     def __post_init__(self) -> None:
         rows = (self.ar_ms, *self.cycle_ms.values())
@@ -51,7 +53,7 @@ class StepCosts:
 
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
         """With these block lengths only."""
-        return StepCosts(self.past, self.ar_ms, {length: row for length, row in self.cycle_ms.items() if is_usable(length)})
+        return replace(self, cycle_ms={length: row for length, row in self.cycle_ms.items() if is_usable(length)})
 
 
 class Policy(Protocol):
@@ -129,11 +131,11 @@ class AdaptivePolicy:
     rises too.
     """
 
-    def __init__(self, costs: StepCosts, prior: float = PRIOR_ACCEPTANCE) -> None:
+    def __init__(self, costs: StepCosts) -> None:
         self._past = np.array(costs.past, float)
         self._lengths = np.array([AR_STEP, *costs.cycle_ms])
         self._costs = np.array([costs.ar_ms, *costs.cycle_ms.values()])
-        self._acceptance = Acceptance(int(self._lengths.max()) - 1, prior)
+        self._acceptance = Acceptance(int(self._lengths.max()) - 1, costs.acceptance)
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
@@ -150,10 +152,11 @@ class AdaptivePolicy:
         """``(steps,)``."""
         right = min(max(int(np.searchsorted(self._past, past)), 1), len(self._past) - 1) if len(self._past) > 1 else 0
         if right == 0:
-            return self._costs[:, 0]  # type: ignore[no-any-return]
+            return self._costs[:, 0]
         low, high = self._past[right - 1], self._past[right]
         share = min(max((past - low) / (high - low), 0.0), 1.0)
-        return self._costs[:, right - 1] * (1 - share) + self._costs[:, right] * share  # type: ignore[no-any-return]
+        between: NDArray[np.float64] = self._costs[:, right - 1] * (1 - share) + self._costs[:, right] * share
+        return between
 
 
 def make_policy(costs: StepCosts | None, block_length: int) -> Policy:

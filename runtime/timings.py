@@ -27,6 +27,7 @@ from trimode.runtime.device import Gpu, find_gpu
 
 SCHEMA_VERSION = 1
 logger = logging.getLogger("trimode.runtime")
+_Key = tuple[Role, int, int, bool]
 _MEASURE = "measure with `trimode bench BUNDLE`"
 
 
@@ -43,7 +44,7 @@ class ForwardTime(_Record):
         batch: sequences in it.
         drafter: whether the drafter's adapter was on.
         num_runs: forwards that were timed.
-        median_ms: of these; the quartiles beside it say how much they vary.
+        least_ms: of these, and so are the others; the quartiles say how much they vary.
     """
 
     graph: Role
@@ -87,8 +88,17 @@ class Subject(_Record):
         return hashlib.sha256(json.dumps([SCHEMA_VERSION, facts], sort_keys=True).encode()).hexdigest()
 
 
+class AcceptanceRecord(_Record):
+    """Share of drafts that are accepted, those before them in the block having been, over some prompts."""
+
+    drafter: bool
+    rate: float = Field(ge=0, le=1)
+    block_length: int
+    num_prompts: int
+
+
 class Timings(_Record):
-    """The file. ``command``, ``date`` and ``system`` say how it came about."""
+    """The file. ``command``, ``date`` and ``system`` say how it came about; ``acceptance`` is there if prompts were given."""
 
     schema_version: int = SCHEMA_VERSION
     trimode_version: str
@@ -97,23 +107,27 @@ class Timings(_Record):
     system: str
     subject: Subject
     forwards: tuple[ForwardTime, ...] = Field(min_length=1)
+    acceptance: tuple[AcceptanceRecord, ...] = ()
 
     def costs(self, *, use_drafter: bool) -> StepCosts:
-        """What mode ``auto`` asks of the table.
+        """What mode ``auto`` asks of the table: the least times. Whatever else the machine does is added to a time, and never taken from it.
+
+        On a busy machine a median says how often a forward was interrupted, which happens to long ones far more often than to short ones.
 
         Raises:
             UsageError: it has no AR step, or no block length that was both drafted and verified, over the same cached tokens.
         """
-        medians = {(one.graph, one.rows, one.past, one.drafter): one.median_ms for one in self.forwards if one.batch == 1}
-        past = tuple(sorted(past for graph, rows, past, _ in medians if (graph, rows) == ("ar", 1)))
+        least: dict[_Key, float] = {(one.graph, one.rows, one.past, one.drafter): one.least_ms for one in self.forwards if one.batch == 1}
+        past = tuple(sorted(past for graph, rows, past, _ in least if (graph, rows) == ("ar", 1)))
         cycles: dict[int, tuple[float, ...]] = {}
-        for length in sorted({rows for graph, rows, _, _ in medians if graph == "draft"}):
-            keys = [(("draft", length, p, use_drafter), ("verify", length, p, False)) for p in past]
-            if past and all(draft in medians and verify in medians for draft, verify in keys):
-                cycles[length] = tuple(medians[draft] + medians[verify] for draft, verify in keys)
+        for length in sorted({rows for graph, rows, _, _ in least if graph == "draft"}):
+            keys: list[tuple[_Key, _Key]] = [(("draft", length, p, use_drafter), ("verify", length, p, False)) for p in past]
+            if past and all(draft in least and verify in least for draft, verify in keys):
+                cycles[length] = tuple(least[draft] + least[verify] for draft, verify in keys)
         if not cycles:
             raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", _MEASURE)
-        return StepCosts(past, tuple(medians["ar", 1, p, False] for p in past), cycles)
+        rates = [one.rate for one in self.acceptance if one.drafter == use_drafter]
+        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), cycles, *rates[:1])
 
 
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:

@@ -19,8 +19,8 @@ from trimode.runtime.timings import ForwardTime, Timings, read_timings, save_tim
 
 
 def forward(graph: Any, rows: int, past: int, ms: float, drafter: bool = False) -> ForwardTime:
-    return ForwardTime(graph=graph, rows=rows, past=past, drafter=drafter, num_runs=3, least_ms=ms / 2, lower_quartile_ms=ms / 2, median_ms=ms,
-                       upper_quartile_ms=2 * ms)  # fmt: skip
+    return ForwardTime(graph=graph, rows=rows, past=past, drafter=drafter, num_runs=3, least_ms=ms, lower_quartile_ms=2 * ms, median_ms=3 * ms,
+                       upper_quartile_ms=9 * ms)  # fmt: skip
 
 
 def table(it: Built, *forwards: ForwardTime) -> Timings:
