@@ -47,10 +47,13 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     ) as model:
         settings = check_settings(TimerSettings(request.rows, request.past, request.repeats), model.model, model.session)
         subject = subject_of(model.bundle, model.target, request.threads)
+        prompts = [encode(model, question) for question in questions]
+        for prompt in prompts:
+            model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
         with RichProgress() as progress:
             advance = progress.stage("time forwards", settings.repeats)
             forwards = time_forwards(model.session, model.model, settings, advance)
-            acceptance = _acceptance(model, [encode(model, question) for question in questions], settings, progress)
+            acceptance = _acceptance(model, prompts, settings, progress)
     timings = Timings(
         trimode_version=trimode.__version__, command=" ".join(["trimode", *sys.argv[1:]]), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}", subject=subject, forwards=forwards,

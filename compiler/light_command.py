@@ -55,6 +55,8 @@ def run_light(bundle: Path, request: LightRequest) -> None:
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
         prompts = [encode(model, question) for question in questions]
+        for prompt in prompts:
+            model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
         with RichProgress() as progress:
             ways = measure_light(model, prompts, settings, progress.stage("answer prompts", len(prompts)))
         source = model.bundle.manifest.source

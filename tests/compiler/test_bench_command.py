@@ -35,6 +35,30 @@ def test_timings_are_printed_written_and_kept(built: Callable[[str], Built], tmp
     assert json.loads(kept.read_text()) != printed  # measured anew
 
 
+def test_auto_runs_by_the_table(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
+    it, file, prompts = built("three_kv_heads"), tmp_path / "table.json", tmp_path / "prompts.jsonl"
+    prompts.write_text('{"token_ids": [20, 30]}\n')
+    done = trimode("bench", it.bundle, "--rows", "1,4,8", "--past", 9, "--repeats", 1, "--prompts-file", prompts, "-o", file, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "without the drafter (1 prompts)" in done.stdout
+    assert [one["drafter"] for one in json.loads(file.read_text())["acceptance"]] == [False, True]
+    command = ("run", it.bundle, "--mode", "auto", "--token-ids", "20,21", "--max-new-tokens", 9, "--threads", 1)
+    expected = it.model.ar_generate([[20, 21]], max_new_tokens=9)[0][0, 2:].tolist()
+    for options in ((), ("--timings", file)):
+        done = trimode(*command, "--json", *options)
+        record = json.loads(done.stdout)
+        assert (record["mode"], record["token_ids"]) == ("auto", expected)
+        assert set(record["picks"]) <= {"1", "4", "8"}
+        assert "no timings" not in done.stderr
+    assert "steps " in trimode(*command).stderr
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "empty"))
+    assert "no timings" in trimode(*command).stderr
+    wrong = trimode("run", it.bundle, "--token-ids", "20", "--timings", file)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--mode auto" in wrong.stderr
+
+
 BAD = {
     "no bundle": (["nowhere"], 1, "expected a bundle"),
     "rows": (["BUNDLE", "--rows", "65"], 2, "--rows from 1 to 64"),
