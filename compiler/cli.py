@@ -289,13 +289,13 @@ def cache(
 @app.command()
 def run(
     bundle: BundlePath,
-    mode: Annotated[str, typer.Option(help="ar, diffusion or linear-spec.")] = "linear-spec",
+    mode: Annotated[str, typer.Option(help="ar, diffusion, linear-spec, or auto: ar or linear-spec, whichever is faster.")] = "linear-spec",
     prompt: Annotated[str | None, typer.Option(help="What to ask; goes through the chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take --prompt as it is, without the chat template.")] = False,
     token_ids: Annotated[str | None, typer.Option(help="Prompt as token ids: 1,2,3.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
-    block_length: Annotated[int | None, typer.Option(help="Slots of a block; the model's if left out.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Slots of a block, with auto at most; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; 0, the most probable token, if left out.")] = None,
@@ -313,6 +313,9 @@ def run(
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
     runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
+    timings: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --mode auto, a table of `trimode bench -o`; if left out what it kept for this machine.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, or token ids, in one of the modes."""
@@ -326,9 +329,58 @@ def run(
     choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(
         mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
-        runtime_cache, as_json, choices,
+        runtime_cache, as_json, choices, timings,
     )  # fmt: skip
     run_prompts(bundle, request)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    precision: RunPrecision = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
+    rows: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1, 8, 16, 32 and the model's block if left out.")] = None,
+    past: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens cached before it; 64, 512 and 2048 if left out.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds, each of which times every forward twice; 20 if left out.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: how many of their drafts are accepted is measured too.")
+    ] = None,
+    speed_of_light: Annotated[
+        bool, typer.Option("--speed-of-light", help="Measure not time but forwards, over the prompts: the fewest, and what each mode takes.")
+    ] = False,
+    block_length: Annotated[int | None, typer.Option(help="With --speed-of-light; the model's if left out.")] = None,
+    thresholds: Annotated[str | None, typer.Option(metavar="P,P,...", help="With --speed-of-light; 0.5,0.7,0.9,0.95 if left out.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="With --speed-of-light, of each answer; 128 if left out.")] = None,
+    no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
+    runtime_cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where what is made for this machine is kept.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="PLACE", help="Write the table to this file too; with --speed-of-light, a folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the milliseconds of each forward on this machine, and keep them for `run --mode auto`."""
+    from trimode.compiler.bench_command import BenchRequest, run_bench
+
+    timer = {"--rows": rows, "--past": past, "--repeats": repeats}
+    light = {"--block-length": block_length, "--thresholds": thresholds, "--max-new-tokens": max_new_tokens, "--no-figure": no_figure or None}
+    misplaced = [name for name, value in (timer if speed_of_light else light).items() if value is not None]
+    if misplaced:
+        found = f"expected {misplaced[0]} {'without' if speed_of_light else 'together with'} --speed-of-light"
+        raise UsageError(f"{found}, found it {'with' if speed_of_light else 'alone'}", "time and forwards are measured by separate commands")
+    if speed_of_light:
+        from trimode.compiler.light_command import LightRequest, run_light
+
+        if output is not None and not no_figure:
+            _need("the picture (--no-figure leaves it out)", "calib", "matplotlib")
+        light_request = LightRequest(
+            precision, target, prompts_file, block_length, thresholds, max_new_tokens, threads, runtime_cache, output, not no_figure, as_json
+        )
+        run_light(bundle, light_request)
+        return
+    chosen = [None if text is None else tuple(parse_ints(text)) for text in (rows, past)]
+    rounds = 20 if repeats is None else repeats
+    run_bench(bundle, BenchRequest(precision, target, chosen[0], chosen[1], rounds, threads, runtime_cache, prompts_file, output, as_json))
 
 
 @app.command()

@@ -11,7 +11,8 @@ from typing import Any
 
 from trimode.compiler.cli import parse_ints
 from trimode.errors import UsageError
-from trimode.runtime.decode import ALGORITHMS
+from trimode.runtime.auto import AR_STEP
+from trimode.runtime.decode import MODES
 from trimode.runtime.model import Generation, Stream, TriModeModel
 from trimode.runtime.options import Mode
 
@@ -38,6 +39,7 @@ class RunRequest:
     as_json: bool
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of :class:`trimode.runtime.options.TokenChoices` and ``logprobs``, those that were given."""
+    timings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class Prompt:
 def run_prompts(bundle: Path, request: RunRequest) -> None:
     """Answer every prompt of a request; see the command's help."""
     mode = parse_mode(request.mode)
+    if request.timings is not None and mode != "auto":
+        raise UsageError("expected --timings together with --mode auto, found another mode", "leave it out")
     if "logprobs" in request.choices and not request.as_json:
         raise UsageError("expected --logprobs together with --json, found it alone", "add --json")
     prompts = list(read_prompts(request))
     model = TriModeModel.from_pretrained(
-        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
-    )
+        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache,
+        timings=request.timings,
+    )  # fmt: skip
     num_right, num_known = 0, 0
     for prompt in prompts:
         stream = _start(model, prompt, mode, request)
@@ -77,10 +82,10 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
 
 def parse_mode(text: str) -> Mode:
     """``linear-spec`` -> ``linear_spec``; raises :class:`UsageError` for anything that is no mode."""
-    for mode in ALGORITHMS:
+    for mode in MODES:
         if text == mode.replace("_", "-"):
             return mode
-    raise UsageError(f"expected --mode {', '.join(m.replace('_', '-') for m in ALGORITHMS)}, found {text!r}", "choose one of these")
+    raise UsageError(f"expected --mode {', '.join(m.replace('_', '-') for m in MODES)}, found {text!r}", "choose one of these")
 
 
 def read_prompts(request: RunRequest) -> Iterator[Prompt]:
@@ -133,6 +138,8 @@ def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str,
         "seed": result.seed,
         "elapsed_s": round(result.elapsed_s, 6),
     }
+    if result.picks is not None:
+        record["picks"] = result.picks
     if result.logprobs is not None:
         record["logprobs"] = [{"token_id": t.token_id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in result.logprobs]
     if prompt.answer is not None:
@@ -146,6 +153,8 @@ def summary(result: Generation) -> str:
     parts = [f"{result.mode.replace('_', '-')}: {count} tokens", f"nfe {result.nfe}", f"{result.tokens_per_forward:.2f} tokens per forward"]
     if result.acceptance_length is not None:
         parts.append(f"acceptance length {result.acceptance_length:.2f}")
+    if result.picks:
+        parts.append("steps " + ", ".join(f"{count} of {'AR' if length == AR_STEP else f'block {length}'}" for length, count in result.picks.items()))
     if result.seed is not None:
         parts.append(f"seed {result.seed}")
     speed = count / result.elapsed_s if result.elapsed_s else 0.0

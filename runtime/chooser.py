@@ -240,7 +240,7 @@ class _Slots:
 
     def keep(self, masked: NDArray[np.bool_], ids: Array, values: NDArray[Any]) -> None:
         """Remember the masked slots' ``ids`` and ``values``, both ``(L, 5)``."""
-        if self._known is None:
+        if self._known is None or len(self._known) != len(masked):  # a block of another length is another block
             self._known, self._ids, self._values = np.zeros(len(masked), bool), np.empty(ids.shape, np.int64), np.empty_like(values)
         self._known |= masked
         self._ids[masked], self._values[masked] = ids[masked], values[masked]

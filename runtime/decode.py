@@ -9,13 +9,14 @@ is asked of a :class:`~trimode.runtime.chooser.Chooser`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
+from trimode.runtime.auto import AR_STEP, make_policy
 from trimode.runtime.chooser import Chooser, TokenLogprob, make_chooser
 from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence
@@ -35,6 +36,7 @@ class Counters:
         finish_reason: ``stop`` after an end token, ``length`` at a limit, None while running.
         seed: of the draws; None where nothing is drawn.
         logprobs: one for each token, where asked for.
+        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
     """
 
     nfe: int = 0
@@ -43,6 +45,7 @@ class Counters:
     finish_reason: Literal["stop", "length"] | None = None
     seed: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    picks: dict[int, int] = field(default_factory=dict)
 
 
 def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
@@ -91,19 +94,9 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    passes = sequence.forwards.prefill + sequence.forwards.decode
-    seed = choose.next()
-    counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes  # a prompt read in chunks counts once
-    sequence.append([seed])
-    yield budget.settle([seed])
+    yield budget.settle(_seed(sequence, counters, choose))
     while not budget.done:
-        block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
-        _draft(sequence, block, options, counters, choose)
-        counters.nfe += 1
-        counters.cycles += 1
-        verified = budget.before_end(choose.verified(block, sequence.verify(block)))
-        counters.cycle_tokens += len(verified)
-        kept = budget.fit(verified)
+        kept = budget.fit(_cycle(sequence, options, counters, budget, choose))
         sequence.accept(kept)
         yield budget.settle(kept)
 
@@ -132,18 +125,66 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
         yield budget.settle(kept)
 
 
-ALGORITHMS: dict[Mode, Callable[[Sequence, DecodeOptions, Counters], Tokens]] = {
+def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+    """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto`).
+
+    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what comes.
+    """
+    budget, choose = _start(sequence, options, counters)
+    if budget.done:
+        return
+    policy = make_policy(options.costs, options.block_length)
+    yield budget.settle(_seed(sequence, counters, choose))
+    while not budget.done:
+        length = policy.choose(sequence.cached_length, budget.left)
+        counters.picks[length] = counters.picks.get(length, 0) + 1
+        if length == AR_STEP:
+            counters.nfe += 1
+            kept = [choose.next()]
+            sequence.append(kept)
+        else:
+            verified = _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
+            kept = budget.fit(verified)
+            sequence.accept(kept)
+        policy.record(length, len(kept))
+        yield budget.settle(kept)
+
+
+Algorithm = Callable[[Sequence, DecodeOptions, Counters], Tokens]
+ALGORITHMS: dict[Mode, Algorithm] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear_spec": decode_linear_spec,
     "quadratic_spec": decode_quadratic_spec,
 }
+MODES: dict[Mode, Algorithm] = {**ALGORITHMS, "auto": decode_auto}
+"""What a caller can ask for: the algorithms, and the choice between some of them, which measures nothing that they do not."""
 
 
 def _start(sequence: Sequence, options: DecodeOptions, counters: Counters) -> tuple[_Budget, Chooser]:
     choose = make_chooser(sequence, options, counters.logprobs)
     counters.seed = choose.seed
     return _Budget(sequence, options, counters), choose
+
+
+def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> list[int]:
+    """Choose and append the first token of self-speculation; its forward counts, and that once, where a prompt is read in chunks."""
+    passes = sequence.forwards.prefill + sequence.forwards.decode
+    seed = choose.next()
+    counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes
+    sequence.append([seed])
+    return [seed]
+
+
+def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> list[int]:
+    """Draft a block after the last token and verify it; what is accepted, up to the end of the text."""
+    block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
+    _draft(sequence, block, options, counters, choose)
+    counters.nfe += 1
+    counters.cycles += 1
+    verified = budget.before_end(choose.verified(block, sequence.verify(block)))
+    counters.cycle_tokens += len(verified)
+    return verified
 
 
 def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> None:
@@ -198,7 +239,7 @@ class _Budget:
     def __init__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> None:
         self.eos = options.end_tokens(sequence.model)
         self._counters, self._count = counters, 0
-        self._left = min(options.max_new_tokens, sequence.room)
+        self.left = min(options.max_new_tokens, sequence.room)
         self.settle([])
 
     @property
@@ -207,7 +248,7 @@ class _Budget:
 
     def fit(self, token_ids: list[int]) -> list[int]:
         """The tokens that still fit."""
-        return token_ids[: self._left]
+        return token_ids[: self.left]
 
     def before_end(self, token_ids: list[int]) -> list[int]:
         """The tokens up to and including the first end token."""
@@ -218,12 +259,12 @@ class _Budget:
 
     def settle(self, kept: list[int]) -> list[int]:
         """Count tokens that were appended, and decide whether they are the last ones; returns them."""
-        self._left -= len(kept)
+        self.left -= len(kept)
         self._count += len(kept)
         if self._counters.logprobs:
             del self._counters.logprobs[self._count :]  # of tokens that were chosen, but cut off
         if kept and kept[-1] in self.eos:
             self._counters.finish_reason = "stop"
-        elif self._left <= 0:
+        elif self.left <= 0:
             self._counters.finish_reason = "length"
         return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -14,17 +14,19 @@ import numpy as np
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
+from trimode.runtime.auto import StepCosts
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.chooser import TokenLogprob
-from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.decode import MODES, Counters
 from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
 from trimode.runtime.sequence import Forwards, Sequence
-from trimode.runtime.session import Ids, Session
+from trimode.runtime.session import Ids, Session, takes_block
 from trimode.runtime.text import TextCodec, TextStream
+from trimode.runtime.timings import Timings, find_timings, read_timings, subject_of
 
 END_THINK = "</think>"
-DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0}
+DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0, "auto": 0.0}
 DEFAULT_QUADRATIC_LENGTH = 16
 """The reference's: rows of a forward grow with the square."""
 
@@ -50,6 +52,7 @@ class Generation:
         finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit).
         seed: of the draws; None where nothing was drawn.
         logprobs: one for each new token; None if not asked for.
+        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the other modes.
         elapsed_s: wall time, tokens in to tokens out.
     """
 
@@ -64,6 +67,7 @@ class Generation:
     seed: int | None
     logprobs: list[TokenLogprob] | None
     elapsed_s: float
+    picks: dict[int, int] | None = None
 
 
 class Stream:
@@ -83,7 +87,7 @@ class Stream:
         self._before = Forwards(**vars(sequence.forwards))
         self._token_ids: list[int] = []
         self._elapsed_s = 0.0
-        self._steps = ALGORITHMS[mode](sequence, options, self._counters)
+        self._steps = MODES[mode](sequence, options, self._counters)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -133,6 +137,7 @@ class Stream:
             seed=counters.seed,
             logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
+            picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
         )
 
     def _new_text(self) -> TextStream:
@@ -168,13 +173,18 @@ class TriModeModel:
         model: the model's facts.
         target: the bundle's target that runs, or ``portable`` for its portable graphs.
         session: the loaded graphs.
+        num_threads: inside one operator on the CPU; None = the library's choice.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, target: str = PORTABLE) -> None:
+    def __init__(
+        self, bundle: Bundle, session: Session, target: str = PORTABLE, num_threads: int | None = None, timings: Timings | None = None
+    ) -> None:
         self.bundle = bundle
         self.model = bundle.manifest.model
         self.target = target
         self.session = session
+        self.num_threads = num_threads
+        self._given_timings = timings
 
     @classmethod
     def from_pretrained(
@@ -186,6 +196,7 @@ class TriModeModel:
         num_threads: int | None = None,
         verify: bool = True,
         runtime_cache: str | Path | None = None,
+        timings: str | Path | None = None,
     ) -> TriModeModel:
         """Open a bundle folder.
 
@@ -198,16 +209,18 @@ class TriModeModel:
             verify: compare the sha256 of every file that the precision reads with the manifest.
             runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles, written by :meth:`close`
                 (None = not kept), and int4 weights as ONNX Runtime arranges them for the processor (None = the user's cache folder).
+            timings: what mode ``auto`` chooses by, a file that ``trimode bench -o`` wrote; None = what it kept of this machine, if anything.
 
         Raises:
-            UsageError: the bundle has no such precision or target.
+            UsageError: the bundle has no such precision or target, or ``timings`` is no such file.
             BundleError: the bundle is missing, damaged or of another schema than this library's, or the target was compiled by another version.
             DeviceError: the named target needs a GPU that is not here.
             DependencyError: the library that runs the target is not installed.
         """
+        given = read_timings(Path(timings)) if timings else None
         bundle = open_bundle(path, precision, verify=verify)
         opened = open_session(bundle, target, num_threads, runtime_cache=Path(runtime_cache) if runtime_cache else None)
-        return cls(bundle, opened.session, opened.target)
+        return cls(bundle, opened.session, opened.target, num_threads, given)
 
     def close(self) -> None:
         """Give the memory of the weights back; nothing can be generated afterwards. Garbage collection does it, too, but later."""
@@ -223,6 +236,11 @@ class TriModeModel:
     def codec(self) -> TextCodec:
         """The bundle's tokenizer and chat template; :class:`UsageError` where it has none."""
         return TextCodec(self.bundle.path)
+
+    @cached_property
+    def timings(self) -> Timings | None:
+        """The table that mode ``auto`` chooses by: the one that was given, or that ``trimode bench`` kept; None where there is none."""
+        return find_timings(subject_of(self.bundle, self.target, self.num_threads), self._given_timings)
 
     def ar_generate(
         self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | Seq[int] | None = None, **choices: Unpack[TokenChoices]
@@ -290,6 +308,20 @@ class TriModeModel:
 
     quadratic_spec_generate = self_spec_generate
 
+    def auto_generate(
+        self,
+        ids: Any,
+        max_new_tokens: int = 128,
+        block_length: int = 32,
+        use_drafter: bool = True,
+        eos_token_id: int | Seq[int] | None = None,
+        **choices: Unpack[TokenChoices],
+    ) -> tuple[Ids, int]:
+        """Whichever of AR and linear self-speculation is fastest at each step, with blocks up to ``block_length``; otherwise like the latter."""
+        return self._generate(
+            ids, "auto", max_new_tokens=max_new_tokens, block_length=block_length, use_drafter=use_drafter, eos_token_ids=eos_token_id, **choices
+        )
+
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
         """Yield :class:`Chunk` as tokens are committed.
 
@@ -307,14 +339,16 @@ class TriModeModel:
 
     def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
-        if mode not in ALGORITHMS:
-            raise UsageError(f"expected a mode among {', '.join(ALGORITHMS)}, found {mode!r}", "see the README for what each mode does")
+        if mode not in MODES:
+            raise UsageError(f"expected a mode among {', '.join(MODES)}, found {mode!r}", "see the README for what each mode does")
         defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
         chosen = make_options(**{**defaults, **self._with_end_think(options)})
         check_options(chosen, self.model, mode)
+        if mode == "auto" and chosen.costs is None:
+            chosen = replace(chosen, costs=self._costs(chosen))
         if mode == "quadratic_spec":
             self._check_quadratic(chosen.block_length)
-        elif mode != "ar":
+        elif mode != "ar" and chosen.costs is None:
             self.session.check_block_length(chosen.block_length)
         return Stream(sequence, mode, chosen, lambda: self.codec)
 
@@ -324,6 +358,17 @@ class TriModeModel:
         sequence = self.new_sequence(ids)
         result = self.continue_sequence(sequence, mode, **options).finish()
         return np.array([sequence.tokens], np.int64), result.nfe
+
+    def _costs(self, options: DecodeOptions) -> StepCosts | None:
+        """What mode ``auto`` chooses by."""
+        if self.timings is None:
+            return None
+        costs = self.timings.costs(use_drafter=options.use_drafter and self.model.has_drafter)
+        usable = costs.only(lambda length: length <= options.block_length and takes_block(self.session, length))
+        if not usable.cycle_ms:
+            found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.cycle_ms))}"
+            raise UsageError(found, f"measure it: trimode bench BUNDLE --rows 1,{options.block_length}")
+        return usable
 
     def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with the tokenizer's ``</think>`` where a thinking budget names no token."""

@@ -8,9 +8,10 @@ from typing import Any, Literal, TypedDict
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import TOP_K, ModelInfo
+from trimode.runtime.auto import StepCosts
 from trimode.runtime.sampling import SamplingOptions, check_sampling
 
-Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class DecodeOptions:
 
     Attributes:
         max_new_tokens: no mode returns more.
-        block_length: slots of a block, the first of which is always a token already decided.
+        block_length: slots of a block, the first of which is always a token already decided. For ``auto`` the most that a block may have.
         threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once.
         use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens. Quadratic self-speculation never does.
         eos_token_ids: any of them ends a text; None = the model's.
@@ -29,6 +30,7 @@ class DecodeOptions:
         max_thinking_tokens: where no ``end_think_token_id`` has come by then, it is the token after so many; None = no budget.
         end_think_token_id: the token that ends thinking.
         logprobs: report the log-probability of each token, and of so many most probable ones; None = do not.
+        costs: what ``auto`` chooses by; None = it does not choose, and speculates with ``block_length``.
     """
 
     max_new_tokens: int = 128
@@ -42,6 +44,7 @@ class DecodeOptions:
     max_thinking_tokens: int | None = None
     end_think_token_id: int | None = None
     logprobs: int | None = None
+    costs: StepCosts | None = None
 
     def end_tokens(self, model: ModelInfo) -> tuple[int, ...]:
         """The tokens that end a text."""
@@ -96,6 +99,9 @@ def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     if not 0 <= options.threshold <= 1:
         hint = "it is a probability; 0.9 is usual for diffusion, 0 for self-speculation"
         raise UsageError(f"expected a threshold from 0 to 1, found {options.threshold}", hint)
+    if mode == "auto" and options.threshold != 0:
+        hint = "leave it out: auto drafts in one forward, whose time is known beforehand"
+        raise UsageError(f"expected no threshold in mode auto, found {options.threshold}", hint)
     check_sampling(options.sampling)
     _check_limits(options, model, mode)
     _check_thinking(options, model)

@@ -26,6 +26,7 @@ from typing import Any
 
 from trimode.graphs.contract import Role
 from trimode.runtime.bundle import Bundle, sha256_of
+from trimode.runtime.cache_folder import default_folder
 from trimode.runtime.onnx_file import change_external_data
 from trimode.runtime.ort_library import load_graph, ort
 
@@ -39,20 +40,6 @@ _UNUSED_SECONDS = 90 * 86400
 """Entries that nothing has opened for so long are deleted when another is made."""
 
 logger = logging.getLogger("trimode.runtime")
-
-
-def default_folder() -> Path:
-    """``$TRIMODE_CACHE``, or the user's cache folder by the XDG convention.
-
-    Raises:
-        OSError: the user has no home.
-    """
-    if chosen := os.environ.get("TRIMODE_CACHE"):
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimode"
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
 
 
 def prepacked_graphs(bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any], cache: Path | None) -> dict[Role, Path]:

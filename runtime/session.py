@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from trimode.errors import UsageError
 from trimode.graphs.contract import ROLES, Role
 
 Ids = NDArray[np.int64]
@@ -83,6 +84,15 @@ class DeviceArray:
 
     def __getitem__(self, index: Any) -> Any:
         return self.__array__()[index]
+
+
+def takes_block(session: Session, block_length: int) -> bool:
+    """Whether the graphs were built for a block length."""
+    try:
+        session.check_block_length(block_length)
+    except UsageError:
+        return False
+    return True
 
 
 def bucket(length: int) -> int:

@@ -1,4 +1,4 @@
-"""All or nothing: a folder is written beside its destination and renamed into place."""
+"""All or nothing: a file or folder is written beside its destination and renamed into place."""
 
 from __future__ import annotations
 
@@ -26,6 +26,25 @@ def staged_replacement(destination: Path) -> Iterator[Path]:
         _swap(staged, destination)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def replace_text(destination: Path, text: str) -> None:
+    """Write a UTF-8 file, or leave the one that is there as it is. Makes the folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=_prefix(destination), dir=destination.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def recover(destination: Path) -> None:

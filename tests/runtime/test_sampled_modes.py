@@ -19,7 +19,7 @@ from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, ex
 from trimode.calib.torch_session import accepted_lengths
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.runtime import chooser, decode
-from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.decode import MODES, Counters
 from trimode.runtime.options import DecodeOptions, Mode, make_options
 from trimode.runtime.sampling import SamplingOptions
 from trimode.runtime.sequence import Sequence
@@ -87,7 +87,7 @@ def texts(session: RememberedSession, mode: Mode, count: int = TEXTS, **options:
     for seed in range(count):
         sequence, counters = Sequence(cast("Session", session), MODEL, PROMPT), Counters()
         chosen = make_options(max_new_tokens=3, block_length=3, eos_token_ids=(), seed=seed, **options)
-        for _ in ALGORITHMS[mode](sequence, chosen, counters):
+        for _ in MODES[mode](sequence, chosen, counters):
             pass
         yield sequence.tokens[len(PROMPT) :], counters
 
@@ -134,6 +134,27 @@ def test_linear_spec_has_the_distribution_of_ar(session: RememberedSession, case
 def test_ar_has_the_distribution_of_ar(session: RememberedSession) -> None:
     options = {name: value for name, value in CASES["every processor"].items() if name != "threshold"}
     counts, _ = count_texts(session, "ar", **options)
+    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+
+
+class ByTheLastStep:
+    """The wildest policy there can be: every choice depends on what was accepted before."""
+
+    def __init__(self) -> None:
+        self._last = 1
+
+    def choose(self, past: int, left: int) -> int:
+        return {1: 3, 2: 1, 3: 2}[self._last]
+
+    def record(self, block_length: int, num_tokens: int) -> None:
+        self._last = num_tokens
+
+
+@pytest.mark.parametrize("case", ["plain", "every processor"])
+def test_auto_has_the_distribution_of_ar(session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "make_policy", lambda *_: ByTheLastStep())
+    options = {name: value for name, value in CASES[case].items() if name != "threshold"}
+    counts, _ = count_texts(session, "auto", **CASES[case])
     assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
 
 

@@ -1,0 +1,133 @@
+"""``trimode bench``: milliseconds of each forward on this machine, kept where mode ``auto`` looks for them."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import trimode
+from trimode.compiler.console import RichProgress
+from trimode.compiler.run_command import Prompt, read_prompts_file
+from trimode.errors import UsageError
+from trimode.runtime.acceptance import acceptance_rate
+from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """The options of the command, as given."""
+
+    precision: str | None
+    target: str | None
+    rows: tuple[int, ...] | None
+    past: tuple[int, ...] | None
+    repeats: int
+    threads: int | None
+    runtime_cache: Path | None
+    prompts_file: Path | None
+    output: Path | None
+    as_json: bool
+
+
+def run_bench(bundle: Path, request: BenchRequest) -> None:
+    """Measure, keep the table, print it; see the command's help."""
+    if request.output is not None and (request.output.is_dir() or not request.output.absolute().parent.is_dir()):
+        raise UsageError(f"{request.output}: expected a file to write, in a folder that exists, found neither", "name a file such as timings.json")
+    questions = list(read_prompts_file(request.prompts_file)) if request.prompts_file else []
+    with TriModeModel.from_pretrained(
+        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
+    ) as model:
+        settings = check_settings(TimerSettings(request.rows, request.past, request.repeats), model.model, model.session)
+        subject = subject_of(model.bundle, model.target, request.threads)
+        prompts = [encode(model, question) for question in questions]
+        for prompt in prompts:
+            model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
+        with RichProgress() as progress:
+            advance = progress.stage("time forwards", settings.repeats)
+            forwards = time_forwards(model.session, model.model, settings, advance)
+            acceptance = _acceptance(model, prompts, settings, progress)
+    timings = Timings(
+        trimode_version=trimode.__version__, command=" ".join(["trimode", *sys.argv[1:]]), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}", subject=subject, forwards=forwards,
+        acceptance=acceptance,
+    )  # fmt: skip
+    _keep(timings, request.output)
+    if request.as_json:
+        sys.stdout.write(timings.model_dump_json(indent=1) + "\n")
+    else:
+        _show(timings)
+
+
+def encode(model: TriModeModel, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, through the chat template where it is text."""
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    assert prompt.text is not None
+    return model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+
+
+def _acceptance(model: TriModeModel, prompts: list[list[int]], settings: TimerSettings, progress: RichProgress) -> tuple[AcceptanceRecord, ...]:
+    """Over the longest block that was timed, with the drafter and without; nothing where there are no prompts or no blocks."""
+    length = max(settings.rows or (1,))
+    if not prompts or length == 1:
+        return ()
+    records, drafters = [], (False, True) if model.model.has_drafter else (False,)
+    advance = progress.stage("answer prompts", len(drafters))
+    for drafter in drafters:
+        rate = acceptance_rate(model, prompts, length, use_drafter=drafter)
+        if rate is not None:
+            records.append(AcceptanceRecord(drafter=drafter, rate=rate, block_length=length, num_prompts=len(prompts)))
+        advance(1)
+    return tuple(records)
+
+
+def _keep(timings: Timings, output: Path | None) -> None:
+    """In the cache, and where it was asked for. A cache that cannot be written is no reason to lose the figures."""
+    if output is not None:
+        try:
+            save_timings(timings, output)
+        except OSError as error:
+            raise UsageError(f"{output}: expected a file that can be written, found: {error}", "choose another place") from error
+        sys.stderr.write(f"wrote {output}\n")
+    try:
+        path = table_path(timings.subject)
+        save_timings(timings, path)
+    except OSError as error:
+        sys.stderr.write(f"warning: the table cannot be kept for mode auto: {error}; pass it with --timings\n")
+    else:
+        sys.stderr.write(f"wrote {path}, where mode auto looks for it\n")
+
+
+def _show(timings: Timings) -> None:
+    console, subject = Console(highlight=False), timings.subject
+    if not console.is_terminal:
+        console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
+    console.print(f"{subject.source_name} in {subject.precision}, target {subject.target}, {subject.library}, {subject.gpu or subject.cpu}; "
+                  f"{timings.forwards[0].batch} sequence a forward")  # fmt: skip
+    past = sorted({one.past for one in timings.forwards})
+    table = Table(title="milliseconds a forward: median (quartiles)", title_justify="left", box=None, header_style="bold")
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    for cached in past:
+        table.add_column(f"{cached} cached", justify="right")
+    by_case: dict[tuple[str, int], dict[int, ForwardTime]] = {}
+    for one in timings.forwards:
+        by_case.setdefault((f"{one.graph} with the drafter" if one.drafter else one.graph, one.rows), {})[one.past] = one
+    for (name, rows), cells in by_case.items():
+        table.add_row(name, str(rows), *(_cell(cells[cached]) for cached in past))
+    console.print(table)
+    for record in timings.acceptance:
+        name = "with the drafter" if record.drafter else "without the drafter"
+        console.print(f"{100 * record.rate:.1f}% of the drafts whose predecessors were accepted are accepted, {name} ({record.num_prompts} prompts)")
+
+
+def _cell(one: ForwardTime) -> str:
+    return f"{one.median_ms:.3f} ({one.lower_quartile_ms:.3f}-{one.upper_quartile_ms:.3f})"

@@ -1,0 +1,20 @@
+"""Where what is made for this machine is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def default_folder() -> Path:
+    """``$TRIMODE_CACHE``, or the user's cache folder by the XDG convention.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    if chosen := os.environ.get("TRIMODE_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimode"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error

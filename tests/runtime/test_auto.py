@@ -1,0 +1,309 @@
+"""Mode auto: the policy against simulated texts, and the decoder against AR."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Built
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trimode.errors import UsageError
+from trimode.runtime import auto, decode
+from trimode.runtime.acceptance import acceptance_rate
+from trimode.runtime.auto import Acceptance, AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
+
+# --- the policy alone
+
+CPU = StepCosts((64,), (0.9,), {8: (3.9,), 16: (5.6,), 32: (9.0,)})
+"""Compute-bound: rows cost time."""
+GPU = StepCosts((64,), (7.0,), {4: (13.9,), 8: (14.0,), 16: (14.3,), 32: (15.0,)})
+"""Memory-bound: rows hardly cost anything."""
+
+Rates = Callable[[np.random.Generator, int], np.ndarray]
+"""Acceptance of each position's draft, given that those before it in its block were accepted."""
+
+
+def constant(rate: float) -> Rates:
+    return lambda _, length: np.full(length, rate)
+
+
+def by_text(rng: np.random.Generator, length: int) -> np.ndarray:
+    return np.full(length, rng.choice([0.2, 0.6, 0.9, 0.99]))
+
+
+def by_stretch(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Two kinds of stretches of 40 tokens on average."""
+    return np.where((rng.random(length) < 1 / 40).cumsum() % 2 == 0, 0.98, 0.5)
+
+
+def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, seed: int) -> float:
+    """The acceptance of a position is drawn before any policy comes, so that all face the same texts."""
+    spent = 0.0
+    for text in range(texts):
+        rng, policy, position = np.random.default_rng((seed, text)), make(), 0
+        accepts = rng.random(length) < rates(rng, length)
+        while position < length:
+            block = policy.choose(64, length - position)
+            spent += costs.ar_ms[0] if block == 1 else costs.cycle_ms[block][0]
+            drafts = accepts[position : position + block - 1]
+            tokens = min(len(drafts) if drafts.all() else int(drafts.argmin()), length - position - 1) + 1
+            policy.record(block, tokens)
+            position += tokens
+    return spent / (length * texts)
+
+
+def regret(costs: StepCosts, rates: Rates, length: int, texts: int) -> float:
+    """What the policy takes over the best single choice, less 1."""
+    fixed = [milliseconds_per_token(lambda n=n: FixedPolicy(n), costs, rates, length, texts, 5) for n in (1, *costs.cycle_ms)]  # type: ignore[misc]
+    return milliseconds_per_token(lambda: AdaptivePolicy(costs), costs, rates, length, texts, 5) / min(fixed) - 1
+
+
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("rate", [0.1, 0.4, 0.7, 0.85, 0.93, 0.98])
+def test_hardly_worse_than_the_best_single_choice_where_acceptance_is_constant(costs: StepCosts, rate: float) -> None:
+    """Where AR is best, what remains is that drafting is tried again now and then."""
+    assert regret(costs, constant(rate), 500, 12) < (0.05 if rate > 0.5 else 0.08)
+
+
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
+def test_better_than_any_single_choice_where_texts_differ(costs: StepCosts) -> None:
+    assert regret(costs, by_text, 300, 30) < -0.1
+    assert regret(costs, by_text, 60, 60) < -0.1
+    assert regret(costs, by_stretch, 500, 12) < 0.03
+
+
+def test_the_estimate_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to no prior and no forgetting: the mean over the cycles of the tokens that were wanted, counted one by one."""
+    monkeypatch.setattr(auto, "PRIOR_SLOTS", 1e-9)
+    monkeypatch.setattr(auto, "SLOT_TRIALS", 1e-9)
+    rng, estimate = np.random.default_rng(1), Acceptance(11)
+    seen = [min(int(n), 12) for n in rng.geometric(0.2, 500)]
+    for tokens in seen:
+        estimate.record(11, tokens - 1)
+    for wanted in (1, 2, 7, 12):
+        assert estimate.expected_tokens()[wanted - 1] == pytest.approx(np.mean([min(n, wanted) for n in seen]))
+
+
+def test_short_blocks_say_nothing_against_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off at 4 slots, the same cycles give the same estimate for 4 slots, and one for all that is no lower than the truth."""
+    monkeypatch.setattr(auto, "PRIOR_SLOTS", 1e-9)
+    monkeypatch.setattr(auto, "SLOT_TRIALS", 1e-9)
+    whole, cut = Acceptance(30), Acceptance(30)
+    for tokens in np.random.default_rng(2).geometric(0.1, 4000):
+        whole.record(30, min(int(tokens), 31) - 1)
+        cut.record(3, min(int(tokens), 4) - 1)
+    np.testing.assert_allclose(cut.expected_tokens()[:4], whole.expected_tokens()[:4])
+    assert cut.expected_tokens()[30] == pytest.approx(whole.expected_tokens()[30], rel=0.1)
+
+
+def test_drafting_is_tried_again() -> None:
+    policy = AdaptivePolicy(CPU)
+    for _ in range(20):
+        if (length := policy.choose(64, 1000)) > 1:
+            policy.record(length, 1)
+    assert policy.choose(64, 1000) == 1
+    steps = 0
+    while policy.choose(64, 1000) == 1:
+        policy.record(1, 1)
+        steps += 1
+    assert 20 < steps < 400
+
+
+def test_costs_are_interpolated_between_cached_lengths() -> None:
+    """Drafting pays at short lengths only; the break-even is where the two lines meet."""
+    costs = StepCosts((100, 300), (1.0, 1.0), {8: (1.0, 100.0)})
+    policy = AdaptivePolicy(costs)
+    tokens = float(Acceptance(7).expected_tokens()[7])
+    even = 100 + 200 * (tokens - 1) / 99
+    for past, block in ((1, 8), (100, 8), (int(even) - 1, 8), (int(even) + 2, 1), (300, 1), (10000, 1)):
+        assert policy.choose(past, 1000) == block
+
+
+def test_the_end_is_not_drafted_past() -> None:
+    """With one token left a cycle yields no more than AR does; a long block pays only where there is room for it."""
+    policy = AdaptivePolicy(CPU)
+    for _ in range(20):
+        policy.record(32, 32)
+    assert [policy.choose(64, left) for left in (1, 8, 1000)] == [1, 8, 32]
+
+
+def test_a_table_of_unequal_rows_is_refused() -> None:
+    for past, ar in (((), ()), ((5, 3), (1.0, 1.0)), ((5,), (1.0, 2.0))):
+        with pytest.raises(ValueError):
+            StepCosts(past, ar, {})
+
+
+# --- decoding
+
+
+class Whim:
+    """Chooses by lot, and by what the last step yielded."""
+
+    def __init__(self, seed: int, lengths: Sequence[int] = (1, 2, 3, 7, 16)) -> None:
+        self._rng, self._lengths, self._last = np.random.default_rng(seed), lengths, 1
+        self.steps: list[tuple[int, int]] = []
+
+    def choose(self, past: int, left: int) -> int:
+        assert left >= 1
+        assert past >= 0
+        return 1 if self._last == 1 and self._rng.random() < 0.5 else int(self._rng.choice(self._lengths))
+
+    def record(self, block_length: int, num_tokens: int) -> None:
+        assert 1 <= num_tokens <= block_length
+        self._last = num_tokens
+        self.steps.append((block_length, num_tokens))
+
+
+RULES = st.fixed_dictionaries({
+    "max_new_tokens": st.integers(1, 40),
+    "repetition_penalty": st.sampled_from([1.0, 1.4]),
+    "eos_token_ids": st.lists(st.integers(0, 99), max_size=3),
+    "min_new_tokens": st.integers(0, 1),
+    "logprobs": st.sampled_from([None, 2]),
+    "use_drafter": st.booleans(),
+})  # fmt: skip
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rules=RULES, prompt=st.lists(st.integers(12, 99), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_the_tokens_are_those_of_ar_whatever_is_picked(
+    built: Callable[[str], Built], monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any], prompt: list[int], seed: int
+) -> None:
+    model, whim = built("one_kv_head").model, Whim(seed)
+    monkeypatch.setattr(decode, "make_policy", lambda *_: whim)
+    expected = model.stream([prompt], "ar", **rules).finish()
+    sequence = model.new_sequence([prompt])
+    result = model.continue_sequence(sequence, "auto", **rules).finish()
+    assert (result.token_ids, result.finish_reason) == (expected.token_ids, expected.finish_reason)
+    assert result.picks is not None
+    cycles = sum(count for length, count in result.picks.items() if length > 1)
+    assert result.nfe == 1 + result.picks.get(1, 0) + 2 * cycles
+    assert (result.forwards.draft, result.forwards.verify, result.forwards.decode) == (cycles, cycles, result.picks.get(1, 0))
+    assert sum(tokens for _, tokens in whim.steps) == len(result.token_ids) - 1
+    assert (result.acceptance_length is None) == (cycles == 0)
+    if rules["logprobs"] is not None:
+        assert [t.token_id for t in result.logprobs or []] == result.token_ids
+    after = model.continue_sequence(sequence, "ar", max_new_tokens=3, eos_token_ids=()).finish()
+    fresh = model.stream([prompt + result.token_ids], "ar", max_new_tokens=3, eos_token_ids=()).finish()
+    assert after.token_ids == fresh.token_ids
+
+
+def test_without_a_table_it_is_linear_spec_and_says_so(
+    built: Callable[[str], Built], caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path))
+    model = opened(built)
+    options: dict[str, Any] = {"max_new_tokens": 30, "block_length": 7, "eos_token_ids": ()}
+    with caplog.at_level(logging.WARNING, "trimode.runtime"):
+        result = model.stream([[20, 30]], "auto", **options).finish()
+    assert "trimode bench" in caplog.text
+    expected = model.stream([[20, 30]], "linear_spec", **options).finish()
+    assert (result.token_ids, result.nfe, result.acceptance_length) == (expected.token_ids, expected.nfe, expected.acceptance_length)
+    assert result.picks == {7: expected.forwards.verify}
+    assert expected.picks is None
+    assert model.auto_generate([[20, 30]], 30, 7, eos_token_id=())[0].tolist() == [[20, 30, *expected.token_ids]]
+
+
+def test_the_kept_table_decides(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block costs nothing, or everything; longer ones than were asked for do not count."""
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path))
+    for ms, picked in ((1e-3, {8}), (1e3, {1})):
+        model = opened(built)
+        timings = table(model, {8: ms, 16: ms / 1e3})
+        save_timings(timings, table_path(timings.subject))
+        options: dict[str, Any] = {"max_new_tokens": 20, "block_length": 15, "eos_token_ids": ()}
+        result = model.stream([[20, 30]], "auto", **options).finish()
+        assert result.picks is not None
+        # The last token is AR's unless a cycle costs less even for one.
+        assert set(result.picks) == picked
+        with pytest.raises(UsageError, match="--rows 1,7"):
+            model.stream([[20, 30]], "auto", block_length=7)
+
+
+def test_a_given_table_of_another_machine_is_used_with_a_warning(
+    built: Callable[[str], Built], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = opened(built)
+    timings = table(model, {8: 1e3})
+    file = tmp_path / "timings.json"
+    save_timings(timings.model_copy(update={"subject": timings.subject.model_copy(update={"cpu": "abacus"})}), file)
+    other = TriModeModel.from_pretrained(model.bundle.path, num_threads=1, timings=file)
+    with caplog.at_level(logging.WARNING, "trimode.runtime"):
+        assert other.stream([[20]], "auto", max_new_tokens=5, eos_token_ids=()).finish().picks == {1: 4}
+    assert "abacus" in caplog.text
+
+
+def test_bad_choices(built: Callable[[str], Built], tmp_path: Path) -> None:
+    model = built("three_kv_heads").model
+    with pytest.raises(UsageError, match="threshold"):
+        model.stream([[20]], "auto", threshold=0.9)
+    with pytest.raises(UsageError, match="nowhere"):
+        TriModeModel.from_pretrained(model.bundle.path, timings=tmp_path / "nowhere.json")
+    (tmp_path / "bad.json").write_text(json.dumps({"schema_version": 1}))
+    with pytest.raises(UsageError, match="bad"):
+        TriModeModel.from_pretrained(model.bundle.path, timings=tmp_path / "bad.json")
+
+
+def opened(built: Callable[[str], Built]) -> TriModeModel:
+    """A model that has not looked for timings yet."""
+    model = built("three_kv_heads").model
+    return TriModeModel(model.bundle, model.session, model.target, 1)
+
+
+def table(model: TriModeModel, cycle_ms: dict[int, float]) -> Timings:
+    def forward(graph: Any, rows: int, ms: float, drafter: bool = False) -> ForwardTime:
+        return ForwardTime(graph=graph, rows=rows, past=9, drafter=drafter, num_runs=1, least_ms=ms, lower_quartile_ms=ms, median_ms=ms,
+                           upper_quartile_ms=ms)  # fmt: skip
+
+    forwards = [forward("ar", 1, 1.0)]
+    for length, ms in cycle_ms.items():
+        forwards += [forward("draft", length, ms / 2, drafter=True), forward("verify", length, ms / 2)]
+    subject = subject_of(model.bundle, model.target, 1)
+    return Timings(trimode_version="0", command="by hand", date="today", system="none", subject=subject, forwards=tuple(forwards))
+
+
+# --- what is expected before a text has shown its own
+
+
+@pytest.mark.parametrize("use_drafter", [True, False])
+def test_the_acceptance_of_prompts_is_counted(built: Callable[[str], Built], use_drafter: bool) -> None:
+    """Against the independent model's drafts for the text that AR writes."""
+    it, length, tried, accepted = built("three_kv_heads"), 6, 0, 0
+    prompts = [[20, 30], [40, 41, 42], [77]]
+    for prompt in prompts:
+        text = it.model.ar_generate([prompt], max_new_tokens=128)[0][0].tolist()
+        last = len(prompt)  # the last token that is known
+        while last < len(text) - 1:
+            block = [text[last], *[it.model.model.mask_token_id] * (length - 1)]
+            drafts = it.reference.logits(text[:last] + block, block=length, drafter=use_drafter)[1 - length :].argmax(-1).tolist()
+            right = 0
+            while right < length - 1 and last + 1 + right < len(text) and drafts[right] == text[last + 1 + right]:
+                right += 1
+            is_over = last + right + 1 >= len(text) - 1
+            # The last token of a text may have been drafted or not; it is the one that is not counted.
+            right = min(right, len(text) - 2 - last)
+            accepted += right
+            tried += right + (right < length - 1 and not is_over)
+            last += right + 1
+    assert tried > 20
+    assert acceptance_rate(it.model, prompts, length, use_drafter=use_drafter) == pytest.approx(accepted / tried)
+
+
+def test_what_was_measured_of_acceptance_is_expected(built: Callable[[str], Built]) -> None:
+    timings = table(opened(built), {8: 3.9, 16: 5.6})
+    records = [AcceptanceRecord(drafter=drafter, rate=rate, block_length=8, num_prompts=1) for drafter, rate in ((False, 0.2), (True, 0.99))]
+    assert timings.costs(use_drafter=True).acceptance == auto.PRIOR_ACCEPTANCE
+    costs = timings.model_copy(update={"acceptance": tuple(records)}).costs(use_drafter=True)
+    assert costs.acceptance == 0.99
+    assert AdaptivePolicy(costs).choose(9, 1000) == 16
+    assert AdaptivePolicy(replace(costs, acceptance=0.2)).choose(9, 1000) == 1
