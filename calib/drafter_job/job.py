@@ -204,6 +204,7 @@ def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
             state.answers.append(write_answer(session, job.model, text, job.settings.max_new_tokens))
             advance(1)
             _keep(state, interrupted=is_interrupted())
+    state.save()  # an interrupt before the first step of the training must not cost the answers
     written = iter([Written(text, answer) for text, answer in zip(texts, state.answers, strict=True)])
     return _Answers(
         train=long_enough([next(written) for _ in split.train], "train on"),

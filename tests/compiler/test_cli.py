@@ -79,7 +79,7 @@ def test_inspect(built: Callable[[str], Built]) -> None:
     shown = trimode("inspect", it.bundle)
     for word in ("weights.safetensors", "verify", "accepted_length", "bidirectional", "adapter"):
         assert word in shown.stdout
-    assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 3
+    assert json.loads(trimode("inspect", it.bundle, "--json").stdout)["schema_version"] == 5
 
 
 def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) -> None:

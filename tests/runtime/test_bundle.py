@@ -49,14 +49,14 @@ def edit(copy: Path, **changes: object) -> None:
 
 def test_newer_schema(copy: Path) -> None:
     edit(copy, schema_version=99, something_new=1)
-    with pytest.raises(BundleError, match="schema version 4, found 99") as raised:
+    with pytest.raises(BundleError, match="schema version 5, found 99") as raised:
         open_bundle(copy)
     assert "update" in raised.value.hint
 
 
 def test_older_schema(copy: Path) -> None:
     edit(copy, schema_version=3)
-    with pytest.raises(BundleError, match="schema version 4, found 3") as raised:
+    with pytest.raises(BundleError, match="schema version 5, found 3") as raised:
         open_bundle(copy)
     assert "build the bundle again" in raised.value.hint
 
