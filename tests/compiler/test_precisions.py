@@ -58,7 +58,7 @@ def calibration_for(checkpoint: Path, folder: Path, precision: QuantizedPrecisio
     list(digest.read_all())
     record = Calibration(
         schema_version=1, trimode_version="0", precision=precision, algorithm="by hand", block_size=None, source_name="it",
-        source_sha256=digest.hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
+        source_sha256=digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
     )  # fmt: skip
     save_calibration(folder, record.model_copy(update=changes), scales)
     return folder
