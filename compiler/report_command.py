@@ -30,7 +30,7 @@ from trimode.runtime.bundle import sha256_of
 from trimode.runtime.options import Mode
 from trimode.runtime.text import TextCodec
 
-ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4"}
+ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
 """Weights rounded to nearest, in the place of a calibration."""
 _WORST = 3
 
@@ -83,7 +83,7 @@ def parse_modes(text: str) -> tuple[Mode, ...]:
 
 
 def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
-    """A calibration folder, or ``rtn-int8`` or ``rtn-int4``, checked against the checkpoint as a build checks it.
+    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build checks it.
 
     Raises:
         UsageError: a rounding that does not exist, or that the checkpoint's shapes rule out.

@@ -20,7 +20,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from trimode.calib.torch_session import TorchCache, TorchSession
-from trimode.compiler.parity.borders import GraphCodes, Guide
+from trimode.compiler.parity.borders import GraphCodes, Guide, scales_name
 from trimode.compiler.parity.report import CodesRecord
 from trimode.graphs.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.sequence import PREFILL_CHUNK
@@ -146,10 +146,11 @@ def portable_runner(name: str, path: Path) -> Any:
 
 
 class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well.
+    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well, and of nvfp4 what follows it.
 
     Attributes:
-        codes: of the last run, by layer, as numbers, ``(..., in)`` float32.
+        codes: of the last run, by layer, as numbers, ``(..., in)`` float32; of nvfp4 ``(..., in / 16, 16)``, and of the blocks' scales
+            ``(..., in / 16, 1)``.
     """
 
     def __init__(self, name: str, path: Path, contract: GraphContract, model: ModelInfo) -> None:
@@ -185,13 +186,32 @@ def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
     """The graph with an output in float32 for each quantized input, and the layers by these outputs' names."""
     model = onnx.load(path, load_external_data=False)
     layers: dict[str, str] = {}
-    for node in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        # By the scale it reads, not by what the node is called.
+
+    def see(value: str, layer: str) -> None:
         name = f"codes.{len(layers)}"
-        layers[name] = node.input[1].removesuffix(".input_scale")
-        model.graph.node.append(onnx.helper.make_node("Cast", [node.output[0]], [name], to=onnx.TensorProto.FLOAT))
+        layers[name] = layer
+        model.graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+
+    nodes = list(model.graph.node)
+    made_by = {output: node for node in nodes for output in node.output}
+    for node in [node for node in nodes if node.op_type == "QuantizeLinear"]:
+        # By the scale it reads, not by what the node is called.
+        scale = made_by.get(node.input[1])
+        if scale is None:
+            see(node.output[0], node.input[1].removesuffix(".input_scale"))
+        else:  # nvfp4: the scale is multiplied by 6, and what is quantized are scales
+            layer = scale.input[0].removesuffix(".input_scale")
+            see(node.output[0], scales_name(layer))
+            see(_multiplied(node.output[0], nodes), layer)
     return model.SerializeToString(), layers
+
+
+def _multiplied(blocks: str, nodes: list[onnx.NodeProto]) -> str:
+    """The numbers of four bits that a product multiplies by these scales of their blocks."""
+    (scales,) = (node.output[0] for node in nodes if node.op_type == "DequantizeLinear" and node.input[0] == blocks)
+    (codes,) = (node.input[0] for node in nodes if node.op_type == "Mul" and node.input[1] == scales)
+    return str(codes)
 
 
 def _open_portable(path: Path, graph: bytes | None = None) -> Any:
