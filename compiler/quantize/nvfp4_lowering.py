@@ -17,6 +17,7 @@ keep it, eight times as large, unless a DequantizeLinear is in between.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 
 import numpy as np
@@ -64,11 +65,13 @@ class _Nvfp4Pass(ir.passes.InPlacePass):
             product.replace_input_with(1, self._widen_weight(nodes, layer, value))
         return ir.passes.PassResult(model, modified=bool(found))
 
+    @abc.abstractmethod
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
-        raise NotImplementedError
+        """The input ``x (rows, in)`` quantized and back, in the type it has."""
 
+    @abc.abstractmethod
     def _widen_weight(self, nodes: Nodes, layer: str, weight: ir.Value) -> ir.Value:
-        raise NotImplementedError
+        """The weight ``(out, in)`` in the compute type, which ``weight`` has before and does not have after."""
 
     def _quantized(self, model: ir.Model) -> list[ir.Value]:
         names = {name for name, stored in self.pack.items() if stored.dtype == "float4e2m1"}
