@@ -57,8 +57,8 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
         expected = getattr(plan.model, name)
         if found != expected:
             raise UsageError(f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE)
-    if there is None and plan.quantization is not None:
-        plan.quantization.check_source(base.source.sha256)
+    if there is None and plan.quantization is not None and plan.quantization.source_sha256 is not None:
+        plan.quantization.check_source(_base_digest(base, plan.checkpoint, progress))
 
 
 def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
@@ -81,3 +81,14 @@ def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     for count in digest.read_all():
         advance(count)
     return digest.hexdigest() == base.source.sha256
+
+
+def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
+    """Digest of the checkpoint without its adapter, which calibrations belong to; the manifest has that of the whole."""
+    if checkpoint.drafter is None:
+        return base.source.sha256
+    digest = SourceDigest(checkpoint)
+    advance = progress.stage("compare calibration", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    for count in digest.read_all():
+        advance(count)
+    return digest.base_hexdigest()
