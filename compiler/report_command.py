@@ -90,7 +90,8 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
         CheckpointError: a calibration that cannot be read or does not fit the checkpoint's weights.
     """
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
-        found = f"--calibration: expected a folder, {' or '.join(ROUNDED)}, found {name}"
+        names = tuple(ROUNDED)
+        found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
         raise UsageError(found, "fp8 quantizes inputs too, whose scales take data: `trimode calibrate CHECKPOINT --precision fp8 ...`")
     if name in ROUNDED:
         quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None
