@@ -17,11 +17,14 @@ from torch.nn import functional
 from trimode.errors import CheckpointError
 from trimode.graphs.calibration import QuantizedPrecision, Scales
 from trimode.graphs.contract import DType
-from trimode.graphs.quantization import Floats, dequantize, quantize, round_to, scale_of
+from trimode.graphs.nvfp4 import BLOCK_SIZE, GLOBAL_STEPS, LARGEST_CODE
+from trimode.graphs.quantization import FORMATS, Floats, round_to, round_trip, scale_of
 from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
 
-INPUT_RANGES: dict[QuantizedPrecision, tuple[float, float]] = {"fp8": (-448, 448), "int8": (-128, 127)}
-"""What the input's type holds, in steps of its scale; int4 leaves inputs alone."""
+CODE_RANGES: dict[DType, tuple[float, float]] = {"float8e4m3fn": (-448, 448), "int8": (-128, 127), "float4e2m1": (-6, 6)}
+"""What the types of inputs hold, in steps of a scale."""
+SMALLEST_NORMAL = 2.0**-126
+"""Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0 again."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class LinearScales:
     """The scales of one layer, as the pack stores them, in float32.
 
     Attributes:
-        weight: ``()``, ``(out,)`` or ``(out, in / block)``.
+        weight: ``()``, ``(out,)`` or ``(out, in / block)``; of nvfp4 the global scale ``()``.
         input: ``()``; None = the input stays as it is.
         pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is none.
     """
@@ -103,9 +106,12 @@ class InputQuantizer(nn.Module):
             x = x * self.factor
         if self.scale is None:
             return x
-        lowest, highest = INPUT_RANGES[self.precision]
-        steps = torch.clamp(x / self.scale, lowest, highest)
-        return (steps + (_rounded(steps, self.precision) - steps).detach()) * self.scale
+        if self.precision == "nvfp4":
+            kept = torch.clamp(x, -GLOBAL_STEPS * self.scale, GLOBAL_STEPS * self.scale)
+            return kept + (in_blocks(x, self.scale) - kept).detach()
+        dtype = FORMATS[self.precision].dtype
+        steps = torch.clamp(x / self.scale, *CODE_RANGES[dtype])
+        return (steps + (nearest_code(steps, dtype) - steps).detach()) * self.scale
 
 
 class QuantizedLinear(nn.Linear):
@@ -136,6 +142,44 @@ class QuantizedLowRankLinear(LowRankLinear):
         return functional.linear(self.quantizer(x), self.weight)
 
 
+def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
+    """NVFP4 of an input ``x (..., in)``, back in float32: each block by the scale that its largest magnitude asks for, as E4M3 holds it.
+
+    A block whose scale rounds to zero becomes zero, as in ModelOpt's kernel (``nvfp4_scalar_qdq``).
+    """
+    blocks, steps = blocks_of(x), steps_of_blocks(x, global_scale)
+    scale = nearest_code(steps, "float8e4m3fn") * global_scale
+    return (nearest_code(steps_in_blocks(blocks, scale), "float4e2m1") * scale).flatten(-2)
+
+
+def blocks_of(x: Tensor) -> Tensor:
+    """``(..., in)`` -> ``(..., in / 16, 16)``."""
+    return x.reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+
+
+def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
+    """The scales that the blocks of ``x (..., in)`` ask for, over the global one, cut to E4M3's range: ``(..., in / 16, 1)``."""
+    return torch.clamp(blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
+
+
+def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Blocks ``(..., 16)`` over their scales ``(..., 1)``, cut to E2M1's range."""
+    return torch.clamp(blocks / torch.clamp(scale, min=SMALLEST_NORMAL), *CODE_RANGES["float4e2m1"])
+
+
+def spacing_of_e2m1(steps: Tensor) -> Tensor:
+    """Distance of neighbouring codes at each value of E2M1."""
+    return torch.where(steps.abs() < 2, 0.5, torch.where(steps.abs() < 4, 1.0, 2.0))
+
+
+def nearest_code(steps: Tensor, dtype: DType) -> Tensor:
+    """The nearest code of an input's type, as a number; of two, the even one."""
+    if dtype == "float4e2m1":
+        spacing = spacing_of_e2m1(steps)
+        return torch.round(steps / spacing) * spacing
+    return torch.round(steps) if dtype == "int8" else steps.to(torch.float8_e4m3fn).float()
+
+
 def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
     try:
         linear = trunk.get_submodule(name)
@@ -158,9 +202,5 @@ def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
 def _quantized_weight(linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> nn.Parameter:
     weight: Floats = linear.weight.detach().float().numpy(force=True)
     divided: Floats = weight if scales.pre_quant is None else weight / scales.pre_quant
-    values = dequantize(quantize(divided, scales.weight, precision), scales.weight, precision)
+    values = round_trip(divided, scales.weight, precision)
     return nn.Parameter(torch.from_numpy(values).to(linear.weight.device), requires_grad=False)
-
-
-def _rounded(steps: Tensor, precision: QuantizedPrecision) -> Tensor:
-    return torch.round(steps) if precision == "int8" else steps.to(torch.float8_e4m3fn).float()

@@ -16,9 +16,11 @@ from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredTy
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
 from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
+from trimode.compiler.quantize.nvfp4_lowering import Nvfp4ForTensorRT, Nvfp4InFloat32
 from trimode.compiler.quantize.products import AccuracyLevel, MultiplyInt4
 from trimode.compiler.weights import PackedTensor
 from trimode.graphs.contract import DType, Role
+from trimode.graphs.quantization import Floats
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import TargetRecord
 
@@ -32,20 +34,25 @@ INT4_ACCURACY_LEVEL: AccuracyLevel = 1
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
     """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for products with int4 weights."""
-    passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack)]
+    passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack), Nvfp4InFloat32(pack)]
     if dtype != "float32":
-        passes.append(StoredType(dtype))
+        passes.append(StoredType(dtype, [name for name, stored in pack.items() if stored.dtype == "float32"]))
     return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
-def lower_for(record: TargetRecord, graph: ir.Model, pack: Mapping[str, Stored] = MappingProxyType({})) -> ir.Model:
-    """The passes a target asks for; ``pack`` tells which weights are quantized."""
+def lower_for(
+    record: TargetRecord,
+    graph: ir.Model,
+    pack: Mapping[str, Stored] = MappingProxyType({}),
+    input_scales: Mapping[str, Floats] = MappingProxyType({}),
+) -> ir.Model:
+    """The passes a target asks for; ``pack`` tells which weights are quantized, ``input_scales`` what becomes part of a graph (nvfp4)."""
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
         passes.append(StaticCacheCapacity(record.capacity))
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
-    passes.append(QuantizeWeights(pack))
+    passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, input_scales)]
     if record.placement == "shared":
         passes.append(WeightsToInputs())
     return lower(graph, *passes)
@@ -63,7 +70,7 @@ def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, 
 
 def compile_engines(
     plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], packs: Packs | None, folder: Path, cache: ContentCache | None,
-    progress: Progress,
+    progress: Progress, input_scales: Mapping[str, Floats] = MappingProxyType({}),
 ) -> int:  # fmt: skip
     """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
 
@@ -75,6 +82,7 @@ def compile_engines(
         folder: of the bundle, or where its new parts are staged.
         cache: of engines; None = compile all.
         progress: told about the stage.
+        input_scales: global scales of nvfp4 inputs by name, which become part of the engines, and with them of their keys in the cache.
 
     Raises:
         BuildError: a library refuses a graph.
@@ -83,7 +91,8 @@ def compile_engines(
     if not records:
         return 0
     # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered once, and lies beside the engines meanwhile.
-    lowered = {role: _write_lowered(next(iter(records.values())), role, graph, tensors, folder) for role, graph in graphs.items()}
+    record = next(iter(records.values()))
+    lowered = {role: _write_lowered(record, role, graph, tensors, input_scales, folder) for role, graph in graphs.items()}
     tasks = [_task(plan, name, role, path, packs) for name in records for role, path in lowered.items()]
     advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     try:
@@ -93,8 +102,10 @@ def compile_engines(
             path.unlink()
 
 
-def _write_lowered(record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], folder: Path) -> Path:
-    lowered = lower_for(record, graph, tensors)
+def _write_lowered(
+    record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], input_scales: Mapping[str, Floats], folder: Path
+) -> Path:
+    lowered = lower_for(record, graph, tensors, input_scales)
     if record.placement == "baked":
         point_into_packs(lowered, tensors, folder)
     path = folder / f".{role}.onnx"

@@ -73,11 +73,13 @@ def build(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, fp8, int8 or int4; if left out the bundle's first, for a new one what its targets prefer."),
+        typer.Option(help="fp32, fp16, bf16, fp8, int8, int4 or nvfp4; if left out the bundle's first, for a new one what its targets prefer."),
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Scales for fp8, int8 or int4; rtn rounds int8 or int4 weights to nearest, without calibration."),
+        typer.Option(
+            metavar="FOLDER", help="Scales for fp8, int8, int4 or nvfp4; rtn rounds int8, int4 or nvfp4 weights to nearest, without calibration."
+        ),
     ] = None,
     drafter: Annotated[
         Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
@@ -113,7 +115,7 @@ def build(
 def scales(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
-    precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant) or int4 (AWQ).")],
+    precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`.")],
     samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
     modes: Annotated[str, typer.Option(metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify.")] = "ar,draft,verify",
@@ -175,7 +177,9 @@ def sensitivity(
 def quantization(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace.")],
-    calibration: Annotated[list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8 and rtn-int4 round to nearest.")],
+    calibration: Annotated[
+        list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.")
+    ],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
     samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
     modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",

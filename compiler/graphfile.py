@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trimode.compiler.lowering import IR_DTYPES
 from trimode.compiler.weights import PackedTensor
 from trimode.errors import BuildError
+from trimode.runtime.pack import PACKED_DTYPES
 
 
 def save_graph(model: ir.Model, tensors: Mapping[str, PackedTensor], path: Path) -> None:
@@ -45,9 +46,9 @@ def point_into_packs(model: ir.Model, tensors: Mapping[str, PackedTensor], folde
 
 
 def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
-    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape."""
+    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape, and float4e2m1."""
     shape = tuple(value.shape.numpy()) if value.shape is not None else None
-    if packed.dtype == "int4" and value.dtype == ir.DataType.UINT8:
+    if packed.dtype in PACKED_DTYPES and value.dtype == ir.DataType.UINT8:
         return shape is not None and math.prod(shape) == packed.num_bytes
     return packed.shape == shape and IR_DTYPES[packed.dtype] == value.dtype
 

@@ -13,7 +13,7 @@ weights to inputs     no weight in the graph: the runtime binds one copy of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -32,9 +32,10 @@ IR_DTYPES: dict[DType, ir.DataType] = {
     "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "float4e2m1": ir.DataType.FLOAT4E2M1,
 }
-QUANTIZED_TYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.INT4)
-"""Types of weights that a DequantizeLinear reads."""
+QUANTIZED_TYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT4E2M1, ir.DataType.UINT8)
+"""Types of weights, and of scales, that a DequantizeLinear reads; bytes hold two numbers of four bits."""
 
 
 def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
@@ -136,11 +137,16 @@ class ComputeType(ir.passes.InPlacePass):
 
 
 class StoredType(ir.passes.InPlacePass):
-    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is used: for runtimes that compute in float32."""
+    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is used: for runtimes that compute in float32.
 
-    def __init__(self, dtype: DType) -> None:
+    Args:
+        dtype: of the pack.
+        float32: names of what the pack holds in float32 all the same, beside the position tables.
+    """
+
+    def __init__(self, dtype: DType, float32: Collection[str] = ()) -> None:
         super().__init__()
-        self.dtype = IR_DTYPES[dtype]
+        self.dtype, self._float32 = IR_DTYPES[dtype], frozenset(float32)
 
     def requires(self, model: ir.Model) -> None:
         """Weights are float32, or quantized."""
@@ -150,16 +156,20 @@ class StoredType(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype the weights and put a Cast behind each."""
-        for value in _stored(model):
+        for value in self._stored(model):
             _cast_after(model.graph, value, ir.DataType.FLOAT, before=model.graph[0])
             value.type = ir.TensorType(self.dtype)  # a new one: clones share their types
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
         """Weights have the type, and nothing but their casts reads them."""
-        for value in _stored(model):
+        for value in self._stored(model):
             if value.dtype != self.dtype or not all(node.op_type == "Cast" for node, _ in value.uses()):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or used without a Cast")
+
+    def _stored(self, model: ir.Model) -> list[ir.Value]:
+        """Weights of the type that the pack as a whole has."""
+        return [v for v in weights(model) if not _is_table(v) and v.dtype not in QUANTIZED_TYPES and v.name not in self._float32]
 
 
 class WeightsToInputs(ir.passes.InPlacePass):
@@ -192,11 +202,6 @@ def caches(model: ir.Model) -> list[ir.Value]:
 def weights(model: ir.Model) -> list[ir.Value]:
     """Initializers whose data lies in the pack."""
     return [v for v in model.graph.initializers.values() if v.const_value is None]
-
-
-def _stored(model: ir.Model) -> list[ir.Value]:
-    """Weights of the type that the pack as a whole has."""
-    return [v for v in weights(model) if not _is_table(v) and v.dtype not in QUANTIZED_TYPES]
 
 
 def _is_table(value: ir.Value) -> bool:

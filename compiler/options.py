@@ -21,9 +21,10 @@ class BuildOptions:
 
     Attributes:
         targets: names of :mod:`trimode.compiler.targets`, or ``auto``.
-        precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4); None = the calibration's, else the
+        precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4, nvfp4); None = the calibration's, else the
             first of the bundle that is added to, else the first that the GPUs prefer and all targets can run; fp32 on a CPU.
-        calibration: folder with the scales of fp8, int8 or int4; ``rtn``: int8 or int4 weights by rounding to nearest, without any data.
+        calibration: folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or nvfp4 weights by rounding to nearest, without
+            any data.
         drafter: folder of a drafter adapter that takes the place of the checkpoint's own.
         max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
         block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.

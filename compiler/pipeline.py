@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 import trimode
 from trimode.compiler.backends import Graphs, Packs, compile_engines, lower_portable, write_lowered_graphs
 from trimode.compiler.cache import ContentCache
@@ -27,6 +29,7 @@ from trimode.compiler.traced import traced_graph
 from trimode.compiler.weights import PackedTensor, PackLayout, PackWriter, held_in, plan_pack, read_tensors
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import graph_contract
+from trimode.graphs.quantization import Floats, scale_of
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
@@ -228,11 +231,24 @@ def compile_targets(state: BuildState) -> None:
     write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
     is_baked = any(record.placement == "baked" for record in state.plan.records.values())
     packs: Packs | None = {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
-    state.num_cached = compile_engines(state.plan, state.graphs, state.tensors, packs, state.folder, state.cache, state.progress)
+    state.num_cached = compile_engines(
+        state.plan, state.graphs, state.tensors, packs, state.folder, state.cache, state.progress, _constant_scales(state)
+    )
     for record in state.plan.records.values():
         for engine in record.graphs.values():
             if engine.file not in state.files and (state.folder / engine.file).is_file():  # portable graphs are recorded already
                 state.record(engine.file)
+
+
+def _constant_scales(state: BuildState) -> dict[str, Floats]:
+    """The global scales of nvfp4 inputs, by name: from the calibration, or from the pack that the bundle has already."""
+    if state.plan.precision != "nvfp4":
+        return {}
+    if state.plan.quantization is not None:
+        given = {f"{layer}.input_scale": scales.input_amax for layer, scales in state.plan.quantization.layers.items()}
+        return {name: scale_of(amax, "nvfp4", "float32") for name, amax in given.items() if amax is not None}
+    weights = PrecisionWeights(state.packs)
+    return {name: np.array(weights.widened(name)) for name in weights.entries if name.endswith(".input_scale")}
 
 
 def copy_tokenizer(state: BuildState) -> None:

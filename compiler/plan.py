@@ -76,7 +76,6 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     targets = {target.name: target for target in resolve_targets(options.targets)}
     asked = options.precision or _calibrated_precision(options) or (base.first_precision if base else None)
     precision = choose_precision(asked, tuple(targets.values()))
-    assert precision != "nvfp4"  # this version builds none
     if base is not None:
         _check_shared_dtype(precision, base)
     quantization = _plan_quantization(checkpoint, options, precision, base)
@@ -160,9 +159,9 @@ def _calibrated_precision(options: BuildOptions) -> str | None:
 
 def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None) -> Quantization | None:
     """The scales; None where nothing is quantized, or the bundle that is added to has them and no others are asked for."""
-    if precision not in ("fp8", "int8", "int4"):
+    if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
-            raise UsageError(f"expected --calibration with --precision fp8, int8 or int4, found {precision}", "leave --calibration out")
+            raise UsageError(f"expected --calibration with --precision fp8, int8, int4 or nvfp4, found {precision}", "leave --calibration out")
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
         return None
@@ -180,7 +179,7 @@ def _check_shared_dtype(precision: PrecisionName, base: Manifest) -> None:
     if dtype not in (None, base.dtype):
         (able,) = (name for name, other in DTYPES.items() if other == base.dtype)
         raise UsageError(f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
-                         f"add {able}, fp8, int8 or int4 to this bundle, or build {precision} as a bundle of its own")  # fmt: skip
+                         f"add {able}, fp8, int8, int4 or nvfp4 to this bundle, or build {precision} as a bundle of its own")  # fmt: skip
 
 
 def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:

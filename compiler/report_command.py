@@ -30,7 +30,7 @@ from trimode.runtime.bundle import sha256_of
 from trimode.runtime.options import Mode
 from trimode.runtime.text import TextCodec
 
-ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4"}
+ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
 """Weights rounded to nearest, in the place of a calibration."""
 _WORST = 3
 
@@ -83,14 +83,15 @@ def parse_modes(text: str) -> tuple[Mode, ...]:
 
 
 def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
-    """A calibration folder, or ``rtn-int8`` or ``rtn-int4``, checked against the checkpoint as a build checks it.
+    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build checks it.
 
     Raises:
         UsageError: a rounding that does not exist, or that the checkpoint's shapes rule out.
         CheckpointError: a calibration that cannot be read or does not fit the checkpoint's weights.
     """
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
-        found = f"--calibration: expected a folder, {' or '.join(ROUNDED)}, found {name}"
+        names = tuple(ROUNDED)
+        found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
         raise UsageError(found, "fp8 quantizes inputs too, whose scales take data: `trimode calibrate CHECKPOINT --precision fp8 ...`")
     if name in ROUNDED:
         quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None

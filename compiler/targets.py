@@ -18,8 +18,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4"]
 DENSE_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 """Those in which a whole model is computed."""
 
-BUILT_PRECISIONS: tuple[Precision, ...] = (*DENSE_PRECISIONS, "fp8", "int8", "int4")
-"""What this version compiles; the others are what the hardware could do."""
+BUILT_PRECISIONS: tuple[Precision, ...] = (*DENSE_PRECISIONS, "fp8", "int8", "int4", "nvfp4")
+"""What this version compiles."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ _GPUS: tuple[tuple[str, str, int], ...] = (
 )
 
 TARGETS: dict[str, Target] = {
-    "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8")),
+    "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")),
     "cuda": Target("cuda", "onnxruntime", None, ("fp16", "bf16")),
     **{name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory) for name, cc, memory in _GPUS},
 }
@@ -152,7 +152,10 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
         if precision not in target.precisions:
             able = [p for p in target.precisions if p in BUILT_PRECISIONS]
             where = f"{target.name} ({target.compute_capability or target.backend})"
-            raise UsageError(f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}",
+            why = (
+                "; products of 4-bit floats begin with compute capability 10.0 (Blackwell)" if precision == "nvfp4" and target.name != "cuda" else ""
+            )
+            raise UsageError(f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}{why}",
                              f"pass --precision {able[0]}, or build {target.name} as a bundle of its own")  # fmt: skip
 
 

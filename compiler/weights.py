@@ -22,14 +22,15 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.compiler.quantize.nvfp4_stream import Nvfp4Stream
 from trimode.compiler.quantize.scales import Quantization
 from trimode.compiler.quantize.weight_stream import WeightStream
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.checkpoint import Checkpoint, TensorEntry, to_float32
 from trimode.graphs.contract import DType
 from trimode.graphs.quantization import FORMATS
 from trimode.graphs.rope import rope_tables
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
-from trimode.runtime.pack import PackEntry, PrecisionWeights, WeightPack, is_common, stored_bytes
+from trimode.runtime.pack import PACKED_DTYPES, PackEntry, PrecisionWeights, WeightPack, is_common, stored_bytes
 
 _DATA_ALIGNMENT = 4096
 
@@ -93,8 +94,8 @@ def plan_pack(
     """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position tables, always in float32; scales, in ``dtype``.
 
     Angles need the precision at long positions, whatever the weights are stored in. Scales come last: some are single numbers, behind which
-    nothing would be aligned, and some are known only when their weight has been read. The returned digest is complete once every tensor has
-    been written, where there are no others that hold some of them.
+    nothing would be aligned, and some are known only when their weight has been read; those of nvfp4's blocks follow their weight. The
+    returned digest is complete once every tensor has been written, where there are no others that hold some of them.
 
     Args:
         checkpoint: an opened checkpoint.
@@ -105,7 +106,9 @@ def plan_pack(
         held: what other packs of the bundle hold in ``dtype``, by name (see :func:`held_in`): these are not written again.
     """
     digest = SourceDigest(checkpoint)
-    sources, scales, shared = [], [], {}
+    sources: list[_Source] = []
+    scales: list[_Source] = []
+    shared: dict[str, PackedTensor] = {}
     for name, entry in checkpoint.tensors.items():
         layer = name.removesuffix(".weight")
         if quantization is None or layer not in quantization.layers:
@@ -114,10 +117,12 @@ def plan_pack(
             else:
                 sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
             continue
-        read = partial(digest.read, name, "float32")
-        stream = WeightStream(layer, entry.shape, read, scales=quantization.layers[layer], precision=quantization.precision, stored=dtype)
+        stream = _stream(quantization, layer, entry, partial(digest.read, name, "float32"), dtype)
         sources.append(_Source(name, entry.shape, FORMATS[quantization.precision].dtype, stream.weight))
-        scales += [_Source(f"{layer}.{kind}", shape, dtype, partial(stream.scale, kind)) for kind, shape in stream.scale_shapes.items()]
+        for kind, (scale_dtype, shape) in stream.scales.items():
+            # An eighth of the weight, found while it was read: not to be kept until the end.
+            place = sources if scale_dtype == "float8e4m3fn" else scales
+            place.append(_Source(f"{layer}.{kind}", shape, scale_dtype, partial(stream.scale, kind)))
     tables = rope_tables(checkpoint.config.rope, checkpoint.config.head_dim, num_positions)
     for name, table in zip(("rope.cos", "rope.sin", "rope.query_scale"), tables, strict=True):
         if name in held:
@@ -126,6 +131,15 @@ def plan_pack(
             column = np.ascontiguousarray(table.reshape(num_positions, -1), "<f4")
             sources.append(_Source(name, column.shape, "float32", partial(_whole, column)))
     return _lay_out([*sources, *scales], file, shared), digest
+
+
+def _stream(
+    quantization: Quantization, layer: str, entry: TensorEntry, read: Callable[[], Iterator[bytes]], stored: DType
+) -> WeightStream | Nvfp4Stream:
+    given = quantization.layers[layer]
+    if quantization.precision == "nvfp4":
+        return Nvfp4Stream(layer, entry.shape, read, lambda: (to_float32(raw, entry.dtype).tobytes() for raw in entry.chunks()), given)
+    return WeightStream(layer, entry.shape, read, scales=given, precision=quantization.precision, stored=stored)
 
 
 def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:
@@ -221,11 +235,13 @@ def _lay_out(sources: list[_Source], file: str, shared: Mapping[str, PackedTenso
 
 
 def _metadata(sources: list[_Source]) -> dict[str, str]:
-    if any(source.dtype == "int4" for source in sources):
-        return {"format": "pt", "U8": "int4, two numbers along the last axis in each byte, the first in the low four bits"}
-    return {"format": "pt"}
+    packed = sorted({source.dtype for source in sources if source.dtype in PACKED_DTYPES})
+    if not packed:
+        return {"format": "pt"}
+    (dtype,) = packed  # safetensors has no type for either: what says U8 is one of them
+    return {"format": "pt", "U8": f"{dtype}, two numbers along the last axis in each byte, the first in the low four bits"}
 
 
 def _bytes_shape(source: _Source) -> list[int]:
     """The shape as safetensors counts it: in bytes, where it has no name for the type."""
-    return [*source.shape[:-1], source.shape[-1] // 2] if source.dtype == "int4" else list(source.shape)
+    return [*source.shape[:-1], source.shape[-1] // 2] if source.dtype in PACKED_DTYPES else list(source.shape)

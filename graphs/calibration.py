@@ -4,7 +4,7 @@ For each quantized linear layer, named as in the checkpoint without ``.weight`` 
 
 ==================== ============================================ ==========================================================
 ``.weight_amax``     ``()``, ``(out,)`` or ``(out, in / block)``  largest magnitude that the weight's quantized type represents
-``.input_amax``      ``()``                                       the same of the layer's input; fp8 and int8 only
+``.input_amax``      ``()``                                       the same of the layer's input; not int4
 ``.pre_quant_scale`` ``(in,)``                                    optional: the input is multiplied by it, each weight row divided
 ==================== ============================================ ==========================================================
 
@@ -14,8 +14,11 @@ The arithmetic that follows from it, with ``w = weight / pre_quant_scale`` and `
 - int8: ``s = amax / 127``, ``q = clip(rint(w / s), -127, 127)``; weights and inputs, but that an input beyond its amax may become -128, where
   ONNX's QuantizeLinear saturates
 - int4: ``s = amax / 7``, one for each row and block of ``block_size`` inputs, ``q = clip(rint(w / s), -8, 7)``; weights only
+- nvfp4: ``g = amax / 2688``, for each row and block of 16 inputs ``s = e4m3(amax of the block / (6 g))``, ``q = e2m1(w / (s g))``; weights, and
+  inputs, whose block scales are taken anew in every forward: see :mod:`trimode.graphs.nvfp4`
 
-A scale is rounded to the type that the graph computes in before anything is divided by it. A layer that is not named stays in high precision.
+A scale, but those of nvfp4, is rounded to the type that the graph computes in before anything is divided by it. A layer that is not named stays
+in high precision.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 RECORD = "calibration.json"
 SCALES = "scales.safetensors"
-QuantizedPrecision = Literal["fp8", "int8", "int4"]
+QuantizedPrecision = Literal["fp8", "int8", "int4", "nvfp4"]
 _HINT = "make one with `trimode calibrate CHECKPOINT --precision ... -o FOLDER`"
 Scales = dict[str, NDArray[np.float32]]
 

@@ -23,8 +23,8 @@ TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
 Dimension = int | str
-DType = Literal["int64", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4"]
-"""Element types; the last three only of quantized weights."""
+DType = Literal["int64", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"]
+"""Element types; the last four only of quantized weights, and float8e4m3fn of the scales of float4e2m1."""
 
 
 class _Record(BaseModel):

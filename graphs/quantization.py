@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import BuildError
+from trimode.graphs import nvfp4
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import DType
 from trimode.graphs.source import NUMPY_DTYPES
@@ -24,7 +25,10 @@ _PIECE_ELEMENTS = 1 << 15
 
 @dataclass(frozen=True)
 class Format:
-    """A type for weights: ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to ``highest``."""
+    """A type for weights: ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to ``highest``.
+
+    Of nvfp4 ``amax`` is that of the whole weight: block and number have a scale between them, which makes ``largest`` of ``highest``.
+    """
 
     dtype: DType
     largest: float
@@ -36,17 +40,18 @@ FORMATS: dict[QuantizedPrecision, Format] = {
     "fp8": Format("float8e4m3fn", 448, -448, 448),
     "int8": Format("int8", 127, -127, 127),
     "int4": Format("int4", 7, -8, 7),
+    "nvfp4": Format("float4e2m1", nvfp4.GLOBAL_STEPS, -nvfp4.LARGEST_CODE, nvfp4.LARGEST_CODE),
 }
 
 
 def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floats:
-    """``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0.
+    """``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0. That of nvfp4, the global scale, is float32 in every pack.
 
     Raises:
         BuildError: a scale is too large for ``stored``.
     """
     exact = np.where(amax == 0, np.float32(1), amax / np.float32(FORMATS[precision].largest)).astype(np.float32)
-    return round_to(exact, stored)
+    return round_to(exact, "float32" if precision == "nvfp4" else stored)
 
 
 def round_to(values: Floats, stored: DType) -> Floats:
@@ -63,7 +68,11 @@ def round_to(values: Floats, stored: DType) -> Floats:
 
 
 def largest_magnitudes(values: Floats, precision: QuantizedPrecision, block_size: int | None) -> Floats:
-    """The ``amax`` that round-to-nearest takes: of each row ``(rows,)``, or of each row and block ``(rows, columns / block_size)``."""
+    """The ``amax`` that round-to-nearest takes: of each row ``(rows,)``, of each row and block ``(rows, columns / block_size)`` (int4), or of
+    everything ``()`` (nvfp4).
+    """
+    if precision == "nvfp4":
+        return np.asarray(np.abs(values).max(), np.float32)
     if precision == "int4":
         assert block_size is not None
         values = values.reshape(values.shape[0], -1, block_size)
@@ -72,7 +81,7 @@ def largest_magnitudes(values: Floats, precision: QuantizedPrecision, block_size
 
 
 def quantize(values: Floats, scale: Floats, precision: QuantizedPrecision) -> NDArray[np.uint8]:
-    """Quantize rows of a weight to the bytes that the pack holds.
+    """Quantize rows of a weight to the bytes that the pack holds, in a type whose scales are known beforehand (nvfp4: :mod:`.nvfp4`).
 
     Args:
         values: (rows, columns).
@@ -109,6 +118,17 @@ def dequantize(raw: NDArray[np.uint8], scale: Floats, precision: QuantizedPrecis
         values = values.astype(np.float32)
     blocks = values.reshape(*scale.shape, -1) if scale.ndim else values
     return np.asarray(blocks * (scale[..., None] if scale.ndim else scale), np.float32).reshape(values.shape)
+
+
+def round_trip(values: Floats, scale: Floats, precision: QuantizedPrecision) -> Floats:
+    """Rows of a weight, quantized and back, ``(rows, columns)``.
+
+    Raises:
+        BuildError: a value is not finite, where the type has no code for it.
+    """
+    if precision == "nvfp4":
+        return nvfp4.decode(*nvfp4.encode(values, scale), scale)
+    return dequantize(quantize(values, scale, precision), scale, precision)
 
 
 def _divide(values: Floats, scale: Floats) -> Floats:

@@ -25,6 +25,7 @@ SAFETENSORS_NAMES: dict[DType, str] = {
     "float8e4m3fn": "F8_E4M3",
     "int8": "I8",
     "int4": "U8",  # safetensors has no such type: two of them along the last axis are one byte, the first in the low four bits
+    "float4e2m1": "U8",  # likewise; the header says which of the two it is
 }
 NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
     "float32": np.dtype("<f4"),

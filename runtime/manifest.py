@@ -31,7 +31,7 @@ from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
-PrecisionName = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "nvfp4"]
 """Type of the weights of linear layers."""
 
 
@@ -136,7 +136,7 @@ class PrecisionRecord(_Record):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
-        calibration: of fp8, int8 and int4, and only of these.
+        calibration: of quantized precisions, and only of these.
         packs: where its tensors lie. The first is its own, all of it. Of the others, which belong to other precisions, it reads what these
             have in common: tensors that are neither quantized nor scales.
         weight_bytes: size of its tensors.

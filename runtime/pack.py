@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,21 @@ from numpy.typing import NDArray
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType
 
-SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8", "U8": "int4"}
+SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8"}
+PACKED_DTYPES: tuple[DType, ...] = ("int4", "float4e2m1")
+"""Two numbers to a byte, ``U8`` to safetensors. A pack has one of them at most, and its metadata says under ``U8`` which; int4 where it does not."""
 ITEM_SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float8e4m3fn": 1, "int8": 1}
-"""Bytes of one number; int4 is two to a byte."""
-SCALE_KINDS = ("weight_scale", "input_scale", "pre_quant_scale")
+"""Bytes of one number, of types that are not packed."""
+SCALE_KINDS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 """How the names of scales end, behind the layer's."""
-_QUANTIZED: tuple[DType, ...] = ("float8e4m3fn", "int8", "int4")
+_QUANTIZED: tuple[DType, ...] = ("float8e4m3fn", "int8", *PACKED_DTYPES)
 
 
 @dataclass(frozen=True)
 class PackEntry:
     """One tensor of the pack; ``offset`` is in bytes from the start of the file.
 
-    int4 lies in the file as bytes of two numbers each, along the last axis, the first in the low four bits; ``shape`` counts numbers.
+    A packed type lies in the file as bytes of two numbers each, along the last axis, the first in the low four bits; ``shape`` counts numbers.
     """
 
     dtype: DType
@@ -50,7 +52,7 @@ def is_common(name: str, dtype: DType) -> bool:
 
 def stored_bytes(dtype: DType, num_elements: int) -> int:
     """Size of a tensor of so many numbers."""
-    return num_elements // 2 if dtype == "int4" else num_elements * ITEM_SIZES[dtype]
+    return num_elements // 2 if dtype in PACKED_DTYPES else num_elements * ITEM_SIZES[dtype]
 
 
 class WeightPack:
@@ -136,15 +138,25 @@ def _read_header(path: Path) -> dict[str, PackEntry]:
         if not 2 <= length <= size - 8:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(stream.read(length))
-    return {name: _read_entry(name, value, 8 + length, size) for name, value in header.items() if name != "__metadata__"}
+    dtypes = {**SAFETENSORS_DTYPES, "U8": _packed_dtype(header.get("__metadata__", {}))}
+    return {name: _read_entry(name, value, dtypes, 8 + length, size) for name, value in header.items() if name != "__metadata__"}
 
 
-def _read_entry(name: str, value: Any, base: int, size: int) -> PackEntry:
-    if value["dtype"] not in SAFETENSORS_DTYPES:
+def _packed_dtype(metadata: Mapping[str, str]) -> DType:
+    """The packed type of a file: the first word of what its metadata says of ``U8``."""
+    named = metadata.get("U8", "int4").partition(",")[0]
+    for dtype in PACKED_DTYPES:
+        if dtype == named:
+            return dtype
+    raise ValueError(f"U8 stands for {named!r}")
+
+
+def _read_entry(name: str, value: Any, dtypes: Mapping[str, DType], base: int, size: int) -> PackEntry:
+    if value["dtype"] not in dtypes:
         raise ValueError(f"{name} has type {value['dtype']!r}")
     begin, end = value["data_offsets"]
-    dtype, shape = SAFETENSORS_DTYPES[value["dtype"]], tuple(value["shape"])
-    entry = PackEntry(dtype, (*shape[:-1], shape[-1] * 2) if dtype == "int4" else shape, base + begin)
+    dtype, shape = dtypes[value["dtype"]], tuple(value["shape"])
+    entry = PackEntry(dtype, (*shape[:-1], shape[-1] * 2) if dtype in PACKED_DTYPES else shape, base + begin)
     if min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes or not 0 <= begin <= end <= size - base:
         raise ValueError(f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}")
     return entry

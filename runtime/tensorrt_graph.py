@@ -21,6 +21,7 @@ _DTYPES: dict[str, DType] = {
     "FP8": "float8e4m3fn",
     "INT8": "int8",
     "INT4": "int4",
+    "FP4": "float4e2m1",
 }
 
 

@@ -14,6 +14,7 @@ from trimode.calib.quantized_trunk import LinearScales, linear_scales, quantize_
 from trimode.graphs.calibration import QuantizedPrecision, Scales, check_source
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
+from trimode.graphs.nvfp4 import BLOCK_SIZE
 from trimode.graphs.quantization import FORMATS, Floats, largest_magnitudes
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.pack import stored_bytes
@@ -98,9 +99,15 @@ def weight_bytes(
         if precision is None or scales is None:
             total += stored_bytes(stored, math.prod(entry.shape))
             continue
-        numbers = sum(values.size for values in (scales.weight, scales.input, scales.pre_quant) if values is not None)
-        total += stored_bytes(FORMATS[precision].dtype, math.prod(entry.shape)) + stored_bytes(stored, numbers)
+        total += stored_bytes(FORMATS[precision].dtype, math.prod(entry.shape)) + _scale_bytes(scales, entry.shape, stored, precision)
     return total
+
+
+def _scale_bytes(scales: LinearScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision) -> int:
+    numbers = sum(values.size for values in (scales.weight, scales.input, scales.pre_quant) if values is not None)
+    if precision != "nvfp4":
+        return stored_bytes(stored, numbers)
+    return stored_bytes("float32", numbers) + stored_bytes("float8e4m3fn", math.prod(shape) // BLOCK_SIZE)
 
 
 def _weight_of(trunk: TriModeTrunk, layer: str) -> Floats:

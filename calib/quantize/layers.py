@@ -9,6 +9,7 @@ from trimode.calib.quantize.settings import DEFAULT_BLOCK, SMALLEST_BLOCK, Quant
 from trimode.errors import UsageError
 from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import ModelConfig
+from trimode.graphs.nvfp4 import BLOCK_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +19,9 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[Shapes, int | None]:
-    """The layers to quantize in the model's order, and for int4 the block size.
+    """The layers to quantize in the model's order, and for int4 and nvfp4 the block size.
 
-    int4 leaves out layers whose inputs the block size does not divide: they stay in high precision.
+    These two leave out layers whose inputs the block size does not divide: they stay in high precision.
 
     Raises:
         UsageError: none is left.
@@ -30,9 +31,9 @@ def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[S
         layer = name.removesuffix(".weight")
         if layer.endswith("_proj") or (layer == HEAD and settings.quantizes_head):
             shapes[layer] = (shape[0], shape[1])
-    if settings.precision != "int4":
+    if settings.precision not in ("int4", "nvfp4"):
         return shapes, None
-    block = _block_size(shapes, settings)
+    block = _block_size(shapes, settings) if settings.precision == "int4" else BLOCK_SIZE
     for name in [name for name, (_, width) in shapes.items() if width % block]:
         log.warning("%s stays in high precision: blocks of %d do not divide its %d inputs", name, block, shapes[name][1])
         del shapes[name]

@@ -22,6 +22,7 @@ ALGORITHMS: dict[str, Any] = {
     "fp8": "max",
     "int8": {"method": "smoothquant", "alpha": 1.0},  # inputs have one scale and weights one a row, so the weights can bear more
     "int4": {"method": "awq_lite", "alpha_step": 0.1},
+    "nvfp4": "max",
 }
 _E4M3 = (4, 3)
 
@@ -70,11 +71,16 @@ def run_modelopt(
 
 
 def quantizer_entries(paths: list[str], block_size: int | None, settings: QuantizeSettings) -> list[dict[str, Any]]:
-    """ModelOpt's ``quant_cfg``: FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG, for the modules at these paths alone."""
+    """ModelOpt's ``quant_cfg``: FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG, for the modules at these paths alone.
+
+    For nvfp4 it is that of fp8 too. ModelOpt's own quantizer of blocks runs on a GPU alone; but all that its calibration takes from data is the
+    largest magnitude of a weight and of its inputs, which is what this one takes. The scales of blocks come from the weights themselves.
+    """
     weight, data = {
         "fp8": ({"num_bits": _E4M3, "axis": 0 if settings.is_per_channel else None}, {"num_bits": _E4M3, "axis": None}),
         "int8": ({"num_bits": 8, "axis": 0, "narrow_range": True}, {"num_bits": 8, "axis": None, "narrow_range": True}),
         "int4": ({"num_bits": 4, "block_sizes": {-1: block_size, "type": "static"}}, None),
+        "nvfp4": ({"num_bits": _E4M3, "axis": None}, {"num_bits": _E4M3, "axis": None}),
     }[settings.precision]
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for path in paths:

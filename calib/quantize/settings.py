@@ -18,7 +18,7 @@ class QuantizeSettings:
     """What a caller can choose.
 
     Attributes:
-        precision: ``fp8``, ``int8`` (SmoothQuant) or ``int4`` (AWQ).
+        precision: ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
         modes: the graphs whose rows the scales have to fit. ``ar`` is always among them, for every mode begins with a causal prefill.
         num_samples: texts to draw; None = all of them.
         max_new_tokens: the longest answer that is decoded after each text, in each mode.
@@ -65,11 +65,12 @@ class QuantizeSettings:
 
     def _check_granularity(self) -> None:
         if self.is_per_channel and self.precision != "fp8":
-            finer = "blocks" if self.precision == "int4" else "each row in any case"
+            finer = "each row in any case" if self.precision == "int8" else "blocks"
             raise UsageError(f"expected --per-channel with --precision fp8, found {self.precision}", f"{self.precision} has scales for {finer}")
         if self.block_size is None:
             return
         if self.precision != "int4":
-            raise UsageError(f"expected --block-size with --precision int4, found {self.precision}", "only int4 has scales for blocks")
+            hint = "blocks of nvfp4 are of 16" if self.precision == "nvfp4" else "only int4 has scales for blocks of a size to choose"
+            raise UsageError(f"expected --block-size with --precision int4, found {self.precision}", hint)
         if self.block_size < SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
             raise UsageError(f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, found {self.block_size}", "128 is usual")

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import Role
-from trimode.graphs.quantization import Floats, dequantize, quantize, scale_of
+from trimode.graphs.quantization import Floats, round_trip, scale_of
 
 LOSSLESS_DB = 200.0
 """Said of a weight that quantization does not change; float32 itself is at about 150."""
@@ -84,7 +84,7 @@ def quantize_weight(weight: Floats, amax: Floats, precision: QuantizedPrecision,
     """
     factor = np.float32(1) if pre_quant_scale is None else pre_quant_scale
     scale = scale_of(amax, precision, "float32")
-    return dequantize(quantize(weight / factor, scale, precision), scale, precision) * factor
+    return round_trip(weight / factor, scale, precision) * factor
 
 
 def snr_db(weight: Floats, quantized: Floats) -> float:

@@ -22,10 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trimode.calib.quantized_trunk import INPUT_RANGES, InputQuantizer
+from trimode.calib.quantized_trunk import (
+    CODE_RANGES,
+    SMALLEST_NORMAL,
+    InputQuantizer,
+    blocks_of,
+    nearest_code,
+    spacing_of_e2m1,
+    steps_in_blocks,
+    steps_of_blocks,
+)
 from trimode.calib.torch_session import TorchCache, TorchSession
 from trimode.compiler.parity.report import CodesRecord
-from trimode.graphs.contract import Role
+from trimode.graphs.contract import DType, Role
+from trimode.graphs.nvfp4 import LARGEST_CODE
 from trimode.graphs.quantization import FORMATS
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.session import Array, Ids
@@ -39,8 +49,11 @@ SPREAD_FACTOR = 3
 class Chooser(Protocol):
     """Decides which code an input becomes."""
 
-    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:
-        """Codes, as numbers, of ``steps``: values in units of the scale, cut to the type's range and known up to ``reach`` either side."""
+    def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
+        """Codes of a type, as numbers, of ``steps``: values in units of the scale, cut to the type's range and known up to ``reach`` either side.
+
+        ``layer`` is :func:`scales_name` of it where the codes are scales of blocks.
+        """
         ...
 
 
@@ -58,9 +71,25 @@ class GuidedQuantizer(nn.Module):
             return quantizer(x)  # type: ignore[no-any-return]
         if quantizer.factor is not None:
             x = x * quantizer.factor
-        steps = torch.clamp(x / quantizer.scale, *INPUT_RANGES[quantizer.precision])
+        if quantizer.precision == "nvfp4":
+            return self._in_blocks(x, quantizer.scale, guide.chooser)
+        dtype = FORMATS[quantizer.precision].dtype
+        steps = torch.clamp(x / quantizer.scale, *CODE_RANGES[dtype])
         reach = guide.relative * float(x.abs().max() / quantizer.scale)
-        return guide.chooser.choose(self._layer, quantizer, steps, reach) * quantizer.scale
+        return guide.chooser.choose(self._layer, dtype, steps, reach) * quantizer.scale
+
+    def _in_blocks(self, x: Tensor, global_scale: Tensor, chooser: Chooser) -> Tensor:
+        """NVFP4 has codes of two kinds, the second in units of the first."""
+        off = self._guide.relative * float(x.abs().max())
+        reach = float(off / (LARGEST_CODE * global_scale))
+        scale = chooser.choose(scales_name(self._layer), "float8e4m3fn", steps_of_blocks(x, global_scale), reach) * global_scale
+        steps = steps_in_blocks(blocks_of(x), scale)
+        return (chooser.choose(self._layer, "float4e2m1", steps, off / torch.clamp(scale, min=SMALLEST_NORMAL)) * scale).flatten(-2)
+
+
+def scales_name(layer: str) -> str:
+    """What the scales of a layer's blocks are called among codes."""
+    return f"{layer} (scales)"
 
 
 class Guide:
@@ -118,11 +147,11 @@ class DitheredSession(TorchSession):
         with self._guide.asking(self, self._relative):
             return super().forward(role, cache, input_ids, past_length, drafter_scale, input_length)
 
-    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:  # noqa: ARG002  (Chooser's)
+    def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:  # noqa: ARG002  (Chooser's)
         """See :class:`Chooser`."""
-        farthest = torch.clamp(_spacing(steps, quantizer) / 2, max=reach)
+        farthest = torch.minimum(_spacing(steps, dtype) / 2, torch.as_tensor(reach, dtype=steps.dtype, device=steps.device))
         drawn = torch.rand(steps.shape, generator=self._generator, device=steps.device) * 2 - 1
-        return _nearest(steps + drawn * farthest, quantizer)
+        return _nearest(steps + drawn * farthest, dtype)
 
 
 @dataclass
@@ -130,7 +159,7 @@ class GraphCodes:
     """Codes that a graph has chosen, for the reference to follow, and what is to be said of them.
 
     Attributes:
-        codes: by layer, ``(rows, in)``, of one sequence; or of its last rows only, where the graph computes no others. Rows before these take
+        codes: by layer, ``(rows, ...)``, of one sequence; or of its last rows only, where the graph computes no others. Rows before these take
             the nearest codes.
         num_other: codes that are not the nearest to the reference's value.
         refused: by layer, how many are out of the bound's reach.
@@ -141,22 +170,23 @@ class GraphCodes:
     num_other: int = 0
     refused: dict[str, int] = field(default_factory=dict)
 
-    def choose(self, layer: str, quantizer: InputQuantizer, steps: Tensor, reach: float) -> Tensor:
+    def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
         """See :class:`Chooser`."""
         if layer not in self.codes:  # the graph does not quantize this input
             self.refused[layer] = self.refused.get(layer, 0) + steps.numel()
-            return _nearest(steps, quantizer)
-        shape, steps = steps.shape, steps.reshape(-1, steps.shape[-1])
+            return _nearest(steps, dtype)
         chosen = torch.from_numpy(np.ascontiguousarray(self.codes[layer], np.float32)).to(steps.device)
+        reach = torch.as_tensor(reach, dtype=steps.dtype, device=steps.device).expand(steps.shape)
+        shape, (steps, reach) = steps.shape, (of_rows.reshape(-1, *chosen.shape[1:]) for of_rows in (steps, reach))
         count = len(steps) - len(chosen)
-        before, steps = steps[:count], steps[count:]
+        before, steps, reach = steps[:count], steps[count:], reach[count:]
         # Rounding is monotone: a code between those of both ends is that of some value between them. NaN is none.
-        is_open = (chosen >= _nearest(steps - reach, quantizer)) & (chosen <= _nearest(steps + reach, quantizer))
+        is_open = (chosen >= _nearest(steps - reach, dtype)) & (chosen <= _nearest(steps + reach, dtype))
         self.num_compared += chosen.numel()
-        self.num_other += int((chosen != _nearest(steps, quantizer)).sum())
+        self.num_other += int((chosen != _nearest(steps, dtype)).sum())
         if num_refused := int((~is_open).sum()):
             self.refused[layer] = self.refused.get(layer, 0) + num_refused
-        return torch.cat((_nearest(before, quantizer), chosen)).reshape(shape)
+        return torch.cat((_nearest(before, dtype), chosen)).reshape(shape)
 
     def add_to(self, record: CodesRecord | None) -> CodesRecord:
         """The record of these codes and of those before."""
@@ -166,14 +196,15 @@ class GraphCodes:
                            passed=not refused)  # fmt: skip
 
 
-def _nearest(steps: Tensor, quantizer: InputQuantizer) -> Tensor:
-    steps = torch.clamp(steps, *INPUT_RANGES[quantizer.precision])
-    return torch.round(steps) if quantizer.precision == "int8" else steps.to(torch.float8_e4m3fn).float()
+def _nearest(steps: Tensor, dtype: DType) -> Tensor:
+    return nearest_code(torch.clamp(steps, *CODE_RANGES[dtype]), dtype)
 
 
-def _spacing(steps: Tensor, quantizer: InputQuantizer) -> Tensor:
-    """Distance of neighbouring codes at each value: 1, or with E4M3 an eighth of the power of two below it and at least 2**-9."""
-    if FORMATS[quantizer.precision].dtype == "int8":
+def _spacing(steps: Tensor, dtype: DType) -> Tensor:
+    """Distance of neighbouring codes at each value: 1, of E2M1 0.5 to 2, of E4M3 an eighth of the power of two below it and at least 2**-9."""
+    if dtype == "int8":
         return torch.ones_like(steps)
+    if dtype == "float4e2m1":
+        return spacing_of_e2m1(steps)
     _, exponent = torch.frexp(torch.clamp(steps.abs(), min=2.0**-6))
     return torch.ldexp(torch.ones_like(steps), exponent - 4)

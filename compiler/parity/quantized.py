@@ -17,6 +17,7 @@ from trimode.errors import BundleError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
+from trimode.graphs.nvfp4 import decode
 from trimode.graphs.quantization import Floats, dequantize, largest_magnitudes, scale_of
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
@@ -34,7 +35,7 @@ def load_quantized_trunk(
 
     Args:
         bundle: whose chosen precision is ``precision``.
-        precision: fp8, int8 or int4.
+        precision: of linear layers.
         checkpoint: what the bundle was built from.
         digest: of the checkpoint; has seen all of it afterwards.
         calibration: folder of the calibration that the bundle was built by; None: only scales that are rounded to nearest are compared.
@@ -74,8 +75,8 @@ def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
     layers = {}
     for name in weights.entries:
         layer, _, kind = name.rpartition(".")
-        if kind == "weight_scale":
-            scale = read(name)
+        if kind == "weight_scale":  # of nvfp4 those of the blocks, which come from the weights: the global one is what is given
+            scale = read(f"{name}_2") if f"{name}_2" in weights.entries else read(name)
             assert scale is not None
             layers[layer] = LinearScales(scale, read(f"{layer}.input_scale"), read(f"{layer}.pre_quant_scale"))
     return layers
@@ -97,11 +98,19 @@ def compare_weights(
     num_compared = 0
     for layer, scales in layers.items():
         expected = trunk.get_parameter(f"{layer}.weight").numpy(force=True)
-        found = dequantize(weights.raw(f"{layer}.weight").reshape(expected.shape[0], -1), scales.weight, precision)
+        found = _held(weights, layer, scales, precision, expected.shape[0])
         num_compared += expected.size
         if num_other := int((found.view(np.int32) != expected.view(np.int32)).sum()):
             differs[layer] = num_other
     return WeightsParity(num_layers=len(layers), num_compared=num_compared, differs=differs, passed=not differs)
+
+
+def _held(weights: PrecisionWeights, layer: str, scales: LinearScales, precision: QuantizedPrecision, rows: int) -> Floats:
+    """What the packs' numbers of a layer stand for, ``(out, in)``."""
+    raw = weights.raw(f"{layer}.weight").reshape(rows, -1)
+    if precision == "nvfp4":
+        return decode(raw, weights.raw(f"{layer}.weight_scale").reshape(rows, -1), scales.weight)
+    return dequantize(raw, scales.weight, precision)
 
 
 def compare_scales(layers: Mapping[str, LinearScales], given: Mapping[str, LinearScales], name: str) -> ScalesParity:

@@ -21,7 +21,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from trimode.calib.torch_session import TorchCache, TorchSession, led_by_causal
-from trimode.compiler.parity.borders import GraphCodes, Guide
+from trimode.compiler.parity.borders import GraphCodes, Guide, scales_name
 from trimode.compiler.parity.report import CodesRecord
 from trimode.graphs.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.sequence import PREFILL_CHUNK
@@ -140,7 +140,7 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
     def _quadratic(self, cache: TorchCache, ids: Ids, past: int, index: int, present: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         """The outputs of ``quadratic``, by a forward over the draft and one over the masked slots of each of its tokens, in the order of the rows."""
         rows = ids.shape[1]
-        with self._following(index, slice(rows), {HEAD: slice(rows)}):
+        with self._following(index, slice(rows), _of_head(slice(rows))):
             greedy, accepted, logits = self._session.forward("verify", cache, ids, past)
         _keep(cache, present, index, past, past)
         tokens, last = cache.layers, int(accepted[0])
@@ -149,7 +149,7 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
             end, begin = past + token + 1, rows + token * rows
             # Of the slots the graph's head sees those behind the last accepted token but the first, where it sees that token's own row.
             heads = slice(rows + 1, 2 * rows) if token == last else slice(0)
-            with self._following(index, slice(begin, begin + rows), {HEAD: heads}):
+            with self._following(index, slice(begin, begin + rows), _of_head(heads)):
                 drafted = self._session.drafts_behind(cache, end, rows)
             _keep(cache, present, index, end, past + begin)
             if token == last:
@@ -169,6 +169,10 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         self.codes = chosen.add_to(self.codes)
 
 
+def _of_head(rows: slice) -> dict[str, slice]:
+    return {HEAD: rows, scales_name(HEAD): rows}
+
+
 def _keep(cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int) -> None:
     """Write what a cache holds from ``begin`` on into row ``index`` of fixed caches, from ``slot`` on."""
     for tensor, new in zip(present, (part for layer in cache.layers for part in layer), strict=True):
@@ -181,10 +185,11 @@ def portable_runner(name: str, path: Path) -> Any:
 
 
 class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well.
+    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well, and of nvfp4 what follows it.
 
     Attributes:
-        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; where a layer is multiplied twice, the rows of both products.
+        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; of nvfp4 ``(B, rows, in / 16, 16)``, and of the blocks' scales
+            ``(B, rows, in / 16, 1)``. Where a layer is multiplied twice, the rows of both products.
     """
 
     def __init__(self, name: str, path: Path, contract: GraphContract, model: ModelInfo) -> None:
@@ -214,7 +219,7 @@ class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         count = len(self._outputs)
         several: dict[str, list[NDArray[Any]]] = {}
         for layer, codes in zip(self._layers.values(), results[count:], strict=True):
-            several.setdefault(layer, []).append(codes.reshape(len(feed_dict["input_ids"]), -1, codes.shape[-1]))
+            several.setdefault(layer, []).append(codes.reshape(len(feed_dict["input_ids"]), -1, *codes.shape[1:]))
         self.codes = {layer: np.concatenate(parts, axis=1) for layer, parts in several.items()}
         return OrderedDict(zip(self._outputs, results[:count], strict=True))
 
@@ -223,13 +228,32 @@ def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
     """The graph with an output in float32 for each quantized input, and the layers by these outputs' names."""
     model = onnx.load(path, load_external_data=False)
     layers: dict[str, str] = {}
-    for node in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        # By the scale it reads, not by what the node is called.
+
+    def see(value: str, layer: str) -> None:
         name = f"codes.{len(layers)}"
-        layers[name] = node.input[1].removesuffix(".input_scale")
-        model.graph.node.append(onnx.helper.make_node("Cast", [node.output[0]], [name], to=onnx.TensorProto.FLOAT))
+        layers[name] = layer
+        model.graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+
+    nodes = list(model.graph.node)
+    made_by = {output: node for node in nodes for output in node.output}
+    for node in [node for node in nodes if node.op_type == "QuantizeLinear"]:
+        # By the scale it reads, not by what the node is called.
+        scale = made_by.get(node.input[1])
+        if scale is None:
+            see(node.output[0], node.input[1].removesuffix(".input_scale"))
+        else:  # nvfp4: the scale is multiplied by 6, and what is quantized are scales
+            layer = scale.input[0].removesuffix(".input_scale")
+            see(node.output[0], scales_name(layer))
+            see(_multiplied(node.output[0], nodes), layer)
     return model.SerializeToString(), layers
+
+
+def _multiplied(blocks: str, nodes: list[onnx.NodeProto]) -> str:
+    """The numbers of four bits that a product multiplies by these scales of their blocks."""
+    (scales,) = (node.output[0] for node in nodes if node.op_type == "DequantizeLinear" and node.input[0] == blocks)
+    (codes,) = (node.input[0] for node in nodes if node.op_type == "Mul" and node.input[1] == scales)
+    return str(codes)
 
 
 def _open_portable(path: Path, graph: bytes | None = None) -> Any:

@@ -1,6 +1,6 @@
 """The pass that puts quantized weights into a graph.
 
-For each weight that the pack holds in fp8, int8 or int4, standard ONNX and with the names of the pack::
+For each weight that the pack holds in fp8, int8 or int4 (nvfp4: ``nvfp4_lowering``), standard ONNX and with the names of the pack::
 
     x -- Mul by .pre_quant_scale -- QuantizeLinear -- DequantizeLinear by .input_scale --.
                                                                                          Gemm(transB=1)
@@ -22,6 +22,7 @@ import onnx_ir as ir
 from trimode.compiler.lowering import IR_DTYPES, QUANTIZED_TYPES, weights
 from trimode.graphs.contract import DType
 
+_DTYPES: tuple[DType, ...] = ("float8e4m3fn", "int8", "int4")
 _NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, ir.DataType.INT8: np.int8}
 
 
@@ -52,13 +53,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         """Each such weight is the second factor of products, as ``(out, in)``."""
         for value in self._quantized(model):
-            if value.dtype in QUANTIZED_TYPES:
-                raise ir.passes.PreconditionError(f"{value.name} is {value.dtype} already")
-            for node, index in value.uses():
-                if node.op_type != "Gemm" or index != 1 or len(node.inputs) != 2:
-                    raise ir.passes.PreconditionError(f"{value.name} is something else than the second factor of a product")
-                if node.attributes.get_int("transB", 0) != 1:
-                    raise ir.passes.PreconditionError(f"the product with {value.name} does not read it as (out, in)")
+            check_second_factors(value)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Put the nodes around each product."""
@@ -74,7 +69,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear")
 
     def _quantized(self, model: ir.Model) -> list[ir.Value]:
-        quantized = {name for name, stored in self.pack.items() if IR_DTYPES[stored.dtype] in QUANTIZED_TYPES}
+        quantized = {name for name, stored in self.pack.items() if stored.dtype in _DTYPES}
         return [v for v in weights(model) if v.name in quantized]
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
@@ -110,6 +105,17 @@ class QuantizeWeights(ir.passes.InPlacePass):
         if name not in graph.initializers:
             graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape))
         return graph.initializers[name]
+
+
+def check_second_factors(weight: ir.Value) -> None:
+    """Raise ``PreconditionError`` where a weight is quantized already, or not what products multiply their inputs with, as ``(out, in)``."""
+    if weight.dtype in QUANTIZED_TYPES:
+        raise ir.passes.PreconditionError(f"{weight.name} is {weight.dtype} already")
+    for node, index in weight.uses():
+        if node.op_type != "Gemm" or index != 1 or len(node.inputs) != 2:
+            raise ir.passes.PreconditionError(f"{weight.name} is something else than the second factor of a product")
+        if node.attributes.get_int("transB", 0) != 1:
+            raise ir.passes.PreconditionError(f"the product with {weight.name} does not read it as (out, in)")
 
 
 def _axes(weight: ir.Shape, scale: ir.Shape) -> dict[str, int]:

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.nvfp4 import BLOCK_SIZE
 from trimode.runtime.manifest import CalibrationRecord
 
 RTN: Literal["rtn"] = "rtn"
 _RTN_BLOCK_SIZES = (128, 64, 32, 16)
+BLOCK_PRECISIONS: tuple[QuantizedPrecision, ...] = ("int4", "nvfp4")
+"""Those with a scale for each block of inputs."""
 _KINDS = ("weight_amax", "input_amax", "pre_quant_scale")
 _HEAD = "diffusion_head"
 _MAKE_AGAIN = "calibrate this checkpoint again with `trimode calibrate`"
@@ -27,7 +30,7 @@ class LayerScales:
     """What is known about one weight ``(out, in)``, float32 throughout.
 
     Attributes:
-        weight_amax: ``()``, ``(out,)`` or ``(out, in / block_size)``; None = taken from the weight when it is read.
+        weight_amax: ``()``, ``(out,)`` or ``(out, in / block_size)`` (int4); None = taken from the weight when it is read.
         block_size: inputs that share a scale; None = all.
         input_amax: ``()``; None = the input stays as it is.
         pre_quant_scale: ``(in,)``, which multiplies the input and divides the weight; None = there is none.
@@ -72,7 +75,7 @@ def load_quantization(calibration: Path | Literal["rtn"] | None, precision: Quan
         raise UsageError(f"--precision {precision}: expected --calibration, found none", f"make one with `{command}`{other}")
     if calibration == RTN:
         if precision == "fp8":
-            raise UsageError("--calibration rtn: expected --precision int8 or int4, found fp8", f"fp8 quantizes inputs too: run `{command}`")
+            raise UsageError("--calibration rtn: expected --precision int8, int4 or nvfp4, found fp8", f"fp8 quantizes inputs too: run `{command}`")
         return _round_to_nearest(precision, checkpoint)
     assert isinstance(calibration, Path)
     record, scales = load_calibration(calibration)
@@ -86,14 +89,15 @@ def load_quantization(calibration: Path | Literal["rtn"] | None, precision: Quan
 
 
 def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
-    """Every linear layer but the head; for int4 those whose inputs divide into blocks, the largest that fit all."""
+    """Every linear layer but the head; for int4 and nvfp4 their inputs have to divide into blocks, of int4 the largest that fit all."""
     shapes = {name: shape for name, shape in _linear_layers(checkpoint).items() if name != _HEAD}
     block_size = None
-    if precision == "int4":
-        block_size = next((size for size in _RTN_BLOCK_SIZES if all(shape[1] % size == 0 for shape in shapes.values())), None)
+    if precision in BLOCK_PRECISIONS:
+        sizes = _RTN_BLOCK_SIZES if precision == "int4" else (BLOCK_SIZE,)
+        block_size = next((size for size in sizes if all(shape[1] % size == 0 for shape in shapes.values())), None)
         if block_size is None:
             found = ", ".join(map(str, sorted({shape[1] for shape in shapes.values()})))
-            raise UsageError(f"--precision int4: expected layers whose inputs are multiples of {_RTN_BLOCK_SIZES[-1]}, found {found}",
+            raise UsageError(f"--precision {precision}: expected layers whose inputs are multiples of {_RTN_BLOCK_SIZES[-1]}, found {found}",
                              "pass --precision int8")  # fmt: skip
     record = CalibrationRecord(name=RTN, algorithm=RTN, block_size=block_size, scales_sha256=None)
     return Quantization(precision, {name: LayerScales(None, block_size) for name in shapes}, record, None)
@@ -128,6 +132,11 @@ def _layer_scales(
 ) -> LayerScales:
     rows, columns = shape
     wanted: dict[str, list[tuple[int, ...]]] = {"weight_amax": [(), (rows,)], "input_amax": [()], "pre_quant_scale": [(columns,)]}
+    if precision == "nvfp4":
+        if block_size != BLOCK_SIZE or columns % BLOCK_SIZE:
+            raise CheckpointError(f"{folder}: expected {layer} to have inputs in blocks of {BLOCK_SIZE}, found {columns} inputs and blocks of "
+                                  f"{block_size}", _MAKE_AGAIN)  # fmt: skip
+        wanted |= {"weight_amax": [()], "pre_quant_scale": []}
     if precision == "int4":
         if block_size is None or block_size % 2 or columns % block_size:
             raise CheckpointError(f"{folder}: expected {layer} to have inputs in whole blocks, found {columns} inputs and blocks of {block_size}",
@@ -140,4 +149,4 @@ def _layer_scales(
             what = "nothing" if values is None else str(list(values.shape))
             raise CheckpointError(f"{folder / SCALES}: expected {layer}.{kind} of shape {expected} for a weight of {list(shape)} in {precision}, "
                                   f"found {what}", _MAKE_AGAIN)  # fmt: skip
-    return LayerScales(found["weight_amax"], block_size if precision == "int4" else None, found["input_amax"], found["pre_quant_scale"])
+    return LayerScales(found["weight_amax"], block_size if precision in BLOCK_PRECISIONS else None, found["input_amax"], found["pre_quant_scale"])

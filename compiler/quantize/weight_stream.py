@@ -34,8 +34,8 @@ class WeightStream:
         self._found: list[bytes] = []
 
     @property
-    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the scales that go beside the weight, by the end of their names."""
+    def scales(self) -> dict[str, tuple[DType, tuple[int, ...]]]:
+        """Types and shapes of the scales that go with the weight, by the end of their names."""
         rows, columns = self._shape
         given = self._given
         shape = (rows, columns // given.block_size) if given.block_size else (rows,)
@@ -44,7 +44,7 @@ class WeightStream:
             shapes["pre_quant_scale"] = given.pre_quant_scale.shape
         if given.input_amax is not None:
             shapes["input_scale"] = ()
-        return shapes
+        return {kind: (self._stored, shape) for kind, shape in shapes.items()}
 
     def weight(self) -> Iterator[bytes]:
         """Yield the quantized weight.
@@ -56,7 +56,7 @@ class WeightStream:
         try:
             divisor = None if self._given.pre_quant_scale is None else round_to(self._given.pre_quant_scale, self._stored)
             row = 0
-            for values in _whole_rows(self._read(), self._shape[1]):
+            for values in whole_rows(self._read(), self._shape[1]):
                 yield self._quantized(values if divisor is None else values / divisor, row)
                 row += values.shape[0]
         except BuildError as error:
@@ -87,7 +87,7 @@ class WeightStream:
         return scale_of(amax, self._precision, self._stored)
 
 
-def _whole_rows(pieces: Iterator[bytes], columns: int) -> Iterator[Floats]:
+def whole_rows(pieces: Iterator[bytes], columns: int) -> Iterator[Floats]:
     """Regroup the bytes of a float32 matrix into whole rows, ``(rows, columns)`` each."""
     rest = np.empty(0, np.float32)
     for piece in pieces:

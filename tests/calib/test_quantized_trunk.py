@@ -83,6 +83,17 @@ def test_gradients_pass_where_an_input_is_not_cut(small_trunk: TriModeTrunk, pre
     torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_of_blocks_pass_where_an_input_is_in_range(small_trunk: TriModeTrunk) -> None:
+    """Also through a block's largest number, which its scale may round down."""
+    name = LAYERS[0]
+    quantize_trunk(small_trunk, "nvfp4", {name: LinearScales(np.array(1e-3, np.float32), np.array(1 / 2688, np.float32))})
+    layer = small_trunk.get_submodule(name)
+    x = torch.linspace(-2, 2, layer.weight.shape[1])[None].requires_grad_(True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(x.detach().abs() < 1, layer.weight.sum(0), 0), atol=1e-5, rtol=1e-5)
+
+
 def test_layers_that_are_not_named_stay_as_they_are(small_trunk: TriModeTrunk) -> None:
     before = {name: tensor.clone() for name, tensor in small_trunk.state_dict().items()}
     scales = some_scales(small_trunk, "int4")

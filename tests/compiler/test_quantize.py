@@ -140,7 +140,7 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(precision: QuantizedPrecisi
     scale = scale_of(amax, precision, "bfloat16")
     assert found == quantize(scaled, scale, precision).tobytes()
     assert b"".join(stream.scale("weight_scale")) == scale.astype(ml_dtypes.bfloat16).tobytes()
-    assert stream.scale_shapes == {"weight_scale": scale.shape, "pre_quant_scale": (6,)}
+    assert stream.scales == {"weight_scale": ("bfloat16", scale.shape), "pre_quant_scale": ("bfloat16", (6,))}
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -453,8 +453,8 @@ def test_the_pack_is_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     [
         (BuildOptions(precision="int4"), "int4: expected --calibration, found none", "--data PROMPTS.jsonl -o CAL`; or pass --calibration rtn"),
         (BuildOptions(precision="fp8"), "fp8: expected --calibration, found none", "-o CAL`"),
-        (BuildOptions(precision="fp8", calibration="rtn"), "expected --precision int8 or int4, found fp8", "trimode calibrate"),
-        (BuildOptions(precision="bf16", calibration="rtn"), "expected --calibration with --precision fp8, int8 or int4, found bf16", "leave"),
+        (BuildOptions(precision="fp8", calibration="rtn"), "expected --precision int8, int4 or nvfp4, found fp8", "trimode calibrate"),
+        (BuildOptions(precision="bf16", calibration="rtn"), "expected --calibration with --precision fp8, int8, int4 or nvfp4, found bf16", "leave"),
         (BuildOptions(("a100",), precision="fp8"), r"a100 \(8.0\): expected a precision it can run .*, found fp8", "bf16"),
         (BuildOptions(("t4",), precision="int4", calibration="rtn"), r"t4 \(7.5\): expected a precision .* \(fp16, int8\), found int4", "fp16"),
         (BuildOptions(precision="int4", calibration=Path("nowhere")), "nowhere: expected a calibration", "trimode calibrate"),

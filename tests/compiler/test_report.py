@@ -24,6 +24,7 @@ from trimode.compiler.weights import plan_pack, write_pack
 from trimode.errors import CheckpointError, TrimodeError, UsageError
 from trimode.graphs.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
 from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.nvfp4 import decode
 from trimode.graphs.quantization import dequantize
 from trimode.graphs.source import SourceDigest
 from trimode.runtime.pack import WeightPack
@@ -100,13 +101,14 @@ def test_bytes_and_weights_are_those_of_a_pack(checkpoint: Path, tmp_path: Path,
     assert weight_bytes(opened, "float32") == sum(4 * np.prod(entry.shape) for entry in opened.tensors.values())
 
     twin = quantized_twin(trunk, candidate.precision, layers)
-    scales = {tensor: (pack.raw(tensor).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
-              for tensor, entry in pack.entries.items() if tensor.endswith("_scale") and not tensor.startswith("rope.")}  # fmt: skip
     for layer in layers:
-        rows = opened.tensors[f"{layer}.weight"].shape[0]
-        stored = dequantize(
-            np.asarray(pack.raw(f"{layer}.weight")).view(np.uint8).reshape(rows, -1), scales[f"{layer}.weight_scale"], candidate.precision
-        )
+        raw = np.asarray(pack.raw(f"{layer}.weight")).view(np.uint8).reshape(opened.tensors[f"{layer}.weight"].shape[0], -1)
+        scale = pack.entries[f"{layer}.weight_scale"]
+        if candidate.precision == "nvfp4":
+            stored = decode(raw, np.asarray(pack.raw(f"{layer}.weight_scale")).reshape(scale.shape), pack.widened(f"{layer}.weight_scale_2"))
+        else:
+            wide = (pack.raw(f"{layer}.weight_scale").view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            stored = dequantize(raw, wide.reshape(scale.shape), candidate.precision)
         np.testing.assert_array_equal(twin.get_parameter(f"{layer}.weight").numpy(), stored)
 
 
@@ -152,7 +154,7 @@ def test_a_calibration_with_layers_left_out_builds(checkpoint: Path, data: Path,
 @pytest.mark.parametrize(
     ("calibrations", "changes", "kind", "message"),
     [
-        (("rtn-fp8",), {}, UsageError, "expected a folder, rtn-int8 or rtn-int4, found rtn-fp8"),
+        (("rtn-fp8",), {}, UsageError, "expected a folder, rtn-int8, rtn-int4 or rtn-nvfp4, found rtn-fp8"),
         (("rtn",), {}, UsageError, "found rtn"),
         (("missing",), {}, CheckpointError, "expected a calibration with calibration.json"),
         (("rtn-int8", "rtn-int8"), {}, UsageError, "found rtn-int8 twice"),

@@ -33,11 +33,12 @@ from trimode.errors import BundleError, UsageError
 from trimode.graphs.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, Role
+from trimode.graphs.quantization import FORMATS
 from trimode.graphs.source import SourceDigest
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.pack import WeightPack
 
-PRECISIONS: tuple[QuantizedPrecision, ...] = ("fp8", "int8", "int4")
+PRECISIONS: tuple[QuantizedPrecision, ...] = ("fp8", "int8", "int4", "nvfp4")
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 LAYER, OTHER = "encoder.layers.1.mlp.up_proj", "encoder.layers.1.mlp.down_proj"
 PACK = "weights.safetensors"
@@ -55,17 +56,17 @@ def calibrate(checkpoint: Path, folder: Path, precision: QuantizedPrecision) -> 
         if len(entry.shape) != 2 or "lora" in name or "embed" in name:
             continue
         layer, weight = name.removesuffix(".weight"), np.frombuffer(b"".join(entry.chunks()), np.float32).reshape(entry.shape)
-        if precision != "fp8":
+        if precision in ("int8", "int4"):
             scales[f"{layer}.pre_quant_scale"] = np.exp(rng.uniform(-0.5, 0.5, weight.shape[1])).astype(np.float32)
             weight = weight / scales[f"{layer}.pre_quant_scale"]
         blocks = weight.reshape(weight.shape[0], -1, 32) if precision == "int4" else weight
-        scales[f"{layer}.weight_amax"] = np.asarray(np.abs(blocks).max(None if precision == "fp8" else -1))
+        scales[f"{layer}.weight_amax"] = np.asarray(np.abs(blocks).max(None if precision in ("fp8", "nvfp4") else -1))
         if precision != "int4":
             scales[f"{layer}.input_amax"] = np.array(rng.uniform(2, 5), np.float32)
     digest = SourceDigest(opened)
     list(digest.read_all())
     record = Calibration(
-        schema_version=1, trimode_version="0", precision=precision, algorithm="by hand", block_size=32 if precision == "int4" else None,
+        schema_version=1, trimode_version="0", precision=precision, algorithm="by hand", block_size={"int4": 32, "nvfp4": 16}.get(precision),
         source_name="it", source_sha256=digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
     )  # fmt: skip
     save_calibration(folder, record, scales)
@@ -159,7 +160,7 @@ def test_notices_a_scale_of_the_weight(copied: Callable[[str], tuple[Path, Path]
     def change(values: np.ndarray) -> None:
         values[values.size // 2] *= 1.02  # of a row, of a block in a row, or of all
 
-    change_tensor(bundle, f"{LAYER}.weight_scale", np.float32, change)
+    change_tensor(bundle, f"{LAYER}.weight_scale{'_2' if precision == 'nvfp4' else ''}", np.float32, change)
     found = verify(bundle, checkpoint)
     assert not found.passed
     assert found.weights is not None
@@ -313,30 +314,31 @@ def quantizer_of(precision: QuantizedPrecision, scale: float = 0.25) -> InputQua
 def test_the_distance_of_neighbouring_codes() -> None:
     values = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     expected = np.diff(values)
-    found = _spacing(torch.from_numpy(values[:-1]), quantizer_of("fp8")).numpy()
+    found = _spacing(torch.from_numpy(values[:-1]), "float8e4m3fn").numpy()
     np.testing.assert_array_equal(found, expected)
-    assert _spacing(torch.tensor([-0.4, 100.0]), quantizer_of("int8")).tolist() == [1, 1]
+    assert _spacing(torch.tensor([-0.4, 100.0]), "int8").tolist() == [1, 1]
+    assert _spacing(torch.tensor([-0.4, 1.9, 2.0, -3.9, 4.0, 6.0]), "float4e2m1").tolist() == [0.5, 0.5, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_codes_that_the_bound_leaves_open(precision: QuantizedPrecision) -> None:
-    quantizer = quantizer_of(precision)
+    quantizer, dtype = quantizer_of(precision), FORMATS[precision].dtype
     border, step = (2.5, 1.0) if precision == "int8" else (17.0, 2.0)  # between 2 and 3, between 16 and 18
     steps = torch.tensor([border - 0.01, border - 0.01, border - 0.01, border + 0.01, border + 0.2])
     chosen = np.array([border - step / 2, border + step / 2, border + 1.5 * step, border - step / 2, border - step / 2], np.float32)
     codes = GraphCodes({"a": chosen[None]})
-    assert codes.choose("a", quantizer, steps[None], 0.05).tolist() == [chosen.tolist()]
+    assert codes.choose("a", dtype, steps[None], 0.05).tolist() == [chosen.tolist()]
     assert (codes.num_compared, codes.num_other, codes.refused) == (5, 4, {"a": 2})
     assert not codes.add_to(None).passed
     last = GraphCodes({"a": chosen[1:2, None]})  # of three rows the graph computed the last
     column = steps[:3, None].clone()
     column[2] = steps[1]
-    assert last.choose("a", quantizer, column, 0.05).tolist()[2] == [chosen[1]]
+    assert last.choose("a", dtype, column, 0.05).tolist()[2] == [chosen[1]]
     assert (last.num_compared, last.refused) == (1, {})
     nan = GraphCodes({"a": np.full((1, 1), np.nan, np.float32)})
-    nan.choose("a", quantizer, torch.tensor([[1.0]]), 0.05)
+    nan.choose("a", dtype, torch.tensor([[1.0]]), 0.05)
     assert nan.refused == {"a": 1}
-    nan.choose("b", quantizer, torch.zeros(2, 3), 0.05)
+    nan.choose("b", dtype, torch.zeros(2, 3), 0.05)
     assert nan.refused == {"a": 1, "b": 6}
     x = torch.linspace(-600, 600, 999)[None] * 0.25  # cut at both ends
     guided = GuidedQuantizer("a", quantizer, Guide())
