@@ -31,10 +31,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def save(name: str, measured: dict[str, Any]) -> None:
-    """Write ``<name>.json`` to ``$OUT`` where that is set, else to the results folder: figures, GPU, driver, libraries, command."""
+def result_folder() -> Path:
+    """``$OUT`` where that is set, else the repository's results; made where it is missing."""
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save(name: str, measured: dict[str, Any]) -> None:
+    """Write ``<name>.json`` to :func:`result_folder`: figures, GPU, driver, libraries, command."""
+    folder = result_folder()
     command = " ".join(["python", "-m", f"benchmarks.gpu.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     record = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": {**machine(), **gpu_facts()}, **measured}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -38,11 +38,15 @@ class Chats:
     @property
     def positions(self) -> Tensor:
         """(B, N) int64."""
-        return torch.arange(self.ids.shape[1]).expand(self.ids.shape)
+        return torch.arange(self.ids.shape[1], device=self.ids.device).expand(self.ids.shape)
+
+    def to(self, device: torch.device) -> Chats:
+        """The same on a device."""
+        return Chats(self.ids.to(device), self.answer_start.to(device), self.end.to(device))
 
     def target_weights(self) -> Tensor:
         """(B, N) float: weight of each token as something to predict from what precedes it."""
-        weights = torch.full(self.ids.shape, PROMPT_WEIGHT)
+        weights = torch.full(self.ids.shape, PROMPT_WEIGHT, device=self.ids.device)
         weights[self.positions >= self.answer_start] = 1.0
         weights[self.positions > self.end] = TAIL_WEIGHT
         return weights

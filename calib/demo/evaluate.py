@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+from trimode.calib.demo.joint import device_of
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.demo.tokenizer import BOS, IM_END, SPECIAL_IDS, render_prompt
 from trimode.calib.torch_session import TorchSession
@@ -170,10 +171,10 @@ def _question(example: Example, tokenizer: Tokenizer) -> Question:
 
 
 def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-    cache, ids = GrowingCacheAttention(), torch.tensor(prompts)
+    cache, ids = GrowingCacheAttention(), torch.tensor(prompts, device=device_of(trunk))
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
-        positions = (cache.length + torch.arange(ids.shape[1])).expand(ids.shape)
+        positions = (cache.length + torch.arange(ids.shape[1], device=ids.device)).expand(ids.shape)
         ids = trunk.head(trunk(ids, positions, cache)[:, -1:]).argmax(-1)
         for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
             if not answer or answer[-1] != SPECIAL_IDS[IM_END]:
@@ -185,6 +186,7 @@ def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tok
 
 def _rows(trunk: TriModeTrunk, cache: GrowingCacheAttention, tokens: list[int], drafter_scale: float | None = None) -> list[int]:
     """The greedy token of each row."""
-    positions = (cache.length + torch.arange(len(tokens)))[None]
-    greedy: list[int] = trunk.head(trunk(torch.tensor([tokens]), positions, cache, drafter_scale)).argmax(-1)[0].tolist()
+    ids = torch.tensor([tokens], device=device_of(trunk))
+    positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
+    greedy: list[int] = trunk.head(trunk(ids, positions, cache, drafter_scale)).argmax(-1)[0].tolist()
     return greedy

@@ -1,6 +1,12 @@
-"""Trains the trunk on chats: next-token prediction alone first, then the joint objective."""
+"""Trains the trunk on chats: next-token prediction alone first, then the joint objective.
+
+All that is drawn is drawn on the CPU, so that a seed means the same on every device, and moved to where the trunk is.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +36,10 @@ class JointTraining(Training):
 
 def autoregressive_loss(trunk: TriModeTrunk, chats: Chats) -> JointLoss:
     """The objective without its noisy half."""
-    length = chats.ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    chats, length = chats.to(device_of(trunk)), chats.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=chats.ids.device).tril()
     logits = trunk.head(trunk(chats.ids, chats.positions, MaskedAttention(causal)))
-    nothing = torch.zeros(chats.ids.shape[0], 0)
+    nothing = torch.zeros(chats.ids.shape[0], 0, device=chats.ids.device)
     empty = Corruption(nothing.bool(), nothing)
     return joint_loss(logits[:, :0], nothing.long(), empty, logits, chats.ids, chats.target_weights())
 
@@ -45,8 +51,44 @@ def denoising_loss(trunk: TriModeTrunk, chats: Chats, generator: torch.Generator
     corruption = window.corrupt(generator)
     noisy_ids = window.targets.masked_fill(corruption.masked, SPECIAL_IDS[MASK])
     mask = joint_mask(window.positions, chats.positions, window.first_boundary, block_size)
-    noisy_logits, clean_logits = split_forward(trunk, noisy_ids, chats.ids, window.positions, chats.positions, mask)
-    return joint_loss(noisy_logits, window.targets, corruption, clean_logits, chats.ids, chats.target_weights())
+    return loss_of(trunk, Noisy(noisy_ids, window.positions, window.targets, corruption), chats, mask)
+
+
+class Noisy(NamedTuple):
+    """The noisy half of a forward: ``ids``, ``positions`` and uncorrupted ``targets``, all ``(B, W)`` int64, and what is masked."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    corruption: Corruption
+
+
+def loss_of(
+    trunk: TriModeTrunk, noisy: Noisy, chats: Chats, mask: Tensor, *, diffusion_weight: float = 0.3, see: Callable[[Tensor], None] | None = None
+) -> JointLoss:
+    """The joint objective from one forward on the trunk's device, wherever what is given lies.
+
+    Args:
+        trunk: the model.
+        noisy: half of the forward.
+        chats: the other half.
+        mask: (B, 1, W + N, W + N) bool.
+        diffusion_weight: of the noisy half.
+        see: told the logits ``(B, W, V)`` of the noisy half.
+    """
+    device = device_of(trunk)
+    chats, corruption = chats.to(device), Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device))
+    noisy_logits, clean_logits = split_forward(trunk, noisy.ids.to(device), chats.ids, noisy.positions.to(device), chats.positions, mask.to(device))
+    if see is not None:
+        see(noisy_logits)
+    return joint_loss(
+        noisy_logits, noisy.targets.to(device), corruption, clean_logits, chats.ids, chats.target_weights(), diffusion_weight=diffusion_weight
+    )
+
+
+def device_of(trunk: TriModeTrunk) -> torch.device:
+    """Where the trunk's weights are."""
+    return trunk.encoder.norm.weight.device
 
 
 def split_forward(

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from trimode.calib.demo.data import LEAST_RATE, encode
-from trimode.calib.demo.joint import split_forward
+from trimode.calib.demo.joint import Noisy, loss_of
 from trimode.calib.demo.tasks import Example, examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
 from trimode.calib.demo.training import Training
 from trimode.calib.drafter import draft_mask
-from trimode.calib.objective import Corruption, JointLoss, joint_loss
+from trimode.calib.objective import Corruption, JointLoss
 
 NUM_BLOCKS = 4
 ALIGNED_SHARE = 0.5
@@ -83,10 +83,13 @@ class RefinementTraining(Training):
         rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(size, 1)
         noisy_ids = targets.masked_fill(masked, SPECIAL_IDS[MASK])
         mask = draft_mask(starts, size, chats.ids.shape[1])
-        noisy, clean = split_forward(self.trunk, noisy_ids, chats.ids, positions, chats.positions, mask)
-        logits = noisy.detach().float().view(*slots.shape, -1)
-        self._advance(slots <= chats.end[:, :, None], targets.view(slots.shape), masked.view(slots.shape), logits)
-        return joint_loss(noisy, targets, Corruption(masked, rate), clean, chats.ids, chats.target_weights(), diffusion_weight=DIFFUSION_WEIGHT)
+        noisy = Noisy(noisy_ids, positions, targets, Corruption(masked, rate))
+
+        def see(logits: Tensor) -> None:
+            logits = logits.detach().float().cpu().view(*slots.shape, -1)
+            self._advance(slots <= chats.end[:, :, None], targets.view(slots.shape), masked.view(slots.shape), logits)
+
+        return loss_of(self.trunk, noisy, chats, mask, diffusion_weight=DIFFUSION_WEIGHT, see=see)
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
         """Reveal what the forward was sure of, and replace what is decided up to its answer's end; all ``(B, K, L)``, logits with V."""

@@ -25,13 +25,14 @@ from trimode.calib.checkpoint_io import round_weights, write_json
 from trimode.calib.demo.console import StageProgress, run_command
 from trimode.calib.demo.data import batches
 from trimode.calib.demo.evaluate import Evaluation, evaluate
-from trimode.calib.demo.joint import JointTraining
+from trimode.calib.demo.joint import JointTraining, device_of
 from trimode.calib.demo.model import build_trunk, demo_config
 from trimode.calib.demo.refine import RefinementTraining
 from trimode.calib.demo.save import save_demo
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.tokenizer import build_tokenizer
 from trimode.calib.demo.training import Settings, Training, hash_seed
+from trimode.calib.device import check_device
 from trimode.calib.drafter import DrafterProgress, DrafterSettings, train_drafter
 from trimode.calib.torch_session import load_trunk
 from trimode.errors import UsageError
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
 JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 30.0, 15.0
-REFINEMENT_BATCH_SIZE = DRAFTER_BATCH_SIZE = 16
 REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 4e-4, 0.03, 0.9
 
 
@@ -58,6 +58,9 @@ class Plan:
         base: checkpoint to begin with instead of the joint stage.
         resume: take up the run in ``state``; without it, that file must not exist.
         num_questions: held-out questions per family; 0 leaves the evaluation out.
+        batch_size: chats in a step of the joint stage.
+        refinement_batch_size: in a step of the refinement, each with several blocks, and of the drafter.
+        device: ``cpu`` or ``cuda``.
         config: the contents of ``config.json``.
     """
 
@@ -71,6 +74,8 @@ class Plan:
     resume: bool = False
     num_questions: int = 20
     batch_size: int = 32
+    refinement_batch_size: int = 16
+    device: str = "cpu"
     config: dict[str, Any] = field(default_factory=demo_config)
 
     @property
@@ -86,11 +91,13 @@ def train_demo(plan: Plan, progress: StageProgress | None = None) -> dict[str, A
         UsageError: there is a state and ``resume`` is not set, or the other way round, or the output is not a folder to write to, or ``base``
             has another shape.
         CheckpointError: ``base`` is no checkpoint.
+        DeviceError: the device is not here.
     """
     progress = progress or StageProgress()
     tokenizer = build_tokenizer()
-    trunk = build_trunk(plan.config, plan.seed)
+    check_device(plan.device)
     _check_states(plan)
+    trunk = build_trunk(plan.config, plan.seed).to(plan.device)
     stages: dict[str, Any] = {}
     if plan.base:
         stages["base"] = _begin_with(plan.base, trunk, plan.config)
@@ -135,8 +142,9 @@ def _train_jointly(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progre
 
 
 def _refine(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, budget: Budget, progress: StageProgress) -> dict[str, Any]:
-    batch_size = min(plan.batch_size, REFINEMENT_BATCH_SIZE)
-    settings = Settings(seed=plan.seed, batch_size=batch_size, learning_rate=REFINEMENT_RATE, warm_up=REFINEMENT_WARM_UP, decay=REFINEMENT_DECAY)
+    settings = Settings(
+        seed=plan.seed, batch_size=plan.refinement_batch_size, learning_rate=REFINEMENT_RATE, warm_up=REFINEMENT_WARM_UP, decay=REFINEMENT_DECAY
+    )
     return _train_trunk(RefinementTraining(trunk, tokenizer, settings, plan.refinement_state), "refinement", budget, progress)
 
 
@@ -153,7 +161,8 @@ def _train_trunk(training: Training, name: str, budget: Budget, progress: StageP
 
 def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
     settings = DrafterSettings(seed=plan.seed)
-    source = batches(examples(hash_seed(f"{plan.seed} drafter"), "train"), tokenizer, min(plan.batch_size, DRAFTER_BATCH_SIZE))
+    drawn = batches(examples(hash_seed(f"{plan.seed} drafter"), "train"), tokenizer, plan.refinement_batch_size)
+    source = (chats.to(device_of(trunk)) for chats in drawn)
 
     def report(p: DrafterProgress, share: float) -> None:
         progress.update("drafter", share, _figures(p.step, {"loss": p.loss, "accepted": p.accepted}))
@@ -169,12 +178,16 @@ def _report(plan: Plan, stages: dict[str, Any], evaluation: Evaluation | None) -
     return {
         "trimode": trimode.__version__,
         "torch": torch.__version__,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **_gpu(plan.device)},
         "seed": plan.seed,
         "block_size": plan.config["block_size"],
         **stages,
         "evaluation": None if evaluation is None else asdict(evaluation),
     }
+
+
+def _gpu(device: str) -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
 
 
 def processor() -> str:
@@ -202,8 +215,13 @@ def main(
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the stages keep their state; beside DIR if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up the run in the state file.")] = False,
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions per family to evaluate on; 0 for no evaluation.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the joint stage.")] = 32,
+    refinement_batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the refinement and of the drafter.")] = 16,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train.")] = "cpu",
 ) -> None:
-    """Train the demo checkpoint from nothing on CPU, drafter included, and evaluate it."""
+    """Train the demo checkpoint from nothing, drafter included, and evaluate it."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"expected --device cpu or cuda, found {device!r}", "choose one of these")
     plan = Plan(
         output=output,
         state=state or output.absolute().with_name(f"{output.absolute().name}.state.pt"),
@@ -214,6 +232,9 @@ def main(
         seed=seed,
         resume=resume,
         num_questions=questions,
+        batch_size=batch_size,
+        refinement_batch_size=refinement_batch_size,
+        device=device,
     )
     with StageProgress() as progress:
         train_demo(plan, progress)

@@ -56,7 +56,7 @@ class Training(ABC):
     """A run that can be stopped and taken up again; what it trains on is left to the subclass.
 
     Args:
-        trunk: trained in place; its drafter adapter is left alone.
+        trunk: trained in place, on the device where it is; its drafter adapter is left alone.
         tokenizer: of the checkpoint.
         settings: of the run.
         state: file that holds the run's state, written whole or not at all.
@@ -70,6 +70,7 @@ class Training(ABC):
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
         ]
+        self.device = weights[0].device
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8)
 
     def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
@@ -100,7 +101,7 @@ class Training(ABC):
 
     def load(self) -> None:
         """Take up the run that the state file holds."""
-        state: dict[str, Any] = torch.load(self.state, weights_only=True)
+        state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
         adapter = {name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" in name}
         self.trunk.load_state_dict({**state["trunk"], **adapter})
         self.optimizer.load_state_dict(state["optimizer"])
@@ -117,7 +118,7 @@ class Training(ABC):
     def _step(self, share: float) -> JointLoss:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * rate_at(share, warm_up=self.settings.warm_up, decay=self.settings.decay)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss = self._loss(share)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()  # type: ignore[no-untyped-call]

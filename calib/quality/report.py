@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
-
 import trimode
+from trimode.calib.device import check_device
 from trimode.calib.quality.candidate import COMPUTE_TYPE, Candidate, quantized_twin, weight_bytes
 from trimode.calib.quality.decoding import Answers, ToText, answer, answer_and_record, partings, right_answers, same_tokens
 from trimode.calib.quality.fidelity import Fidelity
@@ -32,7 +31,7 @@ from trimode.calib.quantize.job import Progress
 from trimode.calib.quantize.statistics import LOSSLESS_DB
 from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.errors import DeviceError, UsageError
+from trimode.errors import UsageError
 from trimode.files import staged_replacement
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
@@ -129,12 +128,6 @@ def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a report."""
     if output.exists() and not (output.is_dir() and ((output / REPORT).is_file() or not any(output.iterdir()))):
         raise UsageError(f"{output}: expected a new or empty folder, or a report to replace, found something else", "name another folder")
-
-
-def check_device(device: str) -> None:
-    """Raise :class:`DeviceError` where the device is not here."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to measure on the CPU")
 
 
 def read_original(

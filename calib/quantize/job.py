@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 import trimode
+from trimode.calib.device import check_device
 from trimode.calib.mapped_trunk import MappedEmbedding, float32_tensor, mapped_tensor, open_trunk
 from trimode.calib.memory import free_memory_bytes
 from trimode.calib.quantize.feed import find_scales
@@ -26,7 +27,7 @@ from trimode.calib.quantize.statistics import InputStatistics, quantize_weight, 
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
 from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
-from trimode.errors import BuildError, CheckpointError, DeviceError, UsageError
+from trimode.errors import BuildError, CheckpointError, UsageError
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
@@ -83,7 +84,7 @@ def calibrate(
     check_output(output)
     folder = work_folder_of(output)
     check_work_folder(folder, resume=resume)
-    _check_device(settings.device)
+    check_device(settings.device)
     drawn = draw_texts(texts, settings.num_samples, settings.seed, model)
     layers, block_size = quantized_layers(checkpoint.config, settings)
     load_modelopt()  # it takes minutes to need it, and no time to miss it
@@ -211,11 +212,6 @@ class _Job:
         weight = float32_tensor(self.checkpoint.tensors[f"{name}.weight"], "cpu").numpy()
         quantized = quantize_weight(weight, scales[f"{name}.weight_amax"], self.settings.precision, scales.get(f"{name}.pre_quant_scale"))
         return LayerRecord(input_amax=input_amax, weight_snr_db=round(snr_db(weight, quantized), 3))
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to calibrate on the CPU")
 
 
 def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings) -> dict[str, Any]:

@@ -1,0 +1,13 @@
+"""Where the jobs compute: on the CPU, or on a CUDA device where there is one."""
+
+from __future__ import annotations
+
+import torch
+
+from trimode.errors import DeviceError
+
+
+def check_device(device: str) -> None:
+    """Raise :class:`DeviceError` where ``device``, ``cpu`` or ``cuda``, is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to use the CPU")
