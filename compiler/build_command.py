@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimode.compiler.cache import default_folder
 from trimode.compiler.cli import parse_ints
 from trimode.compiler.console import RichProgress
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.compiler.quantize.scales import RTN
+from trimode.runtime.cache_folder import default_folder
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from trimode.runtime.bundle import sha256_of
 
 DEFAULT_LIMIT_BYTES = 10 * 10**9
-
-
-def default_folder() -> Path:
-    """``$TRIMODE_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get("TRIMODE_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("trimode")
 
 
 def key_of(**facts: Any) -> str:

@@ -1,20 +1,60 @@
-"""``trimode cache``: what the cache of traced graphs and engines holds."""
+"""``trimode cache``: what the cache holds, and clearing it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-from trimode.compiler.cache import ContentCache, default_folder
+from filelock import FileLock, Timeout
+
+from trimode.compiler.cache import ContentCache
+from trimode.runtime.cache_folder import PREPACKED, TIMINGS, default_folder
 
 
 def show_cache(*, clear: bool, as_json: bool) -> None:
-    """Print folder, entries and bytes; with ``clear`` delete what no build is using first."""
-    cache = ContentCache(default_folder(), limit_bytes=0)
-    deleted = cache.prune() if clear else 0
-    count, num_bytes = cache.usage()
-    facts = {"folder": str(cache.folder), "entries": count, "num_bytes": num_bytes, "deleted": deleted}
+    """Print folder, entries and bytes by kind; with ``clear`` delete first what nobody is making."""
+    folder = default_folder()
+    deleted = _clear(folder) if clear else 0
+    kinds = {
+        "graphs and engines": ContentCache(folder).usage(),
+        "arranged weights": _usage(_arranged(folder)),
+        "timings": _usage((folder / TIMINGS).glob("*.json")),
+    }
+    count, num_bytes = (sum(of_kind) for of_kind in zip(*kinds.values(), strict=True))
     if as_json:
+        by_kind = {kind.replace(" ", "_"): {"entries": n, "num_bytes": b} for kind, (n, b) in kinds.items()}
+        facts = {"folder": str(folder), "entries": count, "num_bytes": num_bytes, "kinds": by_kind, "deleted": deleted}
         sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        sys.stdout.write(f"{cache.folder}: {count} entries, {num_bytes / 1e6:.1f} MB" + (f", {deleted} deleted" if clear else "") + "\n")
+        return
+    sys.stdout.write(f"{folder}: {_in_words(count, num_bytes)}" + (f", {deleted} deleted" if clear else "") + "\n")
+    for kind, usage in kinds.items():
+        if usage[0]:
+            sys.stdout.write(f"  {kind}: {_in_words(*usage)}\n")
+
+
+def _clear(folder: Path) -> int:
+    """Delete all but timings, which take minutes of a quiet machine and hardly a byte; returns how many entries."""
+    deleted = ContentCache(folder, limit_bytes=0).prune()
+    for entry in list(_arranged(folder)):
+        with contextlib.suppress(Timeout), FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
+            shutil.rmtree(entry)  # processes that have it open keep what they have mapped
+            deleted += 1
+    return deleted
+
+
+def _arranged(folder: Path) -> Iterable[Path]:
+    return (entry for entry in (folder / PREPACKED).glob("?" * 64) if entry.is_dir())
+
+
+def _usage(entries: Iterable[Path]) -> tuple[int, int]:
+    """Number of entries, files or folders of files, and their bytes."""
+    sizes = [sum(path.stat().st_size for path in (entry, *entry.glob("*")) if path.is_file()) for entry in entries]
+    return len(sizes), sum(sizes)
+
+
+def _in_words(count: int, num_bytes: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}, {num_bytes / 1e6:.1f} MB"

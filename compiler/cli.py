@@ -101,7 +101,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into a bundle, for one target or several; add targets, or a precision, to a bundle that exists."""
-    _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock", "platformdirs")
+    _need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock")
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
@@ -280,11 +280,11 @@ def targets(as_json: Json = False) -> None:
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete every entry that no build is using.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete every entry that nobody is making; timings stay.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show, or clear, the cache of traced graphs and engines."""
-    _need("the compiler", "compile", "filelock", "platformdirs")
+    """Show, or clear, the cache: traced graphs and engines, weights arranged for this processor, timings."""
+    _need("the compiler", "compile", "filelock")
     from trimode.compiler.cache_command import show_cache
 
     show_cache(clear=clear, as_json=as_json)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+PREPACKED, TIMINGS = "prepacked", "timings"
+"""Folders in it: of weights arranged for this processor, and of measured forwards. The compiler keeps graphs and engines beside them."""
+
 
 def default_folder() -> Path:
     """``$TRIMODE_CACHE``, or the user's cache folder by the XDG convention.

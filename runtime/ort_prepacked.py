@@ -26,7 +26,7 @@ from typing import Any
 
 from trimode.graphs.contract import Role
 from trimode.runtime.bundle import Bundle, sha256_of
-from trimode.runtime.cache_folder import default_folder
+from trimode.runtime.cache_folder import PREPACKED, default_folder
 from trimode.runtime.onnx_file import change_external_data
 from trimode.runtime.ort_library import load_graph, ort
 
@@ -55,7 +55,7 @@ def prepacked_graphs(bundle: Bundle, graphs: Mapping[Role, str], make_options: C
         OSError: the cache cannot be read or written.
         BundleError: ONNX Runtime refuses a graph.
     """
-    folder = (cache or default_folder()) / "prepacked"
+    folder = (cache or default_folder()) / PREPACKED
     entry = folder / _key(bundle, graphs)
     if not _is_whole(entry, bundle.is_verified):
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from trimode.files import replace_text
 from trimode.graphs.contract import Role
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.bundle import Bundle
-from trimode.runtime.cache_folder import default_folder
+from trimode.runtime.cache_folder import TIMINGS, default_folder
 from trimode.runtime.device import Gpu, find_gpu
 
 SCHEMA_VERSION = 1
@@ -152,7 +152,7 @@ def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
 
 def table_path(subject: Subject) -> Path:
     """Where the table of a subject is kept; :class:`OSError` where the user has no home."""
-    return default_folder() / "timings" / f"{subject.key}.json"
+    return default_folder() / TIMINGS / f"{subject.key}.json"
 
 
 def save_timings(timings: Timings, path: Path) -> None:

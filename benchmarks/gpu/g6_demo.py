@@ -38,9 +38,10 @@ def plan_of(options: Any, state: Path, output: Path) -> Plan:
 def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """A row a family, and their mean."""
     found = report["evaluation"]
+    diffusion, lengths = found["diffusion_exact_match"], found["acceptance_length_per_family"]
     rows = [
-        {"family": family, "ar": exact, "diffusion": found["diffusion_exact_match"][family], "without_drafter": lengths[0], "with_drafter": lengths[1]}
-        for (family, exact), lengths in zip(found["exact_match"].items(), found["acceptance_length_per_family"].values(), strict=True)
+        {"family": family, "ar": exact, "diffusion": diffusion[family], "without_drafter": lengths[family][0], "with_drafter": lengths[family][1]}
+        for family, exact in found["exact_match"].items()
     ]
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("ar", "diffusion")}
     return [*rows, {"family": "all", **mean, "without_drafter": found["acceptance_length_base"], "with_drafter": found["acceptance_length"]}]

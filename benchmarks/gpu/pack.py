@@ -24,7 +24,7 @@ PIECE_BYTES = 45_000_000
 GROUPS = {
     "rtx": (
         "tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116", "cuda-bindings", "cuda-pathfinder", "onnx-ir>=1.1",
-        "polygraphy", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "platformdirs", "typer>=0.29", "ml-dtypes>=0.5",
+        "polygraphy", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typer>=0.29", "ml-dtypes>=0.5",
     ),
     "ort": ("onnxruntime-gpu>=1.31",),
     "calib": ("nvidia-modelopt>=0.47", "nvidia-ml-py", "omegaconf", "PyYAML", "pulp", "regex", "scipy", "tqdm", "requests", "rich"),

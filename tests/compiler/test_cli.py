@@ -180,13 +180,27 @@ def test_targets_lists_what_this_machine_can_do() -> None:
 
 def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
-    assert json.loads(trimode("cache", "--json").stdout) == {"folder": str(tmp_path / "cache"), "entries": 0, "num_bytes": 0, "deleted": 0}
+    empty = json.loads(trimode("cache", "--json").stdout)
+    assert (empty["folder"], empty["entries"], empty["num_bytes"], empty["deleted"]) == (str(tmp_path / "cache"), 0, 0, 0)
     entry = tmp_path / "cache" / "ab" / ("ab" * 32)
     entry.parent.mkdir(parents=True)
-    entry.write_bytes(bytes(1000))
-    assert trimode("cache").stdout == f"{tmp_path / 'cache'}: 1 entries, 0.0 MB\n"
-    assert json.loads(trimode("cache", "--clear", "--json").stdout)["deleted"] == 1
+    entry.write_bytes(bytes(10**6))
+    arranged, table = tmp_path / "cache" / "prepacked" / ("cd" * 32), tmp_path / "cache" / "timings" / "ef.json"
+    for path, size in ((arranged / "weights.bin", 2 * 10**6), (arranged / "ar.onnx", 10**5), (table, 10**5)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    assert trimode("cache").stdout.splitlines() == [
+        f"{tmp_path / 'cache'}: 3 entries, 3.2 MB",
+        "  graphs and engines: 1 entry, 1.0 MB",
+        "  arranged weights: 1 entry, 2.1 MB",
+        "  timings: 1 entry, 0.1 MB",
+    ]
+    assert json.loads(trimode("cache", "--json").stdout)["kinds"]["arranged_weights"] == {"entries": 1, "num_bytes": 2100000}
+    cleared = json.loads(trimode("cache", "--clear", "--json").stdout)
+    assert (cleared["deleted"], cleared["entries"]) == (2, 1)
     assert not entry.exists()
+    assert not arranged.exists()
+    assert table.exists()
 
 
 def test_building_twice_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
