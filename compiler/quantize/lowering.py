@@ -13,7 +13,7 @@ that the graph computes in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +22,6 @@ import onnx_ir as ir
 from trimode.compiler.lowering import IR_DTYPES, QUANTIZED_TYPES, weights
 from trimode.graphs.contract import DType
 
-_DTYPES: tuple[DType, ...] = ("float8e4m3fn", "int8", "int4")
 _NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, ir.DataType.INT8: np.int8}
 
 
@@ -40,11 +39,17 @@ class Stored(Protocol):
         ...
 
 
-class QuantizeWeights(ir.passes.InPlacePass):
-    """Read the weights that ``pack`` holds quantized from there.
+class WeightPass(ir.passes.InPlacePass):
+    """What all passes over quantized weights have in common: which weights, and that they are second factors of products.
 
-    To be applied once the graph has its compute type, which the scales take.
+    Args:
+        pack: types and shapes of what the pack holds.
+
+    Attributes:
+        dtypes: types in the pack of the weights that the pass is about.
     """
+
+    dtypes: ClassVar[tuple[DType, ...]]
 
     def __init__(self, pack: Mapping[str, Stored]) -> None:
         super().__init__()
@@ -53,7 +58,20 @@ class QuantizeWeights(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         """Each such weight is the second factor of products, as ``(out, in)``."""
         for value in self._quantized(model):
-            check_second_factors(value)
+            _check_second_factors(value)
+
+    def _quantized(self, model: ir.Model) -> list[ir.Value]:
+        names = {name for name, stored in self.pack.items() if stored.dtype in self.dtypes}
+        return [v for v in weights(model) if v.name in names]
+
+
+class QuantizeWeights(WeightPass):
+    """Read the weights that the pack holds quantized from there.
+
+    To be applied once the graph has its compute type, which the scales take.
+    """
+
+    dtypes = ("float8e4m3fn", "int8", "int4")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Put the nodes around each product."""
@@ -67,10 +85,6 @@ class QuantizeWeights(ir.passes.InPlacePass):
         for value in self._quantized(model):
             if value.dtype not in QUANTIZED_TYPES or any(node.op_type != "DequantizeLinear" for node, _ in value.uses()):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear")
-
-    def _quantized(self, model: ir.Model) -> list[ir.Value]:
-        quantized = {name for name, stored in self.pack.items() if stored.dtype in _DTYPES}
-        return [v for v in weights(model) if v.name in quantized]
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
         assert weight.name is not None
@@ -107,7 +121,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return graph.initializers[name]
 
 
-def check_second_factors(weight: ir.Value) -> None:
+def _check_second_factors(weight: ir.Value) -> None:
     """Raise ``PreconditionError`` where a weight is quantized already, or not what products multiply their inputs with, as ``(out, in)``."""
     if weight.dtype in QUANTIZED_TYPES:
         raise ir.passes.PreconditionError(f"{weight.name} is {weight.dtype} already")

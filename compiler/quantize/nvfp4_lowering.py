@@ -23,8 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from trimode.compiler.lowering import weights
-from trimode.compiler.quantize.lowering import Stored, check_second_factors
+from trimode.compiler.quantize.lowering import Stored, WeightPass
 from trimode.compiler.quantize.nodes import Nodes
 from trimode.graphs.nvfp4 import BLOCK_SIZE, LARGEST_CODE, PAIRS
 from trimode.graphs.quantization import Floats
@@ -35,21 +34,10 @@ _SCALE_IN_E4M3 = 17
 _SMALLEST_NORMAL = 2.0**-126
 
 
-class _Nvfp4Pass(ir.passes.InPlacePass):
-    """What both have in common: which weights, and that each is the second factor of products.
+class _Nvfp4Pass(WeightPass):
+    """What both have in common: which weights, and the way through a graph."""
 
-    Args:
-        pack: types and shapes of what the pack holds.
-    """
-
-    def __init__(self, pack: Mapping[str, Stored]) -> None:
-        super().__init__()
-        self.pack = pack
-
-    def requires(self, model: ir.Model) -> None:
-        """Each such weight is the second factor of products, as ``(out, in)``."""
-        for value in self._quantized(model):
-            check_second_factors(value)
+    dtypes = ("float4e2m1",)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Put the nodes around each product."""
@@ -84,10 +72,6 @@ class _Nvfp4Pass(ir.passes.InPlacePass):
     @abc.abstractmethod
     def _widen_weight(self, nodes: Nodes, layer: str, weight: ir.Value, compute: ir.DataType, shape: ir.Shape) -> ir.Value:
         """The narrowed weight as ``(out, in)`` in the compute type."""
-
-    def _quantized(self, model: ir.Model) -> list[ir.Value]:
-        names = {name for name, stored in self.pack.items() if stored.dtype == "float4e2m1"}
-        return [v for v in weights(model) if v.name in names]
 
     def _scales(self, nodes: Nodes, layer: str) -> ir.Value:
         """Of the blocks, ``(out, in / 16)`` in float32."""
