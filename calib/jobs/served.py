@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from trimode.calib.quantized_trunk import linear_scales, quantize_trunk
 from trimode.calib.torch_session import load_trunk
+from trimode.errors import DeviceError
 from trimode.graphs.calibration import Calibration, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import DType
@@ -54,3 +57,9 @@ def load_served(checkpoint: Checkpoint, num_positions: int, dtype: DType, calibr
     check_source(str(calibration), record.source_sha256, digest.base_hexdigest())
     quantize_trunk(trunk, record.precision, layers)
     return ServedTrunk(trunk, digest.base_hexdigest(), digest.hexdigest(), record)
+
+
+def check_device(device: str) -> None:
+    """Raise :class:`DeviceError` where torch cannot use the device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to train on the CPU")
