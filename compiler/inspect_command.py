@@ -50,8 +50,8 @@ def _model(manifest: Manifest) -> Iterator[str]:
     yield f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}"
     if manifest.sampler is not None:
         sampler, lengths = manifest.sampler, ", ".join(map(str, manifest.sampler.block_lengths))
-        size = f"{sampler.num_parameters / 1e6:.2f} M parameters, {manifest.files[sampler.file].num_bytes / 1e6:.1f} MB"
-        yield f"sampler    {sampler.name}, {size}, trained on blocks of {lengths}, fills from a score of {sampler.threshold:g}"
+        weight = f"{sampler.num_parameters / 1e6:.2f} M parameters, {manifest.files[sampler.file].num_bytes / 1e6:.1f} MB"
+        yield f"sampler    {sampler.name}, {weight}, trained on blocks of {lengths}, fills from a score of {sampler.threshold:g}"
 
 
 def _calibration(record: CalibrationRecord) -> str:

@@ -146,7 +146,10 @@ class _Layer(nn.Module):
         return hidden + self.dropout(self.down(functional.gelu(self.up(self.mlp_norm(hidden)))))  # type: ignore[no-any-return]
 
     def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D) each
+        qkv: Tensor = self.qkv(hidden)
+        batch, length, width = hidden.shape
+        heads = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)  # (B, H, L, D) each
         query, key = rotate_pairs(self.query_norm(query), cos, sin), rotate_pairs(self.key_norm(key), cos, sin)
         weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
         return self.output((weights @ value).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
@@ -154,7 +157,7 @@ class _Layer(nn.Module):
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of neighbouring pairs (2i, 2i + 1): ``x (B, H, L, D)``, ``cos`` and ``sin (L, D / 2)``."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
@@ -179,7 +182,7 @@ def token_semantics(embeddings: Tensor) -> Tensor:
     """
     centred = embeddings.detach().to("cpu", torch.float32) - embeddings.detach().to("cpu", torch.float64).mean(0).float()
     covariance = torch.zeros(centred.shape[1], centred.shape[1], dtype=torch.float64)
-    for rows in centred.split(8192):  # in float64 all of them would take twice their memory again
+    for rows in torch.split(centred, 8192):  # in float64 all of them would take twice their memory again
         covariance += rows.double().T @ rows.double()
     _, vectors = torch.linalg.eigh(covariance)
     count = min(SEMANTICS, *centred.shape)

@@ -229,6 +229,7 @@ class TriModeModel:
     def close(self) -> None:
         """Give the memory of the weights back; nothing can be generated afterwards. Garbage collection does it, too, but later."""
         self.session.close()
+        self.__dict__.pop("scorer", None)
 
     def __enter__(self) -> TriModeModel:
         return self

@@ -97,7 +97,7 @@ def _oracle_name(oracle: str) -> str:
 
 
 def _streamed_ways(model: TriModeModel, settings: LightSettings, length: int) -> list[tuple[dict[str, Any], Way]]:
-    """AR first, then thresholds and the bundle's sampler, then every other algorithm that this bundle can run, with the drafter where that makes a difference."""
+    """AR first, then thresholds, then the bundle's sampler, then every other algorithm that it can run, with the drafter where that matters."""
     ways: list[tuple[dict[str, Any], Way]] = [({"mode": "ar"}, Way("ar", "ar"))]
     for threshold in settings.thresholds:
         options = {"mode": "diffusion", "threshold": threshold, "block_length": length}

@@ -130,7 +130,7 @@ class _KnowsTargets:
         """1 for a slot that may be filled; of the others, and if there is none, the most confident right slot has the highest score."""
         right = ids[:, 0] == self._targets
         is_hit = np.array([self._rng.random() < self._hit_rate for _ in right])
-        rest = np.where(right, 0.5 * probabilities[:, 0], 0)
+        rest = np.where(right, probabilities[:, 0].astype(np.float32) / 2, 0)
         return np.where(right & is_hit, 1.0, rest).astype(np.float32)
 
 

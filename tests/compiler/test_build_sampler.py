@@ -15,6 +15,7 @@ from checkpoints import config_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from trimode.calib.light.measure import LightSettings, measure_light
 from trimode.calib.sampler_job.scoring import TorchScorer
 from trimode.compiler.cli import app
 from trimode.compiler.options import BuildOptions
@@ -108,10 +109,8 @@ def test_what_a_bundle_says_of_it(bundle: Path, sampler: Path, checkpoint: Path,
     assert (manifest.sampler.threshold, manifest.sampler.block_lengths) == (record.threshold, (3, 8))
     onnx.checker.check_model(str(bundle / "sampler.onnx"), full_check=True)
     shown = trimode("inspect", bundle)
-    assert (
-        f"sampler    mine, {record.num_parameters / 1e6:.2f} M parameters, {(bundle / 'sampler.onnx').stat().st_size / 1e6:.1f} MB, trained on blocks of 3, 8"
-        in shown.stdout
-    )
+    size = (bundle / "sampler.onnx").stat().st_size / 1e6
+    assert f"sampler    mine, {record.num_parameters / 1e6:.2f} M parameters, {size:.1f} MB, trained on blocks of 3, 8" in shown.stdout
     assert json.loads(trimode("inspect", bundle, "--json").stdout)["sampler"]["threshold"] == record.threshold
     build_bundle(checkpoint, tmp_path / "plain")
     assert "sampler" not in json.loads((tmp_path / "plain/manifest.json").read_text())
@@ -213,3 +212,13 @@ def test_the_command_line_takes_every_sampler(bundle: Path) -> None:
         assert len(record["token_ids"]) == 16 or record["finish_reason"] == "stop"
         if name == "schedule":
             assert record["nfe"] <= 2 * (2 + 1)
+
+
+def test_the_speed_of_light_has_a_row_for_it(bundle: Path) -> None:
+    with TriModeModel.from_pretrained(bundle, num_threads=1) as model:
+        ways = {way.name: way for way in measure_light(model, [[20, 30], [40]], LightSettings(4, (0.9,), 8, max_forwards=50), lambda _: None)}
+        record = model.bundle.manifest.sampler
+        assert record is not None
+        results = [model.stream([ids], "diffusion", sampler="learned", block_length=4, max_new_tokens=8).finish() for ids in ([20, 30], [40])]
+    way = ways[f"diffusion, learned sampler from {record.threshold:g}"]
+    assert (way.target, way.nfe, way.num_tokens) == ("serial denoising", sum(r.nfe for r in results), sum(len(r.token_ids) for r in results))
