@@ -13,6 +13,7 @@ from trimode.compiler.console import RichProgress
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.compiler.quantize.scales import RTN
+from trimode.compiler.sampler import SAMPLER_FILE
 from trimode.runtime.cache_folder import default_folder
 
 
@@ -24,6 +25,7 @@ class BuildRequest:
     precision: str | None
     calibration: str | None
     drafter: Path | None
+    sampler: Path | None
     max_length: int | None
     block_lengths: str | None
     max_batch: int
@@ -44,6 +46,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         precision=request.precision,
         calibration=_calibration(request.calibration),
         drafter=request.drafter,
+        sampler=request.sampler,
         max_length=request.max_length,
         block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,
@@ -77,6 +80,7 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
         "precisions": list(manifest.precisions),
         "targets": list(result.record.targets),
         "built": list(result.built),
+        "sampler": None if manifest.sampler is None else manifest.sampler.name,
         "cached_engines": result.num_cached,
         "num_bytes": sum(record.num_bytes for record in manifest.files.values()),
     }
@@ -85,6 +89,8 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
 def _in_words(output: Path, result: BuildResult) -> str:
     manifest = result.manifest
     size = sum(record.num_bytes for record in manifest.files.values()) / 1e6
+    if not result.built and result.has_new_sampler:
+        return f"added a sampler to {output}: {result.manifest.files[SAMPLER_FILE].num_bytes / 1e6:.1f} MB, {size:.1f} MB with all else"
     if not result.built:
         return f"{output} is up to date: {', '.join(result.record.targets)} in {result.precision}, {size:.1f} MB"
     others = [name for name in manifest.precisions if name != result.precision]

@@ -84,6 +84,7 @@ def build(
     drafter: Annotated[
         Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
     ] = None,
+    sampler: Annotated[Path | None, typer.Option(metavar="SAMPLER", help="Learned sampler of block diffusion (`trimode calibrate sampler`).")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
     ] = None,
@@ -105,7 +106,7 @@ def build(
     from trimode.compiler.build_command import BuildRequest, run_build
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, drafter, max_length, block_lengths, max_batch, quadratic, weights, workspace,
+        tuple(target or ("cpu",)), precision, calibration, drafter, sampler, max_length, block_lengths, max_batch, quadratic, weights, workspace,
         timing_cache, jobs, no_cache, force, as_json,
     )  # fmt: skip
     run_build(checkpoint, output, request)
@@ -242,6 +243,49 @@ def drafter(
     run_drafter(checkpoint, output, DrafterRequest(data, calibration, resume, as_json), settings)
 
 
+@calibrate.command()
+def sampler(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="SAMPLER", help="Folder to write, or a trained sampler to replace.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the sampler is for; if left out nothing is quantized.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
+    ] = "float32",
+    steps: Annotated[int | None, typer.Option(help="Steps of training; 2000 if neither this nor --minutes is given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing states and measuring.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    target: Annotated[str, typer.Option(help="What is right: the tokens of serial denoising (serial), or the model's own (ar).")] = "serial",
+    block_length: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")] = "8,32",
+    d_model: Annotated[int, typer.Option(help="Width of the network.")] = 192,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Its attention heads.")] = 8,
+    feed_forward: Annotated[int, typer.Option(help="Width of its feed-forward layers.")] = 384,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Slots in a step.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the draw, of the network and of what is trained on.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sampler for block diffusion on the states that its denoising passes through; for `trimode build --sampler`."""
+    _need("training", "compile", "torch", "safetensors", "ml_dtypes")
+    from trimode.calib.sampler_job.settings import SamplerJobSettings
+    from trimode.compiler.sampler_command import SamplerRequest, run_sampler
+
+    settings = SamplerJobSettings(
+        dtype, steps, minutes, samples, held_out, target, tuple(parse_ints(block_length)), d_model, layers, heads, feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
+        learning_rate, batch_size, seed, max_new_tokens, device,
+    )  # fmt: skip
+    run_sampler(checkpoint, output, SamplerRequest(data, calibration, resume, as_json), settings)
+
+
 @app.command()
 def verify(
     bundle: BundlePath,
@@ -301,6 +345,11 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
     block_length: Annotated[int | None, typer.Option(help="Slots of a block, with auto at most; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --mode diffusion, what fills slots: threshold (if left out), schedule, margin, leftmost or learned."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="With --sampler schedule, denoise forwards of a block; one a slot if left out.")] = None,
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Draft without the adapter.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; 0, the most probable token, if left out.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
@@ -328,7 +377,7 @@ def run(
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
         "stop": stop, "min_new_tokens": min_new_tokens, "max_thinking_tokens": max_thinking_tokens, "end_think_token_id": end_think_token_id,
-        "logprobs": logprobs,
+        "logprobs": logprobs, "sampler": sampler, "steps": steps,
     }  # fmt: skip
     choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(

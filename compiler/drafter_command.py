@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trimode.calib.drafter_job.job import Prompts, check_output, train_adapter
+from trimode.calib.drafter_job.job import check_output, train_adapter
 from trimode.calib.drafter_job.measure import Drafting
 from trimode.calib.drafter_job.record import Comparison, DrafterRecord
 from trimode.calib.drafter_job.settings import DrafterJobSettings
-from trimode.calib.drafter_job.state import check_state, state_file
+from trimode.calib.jobs.prompts import Prompts
+from trimode.calib.jobs.state import check_state, state_file
 from trimode.compiler.calibrate_command import encode_prompts
 from trimode.compiler.console import RichProgress
 from trimode.compiler.plan import describe_model

@@ -42,7 +42,7 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
 
     Raises:
         UsageError: it does not.
-        CheckpointError: the calibration of a precision that is to be added is of another checkpoint.
+        CheckpointError: the calibration of a precision that is to be added, or the sampler, is of another checkpoint.
     """
     there = base.precisions.get(plan.precision)
     if there is not None and plan.quantization is not None and plan.quantization.record != there.calibration:
@@ -57,8 +57,14 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
         expected = getattr(plan.model, name)
         if found != expected:
             raise UsageError(f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE)
-    if there is None and plan.quantization is not None and plan.quantization.source_sha256 is not None:
-        plan.quantization.check_source(_base_digest(base, plan.checkpoint, progress))
+    is_calibrated = there is None and plan.quantization is not None and plan.quantization.source_sha256 is not None
+    if not is_calibrated and plan.sampler is None:
+        return
+    digest = _base_digest(base, plan.checkpoint, progress)
+    if is_calibrated and plan.quantization is not None:
+        plan.quantization.check_source(digest)
+    if plan.sampler is not None:
+        plan.sampler.check_source(digest)
 
 
 def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
@@ -88,7 +94,7 @@ def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     if checkpoint.drafter is None:
         return base.source.sha256
     digest = SourceDigest(checkpoint)
-    advance = progress.stage("compare calibration", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    advance = progress.stage("compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
     for count in digest.read_all():
         advance(count)
     return digest.base_hexdigest()

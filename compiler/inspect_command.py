@@ -48,6 +48,10 @@ def _model(manifest: Manifest) -> Iterator[str]:
     yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
     yield f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})"
     yield f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}"
+    if manifest.sampler is not None:
+        sampler, lengths = manifest.sampler, ", ".join(map(str, manifest.sampler.block_lengths))
+        weight = f"{sampler.num_parameters / 1e6:.2f} M parameters, {manifest.files[sampler.file].num_bytes / 1e6:.1f} MB"
+        yield f"sampler    {sampler.name}, {weight}, trained on blocks of {lengths}, fills from a score of {sampler.threshold:g}"
 
 
 def _calibration(record: CalibrationRecord) -> str:

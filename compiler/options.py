@@ -26,6 +26,7 @@ class BuildOptions:
         calibration: folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or nvfp4 weights by rounding to nearest, without
             any data.
         drafter: folder of a drafter adapter that takes the place of the checkpoint's own.
+        sampler: folder of a learned sampler of block diffusion (`trimode calibrate sampler`); a bundle that is added to gets it, too.
         max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
         block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.
         max_batch: most sequences in one forward of a TensorRT engine.
@@ -43,6 +44,7 @@ class BuildOptions:
     precision: str | None = None
     calibration: Path | Literal["rtn"] | None = None
     drafter: Path | None = None
+    sampler: Path | None = None
     max_length: int | None = None
     block_lengths: tuple[int, ...] | None = None
     max_batch: int = 1

@@ -23,6 +23,7 @@ from trimode.compiler.graphfile import check_graph, save_graph
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.progress import Progress, Silent
+from trimode.compiler.sampler import SAMPLER_FILE, write_sampler
 from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
 from trimode.compiler.toolchain import require_toolchain
 from trimode.compiler.traced import traced_graph
@@ -48,12 +49,14 @@ class BuildResult:
         precision: that was built, or added to.
         built: targets that were added to it; none where the bundle had them all.
         num_cached: engines that came from the cache.
+        has_new_sampler: whether a learned sampler was added to it.
     """
 
     manifest: Manifest
     precision: PrecisionName
     built: tuple[str, ...]
     num_cached: int
+    has_new_sampler: bool = False
 
     @property
     def record(self) -> PrecisionRecord:
@@ -102,13 +105,17 @@ class BuildState:
         return self.writer.result()
 
     def check_weights(self) -> None:
-        """Raise what writing the pack raised, or that the calibration is of another checkpoint, as soon as it is known."""
-        if self.writer is not None and self.writer.check() and self.source is not None and self.plan.quantization is not None:
+        """Raise what writing the pack raised, or that calibration or sampler are of another checkpoint, as soon as it is known."""
+        if self.writer is None or not self.writer.check() or self.source is None:
+            return
+        if self.plan.quantization is not None:
             self.plan.quantization.check_source(self.source.base_hexdigest())
+        if self.plan.sampler is not None:
+            self.plan.sampler.check_source(self.source.base_hexdigest())
 
 
 def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
-    """Build a bundle, or add a precision or targets to one.
+    """Build a bundle, or add a precision, targets or a learned sampler to one.
 
     Args:
         checkpoint: folder of a Hugging Face checkpoint.
@@ -118,7 +125,7 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
 
     Raises:
         UsageError: an option is out of range, or ``output`` is something else than a bundle of this checkpoint.
-        CheckpointError: the checkpoint is incomplete or not of this family, or the calibration does not belong to it.
+        CheckpointError: the checkpoint is incomplete or not of this family, or the calibration or the sampler does not belong to it.
         DependencyError: the library that compiles for a target is not installed.
         BuildError: a target cannot be compiled for here, or the bundle could not be written; what was there before still is.
     """
@@ -147,7 +154,7 @@ def _create(plan: BuildPlan, output: Path, progress: Progress, cache: ContentCac
 def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
     check_same(base, output, plan, progress)
     plan = without_built(plan, base)
-    if not plan.targets:
+    if not plan.targets and plan.sampler is None:
         return BuildResult(base, plan.precision, (), 0)
     for target in plan.targets.values():
         require_toolchain(target)
@@ -155,7 +162,10 @@ def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, c
     with added_to_bundle(output, base, rest, [plan.names.target(name) for name in plan.targets]) as folder:
         if plan.precision in base.precisions:
             packs = [output / name for name in base.precisions[plan.precision].packs]
-            return _run(ADDED_TARGETS, BuildState(plan, progress, cache, folder, packs, read_tensors(PrecisionWeights(packs)), base=base))
+            return _run(
+                ADDED_TARGETS if plan.targets else ADDED_SAMPLER,
+                BuildState(plan, progress, cache, folder, packs, read_tensors(PrecisionWeights(packs)), base=base),
+            )
         held = held_in(output / name for name in _all_packs(base))
         layout, _ = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization, file=plan.names.pack, held=held)
         check_space(output, layout.num_bytes)
@@ -178,7 +188,7 @@ def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) ->
             state.writer.stop()
     assert state.manifest is not None
     (state.folder / MANIFEST).write_text(state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return BuildResult(state.manifest, state.plan.precision, tuple(state.plan.targets), state.num_cached)
+    return BuildResult(state.manifest, state.plan.precision, tuple(state.plan.targets), state.num_cached, state.plan.sampler is not None)
 
 
 def trace_graphs(state: BuildState) -> None:
@@ -251,6 +261,17 @@ def _constant_scales(state: BuildState) -> dict[str, Floats]:
     return {name: np.array(weights.widened(name)) for name in weights.entries if name.endswith(".input_scale")}
 
 
+def export_sampler(state: BuildState) -> None:
+    """Write the learned sampler's graph, where there is one to write."""
+    if state.plan.sampler is None:
+        return
+    advance = state.progress.stage("export sampler", 1)
+    write_sampler(state.plan.sampler, state.folder / SAMPLER_FILE)
+    check_graph(state.folder / SAMPLER_FILE)
+    state.record(SAMPLER_FILE)
+    advance(1)
+
+
 def copy_tokenizer(state: BuildState) -> None:
     """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that takes token ids only."""
     advance = state.progress.stage("copy tokenizer", len(COPIED_FILES))
@@ -280,17 +301,19 @@ def describe_bundle(state: BuildState) -> None:
         precisions={plan.precision: _describe_precision(state)},
         files=state.files,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        sampler=plan.sampler.describe() if plan.sampler else None,
     )
 
 
 def describe_additions(state: BuildState) -> None:
-    """The manifest of the bundle with its new precision, or new targets of one."""
+    """The manifest of the bundle with its new precision, new targets of one, or its sampler."""
     assert state.base is not None
     precision = state.plan.precision
     rest = drop_targets(state.base, precision, list(state.plan.targets))
     there = rest.precisions.get(precision)
     record = there.model_copy(update={"targets": {**there.targets, **state.plan.records}}) if there else _describe_precision(state)
-    update = {"precisions": {**rest.precisions, precision: record}, "files": {**rest.files, **state.files}}
+    sampler = state.plan.sampler.describe() if state.plan.sampler else rest.sampler
+    update = {"precisions": {**rest.precisions, precision: record}, "files": {**rest.files, **state.files}, "sampler": sampler}
     state.manifest = rest.model_copy(update=update)
 
 
@@ -305,6 +328,7 @@ def _describe_precision(state: BuildState) -> PrecisionRecord:
     )
 
 
-NEW_BUNDLE = (start_weights, trace_graphs, write_graphs, compile_targets, copy_tokenizer, finish_weights, describe_bundle)
-ADDED_PRECISION = (start_weights, trace_graphs, write_graphs, compile_targets, finish_weights, describe_additions)
-ADDED_TARGETS = (trace_graphs, compile_targets, describe_additions)
+NEW_BUNDLE = (start_weights, trace_graphs, write_graphs, export_sampler, compile_targets, copy_tokenizer, finish_weights, describe_bundle)
+ADDED_PRECISION = (start_weights, trace_graphs, write_graphs, export_sampler, compile_targets, finish_weights, describe_additions)
+ADDED_TARGETS = (trace_graphs, export_sampler, compile_targets, describe_additions)
+ADDED_SAMPLER = (export_sampler, describe_additions)

@@ -8,6 +8,7 @@ from pathlib import Path
 from trimode.compiler.options import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, BuildOptions
 from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.compiler.quantize.scales import Quantization, load_quantization
+from trimode.compiler.sampler import SamplerSource, plan_sampler
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
 from trimode.compiler.toolchain import library_of
 from trimode.errors import UsageError
@@ -49,6 +50,7 @@ class BuildPlan:
         quantization: of the other weights; None where there are none, or where they are in the bundle that is added to.
         names: of the precision's files.
         records: the manifest's entry of each target, known in full beforehand.
+        sampler: the learned sampler to write; None where none is asked for, or where the bundle that is added to has it.
     """
 
     options: BuildOptions
@@ -61,6 +63,7 @@ class BuildPlan:
     names: FileNames
     targets: dict[str, Target]
     records: dict[str, TargetRecord]
+    sampler: SamplerSource | None = None
 
 
 def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | None = None) -> BuildPlan:
@@ -69,7 +72,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     Raises:
         UsageError: an option is out of range, a target cannot run the precision, or the precision or a target cannot compute in the type that
             all precisions of the bundle share.
-        CheckpointError: the calibration cannot be read, or does not fit the checkpoint.
+        CheckpointError: the calibration or the sampler cannot be read, or does not fit the checkpoint.
         DependencyError: the library that compiles for a target is not installed.
     """
     options.check()
@@ -87,7 +90,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     records = {name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized) for name, target in targets.items()}
-    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, names, targets, records)
+    sampler = plan_sampler(options.sampler, model, base)
+    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, names, targets, records, sampler)
 
 
 def plan_target(

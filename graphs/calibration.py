@@ -124,6 +124,14 @@ class Calibration(_Record):
     sensitivity: SensitivityRecord | None = None
 
 
+class ScalesRecord(_Record):
+    """The calibration that weights were quantized with, as what was made of them names it."""
+
+    name: str
+    precision: QuantizedPrecision
+    scales_sha256: str
+
+
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
     """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier calibration in ``folder``."""
     with staged_replacement(folder) as staged:

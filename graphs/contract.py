@@ -23,8 +23,8 @@ TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
 Dimension = int | str
-DType = Literal["int64", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"]
-"""Element types; the last four only of quantized weights, and float8e4m3fn of the scales of float4e2m1."""
+DType = Literal["int64", "bool", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"]
+"""Element types; bool only of the sampler's flags, the last four only of quantized weights, and float8e4m3fn of the scales of float4e2m1."""
 
 
 class _Record(BaseModel):
@@ -138,6 +138,15 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
     if role == "verify":
         return GraphContract(role=role, attention="causal", inputs=(ids, past), outputs=verified)
     return GraphContract(role=role, attention="quadratic", inputs=(ids, past), outputs=(*verified, *candidates))
+
+
+def sampler_contract() -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of the learned sampler's graph, which has no cache: a block, its masked slots, and what a denoise forward said of it."""
+    inputs = (
+        _spec("input_ids", "int64", "batch", "rows"), _spec("masked", "bool", "batch", "rows"),
+        _spec("top_ids", "int64", "batch", "rows", TOP_K), _spec("top_probabilities", "float32", "batch", "rows", TOP_K),
+    )  # fmt: skip
+    return inputs, (_spec("scores", "float32", "batch", "rows"),)
 
 
 def _spec(name: str, dtype: DType, *shape: Dimension) -> TensorSpec:

@@ -49,7 +49,7 @@ def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Draft
     contract = graph_contract(role, model)
     inputs = (*contract.inputs, *cache_specs(model, "past_key_values"))
     outputs = (*contract.outputs, *cache_specs(model, "present"))
-    with _quiet():
+    with quiet_exporter():
         exported = _export(role, config, model, drafter, contract.inputs)
         program = torch.onnx.export(
             exported, dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
@@ -58,8 +58,8 @@ def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Draft
         assert program is not None
         traced = program.model
         _tidy(traced, role)
-    _declare(traced.graph.inputs, inputs)
-    _declare(traced.graph.outputs, outputs)
+    declare(traced.graph.inputs, inputs)
+    declare(traced.graph.outputs, outputs)
     return traced
 
 
@@ -99,6 +99,11 @@ def _tidy(model: ir.Model, role: Role) -> None:
             value.name = name.removeprefix("trunk.")
             value.const_value = None
             model.graph.initializers[value.name] = value
+    clean(model, role)
+
+
+def clean(model: ir.Model, name: str) -> None:
+    """Fold constants and shape arithmetic, drop what the exporter leaves behind, and name the graph."""
     onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -110,20 +115,20 @@ def _tidy(model: ir.Model, role: Role) -> None:
     model.metadata_props.clear()
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "trimode", ""
-    model.graph.name = role
+    model.graph.name = name
 
 
-def _declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
+def declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
     """Give graph inputs or outputs the contract's shapes, so that dimension names are the contract's and not the exporter's."""
     values = list(values)
     assert [v.name for v in values] == [s.name for s in specs], ([v.name for v in values], [s.name for s in specs])
     for value, spec in zip(values, specs, strict=True):
         value.shape = ir.Shape(spec.shape)
-        value.dtype = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT}[spec.dtype]
+        value.dtype = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "bool": ir.DataType.BOOL}[spec.dtype]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter warns and logs about its own internals; a user can do nothing about them."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]

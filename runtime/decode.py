@@ -19,6 +19,7 @@ from trimode.graphs.contract import ModelInfo
 from trimode.runtime.auto import AR_STEP, make_policy
 from trimode.runtime.chooser import Chooser, TokenLogprob, make_chooser
 from trimode.runtime.options import DecodeOptions, Mode
+from trimode.runtime.policies import Denoised, fill_policy, reaching
 from trimode.runtime.sequence import Sequence
 from trimode.runtime.session import Ids
 
@@ -61,21 +62,25 @@ def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) ->
 def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
     """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
 
+    Which slots each forward fills is up to a policy (:mod:`trimode.runtime.policies`); where it finds none, they stay masked, as in the reference.
     A last block that would exceed the limit is denoised whole and cut, so the tokens are those of a longer run.
     """
     budget, choose = _start(sequence, options, counters)
+    fill = fill_policy(options.sampler, options.threshold, options.steps or options.block_length, options.scorer)
+    mask = sequence.model.mask_token_id
     while not budget.done:
         block = _masked_block(choose.next(), options.block_length, sequence.model)
         choose.begin_block(block)
-        for _ in range(options.block_length):
-            masked = block == sequence.model.mask_token_id
+        for step in range(options.block_length):
+            masked = block == mask
             if not masked.any():
                 break
             counters.nfe += 1
-            tokens, confidence = choose.denoised(block, masked, *sequence.denoise(block))
-            slots = _confident(masked, confidence, options.threshold)
+            ids, probabilities = sequence.denoise(block)
+            tokens, confidence = choose.denoised(block, masked, ids, probabilities)
+            slots = fill(Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step))
             block[slots] = tokens[slots]
-            if _ends_decided(block, budget.eos, sequence.model.mask_token_id):
+            if not slots.any() or _ends_decided(block, budget.eos, mask):
                 break
         kept = budget.fit(budget.before_end(block.tolist()))
         length = len(sequence.tokens) + len(kept)
@@ -193,7 +198,7 @@ def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Cou
     Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
     a slot drawn before one to its left would have steered that one's ``q``, and then be no such draw given that that one was accepted.
     """
-    choose_slots = _leading if options.sampling.is_random else _confident
+    choose_slots = _leading if options.sampling.is_random else reaching
     for _ in range(max(1, options.block_length - 1)):
         counters.nfe += 1
         masked = block == sequence.model.mask_token_id
@@ -209,15 +214,6 @@ def _masked_block(first: int, length: int, model: ModelInfo) -> Ids:
     block = np.full(length, model.mask_token_id, np.int64)
     block[0] = first
     return block
-
-
-def _confident(masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """The masked slots whose confidence reaches the threshold, and the most confident one in any case."""
-    confidence = np.where(masked, confidence, -np.inf)
-    chosen: NDArray[np.bool_] = masked & (confidence >= threshold)
-    if masked.any():
-        chosen[confidence.argmax()] = True
-    return chosen
 
 
 def _leading(masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ A bundle is a folder::
     manifest.json                      this schema
     ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
     quadratic.onnx                     one more, where it was asked for
+    sampler.onnx                       a learned sampler of block diffusion, where one was given; all precisions share it
     weights.safetensors                every tensor once, and the scales of quantized ones; external data of the portable graphs
     engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
     engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
@@ -23,9 +24,9 @@ Refused on opening: another schema, a file that is missing or whose size or sha2
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role
 
@@ -151,6 +152,26 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
+class SamplerRecord(_Record):
+    """The learned sampler of block diffusion.
+
+    Attributes:
+        file: its graph, weights inside; float32, for ONNX Runtime on the CPU.
+        name: the folder's that it was built from.
+        sha256: of the trained weights, ``sampler_sha256`` in that folder's record.
+        num_parameters: of the network, without its token table.
+        block_lengths: that it was trained on; it takes any.
+        threshold: score from which a slot is filled, where nobody says otherwise.
+    """
+
+    file: FileName
+    name: str
+    sha256: str
+    num_parameters: int
+    block_lengths: tuple[int, ...]
+    threshold: float = Field(ge=0, le=1)
+
+
 class Manifest(_Record):
     """The contents of ``manifest.json``.
 
@@ -159,6 +180,7 @@ class Manifest(_Record):
         contracts: what each graph takes and returns, whatever the precision: one for each of :data:`trimode.graphs.contract.ROLES`, and for
             ``quadratic`` where it was asked for.
         precisions: in the order they were built; the first is the one that runs where none is asked for.
+        sampler: None = block diffusion goes by rules alone. The file then has no such field, and readers of the schema that know none take it.
     """
 
     schema_version: int
@@ -170,6 +192,14 @@ class Manifest(_Record):
     precisions: dict[PrecisionName, PrecisionRecord] = Field(min_length=1)
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]
+    sampler: SamplerRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if self.sampler is None:
+            fields.pop("sampler", None)
+        return fields
 
     @property
     def first_precision(self) -> PrecisionName:

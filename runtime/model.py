@@ -19,7 +19,9 @@ from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.chooser import TokenLogprob
 from trimode.runtime.decode import MODES, Counters
+from trimode.runtime.manifest import SamplerRecord
 from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
+from trimode.runtime.policies import SamplerName, Scorer
 from trimode.runtime.sequence import Forwards, Sequence
 from trimode.runtime.session import Ids, Session, takes_block
 from trimode.runtime.text import TextCodec, TextStream
@@ -27,6 +29,8 @@ from trimode.runtime.timings import Timings, find_timings, read_timings, subject
 
 END_THINK = "</think>"
 DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0, "auto": 0.0}
+DEFAULT_MARGIN = 0.8
+"""Of the sampler ``margin``."""
 DEFAULT_QUADRATIC_LENGTH = 16
 """The reference's: rows of a forward grow with the square."""
 
@@ -225,6 +229,7 @@ class TriModeModel:
     def close(self) -> None:
         """Give the memory of the weights back; nothing can be generated afterwards. Garbage collection does it, too, but later."""
         self.session.close()
+        self.__dict__.pop("scorer", None)
 
     def __enter__(self) -> TriModeModel:
         return self
@@ -241,6 +246,13 @@ class TriModeModel:
     def timings(self) -> Timings | None:
         """The table that mode ``auto`` chooses by: the one that was given, or that ``trimode bench`` kept; None where there is none."""
         return find_timings(subject_of(self.bundle, self.target, self.num_threads), self._given_timings)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The bundle's learned sampler; :class:`UsageError` where it has none."""
+        from trimode.runtime.learned import LearnedScorer  # ONNX Runtime is an optional extra, which a TensorRT target does without
+
+        return LearnedScorer(self.bundle.path / self._sampler_record().file, self.num_threads)
 
     def ar_generate(
         self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | Seq[int] | None = None, **choices: Unpack[TokenChoices]
@@ -266,12 +278,18 @@ class TriModeModel:
         ids: Any,
         max_new_tokens: int = 512,
         block_length: int = 32,
-        threshold: float = 0.9,
+        threshold: float | None = None,
         eos_token_id: int | Seq[int] | None = None,
+        *,
+        sampler: SamplerName = "threshold",
+        steps: int | None = None,
         **choices: Unpack[TokenChoices],
     ) -> tuple[Ids, int]:
-        """Block-diffusion generation; otherwise like :meth:`ar_generate`."""
-        blocks = {"block_length": block_length, "threshold": threshold}
+        """Block-diffusion generation; otherwise like :meth:`ar_generate`.
+
+        ``sampler`` decides which slots a forward fills (:mod:`trimode.runtime.policies`); ``threshold`` None = 0.9, or what belongs to the sampler.
+        """
+        blocks = {"block_length": block_length, "sampler": sampler, "steps": steps, **({} if threshold is None else {"threshold": threshold})}
         return self._generate(ids, "diffusion", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
     def linear_spec_generate(
@@ -342,7 +360,7 @@ class TriModeModel:
         if mode not in MODES:
             raise UsageError(f"expected a mode among {', '.join(MODES)}, found {mode!r}", "see the README for what each mode does")
         defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
-        chosen = make_options(**{**defaults, **self._with_end_think(options)})
+        chosen = make_options(**{**defaults, **self._for_sampler(mode, options), **self._with_end_think(options)})
         check_options(chosen, self.model, mode)
         if mode == "auto" and chosen.costs is None:
             chosen = replace(chosen, costs=self._costs(chosen))
@@ -369,6 +387,23 @@ class TriModeModel:
             found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.cycle_ms))}"
             raise UsageError(found, f"measure it: trimode bench BUNDLE --rows 1,{options.block_length}")
         return usable
+
+    def _for_sampler(self, mode: Mode, options: dict[str, Any]) -> dict[str, Any]:
+        """What the sampler that the options name needs and they leave open."""
+        sampler = options.get("sampler") if mode == "diffusion" else None  # that of another mode is refused with the other options
+        if sampler == "learned":
+            record = self._sampler_record()
+            return {"threshold": record.threshold, "scorer": self.scorer}
+        if sampler in ("schedule", "leftmost") and "threshold" in options:
+            raise UsageError(f"expected no threshold with the sampler {sampler}, found {options['threshold']}", "leave it out: nothing is compared")
+        return {"threshold": DEFAULT_MARGIN} if sampler == "margin" else {}
+
+    def _sampler_record(self) -> SamplerRecord:
+        record = self.bundle.manifest.sampler
+        if record is None:
+            hint = "train one with `trimode calibrate sampler` and add it with `trimode build CHECKPOINT -o BUNDLE --sampler SAMPLER`"
+            raise UsageError("expected a bundle with a learned sampler, found one without", hint)
+        return record
 
     def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with the tokenizer's ``</think>`` where a thinking budget names no token."""

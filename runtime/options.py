@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import TOP_K, ModelInfo
 from trimode.runtime.auto import StepCosts
+from trimode.runtime.policies import SamplerName, Scorer
 from trimode.runtime.sampling import SamplingOptions, check_sampling
 
 Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class DecodeOptions:
     Attributes:
         max_new_tokens: no mode returns more.
         block_length: slots of a block, the first of which is always a token already decided. For ``auto`` the most that a block may have.
-        threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once.
+        threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once. With the
+            samplers ``margin`` and ``learned`` a margin or a score has to reach it.
         use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens. Quadratic self-speculation never does.
         eos_token_ids: any of them ends a text; None = the model's.
         sampling: how the next token is drawn.
@@ -31,6 +34,9 @@ class DecodeOptions:
         end_think_token_id: the token that ends thinking.
         logprobs: report the log-probability of each token, and of so many most probable ones; None = do not.
         costs: what ``auto`` chooses by; None = it does not choose, and speculates with ``block_length``.
+        sampler: which slots of a block diffusion fills after a forward (:mod:`trimode.runtime.policies`).
+        steps: of the sampler ``schedule``: denoise forwards of a block; None = one a slot.
+        scorer: what the sampler ``learned`` asks.
     """
 
     max_new_tokens: int = 128
@@ -45,6 +51,9 @@ class DecodeOptions:
     end_think_token_id: int | None = None
     logprobs: int | None = None
     costs: StepCosts | None = None
+    sampler: SamplerName = "threshold"
+    steps: int | None = None
+    scorer: Scorer | None = None
 
     def end_tokens(self, model: ModelInfo) -> tuple[int, ...]:
         """The tokens that end a text."""
@@ -102,12 +111,29 @@ def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     if mode == "auto" and options.threshold != 0:
         hint = "leave it out: auto drafts in one forward, whose time is known beforehand"
         raise UsageError(f"expected no threshold in mode auto, found {options.threshold}", hint)
+    _check_sampler(options, mode)
     check_sampling(options.sampling)
     _check_limits(options, model, mode)
     _check_thinking(options, model)
     _check_logprobs(options, model, mode)
     if mode == "quadratic_spec":
         _check_plain(options)
+
+
+def _check_sampler(options: DecodeOptions, mode: Mode) -> None:
+    if options.sampler not in SAMPLERS:
+        raise UsageError(f"expected a sampler among {', '.join(SAMPLERS)}, found {options.sampler!r}", "choose one of these")
+    if mode != "diffusion" and options.sampler != "threshold":
+        raise UsageError(f"expected the sampler {options.sampler} in mode diffusion, found mode {mode.replace('_', '-')}",
+                         "choose that mode, or leave the sampler out")  # fmt: skip
+    if options.steps is None:
+        return
+    if options.sampler != "schedule":
+        raise UsageError(f"expected steps together with the sampler schedule, found them with {options.sampler} in mode {mode.replace('_', '-')}",
+                         "leave them out, or choose that sampler")  # fmt: skip
+    if not 1 <= options.steps <= options.block_length:
+        raise UsageError(f"expected from 1 to {options.block_length} steps, one for each slot of a block, found {options.steps}",
+                         "leave them out for one a slot")  # fmt: skip
 
 
 def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:

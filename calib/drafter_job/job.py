@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 import trimode
 from trimode.calib.adapter import Adapter, adapter_of, blank_adapter, install_adapter
 from trimode.calib.checkpoint_io import write_adapter, write_json
+from trimode.calib.device import check_device
 from trimode.calib.drafter import DrafterProgress, DrafterSettings, DrafterTraining
-from trimode.calib.drafter_job.answers import Split, Written, batches, long_enough, split_texts, write_answer
+from trimode.calib.drafter_job.answers import Written, batches, long_enough, write_answer
 from trimode.calib.drafter_job.measure import measure
 from trimode.calib.drafter_job.record import (
     RECORD,
@@ -26,37 +23,22 @@ from trimode.calib.drafter_job.record import (
     DrafterRecord,
     Kept,
     PromptsRecord,
-    ScalesRecord,
     TrainingRecord,
 )
-from trimode.calib.drafter_job.served import ServedTrunk, load_served
 from trimode.calib.drafter_job.settings import FRESH_RATE, REPAIR_RATE, DrafterJobSettings
-from trimode.calib.drafter_job.state import RunState, check_state, held_interrupts, state_file
-from trimode.calib.quantize.texts import Text
+from trimode.calib.jobs.progress import Progress
+from trimode.calib.jobs.prompts import Prompts, Split, split_texts
+from trimode.calib.jobs.records import scales_record, versions
+from trimode.calib.jobs.served import ServedTrunk, load_served
+from trimode.calib.jobs.state import RunState, check_state, held_interrupts, keep, state_file
 from trimode.calib.torch_session import TorchSession
-from trimode.errors import BuildError, DeviceError, UsageError
+from trimode.errors import BuildError, UsageError
 from trimode.files import staged_replacement
 from trimode.graphs.checkpoint import Checkpoint, Drafter
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.options import DecodeOptions
 
 LIBRARIES = ("torch", "numpy", "safetensors")
-
-
-class Progress(Protocol):
-    """Told what happens."""
-
-    def stage(self, name: str, total: int) -> Callable[[int], None]:
-        """A stage begins that will make ``total`` steps; the result is told how many more were made."""
-        ...
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids of prompts, and the digest of the file that they came from."""
-
-    texts: Sequence[Text]
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +112,7 @@ def train_adapter(
     shape = settings.shape(checkpoint.drafter)
     check_output(output)
     check_state(state_file(output), resume=resume)
-    _check_device(settings.device)
+    check_device(settings.device)
     split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
     advance = progress.stage("read checkpoint", 1)
     # A window of twice the longest block may begin at the last token.
@@ -152,7 +134,7 @@ def train_adapter(
         source_name=checkpoint.path.resolve().name,
         source_sha256=served.base_sha256,
         checkpoint_sha256=served.sha256,
-        calibration=_scales_record(served, calibration),
+        calibration=scales_record(served, calibration),
         dtype=settings.dtype,
         rank=chosen.rank,
         alpha=chosen.alpha,
@@ -169,7 +151,7 @@ def train_adapter(
         validation=validation,
         kept=kept,
         adapter_sha256="",
-        libraries={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+        libraries=versions(LIBRARIES),
     )
     record = _write(output, job, chosen, record)
     state.discard()
@@ -180,11 +162,6 @@ def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
     if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
         raise UsageError(f"{output}: expected a new or empty folder, or a trained adapter to replace, found something else", "name another folder")
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to train on the CPU")
 
 
 def _identity(job: _Job, prompts: Prompts) -> dict[str, Any]:
@@ -198,14 +175,14 @@ def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
     """Have the model answer every prompt that the state has no answer of."""
     session, texts = TorchSession(job.served.trunk), split.texts
     advance = job.progress.stage("write answers", len(texts))
-    advance(len(state.answers))
+    advance(len(state.written))
     with held_interrupts() as is_interrupted:
-        for text in texts[len(state.answers) :]:
-            state.answers.append(write_answer(session, job.model, text, job.settings.max_new_tokens))
+        for text in texts[len(state.written) :]:
+            state.written.append(write_answer(session, job.model, text, job.settings.max_new_tokens))
             advance(1)
-            _keep(state, interrupted=is_interrupted())
+            keep(state, interrupted=is_interrupted())
     state.save()  # an interrupt before the first step of the training must not cost the answers
-    written = iter([Written(text, answer) for text, answer in zip(texts, state.answers, strict=True)])
+    written = iter([Written(text, answer) for text, answer in zip(texts, state.written, strict=True)])
     return _Answers(
         train=long_enough([next(written) for _ in split.train], "train on"),
         validation=long_enough([next(written) for _ in split.validation], "decide by"),
@@ -236,7 +213,7 @@ def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tup
         advance(percent - shown)
         shown = percent
         state.training = training.state()
-        _keep(state, interrupted=is_interrupted())
+        keep(state, interrupted=is_interrupted())
 
     with held_interrupts() as is_interrupted:
         done = training.run(source, settings.budget, report)
@@ -249,14 +226,6 @@ def _training_settings(job: _Job) -> DrafterSettings:
     """In float32, whose greedy tokens are those that the answers were written with."""
     rate = job.settings.learning_rate or (FRESH_RATE if job.starts_fresh else REPAIR_RATE)
     return DrafterSettings(learning_rate=rate, seed=job.settings.seed, autocast=False, block_length=job.block_length)
-
-
-def _keep(state: RunState, *, interrupted: bool) -> None:
-    """Save the state now and then, and before an interrupt takes effect."""
-    if interrupted:
-        state.save()
-        raise KeyboardInterrupt
-    state.save_now_and_then()
 
 
 def _compare(job: _Job, written: Sequence[Written], adapters: _Adapters, stage: str) -> Comparison:
@@ -280,13 +249,6 @@ def _choose(validation: Comparison) -> Kept:
     if (validation.trained.acceptance_length or 0) > (before.acceptance_length or 0):
         return "trained"
     return "untrained" if validation.checkpoint is None else "checkpoint"
-
-
-def _scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord | None:
-    if served.calibration is None or calibration is None:
-        return None
-    record = served.calibration
-    return ScalesRecord(name=calibration.resolve().name, precision=record.precision, scales_sha256=record.scales_sha256)
 
 
 def _write(output: Path, job: _Job, adapter: Adapter, record: DrafterRecord) -> DrafterRecord:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trimode.calib.drafter_job.measure import Drafting
-from trimode.graphs.calibration import QuantizedPrecision
+from trimode.graphs.calibration import ScalesRecord
 from trimode.graphs.contract import DType
 
 SCHEMA_VERSION = 1
@@ -17,14 +17,6 @@ Kept = Literal["trained", "checkpoint", "untrained"]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ScalesRecord(_Record):
-    """The calibration that the weights were quantized with."""
-
-    name: str
-    precision: QuantizedPrecision
-    scales_sha256: str
 
 
 class PromptsRecord(_Record):

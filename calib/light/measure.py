@@ -97,11 +97,14 @@ def _oracle_name(oracle: str) -> str:
 
 
 def _streamed_ways(model: TriModeModel, settings: LightSettings, length: int) -> list[tuple[dict[str, Any], Way]]:
-    """AR first, then thresholds, then every other algorithm that this bundle can run, with the drafter where that makes a difference."""
+    """AR first, then thresholds, then the bundle's sampler, then every other algorithm that it can run, with the drafter where that matters."""
     ways: list[tuple[dict[str, Any], Way]] = [({"mode": "ar"}, Way("ar", "ar"))]
     for threshold in settings.thresholds:
         options = {"mode": "diffusion", "threshold": threshold, "block_length": length}
         ways.append((options, Way(f"diffusion, threshold {threshold:g}", SERIAL)))
+    if (sampler := model.bundle.manifest.sampler) is not None:
+        options = {"mode": "diffusion", "sampler": "learned", "block_length": length}
+        ways.append((options, Way(f"diffusion, learned sampler from {sampler.threshold:g}", SERIAL)))
     for mode in ALGORITHMS:
         if mode in ("ar", "diffusion"):
             continue

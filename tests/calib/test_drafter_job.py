@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from trimode.calib.adapter import adapter_of, blank_adapter, install_adapter
 from trimode.calib.budget import Budget
 from trimode.calib.drafter import DrafterLoss, DrafterSettings, DrafterTraining
-from trimode.calib.drafter_job.answers import Written, batches, encode, split_texts, write_answer
-from trimode.calib.drafter_job.job import Prompts, train_adapter
+from trimode.calib.drafter_job.answers import Written, batches, encode, write_answer
+from trimode.calib.drafter_job.job import train_adapter
 from trimode.calib.drafter_job.measure import measure
 from trimode.calib.drafter_job.record import RECORD, DrafterRecord
-from trimode.calib.drafter_job.served import ServedTrunk, load_served
 from trimode.calib.drafter_job.settings import DrafterJobSettings
-from trimode.calib.drafter_job.state import state_file
+from trimode.calib.jobs.prompts import Prompts, split_texts
+from trimode.calib.jobs.served import ServedTrunk, load_served
+from trimode.calib.jobs.state import state_file
 from trimode.calib.torch_session import TorchSession
 from trimode.compiler.plan import describe_model
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
@@ -236,7 +237,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Pat
             train(folder, tmp_path / "parts", learning_rate=0.02, from_scratch=True, resume=stage == "train", progress=Quiet(press))
         assert not (tmp_path / "parts").exists()
     state = torch.load(state_file(tmp_path / "parts"), weights_only=True)
-    assert (len(state["answers"]), state["training"]["progress"]["step"]) == (15, 3)
+    assert (len(state["written"]), state["training"]["progress"]["step"]) == (15, 3)
     with pytest.raises(UsageError, match="found one that was interrupted"):
         train(folder, tmp_path / "parts", learning_rate=0.02, from_scratch=True)
     with pytest.raises(UsageError, match=r"a run with learning_rate 0\.01, found one with 0\.02"):

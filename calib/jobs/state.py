@@ -1,4 +1,4 @@
-"""What an interrupted run leaves behind: a file with the answers written so far and the training as it was after a step."""
+"""What an interrupted run leaves behind: a file with what was written so far and the training as it was after a step."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class RunState:
         resume: take up the state in ``file``; without it, that file must not exist.
 
     Attributes:
-        answers: token ids of the answers written so far, in the order of the prompts.
-        training: as :meth:`trimode.calib.drafter.DrafterTraining.state` gives it; None before it begins.
+        written: what the model has written so far, in the order of the prompts, one entry a prompt.
+        training: whatever the training needs to go on; None before it begins. Both of types that ``torch.load(weights_only=True)`` reads.
 
     Raises:
         UsageError: there is a state and ``resume`` is not set, or the other way round, or it is of another run.
@@ -43,7 +43,7 @@ class RunState:
 
     def __init__(self, file: Path, identity: dict[str, Any], *, resume: bool) -> None:
         self.file, self.identity = file, json.loads(json.dumps(identity))
-        self.answers: list[list[int]] = []
+        self.written: list[Any] = []
         self.training: dict[str, Any] | None = None
         self._saved = time.monotonic()
         check_state(file, resume=resume)
@@ -54,7 +54,7 @@ class RunState:
         """Write the file."""
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"identity": self.identity, "answers": self.answers, "training": self.training}, partial)
+        torch.save({"identity": self.identity, "written": self.written, "training": self.training}, partial)
         partial.replace(self.file)
         self._saved = time.monotonic()
 
@@ -70,7 +70,7 @@ class RunState:
     def _load(self) -> None:
         try:
             state: dict[str, Any] = torch.load(self.file, weights_only=True)
-            identity, self.answers, self.training = state["identity"], state["answers"], state["training"]
+            identity, self.written, self.training = state["identity"], state["written"], state["training"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise UsageError(f"{self.file}: expected the state of an earlier run, found a file that is none",
                              "delete it and begin anew, without --resume") from error  # fmt: skip
@@ -86,6 +86,14 @@ def check_state(file: Path, *, resume: bool) -> None:
         raise UsageError(f"{file}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
     if file.exists() and not resume:
         raise UsageError(f"{file}: expected no earlier run, found one that was interrupted", "pass --resume to take it up, or delete that file")
+
+
+def keep(state: RunState, *, interrupted: bool) -> None:
+    """Save the state now and then, and before an interrupt takes effect."""
+    if interrupted:
+        state.save()
+        raise KeyboardInterrupt
+    state.save_now_and_then()
 
 
 @contextmanager

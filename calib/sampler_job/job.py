@@ -1,0 +1,241 @@
+"""The training of a sampler from beginning to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+import trimode
+from trimode.calib.checkpoint_io import write_json
+from trimode.calib.device import check_device
+from trimode.calib.jobs.progress import Progress
+from trimode.calib.jobs.prompts import Prompts, Split, split_texts
+from trimode.calib.jobs.records import scales_record, versions
+from trimode.calib.jobs.served import ServedTrunk, load_served
+from trimode.calib.jobs.state import RunState, check_state, held_interrupts, keep, state_file
+from trimode.calib.quantize.texts import Text
+from trimode.calib.sampler_job.measure import choose_threshold, measure_scores, measure_texts
+from trimode.calib.sampler_job.scoring import TorchScorer
+from trimode.calib.sampler_job.settings import SamplerJobSettings
+from trimode.calib.sampler_job.training import SamplerProgress, SamplerTraining, new_sampler
+from trimode.calib.sampler_job.trajectories import RecordingSession, States, join, write_states
+from trimode.calib.torch_session import TorchSession
+from trimode.errors import BuildError, UsageError
+from trimode.files import staged_replacement
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import TOP_K, ModelInfo
+from trimode.graphs.sampler import BlockSampler, token_semantics
+from trimode.graphs.sampler_file import (
+    RECORD,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    DenoisingRecord,
+    PromptsRecord,
+    SamplerFile,
+    ShapeRecord,
+    TrainingRecord,
+)
+
+LIBRARIES = ("torch", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a run needs."""
+
+    checkpoint: Checkpoint
+    model: ModelInfo
+    settings: SamplerJobSettings
+    served: ServedTrunk
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Data:
+    """States by block length: to train on, to decide by, and of held-out texts."""
+
+    train: dict[int, States]
+    validation: dict[int, States]
+    held_out: dict[int, States]
+
+
+def train_sampler(
+    checkpoint: Checkpoint,
+    model: ModelInfo,
+    prompts: Prompts,
+    output: Path,
+    settings: SamplerJobSettings,
+    progress: Progress,
+    *,
+    calibration: Path | None = None,
+    resume: bool = False,
+) -> SamplerFile:
+    """Train a sampler on the block diffusion of a checkpoint, and write it to the folder ``output``.
+
+    Takes four bytes of memory a parameter, and 48 a slot of the states. Ctrl-C leaves a state beside ``output`` that ``resume`` takes up: the run
+    then ends with the same bytes as if it had not been interrupted, where the budget is one of steps.
+
+    Args:
+        checkpoint: whose denoising it is.
+        model: the facts that decoding needs.
+        prompts: what the model answers.
+        output: new, empty, or an earlier output, which is replaced whole.
+        settings: see :class:`SamplerJobSettings`.
+        progress: told what happens.
+        calibration: folder of the scales that the bundle will have; None = its weights are not quantized.
+        resume: take up the run that was interrupted.
+
+    Raises:
+        UsageError: a setting or a prompt cannot be used, or ``output`` is something else.
+        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong together.
+        DeviceError: the device is not here.
+        BuildError: the training diverged.
+    """
+    settings.check()
+    check_output(output)
+    check_state(state_file(output), resume=resume)
+    check_device(settings.device)
+    if model.vocab_size < TOP_K:
+        raise UsageError(f"expected a vocabulary of at least {TOP_K} tokens, found {model.vocab_size}", "the sampler looks at so many candidates")
+    split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
+    advance = progress.stage("read checkpoint", 1)
+    served = load_served(checkpoint, model.max_length + model.max_block_length, settings.dtype, calibration)
+    served.trunk.to(settings.device)
+    advance(1)
+    job = _Job(checkpoint, model, settings, served, progress)
+    state = RunState(state_file(output), _identity(job, prompts), resume=resume)
+    data = _write_states(job, split, state)
+    sampler, done = _train(job, data, state)
+    scorer = TorchScorer(sampler)
+    validation = _answer(job, split.validation, scorer, "decide")
+    held_out = _answer(job, split.held_out, scorer, "measure")
+    record = SamplerFile(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        source_name=checkpoint.path.resolve().name,
+        source_sha256=served.base_sha256,
+        calibration=scales_record(served, calibration),
+        dtype=settings.dtype,
+        target=settings.target,
+        vocab_size=model.vocab_size,
+        mask_token_id=model.mask_token_id,
+        shape=ShapeRecord(**asdict(settings.shape)),
+        num_parameters=sum(parameter.numel() for parameter in sampler.parameters()),
+        block_lengths=settings.block_lengths,
+        threshold=choose_threshold(validation),
+        settings=json.loads(json.dumps(asdict(settings))),  # as it will be read back: JSON has no tuples
+        prompts=PromptsRecord(
+            sha256=prompts.sha256, num_train=len(split.train), num_validation=len(split.validation), num_held_out=len(split.held_out)
+        ),
+        training=TrainingRecord(
+            num_states=sum(len(part.blocks) for part in data.train.values()),
+            steps=done.step,
+            seconds=done.seconds,
+            first_loss=done.first_loss,
+            loss=done.loss,
+            untrained_loss=done.untrained_loss,
+            best_loss=done.best_loss,
+            best_step=done.best_step,
+        ),
+        scores=tuple(measure_scores(sampler, part, model.mask_token_id) for part in data.held_out.values()),
+        held_out=held_out,
+        validation=validation,
+        sampler_sha256="",
+        libraries=versions(LIBRARIES),
+    )
+    record = _write(output, sampler, record)
+    state.discard()
+    return record
+
+
+def check_output(output: Path) -> None:
+    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
+    if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
+        raise UsageError(f"{output}: expected a new or empty folder, or a trained sampler to replace, found something else", "name another folder")
+
+
+def _identity(job: _Job, prompts: Prompts) -> dict[str, Any]:
+    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
+    settings = {name: value for name, value in asdict(job.settings).items() if name != "device"}
+    scales = job.served.calibration.scales_sha256 if job.served.calibration else None
+    return {"checkpoint": job.served.base_sha256, "scales": scales, "data": prompts.sha256, **settings}
+
+
+def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
+    """Denoise every prompt whose states the run's state does not have; in any order of block lengths, each prompt by a seed of its own."""
+    session, settings, texts = RecordingSession(TorchSession(job.served.trunk)), job.settings, split.texts
+    advance = job.progress.stage("write states", len(texts))
+    advance(len(state.written))
+    with held_interrupts() as is_interrupted:
+        for number, text in list(enumerate(texts))[len(state.written) :]:
+            rng = random.Random(f"{settings.seed} {number}")
+            state.written.append({
+                length: tuple(write_states(session, job.model, text, length, settings.max_new_tokens, settings.target, rng))
+                for length in settings.block_lengths
+            })  # fmt: skip
+            advance(1)
+            keep(state, interrupted=is_interrupted())
+    state.save()  # an interrupt before the first step of the training must not cost the states
+    first, last = len(split.train), len(split.train) + len(split.validation)
+    parts = (state.written[:first], state.written[first:last], state.written[last:])
+    return _Data(*(_by_length(settings, part) for part in parts))
+
+
+def _by_length(settings: SamplerJobSettings, written: Sequence[dict[int, Any]]) -> dict[int, States]:
+    return {length: join([States(*one[length]) for one in written]) for length in settings.block_lengths}
+
+
+def _train(job: _Job, data: _Data, state: RunState) -> tuple[BlockSampler, SamplerProgress]:
+    """Train, from where the run's state stands."""
+    settings, mask = job.settings, job.model.mask_token_id
+    table = token_semantics(job.served.trunk.encoder.embed_tokens.weight)
+    sampler = new_sampler(settings.shape, table, data.train, mask, settings.seed).to(settings.device)
+    training = SamplerTraining(
+        sampler, data.train, data.validation, mask, learning_rate=settings.learning_rate, batch_size=settings.batch_size, seed=settings.seed
+    )
+    if state.training is not None:
+        training.load(state.training)
+    advance, shown = job.progress.stage("train", 100), 0
+
+    def report(progress: SamplerProgress, _share: float) -> None:
+        nonlocal shown
+        if not math.isfinite(progress.loss):
+            raise BuildError(f"expected a finite loss, found {progress.loss} at step {progress.step}", "train with a lower --learning-rate")
+        percent = int(100 * settings.budget.progress(progress.seconds, progress.step))
+        advance(percent - shown)
+        shown = percent
+        state.training = training.state()
+        keep(state, interrupted=is_interrupted())
+
+    with held_interrupts() as is_interrupted:
+        done = training.run(settings.budget, report)
+    state.save()
+    return sampler.cpu().eval(), done
+
+
+def _answer(job: _Job, texts: Sequence[Text], scorer: TorchScorer, stage: str) -> tuple[DenoisingRecord, ...]:
+    session, settings = TorchSession(job.served.trunk), job.settings
+    advance = job.progress.stage(stage, len(texts) * len(settings.block_lengths))
+    return tuple(
+        record
+        for length in settings.block_lengths
+        for record in measure_texts(session, job.model, texts, length, settings.max_new_tokens, settings.target, scorer, advance)
+    )
+
+
+def _write(output: Path, sampler: BlockSampler, record: SamplerFile) -> SamplerFile:
+    """The folder, all or nothing."""
+    with staged_replacement(output) as staged:
+        data = save({name: tensor.contiguous() for name, tensor in sampler.state_dict().items()})
+        (staged / WEIGHTS).write_bytes(data)
+        record = record.model_copy(update={"sampler_sha256": hashlib.sha256(data).hexdigest()})
+        write_json(staged / RECORD, record.model_dump(mode="json"))
+    return record

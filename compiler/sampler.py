@@ -1,0 +1,69 @@
+"""A trained sampler on its way into a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimode.errors import CheckpointError, UsageError
+from trimode.graphs.contract import ModelInfo
+from trimode.graphs.sampler_file import SamplerFile, check_sampler_source, load_sampler_record
+from trimode.runtime.manifest import Manifest, SamplerRecord
+
+SAMPLER_FILE = "sampler.onnx"
+
+
+@dataclass(frozen=True)
+class SamplerSource:
+    """A trained sampler: its folder and what it says of itself."""
+
+    folder: Path
+    record: SamplerFile
+
+    def describe(self) -> SamplerRecord:
+        """The manifest's entry."""
+        record = self.record
+        return SamplerRecord(
+            file=SAMPLER_FILE, name=self.folder.resolve().name, sha256=record.sampler_sha256, num_parameters=record.num_parameters,
+            block_lengths=record.block_lengths, threshold=record.threshold,
+        )  # fmt: skip
+
+    def check_source(self, sha256: str) -> None:
+        """Raise :class:`CheckpointError` unless it was trained for the checkpoint with this digest, any adapter left out."""
+        check_sampler_source(str(self.folder), self.record.source_sha256, sha256)
+
+
+def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -> SamplerSource | None:
+    """What is to be written for ``--sampler``; None where nothing is asked for, or the bundle that is added to has the same.
+
+    Raises:
+        UsageError: the bundle has another.
+        CheckpointError: it cannot be read, or is of another vocabulary.
+    """
+    if folder is None:
+        return None
+    source = SamplerSource(folder, load_sampler_record(folder))
+    for name in ("vocab_size", "mask_token_id"):
+        found, expected = getattr(source.record, name), getattr(model, name)
+        if found != expected:
+            raise CheckpointError(f"{folder}: expected a sampler with {name} {expected}, found {found}", "train one for this checkpoint")
+    if base is None or base.sampler is None:
+        return source
+    if base.sampler.sha256 != source.record.sampler_sha256:
+        raise UsageError(f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
+                         "pass --force to replace the bundle, or choose another output")  # fmt: skip
+    return None
+
+
+def write_sampler(source: SamplerSource, path: Path) -> None:
+    """Export the network, weights inside.
+
+    Raises:
+        CheckpointError: its weights are not of the sizes that its record names.
+    """
+    import onnx_ir as ir
+
+    from trimode.graphs.sampler_trace import load_sampler, trace_sampler  # brings PyTorch
+
+    graph = trace_sampler(load_sampler(source.folder, source.record))
+    path.write_bytes(ir.serde.serialize_model(graph).SerializeToString())

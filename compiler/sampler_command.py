@@ -1,0 +1,112 @@
+"""``trimode calibrate sampler``: prompts through a checkpoint to a sampler, and what to say about it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trimode.calib.jobs.prompts import Prompts
+from trimode.calib.jobs.state import check_state, state_file
+from trimode.calib.sampler_job.job import check_output, train_sampler
+from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE
+from trimode.calib.sampler_job.settings import SamplerJobSettings
+from trimode.compiler.calibrate_command import encode_prompts
+from trimode.compiler.console import RichProgress
+from trimode.compiler.plan import describe_model
+from trimode.compiler.run_command import read_prompts_file
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.sampler_file import DenoisingRecord, SamplerFile, ScoresRecord
+from trimode.runtime.bundle import sha256_of
+
+
+@dataclass(frozen=True)
+class SamplerRequest:
+    """The command line's options that are no settings of the training."""
+
+    data: Path
+    calibration: Path | None = None
+    resume: bool = False
+    as_json: bool = False
+
+
+def run_sampler(checkpoint_path: Path, output: Path, request: SamplerRequest, settings: SamplerJobSettings) -> None:
+    """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
+    settings.check()
+    check_output(output)
+    check_state(state_file(output), resume=request.resume)
+    checkpoint = open_checkpoint(checkpoint_path)
+    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
+    prompts = Prompts(texts, sha256_of(request.data))
+    try:
+        with RichProgress() as progress:
+            record = train_sampler(
+                checkpoint, describe_model(checkpoint), prompts, output, settings, progress, calibration=request.calibration, resume=request.resume
+            )
+    except KeyboardInterrupt:
+        if state_file(output).is_file():
+            sys.stderr.write(f"interrupted; the same command with --resume goes on from {state_file(output)}\n")
+        raise
+    if request.as_json:
+        sys.stdout.write(record.model_dump_json() + "\n")
+    else:
+        _show(record)
+    sys.stderr.write("\n".join([f"wrote {output}: fills slots from a score of {record.threshold:g}", *map(_in_words, _compared(record))]) + "\n")
+
+
+def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecord]]:
+    """For each block length the held-out texts under the usual confidence threshold and under the sampler's own."""
+    rows = {(row.block_length, row.sampler, row.threshold): row for row in record.held_out}
+    return [(rows[length, "threshold", USUAL_CONFIDENCE], rows[length, "learned", record.threshold]) for length in record.block_lengths]
+
+
+def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
+    """Whether the sampler is any better than the rule that it is to replace."""
+    rule, learned = pair
+    faster, as_good = learned.tokens_per_forward > rule.tokens_per_forward, learned.same_as_target >= rule.same_as_target
+    verdict = "better" if faster and as_good else "NOT better: no faster" if as_good else "NOT better: more texts unlike the target's"
+    return (f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
+            f"per forward, {_share(rule.same_as_target)} -> {_share(learned.same_as_target)} like the target; {verdict} than a threshold of "
+            f"{rule.threshold:g} on the probability")  # fmt: skip
+
+
+def _show(record: SamplerFile) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
+    training = record.training
+    console.print(
+        f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target {record.target}; {training.steps} steps on "
+        f"{training.num_states} states of {record.prompts.num_train} prompts; loss on {record.prompts.num_validation} others "
+        f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
+    )
+    console.print(_scores_table(record.scores))
+    headings = ("block", "fills by", "from", "like the target", "tokens per forward", "forwards")
+    table = Table(*headings, title="held-out texts", box=None, header_style="bold")
+    for row in record.held_out:
+        what = "score" if row.sampler == "learned" else "probability"
+        table.add_row(
+            str(row.block_length), what, f"{row.threshold:g}", _share(row.same_as_target), f"{row.tokens_per_forward:.2f}", str(row.num_forwards)
+        )
+    console.print(table)
+
+
+def _scores_table(scores: tuple[ScoresRecord, ...]) -> Table:
+    headings = ("block", "slots", "right", "judged by", "AUC", "cross-entropy", "calibration error")
+    table = Table(*headings, title="held-out states", box=None, header_style="bold")
+    for row in scores:
+        common = (str(row.block_length), str(row.num_slots), _share(row.share_right))
+        table.add_row(*common, "probability", _number(row.confidence_auc), f"{row.confidence_loss:.4f}", f"{row.confidence_calibration_error:.4f}")
+        table.add_row(*common, "score", _number(row.auc), f"{row.loss:.4f}", f"{row.calibration_error:.4f}")
+    return table
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

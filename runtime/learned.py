@@ -1,0 +1,43 @@
+"""The learned sampler of a bundle: ``sampler.onnx``, run by ONNX Runtime on the CPU whatever runs the model.
+
+Its inputs are lists of five candidates, a few kilobytes a block, which have come to the CPU anyway; all that becomes of them is in the graph
+(:mod:`trimode.graphs.sampler`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.runtime.ort_library import load_graph, session_options
+from trimode.runtime.policies import Slots
+from trimode.runtime.session import Array, Ids
+
+
+class LearnedScorer:
+    """A :class:`trimode.runtime.policies.Scorer` over a bundle's graph.
+
+    Args:
+        path: of the graph.
+        num_threads: inside one operator; None = one per physical core.
+
+    Raises:
+        BundleError: ONNX Runtime refuses the graph.
+        DependencyError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path, num_threads: int | None = None) -> None:
+        self._session = load_graph(path, session_options(0, num_threads), ["CPUExecutionProvider"])
+
+    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
+        """See :class:`trimode.runtime.policies.Scorer`."""
+        feeds = {
+            "input_ids": block[None],
+            "masked": masked[None],
+            "top_ids": ids[None],
+            "top_probabilities": probabilities[None],
+        }
+        scores: NDArray[np.float32] = self._session.run(["scores"], feeds)[0][0]
+        return scores

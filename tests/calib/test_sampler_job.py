@@ -1,0 +1,356 @@
+"""A sampler's training as a job: the states, what is right in them, what it learns, what it writes, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from checkpoints import config_of, write_checkpoint, write_int8_calibration
+from reference import Reference
+from safetensors.torch import load_file
+
+from trimode.calib.budget import Budget
+from trimode.calib.jobs.prompts import Prompts
+from trimode.calib.jobs.state import state_file
+from trimode.calib.sampler_job import measure
+from trimode.calib.sampler_job.job import train_sampler
+from trimode.calib.sampler_job.measure import auc, calibration_error, choose_threshold, cross_entropy
+from trimode.calib.sampler_job.settings import SamplerJobSettings
+from trimode.calib.sampler_job.training import SamplerTraining, new_sampler, validation_loss
+from trimode.calib.sampler_job.trajectories import RecordingSession, States, join, write_states
+from trimode.calib.torch_session import TorchSession, load_trunk
+from trimode.compiler.plan import describe_model
+from trimode.errors import BuildError, CheckpointError, UsageError
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.sampler import SamplerShape, token_semantics
+from trimode.graphs.sampler_file import RECORD, WEIGHTS, DenoisingRecord, SamplerFile, load_sampler_record
+from trimode.graphs.sampler_trace import load_sampler
+
+CONFIG = {"block_size": 8, "eos_token_id": 11}
+SETTINGS: dict[str, Any] = {
+    "steps": 8, "max_new_tokens": 11, "num_held_out": 3, "block_lengths": (3, 8), "d_model": 16, "num_layers": 2, "num_heads": 2,
+    "feed_forward": 12, "batch_size": 96,
+}  # fmt: skip
+MASK = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("sampler") / "it", config_of(**CONFIG))
+
+
+def some_texts(count: int = 15) -> list[list[int]]:
+    """Ragged prompts."""
+    rng = np.random.default_rng(8)
+    return [rng.integers(12, 99, length).tolist() for length in rng.integers(3, 10, count)]
+
+
+class Quiet:
+    """Remembers the stages; calls ``on_step`` with the stage's name and the steps it has made."""
+
+    def __init__(self, on_step: Callable[[str, int], None] = lambda *_: None) -> None:
+        self.done: dict[str, int] = {}
+        self._on_step = on_step
+
+    def stage(self, name: str, total: int) -> Callable[[int], None]:
+        self.done[name] = 0
+
+        def advance(count: int) -> None:
+            self.done[name] += count
+            assert self.done[name] <= total
+            self._on_step(name, self.done[name])
+
+        return advance
+
+
+def train(
+    folder: Path, output: Path, *, resume: bool = False, calibration: Path | None = None, progress: Quiet | None = None, **changes: Any
+) -> SamplerFile:
+    settings, checkpoint = SamplerJobSettings(**{**SETTINGS, **changes}), open_checkpoint(folder)
+    prompts = Prompts(some_texts(), "0" * 64)
+    return train_sampler(
+        checkpoint, describe_model(checkpoint, 512), prompts, output, settings, progress or Quiet(), calibration=calibration, resume=resume
+    )
+
+
+def session_of(folder: Path) -> TorchSession:
+    return TorchSession(load_trunk(open_checkpoint(folder), 600))
+
+
+def states_of(folder: Path, prompt: list[int], length: int, target: Any, count: int = 11) -> States:
+    recorder = RecordingSession(session_of(folder))
+    return write_states(recorder, describe_model(open_checkpoint(folder), 512), prompt, length, count, target, random.Random(3))
+
+
+# States
+
+
+@pytest.mark.parametrize("target", ["serial", "ar"])
+@pytest.mark.parametrize("length", [2, 3, 8])
+def test_states_are_blocks_of_the_targets_text_with_some_slots_masked(folder: Path, length: int, target: Any) -> None:
+    """Every state is denoised anew by the independent model, behind every place where it may have come from."""
+    model = Reference(folder)
+    for prompt in some_texts(3):
+        if target == "ar":
+            text, _ = reference.ar(model, prompt, 11)
+        else:
+            text, _ = reference.diffusion(model, prompt, 11, length, 2.0)
+        states = states_of(folder, prompt, length, target)
+        assert len({(block.tobytes(), t.tobytes()) for block, t in zip(states.blocks.numpy(), states.targets.numpy(), strict=True)}) > 1
+        blocks_of_text = {start: text[start : start + length] for start in range(0, len(text), length)}
+        labels, counts = states.labels(MASK)
+        seen: set[int] = set()
+        for n, (block, ids, p, goal) in enumerate(zip(*(tensor.tolist() for tensor in states), strict=True)):
+            starts = [start for start, known in blocks_of_text.items() if goal[: len(known)] == known]  # a block may come twice in a text
+            forwards = {start: model.logits(prompt + text[:start] + block, block=length)[-length:].softmax(-1).topk(5) for start in starts}
+            agreeing = {start for start, best in forwards.items() if np.allclose(p, best.values, atol=1e-5)}
+            assert agreeing
+            seen |= agreeing
+            assert [row[0] for row in ids] == forwards[min(agreeing)].indices[:, 0].tolist()
+            for slot in range(length):
+                assert block[slot] in (goal[slot], MASK) or goal[slot] == MASK
+                assert counts[n, slot] == (block[slot] == MASK and goal[slot] != MASK)
+                assert labels[n, slot] == (ids[slot][0] == goal[slot])
+        assert seen == set(blocks_of_text)
+
+
+def test_each_state_of_a_block_comes_once_and_the_first_is_all_masks(folder: Path) -> None:
+    states = states_of(folder, some_texts(1)[0], 8, "serial", count=8)
+    blocks = [tuple(block) for block in states.blocks.tolist()]
+    assert len(set(blocks)) == len(blocks) >= 7  # serial denoising alone has seven
+    assert blocks[0].count(MASK) == 7
+
+
+# Training
+
+
+def test_training_learns_what_the_probability_does_not_tell_and_by_its_own_seed(folder: Path) -> None:
+    """What is right depends on the candidate's id alone, which the probability does not tell."""
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.permuted(np.tile(np.arange(MASK), (300 * 5, 1)), axis=1)[:, :5].reshape(300, 5, 5).astype(np.int32))
+    p = torch.full((300, 5, 5), 0.2)
+    targets = torch.where(ids[..., 0] % 2 == 0, ids[..., 0], ids[..., 1])
+    states = States(torch.full((300, 5), MASK, dtype=torch.int32), ids, p, targets)
+    table = token_semantics(load_trunk(open_checkpoint(folder), 64).encoder.embed_tokens.weight)
+    losses = []
+    for _ in range(2):
+        sampler = new_sampler(SamplerShape(32, 1, 2, 32), table, {5: states}, MASK, 3)
+        training = SamplerTraining(sampler, {5: states}, {5: states}, MASK, learning_rate=5e-3, batch_size=500, seed=1)
+        done = training.run(Budget(steps=150))
+        losses.append(validation_loss(sampler, states, MASK))
+        torch.manual_seed(99)
+    assert losses[0] == losses[1] == done.best_loss
+    share = float((ids[..., 0] % 2 == 0).double().mean())
+    assert done.untrained_loss == pytest.approx(-share * math.log(0.2) - (1 - share) * math.log(0.8), rel=1e-5)
+    assert done.best_loss < 0.05
+
+
+def test_features_are_standardised_over_the_states(folder: Path) -> None:
+    states = states_of(folder, some_texts(1)[0], 8, "serial")
+    table = token_semantics(load_trunk(open_checkpoint(folder), 64).encoder.embed_tokens.weight)
+    sampler = new_sampler(SamplerShape(8, 1, 1, 8), table, {8: states}, MASK, 0)
+    features = sampler.features(states.blocks.long(), states.blocks == MASK, states.ids.long(), states.probabilities).double()
+    scaled = ((features - sampler.feature_mean) / sampler.feature_std).flatten(0, 1)
+    constant = features.flatten(0, 1).std(0) < 1e-4
+    assert scaled.mean(0).abs().max() < 1e-3
+    assert (scaled.std(0, correction=0)[~constant] - 1).abs().max() < 1e-3
+    assert (sampler.feature_std[constant] == 1).all()
+
+
+def test_what_is_written(folder: Path, tmp_path: Path) -> None:
+    record = train(folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RECORD, WEIGHTS}
+    assert load_sampler_record(tmp_path / "out") == record
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert tensors["token_table"].dtype == torch.float16
+    assert tensors["token_table"].shape == (109, 32)
+    assert record.num_parameters == sum(t.numel() for name, t in tensors.items() if name.split("_")[0] not in ("token", "feature"))
+    assert (record.prompts.num_train, record.prompts.num_validation, record.prompts.num_held_out) == (11, 1, 3)
+    assert [one.block_length for one in record.scores] == [3, 8]
+    assert len(record.held_out) == len(record.validation) == 2 * (len(measure.CONFIDENCES) + len(measure.SCORES))
+    assert record.training.best_loss <= record.training.untrained_loss
+    assert record.threshold in measure.SCORES
+    sampler = load_sampler(tmp_path / "out", record)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in sampler.state_dict().items())
+
+
+def test_the_texts_of_the_record_are_those_of_the_decoder(folder: Path, tmp_path: Path) -> None:
+    """The rule's rows, by the independent model."""
+    record = train(folder, tmp_path / "out", block_lengths=(3,))
+    model = Reference(folder)
+    settings = SamplerJobSettings(**SETTINGS)
+    from trimode.calib.jobs.prompts import split_texts
+
+    held_out = split_texts(some_texts(), None, 3, settings.seed, describe_model(open_checkpoint(folder), 512)).held_out
+    for row in record.held_out:
+        if row.sampler == "threshold":
+            texts = [reference.diffusion(model, prompt, 11, 3, row.threshold) for prompt in held_out]
+            serial = [reference.diffusion(model, prompt, 11, 3, 2.0)[0] for prompt in held_out]
+            assert (row.num_tokens, row.num_forwards) == (sum(len(t) for t, _ in texts), sum(n for _, n in texts))
+            assert row.same_as_target == sum(t == s for (t, _), s in zip(texts, serial, strict=True)) / 3
+
+
+def test_seed_and_target_decide(folder: Path, tmp_path: Path) -> None:
+    first, again, other, ar = (
+        train(folder, tmp_path / name, block_lengths=(3,), **changes)
+        for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("d", {"target": "ar"}))
+    )
+    assert first.sampler_sha256 == again.sampler_sha256
+    assert len({first.sampler_sha256, other.sampler_sha256, ar.sampler_sha256}) == 3
+    assert ar.target == "ar"
+
+
+def test_a_training_that_diverges(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SamplerTraining, "_step", lambda *_: math.nan)
+    with pytest.raises(BuildError, match="learning-rate"):
+        train(folder, tmp_path / "out", block_lengths=(3,))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_checkpoint(folder: Path, tmp_path: Path) -> None:
+    calibration = write_int8_calibration(folder, tmp_path / "cal")
+    record = train(folder, tmp_path / "out", calibration=calibration, block_lengths=(3,))
+    assert record.calibration is not None
+    assert (record.calibration.precision, record.calibration.name) == ("int8", "cal")
+    assert record.sampler_sha256 != train(folder, tmp_path / "dense", block_lengths=(3,)).sampler_sha256
+
+
+# Measuring
+
+
+def test_figures_over_scores() -> None:
+    rng = np.random.default_rng(5)
+    values, right = rng.integers(0, 12, 200) / 11, rng.random(200) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in values[right] for b in values[~right]]
+    assert auc(values, right) == pytest.approx(sum(pairs) / len(pairs), rel=1e-12)
+    assert auc(values, np.ones(200, bool)) is None
+    clipped = np.clip(values, 1e-7, 1 - 1e-7)
+    assert cross_entropy(values, right) == pytest.approx(-np.mean([math.log(v if r else 1 - v) for v, r in zip(clipped, right, strict=True)]))
+    total = 0.0
+    for low in range(10):
+        inside = [i for i, v in enumerate(values) if low / 10 <= v < (low + 1) / 10 or (low == 9 and v == 1)]
+        if inside:
+            total += abs(sum(values[i] for i in inside) - sum(right[i] for i in inside))
+    assert calibration_error(values, right) == pytest.approx(total / 200)
+
+
+def test_the_threshold_is_the_fastest_that_is_as_good() -> None:
+    def row(sampler: str, threshold: float, same: float, speed: float) -> DenoisingRecord:
+        return DenoisingRecord(
+            block_length=8, sampler=sampler, threshold=threshold, num_texts=10, same_as_target=same, num_tokens=round(100 * speed), num_forwards=100,
+            tokens_per_forward=speed,
+        )  # fmt: skip
+
+    rule = row("threshold", 0.9, 0.8, 5.0)
+    speeds = {value: row("learned", value, 0.5 + 0.3 * (value >= 0.8), 8 - 3 * value) for value in measure.SCORES}
+    assert choose_threshold([rule, *speeds.values()]) == 0.8
+    speeds[0.95] = row("learned", 0.95, 0.8, 7.0)
+    assert choose_threshold([rule, *speeds.values()]) == 0.95
+    assert choose_threshold([row("threshold", 0.9, 0.9, 5.0), *speeds.values()]) == max(measure.SCORES)
+
+
+# Interruptions
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """As in a terminal; a runner may have started the tests with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    whole = train(folder, tmp_path / "whole")
+    for stage, at in (("write states", 4), ("train", 50)):
+
+        def press(name: str, done: int, stage: str = stage, at: int = at) -> None:
+            if (name, done) == (stage, at):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, tmp_path / "parts", resume=stage == "train", progress=Quiet(press))
+        assert not (tmp_path / "parts").exists()
+    state = torch.load(state_file(tmp_path / "parts"), weights_only=True)
+    assert (len(state["written"]), state["training"]["progress"]["step"]) == (15, 4)
+    with pytest.raises(UsageError, match="found one that was interrupted"):
+        train(folder, tmp_path / "parts")
+    with pytest.raises(UsageError, match=r"a run with target ar, found one with serial"):
+        train(folder, tmp_path / "parts", target="ar", resume=True)
+    parts = train(folder, tmp_path / "parts", resume=True)
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+    def without_time(record: SamplerFile) -> SamplerFile:
+        return record.model_copy(update={"training": record.training.model_copy(update={"seconds": 0.0})})
+
+    assert without_time(parts) == without_time(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_held_out": 14}, "expected at least 16 different prompts, 14 of them held out, found 15"),
+        ({"steps": 0}, "--steps of at least 1"),
+        ({"minutes": math.nan}, "--minutes above 0"),
+        ({"learning_rate": 2.0}, "--learning-rate above 0 and up to 1"),
+        ({"block_lengths": ()}, "--block-length with one or several different lengths, found none"),
+        ({"block_lengths": (8, 8)}, "--block-length with one or several different lengths, found 8,8"),
+        ({"block_lengths": (8, 65)}, "--block-length from 2 to 64, found 65"),
+        ({"block_lengths": (1,)}, "--block-length from 2 to 64, found 1"),
+        ({"d_model": 18, "num_heads": 2}, r"--d-model that is a multiple of twice the heads \(4\), found 18"),
+        ({"num_layers": 0}, "--layers of at least 1"),
+        ({"target": "greedy"}, "--target serial or ar, found 'greedy'"),
+        ({"dtype": "fp32"}, "--dtype float32, bfloat16, float16"),
+        ({"device": "tpu"}, "--device cpu or cuda"),
+    ],
+)
+def test_settings_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(folder, tmp_path / "out", **changes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_an_earlier_output_is_replaced(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="something else"):
+        train(folder, folder)
+    first = train(folder, tmp_path / "out", block_lengths=(2,), steps=1)
+    assert train(folder, tmp_path / "out", block_lengths=(2,), steps=2) != first
+
+
+def test_a_sampler_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "out", block_lengths=(2,), steps=1)
+    with pytest.raises(CheckpointError, match="found none"):
+        load_sampler_record(tmp_path)
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    for changes, message in (
+        ({"schema_version": 9}, "schema version 1, found 9"),
+        ({"extra": 1}, "can be read"),
+        ({"sampler_sha256": "0"}, "found another"),
+    ):
+        (tmp_path / "out" / RECORD).write_text(json.dumps({**record, **changes}))
+        with pytest.raises(CheckpointError, match=message):
+            load_sampler_record(tmp_path / "out")
+    (tmp_path / "out" / RECORD).write_text(json.dumps({**record, "shape": {**record["shape"], "d_model": 20}}))
+    with pytest.raises(CheckpointError, match="expected the tensors that"):
+        load_sampler(tmp_path / "out", load_sampler_record(tmp_path / "out"))
+
+
+def test_texts_join() -> None:
+    parts = [States(*(torch.full(shape, float(n)) for shape in ((n, 2), (n, 2, 5), (n, 2, 5), (n, 2)))) for n in (1, 3)]
+    assert [tuple(tensor.shape) for tensor in join(parts)] == [(4, 2), (4, 2, 5), (4, 2, 5), (4, 2)]
