@@ -1,6 +1,7 @@
 """The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722).
 
-Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back.
+Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back. In between
+it yields the forwards that it needs (:mod:`trimode.runtime.forward`); called as a :class:`Decoder`, it runs these itself.
 ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
 the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle. Which token it is,
 is asked of a :class:`~trimode.runtime.chooser.Chooser`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import update_wrapper
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.auto import AR_STEP, make_policy
 from trimode.runtime.chooser import Chooser, TokenLogprob, make_chooser
+from trimode.runtime.forward import Effect, Steps, drive
 from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence
 from trimode.runtime.session import Ids
@@ -48,31 +51,45 @@ class Counters:
     picks: dict[int, int] = field(default_factory=dict)
 
 
-def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+class Decoder:
+    """An algorithm; ``steps`` leaves its forwards to others, a call runs each at once over the sequence's own cache."""
+
+    def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
+        self.steps = steps
+        update_wrapper(self, steps)
+
+    def __call__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+        """Yields tokens as they are committed."""
+        return drive(self.steps(sequence, options, counters), sequence.answer)
+
+
+@Decoder
+def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Autoregressive: one causal forward a token."""
     budget, choose = _start(sequence, options, counters)
     while not budget.done:
         counters.nfe += 1
-        token = choose.next()
+        token = yield from choose.next()
         sequence.append([token])
         yield budget.settle([token])
 
 
-def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Decoder
+def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
 
     A last block that would exceed the limit is denoised whole and cut, so the tokens are those of a longer run.
     """
     budget, choose = _start(sequence, options, counters)
     while not budget.done:
-        block = _masked_block(choose.next(), options.block_length, sequence.model)
+        block = _masked_block((yield from choose.next()), options.block_length, sequence.model)
         choose.begin_block(block)
         for _ in range(options.block_length):
             masked = block == sequence.model.mask_token_id
             if not masked.any():
                 break
             counters.nfe += 1
-            tokens, confidence = choose.denoised(block, masked, *sequence.denoise(block))
+            tokens, confidence = choose.denoised(block, masked, *(yield from sequence.denoise(block)))
             slots = _confident(masked, confidence, options.threshold)
             block[slots] = tokens[slots]
             if _ends_decided(block, budget.eos, sequence.model.mask_token_id):
@@ -80,13 +97,14 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
         kept = budget.fit(budget.before_end(block.tolist()))
         length = len(sequence.tokens) + len(kept)
         choose.committed(kept)
-        sequence.commit(block)
+        yield from sequence.commit(block)
         counters.nfe += 1
         sequence.truncate(length)
         yield budget.settle(kept)
 
 
-def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Decoder
+def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing prefix and one token more.
 
     What is drawn has the distribution of :func:`decode_ar` (see :func:`~trimode.runtime.sampling.accept_or_replace`).
@@ -94,14 +112,15 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    yield budget.settle(_seed(sequence, counters, choose))
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
-        kept = budget.fit(_cycle(sequence, options, counters, budget, choose))
+        kept = budget.fit((yield from _cycle(sequence, options, counters, budget, choose)))
         sequence.accept(kept)
         yield budget.settle(kept)
 
 
-def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Decoder
+def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
 
     The reference reads the prompt and makes the first draft in one forward, which counts; here these are two. The graph itself decides which
@@ -112,11 +131,11 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
     if budget.done:
         return
     counters.nfe += 1
-    drafts = sequence.first_drafts(options.block_length)
+    drafts = yield from sequence.first_drafts(options.block_length)
     while not budget.done:
         counters.nfe += 1
         counters.cycles += 1
-        speculation = sequence.speculate(drafts)
+        speculation = yield from sequence.speculate(drafts)
         verified = budget.before_end(speculation.accepted)
         counters.cycle_tokens += len(verified)
         kept = budget.fit(verified)
@@ -125,7 +144,8 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
         yield budget.settle(kept)
 
 
-def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Decoder
+def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto`).
 
     The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what comes.
@@ -134,30 +154,29 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
     if budget.done:
         return
     policy = make_policy(options.costs, options.block_length)
-    yield budget.settle(_seed(sequence, counters, choose))
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
         length = policy.choose(sequence.cached_length, budget.left)
         counters.picks[length] = counters.picks.get(length, 0) + 1
         if length == AR_STEP:
             counters.nfe += 1
-            kept = [choose.next()]
+            kept = [(yield from choose.next())]
             sequence.append(kept)
         else:
-            verified = _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
+            verified = yield from _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
             kept = budget.fit(verified)
             sequence.accept(kept)
         policy.record(length, len(kept))
         yield budget.settle(kept)
 
 
-Algorithm = Callable[[Sequence, DecodeOptions, Counters], Tokens]
-ALGORITHMS: dict[Mode, Algorithm] = {
+ALGORITHMS: dict[Mode, Decoder] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear_spec": decode_linear_spec,
     "quadratic_spec": decode_quadratic_spec,
 }
-MODES: dict[Mode, Algorithm] = {**ALGORITHMS, "auto": decode_auto}
+MODES: dict[Mode, Decoder] = {**ALGORITHMS, "auto": decode_auto}
 """What a caller can ask for: the algorithms, and the choice between some of them, which measures nothing that they do not."""
 
 
@@ -167,27 +186,27 @@ def _start(sequence: Sequence, options: DecodeOptions, counters: Counters) -> tu
     return _Budget(sequence, options, counters), choose
 
 
-def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> list[int]:
+def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
     """Choose and append the first token of self-speculation; its forward counts, and that once, where a prompt is read in chunks."""
     passes = sequence.forwards.prefill + sequence.forwards.decode
-    seed = choose.next()
+    seed = yield from choose.next()
     counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes
     sequence.append([seed])
     return [seed]
 
 
-def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> list[int]:
+def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> Effect[list[int]]:
     """Draft a block after the last token and verify it; what is accepted, up to the end of the text."""
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
-    _draft(sequence, block, options, counters, choose)
+    yield from _draft(sequence, block, options, counters, choose)
     counters.nfe += 1
     counters.cycles += 1
-    verified = budget.before_end(choose.verified(block, sequence.verify(block)))
+    verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
     counters.cycle_tokens += len(verified)
     return verified
 
 
-def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> None:
+def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[None]:
     """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the threshold asks.
 
     Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
@@ -198,7 +217,7 @@ def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Cou
         counters.nfe += 1
         masked = block == sequence.model.mask_token_id
         masked[0] = False  # already decided, even should the model have chosen the mask token itself
-        tokens, confidence = choose.drafted(block, masked, *sequence.draft(block, use_drafter=options.use_drafter))
+        tokens, confidence = choose.drafted(block, masked, *(yield from sequence.draft(block, use_drafter=options.use_drafter)))
         slots = choose_slots(masked, confidence, options.threshold)
         block[slots] = tokens[slots]
         if options.threshold == 0 or not (block[1:] == sequence.model.mask_token_id).any():
