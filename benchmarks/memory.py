@@ -96,9 +96,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     for rows in (1, 32):
         sessions = {"ours": model.session.sessions["ar"], "ordinary": ordinary}  # type: ignore[attr-defined]
-        bound = {
-            name: BoundGraph(session, cache, range(1), GraphBuffers(contract, 1, rows, "cpu"), {}) for name, session in sessions.items()
-        }
+        bound = {name: BoundGraph(session, cache, range(1), GraphBuffers(contract, 1, rows, "cpu"), {}) for name, session in sessions.items()}
         for _, name in itertools.product(range(6), sessions):
             bound[name].input_ids[:], bound[name].past_length[0], bound[name].input_length[:] = 5, 100, rows
             time.sleep(0.02)  # the ordinary session's threads spin for a while after each run

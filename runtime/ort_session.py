@@ -55,6 +55,7 @@ class OrtSession:
         self.model = manifest.model
         self.contracts: dict[Role, GraphContract] = dict(manifest.contracts)
         self._device: Device = target.device if target else "cpu"
+        self.free_tokens = _FREE_TOKENS[self._device]
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
@@ -80,11 +81,6 @@ class OrtSession:
         self.sessions.clear()
         self._read_by.clear()
         self._weights.clear()
-
-    @property
-    def free_tokens(self) -> int:
-        """See :class:`trimode.runtime.session.BatchSession`."""
-        return _FREE_TOKENS[self._device]
 
     def new_cache(self) -> OrtCache:
         """See :class:`trimode.runtime.session.Session`."""
