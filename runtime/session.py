@@ -117,11 +117,13 @@ class DeviceArray:
         shape: as numpy would say.
         dtype: of the values.
         fetch: copies all of it to the host.
+        fetch_row: copies one entry of the first dimension; None = only with all the others.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array], fetch_row: Callable[[int], Array] | None = None) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._fetch = fetch
+        self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -133,7 +135,7 @@ class DeviceArray:
 
     def of_row(self, row: int) -> DeviceArray:
         """One entry of the first dimension, which stays on the GPU, too."""
-        return DeviceArray(self.shape[1:], self.dtype, lambda: self._fetch()[row])
+        return DeviceArray(self.shape[1:], self.dtype, lambda: self._fetch_row(row))
 
 
 def of_row(output: Any, row: int) -> Any:

@@ -35,7 +35,6 @@ COSTS = StepCosts((64,), (1.0,), {4: (2.5,), 8: (3.0,), 16: (4.0,)}, 0.5)
 PIECES = ["a", "b", "ab", "ba", "c", "abc", " ", "\n", "\n\n", "x\n", "bca"]
 
 
-
 @pytest.fixture(scope="module")
 def model(quadratic: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
     """Random weights, all modes, and a vocabulary of few and short texts, so that stop strings appear in every way."""
@@ -389,7 +388,13 @@ def test_what_cannot_be_a_batch(model: TriModeModel) -> None:
     single = SimpleNamespace(new_cache=None)
     with pytest.raises(UsageError, match=r"at most 1 rows.*found 2"):
         TriModeModel(model.bundle, single).new_batch(2)  # type: ignore[arg-type]
-    for ids, found in (([[1, 2]], r"shape \(n,\)"), ([], "empty prompt"), ([1.5], "whole numbers"), ([999], "from 0 to"), ([[1], [2, 3]], "different")):
+    for ids, found in (
+        ([[1, 2]], r"shape \(n,\)"),
+        ([], "empty prompt"),
+        ([1.5], "whole numbers"),
+        ([999], "from 0 to"),
+        ([[1], [2, 3]], "different"),
+    ):
         with pytest.raises(UsageError, match=found):
             model.generate_batch([[20, 30], ids], "ar")
     with pytest.raises(UsageError, match="expected a mode"):
