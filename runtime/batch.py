@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,7 +176,7 @@ class Batch:
         """Run one kind of forward, for all the rows that wait for it.
 
         Returns:
-            What was committed, a row at most once. A row's last chunk has a ``finish_reason``, and no tokens where there was no room for any.
+            What was committed since the last step. A row's last chunk has a ``finish_reason``, and no tokens where there was no room for any.
 
         Raises:
             UsageError: a text is longer than the cache of the target holds; its row is no longer at work, and the others go on with the next step.
@@ -224,12 +225,11 @@ class Batch:
                 self._advance(row)
         waiting = [row.waiting for row in working if row.waiting is not None]
         if waiting:
-            lengths = [0 if row is None else row.sequence.cached_length for row in self._rows]
             group = choose_group(waiting, self._now)
-            role = group[0].forward.role
+            fits = partial(self._fits, group[0].forward.role)
             self._now += 1
-            for joint in join_forwards(group, lengths, lambda past, count: self._fits(role, past, count), self._session.free_tokens):
-                self._run(joint, lengths)
+            for joint in join_forwards(group, self._length, fits, self._session.free_tokens):
+                self._run(joint)
 
     def _advance(self, row: BatchRow, outputs: Outputs | None = None) -> None:
         """Let a row go on until it needs a forward or has committed something."""
@@ -246,10 +246,10 @@ class Batch:
         finally:
             row.is_at_work = is_going_on
 
-    def _run(self, joint: JointForward, lengths: list[int]) -> None:
+    def _run(self, joint: JointForward) -> None:
         """Run a forward and let its members go on with what it says of them."""
         shape = (len(joint.rows), joint.num_tokens)
-        ids, past, real = np.zeros(shape, np.int64), np.array([lengths[row] for row in joint.rows]), np.ones(shape[0], np.int64)
+        ids, past, real = np.zeros(shape, np.int64), np.array([self._length(row) for row in joint.rows]), np.ones(shape[0], np.int64)
         for member in joint.members:
             place = joint.rows.index(member.row)
             ids[place, : member.num_tokens] = member.forward.token_ids
@@ -259,6 +259,12 @@ class Batch:
             row, place = self._rows[member.row], joint.rows.index(member.row)
             assert row is not None
             self._advance(row, tuple(of_row(output, place) for output in outputs))
+
+    def _length(self, row: int) -> int:
+        """Cached tokens of a row; it is in use, since those in use are neighbours."""
+        text = self._rows[row]
+        assert text is not None
+        return text.sequence.cached_length
 
     def _fits(self, role: Role, past_length: int, num_tokens: int) -> bool:
         """Whether padding stays within the cache, which must not grow for it, and within the position tables."""

@@ -224,27 +224,38 @@ class TriModeModel:
             self.session.check_block_length(chosen.block_length)
         return chosen
 
-    def new_batch(self, max_rows: int = DEFAULT_BATCH) -> Batch:
-        """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.batch.Batch`.
+    def new_batch(self, max_rows: int | None = None) -> Batch:
+        """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.batch.Batch`. None = 8, or what the target was built for.
 
         Raises:
-            UsageError: ``max_rows`` is below 1, or more than the target was built for.
+            UsageError: ``max_rows`` is below 1, or more than the target was built for; or the session runs single texts only.
         """
-        most = self.session.max_batch if isinstance(self.session, BatchSession) else 1
+        return self._new_batch(max_rows)
+
+    def _new_batch(self, max_rows: int | None, num_texts: int | None = None) -> Batch:
+        """With a row for each of ``num_texts``, if that are fewer."""
+        if not isinstance(self.session, BatchSession):
+            raise UsageError(
+                "expected a session that runs several texts in one forward, found one that does not", "open the bundle's targets instead"
+            )
+        most = self.session.max_batch
+        if max_rows is None:
+            max_rows = DEFAULT_BATCH if most is None else min(DEFAULT_BATCH, most)
         if max_rows < 1:
             raise UsageError(f"expected a batch of at least 1 row, found {max_rows}", "ask for as many rows as texts are to run side by side")
-        if not isinstance(self.session, BatchSession) or (most is not None and max_rows > most):
+        if most is not None and max_rows > most:
             raise UsageError(f"expected a batch of at most {most} rows, which target {self.target} was built for, found {max_rows}",
                              "build the target with a larger --max-batch, or choose one that runs on ONNX Runtime")  # fmt: skip
-        return Batch(self.session, self.model, self.continue_sequence, self._check_row, max_rows)
+        num_rows = max_rows if num_texts is None else min(max_rows, num_texts)
+        return Batch(self.session, self.model, self.continue_sequence, self._check_row, num_rows)
 
-    def generate_batch(self, prompts: Seq[Any], mode: Mode = "linear_spec", *, max_rows: int = DEFAULT_BATCH, **options: Any) -> list[Generation]:
+    def generate_batch(self, prompts: Seq[Any], mode: Mode = "linear_spec", *, max_rows: int | None = None, **options: Any) -> list[Generation]:
         """Answer prompts of any lengths side by side; each result is that of its own single run.
 
         Args:
             prompts: token ids, each ``(n,)``.
             mode: of all.
-            max_rows: how many at a time; the next prompt takes the place of one that is finished.
+            max_rows: how many at a time; the next prompt takes the place of one that is finished. None = 8, or what the target was built for.
             options: as for :meth:`stream`; ``seed`` and ``max_new_tokens`` may be lists, with one entry a prompt.
 
         Returns:
@@ -256,7 +267,7 @@ class TriModeModel:
         requests = [BatchRequest(self._check_row(ids), mode, chosen) for ids, chosen in zip(prompts, _each(options, len(prompts)), strict=True)]
         for request in requests:
             self._check_choices(mode, request.options)
-        batch = self.new_batch(max(1, min(max_rows, len(requests))) if max_rows > 0 else max_rows)
+        batch = self._new_batch(max_rows, max(1, len(requests)))
         results = {number: row for number, row, _ in batch.answer_all(requests)}
         return [results[number].result for number in range(len(requests))]
 

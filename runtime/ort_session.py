@@ -119,7 +119,7 @@ class OrtSession:
 
     def _bind(self, role: Role, cache: OrtCache, rows: range, num_tokens: int) -> BoundGraph:
         contract, is_kept = self.contracts[role], num_tokens <= self.model.max_block_length
-        num_rows = cache.num_rows if is_kept else rows.stop
+        num_rows = cache.num_rows if is_kept else len(rows)
         io = cache.io.get((role, num_tokens)) or GraphBuffers(contract, num_rows, num_tokens, cache.device)
         bound = BoundGraph(self.sessions[role], cache, rows, io, self._read_by[role])
         if is_kept:  # prompt chunks come in any size and once: not worth keeping

@@ -116,11 +116,12 @@ class Sequence:
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
         chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
+        predicted = -1
         for start in range(0, len(pending), chunk):
-            self._next = yield from self._causal(pending[start : start + chunk])
+            predicted = yield from self._causal(pending[start : start + chunk])
             setattr(self.forwards, phase, getattr(self.forwards, phase) + 1)
-        assert self._next is not None
-        return self._next
+        self._next = predicted  # not before: a sequence may be left between two chunks
+        return predicted
 
     def predicted_logits(self) -> NDArray[np.float32]:
         """Logits ``(V,)`` of the token that :meth:`predict` has told. Valid until the next causal forward."""

@@ -23,6 +23,7 @@ from tokenizers.models import WordLevel
 from trimode.errors import UsageError
 from trimode.runtime import Batch, BatchRow, Chunk, Generation
 from trimode.runtime.auto import StepCosts
+from trimode.runtime.batch import BatchRequest
 from trimode.runtime.forward import Forward
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.ort_session import OrtSession
@@ -107,9 +108,7 @@ def test_rows_equal_their_single_runs(model: TriModeModel, size: int) -> None:
     assert batch.num_free == size
 
 
-def requests(lengths: Sequence[int], modes: Sequence[Any], options: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    from trimode.runtime.batch import BatchRequest
-
+def requests(lengths: Sequence[int], modes: Sequence[Any], options: Sequence[dict[str, Any]]) -> Iterator[BatchRequest]:
     for length, mode, chosen in zip(lengths, modes, options, strict=True):
         yield BatchRequest(prompt_of(length), mode, chosen)
 
@@ -369,6 +368,33 @@ def test_at_the_longest_text(model: TriModeModel) -> None:
         assert [(row, chunk) for row, chunk in batch] == [(long[0], Chunk([], "length"))]
 
 
+def test_padding_follows_a_row_that_has_just_gone_on(model: TriModeModel) -> None:
+    """Two long texts whose chunks cannot be padded to that of the row between them run after it, and take it along: behind where it is by then."""
+    session = counted(model)
+    session.free_tokens = 10_000
+    batch = TriModeModel(model.bundle, session).new_batch(3)
+    options: dict[str, Any] = {"max_new_tokens": 2, "eos_token_ids": ()}
+    rows = [batch.join(prompt_of(n), "ar", **options) for n in (700, 5, 701)]
+    finish(batch)
+    for row, turn in ((rows[0], 290), (rows[1], 450), (rows[2], 291)):
+        row.sequence.append(prompt_of(turn))
+        batch.resume(row, "ar", **options)
+    texts = [list(row.sequence.tokens) for row in rows]
+    session.count.clear()
+    found = finish(batch)
+    assert session.count[:2] == [("ar", 1, 451), ("ar", 3, 292)]  # with the last token of the first turn, which was not cached yet
+    assert [found[row] for row in rows] == [model.stream([text], "ar", **options).finish().token_ids for text in texts]
+
+
+def test_interrupted_within_a_prompt(model: TriModeModel) -> None:
+    """What the first chunk predicts is not the prompt's next token."""
+    batch = model.new_batch(1)
+    row = batch.join(prompt_of(600), "ar", max_new_tokens=9, eos_token_ids=())
+    assert batch.step() == []
+    batch.resume(row, "linear_spec", max_new_tokens=9, eos_token_ids=())
+    assert finish(batch)[row] == model.stream([prompt_of(600)], "ar", max_new_tokens=9, eos_token_ids=()).finish().token_ids
+
+
 def test_a_text_that_outgrows_the_cache_ends_alone(model: TriModeModel) -> None:
     session = OrtSession(model.bundle, None, 1)
     session._capacity = 300
@@ -386,7 +412,7 @@ def test_what_cannot_be_a_batch(model: TriModeModel) -> None:
     with pytest.raises(UsageError, match="at least 1 row, found 0"):
         model.new_batch(0)
     single = SimpleNamespace(new_cache=None)
-    with pytest.raises(UsageError, match=r"at most 1 rows.*found 2"):
+    with pytest.raises(UsageError, match="runs several texts"):
         TriModeModel(model.bundle, single).new_batch(2)  # type: ignore[arg-type]
     for ids, found in (
         ([[1, 2]], r"shape \(n,\)"),
@@ -429,7 +455,7 @@ def test_joint_forwards(drawn: list[Any], gaps: set[int], free: int, limit: int)
     lengths = [past for _, _, past, _, _ in drawn]
     now = max(one.since for one in waiting)
     group = choose_group(waiting, now)
-    joints = list(join_forwards(group, lengths, lambda past, count: past + count <= limit, free))
+    joints = list(join_forwards(group, lengths.__getitem__, lambda past, count: past + count <= limit, free))
     members = [member for joint in joints for member in joint.members]
     assert sorted(member.row for member in members) == sorted(one.row for one in group)
     for joint in joints:
