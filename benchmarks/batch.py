@@ -21,7 +21,7 @@ from trimode.calib.demo.tasks import examples
 from trimode.runtime import Generation, TriModeModel
 from trimode.runtime.ort_session import OrtSession
 
-ROUNDS = 5
+ROUNDS = 7
 MAX_NEW_TOKENS = 192
 MODES: tuple[Any, ...] = ("ar", "diffusion", "linear_spec")
 SIZES = (1, 2, 4, 8)
@@ -80,7 +80,10 @@ def main() -> None:
 
 def report(speeds: dict[str, list[float]], work: dict[str, dict[str, int]], same: dict[str, int], arguments: dict[str, Any]) -> None:
     medians = {name: median(values) for name, values in speeds.items()}
-    ratios = {name: value / medians[f"{name.split()[0]} single"] for name, value in medians.items()}
+    ratios = {
+        name: median([value / single for value, single in zip(values, speeds[f"{name.split()[0]} single"], strict=True)])  # round by round
+        for name, values in speeds.items()
+    }
     for name, value in medians.items():
         print(f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   {work[name]['forwards']:6d} forwards   "
               f"tokens and nfe of single: {same[name]}")  # fmt: skip

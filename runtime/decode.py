@@ -1,7 +1,7 @@
 """The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722).
 
 Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back. In between
-it yields the forwards that it needs (:mod:`trimode.runtime.forward`); called as a :class:`Decoder`, it runs these itself.
+it yields the forwards that it needs (:mod:`trimode.runtime.forward`), which :class:`Algorithm` runs for those who only want tokens.
 ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
 the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle. Which token it is,
 is asked of a :class:`~trimode.runtime.chooser.Chooser`.
@@ -51,8 +51,8 @@ class Counters:
     picks: dict[int, int] = field(default_factory=dict)
 
 
-class Decoder:
-    """An algorithm; ``steps`` leaves its forwards to others, a call runs each at once over the sequence's own cache."""
+class Algorithm:
+    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps`` leaves the forwards to whoever drives it."""
 
     def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
         self.steps = steps
@@ -63,7 +63,7 @@ class Decoder:
         return drive(self.steps(sequence, options, counters), sequence.answer)
 
 
-@Decoder
+@Algorithm
 def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Autoregressive: one causal forward a token."""
     budget, choose = _start(sequence, options, counters)
@@ -74,7 +74,7 @@ def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) ->
         yield budget.settle([token])
 
 
-@Decoder
+@Algorithm
 def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
 
@@ -103,7 +103,7 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
         yield budget.settle(kept)
 
 
-@Decoder
+@Algorithm
 def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing prefix and one token more.
 
@@ -119,7 +119,7 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
         yield budget.settle(kept)
 
 
-@Decoder
+@Algorithm
 def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
 
@@ -144,7 +144,7 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
         yield budget.settle(kept)
 
 
-@Decoder
+@Algorithm
 def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto`).
 
@@ -170,13 +170,13 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
         yield budget.settle(kept)
 
 
-ALGORITHMS: dict[Mode, Decoder] = {
+ALGORITHMS: dict[Mode, Algorithm] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear_spec": decode_linear_spec,
     "quadratic_spec": decode_quadratic_spec,
 }
-MODES: dict[Mode, Decoder] = {**ALGORITHMS, "auto": decode_auto}
+MODES: dict[Mode, Algorithm] = {**ALGORITHMS, "auto": decode_auto}
 """What a caller can ask for: the algorithms, and the choice between some of them, which measures nothing that they do not."""
 
 

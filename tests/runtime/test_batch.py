@@ -78,8 +78,9 @@ def random_options(rng: random.Random, mode: str) -> dict[str, Any]:
 
 
 def facts(result: Generation) -> dict[str, Any]:
-    """All of a result but its time."""
-    return {name: value for name, value in vars(result).items() if name != "elapsed_s"}
+    """All of a result but its time, and log-probabilities as far as rounding lets them be the same."""
+    logprobs = [(one.token_id, pytest.approx(one.logprob, abs=1e-4), [token for token, _ in one.top]) for one in result.logprobs or ()]
+    return {**vars(result), "elapsed_s": None, "logprobs": logprobs}
 
 
 # --- whole texts
