@@ -21,7 +21,7 @@ from trimode.calib.demo.tasks import examples
 from trimode.runtime import Generation, TriModeModel
 from trimode.runtime.ort_session import OrtSession
 
-ROUNDS = 7
+ROUNDS = 5
 MAX_NEW_TOKENS = 192
 MODES: tuple[Any, ...] = ("ar", "diffusion", "linear_spec")
 SIZES = (1, 2, 4, 8)
