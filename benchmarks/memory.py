@@ -83,7 +83,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     import onnxruntime as ort
 
     from trimode.runtime import TriModeModel
-    from trimode.runtime.ort_session import BoundGraph, OrtCache
+    from trimode.runtime.ort_session import BoundGraph, GraphBuffers, OrtCache
 
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2, verify=False)
     base = pss_bytes()
@@ -96,9 +96,9 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     for rows in (1, 32):
         sessions = {"ours": model.session.sessions["ar"], "ordinary": ordinary}  # type: ignore[attr-defined]
-        bound = {name: BoundGraph(session, contract, cache, rows) for name, session in sessions.items()}
+        bound = {name: BoundGraph(session, cache, range(1), GraphBuffers(contract, 1, rows, "cpu"), {}) for name, session in sessions.items()}
         for _, name in itertools.product(range(6), sessions):
-            bound[name].input_ids[:], bound[name].past_length[0] = 5, 100
+            bound[name].input_ids[:], bound[name].past_length[0], bound[name].input_length[:] = 5, 100, rows
             time.sleep(0.02)  # the ordinary session's threads spin for a while after each run
             for _ in range(25 if rows == 1 else 8):
                 start = time.perf_counter()

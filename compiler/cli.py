@@ -342,6 +342,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Take --prompt as it is, without the chat template.")] = False,
     token_ids: Annotated[str | None, typer.Option(help="Prompt as token ids: 1,2,3.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="With --prompts-file, how many to answer side by side.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
     block_length: Annotated[int | None, typer.Option(help="Slots of a block, with auto at most; the model's if left out.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Probability that fills a slot; 0.9 for diffusion, 0 for linear-spec if left out.")] = None,
@@ -382,7 +383,7 @@ def run(
     choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(
         mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
-        runtime_cache, as_json, choices, timings,
+        runtime_cache, as_json, choices, timings, batch,
     )  # fmt: skip
     run_prompts(bundle, request)
 

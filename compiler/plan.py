@@ -105,7 +105,7 @@ def plan_target(
     if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
         raise UsageError(f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
                          "pass a shorter one in --block-lengths, or leave --quadratic out")  # fmt: skip
-    capacity = plan_capacity(roles, model, lengths)
+    capacity = plan_capacity(roles, model, lengths, options.max_batch)
     graphs = {
         role: EngineRecord(
             file=f"{names.target(target.name)}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity)

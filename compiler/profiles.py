@@ -18,10 +18,15 @@ in 48 KiB of shared memory, and refuses to compile where they do not fit (found 
 SM121). A profile that admits a second row gets the general kernel, at any capacity."""
 
 
-def plan_capacity(roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...]) -> int:
+_BATCH_STEP = 64
+"""Several sequences lie one after the other in a cache tensor, and TensorRT wants each to begin at a multiple of 256 bytes."""
+
+
+def plan_capacity(roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int = 1) -> int:
     """Slots of a cache that holds the longest text and, behind it, whatever the graphs write there."""
     written = (slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths))
-    return model.max_length + max(model.max_block_length, *written)
+    capacity = model.max_length + max(model.max_block_length, *written)
+    return capacity if max_batch == 1 else -(-capacity // _BATCH_STEP) * _BATCH_STEP
 
 
 def plan_profiles(

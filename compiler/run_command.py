@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from typing import Any
 from trimode.compiler.cli import parse_ints
 from trimode.errors import UsageError
 from trimode.runtime.auto import AR_STEP
+from trimode.runtime.batch import BatchRequest
 from trimode.runtime.decode import MODES
-from trimode.runtime.model import Generation, Stream, TriModeModel
+from trimode.runtime.model import TriModeModel
 from trimode.runtime.options import Mode
+from trimode.runtime.stream import Generation, Stream
+from trimode.runtime.text import TextStream
 
+Answer = tuple[Generation, str | None]
+"""A result and its text, None where the bundle has no tokenizer."""
 _LINE_HINT = 'write {"prompt": "..."} or {"token_ids": [1, 2]}'
 
 
@@ -40,6 +45,7 @@ class RunRequest:
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of :class:`trimode.runtime.options.TokenChoices` and ``logprobs``, those that were given."""
     timings: Path | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,23 +64,24 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
         raise UsageError("expected --timings together with --mode auto, found another mode", "leave it out")
     if "logprobs" in request.choices and not request.as_json:
         raise UsageError("expected --logprobs together with --json, found it alone", "add --json")
+    if request.batch != 1 and request.prompts_file is None:
+        raise UsageError(f"expected --prompts-file together with --batch, found --batch {request.batch} without", "leave it out for a single prompt")
     prompts = list(read_prompts(request))
     model = TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache,
         timings=request.timings,
     )  # fmt: skip
     num_right, num_known = 0, 0
-    for prompt in prompts:
-        stream = _start(model, prompt, mode, request)
-        text = _show_stream(model, stream, prompt) if not request.as_json else _drain(model, stream, prompt)
+    answers = _one_by_one(model, prompts, mode, request) if request.batch == 1 else _side_by_side(model, prompts, mode, request)
+    for prompt, (result, text) in zip(prompts, answers, strict=True):
         if prompt.answer is not None:
             num_known += 1
             num_right += text == prompt.answer
         if request.as_json:
-            sys.stdout.write(json.dumps(as_record(stream.result, text, prompt), ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(as_record(result, text, prompt), ensure_ascii=False) + "\n")
             sys.stdout.flush()
         else:
-            sys.stderr.write(summary(stream.result) + "\n")
+            sys.stderr.write(summary(result) + "\n")
     model.close()
     if num_known:
         sys.stderr.write(f"exact match: {num_right} of {num_known}\n")
@@ -173,17 +180,51 @@ def _parse_line(line: str, where: str) -> Prompt:
     return Prompt(text, ids, answer)
 
 
-def _start(model: TriModeModel, prompt: Prompt, mode: Mode, request: RunRequest) -> Stream:
+def _one_by_one(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
+    """Answers as they are generated; without --json their text is shown while it comes."""
+    for prompt in prompts:
+        stream = model.stream([_ids(model, prompt, request)], mode, **_options(request))
+        text = _show_stream(model, stream, prompt) if not request.as_json else _drain(model, stream, prompt)
+        yield stream.result, text
+
+
+def _side_by_side(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
+    """Answers in the order of the prompts, each once those before it are there; without --json their text is shown then."""
+    requests = [BatchRequest(_ids(model, prompt, request), mode, _options(request)) for prompt in prompts]
+    batch = model.new_batch(request.batch)
+    pieces: dict[int, list[str]] = {}
+    texts: dict[int, TextStream] = {}
+    finished: dict[int, Answer] = {}
+    following = 0
+    for number, row, chunk in batch.answer_all(requests):
+        if _has_text(model, prompts[number]):
+            text = texts.setdefault(number, row.stream.new_text())
+            pieces.setdefault(number, []).append(text.push(chunk.token_ids))
+        if chunk.finish_reason is not None:
+            whole = "".join([*pieces.pop(number), texts.pop(number).finish()]) if number in texts else None
+            finished[number] = row.result, whole
+        while following in finished:
+            result, whole = finished.pop(following)
+            if not request.as_json:
+                sys.stdout.write((_join_ids(result.token_ids) if whole is None else whole) + "\n")
+                sys.stdout.flush()
+            yield result, whole
+            following += 1
+
+
+def _ids(model: TriModeModel, prompt: Prompt, request: RunRequest) -> list[int]:
     if prompt.token_ids is not None:
-        ids = prompt.token_ids
-    else:
-        assert prompt.text is not None
-        ids = model.codec.encode(prompt.text) if request.raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+        return prompt.token_ids
+    assert prompt.text is not None
+    return model.codec.encode(prompt.text) if request.raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+
+
+def _options(request: RunRequest) -> dict[str, Any]:
     chosen: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "use_drafter": request.use_drafter, **request.choices}
     for name in ("block_length", "threshold"):
         if getattr(request, name) is not None:
             chosen[name] = getattr(request, name)
-    return model.stream([ids], mode, **chosen)
+    return chosen
 
 
 def _drain(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
@@ -195,7 +236,7 @@ def _drain(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
 
 def _show_stream(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | None:
     if not _has_text(model, prompt):
-        sys.stdout.write(",".join(map(str, stream.finish().token_ids)) + "\n")
+        sys.stdout.write(_join_ids(stream.finish().token_ids) + "\n")
         return None
     pieces = []
     for piece in stream.text():
@@ -204,6 +245,10 @@ def _show_stream(model: TriModeModel, stream: Stream, prompt: Prompt) -> str | N
         sys.stdout.flush()
     sys.stdout.write("\n")
     return "".join(pieces)
+
+
+def _join_ids(token_ids: list[int]) -> str:
+    return ",".join(map(str, token_ids))
 
 
 def _has_text(model: TriModeModel, prompt: Prompt) -> bool:

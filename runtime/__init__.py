@@ -3,6 +3,8 @@
 Imports neither torch nor onnx nor transformers.
 """
 
-from trimode.runtime.model import Chunk, Generation, TriModeModel
+from trimode.runtime.batch import Batch, BatchRow
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.stream import Chunk, Generation
 
-__all__ = ["Chunk", "Generation", "TriModeModel"]
+__all__ = ["Batch", "BatchRow", "Chunk", "Generation", "TriModeModel"]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.runtime.forward import Effect
 from trimode.runtime.options import DecodeOptions
 from trimode.runtime.sampling import Probabilities, accept_or_replace, distribution, draw, generator, log_softmax
 from trimode.runtime.sequence import Sequence, Verification
@@ -44,8 +45,8 @@ class Chooser(Protocol):
         """Of the draws; None where nothing is drawn."""
         ...
 
-    def next(self) -> int:
-        """The token after the sequence."""
+    def next(self) -> Effect[int]:
+        """The token after the sequence; the only question that may take a forward."""
         ...
 
     def begin_block(self, block: Ids) -> None:
@@ -82,7 +83,7 @@ class GreedyChooser:
     def __init__(self, sequence: Sequence) -> None:
         self._sequence = sequence
 
-    def next(self) -> int:
+    def next(self) -> Effect[int]:
         """See :class:`Chooser`."""
         return self._sequence.predict()
 
@@ -124,10 +125,11 @@ class RuledChooser:
         self._logprobs = logprobs
         self._slots = _Slots()
 
-    def next(self) -> int:
+    def next(self) -> Effect[int]:
         """See :class:`Chooser`."""
-        token = self._pick(self._index, self._sequence.predict(), self._sequence.predict_logits)
-        self._note(token, self._sequence.predict_logits)
+        greedy = yield from self._sequence.predict()
+        token = self._pick(self._index, greedy, self._sequence.predicted_logits)
+        self._note(token, self._sequence.predicted_logits)
         return token
 
     def begin_block(self, block: Ids) -> None:

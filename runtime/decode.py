@@ -1,6 +1,7 @@
 """The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722).
 
-Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back.
+Each is a generator over a :class:`~trimode.runtime.sequence.Sequence`: it yields tokens as they are committed and never takes one back. In between
+it yields the forwards that it needs (:mod:`trimode.runtime.forward`), which :class:`Algorithm` runs for those who only want tokens.
 ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
 the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle. Which token it is,
 is asked of a :class:`~trimode.runtime.chooser.Chooser`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import update_wrapper
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.auto import AR_STEP, make_policy
 from trimode.runtime.chooser import Chooser, TokenLogprob, make_chooser
+from trimode.runtime.forward import Effect, Steps, drive
 from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.policies import Denoised, fill_policy, reaching
 from trimode.runtime.sequence import Sequence
@@ -49,17 +52,31 @@ class Counters:
     picks: dict[int, int] = field(default_factory=dict)
 
 
-def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+class Algorithm:
+    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps`` leaves the forwards to whoever drives it."""
+
+    def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
+        self.steps = steps
+        update_wrapper(self, steps)
+
+    def __call__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+        """Yields tokens as they are committed."""
+        return drive(self.steps(sequence, options, counters), sequence.answer)
+
+
+@Algorithm
+def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Autoregressive: one causal forward a token."""
     budget, choose = _start(sequence, options, counters)
     while not budget.done:
         counters.nfe += 1
-        token = choose.next()
+        token = yield from choose.next()
         sequence.append([token])
         yield budget.settle([token])
 
 
-def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Algorithm
+def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
 
     Which slots each forward fills is up to a policy (:mod:`trimode.runtime.policies`); where it finds none, they stay masked, as in the reference.
@@ -69,14 +86,14 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
     fill = fill_policy(options.sampler, options.threshold, options.steps or options.block_length, options.scorer)
     mask = sequence.model.mask_token_id
     while not budget.done:
-        block = _masked_block(choose.next(), options.block_length, sequence.model)
+        block = _masked_block((yield from choose.next()), options.block_length, sequence.model)
         choose.begin_block(block)
         for step in range(options.block_length):
             masked = block == mask
             if not masked.any():
                 break
             counters.nfe += 1
-            ids, probabilities = sequence.denoise(block)
+            ids, probabilities = yield from sequence.denoise(block)
             tokens, confidence = choose.denoised(block, masked, ids, probabilities)
             slots = fill(Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step))
             block[slots] = tokens[slots]
@@ -85,13 +102,14 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
         kept = budget.fit(budget.before_end(block.tolist()))
         length = len(sequence.tokens) + len(kept)
         choose.committed(kept)
-        sequence.commit(block)
+        yield from sequence.commit(block)
         counters.nfe += 1
         sequence.truncate(length)
         yield budget.settle(kept)
 
 
-def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Algorithm
+def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing prefix and one token more.
 
     What is drawn has the distribution of :func:`decode_ar` (see :func:`~trimode.runtime.sampling.accept_or_replace`).
@@ -99,14 +117,15 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    yield budget.settle(_seed(sequence, counters, choose))
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
-        kept = budget.fit(_cycle(sequence, options, counters, budget, choose))
+        kept = budget.fit((yield from _cycle(sequence, options, counters, budget, choose)))
         sequence.accept(kept)
         yield budget.settle(kept)
 
 
-def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Algorithm
+def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
 
     The reference reads the prompt and makes the first draft in one forward, which counts; here these are two. The graph itself decides which
@@ -117,11 +136,11 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
     if budget.done:
         return
     counters.nfe += 1
-    drafts = sequence.first_drafts(options.block_length)
+    drafts = yield from sequence.first_drafts(options.block_length)
     while not budget.done:
         counters.nfe += 1
         counters.cycles += 1
-        speculation = sequence.speculate(drafts)
+        speculation = yield from sequence.speculate(drafts)
         verified = budget.before_end(speculation.accepted)
         counters.cycle_tokens += len(verified)
         kept = budget.fit(verified)
@@ -130,7 +149,8 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
         yield budget.settle(kept)
 
 
-def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+@Algorithm
+def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto`).
 
     The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what comes.
@@ -139,23 +159,22 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
     if budget.done:
         return
     policy = make_policy(options.costs, options.block_length)
-    yield budget.settle(_seed(sequence, counters, choose))
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
         length = policy.choose(sequence.cached_length, budget.left)
         counters.picks[length] = counters.picks.get(length, 0) + 1
         if length == AR_STEP:
             counters.nfe += 1
-            kept = [choose.next()]
+            kept = [(yield from choose.next())]
             sequence.append(kept)
         else:
-            verified = _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
+            verified = yield from _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
             kept = budget.fit(verified)
             sequence.accept(kept)
         policy.record(length, len(kept))
         yield budget.settle(kept)
 
 
-Algorithm = Callable[[Sequence, DecodeOptions, Counters], Tokens]
 ALGORITHMS: dict[Mode, Algorithm] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
@@ -172,27 +191,27 @@ def _start(sequence: Sequence, options: DecodeOptions, counters: Counters) -> tu
     return _Budget(sequence, options, counters), choose
 
 
-def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> list[int]:
+def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
     """Choose and append the first token of self-speculation; its forward counts, and that once, where a prompt is read in chunks."""
     passes = sequence.forwards.prefill + sequence.forwards.decode
-    seed = choose.next()
+    seed = yield from choose.next()
     counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes
     sequence.append([seed])
     return [seed]
 
 
-def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> list[int]:
+def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> Effect[list[int]]:
     """Draft a block after the last token and verify it; what is accepted, up to the end of the text."""
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
-    _draft(sequence, block, options, counters, choose)
+    yield from _draft(sequence, block, options, counters, choose)
     counters.nfe += 1
     counters.cycles += 1
-    verified = budget.before_end(choose.verified(block, sequence.verify(block)))
+    verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
     counters.cycle_tokens += len(verified)
     return verified
 
 
-def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> None:
+def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[None]:
     """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the threshold asks.
 
     Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
@@ -203,7 +222,7 @@ def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Cou
         counters.nfe += 1
         masked = block == sequence.model.mask_token_id
         masked[0] = False  # already decided, even should the model have chosen the mask token itself
-        tokens, confidence = choose.drafted(block, masked, *sequence.draft(block, use_drafter=options.use_drafter))
+        tokens, confidence = choose.drafted(block, masked, *(yield from sequence.draft(block, use_drafter=options.use_drafter)))
         slots = choose_slots(masked, confidence, options.threshold)
         block[slots] = tokens[slots]
         if options.threshold == 0 or not (block[1:] == sequence.model.mask_token_id).any():

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.backends import PORTABLE, open_session
+from trimode.runtime.batch import Batch, BatchRequest
 from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.chooser import TokenLogprob
-from trimode.runtime.decode import MODES, Counters
+from trimode.runtime.decode import MODES
 from trimode.runtime.manifest import SamplerRecord
 from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
 from trimode.runtime.policies import SamplerName, Scorer
-from trimode.runtime.sequence import Forwards, Sequence
-from trimode.runtime.session import Ids, Session, takes_block
-from trimode.runtime.text import TextCodec, TextStream
+from trimode.runtime.sequence import Sequence
+from trimode.runtime.session import BatchSession, Ids, Session, takes_block
+from trimode.runtime.stream import Generation, Stream
+from trimode.runtime.text import TextCodec
 from trimode.runtime.timings import Timings, find_timings, read_timings, subject_of
 
 END_THINK = "</think>"
@@ -33,140 +33,9 @@ DEFAULT_MARGIN = 0.8
 """Of the sampler ``margin``."""
 DEFAULT_QUADRATIC_LENGTH = 16
 """The reference's: rows of a forward grow with the square."""
-
-
-class Chunk(NamedTuple):
-    """Tokens committed by one step; ``finish_reason`` is set on the last chunk."""
-
-    token_ids: list[int]
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished generation.
-
-    Attributes:
-        token_ids: new tokens, the end token included, or the token that completed a stop string.
-        nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode`).
-        prefill_forwards: forwards that read the prompt.
-        tokens_per_forward: new tokens / nfe.
-        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
-        forwards: executed forward passes by phase.
-        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit).
-        seed: of the draws; None where nothing was drawn.
-        logprobs: one for each new token; None if not asked for.
-        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the other modes.
-        elapsed_s: wall time, tokens in to tokens out.
-    """
-
-    token_ids: list[int]
-    mode: Mode
-    nfe: int
-    prefill_forwards: int
-    tokens_per_forward: float
-    acceptance_length: float | None
-    forwards: Forwards
-    finish_reason: str
-    seed: int | None
-    logprobs: list[TokenLogprob] | None
-    elapsed_s: float
-    picks: dict[int, int] | None = None
-
-
-class Stream:
-    """Iterates over :class:`Chunk`; afterwards :attr:`result` tells the whole.
-
-    Args:
-        sequence: what to continue.
-        mode: how.
-        options: checked.
-        codec: gives the tokenizer, when text is asked for or stop strings are given; without, neither may be.
-    """
-
-    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions, codec: Callable[[], TextCodec] | None = None) -> None:
-        self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
-        self._watch = self._new_text() if options.stop else None
-        self._counters = Counters()
-        self._before = Forwards(**vars(sequence.forwards))
-        self._token_ids: list[int] = []
-        self._elapsed_s = 0.0
-        self._steps = MODES[mode](sequence, options, self._counters)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        start = time.perf_counter()
-        try:
-            token_ids = next(self._steps)
-        finally:
-            self._elapsed_s += time.perf_counter() - start
-        if self._watch is not None:
-            token_ids = self._before_stop(self._watch, token_ids)
-        self._token_ids += token_ids
-        return Chunk(token_ids, self._counters.finish_reason)
-
-    def text(self) -> Iterator[str]:
-        """Iterate to the end, in pieces of text: as soon as they are certain, without special tokens, ending before a stop string.
-
-        Raises:
-            UsageError: the bundle has no tokenizer.
-        """
-        text = self._new_text()
-        for chunk in self:
-            yield text.push(chunk.token_ids)
-        yield text.finish()
-
-    def finish(self) -> Generation:
-        """Iterate to the end; the result."""
-        for _ in self:
-            pass
-        return self.result
-
-    @property
-    def result(self) -> Generation:
-        """What has been generated; complete once the iteration has ended."""
-        counters, count = self._counters, len(self._token_ids)
-        forwards = Forwards(**{name: value - getattr(self._before, name) for name, value in vars(self._sequence.forwards).items()})
-        return Generation(
-            token_ids=list(self._token_ids),
-            mode=self._mode,
-            nfe=counters.nfe,
-            prefill_forwards=forwards.prefill,
-            tokens_per_forward=count / counters.nfe if counters.nfe else 0.0,
-            acceptance_length=counters.cycle_tokens / counters.cycles if counters.cycles else None,
-            forwards=forwards,
-            finish_reason=counters.finish_reason or "length",
-            seed=counters.seed,
-            logprobs=None if self._options.logprobs is None else list(counters.logprobs),
-            elapsed_s=self._elapsed_s,
-            picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
-        )
-
-    def _new_text(self) -> TextStream:
-        if self._codec is None:
-            raise UsageError("expected a tokenizer for text and stop strings, found none", "give the stream the codec of the bundle")
-        return TextStream(self._codec(), self._options.stop, self._options.min_new_tokens)
-
-    def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
-        """The tokens up to the one that completes a stop string; the rest is forgotten before anybody has seen it."""
-        for count, token in enumerate(token_ids, 1):
-            watch.push([token])
-            if watch.is_stopped:
-                self._end(len(token_ids) - count)
-                return token_ids[:count]
-        return token_ids
-
-    def _end(self, surplus: int) -> None:
-        """End here, without the last ``surplus`` tokens."""
-        counters = self._counters
-        self._steps.close()
-        self._sequence.truncate(len(self._sequence.tokens) - surplus)
-        counters.finish_reason = "stop"
-        counters.cycle_tokens -= surplus if counters.cycles else 0
-        if self._options.logprobs is not None:
-            del counters.logprobs[len(counters.logprobs) - surplus :]
+DEFAULT_BATCH = 8
+_ROW_OPTIONS = ("seed", "max_new_tokens")
+"""Of these each prompt of a batch may have its own."""
 
 
 class TriModeModel:
@@ -357,6 +226,9 @@ class TriModeModel:
 
     def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
+        return Stream(sequence, mode, self._check_choices(mode, options), lambda: self.codec)
+
+    def _check_choices(self, mode: Mode, options: dict[str, Any]) -> DecodeOptions:
         if mode not in MODES:
             raise UsageError(f"expected a mode among {', '.join(MODES)}, found {mode!r}", "see the README for what each mode does")
         defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
@@ -368,7 +240,54 @@ class TriModeModel:
             self._check_quadratic(chosen.block_length)
         elif mode != "ar" and chosen.costs is None:
             self.session.check_block_length(chosen.block_length)
-        return Stream(sequence, mode, chosen, lambda: self.codec)
+        return chosen
+
+    def new_batch(self, max_rows: int | None = None) -> Batch:
+        """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.batch.Batch`. None = 8, or what the target was built for.
+
+        Raises:
+            UsageError: ``max_rows`` is below 1, or more than the target was built for; or the session runs single texts only.
+        """
+        return self._new_batch(max_rows)
+
+    def _new_batch(self, max_rows: int | None, num_texts: int | None = None) -> Batch:
+        """With a row for each of ``num_texts``, if that are fewer."""
+        if not isinstance(self.session, BatchSession):
+            raise UsageError(
+                "expected a session that runs several texts in one forward, found one that does not", "open the bundle's targets instead"
+            )
+        most = self.session.max_batch
+        if max_rows is None:
+            max_rows = DEFAULT_BATCH if most is None else min(DEFAULT_BATCH, most)
+        if max_rows < 1:
+            raise UsageError(f"expected a batch of at least 1 row, found {max_rows}", "ask for as many rows as texts are to run side by side")
+        if most is not None and max_rows > most:
+            raise UsageError(f"expected a batch of at most {most} rows, which target {self.target} was built for, found {max_rows}",
+                             "build the target with a larger --max-batch, or choose one that runs on ONNX Runtime")  # fmt: skip
+        num_rows = max_rows if num_texts is None else min(max_rows, num_texts)
+        return Batch(self.session, self.model, self.continue_sequence, self._check_row, num_rows)
+
+    def generate_batch(self, prompts: Seq[Any], mode: Mode = "linear_spec", *, max_rows: int | None = None, **options: Any) -> list[Generation]:
+        """Answer prompts of any lengths side by side; each result is that of its own single run.
+
+        Args:
+            prompts: token ids, each ``(n,)``.
+            mode: of all.
+            max_rows: how many at a time; the next prompt takes the place of one that is finished. None = 8, or what the target was built for.
+            options: as for :meth:`stream`; ``seed`` and ``max_new_tokens`` may be lists, with one entry a prompt.
+
+        Returns:
+            One result a prompt, in their order.
+
+        Raises:
+            UsageError: a value is out of its range. Nothing has run then, unless a text outgrows the cache of a target that fixes it.
+        """
+        requests = [BatchRequest(self._check_row(ids), mode, chosen) for ids, chosen in zip(prompts, _each(options, len(prompts)), strict=True)]
+        for request in requests:
+            self._check_choices(mode, request.options)
+        batch = self._new_batch(max_rows, max(1, len(requests)))
+        results = {number: row for number, row, _ in batch.answer_all(requests)}
+        return [results[number].result for number in range(len(requests))]
 
     def _generate(self, ids: Any, mode: Mode, **options: Any) -> tuple[Ids, int]:
         if "logprobs" in options:
@@ -420,12 +339,20 @@ class TriModeModel:
         self.session.check_block_length(block_length, ("draft", "quadratic"))
 
     def _check_ids(self, ids: Any) -> list[int]:
-        try:
-            array = np.asarray(ids)
-        except ValueError as error:
-            raise UsageError("expected token ids of shape (1, n), found rows of different length", "pass one sequence a call, as [[...]]") from error
+        hint = "pass one sequence a call, as [[...]]; generate_batch takes several"
+        array = _as_array(ids, "(1, n)", hint)
         if array.ndim != 2 or array.shape[0] != 1:
-            raise UsageError(f"expected token ids of shape (1, n), found {array.shape}", "pass one sequence a call, as [[...]]")
+            raise UsageError(f"expected token ids of shape (1, n), found {array.shape}", hint)
+        return self._check_tokens(array[0])
+
+    def _check_row(self, ids: Any) -> list[int]:
+        hint = "pass one list of token ids a row, as [1, 2]"
+        array = _as_array(ids, "(n,)", hint)
+        if array.ndim != 1:
+            raise UsageError(f"expected token ids of shape (n,), found {array.shape}", hint)
+        return self._check_tokens(array)
+
+    def _check_tokens(self, array: NDArray[Any]) -> list[int]:
         if array.size == 0:
             raise UsageError("expected at least one token, found an empty prompt", "start a text from the bos token if there is nothing to say")
         if not np.issubdtype(array.dtype, np.integer):
@@ -434,12 +361,31 @@ class TriModeModel:
         if wrong.size:
             found = f"expected token ids from 0 to {self.model.vocab_size - 1}, found {wrong[0]}"
             raise UsageError(found, "check that the ids come from this model's tokenizer")
-        if array.shape[1] >= self.model.max_length:
-            raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.shape[1]}",
+        if array.size >= self.model.max_length:
+            raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.size}",
                              "shorten the prompt, or build with a larger --max-length")  # fmt: skip
-        return array[0].tolist()  # type: ignore[no-any-return]
+        return array.tolist()  # type: ignore[no-any-return]
 
 
 def default_block_length(mode: Mode, model: ModelInfo) -> int:
     """The block length that a mode has where none is asked for."""
     return min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length) if mode == "quadratic_spec" else model.block_size
+
+
+def _as_array(ids: Any, shape: str, hint: str) -> NDArray[Any]:
+    try:
+        return np.asarray(ids)
+    except ValueError as error:
+        raise UsageError(f"expected token ids of shape {shape}, found rows of different length", hint) from error
+
+
+def _each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of ``count`` prompts."""
+    chosen = [dict(options) for _ in range(count)]
+    for name in _ROW_OPTIONS:
+        if isinstance(options.get(name), Seq):
+            if len(options[name]) != count:
+                raise UsageError(f"expected one {name}, or one a prompt ({count}), found {len(options[name])}", "pass as many as there are prompts")
+            for row, value in zip(chosen, options[name], strict=True):
+                row[name] = value
+    return chosen

@@ -5,8 +5,9 @@ Numpy has no bfloat16, so such a tensor is moved as float16: the same two bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Buffer:
     Attributes:
         value: the OrtValue over the memory.
         array: on the CPU, the same memory; on a GPU None.
+        first: where in the value's first dimension the tensor begins.
     """
 
     value: Any
@@ -45,18 +47,32 @@ class Buffer:
     dtype: DType
     shape: tuple[int, ...]
     device: Device
+    first: int = 0
+
+    def part(self, rows: range) -> Buffer:
+        """A stretch of the first dimension, in the same memory."""
+        array = None if self.array is None else self.array[rows.start : rows.stop]
+        return replace(self, array=array, shape=(len(rows), *self.shape[1:]), first=self.first + rows.start)
 
     def bind_input(self, binding: Any, name: str) -> None:
         """Let a graph read this memory as ``name``. The buffer must outlive the binding."""
-        binding.bind_input(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self.value.data_ptr())
+        binding.bind_input(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address)
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Let a graph write ``name`` into this memory. The buffer must outlive the binding."""
-        binding.bind_output(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self.value.data_ptr())
+        binding.bind_output(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address)
 
     def numpy(self) -> Array:
         """The values in host memory, bfloat16 as float16: the memory itself on the CPU, a copy on a GPU."""
-        return self.value.numpy() if self.array is None else self.array
+        if self.array is not None:
+            return self.array
+        whole: Array = self.value.numpy()
+        return whole[self.first : self.first + self.shape[0]] if self.shape else whole
+
+    @property
+    def _address(self) -> int:
+        row_bytes = math.prod(self.shape[1:]) * np.dtype(_STORAGE[self.dtype]).itemsize
+        return int(self.value.data_ptr()) + self.first * row_bytes
 
 
 def zeros(shape: tuple[int, ...], dtype: DType, device: Device) -> Buffer:

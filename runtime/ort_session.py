@@ -19,6 +19,10 @@ from trimode.runtime.ort_memory import Buffer, place, place_weights, zeros
 from trimode.runtime.ort_prepacked import prepacked_graphs
 from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
 
+_ONE_ROW = range(1)
+_FREE_TOKENS: dict[Device, int] = {"cpu": 8, "cuda": 64}
+"""On a CPU a forward over a few tokens waits for the weights, and further ones soon cost time of their own; on a GPU much later."""
+
 logger = logging.getLogger("trimode.runtime")
 
 
@@ -40,6 +44,7 @@ class OrtSession:
     """
 
     max_prefill_rows = None
+    max_batch = None
 
     def __init__(
         self, bundle: Bundle, target: TargetRecord | None = None, num_threads: int | None = None, *, runtime_cache: Path | None = None
@@ -50,6 +55,7 @@ class OrtSession:
         self.model = manifest.model
         self.contracts: dict[Role, GraphContract] = dict(manifest.contracts)
         self._device: Device = target.device if target else "cpu"
+        self.free_tokens = _FREE_TOKENS[self._device]
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
@@ -78,28 +84,47 @@ class OrtSession:
 
     def new_cache(self) -> OrtCache:
         """See :class:`trimode.runtime.session.Session`."""
-        return OrtCache(self.model, self._dtype, self._device, self._capacity)
+        return self.new_batch_cache(1)
+
+    def new_batch_cache(self, num_rows: int) -> OrtCache:
+        """See :class:`trimode.runtime.session.BatchSession`."""
+        return OrtCache(self.model, self._dtype, self._device, self._capacity, num_rows)
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.session.Session`."""
-        cache = cast("OrtCache", cache)
-        rows = input_ids.shape[1]
-        end = past_length + slots_written(role, rows)
+        end = past_length + slots_written(role, input_ids.shape[1])
         if end > cache.capacity:
             cache.reserve(end)
-        bound = cache.bound.get((role, rows)) or self._bind(role, cache, rows)
+        return self._run(role, cast("OrtCache", cache), _ONE_ROW, input_ids, past_length, input_ids.shape[1], drafter_scale)
+
+    def run_rows(
+        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+    ) -> tuple[Array, ...]:
+        """See :class:`trimode.runtime.session.BatchSession`."""
+        return self._run(role, cast("OrtCache", cache), rows, input_ids, past_length, input_length, drafter_scale)
+
+    def _run(
+        self, role: Role, cache: OrtCache, rows: range, input_ids: Ids, past_length: Ids | int, input_length: Ids | int, drafter_scale: float
+    ) -> tuple[Array, ...]:
+        bound = cache.bound.get((role, rows, input_ids.shape[1])) or self._bind(role, cache, rows, input_ids.shape[1])
         bound.input_ids[:] = input_ids
-        bound.past_length[0] = past_length
+        bound.past_length[:] = past_length
+        if bound.input_length is not None:
+            bound.input_length[:] = input_length
         if bound.drafter_scale is not None:
             bound.drafter_scale[...] = drafter_scale
         bound.bind_inputs()
         self.sessions[role].run_with_iobinding(bound.binding)
         return bound.outputs
 
-    def _bind(self, role: Role, cache: OrtCache, rows: int) -> BoundGraph:
-        bound = BoundGraph(self.sessions[role], self.contracts[role], cache, rows, self._read_by[role])
-        if rows <= self.model.max_block_length:  # prompt chunks come in any size and once: not worth keeping
-            cache.bound[role, rows] = bound
+    def _bind(self, role: Role, cache: OrtCache, rows: range, num_tokens: int) -> BoundGraph:
+        contract, is_kept = self.contracts[role], num_tokens <= self.model.max_block_length
+        num_rows = cache.num_rows if is_kept else len(rows)
+        io = cache.io.get((role, num_tokens)) or GraphBuffers(contract, num_rows, num_tokens, cache.device)
+        bound = BoundGraph(self.sessions[role], cache, rows, io, self._read_by[role])
+        if is_kept:  # prompt chunks come in any size and once: not worth keeping
+            cache.io[role, num_tokens] = io
+            cache.bound[role, rows, num_tokens] = bound
         return bound
 
 
@@ -111,14 +136,23 @@ class OrtCache:
         dtype: type of keys and values.
         device: where they are.
         fixed_capacity: the only capacity that the graphs accept; None = any.
+        num_rows: texts. On the CPU, rows that nobody has written yet take no memory until the buffers grow.
+
+    Attributes:
+        bound: graphs over neighbouring rows and a number of tokens.
+        io: their inputs and outputs, for all rows; graphs over some of them share it.
     """
 
-    def __init__(self, model: ModelInfo, dtype: DType = "float32", device: Device = "cpu", fixed_capacity: int | None = None) -> None:
+    def __init__(
+        self, model: ModelInfo, dtype: DType = "float32", device: Device = "cpu", fixed_capacity: int | None = None, num_rows: int = 1
+    ) -> None:
         self._model, self._dtype, self._fixed = model, dtype, fixed_capacity
         self.device: Device = device
+        self.num_rows = num_rows
         self._names = [spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values")]
         self.values: dict[str, Buffer] = {}
-        self.bound: dict[tuple[Role, int], BoundGraph] = {}
+        self.bound: dict[tuple[Role, range, int], BoundGraph] = {}
+        self.io: dict[tuple[Role, int], GraphBuffers] = {}
         self.capacity = 0
 
     def reserve(self, length: int) -> None:
@@ -134,8 +168,18 @@ class OrtCache:
         for name in self._names:
             self.values[name] = self._grown(self.values.get(name))
 
+    def move(self, source: int, destination: int) -> None:
+        """See :class:`trimode.runtime.session.BatchCache`."""
+        if self.device != "cpu":
+            self.bound.clear()
+        for name, buffer in self.values.items():
+            values = buffer.numpy()  # on a GPU a copy, as where it grows
+            values[destination] = values[source]
+            if self.device != "cpu":
+                self.values[name] = place(values, self._dtype, self.device)
+
     def _grown(self, old: Buffer | None) -> Buffer:
-        new = zeros((1, self._model.num_key_value_heads, self.capacity, self._model.head_dim), self._dtype, self.device)
+        new = zeros((self.num_rows, self._model.num_key_value_heads, self.capacity, self._model.head_dim), self._dtype, self.device)
         if old is None:
             return new
         grown = new.numpy()  # on a GPU the copy goes through the host: rare, and ONNX Runtime copies whole tensors only
@@ -143,16 +187,34 @@ class OrtCache:
         return place(grown, self._dtype, self.device)
 
 
-class BoundGraph:
-    """One graph bound to one cache for one number of rows; a step writes the inputs in place, binds them and runs."""
+class GraphBuffers:
+    """Inputs and outputs of a graph for a number of rows and of tokens a row."""
 
-    def __init__(self, session: Any, contract: GraphContract, cache: OrtCache, rows: int, weights: Mapping[str, Buffer] | None = None) -> None:
-        sizes = {"batch": 1, "rows": rows}
+    def __init__(self, contract: GraphContract, num_rows: int, num_tokens: int, device: Device) -> None:
+        sizes = {"batch": num_rows, "rows": num_tokens}
+        self.inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
+        self.outputs = {spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, device)) for spec in contract.outputs}
+
+
+class BoundGraph:
+    """One graph bound to neighbouring rows of one cache; a step writes the inputs in place, binds them and runs.
+
+    Args:
+        session: the graph.
+        cache: of one text, or of a batch.
+        rows: which texts of it.
+        io: for at least as many rows; the first of them are used.
+        weights: what the graph takes as further inputs.
+    """
+
+    def __init__(self, session: Any, cache: OrtCache, rows: range, io: GraphBuffers, weights: Mapping[str, Buffer]) -> None:
         self.binding = session.io_binding()
-        self._weights, self._cache = dict(weights or {}), dict(cache.values)  # kept alive: the binding knows addresses only
-        self._inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
-        outputs = {spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, cache.device)) for spec in contract.outputs}
-        for name, buffer in outputs.items():
+        first = range(len(rows))
+        self._weights = dict(weights)  # kept alive, as all of it: the binding knows addresses only
+        self._cache = {name: buffer.part(rows) for name, buffer in cache.values.items()}
+        self._inputs = {name: array[: len(rows)] if array.ndim else array for name, array in io.inputs.items()}
+        self._buffers = tuple(buffer.part(first) for buffer in io.outputs.values())
+        for name, buffer in zip(io.outputs, self._buffers, strict=True):
             buffer.bind_output(self.binding, name)
         for name, buffer in self._weights.items():
             buffer.bind_input(self.binding, name)
@@ -162,10 +224,7 @@ class BoundGraph:
             buffer.bind_output(self.binding, f"present{name}")
         self.bind_inputs()
         self.input_ids, self.past_length = self._inputs["input_ids"], self._inputs["past_length"]
-        self.drafter_scale = self._inputs.get("drafter_scale")
-        if "input_length" in self._inputs:
-            self._inputs["input_length"][:] = rows
-        self._buffers = tuple(outputs.values())
+        self.input_length, self.drafter_scale = self._inputs.get("input_length"), self._inputs.get("drafter_scale")
         self.outputs = tuple(_as_array(buffer) for buffer in self._buffers)
 
     def bind_inputs(self) -> None:

@@ -1,5 +1,8 @@
 """One text in the making: its tokens, the cache, and how far the cache agrees with the tokens.
 
+What needs a forward is a generator that asks for it (:mod:`trimode.runtime.forward`): ``yield from`` it in an algorithm, and hand it to
+:meth:`Sequence.run` elsewhere.
+
 The cache holds causal K/V of the first ``cached_length`` tokens, never of more than there are. Denoise and draft forwards write into the
 slots after that and leave the length alone, so the next causal forward overwrites what they wrote. Rolling back is setting the length.
 """
@@ -15,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.session import Array, Ids, Session
+from trimode.runtime.forward import Effect, Forward, Outputs, T, perform
+from trimode.runtime.session import Array, Ids, Session, of_row
 
 PREFILL_CHUNK = 512
 """Most prompt rows in one forward: bounds the score matrix, which grows with rows times capacity."""
@@ -50,7 +54,7 @@ class Verification:
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """``(L, V)``, of the token after each; copied from a GPU when first asked for."""
-        return np.asarray(self.raw_logits)[0]  # type: ignore[no-any-return]
+        return np.asarray(self.raw_logits)
 
     def row(self, index: int) -> NDArray[np.float32]:
         """One row of :attr:`logits`."""
@@ -94,7 +98,17 @@ class Sequence:
         """Tokens that may still be added before ``max_length``."""
         return self.model.max_length - len(self.tokens)
 
-    def predict(self) -> int:
+    def run(self, effect: Effect[T]) -> T:
+        """Do at once what needs forwards: ``sequence.run(sequence.predict())``."""
+        return perform(effect, self.answer)
+
+    def answer(self, forward: Forward) -> Outputs:
+        """Run a forward that this sequence asked for, over its own cache."""
+        ids = forward.token_ids[None]
+        outputs = self._session.run(forward.role, self._cache, ids, forward.past_length, forward.drafter_scale)
+        return tuple(of_row(output, 0) for output in outputs)
+
+    def predict(self) -> Effect[int]:
         """Greedy next token. Runs the tokens that are not cached yet: a prompt in chunks (prefill), or the last token (decode)."""
         if self._next is not None:
             return self._next
@@ -102,15 +116,16 @@ class Sequence:
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
         chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
+        predicted = -1
         for start in range(0, len(pending), chunk):
-            self._next = self._causal(pending[start : start + chunk])
+            predicted = yield from self._causal(pending[start : start + chunk])
             setattr(self.forwards, phase, getattr(self.forwards, phase) + 1)
-        assert self._next is not None
-        return self._next
+        self._next = predicted  # not before: a sequence may be left between two chunks
+        return predicted
 
-    def predict_logits(self) -> NDArray[np.float32]:
-        """Logits ``(V,)`` of the token that :meth:`predict` tells; runs the same forwards. Valid until the next causal one."""
-        self.predict()
+    def predicted_logits(self) -> NDArray[np.float32]:
+        """Logits ``(V,)`` of the token that :meth:`predict` has told. Valid until the next causal forward."""
+        assert self._next is not None
         assert self._next_logits is not None
         return self._next_logits()
 
@@ -126,38 +141,38 @@ class Sequence:
             self.cached_length = min(self.cached_length, length)
             self._next = None
 
-    def denoise(self, block: Ids) -> tuple[Array, Array]:
+    def denoise(self, block: Ids) -> Effect[tuple[Array, Array]]:
         """Bidirectional forward over ``block (L,)`` placed after the tokens; ids and probabilities ``(L, 5)``, best first."""
         self.forwards.denoise += 1
-        return self._bidirectional(block, 0.0)
+        return (yield from self._bidirectional(block, 0.0))
 
-    def draft(self, block: Ids, *, use_drafter: bool) -> tuple[Array, Array]:
+    def draft(self, block: Ids, *, use_drafter: bool) -> Effect[tuple[Array, Array]]:
         """Like :meth:`denoise`, with the drafter's adapter; ``block[0]`` is the last token, which is not cached yet."""
         self.forwards.draft += 1
-        return self._bidirectional(block, 1.0 if use_drafter else 0.0)
+        return (yield from self._bidirectional(block, 1.0 if use_drafter else 0.0))
 
-    def verify(self, block: Ids) -> Verification:
+    def verify(self, block: Ids) -> Effect[Verification]:
         """Causal forward over a drafted block whose first token is the last of the sequence. The caller decides what to :meth:`accept`."""
         self.forwards.verify += 1
-        greedy, accepted, logits = self._session.run("verify", self._cache, block[None], self.cached_length)
-        return Verification(greedy[0], int(accepted[0]), logits)
+        greedy, accepted, logits = yield Forward("verify", block, self.cached_length)
+        return Verification(greedy, int(accepted), logits)
 
-    def first_drafts(self, block_length: int) -> Ids:
+    def first_drafts(self, block_length: int) -> Effect[Ids]:
         """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked slots behind all tokens gives."""
-        first = self.predict()
-        ids, _ = self.draft(np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False)
+        first = yield from self.predict()
+        ids, _ = yield from self.draft(np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False)
         return _drafts(ids, first)
 
-    def speculate(self, drafts: Ids) -> Speculation:
+    def speculate(self, drafts: Ids) -> Effect[Speculation]:
         """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and drafts anew behind those that are.
 
         All tokens must be cached. The caller decides how many of the right drafts to :meth:`accept_drafts`.
         """
         assert self.cached_length == len(self.tokens)
         self.forwards.quadratic += 1
-        greedy, accepted, logits, ids, _ = self._session.run("quadratic", self._cache, drafts[None], self.cached_length)
-        last = int(accepted[0])
-        return Speculation(greedy[0], last, logits, drafts[: last + 1].tolist(), _drafts(ids[0], int(greedy[0, last])))
+        greedy, accepted, logits, ids, _ = yield Forward("quadratic", drafts, self.cached_length)
+        last = int(accepted)
+        return Speculation(greedy, last, logits, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last])))
 
     def accept_drafts(self, count: int, speculation: Speculation) -> None:
         """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all of them the token after them is known, too."""
@@ -175,22 +190,21 @@ class Sequence:
         self.cached_length += len(token_ids)
         self.append(token_ids)
 
-    def commit(self, block: Ids) -> None:
+    def commit(self, block: Ids) -> Effect[None]:
         """Append a finished block and cache it with a causal forward, which also predicts the token after it."""
         self.forwards.commit += 1
-        self._next = self._causal(block.tolist())
+        self._next = yield from self._causal(block.tolist())
         self.tokens += block.tolist()
 
-    def _causal(self, token_ids: list[int]) -> int:
-        ids = np.array([token_ids], np.int64)
-        greedy, logits = self._session.run("ar", self._cache, ids, self.cached_length)
-        self._next_logits = lambda: np.asarray(logits)[0]
+    def _causal(self, token_ids: list[int]) -> Effect[int]:
+        greedy, logits = yield Forward("ar", np.array(token_ids, np.int64), self.cached_length)
+        self._next_logits = lambda: np.asarray(logits)
         self.cached_length += len(token_ids)
-        return int(greedy[0])
+        return int(greedy)
 
-    def _bidirectional(self, block: Ids, drafter_scale: float) -> tuple[Array, Array]:
-        ids, probabilities = self._session.run("draft", self._cache, block[None], self.cached_length, drafter_scale)
-        return ids[0], probabilities[0]
+    def _bidirectional(self, block: Ids, drafter_scale: float) -> Effect[tuple[Array, Array]]:
+        ids, probabilities = yield Forward("draft", block, self.cached_length, drafter_scale)
+        return ids, probabilities
 
 
 def _drafts(candidates: Array, first: int) -> Ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -64,6 +64,52 @@ class Session(Protocol):
         ...
 
 
+class BatchCache(KVCache, Protocol):
+    """Keys and values of several texts, a row each; all rows have the same capacity."""
+
+    def move(self, source: int, destination: int) -> None:
+        """Let a row have the contents of another one."""
+        ...
+
+
+@runtime_checkable
+class BatchSession(Session, Protocol):
+    """A session that also runs several texts in one forward."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows of one forward; None = any number."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """How many tokens of rows that have nothing to do may go along with a forward before a second forward is cheaper."""
+        ...
+
+    def new_batch_cache(self, num_rows: int) -> BatchCache:
+        """An empty cache for so many texts."""
+        ...
+
+    def run_rows(
+        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+    ) -> tuple[Array, ...]:
+        """Like :meth:`Session.run` for ``rows`` of a batch's cache.
+
+        Args:
+            role: which graph.
+            cache: has the capacity for all that is written.
+            rows: B neighbours.
+            input_ids: ``(B, T)``.
+            past_length: ``(B,)``.
+            input_length: ``(B,)``, of ``ar``: tokens that are real; what follows in the row is padding.
+            drafter_scale: of ``draft``.
+
+        Returns:
+            The outputs of the role's contract; the next run of the role on this cache, for whichever rows, may overwrite them.
+        """
+        ...
+
+
 class DeviceArray:
     """An array in GPU memory that is copied when somebody asks for its values; the next forward into the same memory changes them.
 
@@ -71,11 +117,13 @@ class DeviceArray:
         shape: as numpy would say.
         dtype: of the values.
         fetch: copies all of it to the host.
+        fetch_row: copies one entry of the first dimension; None = only with all the others.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array], fetch_row: Callable[[int], Array] | None = None) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._fetch = fetch
+        self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -84,6 +132,15 @@ class DeviceArray:
 
     def __getitem__(self, index: Any) -> Any:
         return self.__array__()[index]
+
+    def of_row(self, row: int) -> DeviceArray:
+        """One entry of the first dimension, which stays on the GPU, too."""
+        return DeviceArray(self.shape[1:], self.dtype, lambda: self._fetch_row(row))
+
+
+def of_row(output: Any, row: int) -> Any:
+    """What an output says of one row of the batch; a view."""
+    return output.of_row(row) if isinstance(output, DeviceArray) else output[row]
 
 
 def takes_block(session: Session, block_length: int) -> bool:

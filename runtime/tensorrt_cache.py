@@ -1,7 +1,8 @@
-"""What one sequence occupies on the GPU, and how the next one takes it over."""
+"""What a sequence, or several side by side, occupy on the GPU, and how the next ones take it over."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Protocol, cast
 
@@ -13,10 +14,10 @@ from trimode.runtime.tensorrt_target import Prepared
 
 
 class TensorRTCache:
-    """Keys and values of one sequence in slots whose number the engines fix; the memory goes to the next sequence when this is dropped."""
+    """Keys and values of sequences in slots whose number the engines fix; the memory goes to the next ones when this is dropped."""
 
-    def __init__(self, memory: SequenceMemory, spec: TensorSpec, free: list[SequenceMemory]) -> None:
-        self.memory = memory
+    def __init__(self, memory: SequenceMemory, spec: TensorSpec, free: list[SequenceMemory], lock: threading.Lock) -> None:
+        self.memory, self._lock = memory, lock
         self.capacity = cast("int", spec.shape[2])
         weakref.finalize(self, free.append, memory).atexit = False
 
@@ -25,6 +26,11 @@ class TensorRTCache:
         if length > self.capacity:
             raise UsageError(f"expected at most {self.capacity} tokens, which the cache of this target holds, found {length}",
                              "shorten the text, or build with a larger --max-length")  # fmt: skip
+
+    def move(self, source: int, destination: int) -> None:
+        """See :class:`trimode.runtime.session.BatchCache`."""
+        with self._lock:
+            self.memory.move(source, destination)
 
 
 class Launchable(Protocol):
@@ -44,20 +50,35 @@ class RecordedForward:
 
 
 class SequenceMemory:
-    """What one sequence occupies on the GPU: keys and values, inputs and outputs, and the forwards recorded over them."""
+    """What ``batch`` sequences occupy on the GPU: keys and values, inputs and outputs, and the forwards recorded over them.
 
-    def __init__(self, prepared: Prepared, stream: Stream) -> None:
-        self._layouts = {role: io.layout for role, io in prepared.io.items()}
+    Attributes:
+        cache: where keys and values lie in ``keys_values``.
+        layouts: where inputs and outputs of a role lie in its memory.
+        recorded: forwards of all the sequences, by role and rows.
+    """
+
+    def __init__(self, prepared: Prepared, stream: Stream, batch: int = 1) -> None:
+        self.batch = batch
+        self.cache, self.layouts = prepared.lay_out(batch)
+        self._stream = stream
         self._io: dict[Role, DeviceMemory] = {}
         self.recorded: dict[tuple[Role, int], Launchable] = {}
-        self.keys_values = DeviceMemory(prepared.cache_layout.num_bytes, "the cache of a sequence")
+        self.keys_values = DeviceMemory(self.cache.layout.num_bytes, f"the cache of {batch} sequences" if batch > 1 else "the cache of a sequence")
         self.keys_values.clear(stream)  # slots that are not valid yet must hold numbers: attention multiplies them by 0
 
     def io(self, role: Role) -> DeviceMemory:
         """Inputs and outputs of a role; there from the first time it is asked for."""
         if role not in self._io:
-            self._io[role] = DeviceMemory(self._layouts[role].num_bytes, f"inputs and outputs of {role}")
+            self._io[role] = DeviceMemory(self.layouts[role].layout.num_bytes, f"inputs and outputs of {role}")
         return self._io[role]
+
+    def move(self, source: int, destination: int) -> None:
+        """Queue copying one sequence's keys and values over another's."""
+        size = self.cache.sequence_bytes
+        for offset in self.cache.layout.offsets.values():
+            begin = self.keys_values.address + offset
+            self._stream.copy_over(begin + destination * size, begin + source * size, size)
 
     def close(self) -> None:
         """Give it back now, not when it happens to be collected."""

@@ -11,7 +11,7 @@ from trimode.runtime.manifest import EngineRecord
 from trimode.runtime.pack import PackEntry
 from trimode.runtime.tensorrt_library import EngineLibrary, load_runtime_cache, save_runtime_cache
 from trimode.runtime.tensorrt_memory import DeviceMemory, Stream
-from trimode.runtime.tensorrt_plan import EngineTensor, IoLayout, Layout, plan_bindings, tensor_shape
+from trimode.runtime.tensorrt_plan import CacheLayout, EngineTensor, IoLayout, plan_bindings, tensor_shape
 
 _DTYPES: dict[str, DType] = {
     "FLOAT": "float32",
@@ -26,9 +26,11 @@ _DTYPES: dict[str, DType] = {
 
 
 class Places(Protocol):
-    """Where the tensors of one sequence lie."""
+    """Where the tensors of sequences lie."""
 
     keys_values: DeviceMemory
+    cache: CacheLayout
+    layouts: dict[Role, IoLayout]
 
     def io(self, role: Role) -> DeviceMemory:
         """Inputs and outputs of a role, laid out as the graph says."""
@@ -43,8 +45,8 @@ class LoadedGraph:
         role: which graph it is.
         record: its file and profiles.
         path: the file.
-        io: where its inputs and outputs lie in a sequence's memory.
-        cache: type and shape of every cache tensor; its layout.
+        io: its inputs and outputs.
+        cache: type and shape of every cache tensor.
         model: the model's facts.
         pack: the precision's tensors.
         runtime_cache: file for compiled kernels; None = not kept.
@@ -54,13 +56,12 @@ class LoadedGraph:
     """
 
     def __init__(
-        self, library: EngineLibrary, role: Role, record: EngineRecord, path: Path, *, io: IoLayout, cache: tuple[TensorSpec, Layout],
+        self, library: EngineLibrary, role: Role, record: EngineRecord, path: Path, *, io: IoLayout, cache: TensorSpec,
         model: ModelInfo, pack: Mapping[str, PackEntry], runtime_cache: Path | None = None,
     ) -> None:  # fmt: skip
         self.library, self.role, self.record, self.io = library, role, record, io
         self.engine = library.load(path)
-        self.cache_layout = cache[1]
-        self.bindings = plan_bindings(role, read_tensors(library.trt, self.engine), io.contract, model, cache[0], pack)
+        self.bindings = plan_bindings(role, read_tensors(library.trt, self.engine), io.contract, model, cache, pack)
         self._kernels_path = runtime_cache
         self._config, self._kernels = self._configure()
 
@@ -85,19 +86,26 @@ class LoadedGraph:
         if self._kernels is not None and self._kernels_path is not None:
             save_runtime_cache(self._kernels, self._kernels_path)
 
-    def addresses(self, memory: Places, weights: Mapping[str, int]) -> dict[str, int]:
-        """Where every tensor of the engine lies: past and present of the cache in the same place, which updates it there."""
-        io, keys_values = memory.io(self.role).address, memory.keys_values.address
-        named = {name: io + self.io.layout.offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)}
-        caches = {name: keys_values + self.cache_layout.offsets[tensor] for name, tensor in self.bindings.caches.items()}
+    def addresses(self, memory: Places, first: int, weights: Mapping[str, int]) -> dict[str, int]:
+        """Where every tensor of the engine lies: past and present of the cache in the same place, which updates it there.
+
+        Args:
+            memory: of sequences.
+            first: of those that run.
+            weights: address of every tensor of the pack that the engine reads.
+        """
+        io, offsets = memory.io(self.role).address, memory.layouts[self.role].layout.offsets
+        keys_values = memory.keys_values.address + first * memory.cache.sequence_bytes
+        named = {name: io + offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)}
+        caches = {name: keys_values + memory.cache.layout.offsets[tensor] for name, tensor in self.bindings.caches.items()}
         return named | caches | {name: weights[name] for name in self.bindings.weights}
 
-    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs that have no fixed one, for one sequence of ``rows`` rows."""
+    def shapes(self, rows: int, batch: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs that have no fixed one, for ``batch`` sequences of ``rows`` rows."""
         specs = {spec.name: spec for spec in self.io.contract.inputs}
-        named = {name: tensor_shape(specs[name], rows) for name in self.bindings.inputs if any(isinstance(d, str) for d in specs[name].shape)}
+        named = {name: tensor_shape(specs[name], rows, batch) for name in self.bindings.inputs if any(isinstance(d, str) for d in specs[name].shape)}
         caches = (name for name in self.bindings.caches if name.startswith("past_key_values"))
-        return named | {name: (1, *tuple(self.engine.get_tensor_shape(name))[1:]) for name in caches}
+        return named | {name: (batch, *tuple(self.engine.get_tensor_shape(name))[1:]) for name in caches}
 
     def _configure(self) -> tuple[Any, Any]:
         if not hasattr(self.engine, "create_runtime_config"):
@@ -121,23 +129,24 @@ class Runner:
     def __init__(self, graph: LoadedGraph, context: Any, weights: Mapping[str, int], stream: Stream) -> None:
         self._graph, self._context, self._weights, self._stream = graph, context, weights, stream
         self._profile: int | None = None
-        self._rows = 0
+        self._sizes = (0, 0)
         self._memory: Places | None = None
+        self._first = 0
 
-    def prepare(self, memory: Places, profile: int, rows: int) -> None:
+    def prepare(self, memory: Places, sequences: range, profile: int, rows: int) -> None:
         """Choose the profile, the shapes and the memory of the next forwards."""
         context, accept, role = self._context, self._graph.library.accept, self._graph.role
         if profile != self._profile:
             accept(context.set_optimization_profile_async(profile, self._stream.handle), f"choose profile {profile} of {role}")
-            self._profile, self._rows, self._memory = profile, 0, None
-        if rows != self._rows:
-            for name, shape in self._graph.shapes(rows).items():
+            self._profile, self._sizes, self._memory = profile, (0, 0), None
+        if (rows, len(sequences)) != self._sizes:
+            for name, shape in self._graph.shapes(rows, len(sequences)).items():
                 accept(context.set_input_shape(name, shape), f"take {name} of shape {shape} in {role}")
-            self._rows = rows
-        if memory is not self._memory:
-            for name, address in self._graph.addresses(memory, self._weights).items():
+            self._sizes = (rows, len(sequences))
+        if memory is not self._memory or sequences.start != self._first:
+            for name, address in self._graph.addresses(memory, sequences.start, self._weights).items():
                 accept(context.set_tensor_address(name, address), f"bind {name} of {role}")
-            self._memory = memory
+            self._memory, self._first = memory, sequences.start
 
     def launch(self) -> None:
         """Queue a forward."""

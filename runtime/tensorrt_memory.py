@@ -41,6 +41,11 @@ class Stream:
         kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
         check(f"a copy of {num_bytes} bytes from the GPU", cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle))
 
+    def copy_over(self, destination: int, source: int, num_bytes: int) -> None:
+        """Queue a copy from GPU to GPU."""
+        kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        check(f"a copy of {num_bytes} bytes on the GPU", cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle))
+
 
 class DeviceMemory:
     """Bytes on the GPU.

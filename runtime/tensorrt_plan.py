@@ -38,10 +38,30 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
     return Layout(offsets, end)
 
 
-def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int) -> Layout:
-    """The cache of one sequence; names are those of the cache tensors without ``past_key_values`` or ``present``."""
+@dataclass(frozen=True)
+class CacheLayout:
+    """Keys and values of ``batch`` sequences: each tensor has them one after the other, ``sequence_bytes`` each.
+
+    Names are those of the cache tensors without ``past_key_values`` or ``present``.
+    """
+
+    layout: Layout
+    sequence_bytes: int
+    batch: int
+
+
+def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int, batch: int = 1) -> CacheLayout:
+    """The cache of ``batch`` sequences.
+
+    Raises:
+        UsageError: one of several would not begin where TensorRT lets a tensor begin.
+    """
     size = model.num_key_value_heads * capacity * model.head_dim * ITEM_SIZES[dtype]
-    return lay_out({spec.name.removeprefix("past_key_values"): size for spec in cache_specs(model, "past_key_values")})
+    if batch > 1 and size % ALIGNMENT:
+        raise UsageError(f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in the cache, found {size} (capacity {capacity})",
+                         _REBUILD)  # fmt: skip
+    names = (spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values"))
+    return CacheLayout(lay_out(dict.fromkeys(names, size * batch)), size, batch)
 
 
 @dataclass(frozen=True)
@@ -60,23 +80,23 @@ class IoLayout:
     copied_end: int
 
 
-def lay_out_io(contract: GraphContract, rows: int) -> IoLayout:
-    """Room for forwards of one sequence and up to ``rows`` rows; a shorter tensor begins where the longest would."""
-    inputs = {spec.name: tensor_bytes(spec, rows) for spec in contract.inputs}
-    copied = {spec.name: tensor_bytes(spec, rows) for spec in contract.outputs if spec.name not in DEVICE_OUTPUTS}
-    kept = {spec.name: tensor_bytes(spec, rows) for spec in contract.outputs if spec.name in DEVICE_OUTPUTS}
+def lay_out_io(contract: GraphContract, rows: int, batch: int = 1) -> IoLayout:
+    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins where the longest would."""
+    inputs = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.inputs}
+    copied = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name not in DEVICE_OUTPUTS}
+    kept = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name in DEVICE_OUTPUTS}
     return IoLayout(contract, lay_out(inputs | copied | kept), lay_out(inputs).num_bytes, lay_out(inputs | copied).num_bytes)
 
 
-def tensor_shape(spec: TensorSpec, rows: int) -> tuple[int, ...]:
-    """The shape of an input or output for one sequence of ``rows`` rows."""
-    sizes = {"batch": 1, "rows": rows}
+def tensor_shape(spec: TensorSpec, rows: int, batch: int = 1) -> tuple[int, ...]:
+    """The shape of an input or output for ``batch`` sequences of ``rows`` rows."""
+    sizes = {"batch": batch, "rows": rows}
     return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
 
 
-def tensor_bytes(spec: TensorSpec, rows: int) -> int:
-    """Size of an input or output for one sequence of ``rows`` rows."""
-    return math.prod(tensor_shape(spec, rows)) * ITEM_SIZES[spec.dtype]
+def tensor_bytes(spec: TensorSpec, rows: int, batch: int = 1) -> int:
+    """Size of an input or output for ``batch`` sequences of ``rows`` rows."""
+    return math.prod(tensor_shape(spec, rows, batch)) * ITEM_SIZES[spec.dtype]
 
 
 def max_rows(record: EngineRecord) -> int:
@@ -84,13 +104,18 @@ def max_rows(record: EngineRecord) -> int:
     return max((profile.rows[2] for profile in record.profiles if profile.batch[0] <= 1), default=0)
 
 
-def choose_profile(record: EngineRecord, rows: int) -> int:
-    """Index of the profile under which one sequence of ``rows`` rows runs: of those that hold it, the narrowest.
+def max_batch(records: Iterable[EngineRecord]) -> int:
+    """Most sequences that every profile of these engines holds."""
+    return min(profile.batch[2] for record in records for profile in record.profiles)
+
+
+def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
+    """Index of the profile under which ``batch`` sequences of ``rows`` rows run: of those that hold them, the narrowest.
 
     Raises:
         UsageError: none holds it.
     """
-    fitting = [i for i, profile in enumerate(record.profiles) if profile.holds(1, rows)]
+    fitting = [i for i, profile in enumerate(record.profiles) if profile.holds(batch, rows)]
     if not fitting:
         raise UsageError(f"expected a block of a length that the engine was built for ({describe_rows(record)}), found {rows}",
                          "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trimode.runtime.device import Gpu, NoGpu
 from trimode.runtime.manifest import TargetRecord
 from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.tensorrt_library import import_library
-from trimode.runtime.tensorrt_plan import IoLayout, Layout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows
+from trimode.runtime.tensorrt_plan import CacheLayout, IoLayout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows
 
 _MAGIC = (b"vtrt", b"ftrt")
 """How the engine files of TensorRT-RTX and of TensorRT begin."""
@@ -27,7 +28,9 @@ class Prepared:
     Attributes:
         trt: the library, of the version that compiled the engines.
         engines: engine file of each role.
+        io: inputs and outputs of each role, for one sequence.
         cache: type and shape of every cache tensor.
+        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs of each role.
     """
 
     trt: Any
@@ -35,7 +38,7 @@ class Prepared:
     weights: PrecisionWeights
     io: dict[Role, IoLayout]
     cache: TensorSpec
-    cache_layout: Layout
+    lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
     memory: MemoryPlan
 
 
@@ -52,13 +55,18 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     engines = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
     engine_bytes = sum(check_engine_file(path) for path in engines.values())
     weights = bundle.weights()
-    io = {role: lay_out_io(manifest.contracts[role], max_rows(target.graphs[role])) for role in engines}
     capacity = target.capacity or manifest.model.num_positions
     cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
-    cache_layout = lay_out_cache(manifest.model, target.compute_dtype, capacity)
+
+    def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
+        io = {role: lay_out_io(manifest.contracts[role], max_rows(target.graphs[role]), batch) for role in engines}
+        return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
+
+    cache_layout, io = lay_out(1)
     bound = [entry for name, entry in weights.entries.items() if target.placement == "shared" or name.startswith("rope.")]
-    memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.num_bytes, sum(x.layout.num_bytes for x in io.values()))
-    return Prepared(trt, engines, weights, io, cache, cache_layout, memory)
+    io_bytes = sum(one.layout.num_bytes for one in io.values())
+    memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.layout.num_bytes, io_bytes)
+    return Prepared(trt, engines, weights, io, cache, lay_out, memory)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

@@ -35,7 +35,7 @@ class HostCuda(ModuleType):
     """``cuda.bindings.runtime``; ``live`` holds what was allocated and not freed."""
 
     cudaError_t = cudaError_t
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaStreamNonBlocking, cudaHostAllocDefault, cudaEventDisableTiming = 1, 0, 2
 
@@ -240,7 +240,7 @@ class ICudaEngine:
         return self.contexts[-1]
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        sizes = {"batch": 1, "rows": shapes["input_ids"][1]}
+        sizes = dict(zip(("batch", "rows"), shapes["input_ids"], strict=True))
         binding = self._session.io_binding()
         for name, value in self.tensors.items():
             shape = [sizes[d] if isinstance(d, str) else d for d in value.shape]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ def test_the_modes_equal_the_independent_model(model: TriModeModel) -> None:
         expected, nfe = reference.linear_spec(independent, ids[0], 128, 32, 0.0, drafter=True)
         out, got = model.linear_spec_generate(ids, max_new_tokens=128)
         assert (out[0, len(ids[0]) :].tolist(), got) == (expected, nfe)
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec", "quadratic_spec"])
+def test_batches_equal_single_runs(model: TriModeModel, mode: Any) -> None:
+    prompts = [ask(model, question)[0] for question in questions(1)]
+    alone = [model.stream([prompt], mode, max_new_tokens=96).finish() for prompt in prompts]
+    for size in (2, 3, 5, 8):
+        found = model.generate_batch(prompts, mode, max_rows=size, max_new_tokens=96)
+        assert [replace(one, elapsed_s=0) for one in found] == [replace(one, elapsed_s=0) for one in alone]
 
 
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])

@@ -147,8 +147,8 @@ def _denoise_by_oracles(model: TriModeModel, prompt: list[int], length: int, set
     steps, blocks = dict.fromkeys(ways, 0), 0
     while left > 0 and not (text and text[-1] in facts.eos_token_ids):
         block = np.full(length, facts.mask_token_id, np.int64)
-        block[0] = sequence.predict()
-        oracle = BlockOracle(sequence.denoise, block, facts.mask_token_id, facts.eos_token_ids)
+        block[0] = sequence.run(sequence.predict())
+        oracle = BlockOracle(lambda slots: sequence.run(sequence.denoise(slots)), block, facts.mask_token_id, facts.eos_token_ids)
         paths: dict[str, Path] = {SERIAL: oracle.serial, **{name: oracle.fewest(name, settings.max_forwards) for name in ORACLES}}
         for name, path in paths.items():
             steps[name] += len(path.steps)
@@ -157,7 +157,7 @@ def _denoise_by_oracles(model: TriModeModel, prompt: list[int], length: int, set
         ends = np.flatnonzero(np.isin(oracle.target, facts.eos_token_ids))
         kept = oracle.target[: ends[0] + 1 if len(ends) else None][:left].tolist()
         total = len(sequence.tokens) + len(kept)
-        sequence.commit(oracle.target)
+        sequence.run(sequence.commit(oracle.target))
         sequence.truncate(total)
         text += kept
         left -= len(kept)

@@ -12,9 +12,9 @@ from trimode.calib.quantize.workload import Episode, RecordingSession, merged
 from trimode.calib.torch_session import TorchSession
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.model import Generation, Stream
 from trimode.runtime.options import DecodeOptions
 from trimode.runtime.sequence import Sequence as DecodedSequence
+from trimode.runtime.stream import Generation, Stream
 
 Advance = Callable[[int], None]
 Answers = dict[Decoding, list[Generation]]

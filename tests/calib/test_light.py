@@ -71,8 +71,8 @@ def test_the_search_is_the_obvious_one(built: Callable[[str], Built], prompt: li
     it, length = built("three_kv_heads"), 7
     target = serial_block(it, prompt, length)
     sequence = it.model.new_sequence([prompt])
-    block = np.array([sequence.predict()] + [MASK] * (length - 1))
-    found = BlockOracle(sequence.denoise, block, MASK, (11,))
+    block = np.array([sequence.run(sequence.predict())] + [MASK] * (length - 1))
+    found = BlockOracle(lambda slots: sequence.run(sequence.denoise(slots)), block, MASK, (11,))
     assert found.target.tolist() == target
     expected = all_paths(it, prompt, target, list(range(1, length)), oracle, {})
     assert expected is not None

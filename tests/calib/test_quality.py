@@ -34,8 +34,8 @@ from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ROLES, Role
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.model import Generation
 from trimode.runtime.sequence import Forwards
+from trimode.runtime.stream import Generation
 
 RECORDED = QuantizeSettings("int8", max_new_tokens=10)
 BAD = "encoder.layers.1.mlp.up_proj"

@@ -61,6 +61,30 @@ def test_json_lines(built: Callable[[str], Built], tmp_path: Path) -> None:
     assert records[0]["text"] is None  # this bundle has no tokenizer
 
 
+def test_batches_print_what_single_prompts_print(built: Callable[[str], Built], tmp_path: Path) -> None:
+    """In the order of the prompts, though the first takes longest."""
+    it = built("three_kv_heads")
+    file = tmp_path / "prompts.jsonl"
+    prompts = [{"token_ids": [20, 21]}, {"token_ids": [30], "answer": "x"}, {"token_ids": list(range(20, 90))}, {"token_ids": [50, 51, 52]}]
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    for options in (["--json"], []):
+        command = ["run", it.bundle, "--prompts-file", file, "--max-new-tokens", 30, "--block-length", 4, *options]
+        alone, together = trimode(*command), trimode(*command, "--batch", 3)
+        assert (alone.returncode, together.returncode) == (0, 0), together.stderr
+        if options:
+            found, expected = ([{**json.loads(line), "elapsed_s": 0} for line in done.stdout.splitlines()] for done in (together, alone))
+            assert found == expected
+            assert len(found) == 4
+        else:
+            assert together.stdout == alone.stdout
+            assert together.stderr.count("nfe") == 4
+    for wrong in (["--batch", 2], ["--batch", 0]):
+        source = ["--token-ids", "20"] if wrong[1] else ["--prompts-file", file]
+        refused = trimode("run", it.bundle, *source, *wrong)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "hint:" in refused.stderr
+
+
 def test_sampling_from_the_command_line(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
     sampled = ("--temperature", 1.2, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.01, "--repetition-penalty", 1.1, "--min-new-tokens", 6)

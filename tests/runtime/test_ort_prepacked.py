@@ -18,6 +18,7 @@ from trimode.compiler.pipeline import build_bundle
 from trimode.graphs.contract import ROLES
 from trimode.runtime import ort_prepacked, ort_session
 from trimode.runtime.bundle import Bundle, open_bundle
+from trimode.runtime.model import TriModeModel
 from trimode.runtime.ort_library import session_options
 from trimode.runtime.ort_session import OrtSession
 
@@ -186,3 +187,14 @@ def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert ort_prepacked.default_folder() == Path("/home/somebody/.cache/trimode")
+
+
+def test_batches(bundle: Bundle, no_private: None, tmp_path: Path) -> None:
+    """Rows of a batch equal their single runs over int4 weights, too, whose kernel for one token is another one."""
+    model = TriModeModel(bundle, OrtSession(bundle, None, 1, runtime_cache=tmp_path))
+    prompts = [np.random.default_rng(n).integers(12, 99, n).tolist() for n in (1, 300, 7, 40, 2)]
+    for mode in ("ar", "diffusion", "linear_spec", "quadratic_spec"):
+        options: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8, "eos_token_ids": ()}
+        found = model.generate_batch(prompts, mode, max_rows=3, **options)  # type: ignore[arg-type]
+        alone = [model.stream([prompt], mode, **options).finish() for prompt in prompts]  # type: ignore[arg-type]
+        assert [(one.token_ids, one.nfe, one.acceptance_length) for one in found] == [(a.token_ids, a.nfe, a.acceptance_length) for a in alone]

@@ -66,11 +66,11 @@ def test_drafter_changes_drafts(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
     prompt = prompt_of(50, it.model.model.vocab_size)
     sequence = it.model.new_sequence([prompt])
-    sequence.append([sequence.predict()])
+    sequence.append([sequence.run(sequence.predict())])
     block = np.full(8, it.model.model.mask_token_id)
     block[0] = sequence.tokens[-1]
-    on = [a.copy() for a in sequence.draft(block, use_drafter=True)]
-    off = [a.copy() for a in sequence.draft(block, use_drafter=False)]
+    on = [a.copy() for a in sequence.run(sequence.draft(block, use_drafter=True))]
+    off = [a.copy() for a in sequence.run(sequence.draft(block, use_drafter=False))]
     for got, drafter in ((on, True), (off, False)):
         expected = it.reference.logits(prompt + block.tolist(), block=8, drafter=drafter)[-8:].softmax(-1).topk(5)
         np.testing.assert_array_equal(got[0], expected.indices.numpy())

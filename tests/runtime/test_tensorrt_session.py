@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from trimode.compiler.backends import lower_for
 from trimode.compiler.lowering import to_bytes
+from trimode.compiler.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
 from trimode.graphs.trace import trace_role
 from trimode.runtime import device, tensorrt_memory
+from trimode.runtime.batch import BatchRequest
 from trimode.runtime.bundle import Bundle, read_manifest
 from trimode.runtime.device import Gpu, NoGpu
 from trimode.runtime.manifest import EngineRecord, ProfileRecord, TargetRecord
@@ -44,6 +46,7 @@ from trimode.runtime.tensorrt_plan import (
     choose_profile,
     describe_rows,
     lay_out,
+    lay_out_cache,
     lay_out_io,
     plan_bindings,
     tensor_bytes,
@@ -277,6 +280,81 @@ def test_memory_of_finished_sequences_is_used_again(host: Host) -> None:
     both = [model.new_sequence(prompt_of(5)), model.new_sequence(prompt_of(6))]
     assert len(host.cuda.live) == held + 1
     del both
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_rows_of_a_batch_equal_single_runs(host: Host, kind: str) -> None:
+    """Ragged rows in all modes, which leave and are replaced; forwards over all of them, some, and some with idle ones between."""
+    ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
+    modes: list[Any] = ["ar", "diffusion", "linear_spec", "quadratic_spec"] * 2
+    lengths = [1, 350, 7, 40, 2, 100, 90, 8]
+    options: dict[str, Any] = {"block_length": 8, "eos_token_ids": ()}
+    batch = ours.new_batch(4)
+    found: dict[int, Any] = {}
+    requests = [BatchRequest(prompt_of(n)[0], m, {**options, "max_new_tokens": 12 + n % 30}) for n, m in zip(lengths, modes, strict=True)]
+    for number, row, _ in batch.answer_all(requests):
+        found[number] = row
+    for number, (length, mode) in enumerate(zip(lengths, modes, strict=True)):
+        alone = reference.stream(prompt_of(length), mode, **options, max_new_tokens=12 + length % 30).finish()
+        result = found[number].result
+        assert (result.token_ids, result.nfe, result.acceptance_length) == (alone.token_ids, alone.nfe, alone.acceptance_length)
+    del batch, row, found
+    ours.close()
+
+
+@pytest.mark.parametrize("kind", ["rtx", "full"])
+def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
+    """Behind a longer row than theirs, after other rows' forwards, and after they have moved."""
+    ours, reference = host.model(RECORDS[kind]), host.references["float32"]
+    for mode in ("ar", "diffusion", "linear_spec"):
+        options: dict[str, Any] = {"block_length": 8, "eos_token_ids": (), "temperature": 1.0, "max_new_tokens": 25, "logprobs": 2}
+        batch = ours.new_batch(4)
+        rows = {seed: batch.join(prompt_of(3 * seed + 4)[0], mode, seed=seed, **options) for seed in range(4)}  # type: ignore[arg-type]
+        for _ in range(5):
+            batch.step()
+        batch.leave(rows.pop(1))
+        list(batch)
+        for seed, row in rows.items():
+            alone = reference.stream(prompt_of(3 * seed + 4), mode, seed=seed, **options).finish()  # type: ignore[arg-type]
+            assert row.result.token_ids == alone.token_ids
+            for one, other in zip(row.result.logprobs or (), alone.logprobs or (), strict=True):
+                assert [token for token, _ in one.top] == [token for token, _ in other.top]
+                assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=1e-4))
+    del batch, rows, row
+    ours.close()
+
+
+def test_full_tensorrt_replays_whole_batches(host: Host) -> None:
+    model = host.model(RECORDS["full"])
+    prompts = [prompt_of(n)[0] for n in (5, 6, 7)]
+    options: dict[str, Any] = {"max_new_tokens": 30, "block_length": 8, "eos_token_ids": ()}
+    first = model.generate_batch(prompts, "linear_spec", **options)
+    gc.collect()
+    replayed, contexts = host.cuda.num_replayed, len(host.contexts(RECORDS["full"]))
+    assert replayed > 4
+    second = model.generate_batch(prompts, "linear_spec", **options)
+    assert [one.token_ids for one in second] == [one.token_ids for one in first]
+    assert len(host.contexts(RECORDS["full"])) == contexts
+    assert host.cuda.num_replayed > 2 * replayed
+
+
+def test_a_batch_larger_than_was_built_for(host: Host) -> None:
+    with pytest.raises(UsageError, match=r"at most 4 rows.*found 5") as raised:
+        host.model(RECORDS["rtx"]).new_batch(5)
+    assert "--max-batch" in raised.value.hint
+
+
+def test_sequences_begin_where_tensors_may(host: Host) -> None:
+    model = host.references["float32"].model.model_copy(update={"num_key_value_heads": 1, "head_dim": 24})
+    for capacity in (1088, 1089):
+        assert lay_out_cache(model, "float16", capacity, 1).batch == 1
+    layout = lay_out_cache(model, "float16", 1088, 3)
+    assert layout.sequence_bytes == 24 * 1088 * 2
+    assert layout.layout.offsets[".0.value"] == 3 * layout.sequence_bytes
+    with pytest.raises(UsageError, match="capacity 1089"):
+        lay_out_cache(model, "float16", 1089, 2)
+    odd = model.model_copy(update={"max_length": 1001})
+    assert (plan_capacity(ROLES, odd, (8,)), plan_capacity(ROLES, odd, (8,), 4)) == (1065, 1088)
 
 
 def test_weights_travel_in_pieces(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
