@@ -1,7 +1,7 @@
 """Block diffusion under each policy: exact match against tokens per forward, over thresholds.
 
 python -m benchmarks.sampler prompts FILE [--count 800]                   prompts of the training split, for `trimode calibrate sampler --data`
-python -m benchmarks.sampler measure BUNDLE [--per-family 30] [--block-length 32] [--figure FILE]
+python -m benchmarks.sampler measure BUNDLE [--per-family 30] [--block-length 32] [--only NAME,...] [--figure FILE]
 
 The bundle is one of the demo checkpoint with a learned sampler. Questions are of the held-out split, and no sampler was trained on them. Greedy,
 batch 1, forwards counted as everywhere: denoising and commits.
@@ -66,7 +66,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
                 point = (row["tokens_per_forward"], 100 * row["exact_match"])
                 axes.annotate(f"{row['threshold']:g}", point, textcoords="offset points", xytext=(5, 5 if name == "learned" else -12), fontsize=7)
     axes.set(title=title, xlabel="tokens per forward", ylabel="exact match, %")
-    axes.set_ylim(bottom=100 * min(row["exact_match"] for row in rows if row["sampler"] in ("threshold", "learned")) - 2)
+    axes.set_ylim(bottom=100 * min((row["exact_match"] for row in rows if row["sampler"] in ("threshold", "learned")), default=0) - 2)
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png", dpi=100)
@@ -74,16 +74,19 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     model = TriModeModel.from_pretrained(options.bundle, num_threads=options.threads)
-    record = model.bundle.manifest.sampler
-    assert record is not None, "build the bundle with --sampler"
+    record, source = model.bundle.manifest.sampler, model.bundle.manifest.source.sha256
     questions = [example for family in FAMILIES for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), options.per_family)]
-    rows = []
+    names = [name for name in POLICIES if name in options.only.split(",")]
+    assert record is not None or "learned" not in names, "build the bundle with --sampler"
+    setting = {"questions": len(questions), "block_length": options.block_length, "source_sha256": source}
+    rows = [row for row in earlier_rows(setting) if row["sampler"] not in names]
     print(f"{'sampler':10s}{'':>14s}{'exact':>9s}{'tokens/fwd':>12s}")
-    for name, several in POLICIES.items():
-        for one in several:
+    for name in names:
+        for one in POLICIES[name]:
             rows.append(answer(model, questions, options.block_length, name, one))
             value = next((f"{key} {number:g}" for key, number in one.items()), "")
             print(f"{name:10s}{value:>14s}{100 * rows[-1]['exact_match']:>8.1f}%{rows[-1]['tokens_per_forward']:>12.2f}", flush=True)
+    rows.sort(key=lambda row: list(POLICIES).index(row["sampler"]))
     by_name = {name: [row for row in rows if row["sampler"] == name] for name in POLICIES}
     equal = [
         {"exact_match": row["exact_match"], "threshold": speed_at(by_name["threshold"], row["exact_match"]),
@@ -98,9 +101,15 @@ def measure(options: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     draw(rows, title, options.figure or RESULTS / f"sampler_{options.block_length}.png")
     save(f"sampler_{options.block_length}", {
-        "questions": len(questions), "block_length": options.block_length, "sampler": record.model_dump(mode="json"),
-        "source_sha256": model.bundle.manifest.source.sha256, "rows": rows, "fastest_at_equal_exact_match": equal,
+        **setting, "sampler": record.model_dump(mode="json") if record else None, "rows": rows, "fastest_at_equal_exact_match": equal,
     })  # fmt: skip
+
+
+def earlier_rows(setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before over the same questions."""
+    path = RESULTS / f"sampler_{setting['block_length']}.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found["rows"] if all(found.get(key) == value for key, value in setting.items()) else []
 
 
 def main() -> None:
@@ -114,6 +123,9 @@ def main() -> None:
     measuring.add_argument("--per-family", type=int, default=30)
     measuring.add_argument("--block-length", type=int, default=32)
     measuring.add_argument("--threads", type=int)
+    measuring.add_argument(
+        "--only", default=",".join(POLICIES), help="policies to measure; rows of the others stay, where the questions are the same"
+    )
     measuring.add_argument("--figure", type=Path, help="beside the raw results if left out")
     options = parser.parse_args()
     if options.command == "prompts":
