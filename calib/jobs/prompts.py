@@ -10,7 +10,7 @@ from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
 
-DEFAULT_HELD_OUT, DEFAULT_VALIDATION = 64, 32
+DEFAULT_HELD_OUT, DEFAULT_VALIDATION = 64, 128
 
 
 @dataclass(frozen=True)
