@@ -517,7 +517,7 @@ def test_weights_that_are_all_zero_get_a_scale(tmp_path: Path) -> None:
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"precision": "fp4"}, "expected --precision fp8, int8, int4, found 'fp4'"),
+    ({"precision": "fp4"}, "expected --precision fp8, int8, int4, nvfp4, found 'fp4'"),
     ({"modes": ("ar", "mtp")}, "expected --modes among ar,draft,verify, found mtp"),
     ({"modes": ()}, "found none"),
     ({"modes": ("draft",)}, "expected --modes to include ar, found draft"),
