@@ -24,10 +24,10 @@ from benchmarks.common import save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
 from trimode.runtime.acceptance import acceptance_rate
-from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
+from trimode.runtime.forward_timer import DEFAULT_ROWS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.timings import AcceptanceRecord, Timings, subject_of
 
-BLOCKS = (8, 16, 32)
+BLOCKS = (8, 12, 16, 24, 32)
 MAX_NEW_TOKENS = 192
 KEYS = ("ms_per_token", "cpu_ms_per_token")
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def measured_timings(model: TriModeModel, threads: int, repeats: int) -> Timings:
-    settings = check_settings(TimerSettings((1, *BLOCKS), (32, 128, 192), repeats), model.model, model.session)
+    settings = check_settings(TimerSettings(DEFAULT_ROWS, (32, 128, 192), repeats), model.model, model.session)
     forwards = time_forwards(model.session, model.model, settings, lambda _: None)
     subject = subject_of(model.bundle, model.target, threads)
     training = itertools.islice(examples(3, "train"), 3 * len(FAMILIES))
@@ -70,7 +70,7 @@ def measure(model: TriModeModel, per_family: int, rounds: int) -> dict[str, dict
         questions = itertools.islice(examples(7, "held-out", [family]), per_family)
         prompts = [encode(model, e.prompt) for e in questions]
         least = {way: np.full((per_family, 2), np.inf) for way in WAYS}
-        tokens, picks = np.zeros(per_family), dict.fromkeys((1, *BLOCKS), 0)
+        tokens, picks = np.zeros(per_family), dict.fromkeys(DEFAULT_ROWS, 0)
         for round_ in range(rounds):
             for number, ids in enumerate(prompts):
                 texts = {}
@@ -103,12 +103,12 @@ def mixtures(table: dict[str, dict[str, dict[str, Any]]], key: str, count: int =
 
 
 def show(table: dict[str, dict[str, dict[str, Any]]], mixed: dict[str, Any], key: str) -> None:
-    print(f"{key:16s}" + "".join(f"{way:>16s}" for way in WAYS) + "   auto/best   picks of auto")
+    print(f"{key:16s}" + "".join(f"{way[-11:]:>12s}" for way in WAYS) + "   auto/best   picks of auto")
     for family, rows in table.items():
         best = min(rows[way][key] for way in WAYS if way != "auto")
-        cells = "".join(f"{rows[way][key]:16.3f}" for way in WAYS)
+        cells = "".join(f"{rows[way][key]:12.3f}" for way in WAYS)
         print(f"{family:16s}{cells}{rows['auto'][key] / best:12.3f}   {rows['auto']['picks']}")
-    equal = "".join(f"{value:16.3f}" for value in mixed["equal_shares_ms_per_token"].values())
+    equal = "".join(f"{value:12.3f}" for value in mixed["equal_shares_ms_per_token"].values())
     print(f"{'equal shares':16s}{equal}{mixed['equal_shares_auto_over_best']:12.3f}")
     print(f"random shares, auto/best: {mixed['random_shares_auto_over_best']}")
     print(f"random shares in which auto is the fastest: {mixed['random_shares_auto_wins']:.1%}")
@@ -130,7 +130,7 @@ def main() -> None:
         table = measure(model, args.per_family, args.rounds)
         source = model.bundle.manifest.source.sha256
     costs = timings.costs(use_drafter=model.model.has_drafter)
-    print(f"table, ms at {costs.past} cached: AR {costs.ar_ms}, cycles {dict(costs.cycle_ms)}")
+    print(f"table, ms at {costs.past} cached: AR {costs.ar_ms}, drafts {dict(costs.draft_ms)}, verifications {dict(costs.verify_ms)}")
     print(f"acceptance expected {costs.acceptance:.3f}")
     mixed = {key: mixtures(table, key) for key in KEYS}
     for key in KEYS:

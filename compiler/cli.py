@@ -393,7 +393,9 @@ def bench(
     bundle: BundlePath,
     precision: RunPrecision = None,
     target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the precision's targets, or portable; what fits if left out.")] = None,
-    rows: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1, 8, 16, 32 and the model's block if left out.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1,4,8,12,16,24,32 or the model's block if left out.")
+    ] = None,
     past: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens cached before it; 64, 512 and 2048 if left out.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds, each of which times every forward twice; 20 if left out.")] = None,
     prompts_file: Annotated[

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.auto import AR_STEP, make_policy
+from trimode.runtime.auto import AR_STEP, Policy, make_policy
 from trimode.runtime.chooser import Chooser, TokenLogprob, make_chooser
 from trimode.runtime.forward import Effect, Steps, drive
 from trimode.runtime.options import DecodeOptions, Mode
@@ -153,7 +153,8 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
 def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
     """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto`).
 
-    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what comes.
+    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what is
+    drawn next. A drawn end of the text is no exception: what stands behind it in the block is of no use whether it is accepted or not.
     """
     budget, choose = _start(sequence, options, counters)
     if budget.done:
@@ -168,10 +169,10 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
             kept = [(yield from choose.next())]
             sequence.append(kept)
         else:
-            verified = yield from _cycle(sequence, replace(options, block_length=length), counters, budget, choose)
-            kept = budget.fit(verified)
+            cycle = replace(options, block_length=length)
+            kept = budget.fit((yield from _cycle(sequence, cycle, counters, budget, choose, policy)))
             sequence.accept(kept)
-        policy.record(length, len(kept))
+        policy.record(len(kept))
         yield budget.settle(kept)
 
 
@@ -200,10 +201,15 @@ def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[lis
     return [seed]
 
 
-def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser) -> Effect[list[int]]:
-    """Draft a block after the last token and verify it; what is accepted, up to the end of the text."""
+def _cycle(
+    sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser, policy: Policy | None = None
+) -> Effect[list[int]]:
+    """Draft a block after the last token and verify it, or as much of it as a policy asks; what is accepted, up to the end of the text."""
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
-    yield from _draft(sequence, block, options, counters, choose)
+    confidence = yield from _draft(sequence, block, options, counters, choose)
+    if policy is not None:
+        wanted = min(budget.left, len(budget.before_end(block[1:].tolist())) + 1)
+        block = block[: policy.rows_to_verify(wanted, None if options.sampling.is_random else confidence)]
     counters.nfe += 1
     counters.cycles += 1
     verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
@@ -211,13 +217,17 @@ def _cycle(sequence: Sequence, options: DecodeOptions, counters: Counters, budge
     return verified
 
 
-def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[None]:
+def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[NDArray[Any]]:
     """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the threshold asks.
 
     Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
     a slot drawn before one to its left would have steered that one's ``q``, and then be no such draw given that that one was accepted.
+
+    Returns:
+        ``(L,)``, the confidence that the last forward had in each slot.
     """
     choose_slots = _leading if options.sampling.is_random else reaching
+    confidence: NDArray[Any] = np.ones(len(block))
     for _ in range(max(1, options.block_length - 1)):
         counters.nfe += 1
         masked = block == sequence.model.mask_token_id
@@ -226,7 +236,8 @@ def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Cou
         slots = choose_slots(masked, confidence, options.threshold)
         block[slots] = tokens[slots]
         if options.threshold == 0 or not (block[1:] == sequence.model.mask_token_id).any():
-            return
+            break
+    return confidence
 
 
 def _masked_block(first: int, length: int, model: ModelInfo) -> Ids:

@@ -20,7 +20,7 @@ from trimode.runtime.sequence import PREFILL_CHUNK
 from trimode.runtime.session import Ids, KVCache, Session, takes_block
 from trimode.runtime.timings import ForwardTime
 
-DEFAULT_ROWS = (1, 8, 16, 32)
+DEFAULT_ROWS = (1, 4, 8, 12, 16, 24, 32)
 DEFAULT_PAST = (64, 512, 2048)
 _TIMED_PER_ROUND = 2
 
@@ -30,7 +30,7 @@ class TimerSettings:
     """What a caller can choose.
 
     Attributes:
-        rows: of the forwards: 1 and blocks; None = 1, 8, 16, 32 and the model's own, as far as the graphs take them. 1 is always measured.
+        rows: of the forwards: 1 and blocks; None = 1, 4, 8, 12, 16, 24, 32 and the model's own, as far as the graphs take them. 1 is always measured.
         past: tokens cached before a forward; None = 64, 512 and 2048, as far as the model takes them.
         repeats: rounds.
         seed: of the tokens and of the order.

@@ -302,8 +302,8 @@ class TriModeModel:
             return None
         costs = self.timings.costs(use_drafter=options.use_drafter and self.model.has_drafter)
         usable = costs.only(lambda length: length <= options.block_length and takes_block(self.session, length))
-        if not usable.cycle_ms:
-            found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.cycle_ms))}"
+        if not usable.lengths:
+            found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.lengths))}"
             raise UsageError(found, f"measure it: trimode bench BUNDLE --rows 1,{options.block_length}")
         return usable
 

@@ -119,15 +119,17 @@ class Timings(_Record):
         """
         least: dict[_Key, float] = {(one.graph, one.rows, one.past, one.drafter): one.least_ms for one in self.forwards if one.batch == 1}
         past = tuple(sorted(past for graph, rows, past, _ in least if (graph, rows) == ("ar", 1)))
-        cycles: dict[int, tuple[float, ...]] = {}
+        drafts: dict[int, tuple[float, ...]] = {}
+        verifications: dict[int, tuple[float, ...]] = {}
         for length in sorted({rows for graph, rows, _, _ in least if graph == "draft"}):
-            keys: list[tuple[_Key, _Key]] = [(("draft", length, p, use_drafter), ("verify", length, p, False)) for p in past]
-            if past and all(draft in least and verify in least for draft, verify in keys):
-                cycles[length] = tuple(least[draft] + least[verify] for draft, verify in keys)
-        if not cycles:
+            draft: list[_Key] = [("draft", length, p, use_drafter) for p in past]
+            verify: list[_Key] = [("verify", length, p, False) for p in past]
+            if past and all(key in least for key in (*draft, *verify)):
+                drafts[length], verifications[length] = tuple(least[key] for key in draft), tuple(least[key] for key in verify)
+        if not drafts:
             raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", _MEASURE)
         rates = [one.rate for one in self.acceptance if one.drafter == use_drafter]
-        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), cycles, *rates[:1])
+        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *rates[:1])
 
 
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:

@@ -6,6 +6,8 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,15 @@ from hypothesis import strategies as st
 from trimode.errors import UsageError
 from trimode.runtime import auto, decode
 from trimode.runtime.acceptance import acceptance_rate
-from trimode.runtime.auto import Acceptance, AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime.auto import Acceptance, AdaptivePolicy, FixedPolicy, Policy, StepCosts, expected_tokens
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
 
 # --- the policy alone
 
-CPU = StepCosts((64,), (0.9,), {8: (3.9,), 16: (5.6,), 32: (9.0,)})
+CPU = StepCosts((64,), (0.9,), {8: (2.1,), 16: (2.9,), 32: (4.6,)}, {8: (1.8,), 16: (2.7,), 32: (4.4,)})
 """Compute-bound: rows cost time."""
-GPU = StepCosts((64,), (7.0,), {4: (13.9,), 8: (14.0,), 16: (14.3,), 32: (15.0,)})
+GPU = StepCosts((64,), (7.0,), {4: (7.0,), 8: (7.0,), 16: (7.2,), 32: (7.5,)}, {4: (6.9,), 8: (7.0,), 16: (7.1,), 32: (7.5,)})
 """Memory-bound: rows hardly cost anything."""
 
 Rates = Callable[[np.random.Generator, int], np.ndarray]
@@ -46,26 +48,40 @@ def by_stretch(rng: np.random.Generator, length: int) -> np.ndarray:
     return np.where((rng.random(length) < 1 / 40).cumsum() % 2 == 0, 0.98, 0.5)
 
 
-def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, seed: int) -> float:
-    """The acceptance of a position is drawn before any policy comes, so that all face the same texts."""
+def bursts(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Certain drafts, and a hard one after every 3 to 12 of them."""
+    rates = np.full(length, 0.995)
+    rates[rng.integers(3, 13, length).cumsum().clip(max=length - 1)] = 0.1
+    return rates
+
+
+def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool) -> float:
+    """The acceptance of a position is drawn before any policy comes, so that all face the same texts; drafts may know how likely it was."""
     spent = 0.0
     for text in range(texts):
-        rng, policy, position = np.random.default_rng((seed, text)), make(), 0
-        accepts = rng.random(length) < rates(rng, length)
+        rng, policy, position = np.random.default_rng((5, text)), make(), 0
+        likely = rates(rng, length)
+        accepts = rng.random(length) < likely
         while position < length:
-            block = policy.choose(64, length - position)
-            spent += costs.ar_ms[0] if block == 1 else costs.cycle_ms[block][0]
-            drafts = accepts[position : position + block - 1]
-            tokens = min(len(drafts) if drafts.all() else int(drafts.argmin()), length - position - 1) + 1
-            policy.record(block, tokens)
+            left = length - position
+            block, tokens = policy.choose(64, left), 1
+            if block == 1:
+                spent += costs.ar_ms[0]
+            else:
+                confidence = np.concatenate(([1.0], likely[position:], np.full(block, 0.5)))[:block]
+                rows = policy.rows_to_verify(min(left, block), confidence if is_confident else None)
+                spent += costs.draft_ms[block][0] + costs.verify_ms[rows][0]
+                drafts = accepts[position : position + rows - 1]
+                tokens = min(len(drafts) if drafts.all() else int(drafts.argmin()), left - 1) + 1
+            policy.record(tokens)
             position += tokens
     return spent / (length * texts)
 
 
-def regret(costs: StepCosts, rates: Rates, length: int, texts: int) -> float:
+def regret(costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool = False) -> float:
     """What the policy takes over the best single choice, less 1."""
-    fixed = [milliseconds_per_token(lambda n=n: FixedPolicy(n), costs, rates, length, texts, 5) for n in (1, *costs.cycle_ms)]  # type: ignore[misc]
-    return milliseconds_per_token(lambda: AdaptivePolicy(costs), costs, rates, length, texts, 5) / min(fixed) - 1
+    run = partial(milliseconds_per_token, costs=costs, rates=rates, length=length, texts=texts, is_confident=is_confident)
+    return run(lambda: AdaptivePolicy(costs)) / min(run(partial(FixedPolicy, n)) for n in (1, *costs.lengths)) - 1
 
 
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
@@ -82,6 +98,68 @@ def test_better_than_any_single_choice_where_texts_differ(costs: StepCosts) -> N
     assert regret(costs, by_stretch, 500, 12) < 0.03
 
 
+def test_drafts_that_know_what_they_are_worth_make_it_better() -> None:
+    """They tell what not to verify, where rows cost time, and how long the next block should be."""
+    assert regret(CPU, by_stretch, 500, 12, is_confident=True) < min(-0.1, regret(CPU, by_stretch, 500, 12) - 0.05)
+    assert regret(GPU, by_stretch, 500, 12, is_confident=True) < min(-0.02, regret(GPU, by_stretch, 500, 12) - 0.02)
+    for costs, rates in product((CPU, GPU), (by_text, bursts)):
+        assert regret(costs, rates, 300, 30, is_confident=True) < regret(costs, rates, 300, 30)
+
+
+def test_rows_that_are_verified() -> None:
+    """As many as bring more than they cost, of those that were measured; what lies behind the last token wanted brings nothing."""
+    policy = AdaptivePolicy(replace(CPU, acceptance=0.99))
+    assert policy.choose(64, 1000) == 32
+    certain = np.ones(32)
+    # A token more or two is not worth the next longer verification.
+    for tokens, rows in {1: 8, 2: 8, 8: 8, 9: 8, 12: 16, 16: 16, 18: 16, 24: 32, 32: 32}.items():
+        assert policy.rows_to_verify(tokens, certain) == rows
+        assert policy.rows_to_verify(32, np.where(np.arange(32) < tokens, 0.9999, 0.01)) == rows
+
+
+def test_where_tokens_are_drawn_all_that_is_wanted_is_verified() -> None:
+    policy = AdaptivePolicy(replace(CPU, acceptance=0.99))
+    assert policy.choose(64, 1000) == 32
+    assert {n: policy.rows_to_verify(n, None) for n in (1, 8, 9, 16, 17, 32)} == {1: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}
+
+
+def test_a_cut_says_nothing_in_favour_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32 whose drafts are good for 7 slots, all of which are verified and accepted: the slots behind are as bad as they were judged."""
+    monkeypatch.setattr(auto, "AHEAD_TRIALS", 0.0)  # in this text what a draft says of the next block is wrong
+    confidence = np.where(np.arange(32) < 8, 0.999, 0.05)
+    policy, lengths = AdaptivePolicy(replace(CPU, acceptance=0.99)), []
+    for _ in range(40):
+        lengths.append(length := policy.choose(64, 1000))
+        rows = policy.rows_to_verify(length, confidence[:length])
+        policy.record(rows)
+        assert rows == 8
+    assert lengths[0] == 32
+    assert 32 not in lengths[1:]
+
+
+def test_what_a_draft_says_of_the_next_block_counts() -> None:
+    """Its first token rejected: sure drafts behind it make the next block long, an end drafted behind it makes it short."""
+    for confidence, num_wanted, length in ((np.full(32, 0.9999), 32, 32), (np.full(32, 0.9999), 9, 8), (np.full(32, 0.2), 32, 1)):
+        policy = AdaptivePolicy(replace(CPU, acceptance=0.99))
+        assert policy.choose(64, 1000) == 32
+        policy.rows_to_verify(num_wanted, confidence)
+        policy.record(1)
+        assert policy.choose(65, 999) == length
+
+
+def test_a_draft_that_was_unsure_of_everything_is_soon_forgotten() -> None:
+    policy = AdaptivePolicy(CPU)
+    for tokens, confidence in ((32, 0.99), (32, 0.99), (1, 0.05)):
+        length = policy.choose(64, 1000)
+        policy.rows_to_verify(length, np.full(length, confidence))
+        policy.record(min(length, tokens))
+    steps = 0
+    while policy.choose(64, 1000) == 1:
+        policy.record(1)
+        steps += 1
+    assert 1 <= steps <= 6
+
+
 def test_the_estimate_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With next to no prior and no forgetting: the mean over the cycles of the tokens that were wanted, counted one by one."""
     monkeypatch.setattr(auto, "PRIOR_SLOTS", 1e-9)
@@ -91,7 +169,7 @@ def test_the_estimate_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPat
     for tokens in seen:
         estimate.record(11, tokens - 1)
     for wanted in (1, 2, 7, 12):
-        assert estimate.expected_tokens()[wanted - 1] == pytest.approx(np.mean([min(n, wanted) for n in seen]))
+        assert expected_tokens(estimate.rates())[wanted - 1] == pytest.approx(np.mean([min(n, wanted) for n in seen]))
 
 
 def test_short_blocks_say_nothing_against_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,28 +180,34 @@ def test_short_blocks_say_nothing_against_longer_ones(monkeypatch: pytest.Monkey
     for tokens in np.random.default_rng(2).geometric(0.1, 4000):
         whole.record(30, min(int(tokens), 31) - 1)
         cut.record(3, min(int(tokens), 4) - 1)
-    np.testing.assert_allclose(cut.expected_tokens()[:4], whole.expected_tokens()[:4])
-    assert cut.expected_tokens()[30] == pytest.approx(whole.expected_tokens()[30], rel=0.1)
+    np.testing.assert_allclose(expected_tokens(cut.rates())[:4], expected_tokens(whole.rates())[:4])
+    assert expected_tokens(cut.rates())[30] == pytest.approx(expected_tokens(whole.rates())[30], rel=0.1)
+
+
+def step(policy: Policy, tokens: int) -> int:
+    """A step that yields so many tokens, or as many as it can; its block length."""
+    length = policy.choose(64, 1000)
+    rows = policy.rows_to_verify(length, None) if length > 1 else 1
+    policy.record(min(tokens, rows))
+    return length
 
 
 def test_drafting_is_tried_again() -> None:
     policy = AdaptivePolicy(CPU)
     for _ in range(20):
-        if (length := policy.choose(64, 1000)) > 1:
-            policy.record(length, 1)
-    assert policy.choose(64, 1000) == 1
+        length = step(policy, 1)
+    assert length == 1
     steps = 0
-    while policy.choose(64, 1000) == 1:
-        policy.record(1, 1)
+    while step(policy, 1) == 1:
         steps += 1
     assert 20 < steps < 400
 
 
 def test_costs_are_interpolated_between_cached_lengths() -> None:
     """Drafting pays at short lengths only; the break-even is where the two lines meet."""
-    costs = StepCosts((100, 300), (1.0, 1.0), {8: (1.0, 100.0)})
+    costs = StepCosts((100, 300), (1.0, 1.0), {8: (0.0, 99.0)}, {8: (1.0, 1.0)})
     policy = AdaptivePolicy(costs)
-    tokens = float(Acceptance(7).expected_tokens()[7])
+    tokens = float(expected_tokens(Acceptance(7).rates())[7])
     even = 100 + 200 * (tokens - 1) / 99
     for past, block in ((1, 8), (100, 8), (int(even) - 1, 8), (int(even) + 2, 1), (300, 1), (10000, 1)):
         assert policy.choose(past, 1000) == block
@@ -133,14 +217,16 @@ def test_the_end_is_not_drafted_past() -> None:
     """With one token left a cycle yields no more than AR does; a long block pays only where there is room for it."""
     policy = AdaptivePolicy(CPU)
     for _ in range(20):
-        policy.record(32, 32)
+        step(policy, 32)
     assert [policy.choose(64, left) for left in (1, 8, 1000)] == [1, 8, 32]
 
 
 def test_a_table_of_unequal_rows_is_refused() -> None:
     for past, ar in (((), ()), ((5, 3), (1.0, 1.0)), ((5,), (1.0, 2.0))):
         with pytest.raises(ValueError):
-            StepCosts(past, ar, {})
+            StepCosts(past, ar, {}, {})
+    with pytest.raises(ValueError):
+        StepCosts((5,), (1.0,), {8: (1.0,)}, {4: (1.0,)})
 
 
 # --- decoding
@@ -156,12 +242,21 @@ class Whim:
     def choose(self, past: int, left: int) -> int:
         assert left >= 1
         assert past >= 0
-        return 1 if self._last == 1 and self._rng.random() < 0.5 else int(self._rng.choice(self._lengths))
+        self._length = 1 if self._last == 1 and self._rng.random() < 0.5 else int(self._rng.choice(self._lengths))
+        self._rows = self._length
+        return self._length
 
-    def record(self, block_length: int, num_tokens: int) -> None:
-        assert 1 <= num_tokens <= block_length
+    def rows_to_verify(self, num_wanted: int, confidence: np.ndarray | None) -> int:
+        assert 1 <= num_wanted <= self._length
+        assert confidence is not None
+        assert confidence.shape == (self._length,)
+        self._rows = int(self._rng.integers(1, self._length + 1))
+        return self._rows
+
+    def record(self, num_tokens: int) -> None:
+        assert 1 <= num_tokens <= self._rows
         self._last = num_tokens
-        self.steps.append((block_length, num_tokens))
+        self.steps.append((self._length, num_tokens))
 
 
 RULES = st.fixed_dictionaries({

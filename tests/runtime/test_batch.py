@@ -32,7 +32,7 @@ from trimode.runtime.text import TextCodec
 
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec", "auto")
 SIZES = (1, 2, 3, 5, 8)
-COSTS = StepCosts((64,), (1.0,), {4: (2.5,), 8: (3.0,), 16: (4.0,)}, 0.5)
+COSTS = StepCosts((64,), (1.0,), {4: (1.3,), 8: (1.6,), 16: (2.1,)}, {4: (1.2,), 8: (1.4,), 16: (1.9,)}, 0.5)
 PIECES = ["a", "b", "ab", "ba", "c", "abc", " ", "\n", "\n\n", "x\n", "bca"]
 
 

@@ -82,11 +82,13 @@ MODEL = ModelInfo(
 )  # fmt: skip
 
 
-def texts(session: RememberedSession, mode: Mode, count: int = TEXTS, **options: Any) -> Iterator[tuple[list[int], Counters]]:
-    """Sampled texts of three tokens, one a seed."""
+def texts(
+    session: RememberedSession, mode: Mode, count: int = TEXTS, most: int = 3, ends: tuple[int, ...] = (), **options: Any
+) -> Iterator[tuple[list[int], Counters]]:
+    """Sampled texts of three tokens, or up to one of ``ends``, one a seed."""
     for seed in range(count):
         sequence, counters = Sequence(cast("Session", session), MODEL, PROMPT), Counters()
-        chosen = make_options(max_new_tokens=3, block_length=3, eos_token_ids=(), seed=seed, **options)
+        chosen = make_options(max_new_tokens=most, block_length=3, eos_token_ids=ends, seed=seed, **options)
         for _ in MODES[mode](sequence, chosen, counters):
             pass
         yield sequence.tokens[len(PROMPT) :], counters
@@ -138,15 +140,20 @@ def test_ar_has_the_distribution_of_ar(session: RememberedSession) -> None:
 
 
 class ByTheLastStep:
-    """The wildest policy there can be: every choice depends on what was accepted before."""
+    """The wildest policy there can be: every choice depends on what was accepted before, and verification stops at what is wanted."""
 
-    def __init__(self) -> None:
-        self._last = 1
+    def __init__(self, cut: int = 0) -> None:
+        self._last, self._length, self._cut = 1, 1, cut
 
     def choose(self, past: int, left: int) -> int:
-        return {1: 3, 2: 1, 3: 2}[self._last]
+        self._length = {1: 3, 2: 1, 3: 2}[self._last]
+        return self._length
 
-    def record(self, block_length: int, num_tokens: int) -> None:
+    def rows_to_verify(self, num_wanted: int, confidence: np.ndarray | None) -> int:
+        assert confidence is None  # of a draw it may not know anything
+        return max(1, num_wanted - (self._cut if num_wanted < self._length else 0))
+
+    def record(self, num_tokens: int) -> None:
         self._last = num_tokens
 
 
@@ -156,6 +163,25 @@ def test_auto_has_the_distribution_of_ar(session: RememberedSession, case: str, 
     options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "auto", **CASES[case])
     assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(session: RememberedSession, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which token was drawn decides how much is verified; that this is no bias holds for an end that is verified itself, and only then."""
+    monkeypatch.setattr(decode, "make_policy", lambda *_: ByTheLastStep(cut))
+    ends = (2, 4, 7)
+    counts = np.zeros((VOCABULARY,) * 3, int)
+    for text, _ in texts(session, "auto", 2 * TEXTS, most=5, temperature=TEMPERATURE, threshold=0.0, ends=ends):
+        counts[tuple((text + [MASK] * 3)[:3])] += 1
+    expected = exact_ar(session.model, SamplingOptions(TEMPERATURE))
+    for first in range(VOCABULARY):
+        for second in range(VOCABULARY):
+            if first in ends or second in ends:  # all texts with this beginning are one
+                rest = expected[first, second].sum()
+                expected[first, second] = 0
+                expected[(first, MASK, MASK) if first in ends else (first, second, MASK)] += rest
+    p_value = chi_squared_p_value(counts, expected)
+    assert p_value > FALSE_ALARM if cut == 0 else p_value < 1e-6
 
 
 @pytest.mark.parametrize("rule", WRONG_RULES)

@@ -70,7 +70,7 @@ def test_every_case_is_timed_equally_often(built: Callable[[str], Built], name: 
 def test_choices_are_checked_and_filled_in(built: Callable[[str], Built]) -> None:
     model = built("three_kv_heads").model
     usual = check_settings(TimerSettings(), model.model, model.session)
-    assert usual.rows == (1, 8, 16, 32)
+    assert usual.rows == (1, 4, 8, 12, 16, 24, 32)
     assert usual.past == (64, 512)  # the model takes 1024 tokens
     for settings in (TimerSettings(rows=(65,)), TimerSettings(rows=(0,)), TimerSettings(past=(0,)), TimerSettings(rows=(32,), past=(1000,)),
                      TimerSettings(repeats=0), TimerSettings(rows=()), TimerSettings(past=())):  # fmt: skip
@@ -94,8 +94,8 @@ def test_costs_are_drafts_and_verifications(built: Callable[[str], Built]) -> No
         times += [forward("draft", 8, past, past + 1), forward("draft", 8, past, past + 5, drafter=True), forward("verify", 8, past, 0.5)]
     times += [forward("draft", 16, 100, 7), forward("verify", 16, 100, 7)]  # not at 300
     costs = table(it, *times).costs(use_drafter=False)
-    assert (costs.past, costs.ar_ms, costs.cycle_ms) == ((100, 300), (1.0, 3.0), {8: (101.5, 301.5)})
-    assert table(it, *times).costs(use_drafter=True).cycle_ms == {8: (105.5, 305.5)}
+    assert (costs.past, costs.ar_ms, costs.draft_ms, costs.verify_ms) == ((100, 300), (1.0, 3.0), {8: (101.0, 301.0)}, {8: (0.5, 0.5)})
+    assert table(it, *times).costs(use_drafter=True).draft_ms == {8: (105.0, 305.0)}
     for lacking in (times[:3], times[3:]):
         with pytest.raises(UsageError):
             table(it, *lacking).costs(use_drafter=False)
