@@ -16,7 +16,7 @@ from trimode.compiler.console import RichProgress
 from trimode.compiler.run_command import Prompt, read_prompts_file
 from trimode.errors import UsageError
 from trimode.runtime.acceptance import acceptance_rate
-from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
+from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
 
@@ -29,7 +29,7 @@ class BenchRequest:
     target: str | None
     rows: tuple[int, ...] | None
     past: tuple[int, ...] | None
-    repeats: int
+    repeats: int | None
     threads: int | None
     runtime_cache: Path | None
     prompts_file: Path | None
@@ -51,7 +51,7 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
         for prompt in prompts:
             model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
         with RichProgress() as progress:
-            advance = progress.stage("time forwards", settings.repeats)
+            advance = progress.stage("time forwards", settings.repeats or USUAL_REPEATS)
             forwards = time_forwards(model.session, model.model, settings, advance)
             acceptance = _acceptance(model, prompts, settings, progress)
     timings = Timings(

@@ -397,7 +397,7 @@ def bench(
         str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1,4,8,12,16,24,32 or the model's block if left out.")
     ] = None,
     past: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens cached before it; 64, 512 and 2048 if left out.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Rounds, each of which times every forward twice; 20 if left out.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds; 20, or what fits into two minutes, if left out.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: how many of their drafts are accepted is measured too.")
     ] = None,
@@ -435,8 +435,7 @@ def bench(
         run_light(bundle, light_request)
         return
     chosen = [None if text is None else tuple(parse_ints(text)) for text in (rows, past)]
-    rounds = 20 if repeats is None else repeats
-    run_bench(bundle, BenchRequest(precision, target, chosen[0], chosen[1], rounds, threads, runtime_cache, prompts_file, output, as_json))
+    run_bench(bundle, BenchRequest(precision, target, chosen[0], chosen[1], repeats, threads, runtime_cache, prompts_file, output, as_json))
 
 
 @app.command()

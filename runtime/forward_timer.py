@@ -22,6 +22,7 @@ from trimode.runtime.timings import ForwardTime
 
 DEFAULT_ROWS = (1, 4, 8, 12, 16, 24, 32)
 DEFAULT_PAST = (64, 512, 2048)
+USUAL_REPEATS, LEAST_REPEATS, PATIENCE_S = 20, 3, 120.0
 _TIMED_PER_ROUND = 2
 
 
@@ -32,13 +33,13 @@ class TimerSettings:
     Attributes:
         rows: of the forwards: 1 and blocks; None = 1, 4, 8, 12, 16, 24, 32 and the model's own, as far as the graphs take them. 1 is always measured.
         past: tokens cached before a forward; None = 64, 512 and 2048, as far as the model takes them.
-        repeats: rounds.
+        repeats: rounds; None = 20, or as many as fit into two minutes, but 3 at least.
         seed: of the tokens and of the order.
     """
 
     rows: tuple[int, ...] | None = None
     past: tuple[int, ...] | None = None
-    repeats: int = 20
+    repeats: int | None = None
     seed: int = 0
 
 
@@ -65,8 +66,8 @@ def check_settings(settings: TimerSettings, model: ModelInfo, session: Session) 
         UsageError: a value is out of its range, or the graphs were not built for it.
     """
     rows, past = settings.rows, settings.past
-    if settings.repeats < 1:
-        raise UsageError(f"expected --repeats of at least 1, found {settings.repeats}", "20 is usual")
+    if settings.repeats is not None and settings.repeats < 1:
+        raise UsageError(f"expected --repeats of at least 1, found {settings.repeats}", f"{USUAL_REPEATS} is usual")
     if rows is None:
         usual = sorted({*DEFAULT_ROWS, model.block_size})
         rows = tuple(n for n in usual if n == 1 or (n <= model.max_block_length and takes_block(session, n)))
@@ -97,8 +98,10 @@ def time_forwards(session: Session, model: ModelInfo, settings: TimerSettings, a
         for rows in settings.rows
         for group in _groups(model, rows, past, cache, rng)
     ]
-    order = random.Random(settings.seed)
-    for _ in range(settings.repeats):
+    order, start = random.Random(settings.seed), time.monotonic()
+    for number in range(settings.repeats or USUAL_REPEATS):
+        if settings.repeats is None and number >= LEAST_REPEATS and time.monotonic() - start > PATIENCE_S:
+            break
         for group in order.sample(groups, len(groups)):
             for case in group:
                 case.run(session)

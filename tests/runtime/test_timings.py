@@ -13,6 +13,7 @@ from conftest import Built
 
 from trimode.errors import UsageError
 from trimode.files import replace_text
+from trimode.runtime import forward_timer
 from trimode.runtime import timings as module
 from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
 from trimode.runtime.timings import ForwardTime, Timings, read_timings, save_timings, subject_of, table_path
@@ -65,6 +66,17 @@ def test_every_case_is_timed_equally_often(built: Callable[[str], Built], name: 
     filled = [(rows, past) for role, rows, past, _ in session.runs[:24] if role == "ar"]
     assert (16, 0) in filled  # a cache is filled in chunks that the graph takes
     assert max(rows for _, rows, _, _ in session.runs) == 16
+
+
+def test_slow_forwards_are_timed_less_often(built: Callable[[str], Built], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("three_kv_heads").model
+    settings = check_settings(TimerSettings((2,), (9,)), model.model, model.session)
+    for patience, rounds in ((-1.0, 3), (1e9, 20)):
+        monkeypatch.setattr(forward_timer, "PATIENCE_S", patience)
+        advances: list[int] = []
+        times = time_forwards(model.session, model.model, settings, advances.append)
+        assert len(advances) == rounds
+        assert {one.num_runs for one in times if one.graph == "ar"} == {2 * rounds}
 
 
 def test_choices_are_checked_and_filled_in(built: Callable[[str], Built]) -> None:
