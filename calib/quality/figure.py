@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimode.calib.quality.schema import DecodingRecord, PrecisionRecord, Report, decoding_name
 from trimode.errors import DependencyError
@@ -15,6 +15,7 @@ from trimode.graphs.contract import ROLES, Role
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_COLOURS = 10
 _GROUP = 0.8
 """Width of a group of bars, of the room that it has."""
 
@@ -67,7 +68,7 @@ def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> N
     axes.set(title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB")
     for number, precision in enumerate(precisions, 1):
         values = sorted(by_role[role].snr_db for by_role in precision.local.values() if role in by_role)
-        axes.plot(range(1, len(values) + 1), values, color=f"C{number}", marker=".", label=precision.name)
+        axes.plot(range(1, len(values) + 1), values, **_line(number), marker=".", label=precision.name)
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -75,8 +76,17 @@ def _accumulated(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role
     axes.set(title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB")
     for number, precision in enumerate(precisions, 1):
         points = [(index, by_role[role].snr_db) for index, by_role in enumerate(precision.accumulated) if role in by_role]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", marker=".", label=precision.name)
+        axes.plot([x for x, _ in points], [y for _, y in points], **_line(number), marker=".", label=precision.name)
     axes.grid(visible=True, alpha=0.3)
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Matplotlib has ten colours; from the eleventh precision on lines are dashed."""
+    return {"color": f"C{number}", "linestyle": "-" if number < _COLOURS else "--"}
+
+
+def _bar(number: int) -> dict[str, Any]:
+    return {"color": f"C{number}", "hatch": None if number < _COLOURS else "//"}
 
 
 def _divergence(axes: Axes, report: Report) -> None:
@@ -106,6 +116,6 @@ def _bars(axes: Axes, title: str, values: Mapping[str, Mapping[str, float]], fir
     width = _GROUP / len(values)
     for number, (name, by_group) in enumerate(values.items()):
         left = [index - _GROUP / 2 + (number + 0.5) * width for index in range(len(groups))]
-        axes.bar(left, [by_group[group] for group in groups], width, color=f"C{number + first_colour}", label=name)
+        axes.bar(left, [by_group[group] for group in groups], width, **_bar(number + first_colour), label=name)
     axes.set_xticks(range(len(groups)), [group.replace(", ", ",\n") for group in groups])
     axes.set_title(title)
