@@ -29,6 +29,7 @@ class BenchRequest:
     target: str | None
     rows: tuple[int, ...] | None
     past: tuple[int, ...] | None
+    batch: tuple[int, ...] | None
     repeats: int | None
     threads: int | None
     runtime_cache: Path | None
@@ -45,7 +46,7 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
-        settings = check_settings(TimerSettings(request.rows, request.past, request.repeats), model.model, model.session)
+        settings = check_settings(TimerSettings(request.rows, request.past, request.batch or (1,), request.repeats), model.model, model.session)
         subject = subject_of(model.bundle, model.target, request.threads)
         prompts = [encode(model, question) for question in questions]
         for prompt in prompts:
@@ -110,19 +111,19 @@ def _show(timings: Timings) -> None:
     console, subject = Console(highlight=False), timings.subject
     if not console.is_terminal:
         console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
-    console.print(f"{subject.source_name} in {subject.precision}, target {subject.target}, {subject.library}, {subject.gpu or subject.cpu}; "
-                  f"{timings.forwards[0].batch} sequence a forward")  # fmt: skip
+    console.print(f"{subject.source_name} in {subject.precision}, target {subject.target}, {subject.library}, {subject.gpu or subject.cpu}")
     past = sorted({one.past for one in timings.forwards})
     table = Table(title="milliseconds a forward: median (quartiles)", title_justify="left", box=None, header_style="bold")
     table.add_column("")
-    table.add_column("rows", justify="right")
+    table.add_column("sequences", justify="right")
+    table.add_column("rows of each", justify="right")
     for cached in past:
         table.add_column(f"{cached} cached", justify="right")
-    by_case: dict[tuple[str, int], dict[int, ForwardTime]] = {}
+    by_case: dict[tuple[str, int, int], dict[int, ForwardTime]] = {}
     for one in timings.forwards:
-        by_case.setdefault((f"{one.graph} with the drafter" if one.drafter else one.graph, one.rows), {})[one.past] = one
-    for (name, rows), cells in by_case.items():
-        table.add_row(name, str(rows), *(_cell(cells[cached]) for cached in past))
+        by_case.setdefault((f"{one.graph} with the drafter" if one.drafter else one.graph, one.batch, one.rows), {})[one.past] = one
+    for (name, batch, rows), cells in by_case.items():
+        table.add_row(name, str(batch), str(rows), *(_cell(cells[cached]) for cached in past))
     console.print(table)
     for record in timings.acceptance:
         name = "with the drafter" if record.drafter else "without the drafter"

@@ -397,6 +397,7 @@ def bench(
         str | None, typer.Option(metavar="N,N,...", help="Tokens of a forward; 1,4,8,12,16,24,32 or the model's block if left out.")
     ] = None,
     past: Annotated[str | None, typer.Option(metavar="N,N,...", help="Tokens cached before it; 64, 512 and 2048 if left out.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N,...", help="Sequences in a forward; single ones if left out.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds; 20, or what fits into two minutes, if left out.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: how many of their drafts are accepted is measured too.")
@@ -418,7 +419,7 @@ def bench(
     """Measure the milliseconds of each forward on this machine, and keep them for `run --mode auto`."""
     from trimode.compiler.bench_command import BenchRequest, run_bench
 
-    timer = {"--rows": rows, "--past": past, "--repeats": repeats}
+    timer = {"--rows": rows, "--past": past, "--batch": batch, "--repeats": repeats}
     light = {"--block-length": block_length, "--thresholds": thresholds, "--max-new-tokens": max_new_tokens, "--no-figure": no_figure or None}
     misplaced = [name for name, value in (timer if speed_of_light else light).items() if value is not None]
     if misplaced:
@@ -434,8 +435,10 @@ def bench(
         )
         run_light(bundle, light_request)
         return
-    chosen = [None if text is None else tuple(parse_ints(text)) for text in (rows, past)]
-    run_bench(bundle, BenchRequest(precision, target, chosen[0], chosen[1], repeats, threads, runtime_cache, prompts_file, output, as_json))
+    request = BenchRequest(
+        precision, target, _numbers(rows), _numbers(past), _numbers(batch), repeats, threads, runtime_cache, prompts_file, output, as_json
+    )
+    run_bench(bundle, request)
 
 
 @app.command()
@@ -450,6 +453,10 @@ def _need(what: str, extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(f"expected {', '.join(missing)} for {what}, found not installed", f"pip install 'trimode[{extra}]'")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else tuple(parse_ints(text))
 
 
 def parse_ints(text: str) -> list[int]:

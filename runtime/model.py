@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -226,16 +226,20 @@ class TriModeModel:
 
     def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
-        return Stream(sequence, mode, self._check_choices(mode, options), lambda: self.codec)
+        return self._open_stream(1, sequence, mode, **options)
 
-    def _check_choices(self, mode: Mode, options: dict[str, Any]) -> DecodeOptions:
+    def _open_stream(self, batch: int, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
+        """For a sequence that runs side by side with others, ``batch`` of them at most."""
+        return Stream(sequence, mode, self._check_choices(mode, options, batch), lambda: self.codec)
+
+    def _check_choices(self, mode: Mode, options: dict[str, Any], batch: int = 1) -> DecodeOptions:
         if mode not in MODES:
             raise UsageError(f"expected a mode among {', '.join(MODES)}, found {mode!r}", "see the README for what each mode does")
         defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
         chosen = make_options(**{**defaults, **self._for_sampler(mode, options), **self._with_end_think(options)})
         check_options(chosen, self.model, mode)
         if mode == "auto" and chosen.costs is None:
-            chosen = replace(chosen, costs=self._costs(chosen))
+            chosen = replace(chosen, costs=self._costs(chosen, batch))
         if mode == "quadratic_spec":
             self._check_quadratic(chosen.block_length)
         elif mode != "ar" and chosen.costs is None:
@@ -265,7 +269,7 @@ class TriModeModel:
             raise UsageError(f"expected a batch of at most {most} rows, which target {self.target} was built for, found {max_rows}",
                              "build the target with a larger --max-batch, or choose one that runs on ONNX Runtime")  # fmt: skip
         num_rows = max_rows if num_texts is None else min(max_rows, num_texts)
-        return Batch(self.session, self.model, self.continue_sequence, self._check_row, num_rows)
+        return Batch(self.session, self.model, partial(self._open_stream, num_rows), self._check_row, num_rows)
 
     def generate_batch(self, prompts: Seq[Any], mode: Mode = "linear_spec", *, max_rows: int | None = None, **options: Any) -> list[Generation]:
         """Answer prompts of any lengths side by side; each result is that of its own single run.
@@ -296,11 +300,11 @@ class TriModeModel:
         result = self.continue_sequence(sequence, mode, **options).finish()
         return np.array([sequence.tokens], np.int64), result.nfe
 
-    def _costs(self, options: DecodeOptions) -> StepCosts | None:
-        """What mode ``auto`` chooses by."""
+    def _costs(self, options: DecodeOptions, batch: int) -> StepCosts | None:
+        """What mode ``auto`` chooses by, where so many texts run side by side."""
         if self.timings is None:
             return None
-        costs = self.timings.costs(use_drafter=options.use_drafter and self.model.has_drafter)
+        costs = self.timings.costs(use_drafter=options.use_drafter and self.model.has_drafter, batch=batch)
         usable = costs.only(lambda length: length <= options.block_length and takes_block(self.session, length))
         if not usable.lengths:
             found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.lengths))}"

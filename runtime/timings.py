@@ -109,15 +109,18 @@ class Timings(_Record):
     forwards: tuple[ForwardTime, ...] = Field(min_length=1)
     acceptance: tuple[AcceptanceRecord, ...] = ()
 
-    def costs(self, *, use_drafter: bool) -> StepCosts:
+    def costs(self, *, use_drafter: bool, batch: int = 1) -> StepCosts:
         """What mode ``auto`` asks of the table: the least times. Whatever else the machine does is added to a time, and never taken from it.
 
+        Times are those of as many sequences in a forward, or of the next larger number that was measured, or else of the largest.
         On a busy machine a median says how often a forward was interrupted, which happens to long ones far more often than to short ones.
 
         Raises:
             UsageError: it has no AR step, or no block length that was both drafted and verified, over the same cached tokens.
         """
-        least: dict[_Key, float] = {(one.graph, one.rows, one.past, one.drafter): one.least_ms for one in self.forwards if one.batch == 1}
+        batches = sorted({one.batch for one in self.forwards})
+        nearest = next((size for size in batches if size >= batch), batches[-1])
+        least: dict[_Key, float] = {(one.graph, one.rows, one.past, one.drafter): one.least_ms for one in self.forwards if one.batch == nearest}
         past = tuple(sorted(past for graph, rows, past, _ in least if (graph, rows) == ("ar", 1)))
         drafts: dict[int, tuple[float, ...]] = {}
         verifications: dict[int, tuple[float, ...]] = {}

@@ -29,10 +29,10 @@ def test_timings_are_printed_written_and_kept(built: Callable[[str], Built], tmp
     assert str(kept) in done.stderr
     assert (printed["subject"]["target"], printed["subject"]["num_threads"]) == ("cpu", 1)
     assert len(printed["forwards"]) == 2 * (3 + 2 + 2 + 2)
-    shown = trimode("bench", bundle, *options)
-    for text in ("draft with the drafter", "10 cached", "300 cached", "verify"):
+    shown = trimode("bench", bundle, *options, "--batch", "3")
+    for text in ("draft with the drafter", "10 cached", "300 cached", "verify", "sequences"):
         assert text in shown.stdout
-    assert json.loads(kept.read_text()) != printed  # measured anew
+    assert {one["batch"] for one in json.loads(kept.read_text())["forwards"]} == {1, 3}  # measured anew
 
 
 def test_auto_runs_by_the_table(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +64,7 @@ BAD = {
     "rows": (["BUNDLE", "--rows", "65"], 2, "--rows from 1 to 64"),
     "words": (["BUNDLE", "--rows", "many"], 2, "whole numbers"),
     "past": (["BUNDLE", "--past", "1024"], 2, "--past from 1 to"),
+    "batch": (["BUNDLE", "--batch", "2,0"], 2, "--batch of at least 1, found 0"),
     "repeats": (["BUNDLE", "--repeats", "0"], 2, "--repeats"),
     "a folder to write": (["BUNDLE", "-o", "FOLDER"], 2, "expected a file to write"),
 }

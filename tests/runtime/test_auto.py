@@ -325,6 +325,22 @@ def test_the_kept_table_decides(built: Callable[[str], Built], tmp_path: Path, m
             model.stream([[20, 30]], "auto", block_length=7)
 
 
+def test_a_batch_goes_by_the_times_of_its_size(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks cost next to nothing for a single text and everything for two or more."""
+    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path))
+    model = opened(built)
+    single, joint = table(model, {8: 1e-3}), table(model, {8: 1e3})
+    together = tuple(one.model_copy(update={"batch": 4}) for one in joint.forwards)
+    save_timings(single.model_copy(update={"forwards": single.forwards + together}), table_path(single.subject))
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_ids": ()}
+    prompts = [[20, 30], [40, 41, 42], [77]]
+    results = model.generate_batch(prompts, "auto", max_rows=2, **options)
+    assert [set(result.picks or ()) for result in results] == [{1}, {1}, {1}]
+    assert set(model.stream([prompts[0]], "auto", **options).finish().picks or ()) == {8}
+    assert [set(result.picks or ()) for result in model.generate_batch(prompts, "auto", max_rows=1, **options)] == [{8}, {8}, {8}]
+    assert [result.token_ids for result in results] == [model.stream([ids], "ar", **options).finish().token_ids for ids in prompts]
+
+
 def test_a_given_table_of_another_machine_is_used_with_a_warning(
     built: Callable[[str], Built], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,9 +19,9 @@ from trimode.runtime.forward_timer import TimerSettings, check_settings, time_fo
 from trimode.runtime.timings import ForwardTime, Timings, read_timings, save_timings, subject_of, table_path
 
 
-def forward(graph: Any, rows: int, past: int, ms: float, drafter: bool = False) -> ForwardTime:
-    return ForwardTime(graph=graph, rows=rows, past=past, drafter=drafter, num_runs=3, least_ms=ms, lower_quartile_ms=2 * ms, median_ms=3 * ms,
-                       upper_quartile_ms=9 * ms)  # fmt: skip
+def forward(graph: Any, rows: int, past: int, ms: float, drafter: bool = False, batch: int = 1) -> ForwardTime:
+    return ForwardTime(graph=graph, rows=rows, past=past, batch=batch, drafter=drafter, num_runs=3, least_ms=ms, lower_quartile_ms=2 * ms,
+                       median_ms=3 * ms, upper_quartile_ms=9 * ms)  # fmt: skip
 
 
 def table(it: Built, *forwards: ForwardTime) -> Timings:
@@ -68,6 +68,32 @@ def test_every_case_is_timed_equally_often(built: Callable[[str], Built], name: 
     assert max(rows for _, rows, _, _ in session.runs) == 16
 
 
+def test_batches_are_timed(built: Callable[[str], Built]) -> None:
+    """Each case runs over as many texts, and reads as many cached tokens of each."""
+    model, runs = built("three_kv_heads").model, []
+
+    class Noting(CountingSession):
+        def run_rows(self, role: Any, cache: Any, rows: range, ids: Any, past: Any, length: Any, scale: float = 0.0) -> Any:
+            assert past.tolist() == [past[0]] * len(rows) == [past[0]] * cache.num_rows
+            assert length.tolist() == [ids.shape[1]] * len(rows)
+            runs.append((role, len(rows), ids.shape, int(past[0])))
+            return self._session.run_rows(role, cache, rows, ids, past, length, scale)
+
+    session = Noting(model.session)
+    settings = check_settings(TimerSettings((5,), (40, 20), (3,), repeats=2), model.model, session)  # type: ignore[arg-type]
+    assert settings.batch == (1, 3)
+    times = time_forwards(session, model.model, settings, lambda _: None)  # type: ignore[arg-type]
+    cases = [("ar", 1), ("ar", 5), ("draft", 5), ("draft", 5), ("verify", 5)]
+    assert sorted((t.graph, t.rows, t.past, t.batch) for t in times) == sorted(
+        (*case, past, n) for case in cases for past in (20, 40) for n in (1, 3)
+    )
+    for graph, rows in cases:
+        assert (graph, 3, (3, rows), 40) in runs
+    for batch in (0, -1):
+        with pytest.raises(UsageError, match="--batch"):
+            check_settings(TimerSettings(batch=(batch,)), model.model, model.session)
+
+
 def test_slow_forwards_are_timed_less_often(built: Callable[[str], Built], monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("three_kv_heads").model
     settings = check_settings(TimerSettings((2,), (9,)), model.model, model.session)
@@ -108,7 +134,10 @@ def test_costs_are_drafts_and_verifications(built: Callable[[str], Built]) -> No
     costs = table(it, *times).costs(use_drafter=False)
     assert (costs.past, costs.ar_ms, costs.draft_ms, costs.verify_ms) == ((100, 300), (1.0, 3.0), {8: (101.0, 301.0)}, {8: (0.5, 0.5)})
     assert table(it, *times).costs(use_drafter=True).draft_ms == {8: (105.0, 305.0)}
-    for lacking in (times[:3], times[3:]):
+    times += [forward(one.graph, one.rows, one.past, 10 * one.least_ms, one.drafter, batch) for one in times for batch in (4,)]
+    for batch, factor in ((1, 1.0), (2, 10.0), (4, 10.0), (9, 10.0)):  # the next larger size, or the largest
+        assert table(it, *times).costs(use_drafter=False, batch=batch).ar_ms == (factor, 3 * factor)
+    for lacking in (times[:3], times[3:6]):
         with pytest.raises(UsageError):
             table(it, *lacking).costs(use_drafter=False)
 
