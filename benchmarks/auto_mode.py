@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def measured_timings(model: TriModeModel, threads: int, repeats: int) -> Timings:
-    settings = check_settings(TimerSettings(DEFAULT_ROWS, (32, 128, 192), repeats), model.model, model.session)
+    settings = check_settings(TimerSettings(DEFAULT_ROWS, (32, 128, 192), repeats=repeats), model.model, model.session)
     forwards = time_forwards(model.session, model.model, settings, lambda _: None)
     subject = subject_of(model.bundle, model.target, threads)
     training = itertools.islice(examples(3, "train"), 3 * len(FAMILIES))

@@ -32,8 +32,8 @@ AHEAD_TRIALS = 32.0
 """Trials of one slot that weigh as much as the confidence that the last draft had in it."""
 AHEAD_AFTER_AR = 4
 """Slots of which it still says something once a token has come by AR. That token was unknown to the draft, and may have been what made it unsure."""
-PRIOR_SURPLUS = 1.0
-"""Share of the rows without use that are verified, before a text has shown its own."""
+PRIOR_SURPLUS = 0.2
+"""Share of the rows without use that are verified, before a text has shown its own, where drafts have a confidence; else all of them are."""
 PRIOR_SURPLUS_ROWS = 4.0
 """Rows that this weighs as much as."""
 MEMORY_TOKENS = 60.0
@@ -182,15 +182,19 @@ class AdaptivePolicy:
     An AR step shows nothing of acceptance; while these are taken, what was seen before is forgotten, the estimate goes back to the prior, and
     drafting is tried again. Longer blocks need no trial either: where every draft of a block is accepted, the estimate for the slots behind it
     rises too.
+
+    Args:
+        costs: of the steps there are to choose from.
+        is_confident: whether :meth:`rows_to_verify` will be told how likely drafts are to be accepted.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, *, is_confident: bool) -> None:
         self._lengths = np.array(costs.lengths)
         self._past = np.array(costs.past, float)
         drafts, verifications = ([ms[n] for n in costs.lengths] for ms in (costs.draft_ms, costs.verify_ms))
         self._costs = np.array([costs.ar_ms, *drafts, *verifications])
         self._acceptance = Acceptance(int(self._lengths.max()) - 1, costs.acceptance)
-        self._surplus = _Surplus()
+        self._surplus = _Surplus(PRIOR_SURPLUS if is_confident else 1.0)
         self._ahead = NOTHING
         self._step = _Step(AR_STEP, NOTHING, 0.0)
 
@@ -243,12 +247,12 @@ class AdaptivePolicy:
 class _Surplus:
     """Of the rows that yield no token the share that is verified all the same: 0 where confidence tells them beforehand, 1 where it does not."""
 
-    def __init__(self) -> None:
-        self._verified = self._all = 0.0
+    def __init__(self, prior: float) -> None:
+        self._prior, self._verified, self._all = prior, 0.0, 0.0
 
     @property
     def share(self) -> float:
-        return (self._verified + PRIOR_SURPLUS * PRIOR_SURPLUS_ROWS) / (self._all + PRIOR_SURPLUS_ROWS)
+        return (self._verified + self._prior * PRIOR_SURPLUS_ROWS) / (self._all + PRIOR_SURPLUS_ROWS)
 
     def record(self, block_length: int, rows: int, num_tokens: int) -> None:
         self._verified += rows - num_tokens
@@ -280,6 +284,6 @@ class _Step:
     drafts: NDArray[Any] = field(default_factory=lambda: NOTHING)
 
 
-def make_policy(costs: StepCosts | None, block_length: int) -> Policy:
+def make_policy(costs: StepCosts | None, block_length: int, *, is_confident: bool) -> Policy:
     """The policy for these costs; without any, self-speculation with this block length."""
-    return FixedPolicy(block_length) if costs is None else AdaptivePolicy(costs)
+    return FixedPolicy(block_length) if costs is None else AdaptivePolicy(costs, is_confident=is_confident)

@@ -58,6 +58,7 @@ class TriModeModel:
         self.session = session
         self.num_threads = num_threads
         self._given_timings = timings
+        self._costs_by: dict[tuple[bool, int, int], StepCosts] = {}
 
     @classmethod
     def from_pretrained(
@@ -304,11 +305,17 @@ class TriModeModel:
         """What mode ``auto`` chooses by, where so many texts run side by side."""
         if self.timings is None:
             return None
-        costs = self.timings.costs(use_drafter=options.use_drafter and self.model.has_drafter, batch=batch)
-        usable = costs.only(lambda length: length <= options.block_length and takes_block(self.session, length))
+        key = (options.use_drafter and self.model.has_drafter, batch, options.block_length)
+        if key not in self._costs_by:
+            self._costs_by[key] = self._usable_costs(self.timings, *key)
+        return self._costs_by[key]
+
+    def _usable_costs(self, timings: Timings, use_drafter: bool, batch: int, block_length: int) -> StepCosts:
+        costs = timings.costs(use_drafter=use_drafter, batch=batch)
+        usable = costs.only(lambda length: length <= block_length and takes_block(self.session, length))
         if not usable.lengths:
-            found = f"expected timings of a block of at most {options.block_length} that the graphs take, found {', '.join(map(str, costs.lengths))}"
-            raise UsageError(found, f"measure it: trimode bench BUNDLE --rows 1,{options.block_length}")
+            found = f"expected timings of a block of at most {block_length} that the graphs take, found {', '.join(map(str, costs.lengths))}"
+            raise UsageError(found, f"measure it: trimode bench BUNDLE --rows 1,{block_length}")
         return usable
 
     def _for_sampler(self, mode: Mode, options: dict[str, Any]) -> dict[str, Any]:

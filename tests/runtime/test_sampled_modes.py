@@ -159,7 +159,7 @@ class ByTheLastStep:
 
 @pytest.mark.parametrize("case", ["plain", "every processor"])
 def test_auto_has_the_distribution_of_ar(session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "make_policy", lambda *_: ByTheLastStep())
+    monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep())
     options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "auto", **CASES[case])
     assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
@@ -168,7 +168,7 @@ def test_auto_has_the_distribution_of_ar(session: RememberedSession, case: str, 
 @pytest.mark.parametrize("cut", [0, 1])
 def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(session: RememberedSession, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which token was drawn decides how much is verified; that this is no bias holds for an end that is verified itself, and only then."""
-    monkeypatch.setattr(decode, "make_policy", lambda *_: ByTheLastStep(cut))
+    monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep(cut))
     ends = (2, 4, 7)
     counts = np.zeros((VOCABULARY,) * 3, int)
     for text, _ in texts(session, "auto", 2 * TEXTS, most=5, temperature=TEMPERATURE, threshold=0.0, ends=ends):
