@@ -51,6 +51,8 @@ class Buffer:
 
     def part(self, rows: range) -> Buffer:
         """A stretch of the first dimension, in the same memory."""
+        if rows == range(self.shape[0]):
+            return self
         array = None if self.array is None else self.array[rows.start : rows.stop]
         return replace(self, array=array, shape=(len(rows), *self.shape[1:]), first=self.first + rows.start)
 
