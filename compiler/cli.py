@@ -260,7 +260,7 @@ def sampler(
         int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
     ] = None,
     held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
-    target: Annotated[str, typer.Option(help="What is right: the tokens of serial denoising (serial), or the model's own (ar).")] = "serial",
+    target: Annotated[str, typer.Option(help="What is right: the tokens of serial or of leftmost denoising, or the model's own (ar).")] = "serial",
     block_length: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")] = "8,32",
     d_model: Annotated[int, typer.Option(help="Width of the network.")] = 192,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 4,

@@ -91,7 +91,7 @@ class DenoisingRecord(_Record):
     """Texts under one policy.
 
     Attributes:
-        same_as_target: share of the texts that are the target's: those of serial denoising, or the model's own.
+        same_as_target: share of the texts that are the target's.
         tokens_per_forward: new tokens over denoise and commit forwards.
     """
 
@@ -112,7 +112,7 @@ class SamplerFile(_Record):
         source_sha256: digest of the checkpoint without its adapter, :meth:`trimode.graphs.source.SourceDigest.base_hexdigest`.
         calibration: what its weights were quantized with; None = they were not.
         dtype: what its weights were rounded to.
-        target: whose tokens are right: those of serial denoising, or the model's own.
+        target: whose tokens are right: those of denoising one slot a forward, the most probable or the leftmost one, or the model's own.
         threshold: score from which a slot is filled, where nobody says otherwise; decided on the validation prompts.
         held_out, validation: how texts come out under thresholds on the probability and on the score.
         scores: of the states of held-out texts.
@@ -125,7 +125,7 @@ class SamplerFile(_Record):
     source_sha256: str
     calibration: ScalesRecord | None
     dtype: DType
-    target: Literal["serial", "ar"]
+    target: Literal["serial", "leftmost", "ar"]
     vocab_size: int
     mask_token_id: int
     shape: ShapeRecord

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trimode.calib.quantize.texts import Text
 from trimode.calib.sampler_job.training import score_states
-from trimode.calib.sampler_job.trajectories import States, Target
+from trimode.calib.sampler_job.trajectories import ONE_BY_ONE, States, Target
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.sampler import BlockSampler
 from trimode.graphs.sampler_file import DenoisingRecord, ScoresRecord
@@ -84,7 +84,7 @@ def measure_texts(
     """
     policies = [("threshold", value) for value in CONFIDENCES] + [("learned", value) for value in SCORES]
     decode, wanted = (decode_ar, DecodeOptions(max_new_tokens)) if target == "ar" else (
-        decode_diffusion, DecodeOptions(max_new_tokens, block_length, sampler="schedule"))  # fmt: skip
+        decode_diffusion, DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]))  # fmt: skip
     options = [DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer) for name, value in policies]  # type: ignore[arg-type]
     same, tokens, forwards = np.zeros(len(policies), int), np.zeros(len(policies), int), np.zeros(len(policies), int)
     for prompt in prompts:

@@ -27,7 +27,7 @@ class SamplerJobSettings:
         steps, minutes: when to stop, whichever comes first; :data:`DEFAULT_STEPS` where neither is given.
         num_samples: prompts to train on and to decide by, drawn by the seed; None = all that are not held out.
         num_held_out: prompts that are set aside for the measurement; None = a quarter, at most 64.
-        target: what the labels go by, ``serial`` denoising or the model's own ``ar`` text.
+        target: what the labels go by: ``serial`` or ``leftmost`` denoising, or the model's own ``ar`` text.
         block_lengths: of the blocks that are denoised, to train on and to measure.
         d_model, num_layers, num_heads, feed_forward: sizes of the network.
         learning_rate: its peak.
@@ -86,7 +86,7 @@ class SamplerJobSettings:
         if self.dtype not in DTYPES:
             raise UsageError(f"expected --dtype {', '.join(DTYPES)}, found {self.dtype!r}", "what the bundle computes in; `trimode inspect` shows it")
         if self.target not in get_args(Target):
-            raise UsageError(f"expected --target {' or '.join(get_args(Target))}, found {self.target!r}", "choose one of these")
+            raise UsageError(f"expected a --target among {', '.join(get_args(Target))}, found {self.target!r}", "choose one of these")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
 

@@ -1,7 +1,8 @@
 """Denoised blocks, state by state, beside the tokens that should have come out: the *targets*, with which the text goes on.
 
-Targets are what serial denoising ends with, one slot a forward, as in the report; or what the model writes autoregressively. The first are what
-denoising can reach and bold filling misses. The second may be the better text, but where the two part, denoising has no way to it.
+Targets are what denoising ends with that fills one slot a forward: the most probable one (*serial*, as in the report), or the *leftmost*, which is
+often the better text; or what the model writes autoregressively. The first two are what denoising can reach and bold filling misses. The last may be
+better still, but where it parts from what denoising writes, there is no way to it.
 
 The runtime's own decoder denoises each block of a text several times, more or less boldly, over a session that takes notes: with confidence
 thresholds, down to careless ones, then as a sampler that is never wrong would, which fills every slot whose candidate is the target, and as one
@@ -27,11 +28,13 @@ from trimode.calib.quantize.texts import Text
 from trimode.graphs.contract import ROLES, ModelInfo, Role
 from trimode.runtime.decode import Counters, decode_ar, decode_diffusion
 from trimode.runtime.options import DecodeOptions
-from trimode.runtime.policies import Slots
+from trimode.runtime.policies import SamplerName, Slots
 from trimode.runtime.sequence import Sequence as DecodedSequence
 from trimode.runtime.session import Array, Ids, KVCache, Session
 
-Target = Literal["serial", "ar"]
+Target = Literal["serial", "leftmost", "ar"]
+ONE_BY_ONE: dict[Target, SamplerName] = {"serial": "schedule", "leftmost": "leftmost"}
+"""The policies of denoising whose text is a target."""
 THRESHOLDS = (0.99, 0.9, 0.6, 0.3)
 HIT_RATES = (1.0, 0.5)
 """Of the samplers that are never wrong: how many of the right slots they fill."""
@@ -155,7 +158,7 @@ def write_states(
         start = len(sequence.tokens)
         session.forget()
         limits = DecodeOptions(max_new_tokens=min(block_length, end - start), block_length=block_length)
-        kept, targets = _serial(session, sequence, limits) if target == "serial" else _autoregressive(sequence, limits)
+        kept, targets = _autoregressive(sequence, limits) if target == "ar" else _one_by_one(session, sequence, limits, ONE_BY_ONE[target])
         for threshold in THRESHOLDS:
             _denoise(sequence, start, limits, threshold=threshold)
         for hit_rate in HIT_RATES:
@@ -177,9 +180,9 @@ def batches(states: States, batch_size: int, generator: torch.Generator) -> Iter
         yield States(*(tensor[chosen] for tensor in states))
 
 
-def _serial(session: RecordingSession, sequence: DecodedSequence, limits: DecodeOptions) -> tuple[Text, Ids]:
-    """What serial denoising would keep of a block, and all of the block; it may end before it comes to what follows the end of the text."""
-    kept = _denoise(sequence, len(sequence.tokens), limits, sampler="schedule")
+def _one_by_one(session: RecordingSession, sequence: DecodedSequence, limits: DecodeOptions, sampler: SamplerName) -> tuple[Text, Ids]:
+    """What such denoising would keep of a block, and all of the block; it may end before it comes to what follows the end of the text."""
+    kept = _denoise(sequence, len(sequence.tokens), limits, sampler=sampler)
     return kept, session.committed
 
 

@@ -95,7 +95,20 @@ def states_of(folder: Path, prompt: list[int], length: int, target: Any, count: 
 # States
 
 
-@pytest.mark.parametrize("target", ["serial", "ar"])
+def leftmost(model: Reference, prompt: list[int], count: int, length: int) -> list[int]:
+    """Denoising from left to right, which ends where the model chooses the mask token."""
+    eos, out = model.eos_token_id, list[int]()
+    while len(out) < count and eos not in out:
+        block = [model.pick(model.logits(prompt + out)[-1])] + [MASK] * (length - 1)
+        for slot in range(block[0] != MASK, length):  # a random model may choose it for the first slot, too
+            if eos in block or MASK in block[:slot]:
+                break
+            block[slot] = model.pick(model.logits(prompt + out + block, block=length)[slot - length])
+        out += block
+    return (out[: out.index(eos) + 1] if eos in out else out)[:count]
+
+
+@pytest.mark.parametrize("target", ["serial", "leftmost", "ar"])
 @pytest.mark.parametrize("length", [2, 3, 8])
 def test_states_are_blocks_of_the_targets_text_with_some_slots_masked(folder: Path, length: int, target: Any) -> None:
     """Every state is denoised anew by the independent model, behind every place where it may have come from."""
@@ -103,6 +116,8 @@ def test_states_are_blocks_of_the_targets_text_with_some_slots_masked(folder: Pa
     for prompt in some_texts(3):
         if target == "ar":
             text, _ = reference.ar(model, prompt, 11)
+        elif target == "leftmost":
+            text = leftmost(model, prompt, 11, length)
         else:
             text, _ = reference.diffusion(model, prompt, 11, length, 2.0)
         states = states_of(folder, prompt, length, target)
@@ -315,7 +330,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Pat
         ({"block_lengths": (1,)}, "--block-length from 2 to 64, found 1"),
         ({"d_model": 18, "num_heads": 2}, r"--d-model that is a multiple of twice the heads \(4\), found 18"),
         ({"num_layers": 0}, "--layers of at least 1"),
-        ({"target": "greedy"}, "--target serial or ar, found 'greedy'"),
+        ({"target": "greedy"}, "a --target among serial, leftmost, ar, found 'greedy'"),
         ({"dtype": "fp32"}, "--dtype float32, bfloat16, float16"),
         ({"device": "tpu"}, "--device cpu or cuda"),
     ],

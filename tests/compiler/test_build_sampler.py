@@ -175,7 +175,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "block length": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--block-length", "8,x"], "expected whole numbers"),
     "length 99": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--block-length", "99"], "--block-length from 2 to 64"),
     "heads": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--heads", "5"], "twice the heads (10), found 192"),
-    "target": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--target", "best"], "--target serial or ar"),
+    "target": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--target", "best"], "a --target among serial, leftmost, ar"),
     "nothing to resume": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "OUT", "--resume"], "found none"),
     "output of something else": (["calibrate", "sampler", "CHECKPOINT", "--data", "DATA", "-o", "CHECKPOINT"], "something else"),
     "no sampler": (["build", "CHECKPOINT", "-o", "OUT", "--sampler", "CHECKPOINT"], "expected a sampler with sampler.json"),
