@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
 def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str, float | None]]:
     chosen = list(itertools.islice(examples(7, "held-out", [family]), count))
     rows: dict[str, dict[str, float | None]] = {}
+    ar: list[list[int]] = []
     for name, options in MODES.items():
         results: list[tuple[Generation, bool]] = []
         for example in chosen:
@@ -34,6 +35,8 @@ def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str,
             for _ in stream:
                 pass
             results.append((stream.result, model.codec.decode(stream.result.token_ids) == example.answer))
+        if name == "ar":
+            ar = [r.token_ids for r, _ in results]
         tokens, nfe = sum(len(r.token_ids) for r, _ in results), sum(r.nfe for r, _ in results)
         cycles = sum(r.forwards.verify for r, _ in results)
         rows[name] = {
@@ -42,6 +45,7 @@ def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str,
             "nfe": nfe,
             "tokens_per_forward": tokens / nfe,
             "acceptance_length": sum((r.acceptance_length or 0) * r.forwards.verify for r, _ in results) / cycles if cycles else None,
+            "same_tokens_as_ar": sum(r.token_ids == text for (r, _), text in zip(results, ar, strict=True)) / count,
         }
     return rows
 

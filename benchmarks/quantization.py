@@ -45,6 +45,7 @@ def evaluate(bundle: Path, per_family: int) -> dict[str, Any]:
             "exact_match": sum(row["exact_match"] or 0 for row in rows) / len(rows),
             "tokens_per_forward": sum(row["tokens"] or 0 for row in rows) / sum(row["nfe"] or 0 for row in rows),
             "acceptance_length": sum(accepted) / len(accepted) if accepted else None,
+            "same_tokens_as_ar": sum(row["same_tokens_as_ar"] or 0 for row in rows) / len(rows),
         }
     return {"weight_bytes": model.bundle.chosen.weight_bytes, "modes": modes, "families": table}
 

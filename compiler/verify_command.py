@@ -129,6 +129,8 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         notes.append(f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are")
     if loaded.weights is not None and loaded.scales is None:
         notes.append("the scales were taken as the bundle has them: --calibration FOLDER compares them with those it was built by")
+    if manifest.sampler is not None:
+        notes.append("the learned sampler was not compared: it decides which slots a denoise forward fills, never with which token")
     others = [name for name in model.bundle.chosen.targets if name != model.target]
     if others:
         notes.append(f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)")

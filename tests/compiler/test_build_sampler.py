@@ -70,6 +70,12 @@ def bundle(checkpoint: Path, sampler: Path, tmp_path_factory: pytest.TempPathFac
     return output
 
 
+def test_verifying_a_bundle_says_that_its_sampler_is_left_out(bundle: Path, checkpoint: Path) -> None:
+    done = trimode("verify", bundle, "--against", checkpoint, "--max-new-tokens", 2, "--long", 20, "--json")
+    assert done.exit_code == 0, done.output
+    assert any("learned sampler was not compared" in note for note in json.loads(done.stdout)["notes"])
+
+
 def texts(model: TriModeModel, scorer: Any, threshold: float, length: int) -> list[tuple[list[int], int]]:
     """By the decoder itself, whatever gives the scores."""
     out = []
