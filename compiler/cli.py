@@ -298,6 +298,7 @@ def verify(
     prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
+    sampler: Annotated[Path | None, typer.Option(metavar="SAMPLER", help="The one that the bundle was built with; else it is not compared.")] = None,
     long: Annotated[
         int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
     ] = None,
@@ -309,7 +310,7 @@ def verify(
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
 
-    request = VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter)
+    request = VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter, sampler)
     if not run_verify(bundle, request):
         raise typer.Exit(1)
 

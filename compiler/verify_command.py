@@ -27,6 +27,7 @@ from trimode.compiler.parity.report import (
     CheckpointRecord,
     GraphParity,
     OutputRecord,
+    SamplerParity,
     ScalesParity,
     Subject,
     TokenParity,
@@ -35,6 +36,7 @@ from trimode.compiler.parity.report import (
     write_verification,
 )
 from trimode.compiler.parity.runners import CachedText
+from trimode.compiler.parity.sampler_parity import compare_sampler, read_trained
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
 from trimode.compiler.progress import Advance, Progress
@@ -75,6 +77,7 @@ class VerifyRequest:
     threads: int | None = None
     as_json: bool = False
     drafter: Path | None = None
+    sampler: Path | None = None
 
 
 def run_verify(bundle: Path, request: VerifyRequest) -> bool:
@@ -89,6 +92,8 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     _check_request(request)
     model = _open_target(bundle, request)
     _check_calibration(model, request)
+    if request.sampler is not None:
+        read_trained(request.sampler, model.bundle.manifest.sampler)
     checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)
     with RichProgress() as progress:
@@ -129,8 +134,9 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         notes.append(f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are")
     if loaded.weights is not None and loaded.scales is None:
         notes.append("the scales were taken as the bundle has them: --calibration FOLDER compares them with those it was built by")
-    if manifest.sampler is not None:
-        notes.append("the learned sampler was not compared: it decides which slots a denoise forward fills, never with which token")
+    sampler = _compare_sampler(model, request)
+    if manifest.sampler is not None and sampler is None:
+        notes.append("the learned sampler was not compared: --sampler FOLDER compares it with the network that it was built from")
     others = [name for name in model.bundle.chosen.targets if name != model.target]
     if others:
         notes.append(f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)")
@@ -139,14 +145,14 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         notes.append(f"positions from {original} on, the rope's original length, were not reached: --long {original} would")
     return Verification(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales) if record is not None),
+        passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales, sampler) if record is not None),
         precision=model.bundle.precision, target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
         checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
         weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
-        weights=loaded.weights, scales=loaded.scales,
+        weights=loaded.weights, scales=loaded.scales, sampler=sampler,
         graphs=tuple(graphs), tokens=tuple(tokens), notes=tuple(notes), versions=_versions(),
     )  # fmt: skip
 
@@ -286,6 +292,14 @@ def _compare_graphs(
     return records, []
 
 
+def _compare_sampler(model: TriModeModel, request: VerifyRequest) -> SamplerParity | None:
+    """None where there is nothing to compare it with."""
+    if request.sampler is None:
+        return None
+    record = read_trained(request.sampler, model.bundle.manifest.sampler)
+    return compare_sampler(model.scorer, request.sampler, record, model.model, request.seed)
+
+
 def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:
     collected = []
     for record in records:
@@ -316,10 +330,13 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
         console.print(line)
     console.print(_graph_table(verification.graphs))
     console.print(_token_table(verification.tokens))
+    if (sampler := verification.sampler) is not None:
+        figures = f"{sampler.num_scores} scores, largest error {_number(sampler.max_error) or 'no number'}, allowed {_number(sampler.tolerance)}"
+        console.print(f"learned sampler against {sampler.name}: {figures}  {_word(sampler.passed)}")
     for note in verification.notes:
         console.print(f"note: {note}")
     graphs, tokens = len(verification.graphs), len(verification.tokens)
-    records = (*verification.graphs, *verification.tokens, verification.weights, verification.scales)
+    records = (*verification.graphs, *verification.tokens, verification.weights, verification.scales, verification.sampler)
     num_failed = sum(not record.passed for record in records if record is not None)
     console.print(f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed")
 

@@ -180,6 +180,22 @@ class TokenParity(_Judged):
     other_nfe: int
 
 
+class SamplerParity(_Judged):
+    """The bundle's learned sampler and the network that it was traced from.
+
+    Attributes:
+        name: of the trained sampler's folder.
+        num_scores: that were compared.
+        max_error: largest absolute error; None where a score is no number.
+        tolerance: what that may be.
+    """
+
+    name: str
+    num_scores: int
+    max_error: float | None
+    tolerance: float
+
+
 class Verification(_Judged):
     """One target of one precision, verified.
 
@@ -190,6 +206,7 @@ class Verification(_Judged):
         original_length: the rope's length before scaling; None where it is not scaled.
         weight_dtype: the type of the bundle's weights that are not quantized; the reference's are rounded to it, too.
         weights, scales: of a quantized precision; ``scales`` None where there was nothing to compare them with.
+        sampler: None where the bundle has none, or it was not named.
         notes: what was not compared, and why.
     """
 
@@ -210,6 +227,7 @@ class Verification(_Judged):
     scales: ScalesParity | None
     graphs: tuple[GraphParity, ...]
     tokens: tuple[TokenParity, ...]
+    sampler: SamplerParity | None = None
     notes: tuple[str, ...]
     versions: dict[str, str]
 

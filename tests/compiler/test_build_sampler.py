@@ -70,10 +70,46 @@ def bundle(checkpoint: Path, sampler: Path, tmp_path_factory: pytest.TempPathFac
     return output
 
 
-def test_verifying_a_bundle_says_that_its_sampler_is_left_out(bundle: Path, checkpoint: Path) -> None:
-    done = trimode("verify", bundle, "--against", checkpoint, "--max-new-tokens", 2, "--long", 20, "--json")
+VERIFYING = ["--max-new-tokens", 2, "--long", 70]
+
+
+def test_a_bundle_is_verified_with_its_sampler(bundle: Path, checkpoint: Path, sampler: Path) -> None:
+    done = trimode("verify", bundle, "--against", checkpoint, *VERIFYING, "--json")
     assert done.exit_code == 0, done.output
-    assert any("learned sampler was not compared" in note for note in json.loads(done.stdout)["notes"])
+    found = json.loads(done.stdout)
+    assert found["sampler"] is None
+    assert any("learned sampler was not compared" in note for note in found["notes"])
+    done = trimode("verify", bundle, "--against", checkpoint, *VERIFYING, "--sampler", sampler, "--json")
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["passed"], found["notes"]) == (0, True, [])
+    assert found["sampler"]["num_scores"] > 24 * 3
+    assert 0 < found["sampler"]["max_error"] < 1e-5
+    shown = trimode("verify", bundle, "--against", checkpoint, *VERIFYING, "--sampler", sampler)
+    assert f"learned sampler against {sampler.name}" in shown.stdout
+
+
+@pytest.mark.parametrize("tensor", ["head.weight", "layers.0.up.weight", "token_table", "feature_mean"])
+def test_a_wrong_sampler_is_found(bundle: Path, checkpoint: Path, sampler: Path, tmp_path: Path, tensor: str) -> None:
+    """The bundle says that it holds another network than its graph is: each kind of tensor shows, off by half."""
+    other, wrong = tmp_path / "other", tmp_path / "bundle"
+    shutil.copytree(sampler, other)
+    shutil.copytree(bundle, wrong)
+    tensors = load_file(other / WEIGHTS)
+    name = next(name for name in tensors if name.endswith(tensor))
+    tensors[name] = (tensors[name].float() * 1.5 + 0.1).to(tensors[name].dtype)
+    save_file(tensors, other / WEIGHTS)
+    digest = hashlib.sha256((other / WEIGHTS).read_bytes()).hexdigest()
+    record = json.loads((other / RECORD).read_text())
+    (other / RECORD).write_text(json.dumps({**record, "sampler_sha256": digest}))
+    refused = trimode("verify", bundle, "--against", checkpoint, "--sampler", other)
+    assert isinstance(refused.exception, UsageError)
+    assert "the sampler that the bundle was built with" in refused.exception.message
+    manifest = json.loads((wrong / "manifest.json").read_text())
+    manifest["sampler"]["sha256"] = digest
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+    done = trimode("verify", wrong, "--against", checkpoint, *VERIFYING, "--sampler", other)
+    assert done.exit_code == 1
+    assert "FAILED" in done.stdout
 
 
 def texts(model: TriModeModel, scorer: Any, threshold: float, length: int) -> list[tuple[list[int], int]]:
