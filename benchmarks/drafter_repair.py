@@ -20,9 +20,10 @@ from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.calib.drafter_job.record import RECORD
 from trimode.calib.drafter_job.settings import DrafterJobSettings
 from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
-from trimode.compiler.drafter_command import DrafterRequest, run_drafter
+from trimode.compiler.drafter_command import run_drafter
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.training_command import TrainingRequest
 from trimode.graphs.calibration import load_record
 from trimode.runtime import TriModeModel
 
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         )
         run_calibrate(options.checkpoint, calibration, request)
     settings = DrafterJobSettings(steps=options.steps, num_held_out=16, from_scratch=options.from_scratch)
-    run_drafter(options.checkpoint, folder / "adapter", DrafterRequest(folder / "prompts.jsonl", calibration, options.resume), settings)
+    run_drafter(options.checkpoint, folder / "adapter", TrainingRequest(folder / "prompts.jsonl", calibration, options.resume), settings)
     results = {}
     for name, adapter in (("before", None), ("after", folder / "adapter")):
         bundle = folder / f"bundle-{name}"

@@ -18,6 +18,11 @@ class Budget:
         return min(1.0, max(shares, default=1.0))
 
 
+def budget_of(steps: int | None, minutes: float | None, default_steps: int) -> Budget:
+    """The budget of a command line; the default goes where neither is given."""
+    return Budget(None if minutes is None else minutes * 60, default_steps if steps is None and minutes is None else steps)
+
+
 def rate_at(share: float, *, warm_up: float, decay: float) -> float:
     """Learning rate as a share of its peak: up over ``warm_up``, level, and down to zero over ``decay``, all straight lines."""
     return max(0.0, min(1.0, (share + 1e-3) / warm_up, (1 - share) / decay))

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimode.errors import UsageError
-from trimode.files import staged_replacement
+from trimode.files import check_replaceable, staged_replacement
 from trimode.graphs.checkpoint import ADAPTER_FOLDER, ADAPTER_PREFIX, is_adapter_tensor
 from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
 
@@ -104,7 +104,6 @@ def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
 def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the work."""
     folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
-        raise UsageError(f"{folder}: expected a new or empty folder, or a checkpoint to replace, found something else", "name another folder")
+    check_replaceable(folder, "config.json", "a checkpoint")
     with staged_replacement(folder) as staged:
         yield staged

@@ -42,6 +42,16 @@ report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
 app.add_typer(report, name="report")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
 RunPrecision = Annotated[str | None, typer.Option("--precision", help="One of the bundle's; the one that was built first if left out.")]
+CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
+TrainingData = Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")]
+ServedDtype = Annotated[str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")]
+TrainingSamples = Annotated[
+    int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
+]
+HeldOut = Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")]
+AnswerLength = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Device = Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -66,7 +76,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command()
 def build(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Folder to write, or a bundle of this checkpoint to add to.")],
     target: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Where the bundle will run, repeatable; `trimode targets` lists them. [default: cpu]")
@@ -114,7 +124,7 @@ def build(
 
 @calibrate.command()
 def scales(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
     precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`.")],
@@ -125,7 +135,7 @@ def scales(
     block_size: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")] = None,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
-    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     memory: Annotated[
         float | None,
         typer.Option(
@@ -151,7 +161,7 @@ def scales(
 
 @calibrate.command()
 def sensitivity(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
     calibration: Annotated[Path, typer.Option(metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
@@ -163,7 +173,7 @@ def sensitivity(
     ] = "ar,diffusion,linear-spec",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Leave the most sensitive layers in high precision, as many as a budget on exact match asks for."""
@@ -176,7 +186,7 @@ def sensitivity(
 
 @report.command()
 def quantization(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace.")],
     calibration: Annotated[
         list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.")
@@ -186,7 +196,7 @@ def quantization(
     modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -203,21 +213,17 @@ def quantization(
 
 @calibrate.command()
 def drafter(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="ADAPTER", help="Folder to write, or a trained adapter to replace.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    data: TrainingData,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the drafter is for; if left out nothing is quantized.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
-    ] = "float32",
+    dtype: ServedDtype = "float32",
     steps: Annotated[int | None, typer.Option(help="Steps of training; 300 if neither this nor --minutes is given.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing answers and measuring.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
-    ] = None,
-    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    samples: TrainingSamples = None,
+    held_out: HeldOut = None,
     block_length: Annotated[int | None, typer.Option(help="Slots of a block that will be drafted; the model's if left out.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")] = None,
     alpha: Annotated[
@@ -227,39 +233,36 @@ def drafter(
     learning_rate: Annotated[float | None, typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    max_new_tokens: AnswerLength = 256,
+    device: Device = "cpu",
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train the drafter's adapter on what the model itself answers, quantized if it will be; for `trimode build --drafter`."""
     _need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.drafter_job.settings import DrafterJobSettings
-    from trimode.compiler.drafter_command import DrafterRequest, run_drafter
+    from trimode.compiler.drafter_command import run_drafter
+    from trimode.compiler.training_command import TrainingRequest
 
     settings = DrafterJobSettings(
         dtype, steps, minutes, samples, held_out, block_length, rank, alpha, from_scratch, learning_rate, batch_size, seed, max_new_tokens, device,  # type: ignore[arg-type]  # its check refuses any other type
     )  # fmt: skip
-    run_drafter(checkpoint, output, DrafterRequest(data, calibration, resume, as_json), settings)
+    run_drafter(checkpoint, output, TrainingRequest(data, calibration, resume, as_json), settings)
 
 
 @calibrate.command()
 def sampler(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="SAMPLER", help="Folder to write, or a trained sampler to replace.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")],
+    data: TrainingData,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the sampler is for; if left out nothing is quantized.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")
-    ] = "float32",
+    dtype: ServedDtype = "float32",
     steps: Annotated[int | None, typer.Option(help="Steps of training; 2000 if neither this nor --minutes is given.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing states and measuring.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
-    ] = None,
-    held_out: Annotated[int | None, typer.Option(metavar="N", help="Prompts set aside to measure with; a quarter, at most 64, if left out.")] = None,
+    samples: TrainingSamples = None,
+    held_out: HeldOut = None,
     target: Annotated[str, typer.Option(help="What is right: the tokens of serial or of leftmost denoising, or the model's own (ar).")] = "serial",
     block_length: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")] = "8,32",
     d_model: Annotated[int, typer.Option(help="Width of the network.")] = 192,
@@ -269,21 +272,22 @@ def sampler(
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Slots in a step.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the draw, of the network and of what is trained on.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    device: Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")] = False,
+    max_new_tokens: AnswerLength = 256,
+    device: Device = "cpu",
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train a sampler for block diffusion on the states that its denoising passes through; for `trimode build --sampler`."""
     _need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.sampler_job.settings import SamplerJobSettings
-    from trimode.compiler.sampler_command import SamplerRequest, run_sampler
+    from trimode.compiler.sampler_command import run_sampler
+    from trimode.compiler.training_command import TrainingRequest
 
     settings = SamplerJobSettings(
         dtype, steps, minutes, samples, held_out, target, tuple(parse_ints(block_length)), d_model, layers, heads, feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
         learning_rate, batch_size, seed, max_new_tokens, device,
     )  # fmt: skip
-    run_sampler(checkpoint, output, SamplerRequest(data, calibration, resume, as_json), settings)
+    run_sampler(checkpoint, output, TrainingRequest(data, calibration, resume, as_json), settings)
 
 
 @app.command()

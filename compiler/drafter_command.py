@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,44 +12,19 @@ from trimode.calib.drafter_job.job import check_output, train_adapter
 from trimode.calib.drafter_job.measure import Drafting
 from trimode.calib.drafter_job.record import Comparison, DrafterRecord
 from trimode.calib.drafter_job.settings import DrafterJobSettings
-from trimode.calib.jobs.prompts import Prompts
 from trimode.calib.jobs.state import check_state, state_file
-from trimode.compiler.calibrate_command import encode_prompts
-from trimode.compiler.console import RichProgress
-from trimode.compiler.plan import describe_model
-from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.training_command import TrainingRequest, train_on_prompts
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.runtime.bundle import sha256_of
 
 
-@dataclass(frozen=True)
-class DrafterRequest:
-    """The command line's options that are no settings of the training."""
-
-    data: Path
-    calibration: Path | None = None
-    resume: bool = False
-    as_json: bool = False
-
-
-def run_drafter(checkpoint_path: Path, output: Path, request: DrafterRequest, settings: DrafterJobSettings) -> None:
+def run_drafter(checkpoint_path: Path, output: Path, request: TrainingRequest, settings: DrafterJobSettings) -> None:
     """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
     settings.check()
     check_output(output)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     settings.shape(checkpoint.drafter)
-    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
-    prompts = Prompts(texts, sha256_of(request.data))
-    try:
-        with RichProgress() as progress:
-            record = train_adapter(
-                checkpoint, describe_model(checkpoint), prompts, output, settings, progress, calibration=request.calibration, resume=request.resume
-            )
-    except KeyboardInterrupt:
-        if state_file(output).is_file():
-            sys.stderr.write(f"interrupted; the same command with --resume goes on from {state_file(output)}\n")
-        raise
+    record = train_on_prompts(train_adapter, checkpoint, output, request, settings)
     if request.as_json:
         sys.stdout.write(record.model_dump_json() + "\n")
     else:

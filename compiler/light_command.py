@@ -17,7 +17,7 @@ from trimode.compiler.bench_command import encode
 from trimode.compiler.console import RichProgress
 from trimode.compiler.run_command import read_prompts_file
 from trimode.errors import UsageError
-from trimode.files import staged_replacement
+from trimode.files import check_replaceable, staged_replacement
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.model import TriModeModel
 
@@ -46,7 +46,7 @@ def run_light(bundle: Path, request: LightRequest) -> None:
     if request.prompts_file is None:
         raise UsageError("expected --prompts-file together with --speed-of-light, found none", "name a file of prompts, one JSON object a line")
     if request.output is not None:
-        _check_output(request.output)
+        check_replaceable(request.output, REPORT, "a report")
         if request.draws:
             load_matplotlib()  # it takes minutes to need it, and no time to miss it
     settings = LightSettings(request.block_length, parse_probabilities(request.thresholds), request.max_new_tokens or LightSettings.max_new_tokens)
@@ -82,11 +82,6 @@ def parse_probabilities(text: str | None) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError(f"expected probabilities like 0.5,0.9, found {text!r}", "separate them by commas") from error
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and ((output / REPORT).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"{output}: expected a new or empty folder, or a report to replace, found something else", "name another folder")
 
 
 def _save(report: LightReport, output: Path, *, draws: bool) -> None:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from trimode.compiler.cache import DEFAULT_LIMIT_BYTES
 from trimode.errors import UsageError
+from trimode.graphs.contract import MAX_BLOCK_LENGTH
 
 DEFAULT_MAX_LENGTH = 32768
-MAX_BLOCK_LENGTH = 64
 MAX_BATCH = 128
 Placement = Literal["shared", "baked"]
 

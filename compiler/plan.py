@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimode.compiler.options import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, BuildOptions
+from trimode.compiler.options import DEFAULT_MAX_LENGTH, BuildOptions
 from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.compiler.quantize.scales import Quantization, load_quantization
 from trimode.compiler.sampler import SamplerSource, plan_sampler
@@ -14,7 +14,7 @@ from trimode.compiler.toolchain import library_of
 from trimode.errors import UsageError
 from trimode.graphs.calibration import load_record
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import ROLES, DType, ModelInfo, Role
+from trimode.graphs.contract import MAX_BLOCK_LENGTH, ROLES, DType, ModelInfo, Role
 from trimode.runtime.manifest import EngineRecord, Manifest, PrecisionName, TargetRecord
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from trimode.calib.jobs.prompts import Prompts
 from trimode.calib.jobs.state import check_state, state_file
 from trimode.calib.sampler_job.job import check_output, train_sampler
 from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE
 from trimode.calib.sampler_job.settings import SamplerJobSettings
-from trimode.compiler.calibrate_command import encode_prompts
-from trimode.compiler.console import RichProgress
-from trimode.compiler.plan import describe_model
-from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.training_command import TrainingRequest, train_on_prompts
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.sampler_file import DenoisingRecord, SamplerFile, ScoresRecord
-from trimode.runtime.bundle import sha256_of
 
 
-@dataclass(frozen=True)
-class SamplerRequest:
-    """The command line's options that are no settings of the training."""
-
-    data: Path
-    calibration: Path | None = None
-    resume: bool = False
-    as_json: bool = False
-
-
-def run_sampler(checkpoint_path: Path, output: Path, request: SamplerRequest, settings: SamplerJobSettings) -> None:
+def run_sampler(checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings) -> None:
     """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
     settings.check()
     check_output(output)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
-    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
-    prompts = Prompts(texts, sha256_of(request.data))
-    try:
-        with RichProgress() as progress:
-            record = train_sampler(
-                checkpoint, describe_model(checkpoint), prompts, output, settings, progress, calibration=request.calibration, resume=request.resume
-            )
-    except KeyboardInterrupt:
-        if state_file(output).is_file():
-            sys.stderr.write(f"interrupted; the same command with --resume goes on from {state_file(output)}\n")
-        raise
+    record = train_on_prompts(train_sampler, checkpoint, output, request, settings)
     if request.as_json:
         sys.stdout.write(record.model_dump_json() + "\n")
     else:

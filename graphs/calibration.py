@@ -132,6 +132,15 @@ class ScalesRecord(_Record):
     scales_sha256: str
 
 
+class PromptsRecord(_Record):
+    """The prompts of a training: the digest of their file, and how many of them each part has."""
+
+    sha256: str
+    num_train: int
+    num_validation: int
+    num_held_out: int
+
+
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
     """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier calibration in ``folder``."""
     with staged_replacement(folder) as staged:

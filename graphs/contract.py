@@ -22,6 +22,9 @@ ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
 TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
+MAX_BLOCK_LENGTH = 64
+"""Slots of the longest block that a bundle takes."""
+
 Dimension = int | str
 DType = Literal["int64", "bool", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"]
 """Element types; bool only of the sampler's flags, the last four only of quantized weights, and float8e4m3fn of the scales of float4e2m1."""

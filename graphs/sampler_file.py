@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimode.errors import CheckpointError
-from trimode.graphs.calibration import ScalesRecord
+from trimode.graphs.calibration import PromptsRecord, ScalesRecord
 from trimode.graphs.contract import DType
 
 SCHEMA_VERSION = 1
@@ -33,15 +33,6 @@ class ShapeRecord(_Record):
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     feed_forward: int = Field(ge=1)
-
-
-class PromptsRecord(_Record):
-    """The data: its digest, and how many prompts each part has."""
-
-    sha256: str
-    num_train: int
-    num_validation: int
-    num_held_out: int
 
 
 class TrainingRecord(_Record):

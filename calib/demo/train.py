@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 import trimode
 from trimode.calib.budget import Budget
 from trimode.calib.checkpoint_io import round_weights, write_json
+from trimode.calib.checks import check_device_name
 from trimode.calib.demo.console import StageProgress, run_command
 from trimode.calib.demo.data import batches
 from trimode.calib.demo.evaluate import Evaluation, evaluate
@@ -220,8 +221,7 @@ def main(
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train.")] = "cpu",
 ) -> None:
     """Train the demo checkpoint from nothing, drafter included, and evaluate it."""
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"expected --device cpu or cuda, found {device!r}", "choose one of these")
+    check_device_name(device)
     plan = Plan(
         output=output,
         state=state or output.absolute().with_name(f"{output.absolute().name}.state.pt"),

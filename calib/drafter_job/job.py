@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import trimode
 from trimode.calib.adapter import Adapter, adapter_of, blank_adapter, install_adapter
@@ -22,7 +21,6 @@ from trimode.calib.drafter_job.record import (
     Comparison,
     DrafterRecord,
     Kept,
-    PromptsRecord,
     TrainingRecord,
 )
 from trimode.calib.drafter_job.settings import FRESH_RATE, REPAIR_RATE, DrafterJobSettings
@@ -30,10 +28,12 @@ from trimode.calib.jobs.progress import Progress
 from trimode.calib.jobs.prompts import Prompts, Split, split_texts
 from trimode.calib.jobs.records import scales_record, versions
 from trimode.calib.jobs.served import ServedTrunk, load_served
-from trimode.calib.jobs.state import RunState, check_state, held_interrupts, keep, state_file
+from trimode.calib.jobs.state import RunState, check_state, identity_of, state_file, write_missing
+from trimode.calib.jobs.training import run_training
+from trimode.calib.quantize.texts import Text
 from trimode.calib.torch_session import TorchSession
-from trimode.errors import BuildError, UsageError
-from trimode.files import staged_replacement
+from trimode.files import check_replaceable, staged_replacement
+from trimode.graphs.calibration import PromptsRecord
 from trimode.graphs.checkpoint import Checkpoint, Drafter
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.options import DecodeOptions
@@ -120,7 +120,7 @@ def train_adapter(
     served.trunk.to(settings.device)
     advance(1)
     job = _Job(checkpoint, model, settings, served, progress)
-    state = RunState(state_file(output), _identity(job, prompts), resume=resume)
+    state = RunState(state_file(output), identity_of(asdict(settings), served.sha256, served.calibration, prompts.sha256), resume=resume)
     answers = _write_answers(job, split, state)
     adapters, done = _train(job, answers, shape, state)
     held_out = _compare(job, answers.held_out, adapters, "measure")
@@ -160,28 +160,17 @@ def train_adapter(
 
 def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
-    if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"{output}: expected a new or empty folder, or a trained adapter to replace, found something else", "name another folder")
-
-
-def _identity(job: _Job, prompts: Prompts) -> dict[str, Any]:
-    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
-    settings = {name: value for name, value in asdict(job.settings).items() if name != "device"}
-    scales = job.served.calibration.scales_sha256 if job.served.calibration else None
-    return {"checkpoint": job.served.sha256, "scales": scales, "data": prompts.sha256, **settings}
+    check_replaceable(output, RECORD, "a trained adapter")
 
 
 def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
     """Have the model answer every prompt that the state has no answer of."""
     session, texts = TorchSession(job.served.trunk), split.texts
-    advance = job.progress.stage("write answers", len(texts))
-    advance(len(state.written))
-    with held_interrupts() as is_interrupted:
-        for text in texts[len(state.written) :]:
-            state.written.append(write_answer(session, job.model, text, job.settings.max_new_tokens))
-            advance(1)
-            keep(state, interrupted=is_interrupted())
-    state.save()  # an interrupt before the first step of the training must not cost the answers
+
+    def write(_number: int, text: Text) -> Text:
+        return write_answer(session, job.model, text, job.settings.max_new_tokens)
+
+    write_missing(state, texts, write, job.progress.stage("write answers", len(texts)))
     written = iter([Written(text, answer) for text, answer in zip(texts, state.written, strict=True)])
     return _Answers(
         train=long_enough([next(written) for _ in split.train], "train on"),
@@ -203,21 +192,7 @@ def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tup
     if state.training is not None:
         training.load(state.training)
     source = batches(answers.train, settings.batch_size, settings.seed, settings.device, first=training.progress.step)
-    advance, shown = job.progress.stage("train", 100), 0
-
-    def report(progress: DrafterProgress, _share: float) -> None:
-        nonlocal shown
-        if not math.isfinite(progress.loss):
-            raise BuildError(f"expected a finite loss, found {progress.loss} at step {progress.step}", "train with a lower --learning-rate")
-        percent = int(100 * settings.budget.progress(progress.seconds, progress.step))
-        advance(percent - shown)
-        shown = percent
-        state.training = training.state()
-        keep(state, interrupted=is_interrupted())
-
-    with held_interrupts() as is_interrupted:
-        done = training.run(source, settings.budget, report)
-    state.save()
+    done = run_training(training, partial(training.run, source, settings.budget), settings.budget, state, job.progress)
     trained = adapter_of(trunk, shape.alpha).rounded(settings.dtype)
     return _Adapters(before, untrained.rounded(settings.dtype), trained), done
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trimode.calib.drafter_job.measure import Drafting
-from trimode.graphs.calibration import ScalesRecord
+from trimode.graphs.calibration import PromptsRecord, ScalesRecord
 from trimode.graphs.contract import DType
 
 SCHEMA_VERSION = 1
@@ -17,15 +17,6 @@ Kept = Literal["trained", "checkpoint", "untrained"]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PromptsRecord(_Record):
-    """The data; the numbers are of prompts whose answers were long enough to be used."""
-
-    sha256: str
-    num_train: int
-    num_validation: int
-    num_held_out: int
 
 
 class TrainingRecord(_Record):
@@ -55,6 +46,7 @@ class DrafterRecord(_Record):
         calibration: None = the weights were not quantized.
         dtype: what weights, scales and the adapter are rounded to.
         settings: as given.
+        prompts: counted are those whose answers were long enough to be used.
         held_out: on prompts that nothing was decided by.
         validation: on those that decided which adapter is kept.
         kept: the adapter in this folder: the trained one if it drafts better than the one before, else that one: the checkpoint's, or where

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimode.calib.budget import Budget
+from trimode.calib.budget import Budget, budget_of
+from trimode.calib.checks import check_above_zero, check_at_least, check_device_name, check_dtype, check_learning_rate
 from trimode.errors import UsageError
 from trimode.graphs.checkpoint import Drafter
-from trimode.graphs.contract import DType
+from trimode.graphs.contract import MAX_BLOCK_LENGTH, DType
 
 DEFAULT_STEPS = 300
 FRESH_RATE, REPAIR_RATE = 2e-3, 5e-4
 ALPHA_OF_RANK = 4
 """The family's adapters have alpha 512 and rank 128."""
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-LONGEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -54,29 +53,21 @@ class DrafterJobSettings:
     @property
     def budget(self) -> Budget:
         """When to stop."""
-        steps = DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps
-        return Budget(None if self.minutes is None else self.minutes * 60, steps)
+        return budget_of(self.steps, self.minutes, DEFAULT_STEPS)
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value out of its range."""
-        at_least: tuple[tuple[str, float | None, int], ...] = (
+        check_at_least((
             ("steps", self.steps, 1), ("samples", self.num_samples, 2), ("held-out", self.num_held_out, 1), ("block-length", self.block_length, 2),
             ("rank", self.rank, 1), ("batch-size", self.batch_size, 1), ("seed", self.seed, 0), ("max-new-tokens", self.max_new_tokens, 2),
-        )  # fmt: skip
-        for name, value, least in at_least:
-            if value is not None and value < least:
-                raise UsageError(f"expected --{name} of at least {least}, found {value}", "leave it out for the default")
-        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
-            raise UsageError(f"expected --learning-rate above 0 and up to 1, found {self.learning_rate}", "leave it out for the default")
-        for name, value in (("minutes", self.minutes), ("alpha", self.alpha)):
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"expected --{name} above 0, found {value}", "leave it out for the default")
-        if self.block_length is not None and self.block_length > LONGEST_BLOCK:
-            raise UsageError(f"expected --block-length up to {LONGEST_BLOCK}, found {self.block_length}", "no bundle drafts longer blocks")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"expected --dtype {', '.join(DTYPES)}, found {self.dtype!r}", "what the bundle computes in; `trimode inspect` shows it")
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
+        ))  # fmt: skip
+        check_learning_rate(self.learning_rate)
+        check_above_zero("minutes", self.minutes)
+        check_above_zero("alpha", self.alpha)
+        if self.block_length is not None and self.block_length > MAX_BLOCK_LENGTH:
+            raise UsageError(f"expected --block-length up to {MAX_BLOCK_LENGTH}, found {self.block_length}", "no bundle drafts longer blocks")
+        check_dtype(self.dtype)
+        check_device_name(self.device)
 
     def shape(self, own: Drafter | None) -> Drafter:
         """Rank and alpha of the adapter that is trained; ``own`` is the checkpoint's.

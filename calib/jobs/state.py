@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from trimode.calib.quantize.texts import Text
 from trimode.errors import UsageError
+from trimode.graphs.calibration import Calibration
 
 SAVE_EVERY_S = 120.0
 
@@ -94,6 +96,32 @@ def keep(state: RunState, *, interrupted: bool) -> None:
         state.save()
         raise KeyboardInterrupt
     state.save_now_and_then()
+
+
+def write_missing(state: RunState, texts: Sequence[Text], write: Callable[[int, Text], Any], advance: Callable[[int], None]) -> None:
+    """Write an entry for every text that ``state`` has none of.
+
+    Args:
+        state: of the run; it is saved at the end, since an interrupt before the first step of the training must not cost what was written.
+        texts: in the order of the entries.
+        write: the entry, from the number of a text and the text.
+        advance: told of each entry, of those that are there at once.
+    """
+    first = len(state.written)
+    advance(first)
+    with held_interrupts() as is_interrupted:
+        for number, text in enumerate(texts[first:], first):
+            state.written.append(write(number, text))
+            advance(1)
+            keep(state, interrupted=is_interrupted())
+    state.save()
+
+
+def identity_of(settings: dict[str, Any], checkpoint_sha256: str, calibration: Calibration | None, data_sha256: str) -> dict[str, Any]:
+    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
+    scales = calibration.scales_sha256 if calibration else None
+    rest = {name: value for name, value in settings.items() if name != "device"}
+    return {"checkpoint": checkpoint_sha256, "scales": scales, "data": data_sha256, **rest}
 
 
 @contextmanager

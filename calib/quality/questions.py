@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from trimode.calib.checks import check_at_least, check_device_name
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo, Role
@@ -65,11 +66,8 @@ class QualitySettings:
             raise UsageError(f"expected --modes among {','.join(known)}, found {found}", "separate them by commas")
         if len(set(self.modes)) < len(self.modes):
             raise UsageError(f"expected each of --modes once, found {','.join(self.modes).replace('_', '-')}", "leave out what is there twice")
-        for name, value, least in (("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)):
-            if value is not None and value < least:
-                raise UsageError(f"expected --{name} of at least {least}, found {value}", "leave it out for the default")
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
+        check_at_least((("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)))
+        check_device_name(self.device)
 
 
 def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding, ...]:

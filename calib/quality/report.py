@@ -32,7 +32,7 @@ from trimode.calib.quantize.statistics import LOSSLESS_DB
 from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.errors import UsageError
-from trimode.files import staged_replacement
+from trimode.files import check_replaceable, staged_replacement
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest
@@ -126,8 +126,7 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
 
 def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a report."""
-    if output.exists() and not (output.is_dir() and ((output / REPORT).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"{output}: expected a new or empty folder, or a report to replace, found something else", "name another folder")
+    check_replaceable(output, REPORT, "a report")
 
 
 def read_original(

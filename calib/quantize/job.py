@@ -28,6 +28,7 @@ from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
 from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
 from trimode.errors import BuildError, CheckpointError, UsageError
+from trimode.files import check_replaceable
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
@@ -122,8 +123,7 @@ def calibrate(
 
 def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a calibration."""
-    if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"{output}: expected a new or empty folder, or a calibration to replace, found something else", "name another folder")
+    check_replaceable(output, RECORD, "a calibration")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from trimode.calib.checks import check_at_least, check_device_name
 from trimode.errors import UsageError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import ROLES, Role
@@ -47,14 +48,11 @@ class QuantizeSettings:
         if self.precision not in get_args(QuantizedPrecision):
             raise UsageError(f"expected --precision {', '.join(get_args(QuantizedPrecision))}, found {self.precision!r}", "choose one of these")
         self._check_modes()
-        for name, value, least in (("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)):
-            if value is not None and value < least:
-                raise UsageError(f"expected --{name} of at least {least}, found {value}", "leave it out for the default")
+        check_at_least((("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)))
         self._check_granularity()
         if self.memory_gib is not None and not self.memory_gib >= 0:
             raise UsageError(f"expected --memory of at least 0, found {self.memory_gib}", "leave it out for half of what is free")
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
+        check_device_name(self.device)
 
     def _check_modes(self) -> None:
         unknown = [mode for mode in self.modes if mode not in ROLES]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 import trimode
 from trimode.calib.checkpoint_io import write_json
@@ -20,7 +21,8 @@ from trimode.calib.jobs.progress import Progress
 from trimode.calib.jobs.prompts import Prompts, Split, split_texts
 from trimode.calib.jobs.records import scales_record, versions
 from trimode.calib.jobs.served import ServedTrunk, load_served
-from trimode.calib.jobs.state import RunState, check_state, held_interrupts, keep, state_file
+from trimode.calib.jobs.state import RunState, check_state, identity_of, state_file, write_missing
+from trimode.calib.jobs.training import run_training
 from trimode.calib.quantize.texts import Text
 from trimode.calib.sampler_job.measure import choose_threshold, measure_scores, measure_texts
 from trimode.calib.sampler_job.scoring import TorchScorer
@@ -28,8 +30,9 @@ from trimode.calib.sampler_job.settings import SamplerJobSettings
 from trimode.calib.sampler_job.training import SamplerProgress, SamplerTraining, new_sampler
 from trimode.calib.sampler_job.trajectories import RecordingSession, States, join, write_states
 from trimode.calib.torch_session import TorchSession
-from trimode.errors import BuildError, UsageError
-from trimode.files import staged_replacement
+from trimode.errors import UsageError
+from trimode.files import check_replaceable, staged_replacement
+from trimode.graphs.calibration import PromptsRecord
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import TOP_K, ModelInfo
 from trimode.graphs.sampler import BlockSampler, token_semantics
@@ -38,7 +41,6 @@ from trimode.graphs.sampler_file import (
     SCHEMA_VERSION,
     WEIGHTS,
     DenoisingRecord,
-    PromptsRecord,
     SamplerFile,
     ShapeRecord,
     TrainingRecord,
@@ -111,7 +113,7 @@ def train_sampler(
     served.trunk.to(settings.device)
     advance(1)
     job = _Job(checkpoint, model, settings, served, progress)
-    state = RunState(state_file(output), _identity(job, prompts), resume=resume)
+    state = RunState(state_file(output), identity_of(asdict(settings), served.base_sha256, served.calibration, prompts.sha256), resume=resume)
     data = _write_states(job, split, state)
     sampler, done = _train(job, data, state)
     scorer = TorchScorer(sampler)
@@ -158,32 +160,21 @@ def train_sampler(
 
 def check_output(output: Path) -> None:
     """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
-    if output.exists() and not (output.is_dir() and ((output / RECORD).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"{output}: expected a new or empty folder, or a trained sampler to replace, found something else", "name another folder")
-
-
-def _identity(job: _Job, prompts: Prompts) -> dict[str, Any]:
-    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
-    settings = {name: value for name, value in asdict(job.settings).items() if name != "device"}
-    scales = job.served.calibration.scales_sha256 if job.served.calibration else None
-    return {"checkpoint": job.served.base_sha256, "scales": scales, "data": prompts.sha256, **settings}
+    check_replaceable(output, RECORD, "a trained sampler")
 
 
 def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
     """Denoise every prompt whose states the run's state does not have; in any order of block lengths, each prompt by a seed of its own."""
     session, settings, texts = RecordingSession(TorchSession(job.served.trunk)), job.settings, split.texts
-    advance = job.progress.stage("write states", len(texts))
-    advance(len(state.written))
-    with held_interrupts() as is_interrupted:
-        for number, text in list(enumerate(texts))[len(state.written) :]:
-            rng = random.Random(f"{settings.seed} {number}")
-            state.written.append({
-                length: tuple(write_states(session, job.model, text, length, settings.max_new_tokens, settings.target, rng))
-                for length in settings.block_lengths
-            })  # fmt: skip
-            advance(1)
-            keep(state, interrupted=is_interrupted())
-    state.save()  # an interrupt before the first step of the training must not cost the states
+
+    def write(number: int, text: Text) -> dict[int, tuple[Tensor, ...]]:
+        rng = random.Random(f"{settings.seed} {number}")
+        return {
+            length: tuple(write_states(session, job.model, text, length, settings.max_new_tokens, settings.target, rng))
+            for length in settings.block_lengths
+        }
+
+    write_missing(state, texts, write, job.progress.stage("write states", len(texts)))
     first, last = len(split.train), len(split.train) + len(split.validation)
     parts = (state.written[:first], state.written[first:last], state.written[last:])
     return _Data(*(_by_length(settings, part) for part in parts))
@@ -203,21 +194,7 @@ def _train(job: _Job, data: _Data, state: RunState) -> tuple[BlockSampler, Sampl
     )
     if state.training is not None:
         training.load(state.training)
-    advance, shown = job.progress.stage("train", 100), 0
-
-    def report(progress: SamplerProgress, _share: float) -> None:
-        nonlocal shown
-        if not math.isfinite(progress.loss):
-            raise BuildError(f"expected a finite loss, found {progress.loss} at step {progress.step}", "train with a lower --learning-rate")
-        percent = int(100 * settings.budget.progress(progress.seconds, progress.step))
-        advance(percent - shown)
-        shown = percent
-        state.training = training.state()
-        keep(state, interrupted=is_interrupted())
-
-    with held_interrupts() as is_interrupted:
-        done = training.run(settings.budget, report)
-    state.save()
+    done = run_training(training, partial(training.run, settings.budget), settings.budget, state, job.progress)
     return sampler.cpu().eval(), done
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from trimode.calib.budget import Budget
+from trimode.calib.budget import Budget, budget_of
+from trimode.calib.checks import check_above_zero, check_at_least, check_device_name, check_dtype, check_learning_rate
 from trimode.calib.sampler_job.trajectories import Target
 from trimode.errors import UsageError
-from trimode.graphs.contract import DType
+from trimode.graphs.contract import MAX_BLOCK_LENGTH, DType
 from trimode.graphs.sampler import SamplerShape
 
 DEFAULT_STEPS = 2000
 DEFAULT_BLOCK_LENGTHS = (8, 32)
 """The report's."""
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-LONGEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class SamplerJobSettings:
     @property
     def budget(self) -> Budget:
         """When to stop."""
-        steps = DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps
-        return Budget(None if self.minutes is None else self.minutes * 60, steps)
+        return budget_of(self.steps, self.minutes, DEFAULT_STEPS)
 
     @property
     def shape(self) -> SamplerShape:
@@ -67,33 +65,26 @@ class SamplerJobSettings:
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value out of its range."""
-        at_least: tuple[tuple[str, float | None, int], ...] = (
+        check_at_least((
             ("steps", self.steps, 1), ("samples", self.num_samples, 2), ("held-out", self.num_held_out, 1), ("d-model", self.d_model, 2),
             ("layers", self.num_layers, 1), ("heads", self.num_heads, 1), ("feed-forward", self.feed_forward, 1), ("batch-size", self.batch_size, 1),
             ("seed", self.seed, 0), ("max-new-tokens", self.max_new_tokens, 2),
-        )  # fmt: skip
-        for name, value, least in at_least:
-            if value is not None and value < least:
-                raise UsageError(f"expected --{name} of at least {least}, found {value}", "leave it out for the default")
-        if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise UsageError(f"expected --minutes above 0, found {self.minutes}", "leave it out for the default")
-        if not 0 < self.learning_rate <= 1:
-            raise UsageError(f"expected --learning-rate above 0 and up to 1, found {self.learning_rate}", "leave it out for the default")
+        ))  # fmt: skip
+        check_above_zero("minutes", self.minutes)
+        check_learning_rate(self.learning_rate)
         self._check_blocks()
         if self.d_model % (2 * self.num_heads):
             raise UsageError(f"expected --d-model that is a multiple of twice the heads ({2 * self.num_heads}), found {self.d_model}",
                              "positions rotate pairs of numbers in each head")  # fmt: skip
-        if self.dtype not in DTYPES:
-            raise UsageError(f"expected --dtype {', '.join(DTYPES)}, found {self.dtype!r}", "what the bundle computes in; `trimode inspect` shows it")
+        check_dtype(self.dtype)
         if self.target not in get_args(Target):
             raise UsageError(f"expected a --target among {', '.join(get_args(Target))}, found {self.target!r}", "choose one of these")
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"expected --device cpu or cuda, found {self.device!r}", "choose one of these")
+        check_device_name(self.device)
 
     def _check_blocks(self) -> None:
         if not self.block_lengths or len(set(self.block_lengths)) < len(self.block_lengths):
             found = ",".join(map(str, self.block_lengths)) or "none"
             raise UsageError(f"expected --block-length with one or several different lengths, found {found}", "pass for example --block-length 8,32")
         for length in self.block_lengths:
-            if not 2 <= length <= LONGEST_BLOCK:
-                raise UsageError(f"expected --block-length from 2 to {LONGEST_BLOCK}, found {length}", "no bundle denoises longer blocks")
+            if not 2 <= length <= MAX_BLOCK_LENGTH:
+                raise UsageError(f"expected --block-length from 2 to {MAX_BLOCK_LENGTH}, found {length}", "no bundle denoises longer blocks")

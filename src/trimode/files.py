@@ -9,6 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from trimode.errors import UsageError
+
+
+def check_replaceable(folder: Path, marker: str, what: str) -> None:
+    """Raise :class:`UsageError` where ``folder`` exists, is not empty and has no file ``marker``, by which ``what`` it may replace is known."""
+    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
+        raise UsageError(f"{folder}: expected a new or empty folder, or {what} to replace, found something else", "name another folder")
+
 
 @contextlib.contextmanager
 def staged_replacement(destination: Path) -> Iterator[Path]:

@@ -1,0 +1,58 @@
+"""What the commands that train on a checkpoint's own answers have in common: `calibrate drafter` and `calibrate sampler`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from trimode.calib.jobs.progress import Progress
+from trimode.calib.jobs.prompts import Prompts
+from trimode.calib.jobs.state import state_file
+from trimode.compiler.calibrate_command import encode_prompts
+from trimode.compiler.console import RichProgress
+from trimode.compiler.plan import describe_model
+from trimode.compiler.run_command import read_prompts_file
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import ModelInfo
+from trimode.runtime.bundle import sha256_of
+
+S_contra = TypeVar("S_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """The command line's options that are no settings of the training."""
+
+    data: Path
+    calibration: Path | None = None
+    resume: bool = False
+    as_json: bool = False
+
+
+class TrainingJob(Protocol[S_contra, R_co]):
+    """Trains, and writes the folder ``output``; returns its record."""
+
+    def __call__(
+        self, checkpoint: Checkpoint, model: ModelInfo, prompts: Prompts, output: Path, settings: S_contra, progress: Progress, *,
+        calibration: Path | None = None, resume: bool = False,
+    ) -> R_co:  # fmt: skip
+        """See :func:`trimode.calib.drafter_job.job.train_adapter` and :func:`trimode.calib.sampler_job.job.train_sampler`."""
+        ...
+
+
+def train_on_prompts(train: TrainingJob[S, R], checkpoint: Checkpoint, output: Path, request: TrainingRequest, settings: S) -> R:
+    """Run the job over the prompts of a file, with progress on stderr, where it is also said how an interrupted run goes on."""
+    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint.path)
+    prompts, model = Prompts(texts, sha256_of(request.data)), describe_model(checkpoint)
+    try:
+        with RichProgress() as progress:
+            return train(checkpoint, model, prompts, output, settings, progress, calibration=request.calibration, resume=request.resume)
+    except KeyboardInterrupt:
+        if state_file(output).is_file():
+            sys.stderr.write(f"interrupted; the same command with --resume goes on from {state_file(output)}\n")
+        raise
