@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import trimode
-from benchmarks.common import save
+from benchmarks.common import arguments_of, save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
 from trimode.runtime.acceptance import acceptance_rate
@@ -135,7 +135,7 @@ def main() -> None:
     mixed = {key: mixtures(table, key) for key in KEYS}
     for key in KEYS:
         show(table, mixed[key], key)
-    save("auto_mode", {"arguments": {k: str(v) for k, v in vars(args).items()}, "source_sha256": source, "families": table, "mixtures": mixed,
+    save("auto_mode", {"arguments": arguments_of(vars(args)), "source_sha256": source, "families": table, "mixtures": mixed,
                        "timings": timings.model_dump(mode="json")})  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import median, save
+from benchmarks.common import arguments_of, median, save
 from trimode.calib.demo.tasks import examples
 from trimode.runtime import Generation, TriModeModel
 from trimode.runtime.ort_session import OrtSession
@@ -87,7 +87,7 @@ def report(speeds: dict[str, list[float]], work: dict[str, dict[str, int]], same
     for name, value in medians.items():
         print(f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   {work[name]['forwards']:6d} forwards   "
               f"tokens and nfe of single: {same[name]}")  # fmt: skip
-    save("batch", {"arguments": {k: str(v) for k, v in arguments.items()}, "tokens_per_s": speeds, "over_single": ratios, "work_of_a_round": work,
+    save("batch", {"arguments": arguments_of(arguments), "tokens_per_s": speeds, "over_single": ratios, "work_of_a_round": work,
                    "same_tokens_and_nfe_as_single": same})  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+TRAIN_SEED = 3
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "onnxruntime", "torch", "transformers")
 
@@ -18,11 +20,29 @@ LIBRARIES = ("numpy", "onnxruntime", "torch", "transformers")
 def save(name: str, measured: dict[str, Any]) -> None:
     """Write ``results/<name>.json``: what was measured, where, and by which command."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(without_folders, sys.argv[1:])])
     record = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), **measured}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"raw results: {path.relative_to(Path.cwd())}")
+
+
+def arguments_of(values: dict[str, Any]) -> dict[str, str]:
+    """What a command line was parsed to, for the record."""
+    return {name: without_folders(str(value)) for name, value in values.items()}
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """JSON lines of the demo's training split, for jobs that take `--data`."""
+    from trimode.calib.demo.tasks import examples  # of no use to those who measure a process
+
+    prompts = [example.prompt for example in itertools.islice(examples(TRAIN_SEED, "train"), count)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def without_folders(text: str) -> str:
+    """An absolute path as its last name: where somebody keeps a file says nothing about a measurement."""
+    return Path(text).name if Path(text).is_absolute() else text
 
 
 def machine() -> dict[str, Any]:

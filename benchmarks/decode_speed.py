@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import median, save
+from benchmarks.common import arguments_of, median, save
 from trimode.calib.demo.tasks import examples
 from trimode.calib.torch_session import load_trunk
 from trimode.graphs.attention import GrowingCacheAttention
@@ -139,7 +139,7 @@ def report(
         print(
             f"{mode:12s} a forward: engine {row['engine_us']:5.0f} us, Python around it {row['python_us']:4.0f} us ({100 * row['python_share']:.1f}%)"
         )
-    save("decode_speed", {"arguments": {k: str(v) for k, v in arguments.items()}, "tokens_per_s": speeds, "ratios": ratios,
+    save("decode_speed", {"arguments": arguments_of(arguments), "tokens_per_s": speeds, "ratios": ratios,
                           "profile": profile, "same_tokens_as_torch_eager": same})  # fmt: skip
 
 

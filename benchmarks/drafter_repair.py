@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save
+from benchmarks.common import save, write_prompts
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.calib.drafter_job.record import RECORD
 from trimode.calib.drafter_job.settings import DrafterJobSettings
@@ -32,11 +32,6 @@ MODES: dict[str, dict[str, Any]] = {
     "no drafter": {"mode": "linear_spec", "use_drafter": False},
     "drafter": {"mode": "linear_spec"},
 }
-
-
-def write_prompts(path: Path, count: int) -> None:
-    prompts = [example.prompt for example in itertools.islice(examples(3, "train"), count)]
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def measure(bundle: Path, per_family: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import median, save
+from benchmarks.common import arguments_of, median, save
 from trimode.calib.demo.tasks import examples
 from trimode.runtime import TriModeModel
 
@@ -39,7 +39,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     for _, (name, (mode, options)) in itertools.product(range(args.rounds), WAYS.items()):
         rounds[name].append(measure(model, prompts, mode, options))
-    report(rounds, {key: str(value) for key, value in vars(args).items()})
+    report(rounds, arguments_of(vars(args)))
 
 
 def measure(model: TriModeModel, prompts: list[list[int]], mode: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,13 @@ float32 with the quantized weights and inputs. For each precision: calibrated wi
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common import save
+from benchmarks.common import save, write_prompts
 from benchmarks.demo_quality import measure
-from trimode.calib.demo.tasks import FAMILIES, examples
+from trimode.calib.demo.tasks import FAMILIES
 from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
@@ -26,11 +24,6 @@ from trimode.runtime import TriModeModel
 DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
 ALL_MODES, AR_ALONE = "ar,draft,verify", "ar"
 PRECISIONS = ("fp8", "int8", "int4")
-
-
-def write_prompts(path: Path, count: int) -> None:
-    prompts = [example.prompt for example in itertools.islice(examples(3, "train"), count)]
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def evaluate(bundle: Path, per_family: int) -> dict[str, Any]:

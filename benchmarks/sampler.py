@@ -16,12 +16,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, save
+from benchmarks.common import RESULTS, save, write_prompts
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.quality.figure import load_matplotlib
 from trimode.runtime import TriModeModel
 
-TRAIN_SEED, QUESTION_SEED = 3, 7
+QUESTION_SEED = 7
 MAX_NEW_TOKENS = 128
 POLICIES: dict[str, list[dict[str, Any]]] = {
     "threshold": [{"threshold": value} for value in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)],
@@ -30,11 +30,6 @@ POLICIES: dict[str, list[dict[str, Any]]] = {
     "schedule": [{"steps": value} for value in (2, 4, 8)],
     "leftmost": [{}],
 }
-
-
-def write_prompts(path: Path, count: int) -> None:
-    prompts = [example.prompt for example in itertools.islice(examples(TRAIN_SEED, "train"), count)]
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def answer(model: TriModeModel, questions: list[Example], length: int, name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from trimode.compiler.parity.report import (
     CheckpointRecord,
     GraphParity,
     OutputRecord,
-    SamplerParity,
     ScalesParity,
     Subject,
     TokenParity,
@@ -92,8 +91,6 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     _check_request(request)
     model = _open_target(bundle, request)
     _check_calibration(model, request)
-    if request.sampler is not None:
-        read_trained(request.sampler, model.bundle.manifest.sampler)
     checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)
     with RichProgress() as progress:
@@ -110,6 +107,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
 def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, progress: Progress) -> Verification:
     """Compare the model's target, and the bundle's portable graphs, with the trunk of ``checkpoint``."""
     manifest, info = model.bundle.manifest, model.model
+    trained = None if request.sampler is None else read_trained(request.sampler, manifest.sampler)
     position = long_position(checkpoint, manifest, request.long)
     text = np.random.default_rng(request.seed).integers(0, info.vocab_size, position + info.max_block_length)
     prompts = _prompts(model, request, text, position)
@@ -134,7 +132,7 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         notes.append(f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are")
     if loaded.weights is not None and loaded.scales is None:
         notes.append("the scales were taken as the bundle has them: --calibration FOLDER compares them with those it was built by")
-    sampler = _compare_sampler(model, request)
+    sampler = None if trained is None else compare_sampler(model.scorer, trained, info, request.seed)
     if manifest.sampler is not None and sampler is None:
         notes.append("the learned sampler was not compared: --sampler FOLDER compares it with the network that it was built from")
     others = [name for name in model.bundle.chosen.targets if name != model.target]
@@ -290,14 +288,6 @@ def _compare_graphs(
     again = CachedText(reference.session, text)
     records += _counted(compare_portable(again, model.bundle.path, files, info, at, bounds["portable"], seed, reference.guide), advance)
     return records, []
-
-
-def _compare_sampler(model: TriModeModel, request: VerifyRequest) -> SamplerParity | None:
-    """None where there is nothing to compare it with."""
-    if request.sampler is None:
-        return None
-    record = read_trained(request.sampler, model.bundle.manifest.sampler)
-    return compare_sampler(model.scorer, request.sampler, record, model.model, request.seed)
 
 
 def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimode.errors import UsageError
-from trimode.graphs.contract import ROLES, ModelInfo, Role, slots_written
+from trimode.graphs.contract import ModelInfo, Role, slots_written
 from trimode.runtime.forward import Forward, Outputs
 from trimode.runtime.options import Mode
 from trimode.runtime.schedule import JointForward, Waiting, choose_group, join_forwards
 from trimode.runtime.sequence import Sequence
-from trimode.runtime.session import BatchCache, BatchSession, Ids, KVCache, of_row
+from trimode.runtime.session import BatchCache, BatchSession, Ids, KVCache, SessionView, of_row
 from trimode.runtime.stream import Chunk, Generation, Stream
 
 OpenStream = Callable[..., Stream]
@@ -60,7 +60,7 @@ class BatchRow:
         return self.stream.result
 
 
-class RowSession:
+class RowSession(SessionView):
     """One row of a batch as a :class:`~trimode.runtime.session.Session`, so that its text is a sequence as any other.
 
     Attributes:
@@ -68,20 +68,9 @@ class RowSession:
     """
 
     def __init__(self, session: BatchSession, cache: BatchCache, row: int) -> None:
-        self._session, self._cache = session, cache
+        super().__init__(session)
+        self._batch, self._cache = session, cache
         self.row: int | None = row
-
-    @property
-    def max_prefill_rows(self) -> int | None:
-        """See :class:`~trimode.runtime.session.Session`."""
-        return self._session.max_prefill_rows
-
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
-        """See :class:`~trimode.runtime.session.Session`."""
-        self._session.check_block_length(block_length, roles)
-
-    def close(self) -> None:
-        """Leaves the session of the batch open."""
 
     def new_cache(self) -> KVCache:
         """The batch's, of which a text in this row has one part."""
@@ -94,7 +83,7 @@ class RowSession:
         num_tokens = input_ids.shape[1]
         cache.reserve(past_length + slots_written(role, num_tokens))
         rows = range(self.row, self.row + 1)
-        return keep(role, self._session.run_rows(role, cache, rows, input_ids, np.array([past_length]), np.array([num_tokens]), drafter_scale))
+        return keep(role, self._batch.run_rows(role, cache, rows, input_ids, np.array([past_length]), np.array([num_tokens]), drafter_scale))
 
 
 class Batch:

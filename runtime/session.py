@@ -64,6 +64,37 @@ class Session(Protocol):
         ...
 
 
+class SessionView:
+    """A session that stands on another one and does something about its forwards; closing it leaves the other one open.
+
+    Args:
+        session: the other one.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def max_prefill_rows(self) -> int | None:
+        """See :class:`Session`."""
+        return self._session.max_prefill_rows
+
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+        """See :class:`Session`."""
+        self._session.check_block_length(block_length, roles)
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+    def new_cache(self) -> KVCache:
+        """See :class:`Session`."""
+        return self._session.new_cache()
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+        """See :class:`Session`."""
+        return self._session.run(role, cache, input_ids, past_length, drafter_scale)
+
+
 class BatchCache(KVCache, Protocol):
     """Keys and values of several texts, a row each; all rows have the same capacity."""
 

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trimode.calib.quantize.texts import Text
-from trimode.graphs.contract import ROLES, ModelInfo, Role
+from trimode.graphs.contract import ModelInfo, Role
 from trimode.runtime.decode import Counters, decode_ar, decode_diffusion
 from trimode.runtime.options import DecodeOptions
 from trimode.runtime.policies import SamplerName, Slots
 from trimode.runtime.sequence import Sequence as DecodedSequence
-from trimode.runtime.session import Array, Ids, KVCache, Session
+from trimode.runtime.session import Array, Ids, KVCache, Session, SessionView
 
 Target = Literal["serial", "leftmost", "ar"]
 ONE_BY_ONE: dict[Target, SamplerName] = {"serial": "schedule", "leftmost": "leftmost"}
@@ -69,7 +69,7 @@ class _Notes:
     last_causal: Ids | None = None
 
 
-class RecordingSession:
+class RecordingSession(SessionView):
     """A session that notes the states of blocks, and runs nothing twice between two calls of :meth:`forget`.
 
     Right only where one sequence denoises, from the same place, again and again, and is rolled back to that place before every :meth:`forget`: what a
@@ -77,8 +77,7 @@ class RecordingSession:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self.max_prefill_rows = session.max_prefill_rows
+        super().__init__(session)
         self._notes = _Notes()
 
     def forget(self) -> None:
@@ -95,18 +94,6 @@ class RecordingSession:
         """The rows ``(T,)`` of the last causal forward."""
         assert self._notes.last_causal is not None
         return self._notes.last_causal
-
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
-        """See :class:`trimode.runtime.session.Session`."""
-        self._session.check_block_length(block_length, roles)
-
-    def close(self) -> None:
-        """See :class:`trimode.runtime.session.Session`."""
-        self._session.close()
-
-    def new_cache(self) -> KVCache:
-        """See :class:`trimode.runtime.session.Session`."""
-        return self._session.new_cache()
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.session.Session`."""

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from trimode.compiler.parity.report import SamplerParity
+from trimode.compiler.sampler import SamplerSource
 from trimode.errors import UsageError
 from trimode.graphs.contract import TOP_K, ModelInfo
 from trimode.graphs.sampler import BlockSampler
-from trimode.graphs.sampler_file import SamplerFile, load_sampler_record
+from trimode.graphs.sampler_file import load_sampler_record
 from trimode.graphs.sampler_trace import load_sampler
 from trimode.runtime.manifest import SamplerRecord
 from trimode.runtime.policies import Scorer
@@ -35,8 +36,8 @@ class BlockState(NamedTuple):
     probabilities: NDArray[np.float32]
 
 
-def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerFile:
-    """The record of the sampler that a bundle was built with.
+def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
+    """The sampler that a bundle was built with.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -48,29 +49,28 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerFile:
     if record.sampler_sha256 != expected.sha256:
         raise UsageError(f"{folder}: expected the sampler that the bundle was built with, {expected.name} ({expected.sha256[:16]}…), "
                          f"found {record.sampler_sha256[:16]}…", "pass the folder that --sampler of `trimode build` had")  # fmt: skip
-    return record
+    return SamplerSource(folder, record)
 
 
-def compare_sampler(scorer: Scorer, folder: Path, record: SamplerFile, model: ModelInfo, seed: int) -> SamplerParity:
+def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, seed: int) -> SamplerParity:
     """Scores of random states, of every block length that the sampler was trained on and of 1.
 
     Args:
         scorer: the bundle's.
-        folder: of the trained sampler.
-        record: what it says of itself.
+        trained: what it was built from.
         model: the facts of the bundle's model.
         seed: of the states.
     """
-    network, rng = load_sampler(folder, record).double(), np.random.default_rng(seed)
+    network, rng = load_sampler(trained.folder, trained.record).double(), np.random.default_rng(seed)
     errors = [
         _error(scorer.score(*state), _expected(network, state), state.masked)
-        for length in (1, *record.block_lengths)
+        for length in (1, *trained.record.block_lengths)
         for state in _states(model, length, rng)
     ]
     scores = np.concatenate(errors)
     largest = float(scores.max()) if np.isfinite(scores).all() else None
     passed = largest is not None and largest <= TOLERANCE
-    return SamplerParity(passed=passed, name=folder.resolve().name, num_scores=len(scores), max_error=largest, tolerance=TOLERANCE)
+    return SamplerParity(passed=passed, name=trained.folder.resolve().name, num_scores=len(scores), max_error=largest, tolerance=TOLERANCE)
 
 
 def _states(model: ModelInfo, length: int, rng: np.random.Generator) -> Iterator[BlockState]:

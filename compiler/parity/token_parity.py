@@ -23,7 +23,7 @@ from trimode.runtime.decode import ALGORITHMS, Counters
 from trimode.runtime.model import DEFAULT_THRESHOLDS, default_block_length
 from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence as TextSequence
-from trimode.runtime.session import Array, Ids, KVCache, Session
+from trimode.runtime.session import Array, Ids, KVCache, Session, SessionView
 
 SPECULATIVE: tuple[Mode, ...] = ("linear_spec", "quadratic_spec")
 """Modes whose tokens are those of ar."""
@@ -60,32 +60,16 @@ class Run:
     denoised: list[Denoised]
 
 
-class Witness:
+class Witness(SessionView):
     """A session that remembers the drafts of another session."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        super().__init__(session)
         self.denoised: list[Denoised] = []
-
-    @property
-    def max_prefill_rows(self) -> int | None:
-        """See :class:`trimode.runtime.session.Session`."""
-        return self._session.max_prefill_rows
-
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
-        """See :class:`trimode.runtime.session.Session`."""
-        self._session.check_block_length(block_length, roles)
-
-    def close(self) -> None:
-        """Leaves the other session open: it is not this one's."""
-
-    def new_cache(self) -> KVCache:
-        """See :class:`trimode.runtime.session.Session`."""
-        return self._session.new_cache()
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.session.Session`."""
-        outputs = self._session.run(role, cache, input_ids, past_length, drafter_scale)
+        outputs = super().run(role, cache, input_ids, past_length, drafter_scale)
         if role == "draft":
             ids, probabilities = (np.array(output[0]) for output in outputs)
             self.denoised.append(Denoised(past_length, input_ids[0].copy(), ids, probabilities))

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import config_of, raw_weight, write_checkpoint, write_int8_calibration
+from jobs import Quiet, some_texts
 from safetensors.torch import load_file
 
 from trimode.calib.adapter import adapter_of, blank_adapter, install_adapter
@@ -53,30 +54,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model_of(folder: Path) -> ModelInfo:
     return describe_model(open_checkpoint(folder))
-
-
-def some_texts(count: int = 15) -> list[list[int]]:
-    """Ragged prompts."""
-    rng = np.random.default_rng(8)
-    return [rng.integers(12, 99, length).tolist() for length in rng.integers(3, 10, count)]
-
-
-class Quiet:
-    """Remembers the stages; calls ``on_step`` with the stage's name and the steps it has made."""
-
-    def __init__(self, on_step: Callable[[str, int], None] = lambda *_: None) -> None:
-        self.done: dict[str, int] = {}
-        self._on_step = on_step
-
-    def stage(self, name: str, total: int) -> Callable[[int], None]:
-        self.done[name] = 0
-
-        def advance(count: int) -> None:
-            self.done[name] += count
-            assert self.done[name] <= total
-            self._on_step(name, self.done[name])
-
-        return advance
 
 
 def train(

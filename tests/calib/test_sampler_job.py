@@ -7,7 +7,7 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import reference
 import torch
 from checkpoints import config_of, write_checkpoint, write_int8_calibration
+from jobs import Quiet, some_texts
 from reference import Reference
 from safetensors.torch import load_file
 
@@ -47,30 +48,6 @@ MASK = 100
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("sampler") / "it", config_of(**CONFIG))
-
-
-def some_texts(count: int = 15) -> list[list[int]]:
-    """Ragged prompts."""
-    rng = np.random.default_rng(8)
-    return [rng.integers(12, 99, length).tolist() for length in rng.integers(3, 10, count)]
-
-
-class Quiet:
-    """Remembers the stages; calls ``on_step`` with the stage's name and the steps it has made."""
-
-    def __init__(self, on_step: Callable[[str, int], None] = lambda *_: None) -> None:
-        self.done: dict[str, int] = {}
-        self._on_step = on_step
-
-    def stage(self, name: str, total: int) -> Callable[[int], None]:
-        self.done[name] = 0
-
-        def advance(count: int) -> None:
-            self.done[name] += count
-            assert self.done[name] <= total
-            self._on_step(name, self.done[name])
-
-        return advance
 
 
 def train(
