@@ -13,7 +13,7 @@ from rich.table import Table
 
 import trimode
 from trimode.compiler.console import RichProgress
-from trimode.compiler.run_command import Prompt, read_prompts_file
+from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import UsageError
 from trimode.runtime.acceptance import acceptance_rate
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
@@ -48,7 +48,7 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     ) as model:
         settings = check_settings(TimerSettings(request.rows, request.past, request.batch or (1,), request.repeats), model.model, model.session)
         subject = subject_of(model.bundle, model.target, request.threads)
-        prompts = [encode(model, question) for question in questions]
+        prompts = [encode_prompt(model, question) for question in questions]
         for prompt in prompts:
             model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
         with RichProgress() as progress:
@@ -65,14 +65,6 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
         sys.stdout.write(timings.model_dump_json(indent=1) + "\n")
     else:
         _show(timings)
-
-
-def encode(model: TriModeModel, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, through the chat template where it is text."""
-    if prompt.token_ids is not None:
-        return prompt.token_ids
-    assert prompt.text is not None
-    return model.codec.encode_chat([{"role": "user", "content": prompt.text}])
 
 
 def _acceptance(model: TriModeModel, prompts: list[list[int]], settings: TimerSettings, progress: RichProgress) -> tuple[AcceptanceRecord, ...]:

@@ -13,9 +13,8 @@ import trimode
 from trimode.calib.light.measure import DEFAULT_THRESHOLDS, LightSettings, measure_light
 from trimode.calib.light.schema import REPORT, LightReport, WayRecord
 from trimode.calib.quality.figure import load_matplotlib
-from trimode.compiler.bench_command import encode
 from trimode.compiler.console import RichProgress
-from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import UsageError
 from trimode.files import check_replaceable, staged_replacement
 from trimode.runtime.bundle import sha256_of
@@ -54,7 +53,7 @@ def run_light(bundle: Path, request: LightRequest) -> None:
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
-        prompts = [encode(model, question) for question in questions]
+        prompts = [encode_prompt(model, question) for question in questions]
         for prompt in prompts:
             model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
         with RichProgress() as progress:

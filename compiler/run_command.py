@@ -183,14 +183,14 @@ def _parse_line(line: str, where: str) -> Prompt:
 def _one_by_one(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
     """Answers as they are generated; without --json their text is shown while it comes."""
     for prompt in prompts:
-        stream = model.stream([_ids(model, prompt, request)], mode, **_options(request))
+        stream = model.stream([encode_prompt(model, prompt, raw=request.raw)], mode, **_options(request))
         text = _show_stream(model, stream, prompt) if not request.as_json else _drain(model, stream, prompt)
         yield stream.result, text
 
 
 def _side_by_side(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
     """Answers in the order of the prompts, each once those before it are there; without --json their text is shown then."""
-    requests = [BatchRequest(_ids(model, prompt, request), mode, _options(request)) for prompt in prompts]
+    requests = [BatchRequest(encode_prompt(model, prompt, raw=request.raw), mode, _options(request)) for prompt in prompts]
     batch = model.new_batch(request.batch)
     pieces: dict[int, list[str]] = {}
     texts: dict[int, TextStream] = {}
@@ -212,11 +212,12 @@ def _side_by_side(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, re
             following += 1
 
 
-def _ids(model: TriModeModel, prompt: Prompt, request: RunRequest) -> list[int]:
+def encode_prompt(model: TriModeModel, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """Token ids of a prompt; text goes through the chat template, unless it is to be taken as it is."""
     if prompt.token_ids is not None:
         return prompt.token_ids
     assert prompt.text is not None
-    return model.codec.encode(prompt.text) if request.raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+    return model.codec.encode(prompt.text) if raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
 
 
 def _options(request: RunRequest) -> dict[str, Any]:

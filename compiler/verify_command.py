@@ -39,7 +39,7 @@ from trimode.compiler.parity.sampler_parity import compare_sampler, read_trained
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
 from trimode.compiler.progress import Advance, Progress
-from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
@@ -255,13 +255,7 @@ def _prompts(model: TriModeModel, request: VerifyRequest, text: Ids, position: i
     if request.prompts_file is None:
         lengths = sorted({min(SHORT_POSITION, position), position})
         return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
-    ids = []
-    for prompt in read_prompts_file(request.prompts_file):
-        if prompt.token_ids is None:
-            assert prompt.text is not None
-            ids.append(model.codec.encode_chat([{"role": "user", "content": prompt.text}]))
-        else:
-            ids.append(prompt.token_ids)
+    ids = [encode_prompt(model, prompt) for prompt in read_prompts_file(request.prompts_file)]
     # A sequence of the model checks the ids: length and range.
     return [TokenPrompt(model.new_sequence([one]).tokens) for one in ids]
 

@@ -152,7 +152,7 @@ class Acceptance:
 
     def forget(self, num_tokens: int) -> None:
         """Let what was seen weigh less, so many tokens later."""
-        factor = math.exp(-num_tokens / MEMORY_TOKENS)
+        factor = _weight_after(num_tokens)
         self._tried *= factor
         self._accepted *= factor
 
@@ -171,6 +171,11 @@ def expected_tokens(rates: NDArray[Any]) -> NDArray[np.float64]:
     reached = np.ones(len(rates) + 1)
     np.cumprod(rates, out=reached[1:])
     return reached.cumsum()
+
+
+def _weight_after(num_tokens: int) -> float:
+    """Of what was seen, so many tokens later."""
+    return math.exp(-num_tokens / MEMORY_TOKENS)
 
 
 class AdaptivePolicy:
@@ -259,7 +264,7 @@ class _Surplus:
         self._all += block_length - num_tokens
 
     def forget(self, num_tokens: int) -> None:
-        factor = math.exp(-num_tokens / MEMORY_TOKENS)
+        factor = _weight_after(num_tokens)
         self._verified *= factor
         self._all *= factor
 
