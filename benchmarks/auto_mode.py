@@ -23,12 +23,14 @@ import trimode
 from benchmarks.common import arguments_of, save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
-from trimode.runtime.acceptance import acceptance_rate
+from trimode.runtime.acceptance import acceptance_rate, write_texts
+from trimode.runtime.experience import tell_apart
 from trimode.runtime.forward_timer import DEFAULT_ROWS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.timings import AcceptanceRecord, Timings, subject_of
 
 BLOCKS = (8, 12, 16, 24, 32)
 MAX_NEW_TOKENS = 192
+TRAINING_PER_FAMILY = 20
 KEYS = ("ms_per_token", "cpu_ms_per_token")
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
@@ -41,10 +43,11 @@ def measured_timings(model: TriModeModel, threads: int, repeats: int) -> Timings
     settings = check_settings(TimerSettings(DEFAULT_ROWS, (32, 128, 192), repeats=repeats), model.model, model.session)
     forwards = time_forwards(model.session, model.model, settings, lambda _: None)
     subject = subject_of(model.bundle, model.target, threads)
-    training = itertools.islice(examples(3, "train"), 3 * len(FAMILIES))
-    rate = acceptance_rate(model, [encode(model, e.prompt) for e in training], max(BLOCKS), use_drafter=model.model.has_drafter)
+    training = [encode(model, e.prompt) for e in itertools.islice(examples(3, "train"), TRAINING_PER_FAMILY * len(FAMILIES))]
+    texts = list(write_texts(model, training, max(BLOCKS), use_drafter=model.model.has_drafter))
+    rate = acceptance_rate(texts)
     assert rate is not None
-    record = AcceptanceRecord(drafter=model.model.has_drafter, rate=rate, block_length=max(BLOCKS), num_prompts=3 * len(FAMILIES))
+    record = AcceptanceRecord(drafter=model.model.has_drafter, rate=rate, block_length=max(BLOCKS), num_prompts=len(texts), kinds=tell_apart(texts))
     return Timings(
         trimode_version=trimode.__version__, command="benchmarks.auto_mode", date=time.strftime("%Y-%m-%d"), system="", subject=subject,
         forwards=forwards, acceptance=(record,),
@@ -131,7 +134,7 @@ def main() -> None:
         source = model.bundle.manifest.source.sha256
     costs = timings.costs(use_drafter=model.model.has_drafter)
     print(f"table, ms at {costs.past} cached: AR {costs.ar_ms}, drafts {dict(costs.draft_ms)}, verifications {dict(costs.verify_ms)}")
-    print(f"acceptance expected {costs.acceptance:.3f}")
+    print(f"acceptance expected {costs.experience.rate:.3f}, {len(costs.experience.kinds)} kinds of prompts")
     mixed = {key: mixtures(table, key) for key in KEYS}
     for key in KEYS:
         show(table, mixed[key], key)

@@ -15,7 +15,8 @@ import trimode
 from trimode.compiler.console import RichProgress
 from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import UsageError
-from trimode.runtime.acceptance import acceptance_rate
+from trimode.runtime.acceptance import acceptance_rate, write_texts
+from trimode.runtime.experience import tell_apart
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
@@ -73,12 +74,15 @@ def _acceptance(model: TriModeModel, prompts: list[list[int]], settings: TimerSe
     if not prompts or length == 1:
         return ()
     records, drafters = [], (False, True) if model.model.has_drafter else (False,)
-    advance = progress.stage("answer prompts", len(drafters))
+    advance = progress.stage("answer prompts", len(drafters) * len(prompts))
     for drafter in drafters:
-        rate = acceptance_rate(model, prompts, length, use_drafter=drafter)
+        texts = []
+        for text in write_texts(model, prompts, length, use_drafter=drafter):
+            texts.append(text)
+            advance(1)
+        rate = acceptance_rate(texts)
         if rate is not None:
-            records.append(AcceptanceRecord(drafter=drafter, rate=rate, block_length=length, num_prompts=len(prompts)))
-        advance(1)
+            records.append(AcceptanceRecord(drafter=drafter, rate=rate, block_length=length, num_prompts=len(prompts), kinds=tell_apart(texts)))
     return tuple(records)
 
 
@@ -119,7 +123,10 @@ def _show(timings: Timings) -> None:
     console.print(table)
     for record in timings.acceptance:
         name = "with the drafter" if record.drafter else "without the drafter"
-        console.print(f"{100 * record.rate:.1f}% of the drafts whose predecessors were accepted are accepted, {name} ({record.num_prompts} prompts)")
+        console.print(
+            f"{100 * record.rate:.1f}% of the drafts whose predecessors were accepted are accepted, {name} "
+            f"({record.num_prompts} prompts, {len(record.kinds)} beginnings that several share)"
+        )
 
 
 def _cell(one: ForwardTime) -> str:

@@ -1,9 +1,13 @@
-"""How often drafts are accepted over some prompts: what mode ``auto`` expects of a text before it has seen any of it."""
+"""How often drafts are accepted over some prompts, and how long their texts are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trimode.runtime.experience import Past
 
 if TYPE_CHECKING:
     from trimode.runtime.model import TriModeModel
@@ -11,17 +15,25 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 128
 
 
-def acceptance_rate(model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool) -> float | None:
-    """Share of the drafts that are accepted, of those whose predecessors in the block were; greedy, by linear self-speculation.
+def write_texts(model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool) -> Iterator[Past]:
+    """The text after each prompt, greedy, by linear self-speculation: what became of each slot's drafts.
 
-    Neither the end of a block nor the end of a text counts as a rejection. None where no draft was judged.
+    Neither the end of a block nor the end of a text counts as a rejection.
     """
-    tried = accepted = 0
     for prompt in prompts:
+        tried, accepted = np.zeros((2, block_length - 1), np.int64)
         stream = model.stream([list(prompt)], "linear_spec", max_new_tokens=MAX_NEW_TOKENS, block_length=block_length, use_drafter=use_drafter)
         next(stream)  # the first token comes from the prompt's forward
         for chunk in stream:
-            accepted += len(chunk.token_ids) - 1
-            tried += len(chunk.token_ids) - 1
-            tried += len(chunk.token_ids) < block_length and chunk.finish_reason is None
-    return accepted / tried if tried else None
+            count = len(chunk.token_ids) - 1
+            accepted[:count] += 1
+            tried[: count + (chunk.finish_reason is None)] += 1
+        result = stream.result
+        yield Past(prompt, tried, accepted, len(result.token_ids) if result.finish_reason == "stop" else None)
+
+
+def acceptance_rate(texts: Iterable[Past]) -> float | None:
+    """Share of the drafts that were accepted, of those whose predecessors in the block were; None where no draft was judged."""
+    texts = list(texts)
+    tried = sum(int(text.tried.sum()) for text in texts)
+    return sum(int(text.accepted.sum()) for text in texts) / tried if tried else None

@@ -1,10 +1,13 @@
 """Mode ``auto``: which step comes next, one token of AR or a cycle of self-speculation, how long its block is, and how much of it is verified.
 
 Every choice yields the tokens of AR, or their distribution, so what is chosen is a matter of time alone. A step is worth the tokens that it is
-expected to yield; the policy takes the one with the fewest milliseconds a token. Milliseconds come from a table
+expected to yield; the policy takes the one with the fewest milliseconds a token, or, where it is known how long such a text is, the one that
+leaves the least to do. Milliseconds come from a table
 (:mod:`trimode.runtime.timings`). How many drafts will be accepted is estimated from the text itself: acceptance persists (after a long cycle the
-next one is mostly long), and it differs from one text to the next far more than from one model to the next. Once a block is drafted, its
-probabilities say more than any history: what will hardly be accepted is not verified.
+next one is mostly long), and it differs from one text to the next far more than from one model to the next. A text begins with what texts after
+prompts like its own have shown (:mod:`trimode.runtime.experience`), which also says how much of it is still to come
+(:mod:`trimode.runtime.outlook`). Once a block is drafted, its probabilities say more than any history: what
+will hardly be accepted is not verified.
 
 Nothing here looks at a clock, so the same text under the same table takes the same steps, and a seed reproduces it.
 """
@@ -12,34 +15,35 @@ Nothing here looks at a clock, so the same text under the same table takes the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.runtime.estimate import Acceptance, weight_after
+from trimode.runtime.experience import Experience, Prior
+from trimode.runtime.outlook import Outlook, StepTimes, reached
+
 AR_STEP = 1
 """The block length that stands for a step of AR."""
 
-PRIOR_ACCEPTANCE = 0.93
-"""Of a slot whose predecessors were accepted, before a text has shown its own, where nothing was measured."""
-PRIOR_SLOTS = 4.0
-"""Drafts that the prior weighs as much as."""
-SLOT_TRIALS = 4.0
-"""Trials of one slot that weigh as much as what all slots say together."""
-AHEAD_TRIALS = 32.0
-"""Trials of one slot that weigh as much as the confidence that the last draft had in it."""
 AHEAD_AFTER_AR = 4
 """Slots of which it still says something once a token has come by AR. That token was unknown to the draft, and may have been what made it unsure."""
+MOST_FRAILTY = 64.0
+"""Times as often as expected, or as seldom, that drafts are taken to be rejected in the rest of a text."""
 PRIOR_SURPLUS = 0.2
 """Share of the rows without use that are verified, before a text has shown its own, where drafts have a confidence; else all of them are."""
 PRIOR_SURPLUS_ROWS = 4.0
 """Rows that this weighs as much as."""
-MEMORY_TOKENS = 60.0
-"""After so many tokens what was seen weighs 1/e. Forgetting goes by tokens, not by cycles: acceptance is a property of a stretch of text."""
 
-NOTHING: NDArray[Any] = np.zeros(0)
+
+_KEPT = 4096
+"""Numbers of cached tokens whose steps are kept."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,17 @@ class StepCosts:
         ar_ms: of one forward of one token.
         draft_ms: block length -> of its draft.
         verify_ms: of verifying so many tokens, for the same lengths.
-        acceptance: of a slot's draft, where those before it were accepted, in a text of which nothing is known yet.
+        experience: what to expect of a text of which nothing is known yet.
     """
 
     past: tuple[int, ...]
     ar_ms: tuple[float, ...]
     draft_ms: Mapping[int, tuple[float, ...]]
     verify_ms: Mapping[int, tuple[float, ...]]
-    acceptance: float = PRIOR_ACCEPTANCE
+    experience: Experience = field(default_factory=Experience)
+    _priors: dict[str, Prior] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _outlooks: dict[tuple[str, int, bool], Outlook] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _times: dict[float, StepTimes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows = (self.ar_ms, *self.draft_ms.values(), *self.verify_ms.values())
@@ -67,10 +74,40 @@ class StepCosts:
         if self.draft_ms.keys() != self.verify_ms.keys():
             raise ValueError("expected costs of drafting and of verifying the same block lengths")
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Block lengths, ascending."""
         return tuple(sorted(self.draft_ms))
+
+    def at(self, past: float) -> StepTimes:
+        """The steps after so many cached tokens."""
+        if past not in self._times:
+            if len(self._times) == _KEPT:
+                self._times.clear()
+            self._times[past] = self._interpolated(past)
+        return self._times[past]
+
+    def _interpolated(self, past: float) -> StepTimes:
+        drafts, verifications = ([float(np.interp(past, self.past, ms[n])) for n in self.lengths] for ms in (self.draft_ms, self.verify_ms))
+        return StepTimes(self.lengths, float(np.interp(past, self.past, self.ar_ms)), drafts, verifications)
+
+    def prior_for(self, prompt: Sequence[int]) -> tuple[str, Prior]:
+        """What kind a prompt is of, and what is expected of its text; for drafts of the longest block."""
+        kinds = tuple(self.experience.kinds_of(prompt))
+        name = kinds[-1].sha256 if kinds else ""
+        if name not in self._priors:
+            self._priors[name] = self.experience.prior(kinds, self.lengths[-1] - 1)
+        return name, self._priors[name]
+
+    def outlook(self, kind: str, frailty: float, *, is_confident: bool) -> Outlook:
+        """On the rest of a text of a kind in which drafts are rejected ``frailty`` times as often as expected, to the next power of 2."""
+        level = round(math.log2(min(max(frailty, 1 / MOST_FRAILTY), MOST_FRAILTY)))
+        key = kind, level, is_confident
+        if key not in self._outlooks:
+            prior, usual = self._priors[kind], self.at(sum(self.past) / len(self.past))
+            rates = [max(1 - 2.0**level * rejection, 0.0) for rejection in prior.rejection]
+            self._outlooks[key] = Outlook(rates, prior.ends, usual, PRIOR_SURPLUS if is_confident else 1.0)
+        return self._outlooks[key]
 
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
         """With these block lengths only."""
@@ -123,63 +160,8 @@ class FixedPolicy:
         """Nothing is noted."""
 
 
-class Acceptance:
-    """How likely each slot's draft is accepted once those before it are: an estimate from the cycles so far.
-
-    A discounted Kaplan-Meier estimate: a slot counts as tried only where all before it were accepted. Of a block whose drafts were all accepted,
-    as far as they were verified, those behind count by their confidence: they were not verified *because* that was low, and to leave
-    them out would make long blocks look better than they are. Behind the longest block there is nothing, for or against. Each slot's rate leans
-    on the rate of all slots together, which longer blocks are judged by until they have been tried, and that one on the prior.
-
-    Args:
-        num_slots: drafts of the longest block.
-        prior: acceptance of a slot before anything was seen.
-    """
-
-    def __init__(self, num_slots: int, prior: float = PRIOR_ACCEPTANCE) -> None:
-        self._prior = prior
-        self._tried, self._accepted = np.zeros(num_slots), np.zeros(num_slots)
-
-    def record(self, num_verified: int, num_accepted: int, unverified: NDArray[Any] = NOTHING) -> None:
-        """Take note of a cycle: drafts that were verified, those of them that were accepted, and the confidence of those behind them."""
-        self._tried[: min(num_accepted + 1, num_verified)] += 1
-        self._accepted[:num_accepted] += 1
-        if num_accepted == num_verified:
-            reached = np.cumprod([1.0, *unverified])
-            slots = slice(num_verified, num_verified + len(unverified))
-            self._tried[slots] += reached[:-1]
-            self._accepted[slots] += reached[1:]
-
-    def forget(self, num_tokens: int) -> None:
-        """Let what was seen weigh less, so many tokens later."""
-        factor = _weight_after(num_tokens)
-        self._tried *= factor
-        self._accepted *= factor
-
-    def rates(self, ahead: NDArray[Any] = NOTHING) -> NDArray[np.float64]:
-        """``(num_slots,)``: how likely a slot's draft is accepted where those before it are; ``ahead`` is the confidence in the first ones."""
-        pooled = (self._accepted.sum() + self._prior * PRIOR_SLOTS) / (self._tried.sum() + PRIOR_SLOTS)
-        accepted, tried = self._accepted + pooled * SLOT_TRIALS, self._tried + SLOT_TRIALS
-        accepted[: len(ahead)] += ahead * AHEAD_TRIALS
-        tried[: len(ahead)] += AHEAD_TRIALS
-        rates: NDArray[np.float64] = accepted / tried
-        return rates
-
-
-def expected_tokens(rates: NDArray[Any]) -> NDArray[np.float64]:
-    """``(n + 1,)``, of a cycle whose slots have such rates ``(n,)``: entry ``k - 1`` is what it is expected to yield if at most ``k`` are wanted."""
-    reached = np.ones(len(rates) + 1)
-    np.cumprod(rates, out=reached[1:])
-    return reached.cumsum()
-
-
-def _weight_after(num_tokens: int) -> float:
-    """Of what was seen, so many tokens later."""
-    return math.exp(-num_tokens / MEMORY_TOKENS)
-
-
 class AdaptivePolicy:
-    """The step of the fewest expected milliseconds a token.
+    """The step that is expected to leave the least to do, in milliseconds, its own included.
 
     The next block is judged by what the last draft made of the same positions: slots behind the first rejection are drafted again, and where they
     were sure, or unsure, they mostly still are; that goes for the end of the text, too. Beyond these, by how long the cycles so far were.
@@ -190,63 +172,68 @@ class AdaptivePolicy:
 
     Args:
         costs: of the steps there are to choose from.
+        prompt: of the text; its first token is written.
         is_confident: whether :meth:`rows_to_verify` will be told how likely drafts are to be accepted.
     """
 
-    def __init__(self, costs: StepCosts, *, is_confident: bool) -> None:
-        self._lengths = np.array(costs.lengths)
-        self._past = np.array(costs.past, float)
-        drafts, verifications = ([ms[n] for n in costs.lengths] for ms in (costs.draft_ms, costs.verify_ms))
-        self._costs = np.array([costs.ar_ms, *drafts, *verifications])
-        self._acceptance = Acceptance(int(self._lengths.max()) - 1, costs.acceptance)
+    def __init__(self, costs: StepCosts, prompt: Sequence[int] = (), *, is_confident: bool) -> None:
+        self._costs, self._lengths = costs, costs.lengths
+        self._kind, prior = costs.prior_for(prompt)
+        self._is_confident = is_confident
+        self._acceptance = Acceptance(prior)
         self._surplus = _Surplus(PRIOR_SURPLUS if is_confident else 1.0)
-        self._ahead = NOTHING
-        self._step = _Step(AR_STEP, NOTHING, 0.0)
+        self._num_tokens = 1
+        self._ahead: list[float] = []
+        self._step: _Step
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
-        ar, drafts, verifications = self._costs_at(past)
-        tokens = expected_tokens(self._acceptance.rates(self._ahead))[np.minimum(self._lengths, left) - 1]
-        rows = tokens + self._surplus.share * (self._lengths - tokens)
-        verified = np.interp(rows, [AR_STEP, *self._lengths], [ar, *verifications])
-        ratios = np.array([ar, *((drafts + verified) / tokens)])
-        best = int(ratios.argmin())
-        self._step = _Step(int(self._lengths[best - 1]) if best else AR_STEP, verifications, float(ratios[best]))
+        times, outlook = self._costs.at(past), self._costs.outlook(self._kind, self._acceptance.frailty, is_confident=self._is_confident)
+        likely, surplus = reached(self._acceptance.rates(self._ahead)), self._surplus.share
+        ms_per_token = times.best(list(accumulate(likely)), surplus)
+        # With this, where all tokens are worth the same, the step that leaves the least to do is the one of the fewest milliseconds a token.
+        scale = ms_per_token / outlook.ms_per_token
+        saved = list(accumulate(map(mul, likely, outlook.worth(self._num_tokens, left))))
+        useful = list(accumulate(map(mul, likely, outlook.goes_on(self._num_tokens))))
+        wanted = [min(length, left) - 1 for length in self._lengths]
+        cycles = times.cycles([useful[k] for k in wanted], surplus)
+        left_to_do = [times.ar_ms - scale * saved[0], *(ms - scale * saved[k] for ms, k in zip(cycles, wanted, strict=True))]
+        best = left_to_do.index(min(left_to_do))
+        self._step = _Step((AR_STEP, *self._lengths)[best], times.verify_ms, outlook, scale)
         return self._step.block_length
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
-        """See :class:`Policy`. The draft is paid for; a further row has to bring more tokens than its time would elsewhere."""
+        """See :class:`Policy`. The draft is paid for; a further row has to save more than it takes."""
         step = self._step
         step.num_wanted = num_wanted
         if confidence is None:
-            step.rows = int(self._lengths[self._lengths >= num_wanted][0])
+            step.rows = next(length for length in self._lengths if length >= num_wanted)
             return step.rows
-        step.drafts = confidence[1:].astype(np.float64)
-        step.drafts[num_wanted - 1 :] = 0
-        rows = self._lengths[self._lengths <= step.block_length]
-        tokens = expected_tokens(step.drafts)[rows - 1]
-        step.rows = int(rows[(tokens * step.ms_per_token - step.verify_ms[: len(rows)]).argmax()])
+        step.drafts = confidence[1:num_wanted].tolist()
+        is_end_known = num_wanted < step.block_length
+        worth = step.outlook.worth_until(num_wanted) if is_end_known else [step.outlook.ms_per_token] * num_wanted
+        saved = list(accumulate(map(mul, reached(step.drafts), worth)))
+        gains = [
+            (step.scale * saved[min(length, num_wanted) - 1] - ms, length)
+            for length, ms in zip(self._lengths, step.verify_ms, strict=True)
+            if length <= step.block_length
+        ]
+        step.rows = max(gains, key=lambda gain: gain[0])[1]
         return step.rows
 
     def record(self, num_tokens: int) -> None:
         """See :class:`Policy`."""
         step = self._step
+        self._num_tokens += num_tokens
         self._acceptance.forget(num_tokens)
         self._surplus.forget(num_tokens)
         if step.block_length == AR_STEP:
             self._ahead = self._ahead[1 : 1 + AHEAD_AFTER_AR]
             return
-        self._acceptance.record(step.rows - 1, num_tokens - 1, step.drafts[step.rows - 1 : step.num_wanted - 1])
+        self._acceptance.record(step.rows - 1, num_tokens - 1, step.drafts[step.rows - 1 :])
         self._surplus.record(step.block_length, step.rows, num_tokens)
-        self._ahead = step.drafts[num_tokens:]
-
-    def _costs_at(self, past: int) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        """Of an AR step, and of drafting and of verifying each length."""
-        right = min(max(int(np.searchsorted(self._past, past)), 1), len(self._past) - 1)
-        low, high = self._past[right - 1], self._past[right]
-        share = min(max((past - low) / (high - low), 0.0), 1.0) if right else 0.0
-        costs = self._costs[:, right - 1] * (1 - share) + self._costs[:, right] * share
-        return float(costs[0]), costs[1 : 1 + len(self._lengths)], costs[1 + len(self._lengths) :]
+        behind_end = [0.0] * (step.block_length - step.num_wanted) if step.drafts else []
+        self._ahead = (step.drafts + behind_end)[num_tokens:]
 
 
 class _Surplus:
@@ -264,7 +251,7 @@ class _Surplus:
         self._all += block_length - num_tokens
 
     def forget(self, num_tokens: int) -> None:
-        factor = _weight_after(num_tokens)
+        factor = weight_after(num_tokens)
         self._verified *= factor
         self._all *= factor
 
@@ -275,20 +262,22 @@ class _Step:
 
     Attributes:
         verify_ms: of each block length.
-        ms_per_token: that the step was expected to take.
+        outlook: that it was chosen by.
+        scale: of what tokens are worth there, in this text.
         rows: that are verified.
         num_wanted: tokens that may come of it.
-        drafts: confidence in those of the block, 0 behind the last that is wanted; empty where it says nothing.
+        drafts: confidence in those of the block that are wanted; empty where it says nothing.
     """
 
     block_length: int
-    verify_ms: NDArray[np.float64]
-    ms_per_token: float
+    verify_ms: Sequence[float]
+    outlook: Outlook
+    scale: float
     rows: int = 0
     num_wanted: int = 0
-    drafts: NDArray[Any] = field(default_factory=lambda: NOTHING)
+    drafts: list[float] = field(default_factory=list)
 
 
-def make_policy(costs: StepCosts | None, block_length: int, *, is_confident: bool) -> Policy:
-    """The policy for these costs; without any, self-speculation with this block length."""
-    return FixedPolicy(block_length) if costs is None else AdaptivePolicy(costs, is_confident=is_confident)
+def make_policy(costs: StepCosts | None, block_length: int, prompt: Sequence[int], *, is_confident: bool) -> Policy:
+    """The policy for these costs and this prompt; without any costs, self-speculation with this block length."""
+    return FixedPolicy(block_length) if costs is None else AdaptivePolicy(costs, prompt, is_confident=is_confident)

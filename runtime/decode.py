@@ -159,7 +159,7 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    policy = make_policy(options.costs, options.block_length, is_confident=not options.sampling.is_random)
+    policy = make_policy(options.costs, options.block_length, sequence.tokens, is_confident=not options.sampling.is_random)
     yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
         length = policy.choose(sequence.cached_length, budget.left)

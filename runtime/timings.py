@@ -24,8 +24,9 @@ from trimode.runtime.auto import StepCosts
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.cache_folder import TIMINGS, default_folder
 from trimode.runtime.device import Gpu, find_gpu
+from trimode.runtime.experience import Experience, Kind
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 logger = logging.getLogger("trimode.runtime")
 _Key = tuple[Role, int, int, bool]
 _MEASURE = "measure with `trimode bench BUNDLE`"
@@ -89,12 +90,13 @@ class Subject(_Record):
 
 
 class AcceptanceRecord(_Record):
-    """Share of drafts that are accepted, those before them in the block having been, over some prompts."""
+    """Share of drafts that are accepted, those before them in the block having been, over some prompts, and the kinds that these are of."""
 
     drafter: bool
     rate: float = Field(ge=0, le=1)
     block_length: int
     num_prompts: int
+    kinds: tuple[Kind, ...] = ()
 
 
 class Timings(_Record):
@@ -131,8 +133,8 @@ class Timings(_Record):
                 drafts[length], verifications[length] = tuple(least[key] for key in draft), tuple(least[key] for key in verify)
         if not drafts:
             raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", _MEASURE)
-        rates = [one.rate for one in self.acceptance if one.drafter == use_drafter]
-        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *rates[:1])
+        found = [Experience(one.rate, one.kinds) for one in self.acceptance if one.drafter == use_drafter]
+        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *found[:1])
 
 
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:

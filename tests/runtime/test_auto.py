@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trimode.errors import UsageError
-from trimode.runtime import auto, decode
-from trimode.runtime.acceptance import acceptance_rate
-from trimode.runtime.auto import Acceptance, AdaptivePolicy, FixedPolicy, Policy, StepCosts, expected_tokens
+from trimode.runtime import decode, estimate
+from trimode.runtime.acceptance import acceptance_rate, write_texts
+from trimode.runtime.auto import AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime.estimate import Acceptance
+from trimode.runtime.experience import PRIOR_ACCEPTANCE, Experience, Past, Prior, tell_apart
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
 
@@ -54,8 +56,13 @@ def bursts(rng: np.random.Generator, length: int) -> np.ndarray:
     return rates
 
 
-def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool) -> float:
-    """The acceptance of a position is drawn before any policy comes, so that all face the same texts; drafts may know how likely it was."""
+def milliseconds_per_token(
+    make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool, limit: int | None = None
+) -> float:
+    """The acceptance of a position is drawn before any policy comes, so that all face the same texts; drafts may know how likely it was.
+
+    With a ``limit`` the policy knows that one alone, not how long a text is; drafts show its end.
+    """
     spent = 0.0
     for text in range(texts):
         rng, policy, position = np.random.default_rng((5, text)), make(), 0
@@ -63,7 +70,7 @@ def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: 
         accepts = rng.random(length) < likely
         while position < length:
             left = length - position
-            block, tokens = policy.choose(64, left), 1
+            block, tokens = policy.choose(64, limit - position if limit else left), 1
             if block == 1:
                 spent += costs.ar_ms[0]
             else:
@@ -75,6 +82,63 @@ def milliseconds_per_token(make: Callable[[], Policy], costs: StepCosts, rates: 
             policy.record(tokens)
             position += tokens
     return spent / (length * texts)
+
+
+KINDS: dict[int, tuple[Rates, int]] = {7: (constant(0.97), 16), 8: (constant(0.5), 40), 9: (constant(0.97), 47)}
+"""First token of the prompt -> what texts are like and how long they are behind their first token."""
+
+
+def past_texts(kind: int, count: int) -> list[Past]:
+    """What `trimode bench` would have seen of such texts, in blocks of 32."""
+    rates, length = KINDS[kind]
+    texts = []
+    for number in range(count):
+        rng, position, tried, accepted = np.random.default_rng((6, number)), 0, np.zeros(31, np.int64), np.zeros(31, np.int64)
+        accepts = rng.random(length) < rates(rng, length)
+        while position < length:
+            drafts = accepts[position : position + 31]
+            found = len(drafts) if drafts.all() else int(drafts.argmin())
+            found = min(found, length - position - 1)
+            accepted[:found] += 1
+            tried[: found + (found < 31 and position + found + 1 < length)] += 1
+            position += found + 1
+        texts.append(Past([kind, number], tried, accepted, length + 1))
+    return texts
+
+
+@pytest.mark.parametrize("is_confident", [True, False])
+def test_texts_whose_kind_was_measured_are_written_faster(is_confident: bool) -> None:
+    """Faster than by any single choice and than without knowing their kind, each kind and all of them, and the more so the shorter they are."""
+    kinds = tell_apart([text for kind in KINDS for text in past_texts(kind, 20)])
+    assert [one.num_tokens for one in kinds] == [0, 1, 1, 1]
+    spent: dict[str, list[float]] = {}
+    for kind, (rates, length) in KINDS.items():
+        knowing = replace(CPU, experience=Experience(0.93, kinds))
+        ways: dict[str, Callable[[], Policy]] = {
+            "knowing": partial(AdaptivePolicy, knowing, [kind, 999], is_confident=is_confident),
+            "not knowing": partial(AdaptivePolicy, CPU, [kind, 999], is_confident=is_confident),
+            **{str(n): partial(FixedPolicy, n) for n in (1, *CPU.lengths)},
+        }
+        for way, make in ways.items():
+            spent.setdefault(way, []).append(milliseconds_per_token(make, CPU, rates, length, 60, is_confident=is_confident, limit=500))
+    best_of_each = np.min([spent[str(n)] for n in (1, *CPU.lengths)], axis=0)
+    assert (np.array(spent["knowing"]) < 1.03 * best_of_each).all()
+    assert sum(spent["knowing"]) < 0.95 * sum(spent["not knowing"])
+    assert sum(spent["knowing"]) < 0.85 * min(sum(spent[str(n)]) for n in (1, *CPU.lengths))
+
+
+def test_blocks_share_what_is_left_of_a_text_of_known_length() -> None:
+    """Of 17 tokens one is written: 16 are left, in one block of 16. Of 49, 48: in blocks of 32 and 16, in whatever order."""
+    for length, expected in ((17, [16]), (9, [8]), (49, [16, 32]), (33, [32])):
+        kinds = tell_apart([Past([1, n], np.full(31, 50), np.full(31, 50), length) for n in range(20)])
+        policy, written, picks = AdaptivePolicy(replace(CPU, experience=Experience(0.93, kinds)), [1, 99], is_confident=True), 1, []
+        while written < length:
+            picks.append(policy.choose(64, 500))
+            wanted = min(picks[-1], length - written)
+            policy.rows_to_verify(wanted, np.full(picks[-1], 0.9999))
+            policy.record(wanted)
+            written += wanted
+        assert sorted(picks) == expected, length
 
 
 def regret(costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool = False) -> float:
@@ -108,27 +172,30 @@ def test_drafts_that_know_what_they_are_worth_make_it_better() -> None:
 
 
 def test_rows_that_are_verified() -> None:
-    """As many as bring more than they cost, of those that were measured; what lies behind the last token wanted brings nothing."""
-    policy = AdaptivePolicy(replace(CPU, acceptance=0.99), is_confident=True)
+    """As many as save more than they cost, of those that were measured; what lies behind the last token wanted saves nothing."""
+    policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
     assert policy.choose(64, 1000) == 32
     certain = np.ones(32)
-    # A token more or two is not worth the next longer verification.
+    # In the middle of a text a token more or two is not worth the next longer verification.
     for tokens, rows in {1: 8, 2: 8, 8: 8, 9: 8, 12: 16, 16: 16, 18: 16, 24: 32, 32: 32}.items():
-        assert policy.rows_to_verify(tokens, certain) == rows
         assert policy.rows_to_verify(32, np.where(np.arange(32) < tokens, 0.9999, 0.01)) == rows
+
+    # At its end two tokens would be left to AR, which takes 1.8 ms for them, and the next longer verification 1.7 ms more; one would not be worth it.
+    for tokens, rows in {1: 8, 8: 8, 12: 16, 16: 16, 17: 16, 18: 32, 24: 32}.items():
+        assert policy.rows_to_verify(tokens, certain) == rows
 
 
 def test_where_tokens_are_drawn_all_that_is_wanted_is_verified() -> None:
-    policy = AdaptivePolicy(replace(CPU, acceptance=0.99), is_confident=True)
+    policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
     assert policy.choose(64, 1000) == 32
     assert {n: policy.rows_to_verify(n, None) for n in (1, 8, 9, 16, 17, 32)} == {1: 8, 8: 8, 9: 16, 16: 16, 17: 32, 32: 32}
 
 
 def test_a_cut_says_nothing_in_favour_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 whose drafts are good for 7 slots, all of which are verified and accepted: the slots behind are as bad as they were judged."""
-    monkeypatch.setattr(auto, "AHEAD_TRIALS", 0.0)  # in this text what a draft says of the next block is wrong
+    monkeypatch.setattr(estimate, "AHEAD_TRIALS", 0.0)  # in this text what a draft says of the next block is wrong
     confidence = np.where(np.arange(32) < 8, 0.999, 0.05)
-    policy, lengths = AdaptivePolicy(replace(CPU, acceptance=0.99), is_confident=True), []
+    policy, lengths = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True), []
     for _ in range(40):
         lengths.append(length := policy.choose(64, 1000))
         rows = policy.rows_to_verify(length, confidence[:length])
@@ -141,7 +208,7 @@ def test_a_cut_says_nothing_in_favour_of_what_was_cut_off(monkeypatch: pytest.Mo
 def test_what_a_draft_says_of_the_next_block_counts() -> None:
     """Its first token rejected: sure drafts behind it make the next block long, an end drafted behind it makes it short."""
     for confidence, num_wanted, length in ((np.full(32, 0.9999), 32, 32), (np.full(32, 0.9999), 9, 8), (np.full(32, 0.2), 32, 1)):
-        policy = AdaptivePolicy(replace(CPU, acceptance=0.99), is_confident=True)
+        policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
         assert policy.choose(64, 1000) == 32
         policy.rows_to_verify(num_wanted, confidence)
         policy.record(1)
@@ -161,23 +228,30 @@ def test_a_draft_that_was_unsure_of_everything_is_soon_forgotten() -> None:
     assert 1 <= steps <= 6
 
 
+def flat(num_slots: int, weight: float) -> Prior:
+    return Prior((1 - PRIOR_ACCEPTANCE,) * num_slots, weight)
+
+
+def expected_tokens(rates: Sequence[float]) -> np.ndarray:
+    """Of a cycle in which at most 1, 2, ... tokens are wanted."""
+    return np.cumsum([1.0, *np.cumprod(rates)])
+
+
 def test_the_estimate_is_the_mean_of_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With next to no prior and no forgetting: the mean over the cycles of the tokens that were wanted, counted one by one."""
-    monkeypatch.setattr(auto, "PRIOR_SLOTS", 1e-9)
-    monkeypatch.setattr(auto, "SLOT_TRIALS", 1e-9)
-    rng, estimate = np.random.default_rng(1), Acceptance(11)
+    monkeypatch.setattr(estimate, "SLOT_TRIALS", 1e-9)
+    rng, acceptance = np.random.default_rng(1), Acceptance(flat(11, 1e-9))
     seen = [min(int(n), 12) for n in rng.geometric(0.2, 500)]
     for tokens in seen:
-        estimate.record(11, tokens - 1)
+        acceptance.record(11, tokens - 1)
     for wanted in (1, 2, 7, 12):
-        assert expected_tokens(estimate.rates())[wanted - 1] == pytest.approx(np.mean([min(n, wanted) for n in seen]))
+        assert expected_tokens(acceptance.rates())[wanted - 1] == pytest.approx(np.mean([min(n, wanted) for n in seen]))
 
 
 def test_short_blocks_say_nothing_against_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off at 4 slots, the same cycles give the same estimate for 4 slots, and one for all that is no lower than the truth."""
-    monkeypatch.setattr(auto, "PRIOR_SLOTS", 1e-9)
-    monkeypatch.setattr(auto, "SLOT_TRIALS", 1e-9)
-    whole, cut = Acceptance(30), Acceptance(30)
+    monkeypatch.setattr(estimate, "SLOT_TRIALS", 1e-9)
+    whole, cut = Acceptance(flat(30, 1e-9)), Acceptance(flat(30, 1e-9))
     for tokens in np.random.default_rng(2).geometric(0.1, 4000):
         whole.record(30, min(int(tokens), 31) - 1)
         cut.record(3, min(int(tokens), 4) - 1)
@@ -208,7 +282,7 @@ def test_costs_are_interpolated_between_cached_lengths() -> None:
     """Drafting pays at short lengths only; the break-even is where the two lines meet."""
     costs = StepCosts((100, 300), (1.0, 1.0), {8: (0.0, 99.0)}, {8: (1.0, 1.0)})
     policy = AdaptivePolicy(costs, is_confident=True)
-    tokens = float(expected_tokens(Acceptance(7).rates())[7])
+    tokens = float(expected_tokens(Acceptance(Experience().prior((), 7)).rates())[7])
     even = 100 + 200 * (tokens - 1) / 99
     for past, block in ((1, 8), (100, 8), (int(even) - 1, 8), (int(even) + 2, 1), (300, 1), (10000, 1)):
         assert policy.choose(past, 1000) == block
@@ -408,14 +482,14 @@ def test_the_acceptance_of_prompts_is_counted(built: Callable[[str], Built], use
             tried += right + (right < length - 1 and not is_over)
             last += right + 1
     assert tried > 20
-    assert acceptance_rate(it.model, prompts, length, use_drafter=use_drafter) == pytest.approx(accepted / tried)
+    assert acceptance_rate(write_texts(it.model, prompts, length, use_drafter=use_drafter)) == pytest.approx(accepted / tried)
 
 
 def test_what_was_measured_of_acceptance_is_expected(built: Callable[[str], Built]) -> None:
     timings = table(opened(built), {8: 3.9, 16: 5.6})
     records = [AcceptanceRecord(drafter=drafter, rate=rate, block_length=8, num_prompts=1) for drafter, rate in ((False, 0.2), (True, 0.99))]
-    assert timings.costs(use_drafter=True).acceptance == auto.PRIOR_ACCEPTANCE
+    assert timings.costs(use_drafter=True).experience == Experience(PRIOR_ACCEPTANCE)
     costs = timings.model_copy(update={"acceptance": tuple(records)}).costs(use_drafter=True)
-    assert costs.acceptance == 0.99
+    assert costs.experience.rate == 0.99
     assert AdaptivePolicy(costs, is_confident=True).choose(9, 1000) == 16
-    assert AdaptivePolicy(replace(costs, acceptance=0.2), is_confident=True).choose(9, 1000) == 1
+    assert AdaptivePolicy(replace(costs, experience=Experience(0.2)), is_confident=True).choose(9, 1000) == 1
