@@ -405,7 +405,7 @@ def bench(
     batch: Annotated[str | None, typer.Option(metavar="N,N,...", help="Sequences in a forward; single ones if left out.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds; 20, or what fits into two minutes, if left out.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: how many of their drafts are accepted is measured too.")
+        Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: what becomes of their drafts is measured too, by how prompts begin.")
     ] = None,
     speed_of_light: Annotated[
         bool, typer.Option("--speed-of-light", help="Measure not time but forwards, over the prompts: the fewest, and what each mode takes.")

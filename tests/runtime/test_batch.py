@@ -24,6 +24,7 @@ from trimode.errors import UsageError
 from trimode.runtime import Batch, BatchRow, Chunk, Generation
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.batch import BatchRequest
+from trimode.runtime.experience import Experience
 from trimode.runtime.forward import Forward
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.ort_session import OrtSession
@@ -32,7 +33,7 @@ from trimode.runtime.text import TextCodec
 
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec", "auto")
 SIZES = (1, 2, 3, 5, 8)
-COSTS = StepCosts((64,), (1.0,), {4: (1.3,), 8: (1.6,), 16: (2.1,)}, {4: (1.2,), 8: (1.4,), 16: (1.9,)}, 0.5)
+COSTS = StepCosts((64,), (1.0,), {4: (1.3,), 8: (1.6,), 16: (2.1,)}, {4: (1.2,), 8: (1.4,), 16: (1.9,)}, Experience(0.5))
 PIECES = ["a", "b", "ab", "ba", "c", "abc", " ", "\n", "\n\n", "x\n", "bca"]
 
 
