@@ -2,12 +2,11 @@
 
 Every choice yields the tokens of AR, or their distribution, so what is chosen is a matter of time alone. A step is worth the tokens that it is
 expected to yield; the policy takes the one with the fewest milliseconds a token, or, where it is known how long such a text is, the one that
-leaves the least to do. Milliseconds come from a table
-(:mod:`trimode.runtime.timings`). How many drafts will be accepted is estimated from the text itself: acceptance persists (after a long cycle the
-next one is mostly long), and it differs from one text to the next far more than from one model to the next. A text begins with what texts after
-prompts like its own have shown (:mod:`trimode.runtime.experience`), which also says how much of it is still to come
-(:mod:`trimode.runtime.outlook`). Once a block is drafted, its probabilities say more than any history: what
-will hardly be accepted is not verified.
+leaves the least to do. Milliseconds come from a table (:mod:`trimode.runtime.timings`). How many drafts will be accepted is estimated from the
+text itself (:mod:`trimode.runtime.estimate`): acceptance persists (after a long cycle the next one is mostly long), and it differs from one text
+to the next far more than from one model to the next. A text begins with what texts after prompts like its own have shown
+(:mod:`trimode.runtime.experience`), which also says how much of it is still to come (:mod:`trimode.runtime.outlook`). Once a block is drafted,
+its probabilities say more than any history: what will hardly be accepted is not verified.
 
 Nothing here looks at a clock, so the same text under the same table takes the same steps, and a seed reproduces it.
 """
@@ -40,7 +39,6 @@ PRIOR_SURPLUS = 0.2
 """Share of the rows without use that are verified, before a text has shown its own, where drafts have a confidence; else all of them are."""
 PRIOR_SURPLUS_ROWS = 4.0
 """Rows that this weighs as much as."""
-
 
 _KEPT = 4096
 """Numbers of cached tokens whose steps are kept."""

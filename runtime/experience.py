@@ -23,6 +23,8 @@ PRIOR_ACCEPTANCE = 0.93
 """Of a slot whose predecessors were accepted, where nothing was measured."""
 PRIOR_SLOTS = 4.0
 """Drafts that this weighs as much as."""
+GREATEST_RATE = 0.999
+"""That is expected: no number of accepted drafts says that the next is certain."""
 KIND_TRIALS = 4.0
 """Trials of one slot that weigh as much as what the shorter beginning says of it."""
 LEAST_PROMPTS, LEAST_SHARE = 8, 0.01
@@ -90,7 +92,8 @@ class Experience:
 
     def prior(self, kinds: Sequence[Kind], num_slots: int) -> Prior:
         """What to expect of a text of these kinds, each of which contains the next one and is corrected by it."""
-        rates, weight = np.full(num_slots, self.rate), (1 - self.rate) * PRIOR_SLOTS
+        rate = min(self.rate, GREATEST_RATE)
+        rates, weight = np.full(num_slots, rate), (1 - rate) * PRIOR_SLOTS
         for kind in kinds:
             count = min(num_slots, len(kind.tried))
             tried, accepted = np.array(kind.tried[:count]), np.array(kind.accepted[:count])

@@ -127,6 +127,16 @@ def test_texts_whose_kind_was_measured_are_written_faster(is_confident: bool) ->
     assert sum(spent["knowing"]) < 0.85 * min(sum(spent[str(n)]) for n in (1, *CPU.lengths))
 
 
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_that_leaves_no_doubt_is_doubted(rate: float) -> None:
+    """Where every draft of the measured prompts was accepted, or none: what a text shows counts all the same."""
+    policy = AdaptivePolicy(replace(CPU, experience=Experience(rate)), is_confident=False)
+    assert policy.choose(64, 1000) == (32 if rate else 1)
+    for _ in range(30):
+        length = step(policy, 1)
+    assert length == 1
+
+
 def test_blocks_share_what_is_left_of_a_text_of_known_length() -> None:
     """Of 17 tokens one is written: 16 are left, in one block of 16. Of 49, 48: in blocks of 32 and 16, in whatever order."""
     for length, expected in ((17, [16]), (9, [8]), (49, [16, 32]), (33, [32])):
