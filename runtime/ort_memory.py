@@ -81,8 +81,8 @@ class Buffer:
 
     @property
     def _is_value(self) -> bool:
-        """Whether it is all of the OrtValue, under its own type: binding that takes a fraction of the time that an address takes."""
-        return self.dtype != "bfloat16" and self.is_whole
+        """Whether it is all of an OrtValue on the CPU, under its own type: binding that takes a fraction of the time that an address takes."""
+        return self.device == "cpu" and self.dtype != "bfloat16" and self.is_whole
 
     @property
     def _address(self) -> int:

@@ -78,6 +78,14 @@ class Binding:
         assert (device == "cuda") == self.is_on_gpu(rest[-1])
         self.real.bind_output(name, "cpu", *rest)
 
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        assert not self.is_on_gpu(value.data_ptr())
+        self.real.bind_ortvalue_input(name, value)
+
+    def bind_ortvalue_output(self, name: str, value: Any) -> None:
+        assert not self.is_on_gpu(value.data_ptr())
+        self.real.bind_ortvalue_output(name, value)
+
     def bind_cpu_input(self, name: str, array: Any) -> None:
         self.real.bind_cpu_input(name, array.copy())
 
