@@ -162,6 +162,9 @@ def _check_thinking(options: DecodeOptions, model: ModelInfo) -> None:
     if options.end_think_token_id is None:
         raise UsageError("expected end_think_token_id together with max_thinking_tokens, found none", "pass the id of the token that ends thinking")
     _check_token("end_think_token_id", options.end_think_token_id, model)
+    if options.end_think_token_id in options.end_tokens(model):
+        found = f"expected an end_think_token_id that ends no text, found {options.end_think_token_id}, which is among the end tokens"
+        raise UsageError(found, "the answer comes after it; pass other eos_token_ids")
 
 
 def _check_logprobs(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:

@@ -58,6 +58,7 @@ def with_ends(model: TriModeModel, options: dict[str, Any], prompt: list[int]) -
     free = model.stream([prompt], "ar", max_new_tokens=20, eos_token_ids=()).finish().token_ids
     ends = {free[i % 20] if i % 2 else i for i in options["eos_token_ids"]} - {model.model.mask_token_id}
     think = {"end_think_token_id": THINK} if options["max_thinking_tokens"] is not None else {}
+    ends -= set(think.values())
     least = min(options["min_new_tokens"], options["max_new_tokens"])
     return {**options, "eos_token_ids": tuple(ends), "min_new_tokens": least, **think}
 
@@ -75,8 +76,8 @@ def test_limits_hold(model: TriModeModel, mode: Any, options: dict[str, Any], pr
     tokens = [token for chunk in chunks for token in chunk]
     assert result.token_ids == tokens
     assert options["min_new_tokens"] <= len(tokens) <= options["max_new_tokens"]
-    assert not any(token in ends for token in tokens[:-1] if token != THINK)
-    assert not any(token in ends for token in tokens[: max(0, options["min_new_tokens"] - 1)] if token != THINK)
+    assert not any(token in ends for token in tokens[:-1])
+    assert not any(token in ends for token in tokens[: max(0, options["min_new_tokens"] - 1)])
     if result.finish_reason == "stop":
         assert tokens[-1] in ends
     else:
@@ -228,6 +229,7 @@ def test_an_incomplete_character_does_not_hide_a_stop_string(tmp_path: Path) -> 
     [("ar", {"temperature": -1.0}), ("ar", {"top_p": 0}), ("ar", {"min_new_tokens": 9, "max_new_tokens": 8}), ("ar", {"min_new_tokens": -1}),
      ("ar", {"stop": ["a", ""]}), ("ar", {"eos_token_ids": (109,)}), ("ar", {"eos_token_ids": (100,)}),
      ("ar", {"max_thinking_tokens": -1, "end_think_token_id": 1}),
+     ("ar", {"max_thinking_tokens": 5, "end_think_token_id": 13, "eos_token_ids": (12, 13)}),
      ("ar", {"max_thinking_tokens": 5, "end_think_token_id": 200}), ("ar", {"max_thinking_tokens": 5}), ("ar", {"logprobs": -1}),
      ("ar", {"logprobs": 110}), ("diffusion", {"logprobs": 6}), ("diffusion", {"min_new_tokens": 1, "eos_token_ids": (1, 2, 3, 4, 5)})],
 )  # fmt: skip
