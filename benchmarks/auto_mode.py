@@ -23,8 +23,7 @@ import trimode
 from benchmarks.common import arguments_of, save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
-from trimode.runtime.acceptance import acceptance_rate, write_texts
-from trimode.runtime.experience import tell_apart
+from trimode.runtime.acceptance import write_texts
 from trimode.runtime.forward_timer import DEFAULT_ROWS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.timings import AcceptanceRecord, Timings, subject_of
 
@@ -45,9 +44,8 @@ def measured_timings(model: TriModeModel, threads: int, repeats: int) -> Timings
     subject = subject_of(model.bundle, model.target, threads)
     training = [encode(model, e.prompt) for e in itertools.islice(examples(3, "train"), TRAINING_PER_FAMILY * len(FAMILIES))]
     texts = list(write_texts(model, training, max(BLOCKS), use_drafter=model.model.has_drafter))
-    rate = acceptance_rate(texts)
-    assert rate is not None
-    record = AcceptanceRecord(drafter=model.model.has_drafter, rate=rate, block_length=max(BLOCKS), num_prompts=len(texts), kinds=tell_apart(texts))
+    record = AcceptanceRecord.of(texts, max(BLOCKS), drafter=model.model.has_drafter)
+    assert record is not None
     return Timings(
         trimode_version=trimode.__version__, command="benchmarks.auto_mode", date=time.strftime("%Y-%m-%d"), system="", subject=subject,
         forwards=forwards, acceptance=(record,),

@@ -15,8 +15,7 @@ import trimode
 from trimode.compiler.console import RichProgress
 from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import UsageError
-from trimode.runtime.acceptance import acceptance_rate, write_texts
-from trimode.runtime.experience import tell_apart
+from trimode.runtime.acceptance import write_texts
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
@@ -80,10 +79,8 @@ def _acceptance(model: TriModeModel, prompts: list[list[int]], settings: TimerSe
         for text in write_texts(model, prompts, length, use_drafter=drafter):
             texts.append(text)
             advance(1)
-        rate = acceptance_rate(texts)
-        if rate is not None:
-            records.append(AcceptanceRecord(drafter=drafter, rate=rate, block_length=length, num_prompts=len(prompts), kinds=tell_apart(texts)))
-    return tuple(records)
+        records.append(AcceptanceRecord.of(texts, length, drafter=drafter))
+    return tuple(record for record in records if record is not None)
 
 
 def _keep(timings: Timings, output: Path | None) -> None:

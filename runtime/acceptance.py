@@ -32,8 +32,7 @@ def write_texts(model: TriModeModel, prompts: Iterable[Sequence[int]], block_len
         yield Past(prompt, tried, accepted, len(result.token_ids) if result.finish_reason == "stop" else None)
 
 
-def acceptance_rate(texts: Iterable[Past]) -> float | None:
+def acceptance_rate(texts: Sequence[Past]) -> float | None:
     """Share of the drafts that were accepted, of those whose predecessors in the block were; None where no draft was judged."""
-    texts = list(texts)
     tried = sum(int(text.tried.sum()) for text in texts)
     return sum(int(text.accepted.sum()) for text in texts) / tried if tried else None

@@ -61,8 +61,7 @@ class StepCosts:
     draft_ms: Mapping[int, tuple[float, ...]]
     verify_ms: Mapping[int, tuple[float, ...]]
     experience: Experience = field(default_factory=Experience)
-    _priors: dict[str, Prior] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _outlooks: dict[tuple[str, int, bool], Outlook] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kinds: dict[str, TextKind] = field(default_factory=dict, init=False, repr=False, compare=False)
     _times: dict[float, StepTimes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,28 +88,41 @@ class StepCosts:
         drafts, verifications = ([float(np.interp(past, self.past, ms[n])) for n in self.lengths] for ms in (self.draft_ms, self.verify_ms))
         return StepTimes(self.lengths, float(np.interp(past, self.past, self.ar_ms)), drafts, verifications)
 
-    def prior_for(self, prompt: Sequence[int]) -> tuple[str, Prior]:
-        """What kind a prompt is of, and what is expected of its text; for drafts of the longest block."""
+    def kind_of(self, prompt: Sequence[int]) -> TextKind:
+        """What the text after a prompt is like; one object for all prompts of a kind."""
         kinds = tuple(self.experience.kinds_of(prompt))
         name = kinds[-1].sha256 if kinds else ""
-        if name not in self._priors:
-            self._priors[name] = self.experience.prior(kinds, self.lengths[-1] - 1)
-        return name, self._priors[name]
-
-    def outlook(self, kind: str, frailty: float, *, is_confident: bool) -> Outlook:
-        """On the rest of a text of a kind in which drafts are rejected ``frailty`` times as often as expected, to the next power of 2."""
-        level = round(math.log2(min(max(frailty, 1 / MOST_FRAILTY), MOST_FRAILTY)))
-        key = kind, level, is_confident
-        if key not in self._outlooks:
-            prior, usual = self._priors[kind], self.at(sum(self.past) / len(self.past))
-            rates = [max(1 - 2.0**level * rejection, 0.0) for rejection in prior.rejection]
-            self._outlooks[key] = Outlook(rates, prior.ends, usual, PRIOR_SURPLUS if is_confident else 1.0)
-        return self._outlooks[key]
+        if name not in self._kinds:
+            usual = self.at(sum(self.past) / len(self.past))
+            self._kinds[name] = TextKind(self.experience.prior(kinds, self.lengths[-1] - 1), usual)
+        return self._kinds[name]
 
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
         """With these block lengths only."""
         usable = [length for length in self.lengths if is_usable(length)]
         return replace(self, draft_ms={n: self.draft_ms[n] for n in usable}, verify_ms={n: self.verify_ms[n] for n in usable})
+
+
+class TextKind:
+    """Texts of which the same is expected.
+
+    Args:
+        prior: what that is.
+        times: of the steps, at a usual number of cached tokens.
+    """
+
+    def __init__(self, prior: Prior, times: StepTimes) -> None:
+        self.prior, self._times = prior, times
+        self._outlooks: dict[tuple[int, bool], Outlook] = {}
+
+    def outlook(self, frailty: float, *, is_confident: bool) -> Outlook:
+        """On the rest of a text in which drafts are rejected ``frailty`` times as often as expected, to the next power of 2."""
+        level = round(math.log2(min(max(frailty, 1 / MOST_FRAILTY), MOST_FRAILTY)))
+        key = level, is_confident
+        if key not in self._outlooks:
+            rates = [max(1 - 2.0**level * rejection, 0.0) for rejection in self.prior.rejection]
+            self._outlooks[key] = Outlook(rates, self.prior.ends, self._times, PRIOR_SURPLUS if is_confident else 1.0)
+        return self._outlooks[key]
 
 
 class Policy(Protocol):
@@ -176,9 +188,8 @@ class AdaptivePolicy:
 
     def __init__(self, costs: StepCosts, prompt: Sequence[int] = (), *, is_confident: bool) -> None:
         self._costs, self._lengths = costs, costs.lengths
-        self._kind, prior = costs.prior_for(prompt)
-        self._is_confident = is_confident
-        self._acceptance = Acceptance(prior)
+        self._kind, self._is_confident = costs.kind_of(prompt), is_confident
+        self._acceptance = Acceptance(self._kind.prior)
         self._surplus = _Surplus(PRIOR_SURPLUS if is_confident else 1.0)
         self._num_tokens = 1
         self._ahead: list[float] = []
@@ -186,7 +197,7 @@ class AdaptivePolicy:
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
-        times, outlook = self._costs.at(past), self._costs.outlook(self._kind, self._acceptance.frailty, is_confident=self._is_confident)
+        times, outlook = self._costs.at(past), self._kind.outlook(self._acceptance.frailty, is_confident=self._is_confident)
         likely, surplus = reached(self._acceptance.rates(self._ahead)), self._surplus.share
         ms_per_token = times.best(list(accumulate(likely)), surplus)
         # With this, where all tokens are worth the same, the step that leaves the least to do is the one of the fewest milliseconds a token.

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trimode.errors import UsageError
 from trimode.files import replace_text
 from trimode.graphs.contract import Role
+from trimode.runtime.acceptance import acceptance_rate
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.cache_folder import TIMINGS, default_folder
 from trimode.runtime.device import Gpu, find_gpu
-from trimode.runtime.experience import Experience, Kind
+from trimode.runtime.experience import Experience, Kind, Past, tell_apart
 
 SCHEMA_VERSION = 2
 logger = logging.getLogger("trimode.runtime")
@@ -97,6 +99,14 @@ class AcceptanceRecord(_Record):
     block_length: int
     num_prompts: int
     kinds: tuple[Kind, ...] = ()
+
+    @classmethod
+    def of(cls, texts: Sequence[Past], block_length: int, *, drafter: bool) -> AcceptanceRecord | None:
+        """What these texts have shown; None where no draft was judged."""
+        rate = acceptance_rate(texts)
+        if rate is None:
+            return None
+        return cls(drafter=drafter, rate=rate, block_length=block_length, num_prompts=len(texts), kinds=tell_apart(texts))
 
 
 class Timings(_Record):

@@ -492,7 +492,7 @@ def test_the_acceptance_of_prompts_is_counted(built: Callable[[str], Built], use
             tried += right + (right < length - 1 and not is_over)
             last += right + 1
     assert tried > 20
-    assert acceptance_rate(write_texts(it.model, prompts, length, use_drafter=use_drafter)) == pytest.approx(accepted / tried)
+    assert acceptance_rate(list(write_texts(it.model, prompts, length, use_drafter=use_drafter))) == pytest.approx(accepted / tried)
 
 
 def test_what_was_measured_of_acceptance_is_expected(built: Callable[[str], Built]) -> None:
