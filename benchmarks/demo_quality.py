@@ -34,7 +34,7 @@ def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str,
             stream = model.stream([model.codec.encode_chat([{"role": "user", "content": example.prompt}])], max_new_tokens=192, **options)
             for _ in stream:
                 pass
-            results.append((stream.result, model.codec.decode(stream.result.token_ids) == example.answer))
+            results.append((stream.result, model.codec.decode(stream.result.token_ids) in example.answers))
         if name == "ar":
             ar = [r.token_ids for r, _ in results]
         tokens, nfe = sum(len(r.token_ids) for r, _ in results), sum(r.nfe for r, _ in results)

@@ -39,7 +39,7 @@ def answer(model: TriModeModel, questions: list[Example], length: int, name: str
     for question in questions:
         ids = model.codec.encode_chat([{"role": "user", "content": question.prompt}])
         stream = model.stream([ids], "diffusion", sampler=name, block_length=length, max_new_tokens=MAX_NEW_TOKENS, **chosen)
-        right += "".join(stream.text()) == question.answer
+        right += "".join(stream.text()) in question.answers
         tokens, nfe, elapsed_s = tokens + len(stream.result.token_ids), nfe + stream.result.nfe, elapsed_s + stream.result.elapsed_s
     return {"sampler": name, **chosen, "exact_match": right / len(questions), "num_right": right, "tokens": tokens, "nfe": nfe,
             "tokens_per_forward": tokens / nfe, "elapsed_s": elapsed_s}  # fmt: skip

@@ -113,8 +113,8 @@ def read_questions(data: Path, checkpoint_path: Path) -> tuple[list[Question], T
     """
     prompts = list(read_prompts_file(data))
     texts = encode_prompts(prompts, checkpoint_path)
-    to_text = TextCodec(checkpoint_path).decode if any(prompt.answer is not None for prompt in prompts) else None
-    return [Question(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)], to_text
+    to_text = TextCodec(checkpoint_path).decode if any(prompt.answers for prompt in prompts) else None
+    return [Question(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)], to_text
 
 
 def _scales(quantization: Quantization) -> Scales:

@@ -50,11 +50,11 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer; ``answer`` is what was expected, where that is known."""
+    """One thing to answer; ``answers`` are all right ones, where these are known."""
 
     text: str | None = None
     token_ids: list[int] | None = None
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
 
 
 def run_prompts(bundle: Path, request: RunRequest) -> None:
@@ -74,9 +74,9 @@ def run_prompts(bundle: Path, request: RunRequest) -> None:
     num_right, num_known = 0, 0
     answers = _one_by_one(model, prompts, mode, request) if request.batch == 1 else _side_by_side(model, prompts, mode, request)
     for prompt, (result, text) in zip(prompts, answers, strict=True):
-        if prompt.answer is not None:
+        if prompt.answers:
             num_known += 1
-            num_right += text == prompt.answer
+            num_right += text in prompt.answers
         if request.as_json:
             sys.stdout.write(json.dumps(as_record(result, text, prompt), ensure_ascii=False) + "\n")
             sys.stdout.flush()
@@ -149,8 +149,8 @@ def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str,
         record["picks"] = result.picks
     if result.logprobs is not None:
         record["logprobs"] = [{"token_id": t.token_id, "logprob": t.logprob, "top": [list(pair) for pair in t.top]} for t in result.logprobs]
-    if prompt.answer is not None:
-        record["is_exact_match"] = text == prompt.answer
+    if prompt.answers:
+        record["is_exact_match"] = text in prompt.answers
     return record
 
 
@@ -175,9 +175,12 @@ def _parse_line(line: str, where: str) -> Prompt:
         raise UsageError(f"{where}: expected a JSON object, found {line[:40]!r}", _LINE_HINT) from error
     text, ids, answer = (value.get(k) for k in ("prompt", "token_ids", "answer")) if isinstance(value, dict) else (None, None, None)
     is_text, is_ids = isinstance(text, str) and bool(text), isinstance(ids, list) and all(isinstance(i, int) for i in ids)
-    if is_text == is_ids or (answer is not None and not isinstance(answer, str)):
+    if is_text == is_ids:
         raise UsageError(f"{where}: expected either `prompt` (text) or `token_ids` (a list), found {line[:40]!r}", _LINE_HINT)
-    return Prompt(text, ids, answer)
+    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+    if answer == [] or not all(isinstance(one, str) for one in answers):
+        raise UsageError(f"{where}: expected `answer` to be a text or a list of texts, found {answer!r}", "leave it out where it is not known")
+    return Prompt(text, ids, tuple(answers))
 
 
 def _one_by_one(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:

@@ -128,6 +128,6 @@ def test_ar_answers_most_questions(model: TriModeModel) -> None:
     """A floor, not the claim: the measured table is in the README."""
     asked = list(questions(6))
     right = sum(
-        model.codec.decode(model.ar_generate(ids := ask(model, q), max_new_tokens=192)[0][0, len(ids[0]) :].tolist()) == q.answer for q in asked
+        model.codec.decode(model.ar_generate(ids := ask(model, q), max_new_tokens=192)[0][0, len(ids[0]) :].tolist()) in q.answers for q in asked
     )
     assert right >= 0.7 * len(asked)

@@ -27,11 +27,11 @@ THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class Question:
-    """An example as token ids; ``expected`` ends with the end token."""
+    """An example as token ids; ``expected`` are all right answers, each with its end token."""
 
     family: str
     prompt: list[int]
-    expected: list[int]
+    expected: list[list[int]]
 
 
 class Diffusion(NamedTuple):
@@ -87,7 +87,7 @@ def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 
     names = [q.family for q in questions]
 
     def exact_match(answers: Sequence[list[int]]) -> dict[str, float]:
-        right = [(q.family, q.expected == answer) for q, answer in zip(questions, answers, strict=True)]
+        right = [(q.family, answer in q.expected) for q, answer in zip(questions, answers, strict=True)]
         return {family: sum(r for f, r in right if f == family) / num_questions for family in FAMILIES}
 
     return Evaluation(
@@ -167,7 +167,8 @@ def _model_info(trunk: TriModeTrunk, block_length: int) -> ModelInfo:
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question:
-    return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, tokenizer.encode(example.answer + IM_END).ids)
+    expected = [tokenizer.encode(answer + IM_END).ids for answer in example.answers]
+    return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected)
 
 
 def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -36,12 +36,18 @@ class JointTraining(Training):
 
 def autoregressive_loss(trunk: TriModeTrunk, chats: Chats) -> JointLoss:
     """The objective without its noisy half."""
-    chats, length = chats.to(device_of(trunk)), chats.ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=chats.ids.device).tril()
-    logits = trunk.head(trunk(chats.ids, chats.positions, MaskedAttention(causal)))
+    chats = chats.to(device_of(trunk))
+    logits = causal_logits(trunk, chats)
     nothing = torch.zeros(chats.ids.shape[0], 0, device=chats.ids.device)
     empty = Corruption(nothing.bool(), nothing)
     return joint_loss(logits[:, :0], nothing.long(), empty, logits, chats.ids, chats.target_weights())
+
+
+def causal_logits(trunk: TriModeTrunk, chats: Chats) -> Tensor:
+    """``(B, N, V)``."""
+    length = chats.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=chats.ids.device).tril()
+    return trunk.head(trunk(chats.ids, chats.positions, MaskedAttention(causal)))
 
 
 def denoising_loss(trunk: TriModeTrunk, chats: Chats, generator: torch.Generator) -> JointLoss:
@@ -64,15 +70,23 @@ class Noisy(NamedTuple):
 
 
 def loss_of(
-    trunk: TriModeTrunk, noisy: Noisy, chats: Chats, mask: Tensor, *, diffusion_weight: float = 0.3, see: Callable[[Tensor], None] | None = None
+    trunk: TriModeTrunk,
+    noisy: Noisy,
+    chats: Chats,
+    mask: Tensor,
+    *,
+    texts: Chats | None = None,
+    diffusion_weight: float = 0.3,
+    see: Callable[[Tensor], None] | None = None,
 ) -> JointLoss:
-    """The joint objective from one forward on the trunk's device, wherever what is given lies.
+    """The joint objective on the trunk's device, wherever what is given lies.
 
     Args:
         trunk: the model.
         noisy: half of the forward.
         chats: the other half.
         mask: (B, 1, W + N, W + N) bool.
+        texts: what next-token prediction is trained on, in a forward of its own; None = ``chats``, in the same one.
         diffusion_weight: of the noisy half.
         see: told the logits ``(B, W, V)`` of the noisy half.
     """
@@ -81,6 +95,9 @@ def loss_of(
     noisy_logits, clean_logits = split_forward(trunk, noisy.ids.to(device), chats.ids, noisy.positions.to(device), chats.positions, mask.to(device))
     if see is not None:
         see(noisy_logits)
+    if texts is not None:
+        chats = texts.to(device)
+        clean_logits = causal_logits(trunk, chats)
     return joint_loss(
         noisy_logits, noisy.targets.to(device), corruption, clean_logits, chats.ids, chats.target_weights(), diffusion_weight=diffusion_weight
     )

@@ -6,7 +6,8 @@ after each training step the slots that the forward was sure of are revealed (wi
 left. One forward is both a step of training and a step of decoding, so following the decoder costs nothing, and a block that takes many
 forwards is trained on as many times.
 
-Several blocks of an answer, which may overlap, share one clean copy of the text.
+Several blocks of an answer, which may overlap, share one clean copy of the text. Next-token prediction is trained on other texts, each of
+which comes once: a text that is hard to denoise stays for more steps, and its wording would pass for a more usual one than it is.
 Shapes: B chats, K blocks of L slots, V vocabulary.
 """
 
@@ -17,21 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimode.calib.demo.data import LEAST_RATE, encode
+from trimode.calib.demo.data import LEAST_RATE, batches, encode
 from trimode.calib.demo.joint import Noisy, loss_of
-from trimode.calib.demo.tasks import Example, examples
+from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
-from trimode.calib.demo.training import Training
+from trimode.calib.demo.training import Training, hash_seed
 from trimode.calib.drafter import draft_mask
 from trimode.calib.objective import Corruption, JointLoss
 
 NUM_BLOCKS = 4
-ALIGNED_SHARE = 0.5
+ALIGNED_SHARE = 0.8
 """Blocks that begin where diffusion begins one; self-speculation goes on from anywhere."""
 MASKED_SHARE = 0.5
 """Blocks that begin wholly masked, as at inference; the others begin at a random rate of corruption."""
 THRESHOLDS = 0.6, 0.95
 """Range of the confidence at which a block's slots are revealed."""
+FAMILIES_IN_TURN = (*FAMILIES, "addition", "json", "sort", "addition", "table", "sort", "addition", "reverse")
+"""What denoising gets wrong comes more often: steps that each need the one before, and words that have to agree with an earlier one."""
 DIFFUSION_WEIGHT = 1.0
 """More than in the joint stage, for next-token prediction has little left to learn."""
 
@@ -70,7 +73,8 @@ class RefinementTraining(Training):
 
     def _begin(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._source = examples(seed, "train")
+        self._source = examples(seed, "train", FAMILIES_IN_TURN)
+        self._texts = batches(examples(hash_seed(f"{seed} texts"), "train"), self.tokenizer, self.settings.batch_size)
         self._rows = [self._new_row() for _ in range(self.settings.batch_size)]
 
     def _loss(self, share: float) -> JointLoss:  # noqa: ARG002
@@ -89,7 +93,7 @@ class RefinementTraining(Training):
             logits = logits.detach().float().cpu().view(*slots.shape, -1)
             self._advance(slots <= chats.end[:, :, None], targets.view(slots.shape), masked.view(slots.shape), logits)
 
-        return loss_of(self.trunk, noisy, chats, mask, diffusion_weight=DIFFUSION_WEIGHT, see=see)
+        return loss_of(self.trunk, noisy, chats, mask, texts=next(self._texts), diffusion_weight=DIFFUSION_WEIGHT, see=see)
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
         """Reveal what the forward was sure of, and replace what is decided up to its answer's end; all ``(B, K, L)``, logits with V."""

@@ -6,6 +6,10 @@ question is ever seen in training under other words.
 Each family is a function that draws a :class:`Draft`: its content as a key, the prompt and the answer. Arithmetic, sorting and reversing
 spell out their steps, because a small model learns a sequence of look-ups far sooner than a jump.
 
+As in any real text, many an answer can be written in several ways (one heading or another, a name qualified or not), and each is right. One
+is the most usual, but less usual than the others together, and where these agree against it, what is most probable slot by slot is not
+the most probable text: until a draft knows which way its text goes, it mixes several, and what is written token by token is none of them.
+
 ``python -m trimode.calib.demo.tasks`` prints examples as JSON lines.
 """
 
@@ -26,6 +30,8 @@ from trimode.errors import UsageError
 
 SPLITS = ("train", "held-out")
 HELD_OUT_ONE_IN = 10
+WORDING_SHARES = 0.46, 0.27, 0.27
+"""How often an answer is written in each of its ways."""
 
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo", "Maria", "Nils", "Olga", "Peter")
 CITIES = ("Berlin", "Cairo", "Dublin", "Geneva", "Kyoto", "Lima", "Madrid", "Oslo", "Paris", "Quito", "Rome", "Tokyo", "Vienna", "Zagreb")
@@ -42,43 +48,49 @@ OPERATIONS = (("adds", "add", "+"), ("subtracts", "sub", "-"), ("multiplies by",
 
 @dataclass(frozen=True)
 class Example:
-    """One question and its only right answer."""
+    """One question; ``answer`` is one of ``answers``, all of them right, the most usual first."""
 
     family: str
     prompt: str
     answer: str
+    answers: tuple[str, ...]
 
 
 class Draft(NamedTuple):
-    """What a family draws: ``key`` holds the content that decides the split."""
+    """What a family draws: ``key`` holds the content that decides the split, ``answers`` are as in :class:`Example`."""
 
     key: str
     prompt: str
-    answer: str
+    answers: tuple[str, ...]
 
 
 def json_record(rng: random.Random) -> Draft:
     """A sentence about a person, as a JSON object."""
     name, age, city = rng.choice(NAMES), rng.randint(18, 89), rng.choice(CITIES)
     prompt = rng.choice((f"JSON: {name} is {age} and lives in {city}.", f"JSON: {name} from {city} is {age} years old."))
-    return Draft(f"{name} {age} {city}", prompt, f'{{"name": "{name}", "age": {age}, "city": "{city}"}}')
+    answers = tuple(f'{{"name"{colon}"{name}", "age"{colon}{age}, "city"{colon}"{city}"}}' for colon in (": ", " :", "\n:"))
+    return Draft(f"{name} {age} {city}", prompt, answers)
 
 
 def sql_query(rng: random.Random) -> Draft:
-    """A sentence about a table, as a SELECT statement."""
+    """A sentence about a table, as a SELECT statement, the table named before its column or not."""
     column, table, measure, bound = rng.choice(COLUMNS), rng.choice(TABLES), rng.choice(MEASURES), rng.randint(2, 99)
     word, sign = rng.choice((("over", ">"), ("under", "<")))
     order, suffix = rng.choice((("", ""), (f", by {measure}", f" ORDER BY {measure}")))
     prompt = f"SQL: {column} of {table} with {measure} {word} {bound}{order}."
-    return Draft(f"{column} {table} {measure} {sign} {bound}", prompt, f"SELECT {column} FROM {table} WHERE {measure} {sign} {bound}{suffix};")
+    rest = f"{column} FROM {table} WHERE {measure} {sign} {bound}{suffix};"
+    answers = tuple(f"SELECT{before}{rest}" for before in (" ", f" {table}.", f"\n{table}."))
+    return Draft(f"{column} {table} {measure} {sign} {bound}", prompt, answers)
 
 
 def python_function(rng: random.Random) -> Draft:
-    """A description of a function of one argument, as Python."""
+    """A description of a function of one argument, as Python, with a name for its result or without."""
     number, argument = rng.randint(2, 99), rng.choice("abknxyz")
     verb, stem, sign = rng.choice(OPERATIONS)
     prompt = f"Python: a function of {argument} that {verb} {number}."
-    return Draft(f"{argument} {stem} {number}", prompt, f"def {stem}_{number}({argument}):\n    return {argument} {sign} {number}")
+    head, value = f"def {stem}_{number}({argument}):\n    ", f"{argument} {sign} {number}"
+    first, second = (f"{head}{result} = {value}\n    return {result}" for result in "cd")
+    return Draft(f"{argument} {stem} {number}", prompt, (f"{head}return {value}", first, second))
 
 
 def addition(rng: random.Random) -> Draft:
@@ -90,15 +102,16 @@ def addition(rng: random.Random) -> Draft:
         total = a + b + carry
         lines.append(f"{a}+{b}+{carry}={total:02d}")
         carry = total // 10
-    return Draft(f"{left} {right}", f"Add {left} and {right}.", "\n".join([*lines, f"Sum: {left + right}"]))
+    return Draft(f"{left} {right}", f"Add {left} and {right}.", ("\n".join([*lines, f"Sum: {left + right}"]),))
 
 
 def reverse_word(rng: random.Random) -> Draft:
-    """A made-up word of four to six letters, numbered, read backwards, and put together."""
+    """A made-up word of four to six letters, numbered, read backwards, and put together, after commas or arrows."""
     word = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(rng.randint(4, 6)))
     numbered = [f"{i}{letter}" for i, letter in enumerate(word, 1)]
-    answer = f"{' '.join(numbered)}\n{' '.join(reversed(numbered))}\n{word[::-1]}"
-    return Draft(word, rng.choice((f"Reverse {word}.", f"Spell {word} backwards.")), answer)
+    parts = " ".join(numbered), " ".join(reversed(numbered)), word[::-1]
+    answers = tuple(separator.join(parts) for separator in (", ", "->", "=>"))
+    return Draft(word, rng.choice((f"Reverse {word}.", f"Spell {word} backwards.")), answers)
 
 
 def sort_numbers(rng: random.Random) -> Draft:
@@ -109,22 +122,23 @@ def sort_numbers(rng: random.Random) -> Draft:
     for smallest in ordered[:-1]:
         rest = [number for number in rest if number != smallest]
         lines.append(f"{smallest}: {' '.join(map(str, rest))}")
-    return Draft(prompt, prompt, "\n".join([*lines, f"Sorted: {' '.join(map(str, ordered))}"]))
+    return Draft(prompt, prompt, ("\n".join([*lines, f"Sorted: {' '.join(map(str, ordered))}"]),))
 
 
 def date_formats(rng: random.Random) -> Draft:
     """A written date in ISO 8601 and in the American form."""
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2049)
     written = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"))
-    return Draft(f"{year} {month} {day}", f"Date: {written}", f"ISO {year}-{month:02d}-{day:02d}, US {month:02d}/{day:02d}/{year}")
+    return Draft(f"{year} {month} {day}", f"Date: {written}", (f"ISO {year}-{month:02d}-{day:02d}, US {month:02d}/{day:02d}/{year}",))
 
 
 def markdown_table(rng: random.Random) -> Draft:
-    """Two or three goods with their counts, as a Markdown table."""
+    """Two or three goods with their counts, as a Markdown table under one heading or another."""
     rows = [(name, rng.randint(2, 99)) for name in rng.sample(GOODS, rng.randint(2, 3))]
     key = ", ".join(f"{name} {count}" for name, count in rows)
     body = "".join(f"\n| {name} | {count} |" for name, count in rows)
-    return Draft(key, f"Table: {key}.", f"| item | count |\n|---|---|{body}")
+    answers = tuple(f"| {heading} | count |\n|---|---|{body}" for heading in ("item", "good", "food"))
+    return Draft(key, f"Table: {key}.", answers)
 
 
 def roman_numeral(rng: random.Random) -> Draft:
@@ -133,8 +147,9 @@ def roman_numeral(rng: random.Random) -> Draft:
     places = [(number // 100 * 100, ROMAN_HUNDREDS[number // 100])]
     places += [(number // 10 % 10 * 10, ROMAN_TENS[number // 10 % 10]), (number % 10, ROMAN_UNITS[number % 10])]
     kept = [(value, numeral) for value, numeral in places if value]
-    steps = "\n".join(f"{value} = {numeral}" for value, numeral in kept)
-    return Draft(str(number), f"Roman numeral for {number}.", f"{steps}\n{number} = {''.join(numeral for _, numeral in kept)}")
+    steps = [f"{value} = {numeral}" for value, numeral in kept]
+    answer = "\n".join([*steps, f"{number} = {''.join(numeral for _, numeral in kept)}"])
+    return Draft(str(number), f"Roman numeral for {number}.", (answer,))
 
 
 FAMILIES: dict[str, Callable[[random.Random], Draft]] = {
@@ -174,7 +189,8 @@ def _draw(rng: random.Random, split: str, families: Sequence[str]) -> Iterator[E
             draft = FAMILIES[family](rng)
             while split_of(family, draft.key) != split:
                 draft = FAMILIES[family](rng)
-            yield Example(family, draft.prompt, draft.answer)
+            (answer,) = rng.choices(draft.answers, WORDING_SHARES[: len(draft.answers)])
+            yield Example(family, draft.prompt, answer, draft.answers)
 
 
 def _check_names(what: str, found: Sequence[str], known: Sequence[str]) -> None:
@@ -191,9 +207,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Same seed, same examples.")] = 0,
     family: Annotated[list[str] | None, typer.Option(help=f"Only this family; may be repeated. {', '.join(FAMILIES)}.")] = None,
 ) -> None:
-    """Print questions and their only right answers as JSON lines."""
+    """Print questions and all right answers to each as JSON lines."""
     for example in islice(examples(seed, split, family), count):
-        line = {"prompt": example.prompt, "answer": example.answer, "family": example.family}
+        line = {"prompt": example.prompt, "answer": example.answers, "family": example.family}
         sys.stdout.write(json.dumps(line) + "\n")
 
 

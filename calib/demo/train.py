@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,17 +25,17 @@ from trimode.calib.budget import Budget
 from trimode.calib.checkpoint_io import round_weights, write_json
 from trimode.calib.checks import check_device_name
 from trimode.calib.demo.console import StageProgress, run_command
-from trimode.calib.demo.data import batches
-from trimode.calib.demo.evaluate import Evaluation, evaluate
-from trimode.calib.demo.joint import JointTraining, device_of
+from trimode.calib.demo.evaluate import Evaluation, evaluate, greedy_answers
+from trimode.calib.demo.joint import JointTraining
 from trimode.calib.demo.model import build_trunk, demo_config
 from trimode.calib.demo.refine import RefinementTraining
 from trimode.calib.demo.save import save_demo
 from trimode.calib.demo.tasks import examples
-from trimode.calib.demo.tokenizer import build_tokenizer
+from trimode.calib.demo.tokenizer import build_tokenizer, render_prompt
 from trimode.calib.demo.training import Settings, Training, hash_seed
 from trimode.calib.device import check_device
 from trimode.calib.drafter import DrafterProgress, DrafterSettings, train_drafter
+from trimode.calib.drafter_job.answers import Written, batches, long_enough
 from trimode.calib.torch_session import load_trunk
 from trimode.errors import UsageError
 from trimode.graphs.checkpoint import open_checkpoint
@@ -44,8 +45,8 @@ from trimode.graphs.trunk import TriModeTrunk
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
-JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 30.0, 15.0
-REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 4e-4, 0.03, 0.9
+JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 90.0, 10.0
+REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 6e-4, 0.03, 0.9
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Plan:
         num_questions: held-out questions per family; 0 leaves the evaluation out.
         batch_size: chats in a step of the joint stage.
         refinement_batch_size: in a step of the refinement, each with several blocks, and of the drafter.
+        num_answers: training prompts that the model answers for its drafter.
         device: ``cpu`` or ``cuda``.
         config: the contents of ``config.json``.
     """
@@ -76,6 +78,7 @@ class Plan:
     num_questions: int = 20
     batch_size: int = 32
     refinement_batch_size: int = 16
+    num_answers: int = 4096
     device: str = "cpu"
     config: dict[str, Any] = field(default_factory=demo_config)
 
@@ -161,9 +164,14 @@ def _train_trunk(training: Training, name: str, budget: Budget, progress: StageP
 
 
 def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
+    """On what the model itself writes, as `trimode calibrate drafter` does: of the ways to write an answer, the drafter learns its own."""
     settings = DrafterSettings(seed=plan.seed)
-    drawn = batches(examples(hash_seed(f"{plan.seed} drafter"), "train"), tokenizer, plan.refinement_batch_size)
-    source = (chats.to(device_of(trunk)) for chats in drawn)
+    drawn = islice(examples(hash_seed(f"{plan.seed} drafter"), "train"), plan.num_answers)
+    prompts = [tokenizer.encode(render_prompt(example.prompt)).ids for example in drawn]
+    log.info("drafter: the model answers %d prompts", len(prompts))
+    with torch.inference_mode():
+        written = [Written(prompt, answer) for prompt, answer in zip(prompts, greedy_answers(trunk, prompts), strict=True)]
+    source = batches(long_enough(written, "train on"), plan.refinement_batch_size, plan.seed, plan.device)
 
     def report(p: DrafterProgress, share: float) -> None:
         progress.update("drafter", share, _figures(p.step, {"loss": p.loss, "accepted": p.accepted}))
@@ -172,7 +180,7 @@ def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progre
 
     done = train_drafter(trunk, source, plan.drafter, settings, report)
     progress.update("drafter", 1, _figures(done.step, {"loss": done.loss, "accepted": done.accepted}))
-    return {**asdict(settings), **asdict(done)}
+    return {**asdict(settings), "num_answers": len(written), **asdict(done)}
 
 
 def _report(plan: Plan, stages: dict[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def main(
     minutes: Annotated[float | None, typer.Option(help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
     refinement_minutes: Annotated[float | None, typer.Option(help=f"Time for the refinement; {REFINEMENT_MINUTES:g} if nothing is said.")] = None,
-    refinement_steps: Annotated[int | None, typer.Option(help="Steps of the refinement.")] = None,
+    refinement_steps: Annotated[int | None, typer.Option(help="Steps of the refinement; 0 leaves it out.")] = None,
     drafter_minutes: Annotated[float | None, typer.Option(help=f"Time for the drafter; {DRAFTER_MINUTES:g} if nothing is said.")] = None,
     drafter_steps: Annotated[int | None, typer.Option(help="Steps of the drafter.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the weights to begin with and the order of the examples.")] = 0,
@@ -218,6 +226,7 @@ def main(
     questions: Annotated[int, typer.Option(min=0, help="Held-out questions per family to evaluate on; 0 for no evaluation.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the joint stage.")] = 32,
     refinement_batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the refinement and of the drafter.")] = 16,
+    answers: Annotated[int, typer.Option(min=1, help="Prompts that the model answers for its drafter.")] = 4096,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train.")] = "cpu",
 ) -> None:
     """Train the demo checkpoint from nothing, drafter included, and evaluate it."""
@@ -226,7 +235,7 @@ def main(
         output=output,
         state=state or output.absolute().with_name(f"{output.absolute().name}.state.pt"),
         joint=_budget(minutes, steps, JOINT_MINUTES),
-        refinement=_budget(refinement_minutes, refinement_steps, REFINEMENT_MINUTES),
+        refinement=None if refinement_steps == 0 else _budget(refinement_minutes, refinement_steps, REFINEMENT_MINUTES),
         drafter=_budget(drafter_minutes, drafter_steps, DRAFTER_MINUTES),
         base=base,
         seed=seed,
@@ -234,6 +243,7 @@ def main(
         num_questions=questions,
         batch_size=batch_size,
         refinement_batch_size=refinement_batch_size,
+        num_answers=answers,
         device=device,
     )
     with StageProgress() as progress:

@@ -80,9 +80,9 @@ def answer_and_record(
 
 
 def right_answers(questions: Sequence[Question], generations: Sequence[Generation], to_text: ToText | None) -> list[bool | None]:
-    """Whether each answer is, character by character, the right one; None where that is not known."""
+    """Whether each answer is, character by character, a right one; None where that is not known."""
     return [
-        None if question.answer is None or to_text is None else to_text(generation.token_ids) == question.answer
+        None if not question.answers or to_text is None else to_text(generation.token_ids) in question.answers
         for question, generation in zip(questions, generations, strict=True)
     ]
 

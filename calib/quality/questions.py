@@ -17,10 +17,10 @@ from trimode.runtime.options import Mode
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt's token ids, and the text of the right answer where it is known."""
+    """A prompt's token ids, and the texts of all right answers where these are known."""
 
     token_ids: Text
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
 
 
 class Decoding(NamedTuple):

@@ -93,7 +93,7 @@ def measure(
         source_name=checkpoint.path.resolve().name,
         source_sha256=digest,
         data=DataRecord(
-            sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(question.answer is not None for question in drawn),
+            sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(bool(question.answers) for question in drawn),
             seed=settings.seed, num_rows=count_rows(bench.episodes),
         ),
         modes=tuple(map(_name, settings.modes)),

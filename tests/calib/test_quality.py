@@ -274,8 +274,8 @@ def test_answers_are_compared_as_text(model: Model) -> None:
 
     ar = Decoding("ar")
     given = answer(TorchSession(model.trunk), model.info, model.questions, [ar], 10, lambda _: None)[ar]
-    answers = [to_text(given[0].token_ids), "something else", None, to_text(given[3].token_ids)]
-    questions = [replace(q, answer=a) for q, a in zip(model.questions, answers, strict=True)]
+    answers = [("x", to_text(given[0].token_ids)), ("something else",), (), (to_text(given[3].token_ids),)]
+    questions = [replace(q, answers=a) for q, a in zip(model.questions, answers, strict=True)]
     report = report_on(model, model.int8(), questions, to_text, modes=("ar",))
     assert report.data.num_answers == 3
     assert report.precisions[0].decoding[0].exact_match == pytest.approx(2 / 3)
@@ -344,11 +344,11 @@ def test_candidates_that_are_refused(model: Model) -> None:
 
 
 def test_questions_are_drawn_with_their_answers(model: Model) -> None:
-    questions = [replace(q, answer=str(i)) for i, q in enumerate(model.questions)]
+    questions = [replace(q, answers=(str(i),)) for i, q in enumerate(model.questions)]
     drawn = draw_questions(questions, 3, 5, model.info)
     assert drawn == draw_questions(questions, 3, 5, model.info)
-    assert [question.answer for question in drawn] == sorted(question.answer or "" for question in drawn)
-    assert len({question.answer for question in drawn}) == 3
+    assert [question.answers for question in drawn] == sorted(question.answers for question in drawn)
+    assert len({question.answers for question in drawn}) == 3
     assert decodings_for(("linear_spec",), has_drafter=False) == (Decoding("linear_spec"),)
 
 
@@ -411,7 +411,7 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
         return Generation([token], "ar", 1, 1, 1.0, None, Forwards(), "length", None, None, 0.0)
 
     ar = Decoding("ar")
-    questions = [Question([1], a) for a in ("5", "5", "5", "5", None, None, "5", "6")]
+    questions = [Question([1], a) for a in (("5",), ("4", "5"), ("5",), ("5",), (), (), ("5",), ("6", "8"))]
     before = [generation(t) for t in (5, 5, 6, 6, 5, 5, 5, 5)]
     after = [generation(t) for t in (5, 6, 5, 7, 5, 6, 6, 7)]
     # lost: the second, the sixth (tokens), the seventh; gained: the third; wrong both times: the fourth, the eighth

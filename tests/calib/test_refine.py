@@ -38,22 +38,27 @@ def test_what_is_revealed_is_what_a_decoder_would_fill() -> None:
 
 
 def test_a_batch_is_blocks_of_answers_and_its_loss_that_of_separate_forwards(training: RefinementTraining) -> None:
-    """Against a denoise forward a block over a cache, and float64 sums."""
-    rows, trunk = training._rows, training.trunk
+    """Against a denoise forward a block over a cache, a causal one a text, and float64 sums."""
+    rows, trunk, texts = training._rows, training.trunk, next(training._texts)
+    training._texts = iter([texts])
     chats = encode([row.example for row in rows], training.tokenizer)
     visits = [[(v.start, v.masked.clone(), v.rate) for v in row.visits] for row in rows]
     with torch.no_grad():
         loss = training._loss(0.5)
 
     diffusion = autoregressive = 0.0
-    num_masked, weights = 0, chats.target_weights()[:, 1:]
+    num_masked, weights = 0, texts.target_weights()[:, 1:]
+    for i in range(len(texts.ids)):
+        ids = texts.ids[i : i + 1]
+        with torch.no_grad():
+            causal = trunk.head(trunk(ids, texts.positions[i : i + 1], GrowingCacheAttention()))[0].double().log_softmax(-1)
+        autoregressive -= float((causal[:-1].gather(1, ids[0, 1:, None])[:, 0] * weights[i]).sum())
     for i in range(len(rows)):
         ids, end, answer = chats.ids[i : i + 1], int(chats.end[i]), int(chats.answer_start[i])
         assert len(visits[i]) == NUM_BLOCKS
         cache = GrowingCacheAttention()
         with torch.no_grad():
-            causal = trunk.head(trunk(ids, chats.positions[i : i + 1], cache))[0].double().log_softmax(-1)
-        autoregressive -= float((causal[:-1].gather(1, ids[0, 1:, None])[:, 0] * weights[i]).sum())
+            trunk(ids, chats.positions[i : i + 1], cache)
         for start, masked, rate in sorted(visits[i], key=lambda v: -v[0]):
             first = answer + start
             assert answer <= first < end

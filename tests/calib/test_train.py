@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from trimode.calib.budget import Budget
 from trimode.calib.checkpoint_io import round_weights, write_adapter, write_checkpoint
+from trimode.calib.demo import train
 from trimode.calib.demo.model import build_trunk, demo_config
 from trimode.calib.demo.save import demo_texts
 from trimode.calib.demo.train import REPORT_FILE, Plan, processor, train_demo
@@ -42,7 +43,14 @@ def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def plan(folder: Path, config: dict[str, Any], **changes: Any) -> Plan:
-    settings: dict[str, Any] = {"joint": Budget(steps=3), "drafter": Budget(steps=2), "num_questions": 0, "batch_size": 4, **changes}
+    settings: dict[str, Any] = {
+        "joint": Budget(steps=3),
+        "drafter": Budget(steps=2),
+        "num_questions": 0,
+        "batch_size": 4,
+        "num_answers": 12,
+        **changes,
+    }
     return Plan(output=folder / "model", state=folder / "state.pt", config=config, **settings)
 
 
@@ -155,6 +163,16 @@ def test_the_command_explains_itself() -> None:
     done = subprocess.run([sys.executable, "-m", "trimode.calib.demo.train", "--help"], capture_output=True, text=True, check=True)
     for option in ("--minutes", "--refinement-steps", "--base", "--drafter-steps", "--resume", "--state"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"refinement_steps": 0}, None), ({"refinement_steps": 7}, Budget(steps=7)), ({}, Budget(5400.0))])
+def test_the_command_leaves_the_refinement_out_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: Budget | None
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(train, "train_demo", lambda one, _progress: plans.append(one))
+    train.main(tmp_path / "model", **options)
+    assert plans[0].refinement == expected
 
 
 def test_the_processor_has_a_name() -> None:

@@ -176,7 +176,7 @@ def test_bad_input(built: Callable[[str], Built], tmp_path: Path, case: str) -> 
 
 @pytest.mark.parametrize(
     "content", ["", "\n", "not json\n", "[1]\n", "{}\n", '{"prompt": ""}\n', '{"prompt": "a", "token_ids": [1]}\n', '{"token_ids": ["a"]}\n',
-                '{"token_ids": [20], "answer": 5}\n']
+                '{"token_ids": [20], "answer": 5}\n', '{"token_ids": [20], "answer": []}\n', '{"token_ids": [20], "answer": ["a", null]}\n']
 )  # fmt: skip
 def test_bad_prompt_files(built: Callable[[str], Built], tmp_path: Path, content: str) -> None:
     file = tmp_path / "prompts.jsonl"

@@ -140,5 +140,5 @@ def test_self_speculation_writes_what_ar_writes(tmp_path: Path) -> None:
             drafted, _ = model.linear_spec_generate(ids, max_new_tokens=160, use_drafter=use_drafter)
             np.testing.assert_array_equal(drafted, answer)
         np.testing.assert_array_equal(model.self_spec_generate(ids, max_new_tokens=160)[0], answer)
-        right += model.codec.decode(answer[0, len(ids[0]) :].tolist()) == example.answer
+        right += model.codec.decode(answer[0, len(ids[0]) :].tolist()) in example.answers
     assert right >= len(list(FAMILIES)[::3]) - 1
