@@ -60,7 +60,8 @@ def test_linear_spec_equals_ar_on_every_family(model: TriModeModel) -> None:
             assert ids[0] + [t for chunk in stream for t in chunk.token_ids] == expected[0]
             if block_length == 32:
                 lengths[use_drafter].append(stream.result.acceptance_length or 0)
-    assert min(sum(values) / len(values) for values in lengths.values()) > 4
+    with_drafter, without = (sum(values) / len(values) for values in lengths.values())
+    assert with_drafter > 1.1 * without > 12  # a floor, not the claim: the measured table is in docs/measurements.md
 
 
 def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
@@ -124,10 +125,9 @@ def test_a_turn_after_a_cut_block_equals_a_fresh_start(model: TriModeModel, mode
         assert got == fresh[0, -len(got) :].tolist()
 
 
-def test_ar_answers_most_questions(model: TriModeModel) -> None:
-    """A floor, not the claim: the measured table is in the README."""
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_most_questions_are_answered_right(model: TriModeModel, mode: Any) -> None:
+    """A floor, not the claim: the measured table is in docs/measurements.md."""
     asked = list(questions(6))
-    right = sum(
-        model.codec.decode(model.ar_generate(ids := ask(model, q), max_new_tokens=192)[0][0, len(ids[0]) :].tolist()) in q.answers for q in asked
-    )
-    assert right >= 0.7 * len(asked)
+    answers = [model.codec.decode(model.stream(ask(model, q), mode, max_new_tokens=192).finish().token_ids) for q in asked]
+    assert sum(answer in q.answers for answer, q in zip(answers, asked, strict=True)) >= 0.9 * len(asked)
