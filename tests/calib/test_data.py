@@ -17,7 +17,7 @@ def some_chats(tokenizer: Tokenizer, count: int = 36) -> Chats:
 
 
 def test_a_chat_is_frame_question_answer_end(tokenizer: Tokenizer) -> None:
-    chats = encode([Example("json", "Q?", "ab"), Example("json", "Longer?", "abcd")], tokenizer)
+    chats = encode([Example("json", "Q?", "ab", ("ab",)), Example("json", "Longer?", "abcd", ("abcd",))], tokenizer)
     assert chats.ids.shape[1] % LENGTH_STEP == 0
     for row, (prompt, answer) in enumerate((("Q?", "ab"), ("Longer?", "abcd"))):
         start, end = int(chats.answer_start[row]), int(chats.end[row])
@@ -27,7 +27,7 @@ def test_a_chat_is_frame_question_answer_end(tokenizer: Tokenizer) -> None:
 
 
 def test_target_weights_favour_the_answer(tokenizer: Tokenizer) -> None:
-    chats = encode([Example("json", "Q?", "ab")], tokenizer)
+    chats = encode([Example("json", "Q?", "ab", ("ab",))], tokenizer)
     start, end = int(chats.answer_start), int(chats.end)
     weights = chats.target_weights()[0].tolist()
     assert weights[start : end + 1] == [1.0] * 3

@@ -82,8 +82,8 @@ def test_acceptance_length_is_tokens_per_cycle() -> None:
     assert acceptance_length([Speculation([11], 0)]) == 0
 
 
-def test_evaluation_covers_every_family(small_trunk: TriModeTrunk, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {tuple(q.prompt): q.expected for family in FAMILIES for q in held_out(family, 2, 4, TOKENIZER)}
+def test_evaluation_covers_every_family_and_takes_any_right_answer(small_trunk: TriModeTrunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {tuple(q.prompt): q.expected[-1] for family in FAMILIES for q in held_out(family, 2, 4, TOKENIZER)}
     monkeypatch.setattr("trimode.calib.demo.evaluate.greedy_answers", lambda _trunk, prompts: [right[tuple(p)] for p in prompts])
     monkeypatch.setattr(
         "trimode.calib.demo.evaluate.linear_speculation",
