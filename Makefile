@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/trimode inspect $(GPU_BUNDLE)
 	$(BIN)/trimode verify $(GPU_BUNDLE) --against artifacts/nld-tiny --target cpu
 	@for mode in ar diffusion linear-spec; do for prompt in \
-	  "JSON: Clara is 47 and lives in Kyoto." "SQL: name of books with price over 40, by year." "Add 478 and 356."; do \
+	  "JSON: Clara is 47 and lives in Kyoto." "SQL: name of books with price over 40, by price." "Add 478 and 356."; do \
 	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
 	  $(BIN)/trimode run $(BUNDLE) --mode $$mode --prompt "$$prompt" || exit 1; done; done
 
