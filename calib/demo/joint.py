@@ -92,10 +92,13 @@ def loss_of(
     """
     device = device_of(trunk)
     chats, corruption = chats.to(device), Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device))
-    noisy_logits, clean_logits = split_forward(trunk, noisy.ids.to(device), chats.ids, noisy.positions.to(device), chats.positions, mask.to(device))
+    noisy_hidden, clean_hidden = split_forward(trunk, noisy.ids.to(device), chats.ids, noisy.positions.to(device), chats.positions, mask.to(device))
+    noisy_logits = trunk.head(noisy_hidden)
     if see is not None:
         see(noisy_logits)
-    if texts is not None:
+    if texts is None:
+        clean_logits = trunk.head(clean_hidden)
+    else:
         chats = texts.to(device)
         clean_logits = causal_logits(trunk, chats)
     return joint_loss(
@@ -111,7 +114,7 @@ def device_of(trunk: TriModeTrunk) -> torch.device:
 def split_forward(
     trunk: TriModeTrunk, noisy_ids: Tensor, clean_ids: Tensor, noisy_positions: Tensor, clean_positions: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One forward over ``[noisy | clean]``; logits of the halves, ``(B, W, V)`` and ``(B, N, V)``."""
+    """One forward over ``[noisy | clean]``; hidden states of the halves, ``(B, W, H)`` and ``(B, N, H)``."""
     ids, positions = torch.cat((noisy_ids, clean_ids), 1), torch.cat((noisy_positions, clean_positions), 1)
-    logits = trunk.head(trunk(ids, positions, MaskedAttention(mask)))
-    return logits[:, : noisy_ids.shape[1]], logits[:, noisy_ids.shape[1] :]
+    hidden = trunk(ids, positions, MaskedAttention(mask))
+    return hidden[:, : noisy_ids.shape[1]], hidden[:, noisy_ids.shape[1] :]
