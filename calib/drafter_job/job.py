@@ -76,6 +76,19 @@ class _Adapters:
     trained: Adapter
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a run began with and what came of it."""
+
+    prompts: Prompts
+    answers: _Answers
+    done: DrafterProgress
+    held_out: Comparison
+    validation: Comparison
+    kept: Kept
+    chosen: Adapter
+
+
 def train_adapter(
     checkpoint: Checkpoint,
     model: ModelInfo,
@@ -128,31 +141,7 @@ def train_adapter(
     kept = _choose(validation)
     chosen = {"trained": adapters.trained, "checkpoint": adapters.checkpoint, "untrained": adapters.untrained}[kept]
     assert chosen is not None
-    record = DrafterRecord(
-        schema_version=SCHEMA_VERSION,
-        trimode_version=trimode.__version__,
-        source_name=checkpoint.path.resolve().name,
-        source_sha256=served.base_sha256,
-        checkpoint_sha256=served.sha256,
-        calibration=scales_record(served, calibration),
-        dtype=settings.dtype,
-        rank=chosen.rank,
-        alpha=chosen.alpha,
-        block_length=job.block_length,
-        settings=asdict(settings),
-        prompts=PromptsRecord(
-            sha256=prompts.sha256,
-            num_train=len(answers.train),
-            num_validation=len(answers.validation),
-            num_held_out=len(answers.held_out),
-        ),
-        training=TrainingRecord(steps=done.step, seconds=done.seconds, first_loss=done.first_loss, loss=done.loss, accepted=done.accepted),
-        held_out=held_out,
-        validation=validation,
-        kept=kept,
-        adapter_sha256="",
-        libraries=versions(LIBRARIES),
-    )
+    record = _record(job, _Run(prompts, answers, done, held_out, validation, kept, chosen), calibration)
     record = _write(output, job, chosen, record)
     state.discard()
     return record
@@ -224,6 +213,36 @@ def _choose(validation: Comparison) -> Kept:
     if (validation.trained.acceptance_length or 0) > (before.acceptance_length or 0):
         return "trained"
     return "untrained" if validation.checkpoint is None else "checkpoint"
+
+
+def _record(job: _Job, run: _Run, calibration: Path | None) -> DrafterRecord:
+    """What the folder says of the run; the adapter's digest is added when it is written."""
+    answers, done = run.answers, run.done
+    return DrafterRecord(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        source_name=job.checkpoint.path.resolve().name,
+        source_sha256=job.served.base_sha256,
+        checkpoint_sha256=job.served.sha256,
+        calibration=scales_record(job.served, calibration),
+        dtype=job.settings.dtype,
+        rank=run.chosen.rank,
+        alpha=run.chosen.alpha,
+        block_length=job.block_length,
+        settings=asdict(job.settings),
+        prompts=PromptsRecord(
+            sha256=run.prompts.sha256,
+            num_train=len(answers.train),
+            num_validation=len(answers.validation),
+            num_held_out=len(answers.held_out),
+        ),
+        training=TrainingRecord(steps=done.step, seconds=done.seconds, first_loss=done.first_loss, loss=done.loss, accepted=done.accepted),
+        held_out=run.held_out,
+        validation=run.validation,
+        kept=run.kept,
+        adapter_sha256="",
+        libraries=versions(LIBRARIES),
+    )
 
 
 def _write(output: Path, job: _Job, adapter: Adapter, record: DrafterRecord) -> DrafterRecord:

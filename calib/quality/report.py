@@ -10,6 +10,7 @@ from typing import cast
 
 import trimode
 from trimode.calib.device import check_device
+from trimode.calib.jobs.progress import Progress
 from trimode.calib.quality.candidate import COMPUTE_TYPE, Candidate, quantized_twin, weight_bytes
 from trimode.calib.quality.decoding import Answers, ToText, answer, answer_and_record, partings, right_answers, same_tokens
 from trimode.calib.quality.fidelity import Fidelity
@@ -27,7 +28,6 @@ from trimode.calib.quality.schema import (
     PrecisionRecord,
     Report,
 )
-from trimode.calib.quantize.job import Progress
 from trimode.calib.quantize.statistics import LOSSLESS_DB
 from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.torch_session import TorchSession, load_trunk

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import trimode
 from trimode.calib.device import check_device
+from trimode.calib.jobs.progress import Progress
 from trimode.calib.quality.candidate import Candidate, quantized_twin
 from trimode.calib.quality.decoding import Answers, ToText, answer, answer_and_record, right_answers, same_tokens
 from trimode.calib.quality.lockstep import Comparison
 from trimode.calib.quality.questions import Decoding, QualitySettings, Question, draw_questions
 from trimode.calib.quality.report import read_original
-from trimode.calib.quantize.job import Progress
 from trimode.calib.quantize.workload import Episode, count_rows
 from trimode.calib.quantized_trunk import LinearScales
 from trimode.calib.torch_session import TorchSession

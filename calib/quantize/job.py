@@ -7,15 +7,16 @@ import importlib.metadata
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import trimode
 from trimode.calib.device import check_device
+from trimode.calib.jobs.progress import Progress
 from trimode.calib.mapped_trunk import MappedEmbedding, float32_tensor, mapped_tensor, open_trunk
 from trimode.calib.memory import free_memory_bytes
 from trimode.calib.quantize.feed import find_scales
@@ -31,20 +32,12 @@ from trimode.errors import BuildError, CheckpointError, UsageError
 from trimode.files import check_replaceable
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import ModelInfo
+from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.graphs.trunk import Rope
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
-
-
-class Progress(Protocol):
-    """Told what happens."""
-
-    def stage(self, name: str, total: int) -> Callable[[int], None]:
-        """A stage begins that will make ``total`` steps; the result is told how many more were made."""
-        ...
 
 
 def calibrate(
@@ -103,19 +96,7 @@ def calibrate(
             raise BuildError(f"{folder}: expected to write what is done, found: {error}", "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
-        calibration = Calibration(
-            schema_version=SCHEMA_VERSION,
-            trimode_version=trimode.__version__,
-            precision=settings.precision,
-            algorithm=_algorithm_name(settings),
-            block_size=block_size,
-            source_name=checkpoint.path.resolve().name,
-            source_sha256=facts["source_sha256"],
-            scales_sha256="",
-            data=DataRecord(sha256=texts_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=dict(count_rows(episodes))),
-            layers=records,
-            libraries=_libraries(),
-        )
+        calibration = job.record(facts, count_rows(episodes), len(drawn), records)
         save_calibration(output, calibration, scales)
         shutil.rmtree(folder)
     return calibration
@@ -169,6 +150,22 @@ class _Job:
             records.update(part_records)
             advance(1)
         return scales, {name: records[name] for name in self.layers}
+
+    def record(self, facts: dict[str, Any], num_rows: Mapping[Role, int], num_samples: int, layers: dict[str, LayerRecord]) -> Calibration:
+        """What the folder says; the digest of its scales is added when they are written."""
+        return Calibration(
+            schema_version=SCHEMA_VERSION,
+            trimode_version=trimode.__version__,
+            precision=self.settings.precision,
+            algorithm=_algorithm_name(self.settings),
+            block_size=self.block_size,
+            source_name=self.checkpoint.path.resolve().name,
+            source_sha256=facts["source_sha256"],
+            scales_sha256="",
+            data=DataRecord(sha256=facts["data_sha256"], num_samples=num_samples, seed=self.settings.seed, num_tokens=dict(num_rows)),
+            layers=layers,
+            libraries=_libraries(),
+        )
 
     def _memory_bytes(self) -> int:
         if self.settings.memory_gib is not None:

@@ -69,6 +69,19 @@ class _Data:
     held_out: dict[int, States]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a run began with and what came of it."""
+
+    prompts: Prompts
+    split: Split
+    data: _Data
+    sampler: BlockSampler
+    done: SamplerProgress
+    held_out: tuple[DenoisingRecord, ...]
+    validation: tuple[DenoisingRecord, ...]
+
+
 def train_sampler(
     checkpoint: Checkpoint,
     model: ModelInfo,
@@ -119,40 +132,7 @@ def train_sampler(
     scorer = TorchScorer(sampler)
     validation = _answer(job, split.validation, scorer, "decide")
     held_out = _answer(job, split.held_out, scorer, "measure")
-    record = SamplerFile(
-        schema_version=SCHEMA_VERSION,
-        trimode_version=trimode.__version__,
-        source_name=checkpoint.path.resolve().name,
-        source_sha256=served.base_sha256,
-        calibration=scales_record(served, calibration),
-        dtype=settings.dtype,
-        target=settings.target,
-        vocab_size=model.vocab_size,
-        mask_token_id=model.mask_token_id,
-        shape=ShapeRecord(**asdict(settings.shape)),
-        num_parameters=sum(parameter.numel() for parameter in sampler.parameters()),
-        block_lengths=settings.block_lengths,
-        threshold=choose_threshold(validation),
-        settings=json.loads(json.dumps(asdict(settings))),  # as it will be read back: JSON has no tuples
-        prompts=PromptsRecord(
-            sha256=prompts.sha256, num_train=len(split.train), num_validation=len(split.validation), num_held_out=len(split.held_out)
-        ),
-        training=TrainingRecord(
-            num_states=sum(len(part.blocks) for part in data.train.values()),
-            steps=done.step,
-            seconds=done.seconds,
-            first_loss=done.first_loss,
-            loss=done.loss,
-            untrained_loss=done.untrained_loss,
-            best_loss=done.best_loss,
-            best_step=done.best_step,
-        ),
-        scores=tuple(measure_scores(sampler, part, model.mask_token_id) for part in data.held_out.values()),
-        held_out=held_out,
-        validation=validation,
-        sampler_sha256="",
-        libraries=versions(LIBRARIES),
-    )
+    record = _record(job, _Run(prompts, split, data, sampler, done, held_out, validation), calibration)
     record = _write(output, sampler, record)
     state.discard()
     return record
@@ -205,6 +185,45 @@ def _answer(job: _Job, texts: Sequence[Text], scorer: TorchScorer, stage: str) -
         record
         for length in settings.block_lengths
         for record in measure_texts(session, job.model, texts, length, settings.max_new_tokens, settings.target, scorer, advance)
+    )
+
+
+def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
+    """What the folder says of the run; the weights' digest is added when they are written."""
+    settings, model, split, done = job.settings, job.model, run.split, run.done
+    return SamplerFile(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        source_name=job.checkpoint.path.resolve().name,
+        source_sha256=job.served.base_sha256,
+        calibration=scales_record(job.served, calibration),
+        dtype=settings.dtype,
+        target=settings.target,
+        vocab_size=model.vocab_size,
+        mask_token_id=model.mask_token_id,
+        shape=ShapeRecord(**asdict(settings.shape)),
+        num_parameters=sum(parameter.numel() for parameter in run.sampler.parameters()),
+        block_lengths=settings.block_lengths,
+        threshold=choose_threshold(run.validation),
+        settings=json.loads(json.dumps(asdict(settings))),  # as it will be read back: JSON has no tuples
+        prompts=PromptsRecord(
+            sha256=run.prompts.sha256, num_train=len(split.train), num_validation=len(split.validation), num_held_out=len(split.held_out)
+        ),
+        training=TrainingRecord(
+            num_states=sum(len(part.blocks) for part in run.data.train.values()),
+            steps=done.step,
+            seconds=done.seconds,
+            first_loss=done.first_loss,
+            loss=done.loss,
+            untrained_loss=done.untrained_loss,
+            best_loss=done.best_loss,
+            best_step=done.best_step,
+        ),
+        scores=tuple(measure_scores(run.sampler, part, model.mask_token_id) for part in run.data.held_out.values()),
+        held_out=run.held_out,
+        validation=run.validation,
+        sampler_sha256="",
+        libraries=versions(LIBRARIES),
     )
 
 
