@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -105,16 +106,22 @@ def measure_texts(
 
 
 def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
-    """The score to fill from where nobody says otherwise: the fastest of those under which, over all block lengths, at least as many texts are the
-    target's as under the usual threshold on the probability; where there is none, the highest.
+    """The score to fill from where nobody says otherwise; the highest where a sampler is no good.
+
+    It is the fastest of those under which, over all block lengths, as many texts are the target's as under the best score, less one standard
+    error of that share (the rule by which Breiman et al., Classification and Regression Trees, 1984, choose a tree's size), and at least as
+    many as under the usual threshold on the probability.
     """
 
     def over_lengths(sampler: str, threshold: float) -> tuple[float, float]:
         rows = [row for row in measured if (row.sampler, row.threshold) == (sampler, threshold)]
-        return sum(row.same_as_target for row in rows), sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
+        same = sum(row.same_as_target * row.num_texts for row in rows) / sum(row.num_texts for row in rows)
+        return same, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
 
-    wanted, _ = over_lengths("threshold", USUAL_CONFIDENCE)
-    able = [value for value in SCORES if over_lengths("learned", value)[0] >= wanted]
+    shares = {value: over_lengths("learned", value)[0] for value in SCORES}
+    best, num_texts = max(shares.values()), sum(row.num_texts for row in measured if (row.sampler, row.threshold) == ("learned", SCORES[0]))
+    wanted = max(over_lengths("threshold", USUAL_CONFIDENCE)[0], best - math.sqrt(best * (1 - best) / num_texts))
+    able = [value for value, share in shares.items() if share >= wanted]
     return max(able, key=lambda value: over_lengths("learned", value)[1], default=max(SCORES))
 
 

@@ -252,6 +252,23 @@ def test_the_threshold_is_the_fastest_that_is_as_good() -> None:
     assert choose_threshold([row("threshold", 0.9, 0.9, 5.0), *speeds.values()]) == max(measure.SCORES)
 
 
+def test_the_threshold_gives_away_no_more_than_one_standard_error_of_what_the_best_score_reaches() -> None:
+    def row(value: float, block_length: int, same: float, speed: int) -> DenoisingRecord:
+        return DenoisingRecord(
+            block_length=block_length, sampler="learned", threshold=value, num_texts=50, same_as_target=same, num_tokens=100 * speed,
+            num_forwards=100, tokens_per_forward=speed,
+        )  # fmt: skip
+
+    rule = [row(0.9, length, 0.5, 5).model_copy(update={"sampler": "threshold"}) for length in (8, 32)]
+    shares = (0.6, 0.7, 0.8, 0.85, 0.86, 0.9, 0.9, 0.89, 0.88)  # of 100 texts: 0.9 has a standard error of 0.03
+    rows = [row(value, length, same, 20 - i) for i, (value, same) in enumerate(zip(measure.SCORES, shares, strict=True)) for length in (8, 32)]
+    assert choose_threshold([*rule, *rows]) == 0.9
+    shorter = [
+        row.model_copy(update={"same_as_target": row.same_as_target + (0.03 if row.block_length == 8 else 0)}) for row in rows if row.threshold == 0.8
+    ]
+    assert choose_threshold([*rule, *(r for r in rows if r.threshold != 0.8), *shorter]) == 0.8
+
+
 # Interruptions
 
 
