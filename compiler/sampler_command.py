@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trimode.calib.jobs.state import check_state, state_file
 from trimode.calib.sampler_job.job import check_output, train_sampler
-from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE
+from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE, share_right
 from trimode.calib.sampler_job.settings import SamplerJobSettings
 from trimode.compiler.training_command import TrainingRequest, train_on_prompts
 from trimode.graphs.checkpoint import open_checkpoint
@@ -40,10 +40,11 @@ def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecor
 def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
     """Whether the sampler is any better than the rule that it is to replace."""
     rule, learned = pair
-    faster, as_good = learned.tokens_per_forward > rule.tokens_per_forward, learned.same_as_target >= rule.same_as_target
-    verdict = "better" if faster and as_good else "NOT better: no faster" if as_good else "NOT better: more texts unlike the target's"
+    faster, as_good = learned.tokens_per_forward > rule.tokens_per_forward, share_right(learned) >= share_right(rule)
+    verdict = "better" if faster and as_good else "NOT better: no faster" if as_good else "NOT better: fewer texts are right"
+    what = "like the target" if rule.exact_match is None else "answered right"
     return (f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
-            f"per forward, {_share(rule.same_as_target)} -> {_share(learned.same_as_target)} like the target; {verdict} than a threshold of "
+            f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; {verdict} than a threshold of "
             f"{rule.threshold:g} on the probability")  # fmt: skip
 
 
@@ -58,13 +59,14 @@ def _show(record: SamplerFile) -> None:
         f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
     )
     console.print(_scores_table(record.scores))
-    headings = ("block", "fills by", "from", "like the target", "tokens per forward", "forwards")
+    headings = ("block", "fills by", "from", "like the target", "answered right", "tokens per forward", "forwards")
     table = Table(*headings, title="held-out texts", box=None, header_style="bold")
     for row in record.held_out:
         what = "score" if row.sampler == "learned" else "probability"
         table.add_row(
-            str(row.block_length), what, f"{row.threshold:g}", _share(row.same_as_target), f"{row.tokens_per_forward:.2f}", str(row.num_forwards)
-        )
+            str(row.block_length), what, f"{row.threshold:g}", _share(row.same_as_target), _share(row.exact_match), f"{row.tokens_per_forward:.2f}",
+            str(row.num_forwards),
+        )  # fmt: skip
     console.print(table)
 
 
@@ -78,8 +80,8 @@ def _scores_table(scores: tuple[ScoresRecord, ...]) -> Table:
     return table
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}%"
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.1f}%"
 
 
 def _number(value: float | None) -> str:

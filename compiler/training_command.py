@@ -10,10 +10,9 @@ from typing import Protocol, TypeVar
 from trimode.calib.jobs.progress import Progress
 from trimode.calib.jobs.prompts import Prompts
 from trimode.calib.jobs.state import state_file
-from trimode.compiler.calibrate_command import encode_prompts
 from trimode.compiler.console import RichProgress
 from trimode.compiler.plan import describe_model
-from trimode.compiler.run_command import read_prompts_file
+from trimode.compiler.report_command import read_questions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.bundle import sha256_of
@@ -47,8 +46,10 @@ class TrainingJob(Protocol[S_contra, R_co]):
 
 def train_on_prompts(train: TrainingJob[S, R], checkpoint: Checkpoint, output: Path, request: TrainingRequest, settings: S) -> R:
     """Run the job over the prompts of a file, with progress on stderr, where it is also said how an interrupted run goes on."""
-    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint.path)
-    prompts, model = Prompts(texts, sha256_of(request.data)), describe_model(checkpoint)
+    questions, to_text = read_questions(request.data, checkpoint.path)
+    answers = {tuple(question.token_ids): question.answers for question in questions if question.answers}
+    prompts = Prompts([question.token_ids for question in questions], sha256_of(request.data), answers, to_text)
+    model = describe_model(checkpoint)
     try:
         with RichProgress() as progress:
             return train(checkpoint, model, prompts, output, settings, progress, calibration=request.calibration, resume=request.resume)

@@ -83,6 +83,7 @@ class DenoisingRecord(_Record):
 
     Attributes:
         same_as_target: share of the texts that are the target's.
+        exact_match: share of the texts that are a right answer, over those whose answers are known; None where none are.
         tokens_per_forward: new tokens over denoise and commit forwards.
     """
 
@@ -91,6 +92,7 @@ class DenoisingRecord(_Record):
     threshold: float
     num_texts: int
     same_as_target: float
+    exact_match: float | None = None
     num_tokens: int
     num_forwards: int
     tokens_per_forward: float

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.errors import UsageError
@@ -15,10 +15,24 @@ DEFAULT_HELD_OUT, DEFAULT_VALIDATION = 64, 128
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of prompts, and the digest of the file that they came from."""
+    """What a model is asked.
+
+    Attributes:
+        texts: token ids of prompts.
+        sha256: of the file that they came from.
+        answers: the texts of all right answers, by the prompt's token ids, where they are known.
+        to_text: the tokenizer's decoder; None where no answer is known.
+    """
 
     texts: Sequence[Text]
     sha256: str
+    answers: Mapping[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
+    to_text: Callable[[Text], str] | None = None
+
+    def is_right(self, prompt: Text, answer: Text) -> bool | None:
+        """Whether the answer is, character by character, a right one; None where that is not known."""
+        right = self.answers.get(tuple(prompt))
+        return None if not right or self.to_text is None else self.to_text(answer) in right
 
 
 @dataclass(frozen=True)

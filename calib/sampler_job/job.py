@@ -101,7 +101,7 @@ def train_sampler(
     Args:
         checkpoint: whose denoising it is.
         model: the facts that decoding needs.
-        prompts: what the model answers.
+        prompts: what the model answers; right answers, where they are known, decide the threshold and are measured by.
         output: new, empty, or an earlier output, which is replaced whole.
         settings: see :class:`SamplerJobSettings`.
         progress: told what happens.
@@ -130,8 +130,8 @@ def train_sampler(
     data = _write_states(job, split, state)
     sampler, done = _train(job, data, state)
     scorer = TorchScorer(sampler)
-    validation = _answer(job, split.validation, scorer, "decide")
-    held_out = _answer(job, split.held_out, scorer, "measure")
+    validation = _answer(job, split.validation, scorer, prompts, "decide")
+    held_out = _answer(job, split.held_out, scorer, prompts, "measure")
     record = _record(job, _Run(prompts, split, data, sampler, done, held_out, validation), calibration)
     record = _write(output, sampler, record)
     state.discard()
@@ -178,13 +178,13 @@ def _train(job: _Job, data: _Data, state: RunState) -> tuple[BlockSampler, Sampl
     return sampler.cpu().eval(), done
 
 
-def _answer(job: _Job, texts: Sequence[Text], scorer: TorchScorer, stage: str) -> tuple[DenoisingRecord, ...]:
+def _answer(job: _Job, texts: Sequence[Text], scorer: TorchScorer, prompts: Prompts, stage: str) -> tuple[DenoisingRecord, ...]:
     session, settings = TorchSession(job.served.trunk), job.settings
     advance = job.progress.stage(stage, len(texts) * len(settings.block_lengths))
     return tuple(
         record
         for length in settings.block_lengths
-        for record in measure_texts(session, job.model, texts, length, settings.max_new_tokens, settings.target, scorer, advance)
+        for record in measure_texts(session, job.model, texts, length, settings.max_new_tokens, settings.target, scorer, prompts.is_right, advance)
     )
 
 

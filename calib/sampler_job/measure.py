@@ -69,9 +69,9 @@ def calibration_error(values: Values, right: NDArray[np.bool_]) -> float:
 
 def measure_texts(
     session: Session, model: ModelInfo, prompts: Sequence[Text], block_length: int, max_new_tokens: int, target: Target, scorer: Scorer,
-    advance: Callable[[int], None],
+    is_right: Callable[[Text, Text], bool | None], advance: Callable[[int], None],
 ) -> tuple[DenoisingRecord, ...]:  # fmt: skip
-    """Answer the prompts under thresholds on the probability and on the score, and count who writes the target's text.
+    """Answer the prompts under thresholds on the probability and on the score, and count who writes the target's text, and a right one.
 
     Args:
         session: over the model.
@@ -81,6 +81,7 @@ def measure_texts(
         max_new_tokens: of each answer.
         target: whose text that is.
         scorer: gives the scores.
+        is_right: whether an answer to a prompt is a right one; None where that is not known.
         advance: told of each prompt that is done.
     """
     policies = [("threshold", value) for value in CONFIDENCES] + [("learned", value) for value in SCORES]
@@ -88,6 +89,7 @@ def measure_texts(
         decode_diffusion, DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]))  # fmt: skip
     options = [DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer) for name, value in policies]  # type: ignore[arg-type]
     same, tokens, forwards = np.zeros(len(policies), int), np.zeros(len(policies), int), np.zeros(len(policies), int)
+    right: list[list[bool]] = [[] for _ in policies]
     for prompt in prompts:
         expected, _ = _decode(decode, session, model, prompt, wanted)
         for row, chosen in enumerate(options):
@@ -95,11 +97,14 @@ def measure_texts(
             same[row] += text == expected
             tokens[row] += len(text)
             forwards[row] += nfe
+            verdict = is_right(prompt, text)
+            right[row] += [] if verdict is None else [verdict]
         advance(1)
     return tuple(
         DenoisingRecord(
             block_length=block_length, sampler=name, threshold=value, num_texts=len(prompts), same_as_target=same[row] / len(prompts),
-            num_tokens=tokens[row], num_forwards=forwards[row], tokens_per_forward=tokens[row] / forwards[row],
+            exact_match=sum(right[row]) / len(right[row]) if right[row] else None, num_tokens=tokens[row], num_forwards=forwards[row],
+            tokens_per_forward=tokens[row] / forwards[row],
         )
         for row, (name, value) in enumerate(policies)
     )  # fmt: skip
@@ -108,21 +113,26 @@ def measure_texts(
 def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
     """The score to fill from where nobody says otherwise; the highest where a sampler is no good.
 
-    It is the fastest of those under which, over all block lengths, as many texts are the target's as under the best score, less one standard
+    It is the fastest of those under which, over all block lengths, as many texts are right as under the best score, less one standard
     error of that share (the rule by which Breiman et al., Classification and Regression Trees, 1984, choose a tree's size), and at least as
-    many as under the usual threshold on the probability.
+    many as under the usual threshold on the probability. A text is right that is a known answer; where no answer is known, the target's.
     """
 
     def over_lengths(sampler: str, threshold: float) -> tuple[float, float]:
         rows = [row for row in measured if (row.sampler, row.threshold) == (sampler, threshold)]
-        same = sum(row.same_as_target * row.num_texts for row in rows) / sum(row.num_texts for row in rows)
-        return same, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
+        right = sum(share_right(row) * row.num_texts for row in rows) / sum(row.num_texts for row in rows)
+        return right, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
 
     shares = {value: over_lengths("learned", value)[0] for value in SCORES}
     best, num_texts = max(shares.values()), sum(row.num_texts for row in measured if (row.sampler, row.threshold) == ("learned", SCORES[0]))
     wanted = max(over_lengths("threshold", USUAL_CONFIDENCE)[0], best - math.sqrt(best * (1 - best) / num_texts))
     able = [value for value, share in shares.items() if share >= wanted]
     return max(able, key=lambda value: over_lengths("learned", value)[1], default=max(SCORES))
+
+
+def share_right(row: DenoisingRecord) -> float:
+    """The share of texts that are known to be right answers; where no answer is known, of those that are the target's."""
+    return row.same_as_target if row.exact_match is None else row.exact_match
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from reference import Reference
 from safetensors.torch import load_file
 
 from trimode.calib.budget import Budget
-from trimode.calib.jobs.prompts import Prompts
+from trimode.calib.jobs.prompts import Prompts, split_texts
 from trimode.calib.jobs.state import state_file
 from trimode.calib.sampler_job import measure
 from trimode.calib.sampler_job.job import train_sampler
@@ -182,8 +183,6 @@ def test_the_texts_of_the_record_are_those_of_the_decoder(folder: Path, tmp_path
     record = train(folder, tmp_path / "out", block_lengths=(3,))
     model = Reference(folder)
     settings = SamplerJobSettings(**SETTINGS)
-    from trimode.calib.jobs.prompts import split_texts
-
     held_out = split_texts(some_texts(), None, 3, settings.seed, describe_model(open_checkpoint(folder), 512)).held_out
     for row in record.held_out:
         if row.sampler == "threshold":
@@ -191,6 +190,22 @@ def test_the_texts_of_the_record_are_those_of_the_decoder(folder: Path, tmp_path
             serial = [reference.diffusion(model, prompt, 11, 3, 2.0)[0] for prompt in held_out]
             assert (row.num_tokens, row.num_forwards) == (sum(len(t) for t, _ in texts), sum(n for _, n in texts))
             assert row.same_as_target == sum(t == s for (t, _), s in zip(texts, serial, strict=True)) / 3
+
+
+def test_answers_that_are_known_decide_what_is_right(folder: Path, tmp_path: Path) -> None:
+    """Of three held-out prompts one has the answer of a threshold of 0.5, one a wrong one, and one none."""
+    checkpoint, settings, prompts = open_checkpoint(folder), SamplerJobSettings(**SETTINGS), some_texts()
+    model = describe_model(checkpoint, 512)
+    known, wrong, _ = split_texts(prompts, None, 3, 0, model).held_out
+    reference_model, options = Reference(folder), (11, 8)
+    bold = {confidence: reference.diffusion(reference_model, known, *options, confidence)[0] for confidence in measure.CONFIDENCES}
+    answers = {tuple(known): ("something else", str(bold[0.5])), tuple(wrong): ("nothing",)}
+    job = partial(train_sampler, checkpoint, model, output=tmp_path / "it", settings=settings, progress=Quiet())
+    record = job(prompts=Prompts(prompts, "0" * 64, answers, str))
+    rows = {row.threshold: row for row in record.held_out if (row.sampler, row.block_length) == ("threshold", 8)}
+    assert {confidence: row.exact_match for confidence, row in rows.items()} == {c: (bold[c] == bold[0.5]) / 2 for c in measure.CONFIDENCES}
+    assert all(row.exact_match is None for row in record.validation)
+    assert record.sampler_sha256 == job(prompts=Prompts(prompts, "0" * 64)).sampler_sha256
 
 
 def test_seed_and_target_decide(folder: Path, tmp_path: Path) -> None:
@@ -250,6 +265,8 @@ def test_the_threshold_is_the_fastest_that_is_as_good() -> None:
     speeds[0.95] = row("learned", 0.95, 0.8, 7.0)
     assert choose_threshold([rule, *speeds.values()]) == 0.95
     assert choose_threshold([row("threshold", 0.9, 0.9, 5.0), *speeds.values()]) == max(measure.SCORES)
+    known = [one.model_copy(update={"exact_match": float(one.threshold == 0.99), "same_as_target": 1.0}) for one in speeds.values()]
+    assert choose_threshold([rule, *known]) == 0.99
 
 
 def test_the_threshold_gives_away_no_more_than_one_standard_error_of_what_the_best_score_reaches() -> None:

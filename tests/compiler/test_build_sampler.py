@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from checkpoints import config_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from trimode.calib.demo.tasks import examples
 from trimode.calib.light.measure import LightSettings, measure_light
 from trimode.calib.sampler_job.scoring import TorchScorer
 from trimode.compiler.cli import app
@@ -30,6 +32,7 @@ from trimode.runtime.bundle import read_manifest
 from trimode.runtime.decode import Counters, decode_diffusion
 from trimode.runtime.options import DecodeOptions
 
+DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "block_size": 8}
 TRAINING = ["--steps", "30", "--block-length", "3,8", "--max-new-tokens", "14", "--held-out", "3", "--d-model", "16", "--layers", "1", "--heads", "2",
             "--feed-forward", "12", "--batch-size", "64"]  # fmt: skip
@@ -68,6 +71,19 @@ def bundle(checkpoint: Path, sampler: Path, tmp_path_factory: pytest.TempPathFac
     output = tmp_path_factory.mktemp("b") / "bundle"
     build_bundle(checkpoint, output, BuildOptions(sampler=sampler))
     return output
+
+
+def test_right_answers_in_the_data_are_what_is_measured_by(tmp_path: Path) -> None:
+    asked = list(itertools.islice(examples(5, "train"), 5))
+    lines = [{"prompt": one.prompt, "answer": list(one.answers)} for one in asked]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = [*TRAINING, "--steps", "1", "--block-length", "32", "--held-out", "2", "--max-new-tokens", "96"]
+    done = trimode("calibrate", "sampler", DEMO, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "mine", *training)
+    assert done.exit_code == 0, done.output
+    assert "answered right; " in done.stderr
+    rows = [row for row in load_sampler_record(tmp_path / "mine").held_out if row.sampler == "threshold"]
+    assert all(row.exact_match in (0, 0.5, 1) for row in rows)
+    assert max(row.exact_match or 0 for row in rows) == 1
 
 
 VERIFYING = ["--max-new-tokens", 2, "--long", 70]
