@@ -16,14 +16,14 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-# The main job, as a user would type it: compile, look inside, generate in three modes.
+# The main job, as a user would type it: compile, look inside, generate in three modes, diffusion with and without its learned sampler.
 demo: setup
-	$(BIN)/trimode build artifacts/nld-tiny -o $(BUNDLE) --target cpu --force
+	$(BIN)/trimode build artifacts/nld-tiny -o $(BUNDLE) --target cpu --sampler artifacts/nld-tiny-sampler --force
 	$(BIN)/trimode inspect $(BUNDLE)
 	$(BIN)/trimode build artifacts/nld-tiny -o $(GPU_BUNDLE) --target rtx-pro-6000 --target dgx-spark --target rtx-4090 --target cpu --force
 	$(BIN)/trimode inspect $(GPU_BUNDLE)
 	$(BIN)/trimode verify $(GPU_BUNDLE) --against artifacts/nld-tiny --target cpu
-	@for mode in ar diffusion linear-spec; do for prompt in \
+	@for mode in ar diffusion "diffusion --sampler learned" linear-spec; do for prompt in \
 	  "JSON: Clara is 47 and lives in Kyoto." "SQL: name of books with price over 40, by price." "Add 478 and 356."; do \
 	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
 	  $(BIN)/trimode run $(BUNDLE) --mode $$mode --prompt "$$prompt" || exit 1; done; done

@@ -36,8 +36,8 @@ def write_prompts(path: Path, count: int) -> None:
     """JSON lines of the demo's training split, for jobs that take `--data`."""
     from trimode.calib.demo.tasks import examples  # of no use to those who measure a process
 
-    chosen = itertools.islice(examples(TRAIN_SEED, "train"), count)
-    path.write_text("".join(json.dumps({"prompt": example.prompt, "answer": list(example.answers)}) + "\n" for example in chosen))
+    prompts = [example.prompt for example in itertools.islice(examples(TRAIN_SEED, "train"), count)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def without_folders(text: str) -> str:

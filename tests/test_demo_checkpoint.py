@@ -18,13 +18,14 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel
 
-CHECKPOINT = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
+ARTIFACTS = Path(__file__).parents[1] / "artifacts"
+CHECKPOINT, SAMPLER = ARTIFACTS / "nld-tiny", ARTIFACTS / "nld-tiny-sampler"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TriModeModel:
     bundle = tmp_path_factory.mktemp("demo") / "bundle"
-    build_bundle(CHECKPOINT, bundle, BuildOptions(quadratic=True))
+    build_bundle(CHECKPOINT, bundle, BuildOptions(quadratic=True, sampler=SAMPLER))
     return TriModeModel.from_pretrained(bundle, num_threads=1)
 
 
@@ -131,3 +132,14 @@ def test_most_questions_are_answered_right(model: TriModeModel, mode: Any) -> No
     asked = list(questions(6))
     answers = [model.codec.decode(model.stream(ask(model, q), mode, max_new_tokens=192).finish().token_ids) for q in asked]
     assert sum(answer in q.answers for answer, q in zip(answers, asked, strict=True)) >= 0.9 * len(asked)
+
+
+def test_the_learned_sampler_needs_fewer_forwards_for_answers_as_good(model: TriModeModel) -> None:
+    """A floor, not the claim: the measured curve is in docs/sampler.md."""
+    asked, forwards, right = list(questions(6)), {}, {}
+    for sampler in ("threshold", "learned"):
+        results = [model.stream(ask(model, q), "diffusion", max_new_tokens=192, sampler=sampler).finish() for q in asked]
+        forwards[sampler] = sum(result.nfe for result in results)
+        right[sampler] = sum(model.codec.decode(result.token_ids) in q.answers for result, q in zip(results, asked, strict=True))
+    assert right["learned"] >= right["threshold"] - 2
+    assert forwards["learned"] < 0.95 * forwards["threshold"]
