@@ -83,7 +83,8 @@ class DenoisingRecord(_Record):
 
     Attributes:
         same_as_target: share of the texts that are the target's.
-        exact_match: share of the texts that are a right answer, over those whose answers are known; None where none are.
+        exact_match: share of the texts that are right: one of the prompt's answers or, for a prompt without any, the target's text; None
+            where no prompt has any.
         tokens_per_forward: new tokens over denoise and commit forwards.
     """
 

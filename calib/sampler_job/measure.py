@@ -89,21 +89,22 @@ def measure_texts(
         decode_diffusion, DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]))  # fmt: skip
     options = [DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer) for name, value in policies]  # type: ignore[arg-type]
     same, tokens, forwards = np.zeros(len(policies), int), np.zeros(len(policies), int), np.zeros(len(policies), int)
-    right: list[list[bool]] = [[] for _ in policies]
+    right, num_known = np.zeros(len(policies), int), 0
     for prompt in prompts:
         expected, _ = _decode(decode, session, model, prompt, wanted)
+        num_known += is_right(prompt, expected) is not None
         for row, chosen in enumerate(options):
             text, nfe = _decode(decode_diffusion, session, model, prompt, chosen)
             same[row] += text == expected
             tokens[row] += len(text)
             forwards[row] += nfe
             verdict = is_right(prompt, text)
-            right[row] += [] if verdict is None else [verdict]
+            right[row] += text == expected if verdict is None else verdict
         advance(1)
     return tuple(
         DenoisingRecord(
             block_length=block_length, sampler=name, threshold=value, num_texts=len(prompts), same_as_target=same[row] / len(prompts),
-            exact_match=sum(right[row]) / len(right[row]) if right[row] else None, num_tokens=tokens[row], num_forwards=forwards[row],
+            exact_match=right[row] / len(prompts) if num_known else None, num_tokens=tokens[row], num_forwards=forwards[row],
             tokens_per_forward=tokens[row] / forwards[row],
         )
         for row, (name, value) in enumerate(policies)
@@ -131,7 +132,7 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
 
 
 def share_right(row: DenoisingRecord) -> float:
-    """The share of texts that are known to be right answers; where no answer is known, of those that are the target's."""
+    """The share of texts that are right; where no answer is known, of those that are the target's."""
     return row.same_as_target if row.exact_match is None else row.exact_match
 
 

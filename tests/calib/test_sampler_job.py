@@ -196,14 +196,18 @@ def test_answers_that_are_known_decide_what_is_right(folder: Path, tmp_path: Pat
     """Of three held-out prompts one has the answer of a threshold of 0.5, one a wrong one, and one none."""
     checkpoint, settings, prompts = open_checkpoint(folder), SamplerJobSettings(**SETTINGS), some_texts()
     model = describe_model(checkpoint, 512)
-    known, wrong, _ = split_texts(prompts, None, 3, 0, model).held_out
+    known, wrong, open_ended = split_texts(prompts, None, 3, 0, model).held_out
     reference_model, options = Reference(folder), (11, 8)
     bold = {confidence: reference.diffusion(reference_model, known, *options, confidence)[0] for confidence in measure.CONFIDENCES}
+    target = reference.diffusion(reference_model, open_ended, *options, 2.0)[0]
+    agreeing = {confidence: reference.diffusion(reference_model, open_ended, *options, confidence)[0] == target for confidence in measure.CONFIDENCES}
     answers = {tuple(known): ("something else", str(bold[0.5])), tuple(wrong): ("nothing",)}
     job = partial(train_sampler, checkpoint, model, output=tmp_path / "it", settings=settings, progress=Quiet())
     record = job(prompts=Prompts(prompts, "0" * 64, answers, str))
     rows = {row.threshold: row for row in record.held_out if (row.sampler, row.block_length) == ("threshold", 8)}
-    assert {confidence: row.exact_match for confidence, row in rows.items()} == {c: (bold[c] == bold[0.5]) / 2 for c in measure.CONFIDENCES}
+    assert {confidence: row.exact_match for confidence, row in rows.items()} == {
+        c: ((bold[c] == bold[0.5]) + agreeing[c]) / 3 for c in measure.CONFIDENCES
+    }
     assert all(row.exact_match is None for row in record.validation)
     assert record.sampler_sha256 == job(prompts=Prompts(prompts, "0" * 64)).sampler_sha256
 
