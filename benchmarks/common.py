@@ -10,9 +10,12 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-TRAIN_SEED = 3
+if TYPE_CHECKING:
+    from trimode.calib.demo.tasks import Example
+
+TRAIN_SEED, QUESTION_SEED = 3, 7
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "onnxruntime", "torch", "transformers")
 
@@ -38,6 +41,13 @@ def write_prompts(path: Path, count: int) -> None:
 
     prompts = [example.prompt for example in itertools.islice(examples(TRAIN_SEED, "train"), count)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def held_out_questions(per_family: int) -> list[Example]:
+    """Of the demo's held-out split, family by family: the same ones for every benchmark."""
+    from trimode.calib.demo.tasks import FAMILIES, examples
+
+    return [example for family in FAMILIES for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), per_family)]
 
 
 def without_folders(text: str) -> str:

@@ -9,14 +9,13 @@ answer held-out questions with both. Prompts for the first two are of the traini
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save, write_prompts
-from trimode.calib.demo.tasks import FAMILIES, examples
+from benchmarks.common import held_out_questions, save, write_prompts
+from trimode.calib.demo.tasks import FAMILIES
 from trimode.calib.drafter_job.record import RECORD
 from trimode.calib.drafter_job.settings import DrafterJobSettings
 from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
@@ -37,7 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
 def measure(bundle: Path, per_family: int) -> dict[str, Any]:
     """Acceptance length and tokens per forward over all questions, by family too, and how many answers are unlike AR's."""
     model = TriModeModel.from_pretrained(bundle)
-    questions = [example for family in FAMILIES for example in itertools.islice(examples(7, "held-out", [family]), per_family)]
+    questions = held_out_questions(per_family)
     ids = [model.codec.encode_chat([{"role": "user", "content": question.prompt}]) for question in questions]
     greedy = [model.ar_generate([one], max_new_tokens=192)[0][0, len(one) :].tolist() for one in ids]
     results: dict[str, Any] = {}

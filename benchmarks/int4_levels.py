@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import save
+from benchmarks.common import held_out_questions, save
 from benchmarks.quantization import DEMO, evaluate
-from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.compiler import backends
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
@@ -28,7 +27,6 @@ from trimode.runtime import TriModeModel
 
 LEVELS = (1, 4)
 BLOCK_LENGTH, MAX_NEW_TOKENS = 32, 192
-QUESTION_SEED = 7
 
 Logits = NDArray[np.float32]
 
@@ -50,8 +48,7 @@ def compare_rows(model: TriModeModel, per_family: int) -> dict[str, Any]:
 
 
 def _prompts(model: TriModeModel, per_family: int) -> list[list[int]]:
-    questions = [example for family in FAMILIES for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), per_family)]
-    return [model.codec.encode_chat([{"role": "user", "content": question.prompt}]) for question in questions]
+    return [model.codec.encode_chat([{"role": "user", "content": question.prompt}]) for question in held_out_questions(per_family)]
 
 
 def _rows(model: TriModeModel, prompt: list[int]) -> Iterator[tuple[Logits, Logits]]:
@@ -77,7 +74,7 @@ def main() -> None:
             bundle = Path(name) / str(level)
             build_bundle(DEMO, bundle, BuildOptions(precision="int4", calibration="rtn"))
             model = TriModeModel.from_pretrained(bundle)
-            results[f"accuracy_level {level}"] = {**evaluate(bundle, options.per_family), "one_row_and_many": compare_rows(model, options.per_family)}
+            results[f"accuracy_level {level}"] = {**evaluate(model, options.per_family), "one_row_and_many": compare_rows(model, options.per_family)}
     save("int4_levels", {"per_family": options.per_family, "results": results})
     for label, result in results.items():
         exact = ", ".join(f"{mode} {100 * row['exact_match']:.1f}%" for mode, row in result["modes"].items())

@@ -26,9 +26,8 @@ ALL_MODES, AR_ALONE = "ar,draft,verify", "ar"
 PRECISIONS = ("fp8", "int8", "int4")
 
 
-def evaluate(bundle: Path, per_family: int) -> dict[str, Any]:
+def evaluate(model: TriModeModel, per_family: int) -> dict[str, Any]:
     """Families weighted equally; acceptance per cycle and tokens per forward over all of them; whether self-speculation wrote AR's text."""
-    model = TriModeModel.from_pretrained(bundle)
     table = {family: measure(model, family, per_family) for family in FAMILIES}
     modes: dict[str, Any] = {}
     for mode in next(iter(table.values())):
@@ -53,7 +52,7 @@ def main() -> None:
         folder = Path(name)
         write_prompts(folder / "prompts.jsonl", options.samples)
         build_bundle(DEMO, folder / "fp32")
-        results["fp32"] = evaluate(folder / "fp32", options.per_family)
+        results["fp32"] = evaluate(TriModeModel.from_pretrained(folder / "fp32"), options.per_family)
         for precision in PRECISIONS:
             calibrations: dict[str, Path | Literal["rtn"]] = {}
             for label, modes in (("all modes", ALL_MODES), ("ar alone", AR_ALONE)):
@@ -65,7 +64,7 @@ def main() -> None:
             for label, calibration in calibrations.items():
                 bundle = folder / f"bundle-{precision}-{label.replace(' ', '-')}"
                 build_bundle(DEMO, bundle, BuildOptions(precision=precision, calibration=calibration))
-                results[f"{precision}, {label}"] = evaluate(bundle, options.per_family)
+                results[f"{precision}, {label}"] = evaluate(TriModeModel.from_pretrained(bundle), options.per_family)
     save("quantization", {"per_family": options.per_family, "samples": options.samples, "results": results})
     print(f"{'':26s}{'MB':>7s}" + "".join(f"{mode:>26s}" for mode in results["fp32"]["modes"]))
     for label, result in results.items():

@@ -10,18 +10,16 @@ batch 1, forwards counted as everywhere: denoising and commits.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, save, write_prompts
-from trimode.calib.demo.tasks import FAMILIES, Example, examples
+from benchmarks.common import RESULTS, held_out_questions, save, write_prompts
+from trimode.calib.demo.tasks import Example
 from trimode.calib.quality.figure import load_matplotlib
 from trimode.runtime import TriModeModel
 
-QUESTION_SEED = 7
 MAX_NEW_TOKENS = 128
 POLICIES: dict[str, list[dict[str, Any]]] = {
     "threshold": [{"threshold": value} for value in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)],
@@ -70,7 +68,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 def measure(options: argparse.Namespace) -> None:
     model = TriModeModel.from_pretrained(options.bundle, num_threads=options.threads)
     record, source = model.bundle.manifest.sampler, model.bundle.manifest.source.sha256
-    questions = [example for family in FAMILIES for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), options.per_family)]
+    questions = held_out_questions(options.per_family)
     names = [name for name in POLICIES if name in options.only.split(",")]
     assert record is not None or "learned" not in names, "build the bundle with --sampler"
     setting = {"questions": len(questions), "block_length": options.block_length, "source_sha256": source}
