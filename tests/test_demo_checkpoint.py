@@ -69,7 +69,7 @@ def test_linear_spec_equals_ar_on_every_family(model: TriModeModel) -> None:
             if block_length == 32:
                 lengths[use_drafter].append(stream.result.acceptance_length or 0)
     with_drafter, without = (sum(values) / len(values) for values in lengths.values())
-    assert with_drafter > 1.1 * without > 12  # a floor, not the claim: the measured table is in docs/measurements.md
+    assert with_drafter > 1.1 * without > 12  # a floor, not the claim: the measured table is in docs/results/measurements-2026-11.md
 
 
 def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
@@ -135,14 +135,14 @@ def test_a_turn_after_a_cut_block_equals_a_fresh_start(model: TriModeModel, mode
 
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
 def test_most_questions_are_answered_right(model: TriModeModel, mode: Any) -> None:
-    """A floor, not the claim: the measured table is in docs/measurements.md."""
+    """A floor, not the claim: the measured table is in docs/results/measurements-2026-11.md."""
     asked = list(questions(6))
     answers = [model.codec.decode(model.stream(ask(model, q), mode, max_new_tokens=192).finish().token_ids) for q in asked]
     assert sum(answer in q.answers for answer, q in zip(answers, asked, strict=True)) >= 0.9 * len(asked)
 
 
 def test_the_learned_sampler_needs_fewer_forwards_for_answers_as_good(model: TriModeModel) -> None:
-    """A floor, not the claim: the measured curve is in docs/sampler.md. The network runs in PyTorch; its graph has tests of its own."""
+    """A floor, not the claim: the measured curve is in docs/reference/sampler.md. The network runs in PyTorch; its graph has tests of its own."""
     record = load_sampler_record(SAMPLER)
     scorer, digest = TorchScorer(load_sampler(SAMPLER, record)), SourceDigest(open_checkpoint(CHECKPOINT))
     list(digest.read_all())

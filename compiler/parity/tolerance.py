@@ -7,7 +7,7 @@ the compute type. Such errors add up like a random walk, so relative to the larg
 
 With float16 and bfloat16, products accumulate in float32 and only what is stored is rounded: c = 6. In float32 the sums over thousands of
 terms round in the same type: c = 168, which makes 1e-5 of c * u. Torch's own eager forwards in these types, against float64, stay below a third
-of the bound on the demo checkpoint (6 layers) and on random ones of 26 and 34 layers (docs/verify.md). The mean error may be a sixth of the
+of the bound on the demo checkpoint (6 layers) and on random ones of 26 and 34 layers (docs/reference/verify.md). The mean error may be a sixth of the
 largest.
 """
 
