@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from trimode.compiler.output import print_json
 from trimode.compiler.targets import TARGETS, Target
 from trimode.compiler.toolchain import why_not_build, why_not_run
 
@@ -17,7 +17,7 @@ def list_targets(*, as_json: bool) -> None:
     """Print the table, or the same facts as JSON."""
     facts = [_facts(target) for target in TARGETS.values()]
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        print_json(facts, indent=1)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("target", "GPU", "compiled by", "precisions", "memory", "builds here", "runs here"):

@@ -43,6 +43,11 @@ class TextCodec:
         source = template.read_text(encoding="utf-8") if template.is_file() else self._config.get("chat_template")
         self._template = _environment().from_string(source) if isinstance(source, str) else None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._template is not None
+
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with what the tokenizer adds by itself (such as a first token)."""
         return self._tokenizer.encode(text).ids
