@@ -96,7 +96,8 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
         found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
-        raise UsageError(found, "fp8 quantizes inputs too, whose scales take data: `trimode calibrate CHECKPOINT --precision fp8 ...`")
+        command = CALIBRATE.replace("PRECISION", "fp8")
+        raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
     if name in ROUNDED:
         quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None
     else:

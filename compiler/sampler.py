@@ -8,6 +8,7 @@ from pathlib import Path
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.sampler_file import SamplerFile, check_sampler_source, load_sampler_record
+from trimode.hints import TRAIN_SAMPLER
 from trimode.runtime.manifest import Manifest, SamplerRecord
 
 SAMPLER_FILE = "sampler.onnx"
@@ -46,7 +47,10 @@ def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -
     for name in ("vocab_size", "mask_token_id"):
         found, expected = getattr(source.record, name), getattr(model, name)
         if found != expected:
-            raise CheckpointError(f"{folder}: expected a sampler with {name} {expected}, found {found}", "train one for this checkpoint")
+            raise CheckpointError(
+                f"{folder}: expected a sampler with {name} {expected}, found {found}",
+                TRAIN_SAMPLER,
+            )
     if base is None or base.sampler is None:
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:

@@ -224,11 +224,10 @@ def parse_prompt_line(line: str) -> Prompt:
     text, ids, messages = (values.get(key) for key in ("prompt", "token_ids", "messages"))
     is_text = isinstance(text, str) and bool(text)
     is_ids = isinstance(ids, list) and all(isinstance(one, int) for one in ids)
-    is_conversation = isinstance(messages, list)
-    if is_text + is_ids + is_conversation != 1 or sum(key in values for key in ("prompt", "token_ids", "messages")) != 1:
+    if is_text + is_ids + isinstance(messages, list) != 1 or sum(key in values for key in ("prompt", "token_ids", "messages")) != 1:
         found = f"expected either `prompt` (a text), `messages` (a list) or `token_ids` (a list of whole numbers), found {_shown(line)}"
         raise UsageError(found, _LINE_HINT)
-    if is_conversation:
+    if isinstance(messages, list):
         _check_messages(messages)
     template = _template_of(values)
     if is_ids and template:

@@ -14,6 +14,7 @@ from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.nvfp4 import BLOCK_SIZE
+from trimode.hints import CALIBRATE
 from trimode.runtime.manifest import CalibrationRecord
 
 RTN: Literal["rtn"] = "rtn"
@@ -22,7 +23,7 @@ BLOCK_PRECISIONS: tuple[QuantizedPrecision, ...] = ("int4", "nvfp4")
 """Those with a scale for each block of inputs."""
 _KINDS = ("weight_amax", "input_amax", "pre_quant_scale")
 _HEAD = "diffusion_head"
-_MAKE_AGAIN = "calibrate this checkpoint again with `trimode calibrate`"
+_MAKE_AGAIN = f"calibrate this checkpoint: {CALIBRATE}"
 
 
 @dataclass(frozen=True)
