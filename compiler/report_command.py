@@ -26,6 +26,7 @@ from trimode.errors import UsageError
 from trimode.graphs.calibration import QuantizedPrecision, Scales, load_record
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ModelInfo, Role
+from trimode.hints import CALIBRATE
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.options import Mode
 from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file

@@ -13,7 +13,7 @@ from trimode.errors import BundleError
 from trimode.graphs.contract import DType, Role
 from trimode.runtime.manifest import PrecisionName
 from trimode.runtime.options import Mode
-from trimode.texts import Unreadable, read_text
+from trimode.texts import Unreadable, read_bytes
 
 VERIFICATION = "verification.json"
 
@@ -253,13 +253,13 @@ def read_verifications(bundle: Path) -> Verifications:
     """
     path = bundle / VERIFICATION
     try:
-        text = read_text(path)
+        data = read_bytes(path)
     except Unreadable as error:
         if error.is_missing:
             return Verifications(verifications=())
         raise BundleError(f"{path}: expected a file that can be read, found: {error.reason}", "delete it, or check its permissions") from error
     try:
-        return Verifications.model_validate_json(text)
+        return Verifications.model_validate_json(data)
     except ValidationError:
         return Verifications(verifications=())
 
