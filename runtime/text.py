@@ -61,6 +61,11 @@ class TextCodec:
         except TemplateError as error:
             raise UsageError(f"expected a conversation that the chat template accepts, found: {error}", "check the order of roles") from error
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether a conversation can be rendered; base checkpoints have no template."""
+        return self._template is not None
+
     def token_id(self, token: str) -> int | None:
         """The id of a token of the vocabulary, such as ``</think>``; None if there is no such token."""
         return self._tokenizer.token_to_id(token)
