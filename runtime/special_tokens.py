@@ -122,13 +122,17 @@ def _merge_map(folder: Path, config: dict[str, Any], own: dict[str, Any]) -> Non
     for name, value in read_object(folder / "special_tokens_map.json").items():
         if name == _EXTRA and isinstance(value, list):
             before = list(config.get(_EXTRA) or [])
-            config[_EXTRA] = before + [one for one in value if one not in before]
-        elif isinstance(value, dict) and name != _EXTRA:
-            config[name] = value | {"special": True}
+            config[_EXTRA] = before + [_as_special(one) for one in value if one not in before]
+        elif name != _EXTRA:
+            config[name] = _as_special(value)
         else:
             config[name] = value
     if isinstance(config.get(_EXTRA), dict):
         own |= config.pop(_EXTRA)
+
+
+def _as_special(value: Any) -> Any:
+    return value | {"special": True} if isinstance(value, dict) else value
 
 
 def _added_before_v5(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
