@@ -308,7 +308,7 @@ def _template_of(values: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"expected `chat_template_kwargs` without `{key}`, found it", "what it says is said elsewhere: leave it out")
         if template.setdefault(key, value) != value:
             raise UsageError(f"expected `{key}` once, or twice the same, found `chat_template_kwargs` to differ", "leave out one of the two")
-    if "enable_thinking" in template and not isinstance(template["enable_thinking"], bool):
+    if not isinstance(template.get("enable_thinking"), bool | None):
         raise UsageError(
             f"expected `enable_thinking` to be true or false, found {_shown(template['enable_thinking'])}", "correct it, or leave it out"
         )

@@ -73,11 +73,6 @@ class TextCodec:
         """How :meth:`decode` works, before it takes out blanks, for a stream."""
         return Decoding(self._decode_raw, self._is_silent, _byte_values(self._tokenizer))
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be encoded."""
-        return self._template is not None
-
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with what the tokenizer adds by itself (such as a first token).
 
