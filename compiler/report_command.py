@@ -31,6 +31,7 @@ from trimode.runtime.bundle import sha256_of
 from trimode.runtime.options import Mode
 from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.text import TextCodec
+from trimode.texts import whole_text
 
 ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
 """Weights rounded to nearest, in the place of a calibration."""
@@ -106,7 +107,7 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
         scales = _scales(quantization)
     record = quantization.record
     return Candidate(
-        name, quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
+        whole_text(name), quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
         quantization.source_sha256,
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.session import Ids
-from trimode.texts import whole_text
+from trimode.texts import name_of
 
 AFFORDABLE_FLOPS = 2e13
 """What the default long position may cost the reference: some minutes on few cores."""
@@ -150,7 +150,7 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales, sampler) if record is not None),
         precision=model.bundle.precision, target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
-        checkpoint=CheckpointRecord(name=whole_text(checkpoint.path.resolve().name), sha256=sha256, is_source=sha256 == manifest.source.sha256),
+        checkpoint=CheckpointRecord(name=name_of(checkpoint.path), sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
         weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
