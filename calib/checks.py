@@ -33,7 +33,7 @@ def check_learning_rate(value: float | None) -> None:
 def check_dtype(dtype: str) -> None:
     """Raise :class:`UsageError` for a type that no bundle computes in."""
     if dtype not in DTYPES:
-        raise UsageError(f"expected --dtype {', '.join(DTYPES)}, found {dtype!r}", "what the bundle computes in; `trimode inspect` shows it")
+        raise UsageError(f"expected --dtype {', '.join(DTYPES)}, found {dtype!r}", "what the bundle computes in; `trimode inspect BUNDLE` shows it")
 
 
 def check_device_name(device: str) -> None:

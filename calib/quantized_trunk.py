@@ -20,6 +20,7 @@ from trimode.graphs.contract import DType
 from trimode.graphs.nvfp4 import BLOCK_SIZE, GLOBAL_STEPS, LARGEST_CODE
 from trimode.graphs.quantization import FORMATS, Floats, round_to, round_trip, scale_of
 from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+from trimode.hints import CALIBRATE
 
 CODE_RANGES: dict[DType, tuple[float, float]] = {"float8e4m3fn": (-448, 448), "int8": (-128, 127), "float4e2m1": (-6, 6)}
 """What the types of inputs hold, in steps of a scale."""
@@ -186,7 +187,7 @@ def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
-        raise CheckpointError(f"expected the model to have the linear layer {name}, found none", "calibrate this checkpoint with `trimode calibrate`")
+        raise CheckpointError(f"expected the model to have the linear layer {name}, found none", f"calibrate this checkpoint: {CALIBRATE}")
     return linear
 
 
@@ -196,7 +197,7 @@ def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
     fits = shape in ((), (rows,)) or (len(shape) == 2 and shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0)
     if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
         raise CheckpointError(f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
-                              "calibrate this checkpoint again with `trimode calibrate`")  # fmt: skip
+                              f"calibrate this checkpoint: {CALIBRATE}")  # fmt: skip
 
 
 def _quantized_weight(linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> nn.Parameter:

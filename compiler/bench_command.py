@@ -13,12 +13,15 @@ from rich.table import Table
 
 import trimode
 from trimode.compiler.console import RichProgress
-from trimode.compiler.run_command import encode_prompt, read_prompts_file
+from trimode.compiler.output import command_line, print_json
+from trimode.compiler.prompt_options import check_prompt_options
 from trimode.errors import UsageError
 from trimode.runtime.acceptance import write_texts
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
+from trimode.texts import reason_of
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,34 @@ class BenchRequest:
     prompts_file: Path | None
     output: Path | None
     as_json: bool
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_bench(bundle: Path, request: BenchRequest) -> None:
     """Measure, keep the table, print it; see the command's help."""
     if request.output is not None and (request.output.is_dir() or not request.output.absolute().parent.is_dir()):
         raise UsageError(f"{request.output}: expected a file to write, in a folder that exists, found neither", "name a file such as timings.json")
-    questions = list(read_prompts_file(request.prompts_file)) if request.prompts_file else []
+    check_prompt_options(request.prompts_file, request.style)
+    questions = read_prompts_file(request.prompts_file, request.style) if request.prompts_file else []
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
         settings = check_settings(TimerSettings(request.rows, request.past, request.batch or (1,), request.repeats), model.model, model.session)
         subject = subject_of(model.bundle, model.target, request.threads)
-        prompts = [encode_prompt(model, question) for question in questions]
-        for prompt in prompts:
-            model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
+        # A prompt that the model does not take shows before minutes of measuring.
+        prompts = encode_prompts(request.prompts_file or Path(), questions, lambda: model.codec, model.model)
         with RichProgress() as progress:
             advance = progress.stage("time forwards", settings.repeats or USUAL_REPEATS)
             forwards = time_forwards(model.session, model.model, settings, advance)
             acceptance = _acceptance(model, prompts, settings, progress)
     timings = Timings(
-        trimode_version=trimode.__version__, command=" ".join(["trimode", *sys.argv[1:]]), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        trimode_version=trimode.__version__, command=command_line(), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}", subject=subject, forwards=forwards,
         acceptance=acceptance,
     )  # fmt: skip
     _keep(timings, request.output)
     if request.as_json:
-        sys.stdout.write(timings.model_dump_json(indent=1) + "\n")
+        print_json(timings, indent=1)
     else:
         _show(timings)
 
@@ -89,13 +93,13 @@ def _keep(timings: Timings, output: Path | None) -> None:
         try:
             save_timings(timings, output)
         except OSError as error:
-            raise UsageError(f"{output}: expected a file that can be written, found: {error}", "choose another place") from error
+            raise UsageError(f"{output}: expected a file that can be written, found: {reason_of(error)}", "choose another place") from error
         sys.stderr.write(f"wrote {output}\n")
     try:
         path = table_path(timings.subject)
         save_timings(timings, path)
     except OSError as error:
-        sys.stderr.write(f"warning: the table cannot be kept for mode auto: {error}; pass it with --timings\n")
+        sys.stderr.write(f"warning: the table cannot be kept for mode auto: {reason_of(error)}; pass it with --timings\n")
     else:
         sys.stderr.write(f"wrote {path}, where mode auto looks for it\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from trimode.compiler.cli import parse_ints
 from trimode.compiler.console import RichProgress
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.output import print_json
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.compiler.quantize.scales import RTN
 from trimode.compiler.sampler import SAMPLER_FILE
@@ -61,7 +61,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
     with RichProgress() as progress:
         result = build_bundle(checkpoint, output, options, progress)
     if request.as_json:
-        sys.stdout.write(json.dumps(_as_data(output, result)) + "\n")
+        print_json(_as_data(output, result))
     sys.stderr.write(_in_words(output, result) + "\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trimode.compiler.cache import ContentCache
+from trimode.compiler.output import print_json
 from trimode.runtime.cache_folder import PREPACKED, TIMINGS, default_folder
 
 
@@ -28,7 +28,7 @@ def show_cache(*, clear: bool, as_json: bool) -> None:
     if as_json:
         by_kind = {kind.replace(" ", "_"): {"entries": n, "num_bytes": b} for kind, (n, b) in kinds.items()}
         facts = {"folder": str(folder), "entries": count, "num_bytes": num_bytes, "kinds": by_kind, "deleted": deleted}
-        sys.stdout.write(json.dumps(facts) + "\n")
+        print_json(facts)
         return
     sys.stdout.write(f"{folder}: {_in_words(count, num_bytes)}" + (f", {deleted} deleted" if clear else "") + "\n")
     for kind, usage in kinds.items():

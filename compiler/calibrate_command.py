@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 from trimode.calib.quantize.job import calibrate, check_output
 from trimode.calib.quantize.settings import QuantizeSettings
-from trimode.calib.quantize.texts import Text
 from trimode.calib.quantize.work import check_work_folder, work_folder_of
 from trimode.compiler.console import RichProgress
+from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
-from trimode.compiler.run_command import Prompt, read_prompts_file
 from trimode.graphs.calibration import Calibration, QuantizedPrecision
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import Role
 from trimode.runtime.bundle import sha256_of
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.text import TextCodec
 
 
@@ -40,6 +39,7 @@ class CalibrateRequest:
     as_json: bool
     memory_gib: float | None = None
     resume: bool = False
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
@@ -57,11 +57,13 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
         memory_gib=request.memory_gib,
     )
     settings.check()
+    request.style.check()
     check_output(output)
     check_work_folder(work_folder_of(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
-    texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)
-    model, data_sha256 = describe_model(checkpoint), sha256_of(request.data)
+    model, prompts = describe_model(checkpoint), read_prompts_file(request.data, request.style)
+    texts = encode_prompts(request.data, prompts, cache(partial(TextCodec, checkpoint_path)), model)
+    data_sha256 = sha256_of(request.data)
     try:
         with RichProgress() as progress:
             calibration = calibrate(checkpoint, model, texts, data_sha256, output, settings, progress, resume=request.resume)
@@ -70,25 +72,8 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
             sys.stderr.write(f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n")
         raise
     if request.as_json:
-        sys.stdout.write(json.dumps(_as_data(output, calibration)) + "\n")
+        print_json(_as_data(output, calibration))
     sys.stderr.write(_in_words(output, calibration) + "\n")
-
-
-def encode_prompts(prompts: Sequence[Prompt], checkpoint: Path) -> list[Text]:
-    """Token ids of prompts; those that are text go through the checkpoint's chat template.
-
-    Raises:
-        UsageError: there is text, and no tokenizer or template in the checkpoint.
-    """
-    codec = TextCodec(checkpoint) if any(prompt.text is not None for prompt in prompts) else None
-    texts = []
-    for prompt in prompts:
-        if codec is None or prompt.text is None:
-            assert prompt.token_ids is not None
-            texts.append(prompt.token_ids)
-        else:
-            texts.append(codec.encode_chat([{"role": "user", "content": prompt.text}]))
-    return texts
 
 
 def _as_data(output: Path, calibration: Calibration) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 import trimode
-from trimode.errors import DependencyError, TrimodeError, UsageError, exit_with
+from trimode.compiler.boundary import run_guarded
+from trimode.errors import DependencyError, UsageError
 
 app = typer.Typer(
     name="trimode",
@@ -43,7 +44,9 @@ app.add_typer(report, name="report")
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")]
 RunPrecision = Annotated[str | None, typer.Option("--precision", help="One of the bundle's; the one that was built first if left out.")]
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
-TrainingData = Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`; the model writes the answers.")]
+TrainingData = Annotated[
+    Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`; the model writes the answers.")
+]
 ServedDtype = Annotated[str, typer.Option(help="What the bundle computes in: float32 (cpu), bfloat16 or float16. Weights are rounded to it.")]
 TrainingSamples = Annotated[
     int | None, typer.Option(metavar="N", help="Prompts to train on, drawn by the seed; all that are not held out if left out.")
@@ -52,15 +55,17 @@ HeldOut = Annotated[int | None, typer.Option(metavar="N", help="Prompts set asid
 AnswerLength = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Device = Annotated[str, typer.Option(help="Where the checkpoint runs: cpu or cuda.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the same command where it was interrupted.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Take texts as they are, without the chat template; a model that has none does so anyway.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="Begin each conversation with this system message.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--enable-thinking/--no-enable-thinking", help="Tell the chat template; what a line says itself goes first.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Entry point: turns deliberate errors into one line and a hint (typer sees to interruptions and closed pipes)."""
-    try:
-        app()
-    except TrimodeError as error:
-        exit_with(error)
+    """Entry point: whatever goes wrong ends in one line and a hint."""
+    run_guarded(app)
 
 
 def _version(asked: bool) -> None:
@@ -127,7 +132,7 @@ def scales(
     checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
     precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`.")],
     samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
     modes: Annotated[str, typer.Option(metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify.")] = "ar,draft,verify",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
@@ -135,6 +140,9 @@ def scales(
     block_size: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")] = None,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     device: Device = "cpu",
     memory: Annotated[
         float | None,
@@ -152,9 +160,23 @@ def scales(
     _need("calibration", "compile", "torch", "safetensors", "ml_dtypes")
     _need("calibration", "calib", "modelopt", "requests")
     from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
+    from trimode.runtime.prompts import PromptStyle
 
     request = CalibrateRequest(
-        precision, data, samples, modes, max_new_tokens, seed, block_size, per_channel, quantize_head, device, as_json, memory, resume
+        precision,
+        data,
+        samples,
+        modes,
+        max_new_tokens,
+        seed,
+        block_size,
+        per_channel,
+        quantize_head,
+        device,
+        as_json,
+        memory,
+        resume,
+        PromptStyle(raw, system, enable_thinking),
     )
     run_calibrate(checkpoint, output, request)
 
@@ -164,7 +186,7 @@ def sensitivity(
     checkpoint: CheckpointPath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
     calibration: Annotated[Path, typer.Option(metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.")],
     max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100.")],
     samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
     ranking_samples: Annotated[int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")] = 8,
@@ -173,14 +195,20 @@ def sensitivity(
     ] = "ar,diffusion,linear-spec",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Leave the most sensitive layers in high precision, as many as a budget on exact match asks for."""
     _need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.compiler.sensitivity_command import SensitivityRequest, run_sensitivity
+    from trimode.runtime.prompts import PromptStyle
 
-    request = SensitivityRequest(calibration, data, max_drop, samples, ranking_samples, modes, max_new_tokens, seed, device, as_json)
+    request = SensitivityRequest(
+        calibration, data, max_drop, samples, ranking_samples, modes, max_new_tokens, seed, device, as_json, PromptStyle(raw, system, enable_thinking)
+    )
     run_sensitivity(checkpoint, output, request)
 
 
@@ -191,11 +219,14 @@ def quantization(
     calibration: Annotated[
         list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.")
     ],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.")],
     samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
     modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     device: Device = "cpu",
     no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
     as_json: Json = False,
@@ -205,8 +236,11 @@ def quantization(
     if not no_figure:
         _need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
     from trimode.compiler.report_command import ReportRequest, run_report
+    from trimode.runtime.prompts import PromptStyle
 
-    request = ReportRequest(tuple(calibration), data, samples, modes, max_new_tokens, seed, device, not no_figure, as_json)
+    request = ReportRequest(
+        tuple(calibration), data, samples, modes, max_new_tokens, seed, device, not no_figure, as_json, PromptStyle(raw, system, enable_thinking)
+    )
     if not run_report(checkpoint, output, request):
         raise typer.Exit(1)
 
@@ -234,6 +268,9 @@ def drafter(
     batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")] = 0,
     max_new_tokens: AnswerLength = 256,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     device: Device = "cpu",
     resume: Resume = False,
     as_json: Json = False,
@@ -243,11 +280,12 @@ def drafter(
     from trimode.calib.drafter_job.settings import DrafterJobSettings
     from trimode.compiler.drafter_command import run_drafter
     from trimode.compiler.training_command import TrainingRequest
+    from trimode.runtime.prompts import PromptStyle
 
     settings = DrafterJobSettings(
         dtype, steps, minutes, samples, held_out, block_length, rank, alpha, from_scratch, learning_rate, batch_size, seed, max_new_tokens, device,  # type: ignore[arg-type]  # its check refuses any other type
     )  # fmt: skip
-    run_drafter(checkpoint, output, TrainingRequest(data, calibration, resume, as_json), settings)
+    run_drafter(checkpoint, output, TrainingRequest(data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)), settings)
 
 
 @calibrate.command()
@@ -273,6 +311,9 @@ def sampler(
     batch_size: Annotated[int, typer.Option(help="Slots in a step.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the draw, of the network and of what is trained on.")] = 0,
     max_new_tokens: AnswerLength = 256,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     device: Device = "cpu",
     resume: Resume = False,
     as_json: Json = False,
@@ -282,12 +323,13 @@ def sampler(
     from trimode.calib.sampler_job.settings import SamplerJobSettings
     from trimode.compiler.sampler_command import run_sampler
     from trimode.compiler.training_command import TrainingRequest
+    from trimode.runtime.prompts import PromptStyle
 
     settings = SamplerJobSettings(
         dtype, steps, minutes, samples, held_out, target, tuple(parse_ints(block_length)), d_model, layers, heads, feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
         learning_rate, batch_size, seed, max_new_tokens, device,
     )  # fmt: skip
-    run_sampler(checkpoint, output, TrainingRequest(data, calibration, resume, as_json), settings)
+    run_sampler(checkpoint, output, TrainingRequest(data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)), settings)
 
 
 @app.command()
@@ -299,7 +341,10 @@ def verify(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Compare the scales with this calibration's, too; those of rtn are always compared.")
     ] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`; random tokens if left out.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`, `messages` or `token_ids`; random tokens if left out.")] = None,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
     sampler: Annotated[Path | None, typer.Option(metavar="SAMPLER", help="The one that the bundle was built with; else it is not compared.")] = None,
@@ -313,8 +358,23 @@ def verify(
     """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code 1 if they differ."""
     _need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify_command import VerifyRequest, run_verify
+    from trimode.runtime.prompts import PromptStyle
 
-    request = VerifyRequest(against, precision, target, calibration, prompts_file, seed, long, max_new_tokens, threads, as_json, drafter, sampler)
+    request = VerifyRequest(
+        against,
+        precision,
+        target,
+        calibration,
+        prompts_file,
+        seed,
+        long,
+        max_new_tokens,
+        threads,
+        as_json,
+        drafter,
+        sampler,
+        PromptStyle(raw, system, enable_thinking),
+    )
     if not run_verify(bundle, request):
         raise typer.Exit(1)
 
@@ -343,10 +403,12 @@ def cache(
 def run(
     bundle: BundlePath,
     mode: Annotated[str, typer.Option(help="ar, diffusion, linear-spec, or auto: ar or linear-spec, whichever is faster.")] = "linear-spec",
-    prompt: Annotated[str | None, typer.Option(help="What to ask; goes through the chat template.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take --prompt as it is, without the chat template.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Ask this; it goes through the chat template, where there is one.")] = None,
     token_ids: Annotated[str | None, typer.Option(help="Prompt as token ids: 1,2,3.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`, and perhaps `answer`.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.")] = None,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     batch: Annotated[int, typer.Option(metavar="N", help="With --prompts-file, how many to answer side by side.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
     block_length: Annotated[int | None, typer.Option(help="Slots of a block, with auto at most; the model's if left out.")] = None,
@@ -377,8 +439,9 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text, or token ids, in one of the modes."""
+    """Generate text, or token ids, in one of the modes; exit code 2 if lines of --prompts-file could not be answered."""
     from trimode.compiler.run_command import RunRequest, run_prompts
+    from trimode.runtime.prompts import PromptStyle
 
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
@@ -387,10 +450,11 @@ def run(
     }  # fmt: skip
     choices = {name: value for name, value in given.items() if value is not None}
     request = RunRequest(
-        mode, prompt, raw, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
-        runtime_cache, as_json, choices, timings, batch,
+        mode, prompt, token_ids, prompts_file, max_new_tokens, block_length, threshold, not no_drafter, precision, target, threads,
+        runtime_cache, as_json, choices, timings, batch, PromptStyle(raw, system, enable_thinking),
     )  # fmt: skip
-    run_prompts(bundle, request)
+    if not run_prompts(bundle, request):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -405,8 +469,12 @@ def bench(
     batch: Annotated[str | None, typer.Option(metavar="N,N,...", help="Sequences in a forward; single ones if left out.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds; 20, or what fits into two minutes, if left out.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="JSON lines with `prompt` or `token_ids`: what becomes of their drafts is measured too, by how prompts begin.")
+        Path | None,
+        typer.Option(help="JSON lines with `prompt`, `messages` or `token_ids`: what becomes of their drafts is measured too, by how prompts begin."),
     ] = None,
+    raw: Raw = False,
+    system: System = None,
+    enable_thinking: Thinking = None,
     speed_of_light: Annotated[
         bool, typer.Option("--speed-of-light", help="Measure not time but forwards, over the prompts: the fewest, and what each mode takes.")
     ] = False,
@@ -423,6 +491,7 @@ def bench(
 ) -> None:
     """Measure the milliseconds of each forward on this machine, and keep them for `run --mode auto`."""
     from trimode.compiler.bench_command import BenchRequest, run_bench
+    from trimode.runtime.prompts import PromptStyle
 
     timer = {"--rows": rows, "--past": past, "--batch": batch, "--repeats": repeats}
     light = {"--block-length": block_length, "--thresholds": thresholds, "--max-new-tokens": max_new_tokens, "--no-figure": no_figure or None}
@@ -430,18 +499,19 @@ def bench(
     if misplaced:
         found = f"expected {misplaced[0]} {'without' if speed_of_light else 'together with'} --speed-of-light"
         raise UsageError(f"{found}, found it {'with' if speed_of_light else 'alone'}", "time and forwards are measured by separate commands")
+    style = PromptStyle(raw, system, enable_thinking)
     if speed_of_light:
         from trimode.compiler.light_command import LightRequest, run_light
 
         if output is not None and not no_figure:
             _need("the picture (--no-figure leaves it out)", "calib", "matplotlib")
         light_request = LightRequest(
-            precision, target, prompts_file, block_length, thresholds, max_new_tokens, threads, runtime_cache, output, not no_figure, as_json
+            precision, target, prompts_file, block_length, thresholds, max_new_tokens, threads, runtime_cache, output, not no_figure, as_json, style
         )
         run_light(bundle, light_request)
         return
     request = BenchRequest(
-        precision, target, _numbers(rows), _numbers(past), _numbers(batch), repeats, threads, runtime_cache, prompts_file, output, as_json
+        precision, target, _numbers(rows), _numbers(past), _numbers(batch), repeats, threads, runtime_cache, prompts_file, output, as_json, style
     )
     run_bench(bundle, request)
 

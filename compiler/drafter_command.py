@@ -13,6 +13,7 @@ from trimode.calib.drafter_job.measure import Drafting
 from trimode.calib.drafter_job.record import Comparison, DrafterRecord
 from trimode.calib.drafter_job.settings import DrafterJobSettings
 from trimode.calib.jobs.state import check_state, state_file
+from trimode.compiler.output import print_json
 from trimode.compiler.training_command import TrainingRequest, train_on_prompts
 from trimode.graphs.checkpoint import open_checkpoint
 
@@ -20,13 +21,14 @@ from trimode.graphs.checkpoint import open_checkpoint
 def run_drafter(checkpoint_path: Path, output: Path, request: TrainingRequest, settings: DrafterJobSettings) -> None:
     """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
     settings.check()
+    request.style.check()
     check_output(output)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     settings.shape(checkpoint.drafter)
     record = train_on_prompts(train_adapter, checkpoint, output, request, settings)
     if request.as_json:
-        sys.stdout.write(record.model_dump_json() + "\n")
+        print_json(record)
     else:
         _show(record)
     sys.stderr.write(in_words(output, record) + "\n")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from trimode.compiler.output import print_json
 from trimode.runtime.bundle import read_manifest
 from trimode.runtime.manifest import CalibrationRecord, Manifest, PrecisionName, PrecisionRecord, ProfileRecord, TargetRecord
 
@@ -16,7 +16,7 @@ def inspect_bundle(path: Path, *, as_json: bool) -> None:
     manifest = read_manifest(path)
     if as_json:
         data = {**manifest.model_dump(mode="json"), "sharing": sharing(manifest)}
-        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+        print_json(data, indent=1)
     else:
         sys.stdout.write("\n".join(describe(manifest)) + "\n")
 

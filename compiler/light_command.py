@@ -14,11 +14,12 @@ from trimode.calib.light.measure import DEFAULT_THRESHOLDS, LightSettings, measu
 from trimode.calib.light.schema import REPORT, LightReport, WayRecord
 from trimode.calib.quality.figure import load_matplotlib
 from trimode.compiler.console import RichProgress
-from trimode.compiler.run_command import encode_prompt, read_prompts_file
+from trimode.compiler.output import command_line, print_json
 from trimode.errors import UsageError
 from trimode.files import check_replaceable, staged_replacement
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.model import TriModeModel
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 
 PICTURE = "speed_of_light.png"
 
@@ -38,6 +39,7 @@ class LightRequest:
     output: Path | None
     draws: bool
     as_json: bool
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_light(bundle: Path, request: LightRequest) -> None:
@@ -49,18 +51,18 @@ def run_light(bundle: Path, request: LightRequest) -> None:
         if request.draws:
             load_matplotlib()  # it takes minutes to need it, and no time to miss it
     settings = LightSettings(request.block_length, parse_probabilities(request.thresholds), request.max_new_tokens or LightSettings.max_new_tokens)
-    questions = list(read_prompts_file(request.prompts_file))
+    request.style.check()
+    questions = read_prompts_file(request.prompts_file, request.style)
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
     ) as model:
-        prompts = [encode_prompt(model, question) for question in questions]
-        for prompt in prompts:
-            model.new_sequence([prompt])  # one that the model does not take shows before minutes of measuring
+        # A prompt that the model does not take shows before minutes of measuring.
+        prompts = encode_prompts(request.prompts_file, questions, lambda: model.codec, model.model)
         with RichProgress() as progress:
             ways = measure_light(model, prompts, settings, progress.stage("answer prompts", len(prompts)))
         source = model.bundle.manifest.source
         report = LightReport(
-            trimode_version=trimode.__version__, command=" ".join(["trimode", *sys.argv[1:]]), source_name=source.name, source_sha256=source.sha256,
+            trimode_version=trimode.__version__, command=command_line(), source_name=source.name, source_sha256=source.sha256,
             precision=model.bundle.precision, runs_on=model.target, prompts_sha256=sha256_of(request.prompts_file), num_prompts=len(prompts),
             block_length=settings.block_length or model.model.block_size, max_new_tokens=settings.max_new_tokens, ways=ways,
         )  # fmt: skip
@@ -68,7 +70,7 @@ def run_light(bundle: Path, request: LightRequest) -> None:
         _save(report, request.output, draws=request.draws)
         sys.stderr.write(f"wrote {request.output}\n")
     if request.as_json:
-        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        print_json(report, indent=1)
     else:
         _show(report)
 

@@ -35,6 +35,7 @@ from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
 from trimode.runtime.pack import PrecisionWeights
+from trimode.texts import name_of
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -291,7 +292,7 @@ def describe_bundle(state: BuildState) -> None:
         trimode_version=trimode.__version__,
         model=plan.model,
         source=SourceRecord(
-            name=checkpoint.path.resolve().name,
+            name=name_of(checkpoint.path),
             sha256=state.source.hexdigest(),
             stamp=stamp_of(checkpoint),
             num_parameters=sum(tensor.num_elements for name, tensor in state.tensors.items() if name in checkpoint.tensors),

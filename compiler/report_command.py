@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -17,18 +18,20 @@ from trimode.calib.quality.figure import load_matplotlib
 from trimode.calib.quality.questions import QualitySettings, Question
 from trimode.calib.quality.report import check_output, measure, save_report
 from trimode.calib.quality.schema import DecodingRecord, FidelityRecord, PrecisionRecord, Report, decoding_name
-from trimode.compiler.calibrate_command import encode_prompts
 from trimode.compiler.console import RichProgress
+from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
 from trimode.compiler.quantize.scales import RTN, Quantization, load_quantization
-from trimode.compiler.run_command import read_prompts_file
 from trimode.errors import UsageError
 from trimode.graphs.calibration import QuantizedPrecision, Scales, load_record
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import Role
+from trimode.graphs.contract import ModelInfo, Role
+from trimode.hints import CALIBRATE
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.options import Mode
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.text import TextCodec
+from trimode.texts import whole_text
 
 ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
 """Weights rounded to nearest, in the place of a calibration."""
@@ -48,6 +51,7 @@ class ReportRequest:
     device: str
     draws: bool
     as_json: bool
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> bool:
@@ -57,18 +61,20 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     """
     settings = QualitySettings(parse_modes(request.modes), request.num_samples, request.max_new_tokens, request.seed, request.device)
     settings.check()
+    request.style.check()
     check_output(output)
     if request.draws:
         load_matplotlib()  # it takes minutes to need it, and no time to miss it
     checkpoint = open_checkpoint(checkpoint_path)
     candidates = [read_candidate(name, checkpoint) for name in request.calibrations]
-    questions, to_text = read_questions(request.data, checkpoint_path)
+    model = describe_model(checkpoint)
+    questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
-        report = measure(checkpoint, describe_model(checkpoint), questions, sha256, candidates, settings, progress, to_text)
+        report = measure(checkpoint, model, questions, sha256, candidates, settings, progress, to_text)
     save_report(output, report, draws=request.draws)
     if request.as_json:
-        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        print_json(report, indent=1)
     else:
         _show(report)
     sys.stderr.write(f"wrote {output}\n")
@@ -92,7 +98,8 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
         found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
-        raise UsageError(found, "fp8 quantizes inputs too, whose scales take data: `trimode calibrate CHECKPOINT --precision fp8 ...`")
+        command = CALIBRATE.replace("PRECISION", "fp8")
+        raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
     if name in ROUNDED:
         quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None
     else:
@@ -100,20 +107,20 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
         scales = _scales(quantization)
     record = quantization.record
     return Candidate(
-        name, quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
+        whole_text(name), quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
         quantization.source_sha256,
     )  # fmt: skip
 
 
-def read_questions(data: Path, checkpoint_path: Path) -> tuple[list[Question], ToText | None]:
+def read_questions(data: Path, style: PromptStyle, checkpoint_path: Path, model: ModelInfo) -> tuple[list[Question], ToText | None]:
     """The prompts of a file, and the tokenizer's decoder where an answer is known.
 
     Raises:
-        UsageError: the file cannot be read or is empty, or there is text, and no tokenizer or template in the checkpoint.
+        UsageError: the file cannot be read or is empty, or has lines that the checkpoint's tokenizer and template, or the model, do not take.
     """
-    prompts = list(read_prompts_file(data))
-    texts = encode_prompts(prompts, checkpoint_path)
-    to_text = TextCodec(checkpoint_path).decode if any(prompt.answers for prompt in prompts) else None
+    prompts, codec = read_prompts_file(data, style), cache(partial(TextCodec, checkpoint_path))
+    texts = encode_prompts(data, prompts, codec, model)
+    to_text = codec().decode if any(prompt.answers for prompt in prompts) else None
     return [Question(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)], to_text
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from trimode.compiler.batch_answers import BatchQuestion, answer_side_by_side
 from trimode.compiler.cli import parse_ints
+from trimode.compiler.output import print_json
 from trimode.errors import UsageError
 from trimode.runtime.auto import AR_STEP
-from trimode.runtime.batch import BatchRequest
 from trimode.runtime.decode import MODES
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.options import Mode
+from trimode.runtime.prompts import (
+    USUAL_STYLE,
+    BadLine,
+    Prompt,
+    PromptStyle,
+    apply_style,
+    check_text,
+    encode_checked,
+    encode_prompt,
+    read_prompt_lines,
+    warn_of_plain_text,
+)
 from trimode.runtime.stream import Generation, Stream
-from trimode.runtime.text import TextStream
-
-Answer = tuple[Generation, str | None]
-"""A result and its text, None where the bundle has no tokenizer."""
-_LINE_HINT = 'write {"prompt": "..."} or {"token_ids": [1, 2]}'
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,6 @@ class RunRequest:
 
     mode: str
     prompt: str | None
-    raw: bool
     token_ids: str | None
     prompts_file: Path | None
     max_new_tokens: int
@@ -46,45 +52,102 @@ class RunRequest:
     """Keywords of :class:`trimode.runtime.options.TokenChoices` and ``logprobs``, those that were given."""
     timings: Path | None = None
     batch: int = 1
+    style: PromptStyle = USUAL_STYLE
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One thing to answer; ``answers`` are all right ones, where these are known."""
+class Question(NamedTuple):
+    """A prompt that the model takes, and its token ids."""
 
-    text: str | None = None
-    token_ids: list[int] | None = None
-    answers: tuple[str, ...] = ()
+    prompt: Prompt
+    token_ids: list[int]
 
 
-def run_prompts(bundle: Path, request: RunRequest) -> None:
-    """Answer every prompt of a request; see the command's help."""
+class Answer(NamedTuple):
+    """A result and its text, None where the bundle has no tokenizer."""
+
+    prompt: Prompt
+    result: Generation
+    text: str | None
+
+
+def run_prompts(bundle: Path, request: RunRequest) -> bool:
+    """Answer every prompt of a request that can be answered; see the command's help. Returns whether that were all."""
     mode = parse_mode(request.mode)
-    if request.timings is not None and mode != "auto":
+    _check_request(request)
+    prompts = read_prompts(request)
+    if all(isinstance(one, BadLine) for one in prompts):  # nothing to load a model for
+        outcomes: Iterator[Answer | BadLine] = (one for one in prompts if isinstance(one, BadLine))
+        return _show_outcomes(outcomes, request)
+    with TriModeModel.from_pretrained(
+        bundle,
+        precision=request.precision,
+        target=request.target,
+        num_threads=request.threads,
+        runtime_cache=request.runtime_cache,
+        timings=request.timings,
+    ) as model:
+        questions = _encode_all(model, prompts)
+        answer = _one_by_one if request.batch == 1 else _side_by_side
+        return _show_outcomes(answer(model, questions, mode, request), request)
+
+
+def _check_request(request: RunRequest) -> None:
+    """Raise :class:`UsageError` where options contradict each other."""
+    if request.timings is not None and request.mode != "auto":
         raise UsageError("expected --timings together with --mode auto, found another mode", "leave it out")
     if "logprobs" in request.choices and not request.as_json:
         raise UsageError("expected --logprobs together with --json, found it alone", "add --json")
     if request.batch != 1 and request.prompts_file is None:
-        raise UsageError(f"expected --prompts-file together with --batch, found --batch {request.batch} without", "leave it out for a single prompt")
-    prompts = list(read_prompts(request))
-    model = TriModeModel.from_pretrained(
-        bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache,
-        timings=request.timings,
-    )  # fmt: skip
-    num_right, num_known = 0, 0
-    answers = _one_by_one(model, prompts, mode, request) if request.batch == 1 else _side_by_side(model, prompts, mode, request)
-    for prompt, (result, text) in zip(prompts, answers, strict=True):
+        found = f"expected --prompts-file together with --batch, found --batch {request.batch} without"
+        raise UsageError(found, "leave it out for a single prompt")
+    for text in request.choices.get("stop", ()):
+        check_text(text, "--stop")
+    request.style.check()
+
+
+def _encode_all(model: TriModeModel, prompts: Sequence[Prompt | BadLine]) -> list[Question | BadLine]:
+    """The prompts' token ids; a line of a file that the model does not take is a bad one."""
+    encoded = [one if isinstance(one, BadLine) else _encode_one(model, one) for one in prompts]
+    warn_of_plain_text([one.prompt for one in encoded if isinstance(one, Question)], lambda: model.codec)
+    return encoded
+
+
+def _encode_one(model: TriModeModel, prompt: Prompt) -> Question | BadLine:
+    if prompt.line is None:  # the model says what is wrong with its ids
+        return Question(prompt, encode_prompt(prompt, lambda: model.codec))
+    try:
+        return Question(prompt, encode_checked(prompt, lambda: model.codec, model.model))
+    except UsageError as error:
+        return BadLine(prompt.line, error)
+
+
+def _show_outcomes(outcomes: Iterator[Answer | BadLine], request: RunRequest) -> bool:
+    """Print what becomes of each prompt, in their order; returns whether all were answered."""
+    num_right, num_known, num_bad = 0, 0, 0
+    for outcome in outcomes:
+        if isinstance(outcome, BadLine):
+            num_bad += 1
+            _show_bad_line(outcome, request)
+            continue
+        prompt, result, text = outcome
         if prompt.answers:
             num_known += 1
             num_right += text in prompt.answers
         if request.as_json:
-            sys.stdout.write(json.dumps(as_record(result, text, prompt), ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            print_json(as_record(result, text, prompt))
         else:
             sys.stderr.write(summary(result) + "\n")
-    model.close()
     if num_known:
         sys.stderr.write(f"exact match: {num_right} of {num_known}\n")
+    return not num_bad
+
+
+def _show_bad_line(bad: BadLine, request: RunRequest) -> None:
+    """On stderr and, with --json, in the place of the answer."""
+    line, error = bad
+    sys.stderr.write(f"error: {request.prompts_file}, line {line}: {error.message}\nhint: {error.hint}\n")
+    if request.as_json:
+        print_json({"line": line, "error": error.message})
 
 
 def parse_mode(text: str) -> Mode:
@@ -95,40 +158,20 @@ def parse_mode(text: str) -> Mode:
     raise UsageError(f"expected --mode {', '.join(m.replace('_', '-') for m in MODES)}, found {text!r}", "choose one of these")
 
 
-def read_prompts(request: RunRequest) -> Iterator[Prompt]:
+def read_prompts(request: RunRequest) -> list[Prompt | BadLine]:
     """The prompts of a request, checked for form."""
     given = [name for name in ("prompt", "token_ids", "prompts_file") if getattr(request, name) is not None]
     if len(given) != 1:
         raise UsageError(f"expected one of --prompt, --token-ids and --prompts-file, found {len(given)}", "pass exactly one of them")
-    if request.raw and request.prompt is None:
-        raise UsageError("expected --raw together with --prompt, found it alone", "token ids and prompt files say themselves what they are")
+    if request.prompts_file is not None:
+        return read_prompt_lines(request.prompts_file, request.style)
     if request.prompt is not None:
-        if not request.prompt:
-            raise UsageError("expected a prompt, found an empty one", "pass some text to --prompt")
-        yield Prompt(text=request.prompt)
-    elif request.token_ids is not None:
-        yield Prompt(token_ids=parse_ints(request.token_ids))
-    else:
-        assert request.prompts_file is not None
-        yield from read_prompts_file(request.prompts_file)
-
-
-def read_prompts_file(path: Path) -> Iterator[Prompt]:
-    """One JSON object a line; blank lines are skipped.
-
-    Raises:
-        UsageError: the file cannot be read, is empty, or a line is not of the form.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a readable UTF-8 file, found: {error}", "check the path") from error
-    number = 0
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse_line(line, f"{path}, line {number}")
-    if not any(line.strip() for line in lines):
-        raise UsageError(f"{path}: expected at least one prompt, found none", 'write one JSON object a line: {"prompt": "..."}')
+        check_text(request.prompt, "--prompt")
+        return [apply_style(Prompt(text=request.prompt), request.style)]
+    if request.style.options:
+        found = f"expected {request.style.options[0]} together with --prompt or --prompts-file, found it with --token-ids"
+        raise UsageError(found, "leave it out: token ids are what the model reads, as they are")
+    return [Prompt(token_ids=parse_ints(request.token_ids or ""))]
 
 
 def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str, Any]:
@@ -168,59 +211,41 @@ def summary(result: Generation) -> str:
     return ", ".join([*parts, f"{speed:.0f} tokens/s", f"finish {result.finish_reason}"])
 
 
-def _parse_line(line: str, where: str) -> Prompt:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: expected a JSON object, found {line[:40]!r}", _LINE_HINT) from error
-    text, ids, answer = (value.get(k) for k in ("prompt", "token_ids", "answer")) if isinstance(value, dict) else (None, None, None)
-    is_text, is_ids = isinstance(text, str) and bool(text), isinstance(ids, list) and all(isinstance(i, int) for i in ids)
-    if is_text == is_ids:
-        raise UsageError(f"{where}: expected either `prompt` (text) or `token_ids` (a list), found {line[:40]!r}", _LINE_HINT)
-    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
-    if answer == [] or not all(isinstance(one, str) for one in answers):
-        raise UsageError(f"{where}: expected `answer` to be a text or a list of texts, found {answer!r}", "leave it out where it is not known")
-    return Prompt(text, ids, tuple(answers))
-
-
-def _one_by_one(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
+def _one_by_one(model: TriModeModel, questions: Sequence[Question | BadLine], mode: Mode, request: RunRequest) -> Iterator[Answer | BadLine]:
     """Answers as they are generated; without --json their text is shown while it comes."""
-    for prompt in prompts:
-        stream = model.stream([encode_prompt(model, prompt, raw=request.raw)], mode, **_options(request))
-        text = _show_stream(model, stream, prompt) if not request.as_json else _drain(model, stream, prompt)
-        yield stream.result, text
+    for one in questions:
+        if isinstance(one, BadLine):
+            yield one
+            continue
+        prompt, token_ids = one
+        stream = model.stream([token_ids], mode, **_options(request))  # options that cannot be show here, before any answer
+        try:
+            text = _drain(model, stream, prompt) if request.as_json else _show_stream(model, stream, prompt)
+        except UsageError as error:
+            if prompt.line is None:
+                raise
+            yield BadLine(prompt.line, error)
+        else:
+            yield Answer(prompt, stream.result, text)
 
 
-def _side_by_side(model: TriModeModel, prompts: Sequence[Prompt], mode: Mode, request: RunRequest) -> Iterator[Answer]:
+def _side_by_side(model: TriModeModel, questions: Sequence[Question | BadLine], mode: Mode, request: RunRequest) -> Iterator[Answer | BadLine]:
     """Answers in the order of the prompts, each once those before it are there; without --json their text is shown then."""
-    requests = [BatchRequest(encode_prompt(model, prompt, raw=request.raw), mode, _options(request)) for prompt in prompts]
-    batch = model.new_batch(request.batch)
-    pieces: dict[int, list[str]] = {}
-    texts: dict[int, TextStream] = {}
-    finished: dict[int, Answer] = {}
-    following = 0
-    for number, row, chunk in batch.answer_all(requests):
-        if _has_text(model, prompts[number]):
-            text = texts.setdefault(number, row.stream.new_text())
-            pieces.setdefault(number, []).append(text.push(chunk.token_ids))
-        if chunk.finish_reason is not None:
-            whole = "".join([*pieces.pop(number), texts.pop(number).finish()]) if number in texts else None
-            finished[number] = row.result, whole
-        while following in finished:
-            result, whole = finished.pop(following)
-            if not request.as_json:
-                sys.stdout.write((_join_ids(result.token_ids) if whole is None else whole) + "\n")
-                sys.stdout.flush()
-            yield result, whole
-            following += 1
-
-
-def encode_prompt(model: TriModeModel, prompt: Prompt, *, raw: bool = False) -> list[int]:
-    """Token ids of a prompt; text goes through the chat template, unless it is to be taken as it is."""
-    if prompt.token_ids is not None:
-        return prompt.token_ids
-    assert prompt.text is not None
-    return model.codec.encode(prompt.text) if raw else model.codec.encode_chat([{"role": "user", "content": prompt.text}])
+    asked = [BatchQuestion(one.token_ids, _has_text(model, one.prompt)) for one in questions if isinstance(one, Question)]
+    outcomes = answer_side_by_side(model.new_batch(request.batch), asked, mode, _options(request))
+    for one in questions:
+        if isinstance(one, BadLine):
+            yield one
+            continue
+        outcome = next(outcomes)
+        if isinstance(outcome, UsageError):
+            yield BadLine(one.prompt.line or 0, outcome)
+            continue
+        if not request.as_json:
+            shown = _join_ids(outcome.result.token_ids) if outcome.text is None else outcome.text
+            sys.stdout.write(shown + "\n")
+            sys.stdout.flush()
+        yield Answer(one.prompt, *outcome)
 
 
 def _options(request: RunRequest) -> dict[str, Any]:
@@ -256,4 +281,4 @@ def _join_ids(token_ids: list[int]) -> str:
 
 
 def _has_text(model: TriModeModel, prompt: Prompt) -> bool:
-    return prompt.text is not None or (model.bundle.path / "tokenizer.json").is_file()
+    return prompt.token_ids is None or (model.bundle.path / "tokenizer.json").is_file()

@@ -8,7 +8,9 @@ from pathlib import Path
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.sampler_file import SamplerFile, check_sampler_source, load_sampler_record
+from trimode.hints import TRAIN_SAMPLER
 from trimode.runtime.manifest import Manifest, SamplerRecord
+from trimode.texts import name_of
 
 SAMPLER_FILE = "sampler.onnx"
 
@@ -24,7 +26,7 @@ class SamplerSource:
         """The manifest's entry."""
         record = self.record
         return SamplerRecord(
-            file=SAMPLER_FILE, name=self.folder.resolve().name, sha256=record.sampler_sha256, num_parameters=record.num_parameters,
+            file=SAMPLER_FILE, name=name_of(self.folder), sha256=record.sampler_sha256, num_parameters=record.num_parameters,
             block_lengths=record.block_lengths, threshold=record.threshold,
         )  # fmt: skip
 
@@ -46,7 +48,10 @@ def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -
     for name in ("vocab_size", "mask_token_id"):
         found, expected = getattr(source.record, name), getattr(model, name)
         if found != expected:
-            raise CheckpointError(f"{folder}: expected a sampler with {name} {expected}, found {found}", "train one for this checkpoint")
+            raise CheckpointError(
+                f"{folder}: expected a sampler with {name} {expected}, found {found}",
+                TRAIN_SAMPLER,
+            )
     if base is None or base.sampler is None:
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:

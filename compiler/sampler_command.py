@@ -12,6 +12,7 @@ from trimode.calib.jobs.state import check_state, state_file
 from trimode.calib.sampler_job.job import check_output, train_sampler
 from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE, share_right
 from trimode.calib.sampler_job.settings import SamplerJobSettings
+from trimode.compiler.output import print_json
 from trimode.compiler.training_command import TrainingRequest, train_on_prompts
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.sampler_file import DenoisingRecord, SamplerFile, ScoresRecord
@@ -20,12 +21,13 @@ from trimode.graphs.sampler_file import DenoisingRecord, SamplerFile, ScoresReco
 def run_sampler(checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings) -> None:
     """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
     settings.check()
+    request.style.check()
     check_output(output)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     record = train_on_prompts(train_sampler, checkpoint, output, request, settings)
     if request.as_json:
-        sys.stdout.write(record.model_dump_json() + "\n")
+        print_json(record)
     else:
         _show(record)
     sys.stderr.write("\n".join([f"wrote {output}: fills slots from a score of {record.threshold:g}", *map(_in_words, _compared(record))]) + "\n")

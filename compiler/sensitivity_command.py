@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ from trimode.calib.quality.questions import QualitySettings
 from trimode.calib.quality.sensitivity import Budget, save_without, search
 from trimode.calib.quantize.job import check_output
 from trimode.compiler.console import RichProgress
+from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
 from trimode.compiler.report_command import parse_modes, read_candidate, read_questions
 from trimode.graphs.calibration import SensitivityRecord, load_calibration
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle import sha256_of
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SensitivityRequest:
     seed: int
     device: str
     as_json: bool
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityRequest) -> None:
@@ -40,18 +42,20 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     settings = QualitySettings(parse_modes(request.modes), request.num_samples, request.max_new_tokens, request.seed, request.device)
     budget = Budget(request.max_drop, request.ranking_samples)
     settings.check()
+    request.style.check()
     budget.check()
     check_output(output)
     checkpoint = open_checkpoint(checkpoint_path)
     calibration, scales = load_calibration(request.calibration)
     candidate = read_candidate(str(request.calibration), checkpoint)
-    questions, to_text = read_questions(request.data, checkpoint_path)
+    model = describe_model(checkpoint)
+    questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
-        found = search(checkpoint, describe_model(checkpoint), candidate, questions, sha256, budget, settings, progress, to_text)
+        found = search(checkpoint, model, candidate, questions, sha256, budget, settings, progress, to_text)
     record = save_without(output, calibration, scales, found)
     if request.as_json:
-        sys.stdout.write(json.dumps(_as_data(output, record.algorithm, found)) + "\n")
+        print_json(_as_data(output, record.algorithm, found))
     else:
         sys.stdout.write("".join(f"{name}\n" for name in found.kept))
     sys.stderr.write(_in_words(output, found) + "\n")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trimode.compiler.targets import TARGETS, Target
+from trimode.compiler.output import print_json
+from trimode.compiler.targets import BUILT_PRECISIONS, TARGETS, Target
 from trimode.compiler.toolchain import why_not_build, why_not_run
 
 
@@ -17,7 +17,7 @@ def list_targets(*, as_json: bool) -> None:
     """Print the table, or the same facts as JSON."""
     facts = [_facts(target) for target in TARGETS.values()]
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        print_json(facts, indent=1)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("target", "GPU", "compiled by", "precisions", "memory", "builds here", "runs here"):
@@ -31,7 +31,23 @@ def list_targets(*, as_json: bool) -> None:
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"[{number}] {reason}", markup=False)
-    console.print("Also known: an architecture such as sm89, and auto for the GPU of this machine. This version builds fp32, fp16 and bf16.")
+    console.print("Also known: an architecture such as sm89, and auto for the GPU of this machine.")
+    console.print(_what_is_built())
+
+
+def _what_is_built() -> str:
+    """Which precisions, and where each of them."""
+    where = {precision: [t.name for t in TARGETS.values() if precision in t.precisions] for precision in BUILT_PRECISIONS}
+    named = "; ".join(f"{precision} for {_names(names)}" for precision, names in where.items())
+    return f"This version builds {named}. What is quantized takes --calibration."
+
+
+def _names(names: list[str]) -> str:
+    """Of all targets but a few it is shorter to name the few."""
+    others = [name for name in TARGETS if name not in names]
+    if not others:
+        return "every target"
+    return ", ".join(names) if len(names) <= len(others) else f"all but {', '.join(others)}"
 
 
 def _facts(target: Target) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trimode.compiler.report_command import read_questions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.bundle import sha256_of
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle
 
 S_contra = TypeVar("S_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
@@ -31,6 +32,7 @@ class TrainingRequest:
     calibration: Path | None = None
     resume: bool = False
     as_json: bool = False
+    style: PromptStyle = USUAL_STYLE
 
 
 class TrainingJob(Protocol[S_contra, R_co]):
@@ -46,10 +48,10 @@ class TrainingJob(Protocol[S_contra, R_co]):
 
 def train_on_prompts(train: TrainingJob[S, R], checkpoint: Checkpoint, output: Path, request: TrainingRequest, settings: S) -> R:
     """Run the job over the prompts of a file, with progress on stderr, where it is also said how an interrupted run goes on."""
-    questions, to_text = read_questions(request.data, checkpoint.path)
+    model = describe_model(checkpoint)
+    questions, to_text = read_questions(request.data, request.style, checkpoint.path, model)
     answers = {tuple(question.token_ids): question.answers for question in questions if question.answers}
     prompts = Prompts([question.token_ids for question in questions], sha256_of(request.data), answers, to_text)
-    model = describe_model(checkpoint)
     try:
         with RichProgress() as progress:
             return train(checkpoint, model, prompts, output, settings, progress, calibration=request.calibration, resume=request.resume)

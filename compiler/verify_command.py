@@ -19,6 +19,7 @@ from rich.table import Table
 import trimode
 from trimode.calib.torch_session import TorchSession, load_trunk
 from trimode.compiler.console import RichProgress
+from trimode.compiler.output import print_json
 from trimode.compiler.parity.borders import NUM_DITHERED, DitheredSession, Guide, guide_inputs
 from trimode.compiler.parity.graph_parity import SHORT_POSITION, compare_portable, compare_target, count_comparisons
 from trimode.compiler.parity.quantized import load_quantized_trunk
@@ -39,7 +40,7 @@ from trimode.compiler.parity.sampler_parity import compare_sampler, read_trained
 from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.parity.tolerance import Tolerance, tolerance_for
 from trimode.compiler.progress import Advance, Progress
-from trimode.compiler.run_command import encode_prompt, read_prompts_file
+from trimode.compiler.prompt_options import check_prompt_options
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
@@ -50,7 +51,9 @@ from trimode.runtime.backends import PORTABLE
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
+from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 from trimode.runtime.session import Ids
+from trimode.texts import name_of
 
 AFFORDABLE_FLOPS = 2e13
 """What the default long position may cost the reference: some minutes on few cores."""
@@ -77,6 +80,7 @@ class VerifyRequest:
     as_json: bool = False
     drafter: Path | None = None
     sampler: Path | None = None
+    style: PromptStyle = USUAL_STYLE
 
 
 def run_verify(bundle: Path, request: VerifyRequest) -> bool:
@@ -97,7 +101,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
         verification = verify(model, checkpoint, request, progress)
     path = write_verification(verification, bundle)
     if request.as_json:
-        sys.stdout.write(verification.model_dump_json(indent=1) + "\n")
+        print_json(verification, indent=1)
     else:
         _show(verification, request)
     sys.stderr.write(f"wrote {path}\n")
@@ -146,7 +150,7 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales, sampler) if record is not None),
         precision=model.bundle.precision, target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
-        checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
+        checkpoint=CheckpointRecord(name=name_of(checkpoint.path), sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
         weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},
@@ -177,6 +181,7 @@ def _check_request(request: VerifyRequest) -> None:
         raise UsageError(f"expected --max-new-tokens of at least 1, found {request.max_new_tokens}", "64 is usual")
     if request.seed < 0:
         raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
+    check_prompt_options(request.prompts_file, request.style)
 
 
 def _check_calibration(model: TriModeModel, request: VerifyRequest) -> None:
@@ -255,9 +260,8 @@ def _prompts(model: TriModeModel, request: VerifyRequest, text: Ids, position: i
     if request.prompts_file is None:
         lengths = sorted({min(SHORT_POSITION, position), position})
         return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
-    ids = [encode_prompt(model, prompt) for prompt in read_prompts_file(request.prompts_file)]
-    # A sequence of the model checks the ids: length and range.
-    return [TokenPrompt(model.new_sequence([one]).tokens) for one in ids]
+    found = read_prompts_file(request.prompts_file, request.style)
+    return [TokenPrompt(ids) for ids in encode_prompts(request.prompts_file, found, lambda: model.codec, model.model)]
 
 
 def _is_exact(checkpoint: Checkpoint, stored: DType) -> bool:

@@ -23,22 +23,22 @@ in high precision.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from trimode.errors import CheckpointError
 from trimode.files import staged_replacement
 from trimode.graphs.contract import Role
+from trimode.hints import CALIBRATE
+from trimode.records import OtherVersion, read_record
+from trimode.texts import Unreadable, read_bytes, reason_of
 
 SCHEMA_VERSION = 2
 """2 added ``sensitivity``; version 1 is read as it was."""
@@ -46,7 +46,7 @@ READABLE_VERSIONS = (1, 2)
 RECORD = "calibration.json"
 SCALES = "scales.safetensors"
 QuantizedPrecision = Literal["fp8", "int8", "int4", "nvfp4"]
-_HINT = "make one with `trimode calibrate CHECKPOINT --precision ... -o FOLDER`"
+_HINT = f"make one with {CALIBRATE}"
 Scales = dict[str, NDArray[np.float32]]
 
 
@@ -156,12 +156,12 @@ def load_record(folder: Path) -> Calibration:
     Raises:
         CheckpointError: missing, damaged or of another schema.
     """
-    with _readable(folder):
-        record = Calibration.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
-    if record.schema_version not in READABLE_VERSIONS:
-        versions = " or ".join(map(str, READABLE_VERSIONS))
-        raise CheckpointError(f"{folder}: expected a calibration of schema version {versions}, found {record.schema_version}", _HINT)
-    return record
+    try:
+        return read_record(folder / RECORD, Calibration, READABLE_VERSIONS)
+    except OtherVersion as error:
+        raise CheckpointError(f"{folder}: {error.reason.replace('expected', 'expected a calibration of', 1)}", _HINT) from error
+    except Unreadable as error:
+        raise _no_calibration(folder / RECORD, error) from error
 
 
 def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
@@ -171,10 +171,8 @@ def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
         CheckpointError: missing, damaged, of another schema, or with scales that are not finite and positive.
     """
     record = load_record(folder)
-    with _readable(folder):
-        data = (folder / SCALES).read_bytes()
-        scales: Scales = dict(sorted(load(data).items()))  # the library gives them in any order
-    if hashlib.sha256(data).hexdigest() != record.scales_sha256:
+    scales, digest = _read_scales(folder / SCALES)
+    if digest != record.scales_sha256:
         raise CheckpointError(f"{folder / SCALES}: expected the file that {RECORD} describes, found another", _HINT)
     for name, values in scales.items():
         if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
@@ -192,14 +190,21 @@ def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
     """
     if calibrated_sha256 not in (None, sha256):
         raise CheckpointError(f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
-                              f"({(calibrated_sha256 or '')[:16]}…)", "calibrate this checkpoint again with `trimode calibrate`")  # fmt: skip
+                              f"({(calibrated_sha256 or '')[:16]}…)", f"calibrate this checkpoint: {CALIBRATE}")  # fmt: skip
 
 
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _read_scales(file: Path) -> tuple[Scales, str]:
+    """The tensors by name, in alphabetical order, and the file's digest."""
     try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder}: expected a calibration with {RECORD} and {SCALES}, found none", _HINT) from error
-    except (OSError, ValueError, ValidationError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: expected a calibration that can be read, found: {str(error).splitlines()[0]}", _HINT) from error
+        data = read_bytes(file)
+        return dict(sorted(load(data).items())), hashlib.sha256(data).hexdigest()  # the library gives them in any order
+    except Unreadable as error:
+        raise _no_calibration(file, error) from error
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:  # the library does not know every type
+        raise _no_calibration(file, Unreadable(reason_of(error))) from error
+
+
+def _no_calibration(file: Path, error: Unreadable) -> CheckpointError:
+    if error.is_missing:
+        return CheckpointError(f"{file.parent}: expected a calibration with {RECORD} and {SCALES}, found none", _HINT)
+    return CheckpointError(f"{file}: expected a calibration that can be read, found: {error.reason}", _HINT)

@@ -63,7 +63,10 @@ def round_to(values: Floats, stored: DType) -> Floats:
     with np.errstate(over="ignore"):  # looked for below
         rounded: Floats = values.astype(NUMPY_DTYPES[stored]).astype(np.float32)
     if not np.isfinite(rounded).all():
-        raise BuildError(f"expected scales that fit {stored}, found {float(values.max()):.6g}", "calibrate again, or build without a t4 (bf16)")
+        raise BuildError(
+            f"expected scales that fit {stored}, found {float(values.max()):.6g}",
+            "calibrate again, or build without targets that compute in float16, such as t4",
+        )
     return np.asarray(np.maximum(rounded, np.float32(_SMALLEST[stored])), np.float32)
 
 

@@ -6,20 +6,21 @@ The tensors are those of :class:`trimode.graphs.sampler.BlockSampler`, by its na
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimode.errors import CheckpointError
 from trimode.graphs.calibration import PromptsRecord, ScalesRecord
 from trimode.graphs.contract import DType
+from trimode.hints import TRAIN_SAMPLER
+from trimode.records import OtherVersion, read_record
+from trimode.texts import Unreadable, read_bytes
 
 SCHEMA_VERSION = 1
 RECORD = "sampler.json"
 WEIGHTS = "sampler.safetensors"
-_HINT = "train one with `trimode calibrate sampler CHECKPOINT --data PROMPTS.jsonl -o FOLDER`"
 
 
 class _Record(BaseModel):
@@ -143,20 +144,22 @@ def load_sampler_record(folder: Path) -> SamplerFile:
         CheckpointError: missing, damaged or of another schema.
     """
     try:
-        record = SamplerFile.model_validate_json(json.dumps(json.loads((folder / RECORD).read_text(encoding="utf-8"))))
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder}: expected a sampler with {RECORD} and {WEIGHTS}, found none", _HINT) from error
-    except (OSError, ValueError, ValidationError) as error:
-        raise CheckpointError(f"{folder}: expected a sampler that can be read, found: {str(error).splitlines()[0]}", _HINT) from error
-    if record.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(f"{folder}: expected a sampler of schema version {SCHEMA_VERSION}, found {record.schema_version}", _HINT)
+        record = read_record(folder / RECORD, SamplerFile, (SCHEMA_VERSION,))
+        digest = hashlib.sha256(read_bytes(folder / WEIGHTS)).hexdigest()
+    except OtherVersion as error:
+        raise CheckpointError(f"{folder}: {error.reason.replace('expected', 'expected a sampler of', 1)}", TRAIN_SAMPLER) from error
+    except Unreadable as error:
+        if error.is_missing:
+            raise CheckpointError(f"{folder}: expected a sampler with {RECORD} and {WEIGHTS}, found none", TRAIN_SAMPLER) from error
+        raise CheckpointError(f"{folder}: expected a sampler that can be read, found: {error.reason}", TRAIN_SAMPLER) from error
     if digest != record.sampler_sha256:
-        raise CheckpointError(f"{folder / WEIGHTS}: expected the file that {RECORD} describes, found another", _HINT)
+        raise CheckpointError(f"{folder / WEIGHTS}: expected the file that {RECORD} describes, found another", TRAIN_SAMPLER)
     return record
 
 
 def check_sampler_source(name: str, trained_sha256: str, sha256: str) -> None:
     """Raise :class:`CheckpointError` where a sampler was trained for another checkpoint than the one with this digest (without its adapter)."""
     if trained_sha256 != sha256:
-        raise CheckpointError(f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)", _HINT)
+        raise CheckpointError(
+            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)", TRAIN_SAMPLER
+        )

@@ -14,6 +14,7 @@ from trimode.graphs.contract import TensorSpec, sampler_contract
 from trimode.graphs.sampler import BlockSampler, SamplerShape
 from trimode.graphs.sampler_file import RECORD, WEIGHTS, SamplerFile
 from trimode.graphs.trace import clean, declare, quiet_exporter
+from trimode.hints import TRAIN_SAMPLER
 
 _EXAMPLE_SIZES = {"batch": 2, "rows": 5}
 
@@ -29,7 +30,7 @@ def load_sampler(folder: Path, record: SamplerFile) -> BlockSampler:
         sampler.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
         found = str(error).splitlines()[-1].strip()
-        hint = "train the sampler again"
+        hint = TRAIN_SAMPLER
         raise CheckpointError(f"{folder / WEIGHTS}: expected the tensors that {RECORD} describes, found others: {found}", hint) from error
     return sampler.eval().requires_grad_(False)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimode.errors import TrimodeError, UsageError
+from trimode.hints import ADD_TARGET
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import Gpu, NoGpu, find_gpu
 from trimode.runtime.manifest import TargetRecord
@@ -81,7 +82,7 @@ def _find(bundle: Bundle, target: str) -> TargetRecord | None:
         return None
     if target not in targets:
         others = [name for name, record in bundle.manifest.precisions.items() if target in record.targets]
-        hint = f"it is there in {', '.join(others)}: choose that precision" if others else "build it into the bundle with `trimode build --target`"
+        hint = f"it is there in {', '.join(others)}: choose that precision" if others else ADD_TARGET
         raise UsageError(f"expected a target of the bundle in {bundle.precision} ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
                          f"{hint}, or choose one of these")  # fmt: skip
     return targets[target]

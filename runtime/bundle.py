@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from trimode.errors import BundleError, UsageError
+from trimode.hints import BUILD, REBUILD
+from trimode.records import OtherVersion, read_record
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord
 from trimode.runtime.pack import PrecisionWeights
+from trimode.texts import Unreadable, reason_of
 
-_REBUILD = "build the bundle again with `trimode build`"
+_UNREADABLE = f"check the file's permissions, or {REBUILD}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
         if precision == name:
             return precision
     raise UsageError(f"expected a precision of the bundle ({', '.join(manifest.precisions)}), found {name!r}",
-                     "choose one of these, or add it with `trimode build --precision`")  # fmt: skip
+                     "choose one of these, or add one: `trimode build CHECKPOINT -o BUNDLE --precision PRECISION`")  # fmt: skip
 
 
 def files_of(record: PrecisionRecord) -> set[str]:
@@ -93,24 +93,22 @@ def _files_of_others(manifest: Manifest, chosen: PrecisionName) -> set[str]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read ``manifest.json`` of a bundle without looking at the other files."""
+    """Read ``manifest.json`` of a bundle without looking at the other files.
+
+    Raises:
+        BundleError: there is none, it cannot be read, or is of another schema.
+    """
     file = path / MANIFEST
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(f"{path}: expected a bundle with {MANIFEST}, found none", "build one with `trimode build CHECKPOINT -o BUNDLE`") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{file}: expected a JSON file, found one that cannot be read ({error})", _REBUILD) from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version != SCHEMA_VERSION:
-        hint = "update trimode, or build the bundle again" if version > SCHEMA_VERSION else _REBUILD
-        raise BundleError(f"{file}: expected schema version {SCHEMA_VERSION}, found {version}", hint)
-    try:
-        return Manifest.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{file}: expected a valid manifest, found {field or 'the file'}: {first['msg']}", _REBUILD) from error
+        return read_record(file, Manifest, (SCHEMA_VERSION,))
+    except OtherVersion as error:
+        hint = f"update trimode, or {REBUILD}" if error.found > SCHEMA_VERSION else REBUILD
+        raise BundleError(f"{file}: {error.reason}", hint) from error
+    except Unreadable as error:
+        if error.is_missing:
+            hint = f"build one with {BUILD}"
+            raise BundleError(f"{path}: expected a bundle with {MANIFEST}, found none", hint) from error
+        raise BundleError(f"{file}: expected a valid manifest, found one that cannot be read ({error.reason})", _UNREADABLE) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -126,13 +124,22 @@ def sha256_of(path: Path) -> str:
 def _check_size(path: Path, record: FileRecord) -> None:
     try:
         found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{path}: expected a file of {record.num_bytes} bytes, found none", REBUILD) from error
     except OSError as error:
-        raise BundleError(f"{path}: expected a file of {record.num_bytes} bytes, found none", _REBUILD) from error
+        raise _unreadable(path, error) from error
     if found != record.num_bytes:
-        raise BundleError(f"{path}: expected {record.num_bytes} bytes, found {found}", _REBUILD)
+        raise BundleError(f"{path}: expected {record.num_bytes} bytes, found {found}", REBUILD)
 
 
 def _check_digest(path: Path, record: FileRecord) -> None:
-    found = sha256_of(path)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if found != record.sha256:
-        raise BundleError(f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build", _REBUILD)
+        raise BundleError(f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build", REBUILD)
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path}: expected a file that can be read, found: {reason_of(error)}", _UNREADABLE)

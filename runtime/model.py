@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
+from trimode.hints import TRAIN_SAMPLER
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.batch import Batch, BatchRequest
@@ -331,7 +332,7 @@ class TriModeModel:
     def _sampler_record(self) -> SamplerRecord:
         record = self.bundle.manifest.sampler
         if record is None:
-            hint = "train one with `trimode calibrate sampler` and add it with `trimode build CHECKPOINT -o BUNDLE --sampler SAMPLER`"
+            hint = f"{TRAIN_SAMPLER}, and add it: `trimode build CHECKPOINT -o BUNDLE --sampler FOLDER`"
             raise UsageError("expected a bundle with a learned sampler, found one without", hint)
         return record
 
@@ -343,7 +344,10 @@ class TriModeModel:
 
     def _check_quadratic(self, block_length: int) -> None:
         if "quadratic" not in self.bundle.manifest.contracts:
-            raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without", "build it with --quadratic")
+            raise UsageError(
+                "expected a bundle with the graph of quadratic self-speculation, found one without",
+                "build the bundle again: `trimode build CHECKPOINT -o BUNDLE --quadratic --force`",
+            )
         if block_length > self.model.max_quadratic_length:
             found = f"expected, for quadratic self-speculation, a block length from 1 to {self.model.max_quadratic_length}, found {block_length}"
             raise UsageError(found, f"the reference takes {DEFAULT_QUADRATIC_LENGTH}; a text that may be longer (--max-length) allows up to 32")

@@ -14,6 +14,7 @@ import numpy as np
 
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType
+from trimode.hints import REBUILD
 from trimode.runtime.ort_library import Device, ort
 from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.session import Array
@@ -123,7 +124,7 @@ def place_weights(pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], d
             if found is None or found.dtype != dtype or found.shape != tuple(declared.shape):
                 held = f"{found.dtype} {found.shape}" if found else "none"
                 raise BundleError(f"{name}: expected {declared.type} of shape {tuple(declared.shape)} in the weight pack, found {held}",
-                                  "build the bundle again with `trimode build`")  # fmt: skip
+                                  REBUILD)  # fmt: skip
     return placed
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from trimode.errors import BundleError, UsageError
 from trimode.graphs.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
+from trimode.hints import REBUILD
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.manifest import TargetRecord
 from trimode.runtime.onnx_file import operators
@@ -241,7 +242,7 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
             found |= operators(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BundleError(f"{path}: expected an ONNX graph, found one that cannot be read ({error})",
-                              "build the bundle again with `trimode build`") from error  # fmt: skip
+                              REBUILD) from error  # fmt: skip
     return found
 
 

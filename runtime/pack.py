@@ -5,7 +5,8 @@ A bundle of several precisions has a pack for each, and what they have in common
 
 from __future__ import annotations
 
-import json
+import errno
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 
 from trimode.errors import BundleError
 from trimode.graphs.contract import DType
+from trimode.hints import REBUILD
+from trimode.texts import Unreadable, decode_text, parse_json, reason_of
+
+logger = logging.getLogger("trimode.runtime")
 
 SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8"}
 PACKED_DTYPES: tuple[DType, ...] = ("int4", "float4e2m1")
@@ -69,10 +74,11 @@ class WeightPack:
         self.path = path
         try:
             self.entries = _read_header(path)
-            self._bytes = np.memmap(path, np.uint8, mode="r")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path}: expected a weight pack, found one that cannot be read ({error})",
-                              "build the bundle again with `trimode build`") from error  # fmt: skip
+            self._bytes = _map(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, Unreadable) as error:
+            found = f"{path}: expected a weight pack, found one that cannot be read ({reason_of(error)})"
+            hint = f"check the file's permissions, or {REBUILD}"
+            raise BundleError(found, hint) from error
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, mapped."""
@@ -131,13 +137,24 @@ def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
     return raw.view("<f4")
 
 
+def _map(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes ``(n,)``, mapped; read into memory where the file system cannot map."""
+    try:
+        return np.memmap(path, np.uint8, mode="r")
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logger.warning("%s cannot be mapped (%s): it is read into memory, which processes do not share", path, reason_of(error))
+        return np.fromfile(path, np.uint8)
+
+
 def _read_header(path: Path) -> dict[str, PackEntry]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(stream.read(length))
+        header = parse_json(decode_text(stream.read(length)))
     dtypes = {**SAFETENSORS_DTYPES, "U8": _packed_dtype(header.get("__metadata__", {}))}
     return {name: _read_entry(name, value, dtypes, 8 + length, size) for name, value in header.items() if name != "__metadata__"}
 
@@ -155,6 +172,8 @@ def _read_entry(name: str, value: Any, dtypes: Mapping[str, DType], base: int, s
     if value["dtype"] not in dtypes:
         raise ValueError(f"{name} has type {value['dtype']!r}")
     begin, end = value["data_offsets"]
+    if any(type(number) is not int for number in (begin, end, *value["shape"])):
+        raise ValueError(f"{name} of shape {value['shape']} at bytes {begin} to {end}")
     dtype, shape = dtypes[value["dtype"]], tuple(value["shape"])
     entry = PackEntry(dtype, (*shape[:-1], shape[-1] * 2) if dtype in PACKED_DTYPES else shape, base + begin)
     if min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes or not 0 <= begin <= end <= size - base:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DependencyError, DeviceError
+from trimode.hints import REBUILD_TARGET
 
 _EXTRAS: dict[str, str] = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 
@@ -53,7 +54,10 @@ class EngineLibrary:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BundleError(f"{path}: {self.trt.__name__} refuses the engine: {self.last_error}", "build the target again with `trimode build`")
+            raise BundleError(
+                f"{path}: {self.trt.__name__} refuses the engine: {self.last_error}",
+                REBUILD_TARGET,
+            )
         return engine
 
     def accept(self, result: Any, what: str) -> Any:

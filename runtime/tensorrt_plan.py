@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from trimode.errors import BundleError, DeviceError, UsageError
 from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.hints import REBUILD_TARGET
 from trimode.runtime.device import Gpu
 from trimode.runtime.manifest import EngineRecord, ProfileRecord
 from trimode.runtime.pack import ITEM_SIZES, PackEntry
@@ -17,8 +18,6 @@ ALIGNMENT = 256
 
 DEVICE_OUTPUTS = ("logits",)
 """Outputs that stay on the GPU until somebody asks: large, and no decoding algorithm reads them."""
-
-_REBUILD = "build the target again with `trimode build`"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int, batch: int = 1)
     size = model.num_key_value_heads * capacity * model.head_dim * ITEM_SIZES[dtype]
     if batch > 1 and size % ALIGNMENT:
         raise UsageError(f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in the cache, found {size} (capacity {capacity})",
-                         _REBUILD)  # fmt: skip
+                         REBUILD_TARGET)  # fmt: skip
     names = (spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values"))
     return CacheLayout(lay_out(dict.fromkeys(names, size * batch)), size, batch)
 
@@ -186,7 +185,7 @@ def plan_bindings(
     outputs = {spec.name: spec for spec in contract.outputs}
     for name in (*outputs, *caches):
         if name not in by_name:
-            raise BundleError(f"{role} engine: expected a tensor {name}, found none", _REBUILD)
+            raise BundleError(f"{role} engine: expected a tensor {name}, found none", REBUILD_TARGET)
     weights = []
     for name, tensor in by_name.items():
         if name in caches:
@@ -198,7 +197,7 @@ def plan_bindings(
             _check_tensor(role, tensor, pack[name].dtype, pack[name].shape)
             weights.append(name)
         else:
-            raise BundleError(f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}", _REBUILD)
+            raise BundleError(f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}", REBUILD_TARGET)
     return BindingPlan(tuple(n for n in inputs if n in by_name), tuple(outputs), caches, tuple(weights))
 
 
@@ -206,7 +205,7 @@ def _check_tensor(role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[i
     same = len(tensor.shape) == len(shape) and all(isinstance(w, str) or g in (-1, w) for g, w in zip(tensor.shape, shape, strict=True))
     if not same or tensor.dtype != dtype:
         wanted = tuple(-1 if isinstance(d, str) else d for d in shape)
-        raise BundleError(f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}", _REBUILD)
+        raise BundleError(f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}", REBUILD_TARGET)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
 from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs
+from trimode.hints import ADD_TARGET, BUILD, REBUILD_TARGET
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import Gpu, NoGpu
 from trimode.runtime.manifest import TargetRecord
@@ -75,7 +76,7 @@ def check_library(trt: Any, target: TargetRecord) -> None:
     if found != target.library:
         name, _, version = target.library.partition(" ")
         raise BundleError(f"expected {target.library}, which compiled the engines, found {found}",
-                          f"build the target again with `trimode build`, or pip install {name.replace('_', '-')}=={version}")  # fmt: skip
+                          f"{ADD_TARGET}, or pip install {name.replace('_', '-')}=={version}")  # fmt: skip
 
 
 def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
@@ -89,7 +90,7 @@ def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
         raise DeviceError(f"expected {wanted}, found no GPU ({gpu.reason})", "the rest of the target is in order; run it where there is such a GPU")
     if target.compute_capability not in (None, gpu.compute_capability):
         raise DeviceError(f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
-                          f"build a target for this GPU: trimode build --target sm{gpu.compute_capability.replace('.', '')}")  # fmt: skip
+                          f"add a target for this GPU: {BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`")  # fmt: skip
     return gpu
 
 
@@ -100,9 +101,12 @@ def check_engine_file(path: Path) -> int:
             magic = stream.read(4)
             size = os.fstat(stream.fileno()).st_size
     except OSError as error:
-        raise BundleError(f"{path}: expected an engine, found none", "build the target again with `trimode build`") from error
+        raise BundleError(f"{path}: expected an engine, found none", REBUILD_TARGET) from error
     if magic not in _MAGIC:
-        raise BundleError(f"{path}: expected an engine, found a file that begins with {magic!r}", "build the target again with `trimode build`")
+        raise BundleError(
+            f"{path}: expected an engine, found a file that begins with {magic!r}",
+            REBUILD_TARGET,
+        )
     return size
 
 

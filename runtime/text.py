@@ -1,65 +1,148 @@
-"""Text to tokens and back: the checkpoint's tokenizer and chat template."""
+"""Text to tokens and back: the checkpoint's tokenizer and chat template, as transformers has them."""
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from trimode.errors import BundleError, UsageError
+from trimode.errors import UsageError
+from trimode.runtime.chat_continue import cut_at_mark, mark_end
+from trimode.runtime.chat_input import plain, plain_documents, plain_messages, plain_tools
+from trimode.runtime.chat_template import ChatTemplates
+from trimode.runtime.special_tokens import open_tokenizer
+from trimode.runtime.text_cleanup import clean_up
+from trimode.runtime.text_files import read_object
+from trimode.runtime.text_stream import TextStream, first_stop
+from trimode.runtime.token_window import Decoding
 
-Message = dict[str, str]
+__all__ = ["Message", "TextCodec", "TextStream", "first_stop"]
+
+Message = dict[str, Any]
+_CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 class TextCodec:
-    """The tokenizer of a bundle.
+    """The tokenizer of a folder, equal to what transformers' ``AutoTokenizer`` makes of it.
 
     Args:
-        folder: where ``tokenizer.json`` lies, and ``chat_template.jinja`` or a template in ``tokenizer_config.json``.
+        folder: where ``tokenizer.json`` lies; beside it, where there are such,
+            ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``,
+            ``chat_template.jinja`` and ``additional_chat_templates``.
 
     Raises:
         UsageError: the folder has no tokenizer.
-        BundleError: a file cannot be read.
+        BundleError: a file cannot be read or used.
     """
 
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UsageError(f"{folder}: expected tokenizer.json, found none", "pass token ids, or build from a checkpoint that has its tokenizer")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{file}: expected a tokenizer, found one that cannot be read ({error})", "build the bundle again") from error
-        config = folder / "tokenizer_config.json"
-        self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        template = folder / "chat_template.jinja"
-        source = template.read_text(encoding="utf-8") if template.is_file() else self._config.get("chat_template")
-        self._template = _environment().from_string(source) if isinstance(source, str) else None
+            raise UsageError(
+                f"{folder}: expected tokenizer.json, found none",
+                "pass token ids, or build from a checkpoint that has its tokenizer",
+            )
+        config = read_object(folder / "tokenizer_config.json")
+        self._tokenizer, tokens = open_tokenizer(folder, config)
+        self._names = tokens.texts()
+        self._templates = ChatTemplates(folder, config)
+        self._cleans_up = _cleans_up(self._tokenizer, config)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template; base checkpoints have none."""
+        return len(self._templates) > 0
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that :meth:`decode` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether :meth:`decode` takes out blanks before punctuation."""
+        return self._cleans_up
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """How :meth:`decode` works, before it takes out blanks, for a stream."""
+        return Decoding(self._decode_raw, self._is_silent, _byte_values(self._tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, with what the tokenizer adds by itself (such as a first token)."""
-        return self._tokenizer.encode(text).ids
+        """Tokens of plain text, with what the tokenizer adds by itself (such as a first token).
 
-    def encode_chat(self, messages: Seq[Message], *, enable_thinking: bool = False) -> list[int]:
-        """Tokens of a conversation that asks for the assistant's answer, through the checkpoint's chat template."""
-        return self._tokenizer.encode(self.render_chat(messages, enable_thinking=enable_thinking), add_special_tokens=False).ids
+        Raises:
+            UsageError: the text has half a surrogate pair.
+        """
+        return self._encode(text, add_special_tokens=True)
 
-    def render_chat(self, messages: Seq[Message], *, enable_thinking: bool = False) -> str:
-        """The text that :meth:`encode_chat` tokenizes."""
-        if self._template is None:
-            raise UsageError("expected a chat template in the bundle, found none", "pass --raw to use the prompt as it is")
-        tokens = {name: _content(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, enable_thinking=enable_thinking, **tokens)
-        except TemplateError as error:
-            raise UsageError(f"expected a conversation that the chat template accepts, found: {error}", "check the order of roles") from error
+    def encode_chat(self, messages: Seq[Message], **options: Any) -> list[int]:
+        """Tokens of a conversation that asks for the assistant's answer.
+
+        Args:
+            messages: as for :meth:`render_chat`.
+            **options: as for :meth:`render_chat`.
+
+        Raises:
+            UsageError: as for :meth:`render_chat`, or the text has half a surrogate pair.
+            BundleError: as for :meth:`render_chat`.
+        """
+        return self._encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Seq[Message],
+        *,
+        enable_thinking: bool | None = False,
+        tools: Seq[dict[str, Any]] | None = None,
+        documents: Seq[dict[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """The text of a conversation, by the checkpoint's chat template.
+
+        Args:
+            messages: each with a ``role``, a ``content`` (text, or a list of parts) and what else the
+                template knows, such as ``tool_calls``.
+            enable_thinking: for the template; None: not given to it.
+            tools: JSON schemas; a template called ``tool_use`` counts where they are given.
+            documents: each with a ``title`` and a ``text``.
+            add_generation_prompt: whether the assistant's turn begins; None: unless the last message
+                is continued.
+            continue_final_message: leave the last message open; a text names the field to continue.
+            chat_template: the name of one of several, or a template itself.
+            **template_kwargs: what else the template sees.
+
+        Raises:
+            UsageError: there is no template, or it does not take the conversation.
+            BundleError: the template cannot be compiled.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise UsageError(
+                "expected a message to continue or the beginning of an answer, found both asked for",
+                "leave out add_generation_prompt, or continue_final_message",
+            )
+        source = self._templates.choose(chat_template, with_tools=tools is not None)
+        chat = plain_messages(messages)
+        field = "content" if continue_final_message is True else continue_final_message
+        end = mark_end(chat, field, source.text) if field else ""
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        variables = self._names | plain(thinking | template_kwargs)
+        variables |= {
+            "messages": chat,
+            "tools": plain_tools(tools),
+            "documents": plain_documents(documents),
+            "add_generation_prompt": plain(not field if add_generation_prompt is None else add_generation_prompt),
+        }
+        rendered = self._templates.render(source, variables)
+        return cut_at_mark(rendered, end) if field else rendered
 
     def token_id(self, token: str) -> int | None:
         """The id of a token of the vocabulary, such as ``</think>``; None if there is no such token."""
@@ -67,95 +150,39 @@ class TextCodec:
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of tokens, without special tokens."""
+        text = self._decode_raw(token_ids)
+        return clean_up(text) if self._cleans_up else text
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise UsageError(
+                f"expected text that UTF-8 can write, found half a surrogate pair {half!a} at character {error.start}",
+                "take it out, or join both halves into one character",
+            ) from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _decode_raw(self, token_ids: Seq[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-
-class TextStream:
-    """Turns tokens that arrive in pieces into text that arrives in pieces, and never takes text back.
-
-    Held back are bytes of a character that is not complete, and text that may be the beginning of a stop string. Only a window of tokens is
-    decoded at each step: those whose text came out last, for what a decoder does at a seam, and the new ones.
-
-    Args:
-        codec: the tokenizer.
-        stop: the text ends before the first of these that is complete, wherever in it tokens begin and end.
-        min_tokens: one that is complete before so many tokens ends nothing.
-
-    Attributes:
-        is_stopped: a stop string is complete; no more text will come.
-    """
-
-    def __init__(self, codec: TextCodec, stop: Seq[str] = (), min_tokens: int = 0) -> None:
-        self._codec = codec
-        self._shown: list[int] = []  # tokens of the last piece
-        self._held: list[int] = []  # tokens whose text is not out yet
-        self._stop, self._min_tokens, self._count = tuple(stop), min_tokens, 0
-        self._tail = ""  # text that may be the beginning of a stop string
-        self.is_stopped = False
-
-    def push(self, token_ids: Seq[int]) -> str:
-        """Text that became certain with these tokens."""
-        if not self._stop:
-            return self._complete(token_ids)
-        return "".join(self._push_watched(token) for token in token_ids)  # one by one, to know the token that completes a stop string
-
-    def finish(self) -> str:
-        """What was still held back."""
-        return "" if self.is_stopped else self._tail + self._new_text()
-
-    def _push_watched(self, token: int) -> str:
-        if self.is_stopped:
-            return ""
-        self._count += 1
-        self._tail += self._complete([token])
-        if self._count >= self._min_tokens:
-            # An incomplete character may follow, in the same token, on what completes a stop string.
-            text = self._tail + self._new_text().rstrip("\ufffd") if self._held else self._tail
-            end = first_stop(text, self._stop)
-            if end is not None:
-                self.is_stopped = True
-                return text[:end]
-        certain = len(self._tail) - _beginning(self._tail, self._stop)
-        out, self._tail = self._tail[:certain], self._tail[certain:]
-        return out
-
-    def _complete(self, token_ids: Seq[int]) -> str:
-        self._held += token_ids
-        new = self._new_text()
-        if not new or new.endswith("\ufffd"):
-            return ""
-        self._shown, self._held = self._held, []
-        return new
-
-    def _new_text(self) -> str:
-        before = self._codec.decode(self._shown)
-        return self._codec.decode(self._shown + self._held)[len(before) :]
+    def _is_silent(self, token: int) -> bool:
+        return token in self.special_ids or self._tokenizer.id_to_token(token) is None
 
 
-def first_stop(text: str, stop: Seq[str]) -> int | None:
-    """Where the stop string begins that is complete first, the longest where several are; None if there is none."""
-    found = [(begin + len(s), begin) for s in stop if (begin := text.find(s)) >= 0]
-    return min(found)[1] if found else None
+def _cleans_up(tokenizer: Tokenizer, config: dict[str, Any]) -> bool:
+    # transformers leaves BPE alone: the blanks are the text's own there.
+    is_bpe = isinstance(tokenizer.model, BPE)
+    asked = bool(config.get("clean_up_tokenization_spaces"))
+    return asked and (not is_bpe or bool(config.get(_CLEANS_BPE)))
 
 
-def _beginning(text: str, stop: Seq[str]) -> int:
-    """How many of the last characters of ``text`` may be the beginning of a stop string."""
-    longest = min(len(text), max(map(len, stop)) - 1)
-    return next((n for n in range(longest, 0, -1) if any(len(s) > n and s.startswith(text[-n:]) for s in stop)), 0)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    # The settings and helpers that Hugging Face templates count on.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now(tz=datetime.UTC).strftime(pattern)
-    return environment
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _content(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+def _byte_values(tokenizer: Tokenizer) -> dict[int, int]:
+    """The tokens that a decoder with byte fallback takes for bytes."""
+    if "ByteFallback" not in repr(tokenizer.decoder):
+        return {}
+    digits = "0123456789abcdefABCDEF"
+    values = {f"<0x{first}{second}>": int(first + second, 16) for first in digits for second in digits}
+    ids = ((tokenizer.token_to_id(name), value) for name, value in values.items())
+    return {index: value for index, value in ids if index is not None}

@@ -16,22 +16,24 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from trimode.errors import UsageError
 from trimode.files import replace_text
 from trimode.graphs.contract import Role
+from trimode.hints import BENCH
+from trimode.records import OtherVersion, read_record
 from trimode.runtime.acceptance import acceptance_rate
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.cache_folder import TIMINGS, default_folder
 from trimode.runtime.device import Gpu, find_gpu
 from trimode.runtime.experience import Experience, Kind, Past, tell_apart
+from trimode.texts import Unreadable, reason_of
 
 SCHEMA_VERSION = 2
 logger = logging.getLogger("trimode.runtime")
 _Key = tuple[Role, int, int, bool]
-_MEASURE = "measure with `trimode bench BUNDLE`"
 
 
 class _Record(BaseModel):
@@ -142,7 +144,7 @@ class Timings(_Record):
             if past and all(key in least for key in (*draft, *verify)):
                 drafts[length], verifications[length] = tuple(least[key] for key in draft), tuple(least[key] for key in verify)
         if not drafts:
-            raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", _MEASURE)
+            raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", BENCH)
         found = [Experience(one.rate, one.kinds) for one in self.acceptance if one.drafter == use_drafter]
         return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *found[:1])
 
@@ -184,18 +186,11 @@ def read_timings(path: Path) -> Timings:
         UsageError: it cannot be read, or is of another schema.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: expected a table of timings, found a file that cannot be read ({error})", _MEASURE) from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version != SCHEMA_VERSION:
-        raise UsageError(f"{path}: expected schema version {SCHEMA_VERSION}, found {version}", _MEASURE)
-    try:
-        return Timings.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{path}: expected a table of timings, found {field or 'the file'}: {first['msg']}", _MEASURE) from error
+        return read_record(path, Timings, (SCHEMA_VERSION,))
+    except OtherVersion as error:
+        raise UsageError(f"{path}: {error.reason}", BENCH) from error
+    except Unreadable as error:
+        raise UsageError(f"{path}: expected a table of timings, found a file that cannot be read ({error.reason})", BENCH) from error
 
 
 def find_timings(subject: Subject, given: Timings | None = None) -> Timings | None:
@@ -209,8 +204,8 @@ def find_timings(subject: Subject, given: Timings | None = None) -> Timings | No
             return read_timings(path)
         reason = "none were measured here"
     except (OSError, UsageError) as error:
-        reason = str(error).splitlines()[0]
-    logger.warning("no timings for mode auto (%s): it speculates with one block length throughout; %s", reason, _MEASURE)
+        reason = reason_of(error)
+    logger.warning("no timings for mode auto (%s): it speculates with one block length throughout; %s", reason, BENCH)
     return None
 
 

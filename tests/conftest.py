@@ -87,3 +87,11 @@ def quadratic(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFa
         return done[name]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo checkpoint, which has a tokenizer and a chat template."""
+    bundle = tmp_path_factory.mktemp("demo") / "bundle"
+    build_bundle(Path(__file__).parents[1] / "artifacts" / "nld-tiny", bundle)
+    return bundle

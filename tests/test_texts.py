@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trimode.texts import Unreadable, dump_json, is_whole_text, lines_of, parse_json, read_json, read_text, whole_text
+from trimode.texts import Unreadable, dump_json, is_whole_text, lines_of, name_of, parse_json, read_json, read_text, whole_text
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,7 @@ def test_half_a_surrogate_pair_becomes_one_replacement() -> None:
     assert whole_text("a\ud83d b\U0001f600") == "a\ufffd b\U0001f600"
     assert is_whole_text("\U0001f600")
     assert not is_whole_text("\ud83d")
+
+
+def test_a_name_that_is_not_utf8_can_be_recorded(tmp_path: Path) -> None:
+    assert name_of(tmp_path / "a\udcff\u00fc") == "a\ufffd\u00fc"

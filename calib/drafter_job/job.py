@@ -37,6 +37,7 @@ from trimode.graphs.calibration import PromptsRecord
 from trimode.graphs.checkpoint import Checkpoint, Drafter
 from trimode.graphs.contract import ModelInfo
 from trimode.runtime.options import DecodeOptions
+from trimode.texts import name_of
 
 LIBRARIES = ("torch", "numpy", "safetensors")
 
@@ -221,7 +222,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> DrafterRecord:
     return DrafterRecord(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        source_name=job.checkpoint.path.resolve().name,
+        source_name=name_of(job.checkpoint.path),
         source_sha256=job.served.base_sha256,
         checkpoint_sha256=job.served.sha256,
         calibration=scales_record(job.served, calibration),

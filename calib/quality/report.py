@@ -38,6 +38,7 @@ from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.options import Mode
+from trimode.texts import name_of
 
 REPORT = "report.json"
 FIGURE = "report.png"
@@ -90,7 +91,7 @@ def measure(
     return Report(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        source_name=checkpoint.path.resolve().name,
+        source_name=name_of(checkpoint.path),
         source_sha256=digest,
         data=DataRecord(
             sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(bool(question.answers) for question in drawn),

@@ -35,6 +35,7 @@ from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.graphs.trunk import Rope
+from trimode.texts import name_of
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
@@ -159,7 +160,7 @@ class _Job:
             precision=self.settings.precision,
             algorithm=_algorithm_name(self.settings),
             block_size=self.block_size,
-            source_name=self.checkpoint.path.resolve().name,
+            source_name=name_of(self.checkpoint.path),
             source_sha256=facts["source_sha256"],
             scales_sha256="",
             data=DataRecord(sha256=facts["data_sha256"], num_samples=num_samples, seed=self.settings.seed, num_tokens=dict(num_rows)),
@@ -216,7 +217,7 @@ def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings
     return {
         "trimode_version": trimode.__version__,
         "libraries": _libraries(),
-        "checkpoint": checkpoint.path.resolve().name,
+        "checkpoint": name_of(checkpoint.path),
         "checkpoint_stamp": stamp_of(checkpoint),
         "data_sha256": texts_sha256,
         **{name: value for name, value in asdict(settings).items() if name != "memory_gib"},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
+from trimode.runtime.prompts import check_token_ids
 
 Text = list[int]
 
@@ -34,10 +35,7 @@ def draw_texts(texts: Sequence[Text], num_samples: int | None, seed: int, model:
 
 
 def _check(text: Text, name: str, model: ModelInfo) -> None:
-    if not 1 <= len(text) < model.max_length:
-        hint = "an answer has to fit behind it; leave out prompts that are longer"
-        raise UsageError(f"{name}: expected from 1 to {model.max_length - 1} tokens, found {len(text)}", hint)
-    for token in text:
-        if isinstance(token, bool) or not 0 <= token < model.vocab_size:
-            found = f"{name}: expected token ids from 0 to {model.vocab_size - 1}, found {token}"
-            raise UsageError(found, "check that the ids come from this model's tokenizer")
+    try:
+        check_token_ids(text, model)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}", error.hint) from error

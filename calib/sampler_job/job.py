@@ -45,6 +45,7 @@ from trimode.graphs.sampler_file import (
     ShapeRecord,
     TrainingRecord,
 )
+from trimode.texts import name_of
 
 LIBRARIES = ("torch", "numpy", "safetensors")
 
@@ -194,7 +195,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
     return SamplerFile(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        source_name=job.checkpoint.path.resolve().name,
+        source_name=name_of(job.checkpoint.path),
         source_sha256=job.served.base_sha256,
         calibration=scales_record(job.served, calibration),
         dtype=settings.dtype,

@@ -21,6 +21,7 @@ from trimode.graphs.nvfp4 import decode
 from trimode.graphs.quantization import Floats, dequantize, largest_magnitudes, scale_of
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
+from trimode.hints import REBUILD
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.manifest import CalibrationRecord
 from trimode.runtime.pack import PrecisionWeights
@@ -69,7 +70,7 @@ def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
             return None
         values = np.array(weights.widened(name))
         if not np.isfinite(values).all() or (values <= 0).any():
-            raise BundleError(f"{name}: expected positive numbers, found others", "build the bundle again with `trimode build`")
+            raise BundleError(f"{name}: expected positive numbers, found others", REBUILD)
         return values
 
     layers = {}

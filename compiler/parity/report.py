@@ -13,6 +13,7 @@ from trimode.errors import BundleError
 from trimode.graphs.contract import DType, Role
 from trimode.runtime.manifest import PrecisionName
 from trimode.runtime.options import Mode
+from trimode.texts import Unreadable, read_bytes
 
 VERIFICATION = "verification.json"
 
@@ -245,10 +246,21 @@ class Verifications(_Record):
 
 
 def read_verifications(bundle: Path) -> Verifications:
-    """What ``verification.json`` of a bundle says; empty where there is none, or one of another schema."""
+    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of another schema.
+
+    Raises:
+        BundleError: it may not be read.
+    """
+    path = bundle / VERIFICATION
     try:
-        return Verifications.model_validate_json((bundle / VERIFICATION).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
+        data = read_bytes(path)
+    except Unreadable as error:
+        if error.is_missing:
+            return Verifications(verifications=())
+        raise BundleError(f"{path}: expected a file that can be read, found: {error.reason}", "delete it, or check its permissions") from error
+    try:
+        return Verifications.model_validate_json(data)
+    except ValidationError:
         return Verifications(verifications=())
 
 

@@ -14,7 +14,9 @@ from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check_source, load_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.nvfp4 import BLOCK_SIZE
+from trimode.hints import CALIBRATE
 from trimode.runtime.manifest import CalibrationRecord
+from trimode.texts import name_of
 
 RTN: Literal["rtn"] = "rtn"
 _RTN_BLOCK_SIZES = (128, 64, 32, 16)
@@ -22,7 +24,7 @@ BLOCK_PRECISIONS: tuple[QuantizedPrecision, ...] = ("int4", "nvfp4")
 """Those with a scale for each block of inputs."""
 _KINDS = ("weight_amax", "input_amax", "pre_quant_scale")
 _HEAD = "diffusion_head"
-_MAKE_AGAIN = "calibrate this checkpoint again with `trimode calibrate`"
+_MAKE_AGAIN = f"calibrate this checkpoint: {CALIBRATE}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load_quantization(calibration: Path | Literal["rtn"] | None, precision: Quan
     if record.precision != precision:
         raise UsageError(f"{calibration}: expected a calibration for {precision}, found one for {record.precision}", f"run `{command}`")
     manifest = CalibrationRecord(
-        name=calibration.resolve().name, algorithm=record.algorithm, block_size=record.block_size, scales_sha256=record.scales_sha256
+        name=name_of(calibration), algorithm=record.algorithm, block_size=record.block_size, scales_sha256=record.scales_sha256
     )
     layers = _read_layers(scales, precision, record.block_size, checkpoint, calibration)
     return Quantization(precision, layers, manifest, record.source_sha256)

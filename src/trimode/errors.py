@@ -11,6 +11,7 @@ TrimodeError
 Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do next).
 """
 
+import contextlib
 import sys
 from typing import NoReturn
 
@@ -62,7 +63,13 @@ class DependencyError(TrimodeError):
 
 def exit_with(error: TrimodeError) -> NoReturn:
     """End a command: the message and the hint on stderr, the error's exit code."""
-    sys.stderr.write(f"error: {error.message}\n")
-    if error.hint:
-        sys.stderr.write(f"\nhint: {error.hint}\n")
+    report(error)
     sys.exit(error.exit_code)
+
+
+def report(error: TrimodeError) -> None:
+    """Write the message and the hint to stderr; where it is closed or full they are lost."""
+    text = f"error: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed, or None
+        sys.stderr.write(text.encode("utf-8", "backslashreplace").decode())
+        sys.stderr.flush()

@@ -115,6 +115,11 @@ def whole_text(text: str) -> str:
     return "".join("\ufffd" if _is_surrogate(character) else character for character in text)
 
 
+def name_of(path: Path) -> str:
+    """The last part of a path, links followed, as a record may hold it: with U+FFFD where it is not UTF-8."""
+    return whole_text(path.resolve().name)
+
+
 def reason_of(error: BaseException) -> str:
     """What an exception says, in one line: the system's words for an :class:`OSError`, else its first line."""
     if isinstance(error, OSError) and error.strerror:

@@ -1,0 +1,56 @@
+"""Reads the files that turn text into tokens, and words what is wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trimode.errors import BundleError
+from trimode.texts import Unreadable, parse_json, read_text
+
+COPY_AGAIN = "copy the file from the published checkpoint into the checkpoint, then build again"
+_LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+
+def read_source(path: Path, what: str) -> str:
+    """Read a text file, without a byte order mark, with ``LF`` at the end of each line.
+
+    Args:
+        path: of the file.
+        what: it should be, for the message.
+
+    Raises:
+        BundleError: the file is unreadable, not UTF-8, or only a pointer to the file.
+    """
+    try:
+        text = read_text(path)
+    except Unreadable as error:
+        raise unusable(path, what, error.reason) from error
+    if text.startswith(_LFS_POINTER):
+        raise BundleError(
+            f"{path}: expected {what}, found a Git LFS pointer to it",
+            "run `git lfs pull` in the checkpoint, then build again",
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no such file.
+
+    Raises:
+        BundleError: the file cannot be read, or is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = parse_json(read_source(path, "JSON"))
+    except Unreadable as error:
+        raise unusable(path, "JSON", error.reason) from error
+    if not isinstance(value, dict):
+        raise unusable(path, "a JSON object", f"a {type(value).__name__}")
+    return value
+
+
+def unusable(path: Path, what: str, reason: str) -> BundleError:
+    """The error for a file that is not what it should be."""
+    return BundleError(f"{path}: expected {what}, found: {reason}", COPY_AGAIN)
