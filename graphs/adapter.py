@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trimode.errors import CheckpointError
 from trimode.graphs.adapter_config import ADAPTER_HINT, AdapterConfig, read_adapter_config
 from trimode.graphs.config import ModelConfig
-from trimode.graphs.json_fields import shown
+from trimode.graphs.json_fields import named, shown
 from trimode.graphs.tensor_files import TensorEntry, check_readable, read_safetensors_header, to_float32
 
 ADAPTER_FOLDER = "linear_spec_lora"
@@ -127,12 +127,12 @@ def _trunk_names(found: Mapping[str, TensorEntry], folder: Path) -> tuple[dict[s
     for name, entry in found.items():
         match = _SPELLING.fullmatch(name)
         if match is None:
-            raise CheckpointError(f"{folder}: expected the tensors of LoRA on o_proj, found {name}", _SAVE_HINT)
+            raise CheckpointError(f"{folder}: expected the tensors of LoRA on o_proj, found {named(name)}", _SAVE_HINT)
         short = f"{match['module']}.{match['half']}.weight"
         spelled.setdefault((match["wrapper"], match["adapter"] or ""), name)
         if short in tensors or len(spelled) > 1:
             first = next(iter(spelled.values()))
-            raise CheckpointError(f"{folder}: expected one adapter, its tensors named alike, found {first} and {name}", _SAVE_HINT)
+            raise CheckpointError(f"{folder}: expected one adapter, its tensors named alike, found {named(first)} and {named(name)}", _SAVE_HINT)
         check_readable(name, entry)
         tensors[short] = entry
     wrapper = next(iter(spelled), ("", ""))[0]

@@ -14,7 +14,7 @@ from typing import Any
 from trimode.errors import CheckpointError
 from trimode.graphs.adapter import ADAPTER_FOLDER, ADAPTER_PREFIX, Drafter, FoldedEntry, expected_adapter_tensors, open_adapter
 from trimode.graphs.config import ModelConfig, load_config
-from trimode.graphs.json_fields import read_object
+from trimode.graphs.json_fields import named, read_object
 from trimode.graphs.tensor_files import DOWNLOAD_HINT, ITEM_SIZES, TensorEntry, check_readable, read_safetensors_header, to_float32
 
 __all__ = [
@@ -148,7 +148,9 @@ def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
     shards = {name: read_safetensors_header(path / name) for name in sorted(set(weight_map.values()))}
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if lost:
-        raise CheckpointError(f"{path / weight_map[lost[0]]}: expected the tensor {lost[0]} that the index places there, found none", DOWNLOAD_HINT)
+        raise CheckpointError(
+            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none", DOWNLOAD_HINT
+        )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
 
 
@@ -160,7 +162,7 @@ def _match(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, .
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             hint = _OUTPUT_HINT if names[0].endswith("lm_head.weight") else _SAME_HINT
-            raise CheckpointError(f"{where}: expected {len(expected)} tensors, found that {names[0]} {kind}{more}", hint)
+            raise CheckpointError(f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}", hint)
     for name, shape in expected.items():
         check_readable(name, found[name])
         if found[name].shape != shape:

@@ -14,7 +14,7 @@ from typing import Any
 
 from trimode.errors import CheckpointError
 from trimode.graphs.config_keys import CONFIG_KEYS, GENERATION_KEYS
-from trimode.graphs.json_fields import Fields, check_keys, is_integer, read_object
+from trimode.graphs.json_fields import Fields, check_keys, is_integer, named, read_object
 from trimode.graphs.rope_config import RopeConfig, check_layer_types, parse_rope
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "ModelConfig", "RopeConfig", "load_config", "parse_config"]
@@ -128,7 +128,7 @@ def _check_architecture(values: Mapping[str, Any], where: str) -> None:
         return
     found = model_type if is_ours else classes[0] if classes else model_type or "none"
     raise CheckpointError(
-        f"{where}: expected the architecture {ARCHITECTURE}, found {found}",
+        f"{where}: expected the architecture {ARCHITECTURE}, found {named(found)}",
         "trimode compiles Nemotron-Labs-Diffusion text checkpoints (3B, 8B, 14B; base and instruct)",
     )
 

@@ -104,6 +104,7 @@ CONFIG_KEYS: KeyTable = {
     **neutral("it acts on classifiers alone", "problem_type", "finetuning_task"),
     **neutral("bookkeeping", "_name_or_path", "name_or_path", "transformers_version", "auto_map"),
     **neutral("bookkeeping", "_commit_hash", "tokenizer_class", "task_specific_params"),
+    **neutral("bookkeeping of training tools", "unsloth_version", "unsloth_fixed"),
     **neutral("the tokenizer's files say it", "sep_token_id", "prefix"),
 }
 

@@ -20,6 +20,7 @@ from trimode.texts import Unreadable, read_json
 MOST_INTEGER = 2**31 - 1
 _MOST_FLOAT32 = 3.4028234663852886e38
 _MOST_SHOWN = 80
+_MOST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: s
         key = table.get(name)
         if key is None:
             raise CheckpointError(
-                f"{where}: expected keys that trimode knows, found {shown(name)}",
+                f"{where}: expected keys that trimode knows, found {named(name)}",
                 "remove the key if it does not change what the model computes; else use a newer trimode",
             )
         if key.kind == "only" and not any(_same(value, one) for one in key.allowed):
@@ -148,8 +149,16 @@ def shown(value: Any) -> str:
     """A JSON value for a message, cut where it is long."""
     if isinstance(value, list | dict) and len(value) > _MOST_SHOWN:
         return f"{type(value).__name__} of {len(value)}"
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def named(name: str) -> str:
+    """A name from a file for a message: as it is, or as JSON where a terminal could not show it in one line."""
+    return name if name.isprintable() and len(name) <= _MOST_NAME else shown(name)
 
 
 def read_object(path: Path, missing_hint: str) -> dict[str, Any]:

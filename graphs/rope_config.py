@@ -18,6 +18,7 @@ from trimode.graphs.json_fields import Fields, check_keys, shown
 SUPPORTED_ROPE_TYPES = ("default", "yarn")
 FULL_ATTENTION = ("full_attention", "attention")  # the second is transformers' former name
 _ADVICE = "use the rope fields of the published config.json"
+_LEAST, _MOST = 1e-6, 1e6  # far beyond any model, and within what float32 tables can hold
 _TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _YARN_ALONE = (
     "factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
@@ -68,37 +69,34 @@ def parse_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
     theta = _or(fields.optional_number("rope_theta"), 1e6)
     if theta <= 1:
         raise fields.wrong("rope_theta", "above 1", theta)
-    beta = _at_least_zero(fields, "llama_4_scaling_beta") or None
-    original = _original_length(fields, values) if rope_type == "yarn" or beta else 0
+    beta = _within(fields, "llama_4_scaling_beta", least=0) or None
+    original = _original_length(fields, values)
     if rope_type == "yarn":
         return _parse_yarn(fields, theta, original, beta)
     for key in _YARN_ALONE:
         if raw.get(key) is not None:
             raise fields.wrong(f"{key} beside rope_type default", "absent", raw[key])
-    return RopeConfig(rope_type, theta, original_max_position_embeddings=original, query_scale_beta=beta)
+    return RopeConfig(rope_type, theta, original_max_position_embeddings=original if beta else 0, query_scale_beta=beta)
 
 
 def _parse_yarn(fields: Fields, theta: float, original: int, beta: float | None) -> RopeConfig:
+    if fields.values.get("factor") is None:  # transformers derives it; this family's files say it
+        raise fields.wrong("factor", "a number", None)
     rope = RopeConfig(
         "yarn",
         theta,
-        factor=fields.number("factor"),
+        factor=_or(_within(fields, "factor"), 1.0),
         original_max_position_embeddings=original,
-        beta_fast=_or(fields.optional_number("beta_fast"), 32.0),
-        beta_slow=_or(fields.optional_number("beta_slow"), 1.0),
-        attention_factor=fields.optional_number("attention_factor"),
-        mscale=_at_least_zero(fields, "mscale"),
-        mscale_all_dim=_at_least_zero(fields, "mscale_all_dim"),
+        beta_fast=_or(_within(fields, "beta_fast"), 32.0),
+        beta_slow=_or(_within(fields, "beta_slow"), 1.0),
+        attention_factor=_within(fields, "attention_factor"),
+        mscale=_within(fields, "mscale", least=0),
+        mscale_all_dim=_within(fields, "mscale_all_dim", least=0),
         truncate=fields.boolean("truncate", default=True),
         query_scale_beta=beta,
     )
-    if rope.factor <= 0:
-        raise fields.wrong("factor", "above 0", rope.factor)
-    if not 0 < rope.beta_slow <= rope.beta_fast:
-        found = [rope.beta_fast, rope.beta_slow]
-        raise fields.wrong("beta_fast and beta_slow", "above 0, the first not below the second", found)
-    if rope.attention_factor is not None and rope.attention_factor <= 0:
-        raise fields.wrong("attention_factor", "above 0", rope.attention_factor)
+    if rope.beta_slow > rope.beta_fast:
+        raise fields.wrong("beta_slow", f"up to beta_fast {rope.beta_fast}", rope.beta_slow)
     return rope
 
 
@@ -152,7 +150,7 @@ def _flat(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _is_layer_type(key: str, value: Any) -> bool:
     """Whether an entry is one of those nested by layer type; null there means no rotation at all."""
-    return isinstance(value, dict) or (value is None and key.endswith("attention"))
+    return key.endswith("attention") and (value is None or isinstance(value, dict))
 
 
 def _with_top_level(raw: dict[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -184,10 +182,10 @@ def _original_length(fields: Fields, values: Mapping[str, Any]) -> int:
     return fields.integer(name)
 
 
-def _at_least_zero(fields: Fields, name: str) -> float | None:
+def _within(fields: Fields, name: str, least: float = _LEAST) -> float | None:
     value = fields.optional_number(name)
-    if value is not None and value < 0:
-        raise fields.wrong(name, "at least 0", value)
+    if value is not None and not least <= value <= _MOST:
+        raise fields.wrong(name, f"between {least:g} and {_MOST:g}", value)
     return value
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import CheckpointError
-from trimode.graphs.json_fields import is_integer, nothing_at, shown
+from trimode.graphs.json_fields import is_integer, named, nothing_at, shown
 from trimode.texts import Unreadable, decode_text, parse_json, reason_of
 
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -96,7 +96,7 @@ def check_readable(name: str, entry: TensorEntry) -> None:
     """
     if entry.dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{entry.file}: expected {name} to be one of {', '.join(ITEM_SIZES)}, found {entry.dtype}",
+            f"{entry.file}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {entry.dtype}",
             "start from the published 16-bit checkpoint; quantization is a step of its own",
         )
 
@@ -134,14 +134,14 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_lengths(shape) or not _are_lengths(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path}: expected dtype, shape and data_offsets for {name}, found {shown(value)}", DOWNLOAD_HINT)
+        raise CheckpointError(f"{path}: expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}", DOWNLOAD_HINT)
     if dtype not in _BITS:
         raise CheckpointError(
-            f"{path}: expected {name} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}", "start from the published 16-bit checkpoint"
+            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}", "start from the published 16-bit checkpoint"
         )
     begin, end = offsets
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:  # Python's numbers: no shape overflows them
-        raise CheckpointError(f"{path}: expected {name} to have the bytes of {dtype} {shown(shape)}, found {end - begin}", DOWNLOAD_HINT)
+        raise CheckpointError(f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, found {end - begin}", DOWNLOAD_HINT)
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -154,7 +154,7 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size:
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if entry.offset != end:
-            raise CheckpointError(f"{path}: expected {name} to begin at byte {end}, found {entry.offset}", DOWNLOAD_HINT)
+            raise CheckpointError(f"{path}: expected {named(name)} to begin at byte {end}, found {entry.offset}", DOWNLOAD_HINT)
         end += entry.num_bytes
     if end != size:
         raise CheckpointError(f"{path}: expected {end} bytes, found {size}", DOWNLOAD_HINT)
