@@ -143,7 +143,7 @@ def _read_weights(path: Path) -> dict[str, TensorEntry]:
 
 def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
     weight_map: Any = read_object(index, "download the missing file into the checkpoint folder").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name != "" for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names, found something else", DOWNLOAD_HINT)
     shards = {name: read_safetensors_header(path / name) for name in sorted(set(weight_map.values()))}
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
@@ -152,6 +152,10 @@ def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
             f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none", DOWNLOAD_HINT
         )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def _match(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str) -> dict[str, TensorEntry]:

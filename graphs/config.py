@@ -95,8 +95,9 @@ def parse_config(
     check_keys(values, CONFIG_KEYS, where, _ADVICE)
     fields = Fields(values, where, _ADVICE)
     has_bos = values.get("bos_token_id", 1) is not None
+    vocab_size = fields.integer("vocab_size", 131072)
     config = ModelConfig(
-        vocab_size=fields.integer("vocab_size", 131072),
+        vocab_size=vocab_size,
         hidden_size=fields.integer("hidden_size", 4096),
         intermediate_size=fields.integer("intermediate_size", 14336),
         num_hidden_layers=fields.integer("num_hidden_layers", 34, most=_MOST_LAYERS),
@@ -108,7 +109,7 @@ def parse_config(
         rope=parse_rope(values, where),
         mask_token_id=fields.integer("mask_token_id", -1, least=0),
         bos_token_id=fields.integer("bos_token_id", 1, least=0) if has_bos else None,
-        eos_token_ids=_end_tokens(values, generation or {}, where),
+        eos_token_ids=_end_tokens(values, generation or {}, vocab_size, where),
         block_size=fields.integer("block_size", 32),
     )
     check_layer_types(values, config.num_hidden_layers, where)
@@ -137,15 +138,18 @@ def _are_names(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(one, str) for one in values)
 
 
-def _end_tokens(values: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> tuple[int, ...]:
+def _end_tokens(values: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
     source, place = values, where
     if generation.get("eos_token_id") is not None:
         source, place = generation, str(Path(where).with_name("generation_config.json"))
     found = source.get("eos_token_id", 2)  # 2 is what the family's class takes
+    advice = "name the end tokens there or in generation_config.json" if found is None else _ADVICE
+    fields = Fields(source, place, advice)
     ids = found if isinstance(found, list) else [found]
     if not ids or not all(is_integer(one) and one >= 0 for one in ids):
-        advice = "name the end tokens there or in generation_config.json" if found is None else _ADVICE
-        raise Fields(source, place, advice).wrong("eos_token_id", "a token id or a list of them", found)
+        raise fields.wrong("eos_token_id", "a token id or a list of them", found)
+    if max(ids) >= vocab_size:
+        raise fields.wrong("eos_token_id", f"below vocab_size {vocab_size}", found)
     return tuple(ids)
 
 
@@ -153,17 +157,11 @@ def _check_consistency(config: ModelConfig, fields: Fields) -> None:
     fields = Fields(fields.values, fields.where, _PUBLISHED)
     if not 0 < config.rms_norm_eps < 1:
         raise fields.wrong("rms_norm_eps", "above 0 and below 1", config.rms_norm_eps)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise fields.wrong(
-            "num_attention_heads", "a multiple of num_key_value_heads",
-            [config.num_attention_heads, config.num_key_value_heads],
-        )  # fmt: skip
+    heads = config.num_attention_heads, config.num_key_value_heads
+    if heads[0] % heads[1]:
+        raise fields.wrong("num_attention_heads", f"a multiple of num_key_value_heads {heads[1]}", heads[0])
     if config.head_dim % 2:
         raise fields.wrong("head_dim", "even", config.head_dim)
-    special = {"mask_token_id": (config.mask_token_id,), "eos_token_id": config.eos_token_ids}
-    if config.bos_token_id is not None:
-        special["bos_token_id"] = (config.bos_token_id,)
-    for name, ids in special.items():
-        for token_id in ids:
-            if token_id >= config.vocab_size:
-                raise fields.wrong(name, f"below vocab_size {config.vocab_size}", token_id)
+    for name, token_id in (("mask_token_id", config.mask_token_id), ("bos_token_id", config.bos_token_id)):
+        if token_id is not None and token_id >= config.vocab_size:
+            raise fields.wrong(name, f"below vocab_size {config.vocab_size}", token_id)
