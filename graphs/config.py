@@ -124,10 +124,11 @@ def _check_architecture(values: Mapping[str, Any], where: str) -> None:
         raise fields.wrong("architectures", "a list of names", classes)
     if model_type is not None and not isinstance(model_type, str):
         raise fields.wrong("model_type", "a name", model_type)
-    is_ours = classes[0] == ARCHITECTURE if classes else model_type == MODEL_TYPE
+    first = classes[0] if classes else model_type or "none"
+    is_ours = first == ARCHITECTURE if classes else model_type == MODEL_TYPE
     if is_ours and model_type in (None, MODEL_TYPE):
         return
-    found = model_type if is_ours else classes[0] if classes else model_type or "none"
+    found = model_type if is_ours and model_type else first
     raise CheckpointError(
         f"{where}: expected the architecture {ARCHITECTURE}, found {named(found)}",
         "trimode compiles Nemotron-Labs-Diffusion text checkpoints (3B, 8B, 14B; base and instruct)",
