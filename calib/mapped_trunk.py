@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trimode.graphs.checkpoint import ITEM_SIZES, Checkpoint, TensorEntry
+from trimode.graphs.checkpoint import ITEM_SIZES, Checkpoint, FoldedEntry, TensorEntry
 from trimode.graphs.trunk import Layer, LowRankLinear, TriModeTrunk
 
 WIDENED_BYTES = 256 << 20
@@ -22,7 +22,9 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def mapped_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a checkpoint where it lies, not to be written to."""
+    """A tensor of a checkpoint where it lies, not to be written to; a small one that lies there in another form, in memory."""
+    if isinstance(entry, FoldedEntry):
+        return torch.from_numpy(entry.values())
     raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.num_bytes,))  # read-only: a private map would have to fit into memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it cannot be written to

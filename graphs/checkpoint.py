@@ -1,64 +1,43 @@
-"""Reads a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on request.
+"""Opens a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on request.
 
 Understands a single ``model.safetensors``, a sharded ``model.safetensors.index.json``, and the drafter adapter in ``linear_spec_lora/``.
-The safetensors layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, the data.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trimode.errors import CheckpointError
-from trimode.graphs.config import ModelConfig, load_config, read_json
+from trimode.graphs.adapter import ADAPTER_FOLDER, ADAPTER_PREFIX, Drafter, FoldedEntry, expected_adapter_tensors, open_adapter
+from trimode.graphs.config import ModelConfig, load_config
+from trimode.graphs.json_fields import named, read_object
+from trimode.graphs.tensor_files import DOWNLOAD_HINT, ITEM_SIZES, TensorEntry, check_readable, read_safetensors_header, to_float32
 
-ADAPTER_FOLDER = "linear_spec_lora"
-ADAPTER_PREFIX = "base_model.model."
-ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
-_DOWNLOAD_HINT = "download the checkpoint again; the file is incomplete or was changed"
+__all__ = [
+    "ADAPTER_FOLDER",
+    "ADAPTER_PREFIX",
+    "ITEM_SIZES",
+    "Checkpoint",
+    "Drafter",
+    "FoldedEntry",
+    "TensorEntry",
+    "expected_adapter_tensors",
+    "expected_tensors",
+    "is_adapter_tensor",
+    "open_checkpoint",
+    "read_safetensors_header",
+    "to_float32",
+]
 
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies.
-
-    Attributes:
-        dtype: ``F32``, ``F16`` or ``BF16``.
-        offset: bytes from the start of the file.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
-    def chunks(self, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
-        """Yield the tensor's raw bytes in order, ``chunk_bytes`` at a time."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            left = self.num_bytes
-            while left:
-                data = stream.read(min(left, chunk_bytes))
-                if not data:
-                    raise CheckpointError(f"{self.file}: expected {left} more bytes, found the end of the file", _DOWNLOAD_HINT)
-                left -= len(data)
-                yield data
-
-
-@dataclass(frozen=True)
-class Drafter:
-    """The adapter of the draft graph (LoRA on ``o_proj``): its branch is scaled by ``alpha / rank``."""
-
-    rank: int
-    alpha: float
+# Tables that old versions of transformers saved beside the weights; every loader makes them anew from config.json.
+_ROTARY_BUFFER = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
+_SAME_HINT = "check that config.json and the weights belong to the same checkpoint"
+_OUTPUT_HINT = "this family's output matrix is diffusion_head.weight; remove the other if it is a copy"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -89,22 +68,27 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
         CheckpointError: a file is missing, truncated or malformed; a tensor is missing, unknown, or of another shape or type;
             the architecture, the rope type or the adapter is not one this library compiles.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}",
-                              "download one first, e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`")  # fmt: skip
+    found = _found_instead_of_folder(path)
+    if found:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint folder, found {found}",
+            "download one first, e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`",
+        )
     config = load_config(path)
     tensors = _match(_read_weights(path), expected_tensors(config), str(path))
-    if adapter is None and (path / ADAPTER_FOLDER).is_dir():
-        adapter = path / ADAPTER_FOLDER
+    own = path / ADAPTER_FOLDER
+    if adapter is None and _found_instead_of_folder(own) != "nothing":
+        adapter = own
     if adapter is None:
         return Checkpoint(path, config, tensors, None)
-    if not adapter.is_dir():
-        raise CheckpointError(f"{adapter}: expected the folder of a drafter adapter, found {'a file' if adapter.exists() else 'nothing'}",
-                              "make one with `trimode calibrate drafter CHECKPOINT --data PROMPTS.jsonl -o ADAPTER`")  # fmt: skip
-    drafter = _read_adapter_config(adapter / "adapter_config.json")
-    entries = {name.removeprefix(ADAPTER_PREFIX): entry for name, entry in read_safetensors_header(adapter / "adapter_model.safetensors").items()}
-    tensors.update(_match(entries, expected_adapter_tensors(config, drafter.rank), str(adapter)))
-    return Checkpoint(path, config, tensors, drafter, adapter)
+    found = _found_instead_of_folder(adapter)
+    if found:
+        raise CheckpointError(
+            f"{adapter}: expected the folder of a drafter adapter, found {found}",
+            "make one with `trimode calibrate drafter CHECKPOINT --data PROMPTS.jsonl -o ADAPTER`",
+        )
+    drafter, adapter_tensors = open_adapter(adapter, config)
+    return Checkpoint(path, config, {**tensors, **adapter_tensors}, drafter, adapter)
 
 
 def is_adapter_tensor(name: str) -> bool:
@@ -132,99 +116,59 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (config.vocab_size, hidden)}
 
 
-def expected_adapter_tensors(config: ModelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the drafter's weights, without the adapter file's prefix."""
-    return {
-        f"encoder.layers.{i}.self_attn.o_proj.lora_{half}.weight": shape
-        for i in range(config.num_hidden_layers)
-        for half, shape in (("A", (rank, config.query_size)), ("B", (config.hidden_size, rank)))
-    }
-
-
-def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """Read a safetensors header and check that the file holds exactly the bytes it promises."""
+def _found_instead_of_folder(path: Path) -> str:
+    """What lies where a folder should, in words; empty for a folder."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: expected a safetensors header of {length} bytes, found a file of {size} bytes", _DOWNLOAD_HINT)
-            header = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: expected a file, found none", "download the missing file into the checkpoint folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, found one that cannot be read ({error})", _DOWNLOAD_HINT) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}", _DOWNLOAD_HINT)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items() if name != "__metadata__"}
-    end = max((e.offset + e.num_bytes for e in entries.values()), default=8 + length)
-    if end != size:
-        raise CheckpointError(f"{path}: expected {end} bytes, found {size}", _DOWNLOAD_HINT)
-    return entries
-
-
-def to_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    """Raw bytes of a ``F32``, ``F16`` or ``BF16`` tensor as float32; each of these values is exact in float32."""
-    if dtype == "F32":
-        return np.frombuffer(raw, "<f4")
-    if dtype == "F16":
-        return np.frombuffer(raw, "<f2").astype(np.float32)
-    return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if path.is_dir():
+            return ""
+        return "a link to a folder that is not there" if path.is_symlink() and not path.exists() else "a file" if path.exists() else "nothing"
+    except OSError:  # a name too long, or a folder that may not be entered
+        return "nothing"
 
 
 def _read_weights(path: Path) -> dict[str, TensorEntry]:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
+    if single.exists() or single.is_symlink():
         return read_safetensors_header(single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names, found something else", _DOWNLOAD_HINT)
+    if index.exists() or index.is_symlink():
+        return _read_shards(path, index)
+    pickled = next((name for name in _PICKLES if (path / name).exists()), None)
+    if pickled is not None:
+        raise CheckpointError(
+            f"{single}: expected a file, found {pickled} in its place, a pickle, which trimode does not open",
+            "load the model with transformers and save it again with save_pretrained(DIR, safe_serialization=True)",
+        )
+    return read_safetensors_header(single)
+
+
+def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
+    weight_map: Any = read_object(index, "download the missing file into the checkpoint folder").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names, found something else", DOWNLOAD_HINT)
     shards = {name: read_safetensors_header(path / name) for name in sorted(set(weight_map.values()))}
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if lost:
-        raise CheckpointError(f"{path / weight_map[lost[0]]}: expected the tensor {lost[0]} that the index places there, found none", _DOWNLOAD_HINT)
+        raise CheckpointError(
+            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none", DOWNLOAD_HINT
+        )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
 
 
-def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = str(value["dtype"]), tuple(int(d) for d in value["shape"]), value["data_offsets"]
-        num_bytes = int(end) - int(begin)
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected dtype, shape and data_offsets for {name}, found {value!r}", _DOWNLOAD_HINT) from error
-    if dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{path}: expected {name} to be one of {', '.join(ITEM_SIZES)}, found {dtype}",
-                              "start from the published 16-bit checkpoint; quantization is a step of its own")  # fmt: skip
-    if begin < 0 or num_bytes != int(np.prod(shape, dtype=np.int64)) * ITEM_SIZES[dtype]:
-        raise CheckpointError(f"{path}: expected {name} to have the bytes of {dtype} {list(shape)}, found {num_bytes}", _DOWNLOAD_HINT)
-    return TensorEntry(path, dtype, shape, data_start + int(begin), num_bytes)
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def _match(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str) -> dict[str, TensorEntry]:
     """The found tensors in the expected order, or an error that names the first few that are missing, unknown or misshapen."""
-    missing, unknown = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected and not _ROTARY_BUFFER.fullmatch(name)]
     for kind, names in (("is missing", missing), ("is not part of this architecture", unknown)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{where}: expected {len(expected)} tensors, found that {names[0]} {kind}{more}",
-                                  "check that config.json and the weights belong to the same checkpoint")  # fmt: skip
+            hint = _OUTPUT_HINT if names[0].endswith("lm_head.weight") else _SAME_HINT
+            raise CheckpointError(f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}", hint)
     for name, shape in expected.items():
+        check_readable(name, found[name])
         if found[name].shape != shape:
-            raise CheckpointError(f"{where}: expected {name} of shape {list(shape)}, found {list(found[name].shape)}",
-                                  "check that config.json and the weights belong to the same checkpoint")  # fmt: skip
+            raise CheckpointError(f"{where}: expected {name} of shape {list(shape)}, found {list(found[name].shape)}", _SAME_HINT)
     return {name: found[name] for name in expected}
-
-
-def _read_adapter_config(path: Path) -> Drafter:
-    values = read_json(path)
-    expected = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
-    for name, value in expected.items():
-        if values.get(name, value) != value:
-            raise CheckpointError(f"{path}: expected {name} {value!r}, found {values[name]!r}", "only a plain LoRA adapter can be a drafter")
-    targets = values.get("target_modules")
-    if [targets] != [["o_proj"]] and targets != "o_proj":
-        raise CheckpointError(f"{path}: expected target_modules ['o_proj'], found {targets!r}", "only an adapter on o_proj can be a drafter")
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: expected a rank r of at least 1 and a number lora_alpha, found {rank!r} and {alpha!r}", _DOWNLOAD_HINT)
-    return Drafter(rank, float(alpha))

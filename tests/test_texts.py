@@ -26,6 +26,13 @@ def test_what_is_not_json_is_one_kind_of_error(text: str, reason: str) -> None:
     assert "\n" not in caught.value.reason
 
 
+def test_a_name_twice_is_refused_where_names_have_to_be_unique() -> None:
+    text = '{"a": [{"b": 1, "b": 2}]}'
+    assert parse_json(text) == {"a": [{"b": 2}]}
+    with pytest.raises(Unreadable, match='"b" twice'):
+        parse_json(text, unique=True)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "ü"}).encode())
     assert read_json(tmp_path / "a.json") == {"a": "ü"}

@@ -62,23 +62,27 @@ def decode_text(raw: bytes) -> str:
         raise Unreadable(f"it is not UTF-8 (byte {error.start})") from error
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file, a byte order mark or not.
+def read_json(path: Path, *, unique: bool = False) -> Any:
+    """Read a JSON file, a byte order mark or not; ``unique`` as for :func:`parse_json`.
 
     Raises:
         Unreadable: the file cannot be read or is not JSON.
     """
-    return parse_json(read_text(path))
+    return parse_json(read_text(path), unique=unique)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, unique: bool = False) -> Any:
     """Parse JSON as RFC 8259 has it: ``NaN`` and ``Infinity`` are refused.
+
+    Args:
+        text: JSON.
+        unique: whether a name that an object has twice is refused too; otherwise its last value counts.
 
     Raises:
         Unreadable: the text is not JSON, or Python's parser gives it up.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names if unique else None)
     except RecursionError as error:
         raise Unreadable("it is nested too deep") from error
     except json.JSONDecodeError as error:
@@ -137,6 +141,15 @@ def _first_line(error: BaseException) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise Unreadable(f"{name} is not JSON")
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise Unreadable(f"it has {json.dumps(name)} twice")
+        values[name] = value
+    return values
 
 
 def _finite(value: Any) -> Any:

@@ -118,3 +118,87 @@ def test_index_that_lies(tmp_path: Path) -> None:
     index.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="weight_map"):
         open_checkpoint(folder)
+
+
+ROTARY = "encoder.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("name", [ROTARY, "encoder.rotary_emb.original_inv_freq", "rotary_emb.cos_cached"])
+def test_stored_rotary_buffers_are_skipped(good: Path, copy: Path, name: str, dtype: torch.dtype) -> None:
+    edit_weights(lambda tensors: tensors.update({name: torch.ones(8).to(dtype)}))(copy)
+    assert list(open_checkpoint(copy).tensors) == list(open_checkpoint(good).tensors)
+
+
+def test_a_second_output_matrix_is_refused(copy: Path) -> None:
+    edit_weights(lambda tensors: tensors.update({"lm_head.weight": tensors["diffusion_head.weight"].clone()}))(copy)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not part") as raised:
+        open_checkpoint(copy)
+    assert "diffusion_head" in raised.value.hint
+
+
+def test_a_cache_of_links_opens(good: Path, tmp_path: Path) -> None:
+    """As the Hub's cache lies: files by their digest, and a folder of links to them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    for number, file in enumerate(file for file in sorted(good.rglob("*")) if file.is_file()):
+        blobs.mkdir(exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        link = snapshot / file.relative_to(good)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(number))
+    opened = open_checkpoint(snapshot)
+    assert list(opened.tensors) == list(open_checkpoint(good).tensors)
+    assert opened.drafter is not None
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / "gone")
+
+    return damage
+
+
+def folder_at(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+FILES = ["config.json", "model.safetensors", "linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [gone, folder_at])
+def test_what_lies_in_place_of_a_file_is_named(copy: Path, name: str, damage: Callable[[str], Callable[[Path], None]]) -> None:
+    damage(name)(copy)
+    with pytest.raises(CheckpointError, match=name) as raised:
+        open_checkpoint(copy)
+    assert raised.value.hint
+
+
+def test_a_pickle_is_named(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        open_checkpoint(copy)
+
+
+def test_a_file_that_goes_while_it_is_read(copy: Path) -> None:
+    entry = open_checkpoint(copy).tensors[NORM]
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        list(entry.chunks())
+
+
+@pytest.mark.parametrize("value", ["gone.safetensors", "", "..", 7, "a\0b", "/etc/passwd"])
+def test_an_index_to_a_shard_that_is_not_there(tmp_path: Path, value: object) -> None:
+    folder = write_checkpoint(tmp_path / "c", config_of(), shards=2)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][NORM] = value
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="safetensors") as raised:
+        open_checkpoint(folder)
+    assert "\n" not in raised.value.message

@@ -59,6 +59,30 @@ def test_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
         ({"mask_token_id": 109}, "mask_token_id"),
         ({"eos_token_id": 5000}, "eos_token_id"),
         ({"eos_token_id": []}, "eos_token_id"),
+        ({"eos_token_id": [11, True]}, "eos_token_id"),
+        ({"eos_token_id": None}, "eos_token_id"),
+        ({"bos_token_id": 109}, "bos_token_id"),
+        ({"bos_token_id": "1"}, "bos_token_id"),
+        ({"hidden_size": 48.0}, "hidden_size"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"head_dim": None}, "head_dim"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"architectures": "NemotronLabsDiffusionModel"}, "architectures"),
+        ({"architectures": [7]}, "architectures"),
+        ({"architectures": {}}, "architectures"),
+        ({"architectures": ["NemotronLabsDiffusionVLMModel"]}, "NemotronLabsDiffusionVLMModel"),
+        ({"model_type": "llama"}, "llama"),
+        ({"model_type": ["nemotron_labs_diffusion"]}, "model_type"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"per_layer_config": {"1": {"head_dim": 8}}}, "per_layer_config"),
     ],
 )
 def test_what_would_change_the_model_is_refused(changes: dict[str, Any], names: str) -> None:
@@ -68,7 +92,40 @@ def test_what_would_change_the_model_is_refused(changes: dict[str, Any], names: 
     assert "\n" not in raised.value.message
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
+def test_end_tokens_may_be_in_generation_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of(eos_token_id=None, bos_token_id=None)))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [11]}')
+    config = load_config(tmp_path)
+    assert (config.eos_token_ids, config.bos_token_id) == ((11,), None)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    with pytest.raises(CheckpointError, match=r"config\.json: expected eos_token_id") as raised:
+        load_config(tmp_path)
+    assert "generation_config.json" in raised.value.hint
+
+
+@pytest.mark.parametrize("ids", [[], [-1], "11", [11.0], 109, True, 10**30])
+def test_wrong_end_tokens_of_generation_config(tmp_path: Path, ids: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected eos_token_id"):
+        load_config(tmp_path)
+
+
+def test_what_lies_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of()))
+    (tmp_path / "generation_config.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a file, found a link to a file that is not there"):
+        load_config(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a JSON file.*directory"):
+        load_config(tmp_path)
+
+
+UNREADABLE = ["", "[]", "{", "\xff", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
 def test_unreadable_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
