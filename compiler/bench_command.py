@@ -15,10 +15,12 @@ import trimode
 from trimode.compiler.console import RichProgress
 from trimode.compiler.run_command import encode_prompt, read_prompts_file
 from trimode.errors import UsageError
+from trimode.files import check_file_place
 from trimode.runtime.acceptance import write_texts
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
+from trimode.texts import reason_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     """Measure, keep the table, print it; see the command's help."""
     if request.output is not None and (request.output.is_dir() or not request.output.absolute().parent.is_dir()):
         raise UsageError(f"{request.output}: expected a file to write, in a folder that exists, found neither", "name a file such as timings.json")
+    if request.output is not None:
+        check_file_place(request.output)
     questions = list(read_prompts_file(request.prompts_file)) if request.prompts_file else []
     with TriModeModel.from_pretrained(
         bundle, precision=request.precision, target=request.target, num_threads=request.threads, runtime_cache=request.runtime_cache
@@ -89,13 +93,13 @@ def _keep(timings: Timings, output: Path | None) -> None:
         try:
             save_timings(timings, output)
         except OSError as error:
-            raise UsageError(f"{output}: expected a file that can be written, found: {error}", "choose another place") from error
+            raise UsageError(f"{output}: expected a file that can be written, found: {reason_of(error)}", "choose another place") from error
         sys.stderr.write(f"wrote {output}\n")
     try:
         path = table_path(timings.subject)
         save_timings(timings, path)
     except OSError as error:
-        sys.stderr.write(f"warning: the table cannot be kept for mode auto: {error}; pass it with --timings\n")
+        sys.stderr.write(f"warning: the table cannot be kept for mode auto: {reason_of(error)}; pass it with --timings\n")
     else:
         sys.stderr.write(f"wrote {path}, where mode auto looks for it\n")
 

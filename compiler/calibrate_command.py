@@ -16,6 +16,7 @@ from trimode.calib.quantize.work import check_work_folder, work_folder_of
 from trimode.compiler.console import RichProgress
 from trimode.compiler.plan import describe_model
 from trimode.compiler.run_command import Prompt, read_prompts_file
+from trimode.files import check_apart
 from trimode.graphs.calibration import Calibration, QuantizedPrecision
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import Role
@@ -58,6 +59,7 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
     )
     settings.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data)
     check_work_folder(work_folder_of(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     texts = encode_prompts(list(read_prompts_file(request.data)), checkpoint_path)

@@ -35,6 +35,7 @@ from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
 from trimode.runtime.pack import PrecisionWeights
+from trimode.texts import whole_text
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -131,7 +132,8 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     """
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()
-    check_destination(output)
+    scales = options.calibration if isinstance(options.calibration, Path) else None
+    check_destination(output, checkpoint, scales, options.drafter, options.sampler)
     opened = open_checkpoint(checkpoint, options.drafter)
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)
@@ -291,7 +293,7 @@ def describe_bundle(state: BuildState) -> None:
         trimode_version=trimode.__version__,
         model=plan.model,
         source=SourceRecord(
-            name=checkpoint.path.resolve().name,
+            name=whole_text(checkpoint.path.resolve().name),
             sha256=state.source.hexdigest(),
             stamp=stamp_of(checkpoint),
             num_parameters=sum(tensor.num_elements for name, tensor in state.tensors.items() if name in checkpoint.tensors),

@@ -9,6 +9,7 @@ from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.sampler_file import SamplerFile, check_sampler_source, load_sampler_record
 from trimode.runtime.manifest import Manifest, SamplerRecord
+from trimode.texts import whole_text
 
 SAMPLER_FILE = "sampler.onnx"
 
@@ -24,7 +25,7 @@ class SamplerSource:
         """The manifest's entry."""
         record = self.record
         return SamplerRecord(
-            file=SAMPLER_FILE, name=self.folder.resolve().name, sha256=record.sampler_sha256, num_parameters=record.num_parameters,
+            file=SAMPLER_FILE, name=whole_text(self.folder.resolve().name), sha256=record.sampler_sha256, num_parameters=record.num_parameters,
             block_lengths=record.block_lengths, threshold=record.threshold,
         )  # fmt: skip
 

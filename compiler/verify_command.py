@@ -32,6 +32,7 @@ from trimode.compiler.parity.report import (
     TokenParity,
     Verification,
     WeightsParity,
+    check_verification_place,
     write_verification,
 )
 from trimode.compiler.parity.runners import CachedText
@@ -51,6 +52,7 @@ from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, Manifest
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.session import Ids
+from trimode.texts import whole_text
 
 AFFORDABLE_FLOPS = 2e13
 """What the default long position may cost the reference: some minutes on few cores."""
@@ -90,6 +92,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     """
     _check_request(request)
     model = _open_target(bundle, request)
+    check_verification_place(bundle)
     _check_calibration(model, request)
     checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)
@@ -146,7 +149,7 @@ def verify(model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, 
         passed=all(record.passed for record in (*graphs, *tokens, loaded.weights, loaded.scales, sampler) if record is not None),
         precision=model.bundle.precision, target=model.target, backend=place.backend, device=place.device, compute_dtype=place.compute_dtype,
         manifest_sha256=sha256_of(model.bundle.path / MANIFEST),
-        checkpoint=CheckpointRecord(name=checkpoint.path.resolve().name, sha256=sha256, is_source=sha256 == manifest.source.sha256),
+        checkpoint=CheckpointRecord(name=whole_text(checkpoint.path.resolve().name), sha256=sha256, is_source=sha256 == manifest.source.sha256),
         seed=request.seed, long_position=position, original_length=original,
         weight_dtype=manifest.dtype,
         bounds={subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative) for subject, bound in bounds.items()},

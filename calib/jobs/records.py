@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimode.calib.jobs.served import ServedTrunk
 from trimode.graphs.calibration import ScalesRecord
+from trimode.texts import whole_text
 
 
 def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord | None:
@@ -16,7 +17,7 @@ def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord
     if served.calibration is None or calibration is None:
         return None
     record = served.calibration
-    return ScalesRecord(name=calibration.resolve().name, precision=record.precision, scales_sha256=record.scales_sha256)
+    return ScalesRecord(name=whole_text(calibration.resolve().name), precision=record.precision, scales_sha256=record.scales_sha256)
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:

@@ -38,6 +38,7 @@ from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest
 from trimode.graphs.trunk import TriModeTrunk
 from trimode.runtime.options import Mode
+from trimode.texts import whole_text
 
 REPORT = "report.json"
 FIGURE = "report.png"
@@ -90,7 +91,7 @@ def measure(
     return Report(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
-        source_name=checkpoint.path.resolve().name,
+        source_name=whole_text(checkpoint.path.resolve().name),
         source_sha256=digest,
         data=DataRecord(
             sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(bool(question.answers) for question in drawn),
@@ -118,7 +119,7 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
     Raises:
         DependencyError: a picture is wanted, and matplotlib is not installed.
     """
-    with staged_replacement(output) as staged:
+    with staged_replacement(output, REPORT) as staged:
         (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if draws:
             draw(report, staged / FIGURE)

@@ -28,13 +28,15 @@ from trimode.calib.quantize.statistics import InputStatistics, quantize_weight, 
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
 from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
+from trimode.disk import mount_of
 from trimode.errors import BuildError, CheckpointError, UsageError
-from trimode.files import check_replaceable
+from trimode.files import check_apart, check_replaceable
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
 from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.graphs.trunk import Rope
+from trimode.texts import whole_text
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
@@ -76,6 +78,7 @@ def calibrate(
     """
     settings.check()
     check_output(output)
+    check_apart(output, checkpoint.path)
     folder = work_folder_of(output)
     check_work_folder(folder, resume=resume)
     check_device(settings.device)
@@ -90,15 +93,16 @@ def calibrate(
             episodes = job.decode(work, drawn)
             scales, records = job.calibrate_parts(work, episodes)
         except (UsageError, CheckpointError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
-            raise BuildError(f"{folder}: expected to write what is done, found: {error}", "free disk space, then go on with --resume") from error
+            found = f"{folder}: expected to write what is done, found: {error} (on the disk {mount_of(folder)})"
+            raise BuildError(found, "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
         calibration = job.record(facts, count_rows(episodes), len(drawn), records)
         save_calibration(output, calibration, scales)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return calibration
 
 
@@ -159,7 +163,7 @@ class _Job:
             precision=self.settings.precision,
             algorithm=_algorithm_name(self.settings),
             block_size=self.block_size,
-            source_name=self.checkpoint.path.resolve().name,
+            source_name=whole_text(self.checkpoint.path.resolve().name),
             source_sha256=facts["source_sha256"],
             scales_sha256="",
             data=DataRecord(sha256=facts["data_sha256"], num_samples=num_samples, seed=self.settings.seed, num_tokens=dict(num_rows)),
@@ -216,7 +220,7 @@ def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings
     return {
         "trimode_version": trimode.__version__,
         "libraries": _libraries(),
-        "checkpoint": checkpoint.path.resolve().name,
+        "checkpoint": whole_text(checkpoint.path.resolve().name),
         "checkpoint_stamp": stamp_of(checkpoint),
         "data_sha256": texts_sha256,
         **{name: value for name, value in asdict(settings).items() if name != "memory_gib"},

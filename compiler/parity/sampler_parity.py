@@ -19,6 +19,7 @@ from trimode.graphs.sampler_file import load_sampler_record
 from trimode.graphs.sampler_trace import load_sampler
 from trimode.runtime.manifest import SamplerRecord
 from trimode.runtime.policies import Scorer
+from trimode.texts import whole_text
 
 TOLERANCE = 1e-4
 """Largest error of a score. Scores lie between 0 and 1 and are compared with thresholds; those who choose them do so to two or three digits."""
@@ -70,7 +71,9 @@ def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, se
     scores = np.concatenate(errors)
     largest = float(scores.max()) if np.isfinite(scores).all() else None
     passed = largest is not None and largest <= TOLERANCE
-    return SamplerParity(passed=passed, name=trained.folder.resolve().name, num_scores=len(scores), max_error=largest, tolerance=TOLERANCE)
+    return SamplerParity(
+        passed=passed, name=whole_text(trained.folder.resolve().name), num_scores=len(scores), max_error=largest, tolerance=TOLERANCE
+    )
 
 
 def _states(model: ModelInfo, length: int, rng: np.random.Generator) -> Iterator[BlockState]:

@@ -15,6 +15,7 @@ from trimode.graphs.calibration import SCALES, QuantizedPrecision, Scales, check
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.nvfp4 import BLOCK_SIZE
 from trimode.runtime.manifest import CalibrationRecord
+from trimode.texts import whole_text
 
 RTN: Literal["rtn"] = "rtn"
 _RTN_BLOCK_SIZES = (128, 64, 32, 16)
@@ -82,7 +83,7 @@ def load_quantization(calibration: Path | Literal["rtn"] | None, precision: Quan
     if record.precision != precision:
         raise UsageError(f"{calibration}: expected a calibration for {precision}, found one for {record.precision}", f"run `{command}`")
     manifest = CalibrationRecord(
-        name=calibration.resolve().name, algorithm=record.algorithm, block_size=record.block_size, scales_sha256=record.scales_sha256
+        name=whole_text(calibration.resolve().name), algorithm=record.algorithm, block_size=record.block_size, scales_sha256=record.scales_sha256
     )
     layers = _read_layers(scales, precision, record.block_size, checkpoint, calibration)
     return Quantization(precision, layers, manifest, record.source_sha256)
