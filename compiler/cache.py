@@ -196,7 +196,8 @@ def _nothing_half(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
+        if path.is_file():  # nothing else is ever taken away: it may be a device
+            path.unlink()
         raise
 
 

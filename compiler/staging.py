@@ -17,6 +17,7 @@ from trimode.files import check_apart, check_replaceable, made_parents, recover,
 from trimode.places import PARTIAL, companion, nearest_folder, resolved
 from trimode.runtime.bundle import read_manifest
 from trimode.runtime.manifest import MANIFEST, Manifest
+from trimode.texts import is_whole_text, whole_text
 
 logger = logging.getLogger("trimode.compiler")
 
@@ -75,6 +76,9 @@ def check_destination(output: Path, checkpoint: Path | None = None, *others: Pat
         UsageError: it is something else, or holds what is read.
         BuildError: nothing can be written there.
     """
+    if not is_whole_text(str(resolved(output))):
+        found = f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need, found other bytes"
+        raise UsageError(found, "choose another name")
     check_replaceable(output, MANIFEST, "a bundle")
     if checkpoint is not None:
         check_apart(output, checkpoint, *others)

@@ -86,7 +86,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("begin", [lambda folder: None, lambda folder: folder.mkdir(), old])
+@pytest.mark.parametrize("begin", [lambda _: None, lambda folder: folder.mkdir(), old])
 def test_a_folder(tmp_path: Path, begin: Callable[[Path], Any]) -> None:
     begin(tmp_path / "out")
     write(tmp_path / "out", "sub/part")
@@ -139,7 +139,7 @@ def test_a_limit_on_files_is_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("begin", [lambda folder: folder.mkdir(), old, lambda folder: None])
+@pytest.mark.parametrize("begin", [lambda folder: folder.mkdir(), old, lambda _: None])
 def test_a_link_stays(tmp_path: Path, begin: Callable[[Path], Any]) -> None:
     """What it points to is replaced; where that is not there yet, it is made."""
     begin(tmp_path / "real")
@@ -224,7 +224,7 @@ def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
     assert "shorter" in caught.value.hint
 
 
-@pytest.mark.parametrize("begin", [lambda folder: None, lambda folder: folder.mkdir(), old])
+@pytest.mark.parametrize("begin", [lambda _: None, lambda folder: folder.mkdir(), old])
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
 def test_where_renaming_is_refused_entries_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: Callable[[Path], Any], number: int
@@ -286,11 +286,15 @@ with files.staged_replacement(output, "it.json") as staged:
     assert seen[-1] == NEW
 
 
+def interrupted(staged: Path) -> None:
+    (staged / "half").touch()
+    raise KeyboardInterrupt
+
+
 def test_an_interrupt_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir(mode=0o700)
     with pytest.raises(KeyboardInterrupt), staged_replacement(tmp_path / "out", MARKER) as staged:
-        (staged / "half").touch()
-        raise KeyboardInterrupt
+        interrupted(staged)
     assert list((tmp_path / "out").iterdir()) == []
     write(tmp_path / "out")
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700

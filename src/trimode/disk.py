@@ -72,5 +72,5 @@ def _as_build_error(error: OSError, place: Path) -> BuildError:
 
 
 def _place_in(error: OSError, place: Path) -> Path:
-    named = error.filename
+    named = error.filename2 if is_full(error) and error.filename2 else error.filename  # a copy names its source first
     return Path(os.fsdecode(named)) if isinstance(named, str | bytes) else place
