@@ -105,5 +105,5 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the work."""
     folder = folder.absolute()
     check_replaceable(folder, "config.json", "a checkpoint")
-    with staged_replacement(folder) as staged:
+    with staged_replacement(folder, "config.json") as staged:
         yield staged

@@ -29,7 +29,7 @@ Packs = dict[Path, str]
 """Weight packs of a precision, its own first, and the sha256 of each."""
 
 INT4_ACCURACY_LEVEL: AccuracyLevel = 1
-"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike. docs/reference/quantization.md has what 4 would gain."""
+"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike; docs/reference/quantization.md has why."""
 
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:

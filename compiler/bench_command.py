@@ -16,6 +16,7 @@ from trimode.compiler.console import RichProgress
 from trimode.compiler.output import command_line, print_json
 from trimode.compiler.prompt_options import check_prompt_options
 from trimode.errors import UsageError
+from trimode.files import check_file_place
 from trimode.runtime.acceptance import write_texts
 from trimode.runtime.forward_timer import USUAL_REPEATS, TimerSettings, check_settings, time_forwards
 from trimode.runtime.model import TriModeModel
@@ -46,6 +47,8 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
     """Measure, keep the table, print it; see the command's help."""
     if request.output is not None and (request.output.is_dir() or not request.output.absolute().parent.is_dir()):
         raise UsageError(f"{request.output}: expected a file to write, in a folder that exists, found neither", "name a file such as timings.json")
+    if request.output is not None:
+        check_file_place(request.output)
     check_prompt_options(request.prompts_file, request.style)
     questions = read_prompts_file(request.prompts_file, request.style) if request.prompts_file else []
     with TriModeModel.from_pretrained(

@@ -14,7 +14,7 @@ from trimode.compiler.output import print_json
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.compiler.quantize.scales import RTN
 from trimode.compiler.sampler import SAMPLER_FILE
-from trimode.runtime.cache_folder import default_folder
+from trimode.runtime.cache_folder import usual_folder
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         workspace_mib=request.workspace,
         timing_cache=request.timing_cache,
         num_jobs=request.jobs,
-        cache=None if request.no_cache else default_folder(),
+        cache=None if request.no_cache else usual_folder(),
         force=request.force,
     )
     with RichProgress() as progress:

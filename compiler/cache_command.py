@@ -12,33 +12,53 @@ from filelock import FileLock, Timeout
 
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.output import print_json
+from trimode.errors import UsageError
 from trimode.runtime.cache_folder import PREPACKED, TIMINGS, default_folder
+from trimode.texts import reason_of, whole_text
 
 
 def show_cache(*, clear: bool, as_json: bool) -> None:
-    """Print folder, entries and bytes by kind; with ``clear`` delete first what nobody is making."""
-    folder = default_folder()
-    deleted = _clear(folder) if clear else 0
-    kinds = {
-        "graphs and engines": ContentCache(folder).usage(),
-        "arranged weights": _usage(_arranged(folder)),
-        "timings": _usage((folder / TIMINGS).glob("*.json")),
-    }
+    """Print folder, entries and bytes by kind; with ``clear`` delete first what nobody is making.
+
+    Raises:
+        UsageError: the cache cannot be read or cleared.
+    """
+    folder, deleted, kinds = _look(clear=clear)
     count, num_bytes = (sum(of_kind) for of_kind in zip(*kinds.values(), strict=True))
     if as_json:
         by_kind = {kind.replace(" ", "_"): {"entries": n, "num_bytes": b} for kind, (n, b) in kinds.items()}
         facts = {"folder": str(folder), "entries": count, "num_bytes": num_bytes, "kinds": by_kind, "deleted": deleted}
         print_json(facts)
         return
-    sys.stdout.write(f"{folder}: {_in_words(count, num_bytes)}" + (f", {deleted} deleted" if clear else "") + "\n")
+    sys.stdout.write(f"{whole_text(str(folder))}: {_in_words(count, num_bytes)}" + (f", {deleted} deleted" if clear else "") + "\n")
     for kind, usage in kinds.items():
         if usage[0]:
             sys.stdout.write(f"  {kind}: {_in_words(*usage)}\n")
 
 
+def _look(*, clear: bool) -> tuple[Path, int, dict[str, tuple[int, int]]]:
+    """The folder, how many entries were deleted, and number and bytes of those that are there, by kind."""
+    place = "the cache"
+    try:
+        folder = default_folder()
+        place = f"{folder}"
+        if folder.exists():
+            list(folder.iterdir())  # a folder that may not be read looks empty to a search
+        deleted = _clear(folder) if clear else 0
+        kinds = {
+            "graphs and engines": ContentCache(folder).usage(),
+            "arranged weights": _usage(_arranged(folder)),
+            "timings": _usage((folder / TIMINGS).glob("*.json")),
+        }
+    except (OSError, NotImplementedError) as error:
+        found = f"{place}: expected a folder that can be read and written, found: {reason_of(error)}"
+        raise UsageError(found, "check its permissions, or name another folder by TRIMODE_CACHE") from error
+    return folder, deleted, kinds
+
+
 def _clear(folder: Path) -> int:
     """Delete all but timings, which take minutes of a quiet machine and hardly a byte; returns how many entries."""
-    deleted = ContentCache(folder, limit_bytes=0).prune()
+    deleted = ContentCache(folder).clear()
     for entry in list(_arranged(folder)):
         with contextlib.suppress(Timeout), FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
             shutil.rmtree(entry)  # processes that have it open keep what they have mapped

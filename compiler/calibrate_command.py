@@ -14,6 +14,7 @@ from trimode.calib.quantize.work import check_work_folder, work_folder_of
 from trimode.compiler.console import RichProgress
 from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
+from trimode.files import check_apart
 from trimode.graphs.calibration import Calibration, QuantizedPrecision
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import Role
@@ -59,6 +60,7 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
     settings.check()
     request.style.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data)
     check_work_folder(work_folder_of(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     model, prompts = describe_model(checkpoint), read_prompts_file(request.data, request.style)

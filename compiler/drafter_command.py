@@ -15,6 +15,7 @@ from trimode.calib.drafter_job.settings import DrafterJobSettings
 from trimode.calib.jobs.state import check_state, state_file
 from trimode.compiler.output import print_json
 from trimode.compiler.training_command import TrainingRequest, train_on_prompts
+from trimode.files import check_apart
 from trimode.graphs.checkpoint import open_checkpoint
 
 
@@ -23,6 +24,7 @@ def run_drafter(checkpoint_path: Path, output: Path, request: TrainingRequest, s
     settings.check()
     request.style.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data, request.calibration)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     settings.shape(checkpoint.drafter)

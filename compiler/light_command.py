@@ -16,7 +16,7 @@ from trimode.calib.quality.figure import load_matplotlib
 from trimode.compiler.console import RichProgress
 from trimode.compiler.output import command_line, print_json
 from trimode.errors import UsageError
-from trimode.files import check_replaceable, staged_replacement
+from trimode.files import check_apart, check_replaceable, staged_replacement
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
@@ -48,6 +48,7 @@ def run_light(bundle: Path, request: LightRequest) -> None:
         raise UsageError("expected --prompts-file together with --speed-of-light, found none", "name a file of prompts, one JSON object a line")
     if request.output is not None:
         check_replaceable(request.output, REPORT, "a report")
+        check_apart(request.output, None, request.prompts_file)
         if request.draws:
             load_matplotlib()  # it takes minutes to need it, and no time to miss it
     settings = LightSettings(request.block_length, parse_probabilities(request.thresholds), request.max_new_tokens or LightSettings.max_new_tokens)
@@ -86,7 +87,7 @@ def parse_probabilities(text: str | None) -> tuple[float, ...]:
 
 
 def _save(report: LightReport, output: Path, *, draws: bool) -> None:
-    with staged_replacement(output) as staged:
+    with staged_replacement(output, REPORT) as staged:
         (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if draws:
             from trimode.calib.light.figure import draw

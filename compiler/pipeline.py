@@ -132,7 +132,8 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     """
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()
-    check_destination(output)
+    scales = options.calibration if isinstance(options.calibration, Path) else None
+    check_destination(output, checkpoint, scales, options.drafter, options.sampler)
     opened = open_checkpoint(checkpoint, options.drafter)
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)

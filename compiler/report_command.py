@@ -23,6 +23,7 @@ from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
 from trimode.compiler.quantize.scales import RTN, Quantization, load_quantization
 from trimode.errors import UsageError
+from trimode.files import check_apart
 from trimode.graphs.calibration import QuantizedPrecision, Scales, load_record
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.contract import ModelInfo, Role
@@ -63,6 +64,7 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     settings.check()
     request.style.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data, *(Path(name) for name in request.calibrations if name not in ROUNDED))
     if request.draws:
         load_matplotlib()  # it takes minutes to need it, and no time to miss it
     checkpoint = open_checkpoint(checkpoint_path)

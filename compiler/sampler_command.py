@@ -14,6 +14,7 @@ from trimode.calib.sampler_job.measure import USUAL_CONFIDENCE, share_right
 from trimode.calib.sampler_job.settings import SamplerJobSettings
 from trimode.compiler.output import print_json
 from trimode.compiler.training_command import TrainingRequest, train_on_prompts
+from trimode.files import check_apart
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.sampler_file import DenoisingRecord, SamplerFile, ScoresRecord
 
@@ -23,6 +24,7 @@ def run_sampler(checkpoint_path: Path, output: Path, request: TrainingRequest, s
     settings.check()
     request.style.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data, request.calibration)
     check_state(state_file(output), resume=request.resume)
     checkpoint = open_checkpoint(checkpoint_path)
     record = train_on_prompts(train_sampler, checkpoint, output, request, settings)

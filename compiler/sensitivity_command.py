@@ -14,6 +14,7 @@ from trimode.compiler.console import RichProgress
 from trimode.compiler.output import print_json
 from trimode.compiler.plan import describe_model
 from trimode.compiler.report_command import parse_modes, read_candidate, read_questions
+from trimode.files import check_apart
 from trimode.graphs.calibration import SensitivityRecord, load_calibration
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle import sha256_of
@@ -45,6 +46,7 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     request.style.check()
     budget.check()
     check_output(output)
+    check_apart(output, checkpoint_path, request.data)
     checkpoint = open_checkpoint(checkpoint_path)
     calibration, scales = load_calibration(request.calibration)
     candidate = read_candidate(str(request.calibration), checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +11,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trimode.disk import NO_LOCKS, disk_errors, mount_of
 from trimode.errors import BuildError, UsageError
-from trimode.files import recover, staged_replacement
+from trimode.files import check_apart, check_replaceable, made_parents, recover, staged_replacement
+from trimode.places import PARTIAL, companion, nearest_folder, resolved
 from trimode.runtime.bundle import read_manifest
 from trimode.runtime.manifest import MANIFEST, Manifest
+from trimode.texts import is_whole_text, whole_text
 
-_ADDITION = ".partial-"
+logger = logging.getLogger("trimode.compiler")
 
 
 @contextlib.contextmanager
@@ -27,14 +30,13 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
         UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never replaced.
         BuildError: another build is writing the same output, or the disk is full or not writable.
     """
-    output = output.absolute()
-    with _disk_errors(output):
+    output = resolved(output)
+    with disk_errors(output):
         _check_free(output, force=force)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(output):
-            recover(output)
+        with made_parents(output), _lock(output):
+            recover(output, MANIFEST)
             _check_free(output, force=force)
-            with staged_replacement(output) as staging:
+            with staged_replacement(output, MANIFEST) as staging:
                 yield staging
 
 
@@ -49,13 +51,12 @@ def added_to_bundle(output: Path, base: Manifest, rest: Manifest, folders: list[
     Raises:
         BuildError: another build is writing the same bundle or has changed it since, or the disk is full or not writable.
     """
-    output = output.absolute()
-    with _disk_errors(output), _lock(output):
+    output = resolved(output)
+    with disk_errors(output), _lock(output):
+        recover(output, MANIFEST)
         if read_manifest(output) != base:  # planned before the lock was taken: writing now would undo what was added since
             raise BuildError(f"{output}: expected the bundle as it was read, found that another build has changed it", "run the build again")
-        for leftover in output.glob(f"{_ADDITION}*"):  # of a build that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        staged = Path(tempfile.mkdtemp(prefix=_ADDITION, dir=output))
+        staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output))
         try:
             yield staged
             _publish(staged, output, rest, folders)
@@ -63,17 +64,33 @@ def added_to_bundle(output: Path, base: Manifest, rest: Manifest, folders: list[
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def check_destination(output: Path) -> None:
-    """Refuse an existing output unless it is a bundle or an empty folder."""
-    if output.exists() and not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise UsageError(f"{output}: expected a new folder or a bundle, found something else", "choose another output; it will not be touched")
+def check_destination(output: Path, checkpoint: Path | None = None, *others: Path | None) -> None:
+    """Check before the work that a bundle can be written or added to.
+
+    Args:
+        output: a new folder, an empty one, or a bundle.
+        checkpoint: what the bundle is built from; the output may not lie in it.
+        others: files and folders that are read.
+
+    Raises:
+        UsageError: it is something else, or holds what is read.
+        BuildError: nothing can be written there.
+    """
+    if not is_whole_text(str(resolved(output))):
+        found = f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need, found other bytes"
+        raise UsageError(found, "choose another name")
+    check_replaceable(output, MANIFEST, "a bundle")
+    if checkpoint is not None:
+        check_apart(output, checkpoint, *others)
 
 
 def check_space(output: Path, num_bytes: int) -> None:
     """Fail before writing when the disk of ``output`` cannot hold ``num_bytes``."""
-    free = shutil.disk_usage(output.absolute().parent).free
+    folder = resolved(output)
+    free = shutil.disk_usage(folder if folder.is_dir() else nearest_folder(folder)).free
     if free < num_bytes:
-        found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB"
+        disk = mount_of(folder)
+        found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB ({disk})"
         raise BuildError(found, "free some space or choose another disk")
 
 
@@ -92,43 +109,43 @@ def _publish(staged: Path, output: Path, rest: Manifest, folders: list[str]) -> 
             shutil.rmtree(old)
         if new.exists():  # a target that runs the portable graphs has no files of its own
             old.parent.mkdir(exist_ok=True)
-            new.rename(old)
+            shutil.move(new, old)
     for file in staged.iterdir():  # of a precision that is added: nothing knows them before the manifest does
         if file.is_file() and file.name != MANIFEST:
-            file.replace(output / file.name)
+            _move_over(file, output / file.name)
     _replace_manifest(output, (staged / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _replace_manifest(output: Path, text: str) -> None:
-    new = output / f"{_ADDITION}{MANIFEST}"
+    new = output / f"{PARTIAL}{MANIFEST}"
     new.write_text(text, encoding="utf-8")
-    new.replace(output / MANIFEST)
+    _move_over(new, output / MANIFEST)
+
+
+def _move_over(new: Path, old: Path) -> None:
+    """In one step, but for file systems that cannot."""
+    try:
+        new.replace(old)
+    except OSError:
+        shutil.copyfile(new, old)
+        new.unlink()
 
 
 @contextlib.contextmanager
 def _lock(output: Path) -> Iterator[None]:
-    lock = FileLock(output.parent / f".{output.name}.lock", blocking=False)
+    lock = FileLock(companion(output, ".lock", is_hidden=True), blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
         found = f"{output}: expected to be alone, found another build writing there"
         raise BuildError(found, "wait for it to end, or choose another output") from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: this file system has no locks; see to it that no other build writes there", output)
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-
-
-@contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            found = f"{output}: expected room for the bundle, found the disk full"
-            raise BuildError(found, "free some space or choose another disk; nothing was left behind") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            found = f"{error.filename or output}: expected to be able to read and write, found: {error.strerror}"
-            raise BuildError(found, "check the path and its permissions") from error
-        raise

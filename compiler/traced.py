@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,14 @@ def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: Con
         kind="traced graph", role=role, config=repr(checkpoint.config), model=model.model_dump(mode="json"),
         drafter=[drafter.rank, drafter.alpha] if drafter else None, sources=_sources_digest(),
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "traced.onnx"
-        kept.fetch(key, path, lambda entry: _write(_trace(role, checkpoint, model), entry))
-        return _read(path, role, model)
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "traced.onnx"
+            kept.fetch(key, path, lambda entry: _write(_trace(role, checkpoint, model), entry))
+            return _read(path, role, model)
+    except OSError as error:  # of the folder for temporary files: tracing reads and writes none
+        kept.warn(error, Path(os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
+        return _trace(role, checkpoint, model)
 
 
 def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:

@@ -33,6 +33,7 @@ from trimode.compiler.parity.report import (
     TokenParity,
     Verification,
     WeightsParity,
+    check_verification_place,
     write_verification,
 )
 from trimode.compiler.parity.runners import CachedText
@@ -94,6 +95,7 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     """
     _check_request(request)
     model = _open_target(bundle, request)
+    check_verification_place(bundle)
     _check_calibration(model, request)
     checkpoint = open_checkpoint(request.checkpoint, request.drafter)
     _check_shape(checkpoint, model.bundle.manifest)

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from trimode.errors import CheckpointError
 from trimode.files import staged_replacement
@@ -143,9 +143,10 @@ class PromptsRecord(_Record):
 
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
     """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier calibration in ``folder``."""
-    with staged_replacement(folder) as staged:
-        save_file(scales, staged / SCALES)
-        digest = hashlib.sha256((staged / SCALES).read_bytes()).hexdigest()
+    with staged_replacement(folder, RECORD) as staged:
+        data = save(scales)
+        (staged / SCALES).write_bytes(data)  # save_file hides what the system says of a full disk
+        digest = hashlib.sha256(data).hexdigest()
         record = calibration.model_copy(update={"scales_sha256": digest})
         (staged / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

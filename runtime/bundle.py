@@ -112,13 +112,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it next."""
-    digest = hashlib.sha256()
+    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it next, or where there are no mappings as a stream."""
     with path.open("rb") as stream:
-        if path.stat().st_size:
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                digest.update(view)
-    return digest.hexdigest()
+        try:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # no mappings on this file system; an empty file
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        with data, memoryview(data) as view:
+            return hashlib.sha256(view).hexdigest()
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

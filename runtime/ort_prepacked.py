@@ -20,15 +20,17 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trimode.disk import what_is_wrong
 from trimode.graphs.contract import Role
 from trimode.runtime.bundle import Bundle, sha256_of
 from trimode.runtime.cache_folder import PREPACKED, default_folder
 from trimode.runtime.onnx_file import change_external_data
 from trimode.runtime.ort_library import load_graph, ort
+from trimode.texts import Unreadable, read_json
 
 _VERSION = 1
 """Of what an entry holds."""
@@ -52,20 +54,29 @@ def prepacked_graphs(bundle: Bundle, graphs: Mapping[Role, str], make_options: C
         cache: folder of the cache; None = the user's.
 
     Raises:
-        OSError: the cache cannot be read or written.
+        OSError: the cache cannot be read or written; a disk that is full is named.
         BundleError: ONNX Runtime refuses a graph.
     """
     folder = (cache or default_folder()) / PREPACKED
     entry = folder / _key(bundle, graphs)
-    if not _is_whole(entry, bundle.is_verified):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{entry.name}.lock"):
-            if not _is_whole(entry, bundle.is_verified):  # another process may have made it meanwhile
-                _make(entry, {role: bundle.path / file for role, file in graphs.items()}, make_options)
-                _prune(folder)
+    try:
+        _have(entry, bundle, graphs, make_options)
+    except OSError as error:
+        raise OSError(error.errno, f"{folder}: {what_is_wrong(error, folder)}") from error
     with contextlib.suppress(OSError):  # only of use to pruning, and the folder may be somebody else's
         os.utime(entry)
     return {role: entry / f"{role}.onnx" for role in graphs}
+
+
+def _have(entry: Path, bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any]) -> None:
+    """Make the entry where it is not whole."""
+    if _is_whole(entry, graphs, bundle.is_verified):
+        return
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(entry.with_name(f"{entry.name}.lock")):
+        if not _is_whole(entry, graphs, bundle.is_verified):  # another process may have made it meanwhile
+            _make(entry, {role: bundle.path / file for role, file in graphs.items()}, make_options)
+            _prune(entry.parent)
 
 
 def _key(bundle: Bundle, graphs: Mapping[Role, str]) -> str:
@@ -89,15 +100,15 @@ def _processor() -> list[str]:
     return [platform.machine(), platform.processor(), *(line for line in lines if line.partition(":")[0].strip() in names)]
 
 
-def _is_whole(entry: Path, is_verified: bool) -> bool:
+def _is_whole(entry: Path, roles: Iterable[Role], is_verified: bool) -> bool:
     """Whether the entry is there, with the sizes, and if asked for the digests, that were written down."""
     try:
-        contents = json.loads((entry / _CONTENTS).read_text(encoding="utf-8"))
-        return all(
+        contents = read_json(entry / _CONTENTS)
+        return contents.keys() >= {_WEIGHTS, *(f"{role}.onnx" for role in roles)} and all(
             (entry / name).stat().st_size == size and (not is_verified or sha256_of(entry / name) == digest)
             for name, (size, digest) in contents.items()
         )
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+    except (Unreadable, FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, AttributeError):
         return False
 
 
@@ -127,6 +138,8 @@ def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], A
         contents = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
         (staged / _CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(entry, ignore_errors=True)  # damaged: processes that have it open keep what they have
+        if entry.is_file():
+            entry.unlink()
         staged.rename(entry)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

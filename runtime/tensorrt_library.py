@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import mmap
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from trimode.disk import what_is_wrong
 from trimode.errors import BundleError, DependencyError, DeviceError
+from trimode.files import replace_bytes
 from trimode.hints import REBUILD_TARGET
 
 _EXTRAS: dict[str, str] = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
@@ -103,21 +102,26 @@ def load_runtime_cache(config: Any, path: Path) -> Any:
     if not hasattr(config, "create_runtime_cache"):
         return None
     cache = config.create_runtime_cache()
-    with contextlib.suppress(FileNotFoundError):
-        if not cache.deserialize(path.read_bytes()):
-            logger.info("%s: kernels were compiled for another GPU, driver or library version; they are compiled again", path)
+    _fill_runtime_cache(cache, path)
     config.set_runtime_cache(cache)
     return cache
 
 
-def save_runtime_cache(cache: Any, path: Path) -> None:
-    """Write a cache of compiled kernels; readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _fill_runtime_cache(cache: Any, path: Path) -> None:
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(memoryview(cache.serialize()))
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+        kernels = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s: the kernels kept there cannot be used, they are compiled again: %s", path.parent, what_is_wrong(error, path))
+        return
+    if not cache.deserialize(kernels):
+        logger.info("%s: kernels were compiled for another GPU, driver or library version; they are compiled again", path)
+
+
+def save_runtime_cache(cache: Any, path: Path) -> None:
+    """Write a cache of compiled kernels; readers see the old file or the new one, never a part. A place that cannot be written costs a warning."""
+    try:
+        replace_bytes(path, bytes(memoryview(cache.serialize())))
+    except OSError as error:
+        logger.warning("%s: the compiled kernels cannot be kept: %s", path.parent, what_is_wrong(error, path))

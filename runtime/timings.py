@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimode.disk import what_is_wrong
 from trimode.errors import UsageError
 from trimode.files import replace_text
 from trimode.graphs.contract import Role
@@ -175,8 +176,11 @@ def table_path(subject: Subject) -> Path:
 
 
 def save_timings(timings: Timings, path: Path) -> None:
-    """Write a table, or leave what is there; :class:`OSError` where it cannot be written."""
-    replace_text(path, timings.model_dump_json(indent=1) + "\n")
+    """Write a table, or leave what is there; :class:`OSError`, which names the disk, where it cannot be written."""
+    try:
+        replace_text(path, timings.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, what_is_wrong(error, path)) from error
 
 
 def read_timings(path: Path) -> Timings:

@@ -32,7 +32,7 @@ from trimode.calib.jobs.state import RunState, check_state, identity_of, state_f
 from trimode.calib.jobs.training import run_training
 from trimode.calib.quantize.texts import Text
 from trimode.calib.torch_session import TorchSession
-from trimode.files import check_replaceable, staged_replacement
+from trimode.files import check_apart, check_replaceable, staged_replacement
 from trimode.graphs.calibration import PromptsRecord
 from trimode.graphs.checkpoint import Checkpoint, Drafter
 from trimode.graphs.contract import ModelInfo
@@ -125,6 +125,7 @@ def train_adapter(
     settings.check()
     shape = settings.shape(checkpoint.drafter)
     check_output(output)
+    check_apart(output, checkpoint.path, calibration)
     check_state(state_file(output), resume=resume)
     check_device(settings.device)
     split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
@@ -249,7 +250,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> DrafterRecord:
 def _write(output: Path, job: _Job, adapter: Adapter, record: DrafterRecord) -> DrafterRecord:
     """The folder, all or nothing."""
     install_adapter(job.served.trunk, adapter)
-    with staged_replacement(output) as staged:
+    with staged_replacement(output, RECORD) as staged:
         write_adapter(staged, job.served.trunk)
         digest = hashlib.sha256((staged / "adapter_model.safetensors").read_bytes()).hexdigest()
         record = record.model_copy(update={"adapter_sha256": digest})

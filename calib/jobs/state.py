@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import pickle
 import signal
@@ -16,15 +18,17 @@ from typing import Any
 import torch
 
 from trimode.calib.quantize.texts import Text
+from trimode.disk import disk_errors
 from trimode.errors import UsageError
 from trimode.graphs.calibration import Calibration
+from trimode.places import companion
 
 SAVE_EVERY_S = 120.0
 
 
 def state_file(output: Path) -> Path:
     """Where a run that writes ``output`` keeps its state."""
-    return output.absolute().with_name(f"{output.absolute().name}.state.pt")
+    return companion(output, ".state.pt")
 
 
 class RunState:
@@ -53,11 +57,19 @@ class RunState:
             self._load()
 
     def save(self) -> None:
-        """Write the file."""
+        """Write the file, or leave the one before.
+
+        Raises:
+            BuildError: it cannot be written.
+        """
+        whole = io.BytesIO()  # to a file, torch.save hides what the system says of a full disk
+        torch.save({"identity": self.identity, "written": self.written, "training": self.training}, whole)
         partial = self.file.with_name(f".{self.file.name}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"identity": self.identity, "written": self.written, "training": self.training}, partial)
-        partial.replace(self.file)
+        with disk_errors(self.file), contextlib.ExitStack() as stack:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(partial.unlink, missing_ok=True)
+            partial.write_bytes(whole.getbuffer())
+            partial.replace(self.file)
         self._saved = time.monotonic()
 
     def save_now_and_then(self) -> None:
@@ -84,9 +96,11 @@ class RunState:
 
 def check_state(file: Path, *, resume: bool) -> None:
     """Raise :class:`UsageError` where there is a state that is not asked for, or none that is."""
-    if resume and not file.is_file():
+    with disk_errors(file):
+        is_there, is_state = file.exists(), file.is_file()
+    if resume and not is_state:
         raise UsageError(f"{file}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
-    if file.exists() and not resume:
+    if is_there and not resume:
         raise UsageError(f"{file}: expected no earlier run, found one that was interrupted", "pass --resume to take it up, or delete that file")
 
 

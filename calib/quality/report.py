@@ -119,7 +119,7 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
     Raises:
         DependencyError: a picture is wanted, and matplotlib is not installed.
     """
-    with staged_replacement(output) as staged:
+    with staged_replacement(output, REPORT) as staged:
         (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if draws:
             draw(report, staged / FIGURE)

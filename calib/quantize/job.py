@@ -28,8 +28,9 @@ from trimode.calib.quantize.statistics import InputStatistics, quantize_weight, 
 from trimode.calib.quantize.texts import Text, draw_texts
 from trimode.calib.quantize.work import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
 from trimode.calib.quantize.workload import Episode, RecordingSession, answer, count_rows, forwards_of, merged
+from trimode.disk import mount_of
 from trimode.errors import BuildError, CheckpointError, UsageError
-from trimode.files import check_replaceable
+from trimode.files import check_apart, check_replaceable
 from trimode.graphs.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role
@@ -77,6 +78,7 @@ def calibrate(
     """
     settings.check()
     check_output(output)
+    check_apart(output, checkpoint.path)
     folder = work_folder_of(output)
     check_work_folder(folder, resume=resume)
     check_device(settings.device)
@@ -91,15 +93,16 @@ def calibrate(
             episodes = job.decode(work, drawn)
             scales, records = job.calibrate_parts(work, episodes)
         except (UsageError, CheckpointError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
-            raise BuildError(f"{folder}: expected to write what is done, found: {error}", "free disk space, then go on with --resume") from error
+            found = f"{folder}: expected to write what is done, found: {error} (on the disk {mount_of(folder)})"
+            raise BuildError(found, "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
         calibration = job.record(facts, count_rows(episodes), len(drawn), records)
         save_calibration(output, calibration, scales)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return calibration
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +25,17 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from trimode.calib.quantize.parts import Hidden
 from trimode.calib.quantize.workload import Block, Episode
+from trimode.disk import NO_LOCKS, disk_errors
 from trimode.errors import UsageError
 from trimode.graphs.calibration import LayerRecord, Scales
+from trimode.places import companion
+
+log = logging.getLogger("trimode.calib")
 
 LAYOUT_VERSION = 1
 RECORD = "work.json"
@@ -39,12 +44,16 @@ _START_OVER = "leave out --resume to start over"
 
 def work_folder_of(output: Path) -> Path:
     """Where the work on a calibration lies."""
-    output = output.absolute()
-    return output.with_name(f"{output.name}.work")
+    return companion(output, ".work")
 
 
 def check_work_folder(folder: Path, *, resume: bool) -> None:
     """Raise :class:`UsageError` where there is nothing to resume, or something that is no work folder stands in the way."""
+    with disk_errors(folder):
+        _check_ours(folder, resume=resume)
+
+
+def _check_ours(folder: Path, *, resume: bool) -> None:
     is_ours = folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
     if resume and not (is_ours and (folder / RECORD).is_file()):
         raise UsageError(f"{folder}: expected the work of an interrupted calibration, found none", _START_OVER)
@@ -103,7 +112,7 @@ class WorkFolder:
         """Keep what a part has got, and drop what entered it."""
         metadata = {name: record.model_dump_json() for name, record in records.items()}
         partial = self.path / "part.partial"
-        save_file(dict(scales), partial, metadata)
+        partial.write_bytes(save(dict(scales), metadata))  # save_file hides what the system says of a full disk
         partial.replace(self._part(part))
         self._hidden(part).unlink(missing_ok=True)
 
@@ -137,14 +146,20 @@ def open_work(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> Iterat
         UsageError: there is nothing to resume, it is the work of another run, or another process is at it.
     """
     check_work_folder(folder, resume=resume)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        _begin(folder, {"layout_version": LAYOUT_VERSION, **facts}, resume=resume)
+        yield WorkFolder(folder)
+
+
+def _begin(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
+    with disk_errors(folder):
         if resume:
-            _check_facts(folder, {"layout_version": LAYOUT_VERSION, **facts})
+            _check_facts(folder, facts)
         else:
             _clear(folder)
-            write_record(folder / RECORD, {"layout_version": LAYOUT_VERSION, **facts})
-        yield WorkFolder(folder)
+            write_record(folder / RECORD, facts)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -184,14 +199,24 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+    with disk_errors(folder):
+        handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"{folder}: expected no other run at work there, found one", "wait for it, or name another output") from error
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"{folder}: expected no other run at work there, found one", "wait for it, or name another output") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; see to it that no other run is at work there", folder)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from trimode.calib.sampler_job.training import SamplerProgress, SamplerTraining,
 from trimode.calib.sampler_job.trajectories import RecordingSession, States, join, write_states
 from trimode.calib.torch_session import TorchSession
 from trimode.errors import UsageError
-from trimode.files import check_replaceable, staged_replacement
+from trimode.files import check_apart, check_replaceable, staged_replacement
 from trimode.graphs.calibration import PromptsRecord
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import TOP_K, ModelInfo
@@ -117,6 +117,7 @@ def train_sampler(
     """
     settings.check()
     check_output(output)
+    check_apart(output, checkpoint.path, calibration)
     check_state(state_file(output), resume=resume)
     check_device(settings.device)
     if model.vocab_size < TOP_K:
@@ -230,7 +231,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
 
 def _write(output: Path, sampler: BlockSampler, record: SamplerFile) -> SamplerFile:
     """The folder, all or nothing."""
-    with staged_replacement(output) as staged:
+    with staged_replacement(output, RECORD) as staged:
         data = save({name: tensor.contiguous() for name, tensor in sampler.state_dict().items()})
         (staged / WEIGHTS).write_bytes(data)
         record = record.model_copy(update={"sampler_sha256": hashlib.sha256(data).hexdigest()})

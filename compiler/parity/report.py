@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimode.errors import BundleError
+from trimode.disk import what_is_wrong
+from trimode.errors import BundleError, TrimodeError
+from trimode.files import check_file_place, replace_text
 from trimode.graphs.contract import DType, Role
 from trimode.runtime.manifest import PrecisionName
 from trimode.runtime.options import Mode
 from trimode.texts import Unreadable, read_bytes
 
 VERIFICATION = "verification.json"
+_COPY = "verify a copy of the bundle"
 
 Subject = Literal["target", "portable"]
 
@@ -272,14 +273,20 @@ def write_verification(verification: Verification, bundle: Path) -> Path:
     """
     path = bundle / VERIFICATION
     try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{VERIFICATION}.", dir=bundle)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n")
-            Path(partial).chmod(0o644)
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        replace_text(path, read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n")
     except OSError as error:
-        raise BundleError(f"{path}: expected to be able to write, found: {error.strerror}", "verify a copy of the bundle") from error
+        found = f"{path}: expected to be able to write, found: {what_is_wrong(error, path)}"
+        raise BundleError(found, _COPY) from error
     return path
+
+
+def check_verification_place(bundle: Path) -> None:
+    """Check before the work that a result can be put into a bundle.
+
+    Raises:
+        BundleError: the bundle cannot be written to.
+    """
+    try:
+        check_file_place(bundle / VERIFICATION)
+    except TrimodeError as error:
+        raise BundleError(error.message, _COPY) from error

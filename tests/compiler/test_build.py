@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,3 +199,32 @@ def test_a_bundle_set_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None
         pass
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "the old one"
     assert leftovers(tmp_path) == ["bundle"]
+
+
+def test_an_output_is_refused_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
+    """Neither is the checkpoint replaced, nor a name written that the libraries of ONNX cannot open."""
+    copy = shutil.copytree(checkpoint, tmp_path / "bundle" / "ck")
+    (tmp_path / "bundle" / "manifest.json").touch()
+    started: list[str] = []
+
+    class Watched:
+        def stage(self, name: str, total: int) -> Callable[[int], None]:
+            started.append(name)
+            return lambda _: None
+
+    for output in (copy, copy / "bundle", tmp_path / "bundle", tmp_path / "bad\udcff"):
+        with pytest.raises(UsageError):
+            build_bundle(copy, output, BuildOptions(force=True), Watched())
+    assert started == []
+    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in checkpoint.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with staged_folder(tmp_path / "bundle", force=False) as folder:
+        (folder / "manifest.json").touch()
+    assert leftovers(tmp_path) == ["bundle"]
+    assert "no locks" in caplog.text

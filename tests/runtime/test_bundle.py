@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from conftest import Built
 
 from trimode.errors import BundleError
-from trimode.runtime.bundle import open_bundle
+from trimode.runtime.bundle import open_bundle, sha256_of
 
 FILES = ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors", "config.json")
 
@@ -94,3 +96,14 @@ def test_the_runtime_imports_nothing_heavy() -> None:
     code = f"import sys, trimode.runtime.ort_session, trimode.runtime; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("data", [b"", b"some bytes"])
+def test_digests_without_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    (tmp_path / "it").write_bytes(data)
+    assert sha256_of(tmp_path / "it") == hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr("mmap.mmap", refuse)
+    assert sha256_of(tmp_path / "it") == hashlib.sha256(data).hexdigest()
