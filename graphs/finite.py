@@ -27,12 +27,12 @@ _HINT = "download the checkpoint again, or train it again where it diverged"
 class NotFinite(NamedTuple):
     """The first number that is not finite: its place in the flat array, and ``NaN``, ``inf`` or ``-inf``."""
 
-    index: int
+    offset: int
     value: str
 
     def at(self, shape: tuple[int, ...]) -> str:
         """``NaN at [3, 17]``, of an array of this shape; without the place where it is a single number."""
-        place = ", ".join(str(int(i)) for i in np.unravel_index(self.index, shape)) if shape else ""
+        place = ", ".join(str(int(i)) for i in np.unravel_index(self.offset, shape)) if shape else ""
         return f"{self.value} at [{place}]" if place else self.value
 
 
@@ -78,7 +78,7 @@ class FiniteCheck:
         """
         found = first_not_finite(raw, self._dtype)
         if found is not None:
-            where = NotFinite(self._seen + found.index, found.value).at(self._shape)
+            where = NotFinite(self._seen + found.offset, found.value).at(self._shape)
             raise CheckpointError(f"{self._name}: expected finite weights, found {where}", _HINT)
         self._seen += len(raw) // (4 if self._dtype == "F32" else 2)
         return raw

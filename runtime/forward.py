@@ -104,7 +104,7 @@ def _check_finite(forward: Forward, what: str, values: NDArray[np.float32]) -> N
     found = first_not_finite(np.asarray(values, np.float32))
     if found is None:
         return
-    row = found.index // values.shape[-1] if values.ndim > 1 else len(forward.token_ids) - 1
+    row = found.offset // values.shape[-1] if values.ndim > 1 else len(forward.token_ids) - 1
     position = forward.past_length + row
     raise NotFiniteError(f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}", _HINT)
 
