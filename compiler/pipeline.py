@@ -126,9 +126,12 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
 
     Raises:
         UsageError: an option is out of range, or ``output`` is something else than a bundle of this checkpoint.
-        CheckpointError: the checkpoint is incomplete or not of this family, or the calibration or the sampler does not belong to it.
+        CheckpointError: the checkpoint is incomplete or not of this family, a weight is NaN or infinite, or the calibration or the sampler does
+            not belong to it.
         DependencyError: the library that compiles for a target is not installed.
-        BuildError: a target cannot be compiled for here, or the bundle could not be written; what was there before still is.
+        BundleError: the tokenizer or the chat template cannot be used with the model.
+        BuildError: a target cannot be compiled for here, a weight is too large for its type, or the bundle could not be written; what was there
+            before still is.
     """
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()

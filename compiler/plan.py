@@ -16,6 +16,7 @@ from trimode.graphs.calibration import load_record
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import MAX_BLOCK_LENGTH, ROLES, DType, ModelInfo, Role
 from trimode.runtime.manifest import EngineRecord, Manifest, PrecisionName, TargetRecord
+from trimode.runtime.text_check import check_text
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -74,6 +75,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
             all precisions of the bundle share.
         CheckpointError: the calibration or the sampler cannot be read, or does not fit the checkpoint.
         DependencyError: the library that compiles for a target is not installed.
+        BundleError: the tokenizer or the chat template cannot be used with the model.
     """
     options.check()
     targets = {target.name: target for target in resolve_targets(options.targets)}
@@ -91,6 +93,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     records = {name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized) for name, target in targets.items()}
     sampler = plan_sampler(options.sampler, model, base)
+    check_text(checkpoint.path, model.vocab_size)
     return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, names, targets, records, sampler)
 
 

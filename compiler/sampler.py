@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.contract import ModelInfo
-from trimode.graphs.sampler_file import SamplerFile, check_sampler_source, load_sampler_record
+from trimode.graphs.finite import first_not_finite
+from trimode.graphs.sampler_file import WEIGHTS, SamplerFile, check_sampler_source, load_sampler_record
 from trimode.hints import TRAIN_SAMPLER
 from trimode.runtime.manifest import Manifest, SamplerRecord
-from trimode.texts import name_of
+from trimode.texts import name_of, reason_of
 
+_FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 SAMPLER_FILE = "sampler.onnx"
 
 
@@ -40,7 +46,7 @@ def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -
 
     Raises:
         UsageError: the bundle has another.
-        CheckpointError: it cannot be read, or is of another vocabulary.
+        CheckpointError: it cannot be read, is of another vocabulary, or a weight is NaN or infinite.
     """
     if folder is None:
         return None
@@ -52,12 +58,25 @@ def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -
                 f"{folder}: expected a sampler with {name} {expected}, found {found}",
                 TRAIN_SAMPLER,
             )
+    _check_weights(folder / WEIGHTS)
     if base is None or base.sampler is None:
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:
         raise UsageError(f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
                          "pass --force to replace the bundle, or choose another output")  # fmt: skip
     return None
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        tensors = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: expected a safetensors file, found: {reason_of(error)}", TRAIN_SAMPLER) from error
+    for name, values in tensors.items():
+        dtype = _FLOATS.get(values.dtype)
+        found = dtype and first_not_finite(values.tobytes(), dtype)
+        if found:
+            raise CheckpointError(f"{file}: expected finite weights, found {name} with {found.at(values.shape)}", TRAIN_SAMPLER)
 
 
 def write_sampler(source: SamplerSource, path: Path) -> None:

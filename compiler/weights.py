@@ -27,6 +27,7 @@ from trimode.compiler.quantize.scales import Quantization
 from trimode.compiler.quantize.weight_stream import WeightStream
 from trimode.graphs.checkpoint import Checkpoint, TensorEntry, to_float32
 from trimode.graphs.contract import DType
+from trimode.graphs.finite import FiniteCheck
 from trimode.graphs.quantization import FORMATS
 from trimode.graphs.rope import rope_tables
 from trimode.graphs.source import SAFETENSORS_NAMES, SourceDigest
@@ -138,8 +139,16 @@ def _stream(
 ) -> WeightStream | Nvfp4Stream:
     given = quantization.layers[layer]
     if quantization.precision == "nvfp4":
-        return Nvfp4Stream(layer, entry.shape, read, lambda: (to_float32(raw, entry.dtype).tobytes() for raw in entry.chunks()), given)
+        look = partial(_looked_at, f"{layer}.weight", entry)
+        return Nvfp4Stream(layer, entry.shape, read, look, given, stored)
     return WeightStream(layer, entry.shape, read, scales=given, precision=quantization.precision, stored=stored)
+
+
+def _looked_at(name: str, entry: TensorEntry) -> Iterator[bytes]:
+    """A tensor's bytes as float32, outside of the digest."""
+    finite = FiniteCheck(name, entry.shape, entry.dtype)
+    for raw in map(finite.pass_by, entry.chunks()):
+        yield to_float32(raw, entry.dtype).tobytes()
 
 
 def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:

@@ -32,6 +32,7 @@ VALUES: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2,
 """What the codes 0 to 15 stand for."""
 PAIRS: Floats = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], -1)
 """What a byte stands for, ``(256, 2)``: the number in its low four bits comes first."""
+_SMALLEST = np.finfo(np.float32).smallest_subnormal
 _PIECE_ELEMENTS = 1 << 15
 """Numbers that are encoded at a time: the intermediate results then stay in the processor's cache."""
 
@@ -57,8 +58,10 @@ def encode(values: Floats, global_scale: Floats) -> tuple[Bytes, Bytes]:
         blocks = values[piece].reshape(-1, columns // BLOCK_SIZE, BLOCK_SIZE)
         narrow = _block_scales(blocks, global_scale)
         scales[piece] = narrow.view(np.uint8)
+        # Of a weight that is nearly zero the product may round to zero, by which nothing can be divided.
+        unit = np.maximum(narrow.astype(np.float32) * global_scale, _SMALLEST)
         with np.errstate(over="ignore"):  # infinity saturates as any large number does
-            steps = blocks / (narrow.astype(np.float32) * global_scale)[..., None]
+            steps = blocks / unit[..., None]
         codes[piece] = _packed(steps.reshape(-1, columns))
     return codes, scales
 

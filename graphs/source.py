@@ -17,6 +17,7 @@ import numpy as np
 from trimode.errors import BuildError
 from trimode.graphs.checkpoint import Checkpoint, is_adapter_tensor, to_float32
 from trimode.graphs.contract import DType
+from trimode.graphs.finite import FiniteCheck, first_not_finite
 
 SAFETENSORS_NAMES: dict[DType, str] = {
     "float32": "F32",
@@ -47,11 +48,13 @@ class SourceDigest:
         """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's order.
 
         Raises:
+            CheckpointError: a weight is NaN or infinite.
             BuildError: a weight is too large for ``dtype``.
         """
-        source = self._tensors[name].dtype
-        for raw in self._raw(name):
-            yield raw if source == SAFETENSORS_NAMES[dtype] else _converted(raw, source, dtype, name)
+        entry = self._tensors[name]
+        finite = FiniteCheck(name, entry.shape, entry.dtype)
+        for raw in map(finite.pass_by, self._raw(name)):
+            yield raw if entry.dtype == SAFETENSORS_NAMES[dtype] else _converted(raw, entry.dtype, dtype, name)
 
     def read_all(self) -> Iterator[int]:
         """Read every tensor for the digest alone; yields the number of bytes of each piece."""
@@ -93,11 +96,25 @@ def _name_of(file: Path, checkpoint: Checkpoint) -> str:
     return str(file.relative_to(checkpoint.path) if file.is_relative_to(checkpoint.path) else file.resolve())
 
 
+_LARGEST: dict[DType, tuple[str, str, str]] = {
+    "float16": ("65504", "fp16", "pass --precision bf16 or fp32"),
+    "bfloat16": ("3.38953e+38", "bf16", "pass --precision fp32"),
+}
+"""The largest number of a type, its name among precisions, and what to do about a weight beyond it."""
+
+
 def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:
+    """Finite numbers in another type.
+
+    Raises:
+        BuildError: one is too large for it.
+    """
     wide = to_float32(raw, source)
     with np.errstate(over="ignore"):  # looked for below
         narrow = wide.astype(NUMPY_DTYPES[dtype])
-    if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(wide).any():
-        largest = float(np.abs(wide).max())
-        raise BuildError(f"{name}: expected weights up to 65504, the largest of fp16, found {largest:.6g}", "pass --precision bf16 or fp32")
-    return narrow.tobytes()
+    converted = narrow.tobytes()
+    if dtype in _LARGEST and first_not_finite(converted, SAFETENSORS_NAMES[dtype]) is not None:
+        most, precision, hint = _LARGEST[dtype]
+        found = f"{float(np.abs(wide).max()):.6g}"
+        raise BuildError(f"{name}: expected weights up to {most}, the largest of {precision}, found {found}", hint)
+    return converted

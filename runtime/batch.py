@@ -17,11 +17,12 @@ import numpy as np
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo, Role, slots_written
+from trimode.runtime.arguments import checks_arguments
 from trimode.runtime.forward import Forward, Outputs
-from trimode.runtime.options import Mode
+from trimode.runtime.options import KINDS, MODE, Mode
 from trimode.runtime.schedule import JointForward, Waiting, choose_group, join_forwards
 from trimode.runtime.sequence import Sequence
-from trimode.runtime.session import BatchCache, BatchSession, Ids, KVCache, SessionView, of_row
+from trimode.runtime.session import BatchCache, BatchSession, Ids, KVCache, SessionView, check_open, of_row
 from trimode.runtime.stream import Chunk, Generation, Stream
 
 OpenStream = Callable[..., Stream]
@@ -56,8 +57,11 @@ class BatchRow:
 
     @property
     def result(self) -> Generation:
-        """What the stream has generated so far. Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they were."""
-        return self.stream.result
+        """What the stream has generated so far; without a ``finish_reason`` where the text has not ended.
+
+        Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they were.
+        """
+        return self.stream.so_far
 
 
 class RowSession(SessionView):
@@ -121,6 +125,7 @@ class Batch:
         """Whether a step would do anything."""
         return bool(self._chunks) or any(row.is_at_work for row in self.rows)
 
+    @checks_arguments(MODE, options=KINDS)
     def join(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> BatchRow:
         """Begin a text in a free row; the next step reads its prompt.
 
@@ -132,6 +137,7 @@ class Batch:
         Raises:
             UsageError: no row is free, or a value is out of its range.
         """
+        check_open(self._session)
         if None not in self._rows:
             raise UsageError(f"expected a free row, found all {len(self._rows)} taken", "let one leave, or make a batch of more rows")
         session = RowSession(self._session, self._cache, self._rows.index(None))
@@ -140,6 +146,7 @@ class Batch:
         self._rows[self._index(row)] = row
         return row
 
+    @checks_arguments(MODE, options=KINDS)
     def resume(self, row: BatchRow, mode: Mode, **options: Any) -> None:
         """Go on from where the row's sequence stands, in any mode; what is cached is not read again. What it was doing is given up.
 
@@ -170,6 +177,7 @@ class Batch:
         Raises:
             UsageError: a text is longer than the cache of the target holds; its row is no longer at work, and the others go on with the next step.
         """
+        check_open(self._session)
         start = time.perf_counter()
         working = [row for row in self.rows if row.is_at_work]
         try:
@@ -229,7 +237,7 @@ class Batch:
                 self._cache.reserve(step.past_length + slots_written(step.role, len(step.token_ids)))
                 row.waiting, is_going_on = Waiting(self._index(row), step, self._now), True
                 return
-            chunk = step or Chunk([], row.result.finish_reason)
+            chunk = step or Chunk([], row.stream.finish_reason)
             is_going_on = chunk.finish_reason is None
             self._chunks.append((row, chunk))
         finally:

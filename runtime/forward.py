@@ -4,6 +4,9 @@ What needs a forward is a generator: it yields a :class:`Forward` and is sent it
 what others. :func:`perform` runs each at once; :class:`~trimode.runtime.batch.Batch` collects those of several texts and runs them together. Plain
 generators do this in the typed language itself, without a thread or a second stack for each text; the price is a ``yield from`` wherever a forward
 may be needed.
+
+:func:`ask` looks at what comes back: numbers that are not finite are an error here, before any
+token is made of them.
 """
 
 from __future__ import annotations
@@ -12,8 +15,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.errors import BundleError
 from trimode.graphs.contract import Role
-from trimode.runtime.session import Ids
+from trimode.graphs.finite import first_not_finite
+from trimode.runtime.session import DeviceArray, Ids
 
 T = TypeVar("T")
 
@@ -45,6 +53,60 @@ Steps = Generator[Forward | list[int], Outputs, None]
 """An algorithm at work: it yields the forwards that it needs, and in between the tokens that it commits."""
 
 Answer = Callable[[Forward], Outputs]
+
+_FLOATS: dict[Role, dict[int, str]] = {
+    "ar": {1: "logits"},
+    "draft": {1: "probabilities"},
+    "verify": {2: "logits"},
+    "quadratic": {2: "logits", 4: "probabilities"},
+}
+"""Which outputs of a role are no ids, and what they are called."""
+_HINT = "run `trimode verify` on the bundle; build it in bf16 or fp32 where fp16 is too narrow for it"
+
+
+class NotFiniteError(BundleError):
+    """A graph has returned numbers that are NaN or infinite, of which no token can be made."""
+
+
+def ask(forward: Forward) -> Effect[Outputs]:
+    """Ask for a forward, and look at the numbers that it returns.
+
+    Logits on a GPU stay there: they are looked at after the first tokens of a text, and else when
+    somebody reads them with :func:`read_logits`.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite.
+    """
+    outputs = yield forward
+    for index, what in _FLOATS[forward.role].items():
+        values = outputs[index]
+        if not isinstance(values, DeviceArray):
+            _check_finite(forward, what, values)
+        elif forward.role == "ar" and forward.past_length == 0:
+            read_logits(forward, values)
+    return outputs
+
+
+def read_logits(forward: Forward, logits: Any) -> NDArray[np.float32]:
+    """The logits of a forward, copied from a GPU where they are there.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite.
+    """
+    if not isinstance(logits, DeviceArray):
+        return np.asarray(logits)  # which `ask` has looked at
+    values = np.asarray(logits)
+    _check_finite(forward, "logits", values)
+    return values
+
+
+def _check_finite(forward: Forward, what: str, values: NDArray[np.float32]) -> None:
+    found = first_not_finite(np.asarray(values, np.float32))
+    if found is None:
+        return
+    row = found.offset // values.shape[-1] if values.ndim > 1 else len(forward.token_ids) - 1
+    position = forward.past_length + row
+    raise NotFiniteError(f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}", _HINT)
 
 
 def perform(effect: Effect[T], answer: Answer) -> T:

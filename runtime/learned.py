@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trimode.graphs.finite import first_not_finite
+from trimode.runtime.forward import NotFiniteError
 from trimode.runtime.ort_library import load_graph, session_options
 from trimode.runtime.policies import Slots
 from trimode.runtime.session import Array, Ids
@@ -32,7 +34,11 @@ class LearnedScorer:
         self._session = load_graph(path, session_options(0, num_threads), ["CPUExecutionProvider"])
 
     def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
-        """See :class:`trimode.runtime.policies.Scorer`."""
+        """See :class:`trimode.runtime.policies.Scorer`.
+
+        Raises:
+            NotFiniteError: the score of a masked slot is NaN or infinite.
+        """
         feeds = {
             "input_ids": block[None],
             "masked": masked[None],
@@ -40,4 +46,10 @@ class LearnedScorer:
             "top_probabilities": probabilities[None],
         }
         scores: NDArray[np.float32] = self._session.run(["scores"], feeds)[0][0]
+        slots = np.flatnonzero(masked)  # scores of others mean nothing
+        if (found := first_not_finite(scores[slots])) is not None:
+            raise NotFiniteError(
+                f"graph sampler: expected finite scores, found {found.value} at slot {slots[found.offset]}",
+                "train the sampler again, or generate without it",
+            )
         return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property, partial
@@ -14,19 +15,21 @@ from numpy.typing import NDArray
 from trimode.errors import UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.hints import TRAIN_SAMPLER
+from trimode.runtime.arguments import FLAG, PATH, TEXT, WHOLE, checks_arguments, instance_of
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.backends import PORTABLE, open_session
 from trimode.runtime.batch import Batch, BatchRequest
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.decode import MODES
 from trimode.runtime.manifest import SamplerRecord
-from trimode.runtime.options import DecodeOptions, Mode, TokenChoices, check_options, make_options
+from trimode.runtime.options import KINDS, MODE, DecodeOptions, Mode, TokenChoices, check_options, make_options, read_options
 from trimode.runtime.policies import SamplerName, Scorer
 from trimode.runtime.sequence import Sequence
-from trimode.runtime.session import BatchSession, Ids, Session, takes_block
+from trimode.runtime.session import BatchSession, Closable, Ids, Session, takes_block
 from trimode.runtime.stream import Generation, Stream
 from trimode.runtime.text import TextCodec
 from trimode.runtime.timings import Timings, find_timings, read_timings, subject_of
+from trimode.texts import reason_of
 
 END_THINK = "</think>"
 DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0, "auto": 0.0}
@@ -37,9 +40,16 @@ DEFAULT_QUADRATIC_LENGTH = 16
 DEFAULT_BATCH = 8
 _ROW_OPTIONS = ("seed", "max_new_tokens")
 """Of these each prompt of a batch may have its own."""
+_OPENING = {
+    "path": PATH, "precision": TEXT.or_none(), "target": TEXT.or_none(), "num_threads": WHOLE.or_none(), "verify": FLAG,
+    "runtime_cache": PATH.or_none(), "timings": PATH.or_none(),
+}  # fmt: skip
+_GENERATING = {**KINDS, "eos_token_id": KINDS["eos_token_ids"]}
+_STREAMING = {**MODE, "sequence": instance_of(Sequence, "a sequence of new_sequence"), "max_rows": WHOLE.or_none()}
+_CHOICES = (*TokenChoices.__annotations__, "logprobs")
 
 
-class TriModeModel:
+class TriModeModel(Closable):
     """A bundle ready to run. Calls from several threads are independent: each sequence has its own cache.
 
     Attributes:
@@ -62,6 +72,7 @@ class TriModeModel:
         self._costs_by: dict[tuple[bool, int, int], StepCosts] = {}
 
     @classmethod
+    @checks_arguments(_OPENING)
     def from_pretrained(
         cls,
         path: str | Path,
@@ -98,7 +109,13 @@ class TriModeModel:
         return cls(bundle, opened.session, opened.target, num_threads, given)
 
     def close(self) -> None:
-        """Give the memory of the weights back; nothing can be generated afterwards. Garbage collection does it, too, but later."""
+        """Give the memory of the weights back; nothing can be generated afterwards, and streams that are not finished say so.
+
+        Garbage collection does it, too, but later. Closing twice is fine.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
         self.session.close()
         self.__dict__.pop("scorer", None)
 
@@ -125,6 +142,7 @@ class TriModeModel:
 
         return LearnedScorer(self.bundle.path / self._sampler_record().file, self.num_threads)
 
+    @checks_arguments(_GENERATING, options=_CHOICES)
     def ar_generate(
         self, ids: Any, max_new_tokens: int = 128, eos_token_id: int | Seq[int] | None = None, **choices: Unpack[TokenChoices]
     ) -> tuple[Ids, int]:
@@ -144,6 +162,7 @@ class TriModeModel:
         """
         return self._generate(ids, "ar", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **choices)
 
+    @checks_arguments({**_GENERATING, "threshold": KINDS["threshold"].or_none()}, options=_CHOICES)
     def generate(
         self,
         ids: Any,
@@ -163,6 +182,7 @@ class TriModeModel:
         blocks = {"block_length": block_length, "sampler": sampler, "steps": steps, **({} if threshold is None else {"threshold": threshold})}
         return self._generate(ids, "diffusion", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
+    @checks_arguments(_GENERATING, options=_CHOICES)
     def linear_spec_generate(
         self,
         ids: Any,
@@ -177,6 +197,7 @@ class TriModeModel:
         blocks = {"block_length": block_length, "threshold": threshold, "use_drafter": use_drafter}
         return self._generate(ids, "linear_spec", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
 
+    @checks_arguments(_GENERATING, options=_CHOICES)
     def self_spec_generate(
         self,
         ids: Any,
@@ -197,6 +218,7 @@ class TriModeModel:
 
     quadratic_spec_generate = self_spec_generate
 
+    @checks_arguments(_GENERATING, options=_CHOICES)
     def auto_generate(
         self,
         ids: Any,
@@ -211,6 +233,7 @@ class TriModeModel:
             ids, "auto", max_new_tokens=max_new_tokens, block_length=block_length, use_drafter=use_drafter, eos_token_ids=eos_token_id, **choices
         )
 
+    @checks_arguments(_STREAMING, options=KINDS)
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
         """Yield :class:`Chunk` as tokens are committed.
 
@@ -218,23 +241,28 @@ class TriModeModel:
         """
         return self.continue_sequence(self.new_sequence(ids), mode, **options)
 
+    @checks_arguments({})
     def new_sequence(self, ids: Any) -> Sequence:
         """A sequence that starts with the prompt ``ids (1, n)``; see :meth:`continue_sequence`.
 
         Raises:
             UsageError: no tokens, ids out of range, more than one row, or a prompt that leaves no room.
         """
+        self.check_open()
         return Sequence(self.session, self.model, self._check_ids(ids))
 
+    @checks_arguments(_STREAMING, options=KINDS)
     def continue_sequence(self, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Go on from where ``sequence`` stands, in any mode; what is cached is not read again."""
         return self._open_stream(1, sequence, mode, **options)
 
     def _open_stream(self, batch: int, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """For a sequence that runs side by side with others, ``batch`` of them at most."""
+        self.check_open()
         return Stream(sequence, mode, self._check_choices(mode, options, batch), lambda: self.codec)
 
     def _check_choices(self, mode: Mode, options: dict[str, Any], batch: int = 1) -> DecodeOptions:
+        options = read_options(options)
         if mode not in MODES:
             raise UsageError(f"expected a mode among {', '.join(MODES)}, found {mode!r}", "see the README for what each mode does")
         defaults = {"threshold": DEFAULT_THRESHOLDS[mode], "block_length": default_block_length(mode, self.model)}
@@ -248,6 +276,7 @@ class TriModeModel:
             self.session.check_block_length(chosen.block_length)
         return chosen
 
+    @checks_arguments(_STREAMING)
     def new_batch(self, max_rows: int | None = None) -> Batch:
         """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.batch.Batch`. None = 8, or what the target was built for.
 
@@ -258,6 +287,7 @@ class TriModeModel:
 
     def _new_batch(self, max_rows: int | None, num_texts: int | None = None) -> Batch:
         """With a row for each of ``num_texts``, if that are fewer."""
+        self.check_open()
         if not isinstance(self.session, BatchSession):
             raise UsageError(
                 "expected a session that runs several texts in one forward, found one that does not", "open the bundle's targets instead"
@@ -273,7 +303,8 @@ class TriModeModel:
         num_rows = max_rows if num_texts is None else min(max_rows, num_texts)
         return Batch(self.session, self.model, partial(self._open_stream, num_rows), self._check_row, num_rows)
 
-    def generate_batch(self, prompts: Seq[Any], mode: Mode = "linear_spec", *, max_rows: int | None = None, **options: Any) -> list[Generation]:
+    @checks_arguments(_STREAMING, options=KINDS)
+    def generate_batch(self, prompts: Iterable[Any], mode: Mode = "linear_spec", *, max_rows: int | None = None, **options: Any) -> list[Generation]:
         """Answer prompts of any lengths side by side; each result is that of its own single run.
 
         Args:
@@ -288,7 +319,9 @@ class TriModeModel:
         Raises:
             UsageError: a value is out of its range. Nothing has run then, unless a text outgrows the cache of a target that fixes it.
         """
-        requests = [BatchRequest(self._check_row(ids), mode, chosen) for ids, chosen in zip(prompts, _each(options, len(prompts)), strict=True)]
+        self.check_open()
+        rows = [self._check_row(ids) for ids in _listed(prompts)]
+        requests = [BatchRequest(ids, mode, chosen) for ids, chosen in zip(rows, _each(options, len(rows)), strict=True)]
         for request in requests:
             self._check_choices(mode, request.options)
         batch = self._new_batch(max_rows, max(1, len(requests)))
@@ -392,13 +425,23 @@ def _as_array(ids: Any, shape: str, hint: str) -> NDArray[Any]:
         return np.asarray(ids)
     except ValueError as error:
         raise UsageError(f"expected token ids of shape {shape}, found rows of different length", hint) from error
+    except (TypeError, RuntimeError) as error:  # of arrays of other libraries: on a GPU, or of a type that numpy lacks
+        raise UsageError(f"expected token ids of shape {shape}, found {type(ids).__name__}: {reason_of(error)}", hint) from error
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping):
+        return list(prompts)
+    raise UsageError(f"prompts: expected a list of prompts, found {type(prompts).__name__}", "pass token ids, as [[1, 2], [3]]")
 
 
 def _each(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The options of each of ``count`` prompts."""
     chosen = [dict(options) for _ in range(count)]
     for name in _ROW_OPTIONS:
-        if isinstance(options.get(name), Seq):
+        if isinstance(options.get(name), list | tuple | np.ndarray):
+            if np.ndim(options[name]) != 1:
+                raise UsageError(f"{name}: expected one number a prompt, found {np.ndim(options[name])} dimensions", "pass a flat list")
             if len(options[name]) != count:
                 raise UsageError(f"expected one {name}, or one a prompt ({count}), found {len(options[name])}", "pass as many as there are prompts")
             for row, value in zip(chosen, options[name], strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from trimode.errors import UsageError
 from trimode.graphs.contract import TOP_K, ModelInfo
+from trimode.runtime.arguments import FLAG, NUMBER, TEXT, TEXTS, TOKEN_IDS, WHOLE, Kind, check_names, checked, instance_of
 from trimode.runtime.auto import StepCosts
 from trimode.runtime.policies import SamplerName, Scorer
 from trimode.runtime.sampling import SamplingOptions, check_sampling
@@ -81,23 +83,56 @@ class TokenChoices(TypedDict, total=False):
     end_think_token_id: int | None
 
 
+KINDS: dict[str, Kind] = {
+    "max_new_tokens": WHOLE,
+    "block_length": WHOLE,
+    "threshold": NUMBER,
+    "use_drafter": FLAG,
+    "eos_token_ids": TOKEN_IDS.or_none(),
+    "min_new_tokens": WHOLE,
+    "stop": TEXTS.or_none(),
+    "max_thinking_tokens": WHOLE.or_none(),
+    "end_think_token_id": WHOLE.or_none(),
+    "logprobs": WHOLE.or_none(),
+    "costs": instance_of(StepCosts, "step costs").or_none(),
+    "sampler": TEXT,
+    "steps": WHOLE.or_none(),
+    "scorer": instance_of(Scorer, "a scorer").or_none(),
+    "temperature": NUMBER,
+    "top_k": WHOLE,
+    "top_p": NUMBER,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "seed": WHOLE.or_none(),
+}
+"""What the attributes of :class:`DecodeOptions` and :class:`SamplingOptions` take, by name."""
+MODE = {"mode": TEXT}
+
 _SAMPLING = frozenset(f.name for f in fields(SamplingOptions))
 
 
-def make_options(**chosen: Any) -> DecodeOptions:
-    """Options from keywords, those of :class:`SamplingOptions` among them. ``stop`` may be one text, ``eos_token_ids`` one id.
+def read_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords in plain types: ``stop`` may be one text or several, ``eos_token_ids`` one id or several.
 
     Raises:
-        TypeError: an unknown keyword.
+        UsageError: an unknown keyword, or a value of the wrong type.
     """
-    sampling = SamplingOptions(**{name: value for name, value in chosen.items() if name in _SAMPLING})
-    rest = {name: value for name, value in chosen.items() if name not in _SAMPLING}
+    check_names(chosen, KINDS, "options")
+    return checked(chosen, KINDS)
+
+
+def make_options(**chosen: Any) -> DecodeOptions:
+    """Options from keywords, those of :class:`SamplingOptions` among them.
+
+    Raises:
+        UsageError: an unknown keyword, or a value of the wrong type.
+    """
+    read = read_options(chosen)
+    sampling = SamplingOptions(**{name: value for name, value in read.items() if name in _SAMPLING})
+    rest = {name: value for name, value in read.items() if name not in _SAMPLING}
     if "stop" in rest:
-        rest["stop"] = (rest["stop"],) if isinstance(rest["stop"], str) else tuple(rest["stop"] or ())
-    if rest.get("eos_token_ids") is not None:
-        ends = rest["eos_token_ids"]
-        rest["eos_token_ids"] = (int(ends),) if not isinstance(ends, Seq) else tuple(ends)
-    return DecodeOptions(**{"sampling": sampling, **rest})
+        rest["stop"] = rest["stop"] or ()
+    return DecodeOptions(sampling=sampling, **rest)
 
 
 def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:

@@ -18,7 +18,7 @@ from trimode.runtime.onnx_file import operators
 from trimode.runtime.ort_library import PRIVATE_WEIGHTS_BYTES, Device, choose_providers, load_graph, session_options
 from trimode.runtime.ort_memory import Buffer, place, place_weights, zeros
 from trimode.runtime.ort_prepacked import prepacked_graphs
-from trimode.runtime.session import Array, DeviceArray, Ids, KVCache, bucket
+from trimode.runtime.session import Array, Closable, DeviceArray, Ids, KVCache, bucket
 
 _ONE_ROW = range(1)
 _FREE_TOKENS: dict[Device, int] = {"cpu": 8, "cuda": 64}
@@ -27,7 +27,7 @@ _FREE_TOKENS: dict[Device, int] = {"cpu": 8, "cuda": 64}
 logger = logging.getLogger("trimode.runtime")
 
 
-class OrtSession:
+class OrtSession(Closable):
     """Inference sessions, one for each graph, over one copy of the weights.
 
     Args:
@@ -79,6 +79,7 @@ class OrtSession:
 
     def close(self) -> None:
         """See :class:`trimode.runtime.session.Session`."""
+        self.is_closed = True
         self.sessions.clear()
         self._read_by.clear()
         self._weights.clear()
@@ -89,6 +90,7 @@ class OrtSession:
 
     def new_batch_cache(self, num_rows: int) -> OrtCache:
         """See :class:`trimode.runtime.session.BatchSession`."""
+        self.check_open()
         return OrtCache(self.model, self._dtype, self._device, self._capacity, num_rows)
 
     def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
@@ -107,6 +109,7 @@ class OrtSession:
     def _run(
         self, role: Role, cache: OrtCache, rows: range, input_ids: Ids, past_length: Ids | int, input_length: Ids | int, drafter_scale: float
     ) -> tuple[Array, ...]:
+        self.check_open()
         bound = cache.bound.get((role, rows, input_ids.shape[1])) or self._bind(role, cache, rows, input_ids.shape[1])
         bound.input_ids[:] = input_ids
         bound.past_length[:] = past_length

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,7 @@ FillPolicy = Callable[[Denoised], Slots]
 """The slots to fill, ``(L,)``: masked ones only."""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """How sure it is that the best candidate of a masked slot is right; what the learned policy asks."""
 

@@ -83,8 +83,7 @@ def distribution(logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.
     """
     scores = np.array(logits, np.float64)
     if seen is not None and sampling.repetition_penalty != 1:
-        repeated = scores[seen]
-        scores[seen] = np.where(repeated < 0, repeated * sampling.repetition_penalty, repeated / sampling.repetition_penalty)
+        scores[seen] = _penalised(scores[seen], sampling.repetition_penalty)
     if not sampling.is_random:
         best = np.zeros_like(scores)
         np.put_along_axis(best, scores.argmax(-1)[..., None], 1.0, -1)
@@ -101,6 +100,14 @@ def distribution(logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.
         least = sampling.min_p * probabilities.max(-1, keepdims=True)
         probabilities = _normalised(np.where(probabilities < least, 0.0, probabilities))
     return probabilities
+
+
+def _penalised(repeated: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        penalised = np.where(repeated < 0, repeated * penalty, repeated / penalty)
+    # What overflows is still a score; -inf stays what must not be drawn.
+    most = np.finfo(np.float64).max
+    return np.where(np.isinf(repeated), repeated, np.clip(penalised, -most, most))
 
 
 def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.graphs.contract import ModelInfo
-from trimode.runtime.forward import Effect, Forward, Outputs, T, perform
-from trimode.runtime.session import Array, Ids, Session, of_row
+from trimode.runtime.forward import Effect, Forward, Outputs, T, ask, perform, read_logits
+from trimode.runtime.session import Array, Ids, Session, check_open, of_row
 
 PREFILL_CHUNK = 512
 """Most prompt rows in one forward: bounds the score matrix, which grows with rows times capacity."""
@@ -49,12 +49,12 @@ class Verification:
 
     greedy_ids: Ids
     accepted_length: int
-    raw_logits: Array
+    read_logits: Callable[[], NDArray[np.float32]]
 
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """``(L, V)``, of the token after each; copied from a GPU when first asked for."""
-        return np.asarray(self.raw_logits)
+        return self.read_logits()
 
     def row(self, index: int) -> NDArray[np.float32]:
         """One row of :attr:`logits`."""
@@ -81,6 +81,9 @@ class Sequence:
         session: loaded graphs.
         model: the contract's facts.
         token_ids: the prompt, at least one token.
+
+    Attributes:
+        reader: ticket of the stream that continues it, and alone may.
     """
 
     def __init__(self, session: Session, model: ModelInfo, token_ids: Seq[int]) -> None:
@@ -88,6 +91,7 @@ class Sequence:
         self.tokens = list(token_ids)
         self.cached_length = 0
         self.forwards = Forwards()
+        self.reader: object = None
         self._session = session
         self._cache = session.new_cache()
         self._next: int | None = None  # greedy token after self.tokens, where a forward has already told it
@@ -97,6 +101,10 @@ class Sequence:
     def room(self) -> int:
         """Tokens that may still be added before ``max_length``."""
         return self.model.max_length - len(self.tokens)
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` where the model has been closed."""
+        check_open(self._session)
 
     def run(self, effect: Effect[T]) -> T:
         """Do at once what needs forwards: ``sequence.run(sequence.predict())``."""
@@ -154,8 +162,9 @@ class Sequence:
     def verify(self, block: Ids) -> Effect[Verification]:
         """Causal forward over a drafted block whose first token is the last of the sequence. The caller decides what to :meth:`accept`."""
         self.forwards.verify += 1
-        greedy, accepted, logits = yield Forward("verify", block, self.cached_length)
-        return Verification(greedy, int(accepted), logits)
+        forward = Forward("verify", block, self.cached_length)
+        greedy, accepted, logits = yield from ask(forward)
+        return Verification(greedy, int(accepted), partial(read_logits, forward, logits))
 
     def first_drafts(self, block_length: int) -> Effect[Ids]:
         """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked slots behind all tokens gives."""
@@ -170,9 +179,10 @@ class Sequence:
         """
         assert self.cached_length == len(self.tokens)
         self.forwards.quadratic += 1
-        greedy, accepted, logits, ids, _ = yield Forward("quadratic", drafts, self.cached_length)
-        last = int(accepted)
-        return Speculation(greedy, last, logits, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last])))
+        forward = Forward("quadratic", drafts, self.cached_length)
+        greedy, accepted, logits, ids, _ = yield from ask(forward)
+        last, read = int(accepted), partial(read_logits, forward, logits)
+        return Speculation(greedy, last, read, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last])))
 
     def accept_drafts(self, count: int, speculation: Speculation) -> None:
         """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all of them the token after them is known, too."""
@@ -197,13 +207,14 @@ class Sequence:
         self.tokens += block.tolist()
 
     def _causal(self, token_ids: list[int]) -> Effect[int]:
-        greedy, logits = yield Forward("ar", np.array(token_ids, np.int64), self.cached_length)
-        self._next_logits = lambda: np.asarray(logits)
+        forward = Forward("ar", np.array(token_ids, np.int64), self.cached_length)
+        greedy, logits = yield from ask(forward)
+        self._next_logits = partial(read_logits, forward, logits)
         self.cached_length += len(token_ids)
         return int(greedy)
 
     def _bidirectional(self, block: Ids, drafter_scale: float) -> Effect[tuple[Array, Array]]:
-        ids, probabilities = yield Forward("draft", block, self.cached_length, drafter_scale)
+        ids, probabilities = yield from ask(Forward("draft", block, self.cached_length, drafter_scale))
         return ids, probabilities
 
 

@@ -17,6 +17,26 @@ Array = NDArray[np.generic]
 SMALLEST_BUCKET = 256
 
 
+class Closable:
+    """What can be closed once and for all.
+
+    Attributes:
+        is_closed: whether it has been.
+    """
+
+    is_closed = False
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` where it has been closed."""
+        check_open(self)
+
+
+def check_open(session: object) -> None:
+    """Raise :class:`UsageError` for what has been closed; what cannot be closed is always open."""
+    if getattr(session, "is_closed", False):
+        raise UsageError("expected an open model, found it closed", "open the bundle again with TriModeModel.from_pretrained")
+
+
 class KVCache(Protocol):
     """Keys and values of one sequence in slots of fixed capacity. What is valid is known by whoever holds the length, not here."""
 
@@ -35,7 +55,7 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """The graphs of a bundle, loaded once, with weights shared."""
+    """The graphs of a bundle, loaded once, with weights shared. One that can be closed is :class:`Closable`, and refuses to run afterwards."""
 
     @property
     def max_prefill_rows(self) -> int | None:
@@ -73,6 +93,11 @@ class SessionView:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the other one is."""
+        return getattr(self._session, "is_closed", False)
 
     @property
     def max_prefill_rows(self) -> int | None:

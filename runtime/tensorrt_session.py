@@ -19,7 +19,7 @@ from trimode.graphs.contract import ROLES, Role, slots_written
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import find_gpu
 from trimode.runtime.manifest import TargetRecord
-from trimode.runtime.session import Array, DeviceArray, Ids, KVCache
+from trimode.runtime.session import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.tensorrt_cache import Launchable, RecordedForward, SequenceMemory, TensorRTCache
 from trimode.runtime.tensorrt_graph import LoadedGraph, Runner
 from trimode.runtime.tensorrt_library import EngineLibrary
@@ -41,7 +41,7 @@ from trimode.runtime.tensorrt_target import check_block_length, check_gpu, prepa
 logger = logging.getLogger("trimode.runtime")
 
 
-class TensorRTSession:
+class TensorRTSession(Closable):
     """Engines over one upload of the weights. One forward runs at a time; threads wait for each other.
 
     ``rows`` are those of a graph, the tokens of a sequence; the rows of a batch are called sequences here.
@@ -99,6 +99,7 @@ class TensorRTSession:
 
     def new_batch_cache(self, num_rows: int) -> TensorRTCache:
         """See :class:`trimode.runtime.session.BatchSession`. Takes the memory of as many sequences that nobody uses any more, where there is some."""
+        self.check_open()
         free = self._free.setdefault(num_rows, [])
         with self._lock:  # what is queued on the stream while a forward is recorded would be recorded with it
             memory = free.pop() if free else SequenceMemory(self._prepared, self._stream, num_rows)
@@ -119,9 +120,11 @@ class TensorRTSession:
         return self._run(role, cast("TensorRTCache", cache).memory, rows, input_ids.shape[1], values)
 
     def _run(self, role: Role, memory: SequenceMemory, sequences: range, rows: int, values: dict[str, Any]) -> tuple[Array, ...]:
+        self.check_open()
         profile, batch = choose_profile(self._target.graphs[role], rows, len(sequences)), len(sequences)
         io = memory.layouts[role]
         with self._lock:
+            self.check_open()  # again: another thread may have closed it meanwhile
             if io.copied_end > self._pinned.bytes.size:  # a batch's; nothing is on its way between two forwards
                 self._pinned.close()
                 self._pinned = PinnedMemory(io.copied_end)
@@ -138,6 +141,9 @@ class TensorRTSession:
     def close(self) -> None:
         """Save compiled kernels where they are kept, and give the GPU's memory back."""
         with self._lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
             for graph in self._graphs.values():
                 graph.save_kernels()
             self._runners.clear()
@@ -194,6 +200,7 @@ class TensorRTSession:
             values = np.empty((count, *shape[1:]), dtype)
             address = memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
             with self._lock:
+                self.check_open()
                 self._stream.copy_out(values.ctypes.data, address, values.nbytes)
                 self._stream.synchronize()
             return values

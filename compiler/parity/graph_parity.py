@@ -7,7 +7,6 @@ whose updated keys and values are compared too. The comparing is Polygraphy's.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from trimode.compiler.parity.runners import CachedText, CodedRunner, Feed, Sessi
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.errors import UsageError
 from trimode.graphs.contract import ROLES, GraphContract, ModelInfo, Role, cache_specs, graph_contract, slots_written
+from trimode.graphs.finite import finite_or, is_within, largest
 from trimode.runtime.session import Ids, Session
 
 ODD_ROWS = 7
@@ -197,8 +197,8 @@ def _compare(
                 SimpleCompareFunc(atol={n: b[2] for n, b in bounds.items()}, rtol=0, check_error_stat="mean", find_output_func=_only(floats)),
             ],
         )  # fmt: skip
-    (largest,), (mean,) = (next(iter(result.values())) for result in results)
-    outputs = [_output(name, largest[name], mean[name], bounds[name]) for name in floats]
+    (highest,), (mean,) = (next(iter(result.values())) for result in results)
+    outputs = [_output(name, highest[name], mean[name], bounds[name]) for name in floats]
     ids = list(_compare_ids(reference, found, scale, tolerance, spreads))
     codes = getattr(runners[at], "codes", None)
     accepted = None
@@ -257,7 +257,7 @@ def _spreads(reference: Mapping[str, NDArray[Any]], dithered: Sequence[Mapping[s
     """How far the dithered runs are from the reference, times :data:`SPREAD_FACTOR`."""
     errors = {name: [np.abs(outputs[name] - reference[name]) for outputs in dithered] for name in names}
     return {
-        name: _Spread(*(SPREAD_FACTOR * max((float(take(error)) for error in several), default=0.0) for take in (np.max, np.mean)))
+        name: _Spread(*(SPREAD_FACTOR * largest([take(error) for error in several]) for take in (np.max, np.mean)))
         for name, several in errors.items()
     }
 
@@ -266,16 +266,22 @@ def _bounds(name: str, reference: NDArray[Any], scale: float, tolerance: Toleran
     """Scale, tolerance of the largest and of the mean error."""
     if name == "top_probabilities":
         bound = tolerance.probabilities(scale)
-        return scale, min(1.0, bound + spread.largest), min(1.0, bound / 6 + spread.mean)
+        return scale, _at_most_1(bound + spread.largest), _at_most_1(bound / 6 + spread.mean)
     own = float(np.abs(reference).max())
     return own, tolerance.logits(own) + spread.largest, own * tolerance.relative_mean + spread.mean
 
 
-def _output(name: str, largest: Any, mean: Any, bounds: tuple[float, float, float]) -> OutputRecord:
+def _at_most_1(bound: float) -> float:
+    return 1.0 if bound > 1 else bound  # NaN stays
+
+
+def _output(name: str, highest: Any, mean: Any, bounds: tuple[float, float, float]) -> OutputRecord:
     scale, tolerance, mean_tolerance = bounds
-    max_error, mean_error = (_finite(getattr(result, f"{stat}_absdiff", None)) for result, stat in ((largest, "max"), (mean, "mean")))
-    return OutputRecord(name=name, max_error=max_error, mean_error=mean_error, scale=scale, tolerance=tolerance, mean_tolerance=mean_tolerance,
-                        passed=bool(largest) and bool(mean))  # fmt: skip
+    max_error, mean_error = (finite_or(None, getattr(result, f"{stat}_absdiff", None)) for result, stat in ((highest, "max"), (mean, "mean")))
+    # Polygraphy compares too, but is content with a bound that is NaN.
+    is_close = is_within(max_error, tolerance) and is_within(mean_error, mean_tolerance)
+    return OutputRecord(name=name, max_error=max_error, mean_error=mean_error, scale=finite_or(0.0, scale), tolerance=finite_or(0.0, tolerance),
+                        mean_tolerance=finite_or(0.0, mean_tolerance), passed=is_close and bool(highest) and bool(mean))  # fmt: skip
 
 
 def _worst_cache(outputs: Sequence[OutputRecord]) -> Iterator[OutputRecord]:
@@ -308,14 +314,9 @@ def _compare_ids(reference: Feed, found: Feed, scale: float, tolerance: Toleranc
 
 def _ids_record(name: str, own: Ids, other: Ids, preference: NDArray[Any], tolerance: float) -> IdsRecord:
     differs = own != other
-    largest = float(preference[differs].max()) if differs.any() else 0.0
-    return IdsRecord(name=name, num_compared=own.size, num_equal=int((~differs).sum()), tolerance=tolerance,
-                     largest_preference=_finite(largest) if differs.any() else None, passed=largest <= tolerance)  # fmt: skip
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows neither infinity nor NaN."""
-    return value if value is not None and math.isfinite(value) else None
+    most = float(preference[differs].max()) if differs.any() else 0.0
+    return IdsRecord(name=name, num_compared=own.size, num_equal=int((~differs).sum()), tolerance=finite_or(0.0, tolerance),
+                     largest_preference=finite_or(None, most) if differs.any() else None, passed=is_within(most, tolerance))  # fmt: skip
 
 
 @contextlib.contextmanager

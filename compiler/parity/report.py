@@ -63,6 +63,8 @@ class OutputRecord(_Judged):
         scale: the largest absolute reference value; for probabilities, the largest reference logit at this place.
         tolerance: what ``max_error`` may be.
         mean_tolerance: what ``mean_error`` may be.
+
+    Where the reference itself is NaN or infinite, scale and tolerances are 0, and nothing passes.
     """
 
     name: str

@@ -17,6 +17,7 @@ from trimode.graphs.contract import TOP_K, ModelInfo
 from trimode.graphs.sampler import BlockSampler
 from trimode.graphs.sampler_file import load_sampler_record
 from trimode.graphs.sampler_trace import load_sampler
+from trimode.runtime.forward import NotFiniteError
 from trimode.runtime.manifest import SamplerRecord
 from trimode.runtime.policies import Scorer
 from trimode.texts import name_of
@@ -64,7 +65,7 @@ def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, se
     """
     network, rng = load_sampler(trained.folder, trained.record).double(), np.random.default_rng(seed)
     errors = [
-        _error(scorer.score(*state), _expected(network, state), state.masked)
+        _error(_scores(scorer, state), _expected(network, state), state.masked)
         for length in (1, *trained.record.block_lengths)
         for state in _states(model, length, rng)
     ]
@@ -92,6 +93,13 @@ def _expected(network: BlockSampler, state: BlockState) -> NDArray[np.float64]:
     arrays: Sequence[NDArray[np.generic]] = (state.block, state.masked, state.ids, state.probabilities.astype(np.float64))
     scores: NDArray[np.float64] = network(*(torch.from_numpy(array)[None] for array in arrays))[0].numpy()
     return scores
+
+
+def _scores(scorer: Scorer, state: BlockState) -> NDArray[np.float32]:
+    try:
+        return scorer.score(*state)
+    except NotFiniteError:
+        return np.full(len(state.block), np.nan, np.float32)
 
 
 def _error(found: NDArray[np.float32], expected: NDArray[np.float64], masked: NDArray[np.bool_]) -> NDArray[np.float64]:

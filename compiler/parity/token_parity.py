@@ -19,7 +19,9 @@ from trimode.compiler.parity.report import TokenParity
 from trimode.compiler.parity.runners import CachedText
 from trimode.compiler.parity.tolerance import Tolerance
 from trimode.graphs.contract import ROLES, ModelInfo, Role
+from trimode.graphs.finite import finite_or, is_within, largest
 from trimode.runtime.decode import ALGORITHMS, Counters
+from trimode.runtime.forward import NotFiniteError
 from trimode.runtime.model import DEFAULT_THRESHOLDS, default_block_length
 from trimode.runtime.options import DecodeOptions, Mode
 from trimode.runtime.sequence import Sequence as TextSequence
@@ -53,11 +55,15 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Run:
-    """A generation: tokens, forward passes, and the denoise forwards in order (kept for diffusion only)."""
+    """A generation: tokens, forward passes, and the denoise forwards in order (kept for diffusion only).
+
+    ``is_whole`` is False where a graph returned what is no number; the tokens are those before it.
+    """
 
     token_ids: list[int]
     nfe: int
     denoised: list[Denoised]
+    is_whole: bool = True
 
 
 class Witness(SessionView):
@@ -117,7 +123,7 @@ class Verdict(NamedTuple):
     @property
     def is_near_tie(self) -> bool:
         """Whether the other choice is one that rounding explains."""
-        return self.preference is not None and self.preference <= self.tolerance
+        return is_within(self.preference, self.tolerance)
 
 
 class Judge:
@@ -147,7 +153,7 @@ class Judge:
     def causal(self, before: list[int], choices: Sequence[int]) -> Verdict:
         """Of two next tokens after the prompt and ``before``, the one that the reference likes less."""
         logits = self._next_logits(self._reference, before)
-        spread = SPREAD_FACTOR * max((float(np.abs(self._next_logits(other, before) - logits).max()) for other in self._dithered), default=0.0)
+        spread = SPREAD_FACTOR * largest([np.abs(self._next_logits(other, before) - logits).max() for other in self._dithered])
         return Verdict(float(logits.max() - logits[list(choices)].min()), self.tolerance.near_tie(float(np.abs(logits).max())) + 2 * spread)
 
     def denoised(self, expected: Run, found: Run, start: int) -> Verdict:
@@ -165,8 +171,8 @@ class Judge:
             last = pair
         if last is None:
             return Verdict(None, bound)
-        spread = SPREAD_FACTOR * max(
-            (_largest_gap(last[0], self._denoise(other, before, last[0]), self._model.mask_token_id) for other in self._dithered), default=0.0
+        spread = SPREAD_FACTOR * largest(
+            [_largest_gap(last[0], self._denoise(other, before, last[0]), self._model.mask_token_id) for other in self._dithered]
         )
         return Verdict(_largest_gap(*last, self._model.mask_token_id), bound + 2 * spread)
 
@@ -190,18 +196,20 @@ def _record(
     pairs = list(zip(expected.token_ids, found.token_ids, strict=False))
     length = max(len(expected.token_ids), len(found.token_ids))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    is_whole = expected.is_whole and found.is_whole
     verdict = Verdict(None, 0.0)
-    if first < len(pairs):
+    if first < len(pairs) and is_whole:
         start = first - first % judge.block_length
         if mode == "diffusion" and first > start:
             verdict = judge.denoised(expected, found, start)
         else:
             verdict = judge.causal(expected.token_ids[:first], pairs[first])
-    is_equal = first == length
+    is_equal = first == length and is_whole
     return TokenParity(
         mode=mode, against=against, use_drafter=use_drafter, prompt=number, prompt_length=len(judge.prompt), num_tokens=length,
         num_equal=sum(a == b for a, b in pairs), first_divergence=None if is_equal else first,
-        preference=None if is_equal else verdict.preference, tolerance=None if is_equal or judge.must_equal else verdict.tolerance,
+        preference=None if is_equal else finite_or(None, verdict.preference),
+        tolerance=None if is_equal or judge.must_equal else finite_or(0.0, verdict.tolerance),
         nfe=found.nfe, other_nfe=expected.nfe, passed=is_equal or (not judge.must_equal and verdict.is_near_tie),
     )  # fmt: skip
 
@@ -222,7 +230,7 @@ def _largest_gap(expected: Denoised, found: Denoised, mask_token_id: int) -> flo
             # None of the candidates: at most as probable as the last of them.
             theirs = expected.probabilities[slot][is_it if is_it.any() else slice(-1, None)]
             gaps.append(float(expected.probabilities[slot, 0] - theirs[0]))
-    return max(gaps)
+    return largest(gaps)
 
 
 def count_generations(model: ModelInfo, num_prompts: int, roles: Sequence[Role] = ROLES) -> int:
@@ -241,6 +249,10 @@ def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool 
 def _generate(session: Session, model: ModelInfo, prompt: TokenPrompt, mode: Mode, options: DecodeOptions) -> Run:
     witness, counters = Witness(session), Counters()
     sequence = TextSequence(witness, model, prompt.token_ids)
-    for _ in ALGORITHMS[mode](sequence, options, counters):
-        pass
-    return Run(sequence.tokens[len(prompt.token_ids) :], counters.nfe, witness.denoised if mode == "diffusion" else [])
+    is_whole = True
+    try:
+        for _ in ALGORITHMS[mode](sequence, options, counters):
+            pass
+    except NotFiniteError:  # the record of the graph says which, and where
+        is_whole = False
+    return Run(sequence.tokens[len(prompt.token_ids) :], counters.nfe, witness.denoised if mode == "diffusion" else [], is_whole)

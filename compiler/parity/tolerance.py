@@ -54,7 +54,8 @@ class Tolerance:
         ``dp/dz = p (1 - p) <= 1/4``, and of the thousands of logit errors the largest is rarely one of the few candidates whose
         probability is not nearly 0: half of it is taken.
         """
-        return min(1.0, self.logits(scale) / 8)
+        bound = self.logits(scale) / 8
+        return 1.0 if bound > 1 else bound  # not `min`, which would make 1 of NaN
 
     def near_tie(self, scale: float) -> float:
         """By how much the reference may prefer its own token: each of two logits may be off by the bound."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from trimode.compiler.quantize.scales import LayerScales
-from trimode.compiler.quantize.weight_stream import whole_rows
-from trimode.errors import BuildError
+from trimode.compiler.quantize.weight_stream import about, check_range, whole_rows
 from trimode.graphs.contract import DType
 from trimode.graphs.nvfp4 import BLOCK_SIZE, encode
 from trimode.graphs.quantization import Floats, largest_magnitudes, scale_of
@@ -23,12 +22,15 @@ class Nvfp4Stream:
         read: yields the weight's bytes as float32.
         look: the same once more, beforehand: read only where the largest magnitude is not known, on which every number depends.
         scales: what is known beforehand.
+        stored: the type of what is not quantized, which graphs compute in.
     """
 
     def __init__(
-        self, layer: str, shape: tuple[int, ...], read: Callable[[], Iterator[bytes]], look: Callable[[], Iterator[bytes]], scales: LayerScales
-    ) -> None:
+        self, layer: str, shape: tuple[int, ...], read: Callable[[], Iterator[bytes]], look: Callable[[], Iterator[bytes]], scales: LayerScales,
+        stored: DType = "float32",
+    ) -> None:  # fmt: skip
         self._layer, self._shape, self._read, self._look, self._given = layer, shape, read, look, scales
+        self._stored = stored
         self._global: Floats | None = None
         self._found: list[bytes] = []
 
@@ -46,17 +48,16 @@ class Nvfp4Stream:
         """Yield the quantized weight.
 
         Raises:
-            BuildError: a weight is not a number, or the largest is infinite.
+            BuildError: a weight is not a number, or the largest is infinite, or becomes so in the type that graphs compute in.
         """
         self._found = []
-        try:
+        with about(self._layer):
             self._global = self._global_scale()
+            check_range(self._global, "nvfp4", self._stored)
             for values in whole_rows(self._read(), self._shape[1]):
                 codes, scales = encode(values, self._global)
                 self._found.append(scales.tobytes())
                 yield codes.tobytes()
-        except BuildError as error:
-            raise BuildError(f"{self._layer}: {error.message}", error.hint) from error
 
     def scale(self, kind: str) -> Iterator[bytes]:
         """Yield the scales of one kind; the weight must have been read. Those of the blocks can be had once: they are let go."""

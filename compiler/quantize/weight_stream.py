@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -10,7 +11,11 @@ from trimode.compiler.quantize.scales import LayerScales
 from trimode.errors import BuildError
 from trimode.graphs.calibration import QuantizedPrecision
 from trimode.graphs.contract import DType
-from trimode.graphs.quantization import Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
+from trimode.graphs.finite import first_not_finite
+from trimode.graphs.quantization import FORMATS, Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
+
+_FIRST_INFINITE_FP16 = 65520.0
+"""What is nearer to 65536 than to 65504 is infinite in fp16."""
 
 
 class WeightStream:
@@ -50,20 +55,26 @@ class WeightStream:
         """Yield the quantized weight.
 
         Raises:
-            BuildError: a weight is not finite, or a scale does not fit its type.
+            BuildError: a weight is not finite, or a scale or what it stands for does not fit its type.
         """
         self._found = []
-        try:
+        with about(self._layer):
             divisor = None if self._given.pre_quant_scale is None else round_to(self._given.pre_quant_scale, self._stored)
             row = 0
             for values in whole_rows(self._read(), self._shape[1]):
-                yield self._quantized(values if divisor is None else values / divisor, row)
+                yield self._quantized(values if divisor is None else _divided(values, divisor), row)
                 row += values.shape[0]
-        except BuildError as error:
-            raise BuildError(f"{self._layer}: {error.message}", error.hint) from error
 
     def scale(self, kind: str) -> Iterator[bytes]:
-        """Yield the scales of one kind; the weight must have been read."""
+        """Yield the scales of one kind; the weight must have been read.
+
+        Raises:
+            BuildError: a scale does not fit its type.
+        """
+        with about(self._layer):
+            yield from self._scale(kind)
+
+    def _scale(self, kind: str) -> Iterator[bytes]:
         given = self._given
         if kind == "weight_scale":
             yield b"".join(self._found) if given.weight_amax is None else bytes_of(self._scale_of(given.weight_amax), self._stored)
@@ -81,10 +92,39 @@ class WeightStream:
         else:
             amax = self._given.weight_amax
             scale = self._scale_of(amax[row : row + values.shape[0]] if amax.ndim else amax)
+        check_range(scale, self._precision, self._stored)
         return quantize(values, scale, self._precision).tobytes()
 
     def _scale_of(self, amax: Floats) -> Floats:
         return scale_of(amax, self._precision, self._stored)
+
+
+@contextmanager
+def about(layer: str) -> Iterator[None]:
+    """Let a :class:`BuildError` say which layer it is about."""
+    try:
+        yield
+    except BuildError as error:
+        raise BuildError(f"{layer}: {error.message}", error.hint) from error
+
+
+def check_range(scale: Floats, precision: QuantizedPrecision, stored: DType) -> None:
+    """Raise :class:`BuildError` where the largest number that a scale stands for is infinite in fp16, which graphs compute in."""
+    largest = float(scale.max(initial=0)) * FORMATS[precision].largest
+    if stored == "float16" and largest >= _FIRST_INFINITE_FP16:
+        hint = "build without a t4, whose graphs compute in fp16, or pass --precision bf16 or fp32"
+        raise BuildError(f"expected weights up to 65504, the largest of fp16, found {largest:.6g}", hint)
+
+
+def _divided(values: Floats, divisor: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # looked for below
+        quotients: Floats = values / divisor
+    if first_not_finite(quotients) is not None:
+        raise BuildError(
+            "expected weights that stay finite when divided by their pre_quant_scale, found others",
+            "calibrate this checkpoint again with `trimode calibrate`",
+        )
+    return quotients
 
 
 def whole_rows(pieces: Iterator[bytes], columns: int) -> Iterator[Floats]:

@@ -326,6 +326,61 @@ def test_nan_is_a_failure_and_valid_json(tmp_path: Path) -> None:
         assert GraphParity.model_validate_json(record.model_dump_json()) == record
 
 
+def test_a_bundle_that_computes_nan_fails_by_the_names_of_its_graphs(
+    copied: Callable[[str], tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, bundle = copied("three_kv_heads")
+    pack = bundle / "weights.safetensors"
+    weights = load_file(pack)
+    weights["encoder.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file_as_before(pack, weights)
+    found = verify(bundle, checkpoint, max_new_tokens=4)
+    assert not found.passed
+    assert {(record.graph, record.subject) for record in failed(found)} == {
+        (graph, subject) for graph in ("ar", "draft", "verify") for subject in ("target", "portable")
+    }
+    assert not any(record.passed for record in found.tokens)
+    assert "FAILED" in capsys.readouterr().out
+    assert "NaN" not in (bundle / VERIFICATION).read_text()
+
+
+def save_file_as_before(pack: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Overwrite the data of a pack in place: graphs name its offsets."""
+    raw = bytearray(pack.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    for name, tensor in weights.items():
+        begin, end = (start + at for at in header[name]["data_offsets"])
+        raw[begin:end] = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    pack.write_bytes(raw)
+    record_again(pack.parent, pack.name)
+
+
+def test_a_reference_or_a_spread_that_is_no_number_passes_nothing(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, config_of()))
+    model = describe_model(checkpoint, None)
+    good, also_good, bad = (TorchSession(load_trunk(checkpoint, model.num_positions)) for _ in range(3))
+    with torch.no_grad():
+        bad.trunk.diffusion_head.weight[7] = torch.nan
+    text, tolerance = np.random.default_rng(0).integers(0, model.vocab_size, 60), tolerance_for("bfloat16", 2)
+    assert np.isnan(tolerance.probabilities(float("nan")))
+
+    def graphs(reference: TorchSession, target: TorchSession, dithered: tuple[TorchSession, ...]) -> list[GraphParity]:
+        read, other, *more = (CachedText(session, text) for session in (reference, target, *dithered))
+        return list(compare_target(read, other, model, (3,), tolerance, 0, more))
+
+    assert all(record.passed for record in graphs(good, also_good, (also_good,)))
+    for reference, target, dithered in ((bad, bad, ()), (bad, good, ()), (good, also_good, (bad,)), (good, also_good, (also_good, bad))):
+        records = graphs(reference, target, dithered)
+        assert not any(record.passed for record in records)
+        assert all(GraphParity.model_validate_json(record.model_dump_json()) == record for record in records)
+    prompts = [TokenPrompt([20, 30, 40], ())]
+    for reference, target in ((bad, bad), (bad, good), (good, bad)):
+        tokens = list(compare_tokens(reference, target, model, prompts, 8, tolerance))
+        assert not any(record.passed for record in tokens if record.against == "reference")
+        assert all(record.passed for record in tokens if record.against == "ar") == (target is good)
+
+
 def test_command_line(copied: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = copied("plain")
 

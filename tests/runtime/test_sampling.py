@@ -150,3 +150,15 @@ def test_values_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as raised:
         check_sampling(SamplingOptions(**wrong))
     assert raised.value.hint
+
+
+@pytest.mark.parametrize("penalty", [1e-308, 1e-320, 1e308])
+@pytest.mark.parametrize("temperature", [0.0, 1e-308, 1.0, 1e308])
+def test_a_penalty_beyond_all_measure_leaves_a_distribution(penalty: float, temperature: float) -> None:
+    """Whatever overflows; what must not be drawn is not, even among tokens that are all penalised."""
+    sampling = SamplingOptions(temperature, repetition_penalty=penalty)
+    for seen in ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]):
+        for logits in ([3.0, 2.0, -np.inf, -1.0], [-3.0, -2.0, -np.inf, -1.0]):
+            found = distribution(logits, sampling, np.array(seen, bool))
+            assert found.sum() == pytest.approx(1)
+            assert found[2] == 0
