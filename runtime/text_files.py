@@ -8,8 +8,27 @@ from typing import Any
 from trimode.errors import BundleError
 from trimode.texts import Unreadable, parse_json, read_text
 
+TEMPLATE_FOLDER = "additional_chat_templates"
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 COPY_AGAIN = "copy the file from the published checkpoint into the checkpoint, then build again"
 _LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+
+def text_files(folder: Path) -> list[str]:
+    """List the files of a folder that turn text into tokens.
+
+    Returns:
+        Names that the folder has, a template of the folder of templates as ``folder/name``.
+    """
+    templates = sorted(one.name for one in (folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    names = (*_TEXT_FILES, *(f"{TEMPLATE_FOLDER}/{name}" for name in templates))
+    return [name for name in names if (folder / name).is_file()]
 
 
 def read_source(path: Path, what: str) -> str:
