@@ -35,10 +35,11 @@ from trimode.graphs.source import SourceDigest, stamp_of
 from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
 from trimode.runtime.pack import PrecisionWeights
+from trimode.runtime.text_files import text_files
 from trimode.texts import name_of
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -279,11 +280,13 @@ def export_sampler(state: BuildState) -> None:
 
 def copy_tokenizer(state: BuildState) -> None:
     """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that takes token ids only."""
-    advance = state.progress.stage("copy tokenizer", len(COPIED_FILES))
-    for name in COPIED_FILES:
-        if (state.plan.checkpoint.path / name).is_file():
-            shutil.copyfile(state.plan.checkpoint.path / name, state.folder / name)
-            state.record(name)
+    source = state.plan.checkpoint.path
+    names = [*(name for name in CONFIG_FILES if (source / name).is_file()), *text_files(source)]
+    advance = state.progress.stage("copy tokenizer", len(names))
+    for name in names:
+        (state.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, state.folder / name)
+        state.record(name)
         advance(1)
 
 

@@ -9,10 +9,9 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 
 from trimode.errors import BundleError, UsageError
 from trimode.runtime.template_environment import RefusalError, environment
-from trimode.runtime.text_files import COPY_AGAIN, read_source, unusable
+from trimode.runtime.text_files import COPY_AGAIN, TEMPLATE_FOLDER, read_source, unusable
 from trimode.texts import reason_of
 
-FOLDER = "additional_chat_templates"
 MAX_CHARACTERS = 1 << 26
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
@@ -111,7 +110,7 @@ class ChatTemplates:
 def _from_files(folder: Path) -> dict[str, Source]:
     file = folder / "chat_template.jinja"
     files = {_DEFAULT: file} if file.is_file() else {}
-    files |= {one.name.removesuffix(".jinja"): one for one in (folder / FOLDER).glob("*.jinja")}
+    files |= {one.name.removesuffix(".jinja"): one for one in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
     return {name: Source(read_source(one, "a chat template"), one) for name, one in files.items()}
 
 

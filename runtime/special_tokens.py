@@ -8,22 +8,20 @@ added to it, in the order transformers adds them, so that ids agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from trimode.runtime.text_files import read_object, read_source, unusable
-from trimode.texts import reason_of
+from trimode.runtime.text_files import guarded, read_object, read_source, unusable
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA, _EXTRA_BEFORE_V5 = "extra_special_tokens", "additional_special_tokens"
 _FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 Token = str | AddedToken
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,10 +58,10 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, Spe
     """
     file = folder / "tokenizer.json"
     source = read_source(file, "a tokenizer")
-    tokenizer = _guarded(file, "a tokenizer", lambda: Tokenizer.from_str(source))
+    tokenizer = guarded(file, "a tokenizer", lambda: Tokenizer.from_str(source))
     tokens = read_special_tokens(folder, config, tokenizer)
     settings = folder / "tokenizer_config.json"
-    _guarded(settings, "tokens that can be added", lambda: _add(tokenizer, tokens))
+    guarded(settings, "tokens that can be added", lambda: _add(tokenizer, tokens))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -217,13 +215,3 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(type(value).__name__)
     return value
-
-
-def _guarded(file: Path, what: str, call: Callable[[], T]) -> T:
-    """Call the library, which raises bare ``Exception``, and ``PanicException`` where it panics."""
-    try:
-        return call()
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise unusable(file, what, reason_of(error)) from error

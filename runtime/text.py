@@ -16,7 +16,7 @@ from trimode.runtime.chat_input import plain, plain_documents, plain_messages, p
 from trimode.runtime.chat_template import ChatTemplates
 from trimode.runtime.special_tokens import open_tokenizer
 from trimode.runtime.text_cleanup import clean_up
-from trimode.runtime.text_files import read_object
+from trimode.runtime.text_files import guarded, read_object
 from trimode.runtime.text_stream import TextStream, first_stop
 from trimode.runtime.token_window import Decoding
 
@@ -40,8 +40,8 @@ class TextCodec:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        if not file.is_file():
+        self._file = folder / "tokenizer.json"
+        if not self._file.is_file():
             raise UsageError(
                 f"{folder}: expected tokenizer.json, found none",
                 "pass token ids, or build from a checkpoint that has its tokenizer",
@@ -78,6 +78,7 @@ class TextCodec:
 
         Raises:
             UsageError: the text has half a surrogate pair.
+            BundleError: the tokenizer has no token for it, not even for unknown text.
         """
         return self._encode(text, add_special_tokens=True)
 
@@ -162,10 +163,12 @@ class TextCodec:
                 f"expected text that UTF-8 can write, found half a surrogate pair {half!a} at character {error.start}",
                 "take it out, or join both halves into one character",
             ) from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        encode = self._tokenizer.encode
+        return guarded(self._file, "a tokenizer that takes any text", lambda: encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _decode_raw(self, token_ids: Seq[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        ids, decode = list(token_ids), self._tokenizer.decode
+        return guarded(self._file, "a tokenizer that takes any token ids", lambda: decode(ids, skip_special_tokens=True))
 
     def _is_silent(self, token: int) -> bool:
         return token in self.special_ids or self._tokenizer.id_to_token(token) is None

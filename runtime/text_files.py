@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trimode.errors import BundleError
-from trimode.texts import Unreadable, parse_json, read_text
+from trimode.texts import Unreadable, parse_json, read_text, reason_of
 
+T = TypeVar("T")
+TEMPLATE_FOLDER = "additional_chat_templates"
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 COPY_AGAIN = "copy the file from the published checkpoint into the checkpoint, then build again"
 _LFS_POINTER = "version https://git-lfs.github.com/spec/"
+
+
+def text_files(folder: Path) -> list[str]:
+    """List the files of a folder that turn text into tokens.
+
+    Returns:
+        Names that the folder has, a template of the folder of templates as ``folder/name``.
+    """
+    templates = sorted(one.name for one in (folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    names = (*_TEXT_FILES, *(f"{TEMPLATE_FOLDER}/{name}" for name in templates))
+    return [name for name in names if (folder / name).is_file()]
 
 
 def read_source(path: Path, what: str) -> str:
@@ -54,3 +75,17 @@ def read_object(path: Path) -> dict[str, Any]:
 def unusable(path: Path, what: str, reason: str) -> BundleError:
     """The error for a file that is not what it should be."""
     return BundleError(f"{path}: expected {what}, found: {reason}", COPY_AGAIN)
+
+
+def guarded(path: Path, what: str, call: Callable[[], T]) -> T:
+    """Call the tokenizers library for a file.
+
+    Raises:
+        BundleError: the library failed; it raises bare ``Exception``, and ``PanicException`` where it panics.
+    """
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise unusable(path, what, reason_of(error)) from error

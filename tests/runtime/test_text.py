@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
+from tokenizers.decoders import Fuse, Sequence, Strip
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimode.errors import BundleError, TrimodeError, UsageError
@@ -252,6 +253,17 @@ def test_the_time_is_local(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.undo()
         time.tzset()
     assert timedelta(hours=8, minutes=59) <= shown[1] - shown[0] <= timedelta(hours=9, minutes=1)
+
+
+def test_a_tokenizer_that_gives_a_text_up_is_named(folder: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({"a": 0, " ": 1}, unk_token="none"))
+    tokenizer.decoder = Sequence([Fuse(), Strip(" ", 0, 2)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    codec = TextCodec(folder)
+    assert codec.encode("a") == [0]
+    for run in (lambda: codec.encode("b"), lambda: codec.decode([]), lambda: check_text(folder, 9)):
+        with pytest.raises(BundleError, match=r"tokenizer\.json"):
+            run()
 
 
 def test_a_build_is_checked(folder: Path) -> None:
