@@ -7,6 +7,7 @@ from pathlib import Path
 from trimode.errors import BundleError
 from trimode.runtime.chat_template import ConversationError
 from trimode.runtime.text import TextCodec
+from trimode.runtime.text_files import check_names
 
 _PLAIN_TEXT = "Add 1 and 2. é漢🙂\n"
 _CONVERSATION = ({"role": "user", "content": _PLAIN_TEXT},)
@@ -24,6 +25,7 @@ def check_text(folder: Path, vocab_size: int) -> None:
     Raises:
         TrimodeError: a file cannot be read or used, or gives ids that the model does not have.
     """
+    check_names(folder)
     if not (folder / "tokenizer.json").is_file():
         return
     codec = TextCodec(folder)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trimode.errors import BundleError
-from trimode.texts import Unreadable, parse_json, read_text, reason_of
+from trimode.texts import Unreadable, decode_text, parse_json, read_bytes, reason_of
 
 T = TypeVar("T")
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -33,20 +35,37 @@ def text_files(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
+def check_names(folder: Path) -> None:
+    """Check that what bears the name of such a file is a file.
+
+    Raises:
+        BundleError: it is a folder, or a link that leads nowhere.
+    """
+    for path in (folder / name for name in _TEXT_FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise unusable(path, "a file", "a folder" if path.is_dir() else "a link that leads nowhere")
+
+
 def read_source(path: Path, what: str) -> str:
-    """Read a text file, without a byte order mark, with ``LF`` at the end of each line.
+    """Read a text file with ``LF`` at the end of each line.
+
+    A byte order mark is refused, as by transformers, to which it is part of the text.
 
     Args:
         path: of the file.
         what: it should be, for the message.
 
     Raises:
-        BundleError: the file is unreadable, not UTF-8, or only a pointer to the file.
+        BundleError: the file is unreadable, not UTF-8, begins with a byte order mark, or is only a
+            pointer to the file.
     """
     try:
-        text = read_text(path)
+        raw = read_bytes(path)
+        text = decode_text(raw)
     except Unreadable as error:
         raise unusable(path, what, error.reason) from error
+    if raw.startswith(codecs.BOM_UTF8):
+        raise unusable(path, what, "a byte order mark before it")
     if text.startswith(_LFS_POINTER):
         raise BundleError(
             f"{path}: expected {what}, found a Git LFS pointer to it",
