@@ -82,7 +82,7 @@ def read_special_tokens(folder: Path, config: dict[str, Any], tokenizer: Tokeniz
         added = _added_by_config(folder, config["added_tokens_decoder"])
     else:
         _merge_map(folder, config, own)
-        added = _added_before_v5(folder, config) | tokenizer.get_added_tokens_decoder()
+        added = [*_added_before_v5(folder, config), *tokenizer.get_added_tokens_decoder().items()]
     if tokenizer.padding is not None:
         config.setdefault("pad_token", tokenizer.padding["pad_token"])
     if _EXTRA_BEFORE_V5 in config:
@@ -103,16 +103,16 @@ def _is_own(name: str) -> bool:
     return name.endswith("_token") and name not in NAMES
 
 
-def _added_by_config(folder: Path, tokens: Any) -> dict[int, AddedToken]:
+def _added_by_config(folder: Path, tokens: Any) -> list[tuple[int, AddedToken]]:
     file = folder / "tokenizer_config.json"
     found = "added_tokens_decoder of another form"
     if not isinstance(tokens, dict):
         raise unusable(file, "added tokens by id", found)
     try:
-        added = {int(index): _token(token) for index, token in tokens.items()}
+        added = [(int(index), _token(token)) for index, token in tokens.items()]
     except (TypeError, ValueError) as error:
         raise unusable(file, "added tokens by id", found) from error
-    return {i: t if isinstance(t, AddedToken) else AddedToken(t) for i, t in added.items()}
+    return [(i, t if isinstance(t, AddedToken) else AddedToken(t)) for i, t in added]
 
 
 def _merge_map(folder: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
@@ -133,24 +133,24 @@ def _as_special(value: Any) -> Any:
     return value | {"special": True} if isinstance(value, dict) else value
 
 
-def _added_before_v5(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+def _added_before_v5(folder: Path, config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
     """The tokens of ``added_tokens.json``, special where the configuration names them."""
     file = folder / "added_tokens.json"
     special = {_text(config[name]) for name in NAMES if config.get(name)}
     extra = config.get(_EXTRA)
     special |= {_text(one) for one in extra} if isinstance(extra, list) else set()
-    added: dict[int, AddedToken] = {}
+    added = []
     for text, index in read_object(file).items():
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise unusable(file, "an id for each token", f"{index!r} for {text!r}")
-        added[index] = AddedToken(text, normalized=text not in special, special=text in special)
+        added.append((index, AddedToken(text, normalized=text not in special, special=text in special)))
     return added
 
 
-def _collect(folder: Path, config: dict[str, Any], own: dict[str, Any], added: dict[int, AddedToken]) -> SpecialTokens:
+def _collect(folder: Path, config: dict[str, Any], own: dict[str, Any], added: list[tuple[int, AddedToken]]) -> SpecialTokens:
     others = {name: config[name] for name in config if _is_own(name) and _is_token(config[name])}
     values = {name: config.get(name) for name in NAMES} | others | own
-    by_text = {token.content: token for token in added.values()}
+    by_text = {token.content: token for _, token in added}  # those, too, whose id another one has taken
     named: dict[str, Token] = {}
     extra: list[Token] = []
     name = _EXTRA
@@ -164,7 +164,7 @@ def _collect(folder: Path, config: dict[str, Any], own: dict[str, Any], added: d
     except (TypeError, ValueError) as error:
         file = folder / "tokenizer_config.json"
         raise unusable(file, "special tokens that are texts", f"another {name}") from error
-    return SpecialTokens(named, extra, added)
+    return SpecialTokens(named, extra, dict(added))
 
 
 def _add(tokenizer: Tokenizer, tokens: SpecialTokens) -> None:

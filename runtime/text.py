@@ -59,9 +59,10 @@ class TextCodec:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The tokens that :meth:`decode` leaves out."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return frozenset(index for index, token in added.items() if token.special)
+        """The added tokens that :meth:`decode` leaves out."""
+        # The library is asked: it goes by the texts that ever were special, not by the flags.
+        added, decode = self._tokenizer.get_added_tokens_decoder(), self._decode_raw
+        return frozenset(one for one in added if decode([one]) != decode([one], skip_special_tokens=False))
 
     @property
     def cleans_up(self) -> bool:
@@ -166,9 +167,9 @@ class TextCodec:
         encode = self._tokenizer.encode
         return guarded(self._file, "a tokenizer that takes any text", lambda: encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def _decode_raw(self, token_ids: Seq[int]) -> str:
+    def _decode_raw(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         ids, decode = list(token_ids), self._tokenizer.decode
-        return guarded(self._file, "a tokenizer that takes any token ids", lambda: decode(ids, skip_special_tokens=True))
+        return guarded(self._file, "a tokenizer that takes any token ids", lambda: decode(ids, skip_special_tokens=skip_special_tokens))
 
     def _is_silent(self, token: int) -> bool:
         return token in self.special_ids or self._tokenizer.id_to_token(token) is None
