@@ -19,6 +19,7 @@ import trimode
 from trimode.compiler.backends import Graphs, Packs, compile_engines, lower_portable, write_lowered_graphs
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.existing import check_same, drop_targets, read_existing, without_built
+from trimode.compiler.fingerprint import LIBRARIES
 from trimode.compiler.graphfile import check_graph, save_graph
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
@@ -36,7 +37,6 @@ from trimode.runtime.bundle import sha256_of
 from trimode.runtime.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord, SourceRecord
 from trimode.runtime.pack import PrecisionWeights
 
-LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -266,7 +266,7 @@ def export_sampler(state: BuildState) -> None:
     if state.plan.sampler is None:
         return
     advance = state.progress.stage("export sampler", 1)
-    write_sampler(state.plan.sampler, state.folder / SAMPLER_FILE)
+    write_sampler(state.plan.sampler, state.folder / SAMPLER_FILE, state.cache)
     check_graph(state.folder / SAMPLER_FILE)
     state.record(SAMPLER_FILE)
     advance(1)
