@@ -19,6 +19,7 @@ import trimode
 from trimode.compiler.backends import Graphs, Packs, compile_engines, lower_portable, write_lowered_graphs
 from trimode.compiler.cache import ContentCache
 from trimode.compiler.existing import check_same, drop_targets, read_existing, without_built
+from trimode.compiler.fingerprint import LIBRARIES
 from trimode.compiler.graphfile import check_graph, save_graph
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
@@ -38,7 +39,6 @@ from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.text_files import text_files
 from trimode.texts import name_of
 
-LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 CONFIG_FILES = ("config.json", "generation_config.json")
 
 
@@ -272,7 +272,7 @@ def export_sampler(state: BuildState) -> None:
     if state.plan.sampler is None:
         return
     advance = state.progress.stage("export sampler", 1)
-    write_sampler(state.plan.sampler, state.folder / SAMPLER_FILE)
+    write_sampler(state.plan.sampler, state.folder / SAMPLER_FILE, state.cache)
     check_graph(state.folder / SAMPLER_FILE)
     state.record(SAMPLER_FILE)
     advance(1)

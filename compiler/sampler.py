@@ -9,6 +9,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from trimode.compiler.cache import ContentCache, key_of
+from trimode.compiler.fingerprint import tracing_fingerprint
 from trimode.errors import CheckpointError, UsageError
 from trimode.graphs.contract import ModelInfo
 from trimode.graphs.finite import first_not_finite
@@ -79,12 +81,30 @@ def _check_weights(file: Path) -> None:
             raise CheckpointError(f"{file}: expected finite weights, found {name} with {found.at(values.shape)}", TRAIN_SAMPLER)
 
 
-def write_sampler(source: SamplerSource, path: Path) -> None:
-    """Export the network, weights inside.
+def write_sampler(source: SamplerSource, path: Path, kept: ContentCache | None) -> None:
+    """Export the network, weights inside, or take it from the cache where it has been exported before.
 
     Raises:
         CheckpointError: its weights are not of the sizes that its record names.
     """
+    if kept is None:
+        _export(source, path)
+    else:
+        kept.fetch(_key_of_export(source.record), path, lambda entry: _export(source, entry))
+
+
+def _key_of_export(record: SamplerFile) -> str:
+    """Digest of everything that the graph depends on: weights, sizes, and the code that exports."""
+    return key_of(
+        kind="sampler",
+        weights=record.sampler_sha256,
+        shape=record.shape.model_dump(mode="json"),
+        vocab_size=record.vocab_size,
+        sources=tracing_fingerprint(),
+    )
+
+
+def _export(source: SamplerSource, path: Path) -> None:
     import onnx_ir as ir
 
     from trimode.graphs.sampler_trace import load_sampler, trace_sampler  # brings PyTorch

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import onnx_ir as ir
 
-import trimode.graphs
 from trimode.compiler.cache import ContentCache, key_of
+from trimode.compiler.fingerprint import tracing_fingerprint
 from trimode.compiler.lowering import WeightsToInputs, lower, to_bytes
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.contract import ModelInfo, Role, cache_specs, graph_contract
@@ -21,19 +19,27 @@ def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: Con
     """The graph of a role, as :func:`trimode.graphs.trace.trace_role` makes it; from the cache where it has been made before."""
     if kept is None:
         return _trace(role, checkpoint, model)
-    drafter = checkpoint.drafter
-    key = key_of(
-        kind="traced graph", role=role, config=repr(checkpoint.config), model=model.model_dump(mode="json"),
-        drafter=[drafter.rank, drafter.alpha] if drafter else None, sources=_sources_digest(),
-    )  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "traced.onnx"
-            kept.fetch(key, path, lambda entry: _write(_trace(role, checkpoint, model), entry))
+            kept.fetch(key_of_trace(role, checkpoint, model), path, lambda entry: _write(_trace(role, checkpoint, model), entry))
             return _read(path, role, model)
     except OSError as error:  # of the folder for temporary files: tracing reads and writes none
         kept.warn(error, Path(os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
         return _trace(role, checkpoint, model)
+
+
+def key_of_trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> str:
+    """Digest of everything that a traced graph depends on; weights are not among it."""
+    drafter = checkpoint.drafter if role == "draft" else None  # as trace_role: the others have no branch
+    return key_of(
+        kind="traced graph",
+        role=role,
+        config=repr(checkpoint.config),
+        model=model.model_dump(mode="json"),
+        drafter=[drafter.rank, drafter.alpha] if drafter else None,
+        sources=tracing_fingerprint(),
+    )
 
 
 def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
@@ -55,17 +61,3 @@ def _read(path: Path, role: Role, model: ModelInfo) -> ir.Model:
         graph.graph.initializers[value.name] = value
     del graph.graph.inputs[count:]
     return graph
-
-
-@cache
-def _sources_digest() -> str:
-    """Digest of the code that traces and of the libraries that take part: what is traced follows from it."""
-    import importlib.metadata
-
-    digest = hashlib.sha256()
-    for folder in trimode.graphs.__path__:
-        for path in sorted(Path(folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    for library in ("torch", "onnx", "onnx-ir", "onnxscript", "numpy"):
-        digest.update(f"{library} {importlib.metadata.version(library)}".encode())
-    return digest.hexdigest()

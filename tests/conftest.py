@@ -2,48 +2,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import SHAPES, config_of, write_checkpoint
+from once import TracedOnce, folder_of_run, made_once
 from reference import Reference
 
-from trimode.compiler import traced
+from trimode.compiler.cache import ContentCache
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import ModelInfo, Role
-from trimode.graphs.trace import trace_role
 from trimode.runtime import TriModeModel
 
 # The models are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.name != "test_readme_is_true")
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    return folder_of_run(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def run_cache(run_folder: Path) -> Iterator[ContentCache]:
     """Commands that a test starts keep graphs and engines in a folder of this run, not in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIMODE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("TRIMODE_CACHE", str(run_folder / "cache"))
+        yield ContentCache(run_folder / "cache")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Tracing takes seconds, and builds of one shape trace the same graphs; passes work on copies."""
-    graphs: dict[tuple[str, ...], ir.Model] = {}
-
-    def trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
-        key = (role, repr(checkpoint.config), model.model_dump_json(), repr(checkpoint.drafter))
-        if key not in graphs:
-            graphs[key] = trace_role(role, checkpoint.config, model, checkpoint.drafter)
-        return graphs[key]
-
+def traced_once(run_cache: ContentCache) -> Iterator[TracedOnce]:
+    """Tracing takes seconds, and builds of one shape trace the same graphs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traced, "_trace", trace)
-        yield
+        once = TracedOnce(run_cache)
+        once.patch(patch)
+        yield once
 
 
 @dataclass(frozen=True)
@@ -57,41 +59,36 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
-    """Build a named shape, once a session."""
-    done: dict[str, Built] = {}
-
-    def build(name: str) -> Built:
-        if name not in done:
-            changes, dtype, rank, shards = SHAPES[name]
-            folder = tmp_path_factory.mktemp(name)
-            checkpoint = write_checkpoint(folder / "checkpoint", config_of(**changes), dtype=dtype, rank=rank, shards=shards)
-            build_bundle(checkpoint, folder / "bundle")
-            model = TriModeModel.from_pretrained(folder / "bundle", num_threads=1)
-            done[name] = Built(checkpoint, folder / "bundle", model, Reference(checkpoint))
-        return done[name]
-
-    return build
+def built(run_folder: Path) -> Callable[[str], Built]:
+    """A named shape, built once a run and opened once a session. Tests that change files change a copy."""
+    return cache(lambda name: _built(name, run_folder))
 
 
 @pytest.fixture(scope="session")
-def quadratic(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+def quadratic(built: Callable[[str], Built], run_folder: Path) -> Callable[[str], Built]:
     """The same with the graph of quadratic self-speculation."""
-    done: dict[str, Built] = {}
-
-    def build(name: str) -> Built:
-        if name not in done:
-            plain, bundle = built(name), tmp_path_factory.mktemp(f"{name}_quadratic") / "bundle"
-            build_bundle(plain.checkpoint, bundle, BuildOptions(quadratic=True))
-            done[name] = replace(plain, bundle=bundle, model=TriModeModel.from_pretrained(bundle, num_threads=1))
-        return done[name]
-
-    return build
+    return cache(lambda name: _quadratic(built(name), run_folder / f"{name}_quadratic"))
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(run_folder: Path) -> Path:
     """A bundle of the demo checkpoint, which has a tokenizer and a chat template."""
-    bundle = tmp_path_factory.mktemp("demo") / "bundle"
-    build_bundle(Path(__file__).parents[1] / "artifacts" / "nld-tiny", bundle)
-    return bundle
+    checkpoint = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
+    return made_once(run_folder / "demo", lambda new: build_bundle(checkpoint, new / "bundle")) / "bundle"
+
+
+def _built(name: str, run_folder: Path) -> Built:
+    changes, dtype, rank, shards = SHAPES[name]
+
+    def make(folder: Path) -> None:
+        checkpoint = write_checkpoint(folder / "checkpoint", config_of(**changes), dtype=dtype, rank=rank, shards=shards)
+        build_bundle(checkpoint, folder / "bundle")
+
+    folder = made_once(run_folder / name, make)
+    model = TriModeModel.from_pretrained(folder / "bundle", num_threads=1)
+    return Built(folder / "checkpoint", folder / "bundle", model, Reference(folder / "checkpoint"))
+
+
+def _quadratic(plain: Built, folder: Path) -> Built:
+    made_once(folder, lambda new: build_bundle(plain.checkpoint, new / "bundle", BuildOptions(quadratic=True)))
+    return replace(plain, bundle=folder / "bundle", model=TriModeModel.from_pretrained(folder / "bundle", num_threads=1))

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import SHAPES, config_of, write_checkpoint
+from once import TracedOnce
 from onnx.reference import ReferenceEvaluator
 
 from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, caches, lower, to_bytes, weights
@@ -34,8 +35,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint: Checkpoint) -> dict[Role, ir.Model]:
-    return {role: trace_role(role, checkpoint.config, describe_model(checkpoint), checkpoint.drafter) for role in ALL_ROLES}
+def traced(checkpoint: Checkpoint, traced_once: TracedOnce) -> dict[Role, ir.Model]:
+    return {role: traced_once.graph(role, checkpoint, describe_model(checkpoint)) for role in ALL_ROLES}
 
 
 def feeds(checkpoint: Checkpoint, dtype: DType, graph: ir.Model, folder: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import config_of, write_checkpoint
+from once import TracedOnce
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
@@ -35,7 +36,6 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, Role
 from trimode.graphs.quantization import FORMATS, dequantize, quantize, round_to, scale_of
 from trimode.graphs.source import NUMPY_DTYPES, SourceDigest
-from trimode.graphs.trace import trace_role
 from trimode.runtime.bundle import Bundle, open_bundle
 from trimode.runtime.manifest import TargetRecord
 from trimode.runtime.ort_session import OrtSession
@@ -331,9 +331,9 @@ def test_calibrated_graphs_against_torch(
 
 
 @pytest.fixture(scope="module")
-def graph(checkpoint: Path) -> ir.Model:
+def graph(checkpoint: Path, traced_once: TracedOnce) -> ir.Model:
     opened = open_checkpoint(checkpoint)
-    return trace_role("draft", opened.config, describe_model(opened), opened.drafter)
+    return traced_once.graph("draft", opened, describe_model(opened))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -22,6 +22,7 @@ from conftest import Built
 from host_gpu import MAGIC, HostCuda, HostDriver, host_tensorrt
 from hypothesis import given
 from hypothesis import strategies as st
+from once import TracedOnce
 from safetensors.torch import load_file, save_file
 
 from trimode.compiler.backends import lower_for
@@ -30,7 +31,6 @@ from trimode.compiler.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
-from trimode.graphs.trace import trace_role
 from trimode.runtime import device, tensorrt_memory
 from trimode.runtime.batch import BatchRequest
 from trimode.runtime.bundle import Bundle, read_manifest
@@ -102,10 +102,10 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def graphs(quadratic: Callable[[str], Built]) -> dict[Role, Any]:
+def graphs(quadratic: Callable[[str], Built], traced_once: TracedOnce) -> dict[Role, Any]:
     """As traced."""
     opened = open_checkpoint(quadratic(SHAPE).checkpoint)
-    return {role: trace_role(role, opened.config, quadratic(SHAPE).model.model, opened.drafter) for role in ALL_ROLES}
+    return {role: traced_once.graph(role, opened, quadratic(SHAPE).model.model) for role in ALL_ROLES}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,80 @@
+"""What is made once a run, whichever worker asks first: folders, and traced graphs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from filelock import FileLock
+
+from trimode.compiler import pipeline, traced
+from trimode.compiler.cache import ContentCache
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.contract import ModelInfo, Role
+
+
+def folder_of_run(own: Path) -> Path:
+    """The folder that the workers of a run share; ``own`` is a worker's base of temporary folders."""
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """``folder``, which ``make`` fills for the first who asks; the others wait for it. Nobody may change it later."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
+class TracedOnce:
+    """Takes the place of the compiler's tracing: a graph is traced once a run, by way of the compiler's own cache.
+
+    Commands in processes of their own use the same cache, where they are given none of their own. Passes work on copies of a graph, so
+    builds in one process share it.
+    """
+
+    def __init__(self, kept: ContentCache) -> None:
+        self._kept = kept
+        self._graphs: dict[str, ir.Model] = {}
+        self._traced_graph, self._trace = traced.traced_graph, traced._trace
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(pipeline, "traced_graph", self.traced_graph)
+        patch.setattr(traced, "_trace", self.trace)
+
+    def graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        """A graph of the caller's own, with or without a build."""
+        return self._shared(role, checkpoint, model).clone()
+
+    def fill(self, kept: ContentCache, checkpoint: Checkpoint, model: ModelInfo, roles: Iterable[Role]) -> None:
+        """Put graphs into a cache of the test's own."""
+        for role in roles:
+            self.traced_graph(role, checkpoint, model, kept)
+
+    def anew(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        """As without any cache."""
+        return self._trace(role, checkpoint, model)
+
+    def _shared(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        key = traced.key_of_trace(role, checkpoint, model)
+        if key not in self._graphs:
+            self._graphs[key] = self._traced_graph(role, checkpoint, model, self._kept)
+        return self._graphs[key]
+
+    def traced_graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None) -> ir.Model:
+        """What the pipeline calls. A build with a cache reads from it and writes to it, as ever."""
+        graph = self._shared(role, checkpoint, model)
+        return graph if kept is None else self._traced_graph(role, checkpoint, model, kept)
+
+    def trace(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        """What is called for a graph that a cache lacks."""
+        graph = self._graphs.get(traced.key_of_trace(role, checkpoint, model))
+        return self._trace(role, checkpoint, model) if graph is None else graph
