@@ -13,8 +13,13 @@ import trimode
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 MODULES = (
+    "trimode.disk",
     "trimode.errors",
+    "trimode.exchange",
     "trimode.files",
+    "trimode.hints",
+    "trimode.places",
+    "trimode.records",
     "trimode.texts",
     "trimode.graphs",
     "trimode.compiler.lowering",
