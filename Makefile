@@ -28,9 +28,10 @@ demo: setup
 	  echo; echo "trimode run $(BUNDLE) --mode $$mode --prompt \"$$prompt\""; \
 	  $(BIN)/trimode run $(BUNDLE) --mode $$mode --prompt "$$prompt" || exit 1; done; done
 
-# Modules stay together, since what they build is shared within one; two workers, each with one thread for PyTorch and ONNX Runtime to share.
+# Two workers, each with one thread for PyTorch and ONNX Runtime to share. Each begins at an end of the list of tests and takes them in order, so
+# that a module's fixtures are mostly made once; graphs are traced, and the common bundles built, once for both.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,11 @@ from trimode.runtime import TriModeModel
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.name != "test_readme_is_true")
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this run share."""

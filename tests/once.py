@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -53,6 +53,11 @@ class TracedOnce:
     def graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
         """A graph of the caller's own, with or without a build."""
         return self._shared(role, checkpoint, model).clone()
+
+    def fill(self, kept: ContentCache, checkpoint: Checkpoint, model: ModelInfo, roles: Iterable[Role]) -> None:
+        """Put graphs into a cache of the test's own."""
+        for role in roles:
+            self.traced_graph(role, checkpoint, model, kept)
 
     def anew(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
         """As without any cache."""

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -349,11 +350,26 @@ class Stopped(Silent):
         return advance if name == self._stage else super().stage(name, total)
 
 
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """A calibration with the head, from one uninterrupted run."""
+    outputs = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def calibrate(precision: Any) -> Path:
+        run(folder, outputs / precision, replace(FP8, precision=precision, quantizes_head=True))
+        return outputs / precision
+
+    return calibrate
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("stage", "steps"), [("decode", 2), ("calibrate", 1), ("calibrate", 3)])
-def test_resumes_to_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, stage: str, steps: int) -> None:
+def test_resumes_to_the_same_bytes(
+    folder: Path, whole: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, stage: str, steps: int
+) -> None:
     settings = replace(FP8, precision=precision, quantizes_head=True)
-    run(folder, tmp_path / "whole", settings)
+    expected = whole(precision)
     output = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
         run(folder, output, settings, Stopped(stage, steps))
@@ -370,7 +386,7 @@ def test_resumes_to_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch: py
     assert len(answered) == 3 - num_answered
     assert not work.exists()
     for file in ("calibration.json", "scales.safetensors"):
-        assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (output / file).read_bytes() == (expected / file).read_bytes()
 
 
 def interrupted(folder: Path, output: Path) -> Path:

@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 from checkpoints import config_of, write_checkpoint
+from once import TracedOnce
 
 from trimode.compiler import engines, pipeline
+from trimode.compiler.cache import ContentCache
 from trimode.compiler.engine_builder import PhaseTree
 from trimode.compiler.inspect_command import describe, sharing
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.plan import describe_model
 from trimode.compiler.targets import find_target
 from trimode.errors import BuildError, DependencyError, UsageError
+from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.contract import ROLES
 from trimode.runtime.bundle import open_bundle
 
@@ -33,6 +37,19 @@ ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("c") / "small", config_of(num_hidden_layers=1), rank=2)
+
+
+@pytest.fixture
+def kept(run_cache: ContentCache) -> Path:
+    """Where the run keeps engines, for tests of something else than compiling them."""
+    return run_cache.folder
+
+
+@pytest.fixture
+def graphs_at_hand(checkpoint: Path, tmp_path: Path, traced_once: TracedOnce) -> None:
+    """The cache of a test's own commands has the graphs already: they begin to compile at once."""
+    opened = open_checkpoint(checkpoint)
+    traced_once.fill(ContentCache(tmp_path / "cache"), opened, describe_model(opened), ROLES)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -79,10 +96,10 @@ def test_shared_engines_hold_no_weights_and_baked_ones_do(tmp_path: Path) -> Non
     assert len(engine["baked"]) - len(engine["shared"]) > 0.8 * 2 * 3 * 512 * 128  # at least the three matrices of the MLP
 
 
-def test_adding_a_target_adds_only_its_engines(checkpoint: Path, tmp_path: Path) -> None:
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("cpu", "sm86"), block_lengths=(8,)))
+def test_adding_a_target_adds_only_its_engines(checkpoint: Path, tmp_path: Path, kept: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("cpu", "sm86"), block_lengths=(8,), cache=kept))
     before = files_of(tmp_path / "bundle")
-    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,)))
+    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,), cache=kept))
     assert result.built == ("sm89",)
     after = files_of(tmp_path / "bundle")
     assert {name: data for name, data in after.items() if name in before and name != "manifest.json"} == {
@@ -92,8 +109,8 @@ def test_adding_a_target_adds_only_its_engines(checkpoint: Path, tmp_path: Path)
     assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "sm86", "sm89"]
 
 
-def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = BuildOptions(targets=("sm89",), block_lengths=(8,))
+def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept)
     build_bundle(checkpoint, tmp_path / "bundle", options)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")}
     monkeypatch.setattr("trimode.compiler.pipeline.traced_graph", None)  # nothing may be traced
@@ -101,8 +118,8 @@ def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path,
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")} == before
 
 
-def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path) -> None:
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,)))
+def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path, kept: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89", "sm86"), block_lengths=(8,), cache=kept))
     result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(4, 8), max_batch=3))
     assert result.built == ("sm89",)
     targets = open_bundle(tmp_path / "bundle").chosen.targets
@@ -111,8 +128,8 @@ def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path) -> 
     assert [p.rows[0] for p in targets["sm86"].graphs["verify"].profiles] == [8]
 
 
-def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, tmp_path: Path) -> None:
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, tmp_path: Path, kept: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept))
     other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
     for source, options, message in (
         (other, BuildOptions(targets=("sm86",)), "other weights"),
@@ -123,7 +140,7 @@ def test_a_bundle_takes_no_other_weights_precision_or_lengths(checkpoint: Path, 
         with pytest.raises(UsageError, match=message):
             build_bundle(source, tmp_path / "bundle", options)
     copy = write_checkpoint(tmp_path / "copy", config_of(num_hidden_layers=1), rank=2)  # another folder and another time, the same bytes
-    assert build_bundle(copy, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,))).built == ()
+    assert build_bundle(copy, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept)).built == ()
 
 
 def test_the_cache_serves_other_bundles_and_other_weights(checkpoint: Path, tmp_path: Path) -> None:
@@ -183,8 +200,9 @@ def run_build(checkpoint: Path, tmp_path: Path, *more: str) -> subprocess.Popen[
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_build_leaves_bundle_and_cache_whole(checkpoint: Path, tmp_path: Path, how: signal.Signals) -> None:
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,)))
+@pytest.mark.usefixtures("graphs_at_hand")
+def test_an_interrupted_build_leaves_bundle_and_cache_whole(checkpoint: Path, tmp_path: Path, kept: Path, how: signal.Signals) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,), cache=kept))
     before = files_of(tmp_path / "bundle")
     process = run_build(checkpoint, tmp_path, "--target", "sm89", "--target", "sm120", "--jobs", "1")
     assert process.stderr is not None
@@ -209,6 +227,7 @@ def test_an_interrupted_build_leaves_bundle_and_cache_whole(checkpoint: Path, tm
     assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
 
 
+@pytest.mark.usefixtures("graphs_at_hand")
 def test_two_builds_of_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
     build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(block_lengths=(8,), precision="bf16"))
     running = [run_build(checkpoint, tmp_path, "--target", "sm89"), run_build(checkpoint, tmp_path, "--target", "sm120")]
@@ -221,7 +240,7 @@ def test_two_builds_of_one_bundle(checkpoint: Path, tmp_path: Path) -> None:
     assert set(files_of(tmp_path / "bundle")) == {*bundle.manifest.files, "manifest.json"}
 
 
-def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another build adds its target after this one has read the manifest and before it takes the lock."""
     build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(precision="bf16"))
     compare = pipeline.check_same
@@ -233,12 +252,13 @@ def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, 
 
     monkeypatch.setattr(pipeline, "check_same", slow)
     with pytest.raises(BuildError, match="another build has changed it"):
-        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+        build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept))
     assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "cuda"]
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,)))
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept))
     assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "cuda", "sm89"]
 
 
+@pytest.mark.usefixtures("graphs_at_hand")
 def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "--target", "sm89", "--block-lengths", "8", "--json"]
     environment = {**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")}
@@ -248,11 +268,12 @@ def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_a_full_disk_leaves_the_bundle_whole(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("graphs_at_hand")
+def test_a_full_disk_leaves_the_bundle_whole(checkpoint: Path, tmp_path: Path, kept: Path) -> None:
     """A limit on file size makes writing an engine fail in the middle, as a full disk does."""
     import resource
 
-    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,)))
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,), cache=kept))
     before = files_of(tmp_path / "bundle")
     command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--target", "sm89"]
     done = subprocess.run(
