@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from trimode.compiler.attention_lowering import QueriesToOutputs
 from trimode.compiler.cache import ContentCache, key_of
 from trimode.compiler.engine_builder import EngineJob
 from trimode.compiler.engines import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
@@ -53,6 +54,8 @@ def lower_for(
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
     passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, input_scales)]
+    if record.backend == "tensorrt_rtx":
+        passes.append(QueriesToOutputs())
     if record.placement == "shared":
         passes.append(WeightsToInputs())
     return lower(graph, *passes)
