@@ -8,13 +8,16 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from trimode.compiler.attention_lowering import QueriesToOutputs
 from trimode.compiler.cache import ContentCache, key_of
+from trimode.compiler.choices_lowering import ChooseBeforeWidening
 from trimode.compiler.engine_builder import EngineJob
 from trimode.compiler.engines import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
 from trimode.compiler.graphfile import point_into_packs
 from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, lower, to_bytes
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.progress import Progress
+from trimode.compiler.quantize.constants import ScalesToConstants
 from trimode.compiler.quantize.lowering import QuantizeWeights, Stored
 from trimode.compiler.quantize.nvfp4_lowering import Nvfp4ForTensorRT, Nvfp4InFloat32
 from trimode.compiler.quantize.products import AccuracyLevel, MultiplyInt4
@@ -44,15 +47,19 @@ def lower_for(
     record: TargetRecord,
     graph: ir.Model,
     pack: Mapping[str, Stored] = MappingProxyType({}),
-    input_scales: Mapping[str, Floats] = MappingProxyType({}),
+    scales: Mapping[str, Floats] = MappingProxyType({}),
 ) -> ir.Model:
-    """The passes a target asks for; ``pack`` tells which weights are quantized, ``input_scales`` what becomes part of a graph (nvfp4)."""
+    """The passes a target asks for; ``pack`` tells which weights are quantized, ``scales`` which of their scales become part of a graph."""
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
         passes.append(StaticCacheCapacity(record.capacity))
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
-    passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, input_scales)]
+    passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, scales)]
+    if record.backend == "tensorrt_rtx":
+        passes += [ChooseBeforeWidening(), QueriesToOutputs()]
+    if record.backend == "tensorrt_rtx" and record.placement == "shared":
+        passes.append(ScalesToConstants(scales))
     if record.placement == "shared":
         passes.append(WeightsToInputs())
     return lower(graph, *passes)
@@ -70,7 +77,7 @@ def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, 
 
 def compile_engines(
     plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], packs: Packs | None, folder: Path, cache: ContentCache | None,
-    progress: Progress, input_scales: Mapping[str, Floats] = MappingProxyType({}),
+    progress: Progress, scales: Mapping[str, Floats] = MappingProxyType({}),
 ) -> int:  # fmt: skip
     """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
 
@@ -82,7 +89,8 @@ def compile_engines(
         folder: of the bundle, or where its new parts are staged.
         cache: of engines; None = compile all.
         progress: told about the stage.
-        input_scales: global scales of nvfp4 inputs by name, which become part of the engines, and with them of their keys in the cache.
+        scales: by name, what becomes part of the engines, and with them of their keys in the cache: of nvfp4 the global scales of inputs, of 8 bits
+            all scales.
 
     Raises:
         BuildError: a library refuses a graph.
@@ -92,7 +100,7 @@ def compile_engines(
         return 0
     # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered once, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
-    lowered = {role: _write_lowered(record, role, graph, tensors, input_scales, folder) for role, graph in graphs.items()}
+    lowered = {role: _write_lowered(record, role, graph, tensors, scales, folder) for role, graph in graphs.items()}
     tasks = [_task(plan, name, role, path, packs) for name in records for role, path in lowered.items()]
     advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     try:
@@ -103,9 +111,9 @@ def compile_engines(
 
 
 def _write_lowered(
-    record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], input_scales: Mapping[str, Floats], folder: Path
+    record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], scales: Mapping[str, Floats], folder: Path
 ) -> Path:
-    lowered = lower_for(record, graph, tensors, input_scales)
+    lowered = lower_for(record, graph, tensors, scales)
     if record.placement == "baked":
         point_into_packs(lowered, tensors, folder)
     path = folder / f".{role}.onnx"

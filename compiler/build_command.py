@@ -12,6 +12,7 @@ from trimode.compiler.console import RichProgress
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.output import print_json
 from trimode.compiler.pipeline import BuildResult, build_bundle
+from trimode.compiler.plans.report import read_plans, warnings_of
 from trimode.compiler.quantize.scales import RTN
 from trimode.compiler.sampler import SAMPLER_FILE
 from trimode.runtime.cache_folder import usual_folder
@@ -62,7 +63,15 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         result = build_bundle(checkpoint, output, options, progress)
     if request.as_json:
         print_json(_as_data(output, result))
-    sys.stderr.write(_in_words(output, result) + "\n")
+    for line in (*_plan_warnings(output, result), _in_words(output, result)):
+        sys.stderr.write(line + "\n")
+
+
+def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
+    """What the plans of the engines that were built now give reason to say."""
+    targets = {name: record for name, record in result.record.targets.items() if name in result.built}
+    built = result.record.model_copy(update={"targets": targets})
+    return list(warnings_of(read_plans(output, {result.precision: built})))
 
 
 def _calibration(value: str | None) -> Path | Literal["rtn"] | None:

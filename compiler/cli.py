@@ -517,8 +517,20 @@ def bench(
 
 
 @app.command()
-def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+def inspect(
+    bundle: BundlePath,
+    plans: Annotated[bool, typer.Option("--plans", help="Show what a forward of each TensorRT-RTX engine moves on the GPU.")] = False,
+    target: Annotated[str | None, typer.Option(metavar="NAME", help="With --plans: engines of this target alone.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a bundle holds: model, graphs, files, sizes, versions."""
+    if target is not None and not plans:
+        raise UsageError("expected --target with --plans, found it alone", "add --plans, or leave --target out")
+    if plans:
+        from trimode.compiler.plans.command import inspect_plans
+
+        inspect_plans(bundle, target, as_json=as_json)
+        return
     from trimode.compiler.inspect_command import inspect_bundle
 
     inspect_bundle(bundle, as_json=as_json)

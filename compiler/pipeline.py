@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from trimode.compiler.graphfile import check_graph, save_graph
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.progress import Progress, Silent
+from trimode.compiler.quantize.constants import known_scales, read_scales
 from trimode.compiler.sampler import SAMPLER_FILE, write_sampler
 from trimode.compiler.staging import added_to_bundle, check_destination, check_space, staged_folder
 from trimode.compiler.toolchain import require_toolchain
@@ -256,8 +257,10 @@ def compile_targets(state: BuildState) -> None:
                 state.record(engine.file)
 
 
-def _constant_scales(state: BuildState) -> dict[str, Floats]:
-    """The global scales of nvfp4 inputs, by name: from the calibration, or from the pack that the bundle has already."""
+def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
+    """The scales that become part of engines, by name: from the calibration, or from the pack."""
+    if state.plan.precision in ("fp8", "int8") and any(record.backend == "tensorrt_rtx" for record in state.plan.records.values()):
+        return _scales_of_8_bits(state)
     if state.plan.precision != "nvfp4":
         return {}
     if state.plan.quantization is not None:
@@ -265,6 +268,15 @@ def _constant_scales(state: BuildState) -> dict[str, Floats]:
         return {name: scale_of(amax, "nvfp4", "float32") for name, amax in given.items() if amax is not None}
     weights = PrecisionWeights(state.packs)
     return {name: np.array(weights.widened(name)) for name in weights.entries if name.endswith(".input_scale")}
+
+
+def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
+    known = known_scales(state.plan.quantization, state.plan.dtype) if state.plan.quantization else None
+    if known is not None:
+        return known
+    if state.writer is not None:
+        state.writer.result()  # scales that are taken from the weights are there when these are written
+    return read_scales(state.packs)
 
 
 def export_sampler(state: BuildState) -> None:

@@ -1,7 +1,8 @@
 """Targets as data: where a bundle can run, what each place can compute, and which library compiles for it.
 
 Compute capabilities and memory are those of NVIDIA's product pages (https://developer.nvidia.com/cuda-gpus); what TensorRT-RTX compiles
-ahead of time, without the GPU, is its ``ComputeCapability`` enumeration.
+ahead of time, without the GPU, is its ``ComputeCapability`` enumeration. Memory bandwidths are those of NVIDIA's data sheets (per GPU;
+SXM modules where there are several forms): peak figures, which no kernel quite reaches.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Target:
         compute_capability: of its GPU, as ``8.9``; None for a CPU, or where any GPU will do.
         precisions: what it can compute, the preferred one first.
         memory_gb: of the GPU, in 10^9 bytes; the smallest variant sold; None where it depends on the machine.
+        bandwidth_gb_s: of that memory, in 10^9 bytes a second; None where it depends on the machine.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Target:
     compute_capability: str | None
     precisions: tuple[Precision, ...]
     memory_gb: int | None = None
+    bandwidth_gb_s: int | None = None
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -63,27 +66,27 @@ _ARCHITECTURES: dict[str, tuple[Backend, tuple[Precision, ...]]] = {
     "12.1": ("tensorrt_rtx", _BLACKWELL),
 }
 
-_GPUS: tuple[tuple[str, str, int], ...] = (
-    ("rtx-pro-6000", "12.0", 96),
-    ("rtx-5090", "12.0", 32),
-    ("dgx-spark", "12.1", 128),
-    ("rtx-4090", "8.9", 24),
-    ("l4", "8.9", 24),
-    ("l40s", "8.9", 48),
-    ("rtx-3090", "8.6", 24),
-    ("a10", "8.6", 24),
-    ("a100", "8.0", 40),
-    ("t4", "7.5", 16),
-    ("h100", "9.0", 80),
-    ("h200", "9.0", 141),
-    ("b200", "10.0", 180),
-    ("gb200", "10.0", 186),
+_GPUS: tuple[tuple[str, str, int, int], ...] = (
+    ("rtx-pro-6000", "12.0", 96, 1792),
+    ("rtx-5090", "12.0", 32, 1792),
+    ("dgx-spark", "12.1", 128, 273),
+    ("rtx-4090", "8.9", 24, 1008),
+    ("l4", "8.9", 24, 300),
+    ("l40s", "8.9", 48, 864),
+    ("rtx-3090", "8.6", 24, 936),
+    ("a10", "8.6", 24, 600),
+    ("a100", "8.0", 40, 1555),
+    ("t4", "7.5", 16, 320),
+    ("h100", "9.0", 80, 3350),
+    ("h200", "9.0", 141, 4800),
+    ("b200", "10.0", 180, 8000),
+    ("gb200", "10.0", 186, 8000),
 )
 
 TARGETS: dict[str, Target] = {
     "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")),
     "cuda": Target("cuda", "onnxruntime", None, ("fp16", "bf16")),
-    **{name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory) for name, cc, memory in _GPUS},
+    **{name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory, bandwidth) for name, cc, memory, bandwidth in _GPUS},
 }
 
 

@@ -22,6 +22,9 @@ ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
 TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
 
+SCRATCH = "scratch"
+"""How the names of outputs begin that a compiled graph has beside the contract's, and that nobody reads."""
+
 MAX_BLOCK_LENGTH = 64
 """Slots of the longest block that a bundle takes."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimode.graphs.contract import DType, ModelInfo, Role, TensorSpec
+from trimode.graphs.contract import SCRATCH, DType, ModelInfo, Role, TensorSpec
 from trimode.runtime.manifest import EngineRecord
 from trimode.runtime.pack import PackEntry
 from trimode.runtime.tensorrt_library import EngineLibrary, load_runtime_cache, save_runtime_cache
@@ -98,7 +98,8 @@ class LoadedGraph:
         keys_values = memory.keys_values.address + first * memory.cache.sequence_bytes
         named = {name: io + offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)}
         caches = {name: keys_values + memory.cache.layout.offsets[tensor] for name, tensor in self.bindings.caches.items()}
-        return named | caches | {name: weights[name] for name in self.bindings.weights}
+        scratch = dict.fromkeys(self.bindings.scratch, io + offsets[SCRATCH])
+        return named | caches | scratch | {name: weights[name] for name in self.bindings.weights}
 
     def shapes(self, rows: int, batch: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs that have no fixed one, for ``batch`` sequences of ``rows`` rows."""

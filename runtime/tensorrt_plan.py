@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.graphs.contract import DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.graphs.contract import SCRATCH, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
 from trimode.hints import REBUILD_TARGET
 from trimode.runtime.device import Gpu
 from trimode.runtime.manifest import EngineRecord, ProfileRecord
@@ -79,12 +79,18 @@ class IoLayout:
     copied_end: int
 
 
-def lay_out_io(contract: GraphContract, rows: int, batch: int = 1) -> IoLayout:
-    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins where the longest would."""
+def lay_out_io(contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0) -> IoLayout:
+    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins where the longest would.
+
+    ``scratch_bytes`` are for outputs that nobody reads (:func:`query_bytes`). All of them share one place: a layer's query is computed from
+    what the layers before it gave, and so is written only after theirs have been read.
+    """
     inputs = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.inputs}
     copied = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name not in DEVICE_OUTPUTS}
     kept = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name in DEVICE_OUTPUTS}
-    return IoLayout(contract, lay_out(inputs | copied | kept), lay_out(inputs).num_bytes, lay_out(inputs | copied).num_bytes)
+    return IoLayout(
+        contract, lay_out(inputs | copied | kept | {SCRATCH: scratch_bytes}), lay_out(inputs).num_bytes, lay_out(inputs | copied).num_bytes
+    )
 
 
 def tensor_shape(spec: TensorSpec, rows: int, batch: int = 1) -> tuple[int, ...]:
@@ -96,6 +102,11 @@ def tensor_shape(spec: TensorSpec, rows: int, batch: int = 1) -> tuple[int, ...]
 def tensor_bytes(spec: TensorSpec, rows: int, batch: int = 1) -> int:
     """Size of an input or output for ``batch`` sequences of ``rows`` rows."""
     return math.prod(tensor_shape(spec, rows, batch)) * ITEM_SIZES[spec.dtype]
+
+
+def query_bytes(model: ModelInfo, dtype: DType, role: Role, rows: int, batch: int = 1) -> int:
+    """Size of one layer's queries, ``(batch, heads, rows, head size)``, in a forward of a role."""
+    return batch * model.num_attention_heads * slots_written(role, rows) * model.head_dim * ITEM_SIZES[dtype]
 
 
 def max_rows(record: EngineRecord) -> int:
@@ -155,12 +166,14 @@ class BindingPlan:
         outputs: of the contract.
         caches: engine tensor -> cache tensor, past and present alike.
         weights: to be bound from the pack.
+        scratch: outputs that nobody reads.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     caches: dict[str, str]
     weights: tuple[str, ...]
+    scratch: tuple[str, ...] = ()
 
 
 def plan_bindings(
@@ -172,7 +185,7 @@ def plan_bindings(
         role: for messages.
         tensors: as the engine has them.
         contract: inputs and outputs of the role.
-        model: how many layers.
+        model: how many layers, and what a query's shape is.
         cache: type and shape of every cache tensor.
         pack: the precision's tensors.
 
@@ -186,19 +199,22 @@ def plan_bindings(
     for name in (*outputs, *caches):
         if name not in by_name:
             raise BundleError(f"{role} engine: expected a tensor {name}, found none", REBUILD_TARGET)
-    weights = []
+    weights, scratch = [], []
     for name, tensor in by_name.items():
         if name in caches:
             _check_tensor(role, tensor, cache.dtype, cache.shape)
         elif name in inputs or name in outputs:
             spec = inputs.get(name) or outputs[name]
             _check_tensor(role, tensor, spec.dtype, spec.shape)
+        elif not tensor.is_input and name.startswith(f"{SCRATCH}."):
+            _check_tensor(role, tensor, cache.dtype, ("batch", model.num_attention_heads, "query_rows", model.head_dim))
+            scratch.append(name)
         elif tensor.is_input and name in pack:
             _check_tensor(role, tensor, pack[name].dtype, pack[name].shape)
             weights.append(name)
         else:
             raise BundleError(f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}", REBUILD_TARGET)
-    return BindingPlan(tuple(n for n in inputs if n in by_name), tuple(outputs), caches, tuple(weights))
+    return BindingPlan(tuple(n for n in inputs if n in by_name), tuple(outputs), caches, tuple(weights), tuple(scratch))
 
 
 def _check_tensor(role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]) -> None:

@@ -13,10 +13,10 @@ from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs
 from trimode.hints import ADD_TARGET, BUILD, REBUILD_TARGET
 from trimode.runtime.bundle import Bundle
 from trimode.runtime.device import Gpu, NoGpu
-from trimode.runtime.manifest import TargetRecord
+from trimode.runtime.manifest import Manifest, TargetRecord
 from trimode.runtime.pack import PrecisionWeights
 from trimode.runtime.tensorrt_library import import_library
-from trimode.runtime.tensorrt_plan import CacheLayout, IoLayout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows
+from trimode.runtime.tensorrt_plan import CacheLayout, IoLayout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows, query_bytes
 
 _MAGIC = (b"vtrt", b"ftrt")
 """How the engine files of TensorRT-RTX and of TensorRT begin."""
@@ -60,7 +60,7 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
 
     def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
-        io = {role: lay_out_io(manifest.contracts[role], max_rows(target.graphs[role]), batch) for role in engines}
+        io = {role: _lay_out_io(manifest, target, role, batch) for role in engines}
         return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
 
     cache_layout, io = lay_out(1)
@@ -68,6 +68,12 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     io_bytes = sum(one.layout.num_bytes for one in io.values())
     memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.layout.num_bytes, io_bytes)
     return Prepared(trt, engines, weights, io, cache, lay_out, memory)
+
+
+def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
+    rows = max_rows(target.graphs[role])
+    scratch = query_bytes(manifest.model, target.compute_dtype, role, rows, batch) if target.backend == "tensorrt_rtx" else 0
+    return lay_out_io(manifest.contracts[role], rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

@@ -241,6 +241,7 @@ class ICudaEngine:
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         sizes = dict(zip(("batch", "rows"), shapes["input_ids"], strict=True))
+        sizes["query_rows"] = sizes["rows"] * (sizes["rows"] + 1) if "top_ids" in self.tensors and "greedy_ids" in self.tensors else sizes["rows"]
         binding = self._session.io_binding()
         for name, value in self.tensors.items():
             shape = [sizes[d] if isinstance(d, str) else d for d in value.shape]

@@ -14,6 +14,8 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from once import TracedOnce
 from onnx.reference import ReferenceEvaluator
 
+from trimode.compiler.attention_lowering import QueriesToOutputs
+from trimode.compiler.choices_lowering import ChooseBeforeWidening
 from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, caches, lower, to_bytes, weights
 from trimode.compiler.plan import describe_model
 from trimode.compiler.weights import plan_pack, write_pack
@@ -124,12 +126,48 @@ def test_weights_stored_in_sixteen_bits_are_widened(checkpoint: Checkpoint, trac
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_queries_are_returned_and_nothing_else_changes(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path) -> None:
+    model = describe_model(checkpoint)
+    names = [spec.name for spec in (*graph_contract(role, model).outputs, *cache_specs(model, "present"))]
+    plain = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    marked = lower(traced[role], StaticCacheCapacity(CAPACITY), QueriesToOutputs(), WeightsToInputs())
+    queries = [f"scratch.query.{layer}" for layer in range(model.num_hidden_layers)]
+    assert [value.name for value in marked.graph.outputs] == [*names, *queries]
+    fed = feeds(checkpoint, "float32", plain, tmp_path)
+    found = run_ort(marked, fed, [*names, *queries])
+    for one, other in zip(run_ort(plain, fed, names), found, strict=False):
+        np.testing.assert_array_equal(one, other)
+    rows = fed["input_ids"].shape[1]
+    shape = (2, model.num_attention_heads, rows * (rows + 1) if role == "quadratic" else rows, model.head_dim)
+    assert {query.shape for query in found[len(names) :]} == {shape}
+
+
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_tokens_are_chosen_from_narrow_logits_and_are_the_same(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+) -> None:
+    """ONNX's reference evaluator, in bf16: every output bit for bit."""
+    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    wide = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), WeightsToInputs())
+    narrow = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), ChooseBeforeWidening(), WeightsToInputs())
+    choosing = [node for node in narrow.graph if node.op_type in ("ArgMax", "TopK")]
+    assert choosing
+    assert {node.inputs[0].dtype for node in choosing if node.inputs[0] is not None} == {ir.DataType.BFLOAT16}
+    fed = feeds(checkpoint, "bfloat16", wide, tmp_path)
+    one, other = (ReferenceEvaluator(onnx.load_from_string(to_bytes(graph))).run(names, fed) for graph in (wide, narrow))
+    for name, expected, found in zip(names, one, other, strict=True):
+        assert expected.dtype == found.dtype, name
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
 def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model]) -> None:
     twice = {
         "StaticCacheCapacity": (StaticCacheCapacity(8), StaticCacheCapacity(9)),
         "ComputeType": (ComputeType("float16"), ComputeType("bfloat16")),
         "StoredType": (ComputeType("float16"), StoredType("bfloat16")),
         "WeightsToInputs": (WeightsToInputs(), WeightsToInputs()),
+        "QueriesToOutputs": (QueriesToOutputs(), QueriesToOutputs()),
     }
     for name, steps in twice.items():
         with pytest.raises(BuildError, match=rf"lower the graph \({name}\)"):

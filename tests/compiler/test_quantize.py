@@ -27,9 +27,11 @@ from trimode.compiler.lowering import lower, to_bytes
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import describe_model
+from trimode.compiler.quantize.constants import known_scales, read_scales
 from trimode.compiler.quantize.lowering import QuantizeWeights
-from trimode.compiler.quantize.scales import LayerScales
+from trimode.compiler.quantize.scales import LayerScales, load_quantization
 from trimode.compiler.quantize.weight_stream import WeightStream
+from trimode.compiler.weights import plan_pack, write_pack
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
 from trimode.graphs.calibration import Calibration, QuantizedPrecision, save_calibration
 from trimode.graphs.checkpoint import open_checkpoint
@@ -387,13 +389,37 @@ def test_rounded_weights_compile(checkpoint: Path, tmp_path: Path, precision: Qu
 
 @pytest.mark.parametrize(("precision", "targets"), [("fp8", ("sm89", "sm120", "sm121")), ("int8", ("sm80",))])
 def test_calibrated_weights_compile(checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, targets: tuple[str, ...]) -> None:
-    """All scales are inputs: another calibration of the same layers finds the engines in the cache."""
+    """Scales are constants of the engines: the cache has them for the same scales, not for another calibration of the same layers."""
     scales = make_scales(checkpoint, precision)
     folder = calibration_for(checkpoint, tmp_path / "cal", precision, scales)
     options = BuildOptions(targets, calibration=folder, block_lengths=(8,), cache=tmp_path / "cache")
     assert build_bundle(checkpoint, tmp_path / "one", options).num_cached == 0
+    assert build_bundle(checkpoint, tmp_path / "again", options).num_cached == 3 * len(targets)
     calibration_for(checkpoint, folder, precision, {name: np.asarray(values * np.float32(1.25)) for name, values in scales.items()})
-    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 3 * len(targets)
+    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 0
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_constant_scales_are_those_of_the_pack(checkpoint: Path, graph: ir.Model, tmp_path: Path, precision: QuantizedPrecision) -> None:
+    folder = calibration_for(checkpoint, tmp_path / "cal", precision, make_scales(checkpoint, precision))
+    opened = open_checkpoint(checkpoint)
+    quantization = load_quantization(folder, precision, opened)
+    layout, _ = plan_pack(opened, describe_model(opened).num_positions, "bfloat16", quantization)
+    write_pack(layout, tmp_path / "weights.safetensors", lambda _: None)
+    known, held = known_scales(quantization, "bfloat16"), read_scales([tmp_path / "weights.safetensors"])
+    assert known is not None
+    assert known.keys() == held.keys()
+    record = TargetRecord(
+        backend="tensorrt_rtx", device="cuda", compute_capability="8.9", compute_dtype="bfloat16", placement="shared", capacity=99,
+        workspace_mib=None, library="", graphs={},
+    )  # fmt: skip
+    lowered = lower_for(record, graph, layout.tensors, known)
+    assert not known.keys() & {value.name for value in lowered.graph.inputs}
+    for name, values in known.items():
+        np.testing.assert_array_equal(values, held[name])
+        np.testing.assert_array_equal(lowered.graph.initializers[name].const_value.numpy().astype(np.float32), values)
+    with pytest.raises(BuildError, match="ScalesToConstants"):
+        lower_for(record, graph, layout.tensors, {name: values[None] for name, values in known.items()})
 
 
 def test_the_runtime_knows_the_types() -> None:

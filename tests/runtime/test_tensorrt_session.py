@@ -48,7 +48,9 @@ from trimode.runtime.tensorrt_plan import (
     lay_out,
     lay_out_cache,
     lay_out_io,
+    max_rows,
     plan_bindings,
+    query_bytes,
     tensor_bytes,
 )
 from trimode.runtime.tensorrt_session import TensorRTSession
@@ -472,6 +474,22 @@ def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> Non
             assert begin + tensor_bytes(spec, 32) <= (io.layout.num_bytes if spec.name == "logits" else io.copied_end)
 
 
+def test_queries_share_room_behind_all_else(host: Host) -> None:
+    for kind in ("rtx", "rtx half"):
+        session = host.session(RECORDS[kind])
+        for role, graph in session._graphs.items():
+            model, rows = host.references["float32"].model, max_rows(RECORDS[kind].graphs[role])
+            assert len(graph.bindings.scratch) == model.num_hidden_layers
+            layout = session._prepared.lay_out(3)[1][role].layout
+            size = query_bytes(model, RECORDS[kind].compute_dtype, role, rows, 3)
+            slots = rows * (rows + 1) if role == "quadratic" else rows
+            assert size == 3 * slots * model.num_attention_heads * model.head_dim * (2 if "half" in kind else 4)
+            assert layout.offsets["scratch"] + size <= layout.num_bytes
+            assert all(offset <= layout.offsets["scratch"] for offset in layout.offsets.values())
+        session.close()
+    assert host.session(RECORDS["full"])._graphs["verify"].bindings.scratch == ()
+
+
 def test_the_narrowest_profile_is_chosen() -> None:
     record = profiles((1, 512, 512), (1, 1, 1), (8, 8, 8), (4, 8, 64))
     assert [choose_profile(record, rows) for rows in (1, 2, 5, 8, 65, 512)] == [1, 0, 3, 2, 0, 0]
@@ -507,6 +525,11 @@ def test_bindings(built: Callable[[str], Built]) -> None:
         assert set(bindings.weights) == set(weights)
         assert bindings.caches["past_key_values.1.value"] == bindings.caches["present.1.value"] == ".1.value"
         assert plan({n: t for n, t in tensors.items() if n != "past_length"}).inputs == tuple(n for n in bindings.inputs if n != "past_length")
+        query = EngineTensor("scratch.query.1", False, "float32", (-1, model.num_attention_heads, -1, model.head_dim))
+        assert plan({**tensors, query.name: query}).scratch == (query.name,)
+        for change in ({"dtype": "float16"}, {"shape": (-1, model.num_attention_heads + 1, -1, model.head_dim)}):
+            with pytest.raises(BundleError, match=r"expected scratch\.query\.1 to be"):
+                plan({**tensors, query.name: EngineTensor(**{**vars(query), **change})})
         for name in ("present.0.key", graph_contract(role, model).outputs[0].name):
             with pytest.raises(BundleError, match=f"{role} engine: expected a tensor {name}, found none"):
                 plan({n: t for n, t in tensors.items() if n != name})

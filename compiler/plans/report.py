@@ -1,0 +1,92 @@
+"""What the plans of a bundle's engines say, for people and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.compiler.plans.audit import audit_engine
+from trimode.compiler.plans.records import PlanRecord, UnreadPlan
+from trimode.compiler.targets import TARGETS
+from trimode.runtime.manifest import PrecisionName, PrecisionRecord, TargetRecord
+
+WARN_ABOVE = 1.1
+"""A build warns where weights, keys and values, and copies of them are more than this multiple of what they are once each."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine of a bundle, and what its plan says."""
+
+    precision: str
+    target: str
+    role: str
+    plan: tuple[PlanRecord, ...] | UnreadPlan
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.precision} {self.target} {self.role}"
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON; every ``predicted_ms`` is computed, not measured."""
+        facts = {"precision": self.precision, "target": self.target, "graph": self.role}
+        if isinstance(self.plan, UnreadPlan):
+            return {**facts, "library": self.plan.library, "not_understood": self.plan.reason}
+        return {**facts, "profiles": [self._profile(record) for record in self.plan]}
+
+    def _profile(self, record: PlanRecord) -> dict[str, Any]:
+        figures = {"floor": record.floor, "moved": record.moved, "ratio": record.ratio}
+        return {**record.model_dump(mode="json"), **figures, "predicted_ms": predict_ms(record, self.target)}
+
+
+def read_plans(bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord], target: str | None = None) -> list[EnginePlan]:
+    """The plans of every engine of TensorRT-RTX, or of those of one target."""
+    return [
+        EnginePlan(name, target_name, role, audit_engine(bundle / engine.file, record.library, engine.profiles))
+        for name, precision in precisions.items()
+        for target_name, record in precision.targets.items()
+        if carries_plans(record) and target in (None, target_name)
+        for role, engine in record.graphs.items()
+    ]
+
+
+def carries_plans(record: TargetRecord) -> bool:
+    """Whether the engines of a target hold their plans as text: those that are compiled without the GPU."""
+    return record.backend == "tensorrt_rtx"
+
+
+def predict_ms(record: PlanRecord, target: str) -> float | None:
+    """Milliseconds that the bytes of a forward take at the GPU's bandwidth; None where the target names no GPU. Computed, not measured."""
+    known = TARGETS.get(target)
+    if known is None or known.bandwidth_gb_s is None:
+        return None
+    return record.moved / (known.bandwidth_gb_s * 1e6)
+
+
+def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
+    """One line for each engine that copies more than a tenth of what it has to read, or that cannot be read."""
+    for engine in plans:
+        if isinstance(engine.plan, UnreadPlan):
+            yield f"warning: {engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
+            continue
+        worst = max(engine.plan, key=_copied_ratio)
+        if _copied_ratio(worst) > WARN_ABOVE:
+            causes = ", ".join(f"{cause} ({size / 1e6:.1f} MB)" for cause, size in causes_of(worst).items())
+            yield (f"warning: {engine.name}: a forward of {worst.rows} rows moves {_copied_ratio(worst):.1f} times the bytes of its "
+                   f"weights, keys and values: {causes}")  # fmt: skip
+
+
+def causes_of(record: PlanRecord) -> dict[str, int]:
+    """Bytes of copies by cause, the most first."""
+    sums: dict[str, int] = {}
+    for copy in record.copies:
+        sums[copy.cause] = sums.get(copy.cause, 0) + copy.num_bytes
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def _copied_ratio(record: PlanRecord) -> float:
+    """Without activations, which the rows of a forward need."""
+    return (record.floor + record.copied) / max(record.floor, 1)

@@ -1,0 +1,120 @@
+"""What engines of an 8B model's shapes move beside its weights, by their plans: four layers, from a file of zeros that takes no disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from checkpoints import config_of
+
+from trimode.compiler.backends import lower_for
+from trimode.compiler.engine_builder import EngineJob, build_engine
+from trimode.compiler.lowering import to_bytes
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.plan import describe_model, make_plan
+from trimode.compiler.plans.audit import audit_engine
+from trimode.compiler.plans.records import PlanRecord
+from trimode.compiler.quantize.constants import known_scales
+from trimode.compiler.quantize.scales import LayerScales, Quantization
+from trimode.compiler.traced import traced_graph
+from trimode.compiler.weights import plan_pack
+from trimode.graphs.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from trimode.graphs.config import parse_config
+from trimode.graphs.contract import ROLES, Role
+from trimode.runtime.manifest import CalibrationRecord, TargetRecord
+
+MOST_ON_TOP = 0.05
+LONGEST = 32768
+SHAPES: dict[str, Any] = {
+    "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": LONGEST,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder, config = tmp_path_factory.mktemp("large"), config_of(**SHAPES)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in expected_tensors(parse_config(config)).items():
+        begin, end = end, end + 2 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def graph_of(checkpoint: Checkpoint) -> Callable[[Role], ir.Model]:
+    return cache(lambda role: traced_graph(role, checkpoint, describe_model(checkpoint, LONGEST), None))
+
+
+def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantization:
+    """Any scales: of a whole weight, or of each of its rows."""
+    layers = {}
+    for name, entry in checkpoint.tensors.items():
+        if name.endswith("_proj.weight"):
+            amax = np.full(() if kind == "tensor" else entry.shape[:1], 2, np.float32)
+            layers[name.removesuffix(".weight")] = LayerScales(amax, None, np.array(3, np.float32))
+    return Quantization(precision, layers, CalibrationRecord(name="x", algorithm="max", block_size=None, scales_sha256=None), None)
+
+
+def fractions(
+    checkpoint: Checkpoint, graph: ir.Model, role: Role, target: str, length: int, folder: Path, quantization: Quantization | None
+) -> list[tuple[PlanRecord, float]]:
+    """Of each profile, and the bytes on top of the layers' weights as a fraction of these."""
+    options = BuildOptions(targets=(target,), precision="bf16", max_length=length, block_lengths=(32,))
+    record: TargetRecord = make_plan(checkpoint, options).records[target]
+    layout, _ = plan_pack(checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization)
+    scales = known_scales(quantization, "bfloat16") if quantization else {}
+    assert scales is not None
+    (folder / "m.onnx").write_bytes(to_bytes(lower_for(record, graph, layout.tensors, scales)))
+    assert record.compute_capability is not None
+    job = EngineJob(
+        library="tensorrt_rtx", graph=folder / "m.onnx", packs=(), output=folder / "m.engine",
+        compute_capability=record.compute_capability, profiles=record.graphs[role].profiles,
+    )  # fmt: skip
+    build_engine(job, lambda _: True)
+    plans = audit_engine(folder / "m.engine", record.library, record.graphs[role].profiles)
+    assert isinstance(plans, tuple), plans.reason
+    of_layers = sum(tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name)
+    return [(plan, (plan.copied + plan.activations) / of_layers) for plan in plans]
+
+
+def check(found: list[tuple[PlanRecord, float]], length: int) -> None:
+    cache_bytes = 4 * 2 * 8 * (length + 64) * 128 * 2
+    for plan, fraction in found:
+        assert plan.copies == ()
+        assert plan.keys_values == cache_bytes
+        if plan.rows <= 32:  # a chunk of a prompt has large activations
+            assert fraction <= MOST_ON_TOP
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("length", [8192, LONGEST])
+@pytest.mark.parametrize("target", ["sm89", "sm120", "sm121"])
+def test_bf16(checkpoint: Checkpoint, graph_of: Callable[[Role], ir.Model], role: Role, length: int, target: str, tmp_path: Path) -> None:
+    check(fractions(checkpoint, graph_of(role), role, target, length, tmp_path, None), length)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("precision", "kind", "target", "length"),
+    [
+        ("fp8", "tensor", "sm89", LONGEST), ("fp8", "tensor", "sm120", 8192), ("fp8", "tensor", "sm121", 8192), ("fp8", "row", "sm89", 8192),
+        ("int8", "tensor", "sm89", 8192), ("int8", "row", "sm120", 8192), ("int8", "row", "sm121", LONGEST),
+    ],
+)  # fmt: skip
+def test_8_bits(
+    checkpoint: Checkpoint, graph_of: Callable[[Role], ir.Model], role: Role, precision: str, kind: str, target: str, length: int, tmp_path: Path
+) -> None:
+    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales_for(checkpoint, precision, kind))
+    check(found, length)
