@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from trimode.compiler.output import print_json
 from trimode.compiler.plans.records import PlanRecord, UnreadPlan
 from trimode.compiler.plans.report import EnginePlan, carries_plans, causes_of, predict_ms, read_plans
 from trimode.errors import UsageError
@@ -34,7 +34,7 @@ def inspect_plans(path: Path, target: str | None, *, as_json: bool) -> None:
     _check_target(path, manifest, target)
     plans = read_plans(path, manifest.precisions, target)
     if as_json:
-        sys.stdout.write(json.dumps([plan.as_data() for plan in plans], indent=1) + "\n")
+        print_json([plan.as_data() for plan in plans], indent=1)
         return
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(_table(plans))
