@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from benchmarks import auto_mode
 from benchmarks.common import arguments_of, save
 from tests.simulated_texts import CPU, GPU, Rates, bursts, by_stretch, by_text, constant, milliseconds_per_token
-from trimode.runtime import TriModeModel, decode
-from trimode.runtime.auto import AR_STEP, AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime import TriModeModel
+from trimode.runtime.auto.policy import AR_STEP, AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime.decode import algorithms as decode
 
 MEMORY_CYCLES = 8.0
 PROBE_TOKENS = 60.0

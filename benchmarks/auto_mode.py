@@ -23,9 +23,9 @@ import trimode
 from benchmarks.common import arguments_of, save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
-from trimode.runtime.acceptance import write_texts
-from trimode.runtime.forward_timer import DEFAULT_ROWS, TimerSettings, check_settings, time_forwards
-from trimode.runtime.timings import AcceptanceRecord, Timings, subject_of
+from trimode.runtime.auto.timings import AcceptanceRecord, Timings, subject_of
+from trimode.runtime.measure.acceptance import write_texts
+from trimode.runtime.measure.forwards import DEFAULT_ROWS, TimerSettings, check_settings, time_forwards
 
 BLOCKS = (8, 12, 16, 24, 32)
 MAX_NEW_TOKENS = 192

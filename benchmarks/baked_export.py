@@ -32,11 +32,10 @@ def usual_way(folder: Path) -> None:
     import torch
     from torch.export import Dim
 
-    from trimode.compiler.plan import describe_model
-    from trimode.graphs.checkpoint import open_checkpoint
-    from trimode.graphs.contract import cache_specs
-    from trimode.graphs.roles import build_role
-    from trimode.graphs.trunk import TriModeTrunk
+    from trimode.formats.contract import cache_specs
+    from trimode.graphs.checkpoint import describe_model, open_checkpoint
+    from trimode.graphs.decoder.roles import build_role
+    from trimode.graphs.decoder.trunk import TriModeTrunk
 
     checkpoint = open_checkpoint(folder / "checkpoint")
     model = describe_model(checkpoint, MAX_LENGTH)
@@ -85,12 +84,14 @@ def usual_way(folder: Path) -> None:
 
 def our_way(folder: Path) -> None:
     """Trace, lower, build; a line of JSON after each step."""
-    from trimode.compiler.engine_builder import EngineJob, build_engine
-    from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, WeightsToInputs, lower, to_bytes
-    from trimode.compiler.plan import describe_model
-    from trimode.compiler.profiles import plan_profiles
-    from trimode.graphs.checkpoint import open_checkpoint
-    from trimode.graphs.trace import trace_role
+    from trimode.compiler.passes.base import lower, to_bytes
+    from trimode.compiler.passes.compute_type import ComputeType
+    from trimode.compiler.passes.static_capacity import StaticCacheCapacity
+    from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
+    from trimode.compiler.tensorrt.builder import EngineJob, build_engine
+    from trimode.compiler.tensorrt.profiles import plan_profiles
+    from trimode.graphs.checkpoint import describe_model, open_checkpoint
+    from trimode.graphs.decoder.trace import trace_role
 
     checkpoint = open_checkpoint(folder / "checkpoint")
     model = describe_model(checkpoint, MAX_LENGTH)

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.common import arguments_of, median, save
 from trimode.calib.demo.tasks import examples
 from trimode.runtime import Generation, TriModeModel
-from trimode.runtime.ort_session import OrtSession
+from trimode.runtime.sessions.ort.session import OrtSession
 
 ROUNDS = 5
 MAX_NEW_TOKENS = 192

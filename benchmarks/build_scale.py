@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.common import save
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.progress import Advance, Silent
 from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import parse_config
+from trimode.progress import Advance, Silent
 
 SIZES = {"3b": (3072, 9216, 26, 1e6), "8b": (4096, 14336, 34, 1e6), "14b": (5120, 16384, 40, 1e9)}
 

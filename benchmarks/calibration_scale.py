@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import save
-from trimode.calib.quantize.modelopt_job import load_modelopt
-from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
+from trimode.calib.scales.modelopt import load_modelopt
+from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
 from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import parse_config
 

@@ -28,13 +28,13 @@ PROMPT, NEW_TOKENS, TURNS = 16, 32, 7
 
 
 def build_all(folder: Path) -> None:
-    from trimode.compiler import backends
     from trimode.compiler.options import BuildOptions
+    from trimode.compiler.passes import recipes
     from trimode.compiler.pipeline import build_bundle
 
     build_bundle(folder / "checkpoint", folder / BUNDLES[0])
     for name, level in zip(BUNDLES[1:], (1, 4), strict=True):
-        backends.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
+        recipes.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
         build_bundle(folder / "checkpoint", folder / name, BuildOptions(precision="int4", calibration="rtn"))
 
 
@@ -42,7 +42,8 @@ def measure_first_load(folder: Path, name: str) -> dict[str, Any]:
     """With an empty cache: int4 weights are arranged and written."""
     import resource
 
-    from trimode.runtime import TriModeModel, ort_session  # noqa: F401
+    from trimode.runtime import TriModeModel
+    from trimode.runtime.sessions.ort import session as ort_session  # noqa: F401
 
     start = time.perf_counter()
     TriModeModel.from_pretrained(folder / name, num_threads=2)
@@ -52,7 +53,8 @@ def measure_first_load(folder: Path, name: str) -> dict[str, Any]:
 def measure_memory(folder: Path, name: str) -> dict[str, Any]:
     import numpy as np
 
-    from trimode.runtime import TriModeModel, ort_session  # noqa: F401
+    from trimode.runtime import TriModeModel
+    from trimode.runtime.sessions.ort import session as ort_session  # noqa: F401
 
     base_pss, base_rss, start = pss_bytes(), rss_bytes(), time.perf_counter()
     model = TriModeModel.from_pretrained(folder / name, num_threads=2)

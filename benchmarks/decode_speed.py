@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.common import arguments_of, median, save
 from trimode.calib.demo.tasks import examples
-from trimode.calib.torch_session import load_trunk
-from trimode.graphs.attention import GrowingCacheAttention
+from trimode.calib.reference.torch_session import load_trunk
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.runtime import TriModeModel
 
 ROUNDS = 5

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common import save
 from trimode.calib.demo.tasks import FAMILIES, examples
 from trimode.runtime import TriModeModel
-from trimode.runtime.stream import Generation
+from trimode.runtime.decode.stream import Generation
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},

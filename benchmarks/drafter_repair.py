@@ -16,14 +16,14 @@ from typing import Any
 
 from benchmarks.common import held_out_questions, save, write_prompts
 from trimode.calib.demo.tasks import FAMILIES
-from trimode.calib.drafter_job.record import RECORD
-from trimode.calib.drafter_job.settings import DrafterJobSettings
-from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
-from trimode.compiler.drafter_command import run_drafter
+from trimode.calib.drafter.settings import DrafterJobSettings
+from trimode.cli.calibrate.drafter import run_drafter
+from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+from trimode.cli.calibrate.training import TrainingRequest
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.training_command import TrainingRequest
-from trimode.graphs.calibration import load_record
+from trimode.formats.calibration import load_record
+from trimode.formats.drafter import RECORD
 from trimode.runtime import TriModeModel
 
 DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"

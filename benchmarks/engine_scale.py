@@ -81,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source_bytes = write_sparse_checkpoint(folder / "checkpoint", options.size)
-        command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(folder / "checkpoint"), "-o", str(folder / "bundle")]
+        command = [sys.executable, "-m", "trimode.cli.main", "build", str(folder / "checkpoint"), "-o", str(folder / "bundle")]
         command += ["--precision", "bf16"]
         command += [part for target in TARGETS for part in ("--target", target)]
         command += ["--jobs", str(options.jobs)] if options.jobs else []

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from benchmarks.common import held_out_questions, save
 from benchmarks.quantization import DEMO, evaluate
-from trimode.compiler import backends
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.passes import recipes
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel
 
@@ -70,7 +70,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         for level in LEVELS:
-            backends.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
+            recipes.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
             bundle = Path(name) / str(level)
             build_bundle(DEMO, bundle, BuildOptions(precision="int4", calibration="rtn"))
             model = TriModeModel.from_pretrained(bundle)

@@ -67,7 +67,8 @@ def measure_open(folder: Path) -> dict[str, Any]:
     """Ours: three graphs, each run at 1 and at 32 rows."""
     import numpy as np
 
-    from trimode.runtime import TriModeModel, ort_session  # noqa: F401  (imported before the baseline is taken)
+    from trimode.runtime import TriModeModel
+    from trimode.runtime.sessions.ort import session as ort_session  # noqa: F401  (imported before the baseline is taken)
 
     base, read, start = pss_bytes(), bytes_read(), time.perf_counter()
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2)
@@ -83,7 +84,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     import onnxruntime as ort
 
     from trimode.runtime import TriModeModel
-    from trimode.runtime.ort_session import BoundGraph, GraphBuffers, OrtCache
+    from trimode.runtime.sessions.ort.session import BoundGraph, GraphBuffers, OrtCache
 
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2, verify=False)
     base = pss_bytes()

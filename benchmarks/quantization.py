@@ -16,7 +16,7 @@ from typing import Any, Literal
 from benchmarks.common import save, write_prompts
 from benchmarks.demo_quality import measure
 from trimode.calib.demo.tasks import FAMILIES
-from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
+from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel

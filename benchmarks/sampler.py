@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, held_out_questions, save, write_prompts
 from trimode.calib.demo.tasks import Example
-from trimode.calib.quality.figure import load_matplotlib
+from trimode.report.quantization_figure import load_matplotlib
 from trimode.runtime import TriModeModel
 
 MAX_NEW_TOKENS = 128

@@ -1,1 +1,1 @@
-"""Jobs that need data: training objectives, the drafter adapter, the demo checkpoint. Nothing is imported here."""
+"""Jobs that need data: scales, drafter, sampler, and what they cost. Nothing is imported here."""

@@ -1,1 +1,1 @@
-"""checkpoint -> bundle: stages, the weight pack, and the command line. Nothing heavy is imported here."""
+"""checkpoint -> bundle: stages, passes, the weight pack, engines. Nothing heavy is imported here."""

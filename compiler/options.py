@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trimode.compiler.cache import DEFAULT_LIMIT_BYTES
+from trimode.compiler.store.cache import DEFAULT_LIMIT_BYTES
 from trimode.errors import UsageError
-from trimode.graphs.contract import MAX_BLOCK_LENGTH
+from trimode.formats.contract import MAX_BLOCK_LENGTH
 
-DEFAULT_MAX_LENGTH = 32768
 MAX_BATCH = 128
 Placement = Literal["shared", "baked"]
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimode.compiler.options import DEFAULT_MAX_LENGTH, BuildOptions
-from trimode.compiler.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
-from trimode.compiler.quantize.scales import Quantization, load_quantization
-from trimode.compiler.sampler import SamplerSource, plan_sampler
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from trimode.compiler.options import BuildOptions
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
+from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.compiler.toolchain import library_of
-from trimode.errors import UsageError
-from trimode.graphs.calibration import load_record
-from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import MAX_BLOCK_LENGTH, ROLES, DType, ModelInfo, Role
-from trimode.runtime.manifest import EngineRecord, Manifest, PrecisionName, TargetRecord
-from trimode.runtime.text_check import check_text
+from trimode.errors import CheckpointError, UsageError
+from trimode.formats.calibration import load_record
+from trimode.formats.contract import ROLES, DType, ModelInfo, Role
+from trimode.formats.finite import first_not_finite
+from trimode.formats.hints import TRAIN_SAMPLER
+from trimode.formats.manifest import EngineRecord, Manifest, PrecisionName, SamplerRecord, TargetRecord
+from trimode.formats.sampler import WEIGHTS, SamplerFile, check_sampler_source, load_sampler_record
+from trimode.formats.texts import name_of, reason_of
+from trimode.graphs.checkpoint import Checkpoint, describe_model
+from trimode.graphs.numerics.scales import Quantization, load_quantization
+from trimode.runtime.text.check import check_text
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+_FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
+SAMPLER_FILE = "sampler.onnx"
 
 
 @dataclass(frozen=True)
@@ -122,34 +132,6 @@ def plan_target(
     )  # fmt: skip
 
 
-def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> ModelInfo:
-    """The facts that decoding needs; ``max_length`` None = the model's limit, at most 32768."""
-    config = checkpoint.config
-    limit = config.max_position_embeddings
-    if max_length is None:
-        max_length = min(limit, DEFAULT_MAX_LENGTH)
-    if not 2 <= max_length <= limit:
-        raise UsageError(
-            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), found {max_length}",
-            "choose --max-length in that range",
-        )
-    return ModelInfo(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        mask_token_id=config.mask_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
-        block_size=min(config.block_size, MAX_BLOCK_LENGTH),
-        max_length=max_length,
-        max_block_length=MAX_BLOCK_LENGTH,
-        has_drafter=checkpoint.drafter is not None,
-    )
-
-
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
     """The graphs of the bundle that is added to, or those that are asked for."""
     if base is None:
@@ -208,3 +190,61 @@ def _plan_onnxruntime(target: Target, dtype: DType, names: FileNames, roles: tup
         placement="external" if portable else "shared", capacity=None, workspace_mib=None, library=library_of("onnxruntime"),
         graphs={role: EngineRecord(file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx") for role in roles},
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplerSource:
+    """A trained sampler: its folder and what it says of itself."""
+
+    folder: Path
+    record: SamplerFile
+
+    def describe(self) -> SamplerRecord:
+        """The manifest's entry."""
+        record = self.record
+        return SamplerRecord(
+            file=SAMPLER_FILE, name=name_of(self.folder), sha256=record.sampler_sha256, num_parameters=record.num_parameters,
+            block_lengths=record.block_lengths, threshold=record.threshold,
+        )  # fmt: skip
+
+    def check_source(self, sha256: str) -> None:
+        """Raise :class:`CheckpointError` unless it was trained for the checkpoint with this digest, any adapter left out."""
+        check_sampler_source(str(self.folder), self.record.source_sha256, sha256)
+
+
+def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -> SamplerSource | None:
+    """What is to be written for ``--sampler``; None where nothing is asked for, or the bundle that is added to has the same.
+
+    Raises:
+        UsageError: the bundle has another.
+        CheckpointError: it cannot be read, is of another vocabulary, or a weight is NaN or infinite.
+    """
+    if folder is None:
+        return None
+    source = SamplerSource(folder, load_sampler_record(folder))
+    for name in ("vocab_size", "mask_token_id"):
+        found, expected = getattr(source.record, name), getattr(model, name)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder}: expected a sampler with {name} {expected}, found {found}",
+                TRAIN_SAMPLER,
+            )
+    _check_weights(folder / WEIGHTS)
+    if base is None or base.sampler is None:
+        return source
+    if base.sampler.sha256 != source.record.sampler_sha256:
+        raise UsageError(f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
+                         "pass --force to replace the bundle, or choose another output")  # fmt: skip
+    return None
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        tensors = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: expected a safetensors file, found: {reason_of(error)}", TRAIN_SAMPLER) from error
+    for name, values in tensors.items():
+        dtype = _FLOATS.get(values.dtype)
+        found = dtype and first_not_finite(values.tobytes(), dtype)
+        if found:
+            raise CheckpointError(f"{file}: expected finite weights, found {name} with {found.at(values.shape)}", TRAIN_SAMPLER)

@@ -163,7 +163,7 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
 
 
 def _auto() -> Target:
-    from trimode.runtime.device import Gpu, find_gpu
+    from trimode.runtime.sessions.gpu import Gpu, find_gpu
 
     found = find_gpu()
     if not isinstance(found, Gpu):

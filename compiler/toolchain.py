@@ -9,7 +9,7 @@ import importlib.util
 
 from trimode.compiler.targets import Backend, Target
 from trimode.errors import BuildError, DependencyError
-from trimode.runtime.device import Gpu, NoGpu, find_gpu
+from trimode.runtime.sessions.gpu import Gpu, NoGpu, find_gpu
 
 _DISTRIBUTIONS: dict[Backend, tuple[str, str, str]] = {
     "onnxruntime": ("onnxruntime", "onnxruntime", "pip install 'trimode[ort]'"),

@@ -1,4 +1,1 @@
-"""What the model computes: configuration, checkpoint, trunk, roles, tensor contract, tracing.
-
-Nothing is imported here: the runtime reads ``trimode.graphs.contract`` and must not load torch.
-"""
+"""What the model computes: configuration, checkpoint, network, numbers. Nothing is imported here."""

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import CheckpointError
+from trimode.formats.json_fields import named, shown
+from trimode.formats.safetensors import TensorEntry, check_readable, read_safetensors_header, to_float32
 from trimode.graphs.adapter_config import ADAPTER_HINT, AdapterConfig, read_adapter_config
 from trimode.graphs.config import ModelConfig
-from trimode.graphs.json_fields import named, shown
-from trimode.graphs.tensor_files import TensorEntry, check_readable, read_safetensors_header, to_float32
 
 ADAPTER_FOLDER = "linear_spec_lora"
 ADAPTER_PREFIX = "base_model.model."

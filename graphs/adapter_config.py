@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimode.formats.json_fields import Fields, check_keys, is_integer, is_number, read_object, shown
 from trimode.graphs.adapter_keys import ADAPTER_KEYS
-from trimode.graphs.json_fields import Fields, check_keys, is_integer, is_number, read_object, shown
 
 _ADVICE = "only a plain LoRA adapter on o_proj can be a drafter"
 _ALL_LINEAR = "all-linear"

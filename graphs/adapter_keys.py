@@ -5,7 +5,7 @@ The table holds every field of PEFT's ``LoraConfig``; a test compares it with th
 
 from __future__ import annotations
 
-from trimode.graphs.json_fields import KeyTable, neutral, only, understood
+from trimode.formats.json_fields import KeyTable, neutral, only, understood
 
 _PLACES = "decides which projections have a branch"
 _WEIGHTS = "the branch is x A' B' times a scale, and nothing else is trained"

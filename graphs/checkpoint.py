@@ -11,27 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimode.errors import CheckpointError
-from trimode.graphs.adapter import ADAPTER_FOLDER, ADAPTER_PREFIX, Drafter, FoldedEntry, expected_adapter_tensors, open_adapter
+from trimode.errors import CheckpointError, UsageError
+from trimode.formats.contract import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, ModelInfo
+from trimode.formats.json_fields import named, read_object
+from trimode.formats.safetensors import DOWNLOAD_HINT, TensorEntry, check_readable, read_safetensors_header
+from trimode.graphs.adapter import ADAPTER_FOLDER, Drafter, open_adapter
 from trimode.graphs.config import ModelConfig, load_config
-from trimode.graphs.json_fields import named, read_object
-from trimode.graphs.tensor_files import DOWNLOAD_HINT, ITEM_SIZES, TensorEntry, check_readable, read_safetensors_header, to_float32
-
-__all__ = [
-    "ADAPTER_FOLDER",
-    "ADAPTER_PREFIX",
-    "ITEM_SIZES",
-    "Checkpoint",
-    "Drafter",
-    "FoldedEntry",
-    "TensorEntry",
-    "expected_adapter_tensors",
-    "expected_tensors",
-    "is_adapter_tensor",
-    "open_checkpoint",
-    "read_safetensors_header",
-    "to_float32",
-]
 
 # Tables that old versions of transformers saved beside the weights; every loader makes them anew from config.json.
 _ROTARY_BUFFER = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
@@ -172,3 +157,31 @@ def _match(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, .
         if found[name].shape != shape:
             raise CheckpointError(f"{where}: expected {name} of shape {list(shape)}, found {list(found[name].shape)}", _SAME_HINT)
     return {name: found[name] for name in expected}
+
+
+def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> ModelInfo:
+    """The facts that decoding needs; ``max_length`` None = the model's limit, at most 32768."""
+    config = checkpoint.config
+    limit = config.max_position_embeddings
+    if max_length is None:
+        max_length = min(limit, DEFAULT_MAX_LENGTH)
+    if not 2 <= max_length <= limit:
+        raise UsageError(
+            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), found {max_length}",
+            "choose --max-length in that range",
+        )
+    return ModelInfo(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        mask_token_id=config.mask_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+        block_size=min(config.block_size, MAX_BLOCK_LENGTH),
+        max_length=max_length,
+        max_block_length=MAX_BLOCK_LENGTH,
+        has_drafter=checkpoint.drafter is not None,
+    )

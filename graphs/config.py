@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import CheckpointError
+from trimode.formats.json_fields import Fields, check_keys, is_integer, named, read_object
 from trimode.graphs.config_keys import CONFIG_KEYS, GENERATION_KEYS
-from trimode.graphs.json_fields import Fields, check_keys, is_integer, named, read_object
 from trimode.graphs.rope_config import RopeConfig, check_layer_types, parse_rope
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "ModelConfig", "RopeConfig", "load_config", "parse_config"]

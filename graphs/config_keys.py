@@ -7,7 +7,7 @@ with the installed version, so a key that transformers gains has to be decided h
 
 from __future__ import annotations
 
-from trimode.graphs.json_fields import KeyTable, neutral, only, understood
+from trimode.formats.json_fields import KeyTable, neutral, only, understood
 
 _DEFAULT = "it says how transformers reports results, which changes none of them"
 _TRAINING = "it acts on the loss alone"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimode.errors import CheckpointError
+from trimode.formats.json_fields import Fields, check_keys, shown
 from trimode.graphs.config_keys import ROPE_KEYS
-from trimode.graphs.json_fields import Fields, check_keys, shown
 
 SUPPORTED_ROPE_TYPES = ("default", "yarn")
 FULL_ATTENTION = ("full_attention", "attention")  # the second is transformers' former name
@@ -36,7 +36,7 @@ class RopeConfig:
         original_max_position_embeddings: length in tokens before scaling.
         beta_fast, beta_slow: rotations over the original length at which the ramp begins and ends.
         attention_factor: multiplier of cos and sin; None = derived from ``mscale`` and ``mscale_all_dim``.
-        mscale, mscale_all_dim: see :func:`trimode.graphs.rope.attention_factor`.
+        mscale, mscale_all_dim: see :func:`trimode.graphs.decoder.rope.attention_factor`.
         truncate: whether the ramp's ends are rounded to whole frequency indices.
         query_scale_beta: ``q *= 1 + beta * ln(1 + floor(position / original))``; None = no scale.
     """

@@ -3,8 +3,8 @@
 Imports neither torch nor onnx nor transformers.
 """
 
-from trimode.runtime.batch import Batch, BatchRow
+from trimode.runtime.decode.stream import Chunk, Generation
+from trimode.runtime.engine.batch import Batch, BatchRow
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.stream import Chunk, Generation
 
 __all__ = ["Batch", "BatchRow", "Chunk", "Generation", "TriModeModel"]

@@ -13,30 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import UsageError
-from trimode.graphs.contract import ModelInfo
-from trimode.hints import TRAIN_SAMPLER
-from trimode.runtime.arguments import FLAG, PATH, TEXT, WHOLE, checks_arguments, instance_of
-from trimode.runtime.auto import StepCosts
-from trimode.runtime.backends import PORTABLE, open_session
-from trimode.runtime.batch import Batch, BatchRequest
-from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.decode import MODES
-from trimode.runtime.manifest import SamplerRecord
-from trimode.runtime.options import KINDS, MODE, DecodeOptions, Mode, TokenChoices, check_options, make_options, read_options
-from trimode.runtime.policies import SamplerName, Scorer
-from trimode.runtime.sequence import Sequence
-from trimode.runtime.session import BatchSession, Closable, Ids, Session, takes_block
-from trimode.runtime.stream import Generation, Stream
-from trimode.runtime.text import TextCodec
-from trimode.runtime.timings import Timings, find_timings, read_timings, subject_of
-from trimode.texts import reason_of
+from trimode.formats.contract import Mode
+from trimode.formats.hints import TRAIN_SAMPLER
+from trimode.formats.manifest import SamplerRecord
+from trimode.formats.texts import reason_of
+from trimode.runtime.auto.policy import StepCosts
+from trimode.runtime.auto.timings import Timings, find_timings, read_timings, subject_of
+from trimode.runtime.bundle.open import Bundle, open_bundle
+from trimode.runtime.decode.algorithms import MODES
+from trimode.runtime.decode.arguments import FLAG, PATH, TEXT, WHOLE, checks_arguments, instance_of
+from trimode.runtime.decode.options import (
+    DEFAULT_MARGIN,
+    DEFAULT_QUADRATIC_LENGTH,
+    DEFAULT_THRESHOLDS,
+    KINDS,
+    MODE,
+    DecodeOptions,
+    TokenChoices,
+    check_options,
+    default_block_length,
+    make_options,
+    read_options,
+)
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.decode.stream import Generation, Stream
+from trimode.runtime.decode.unmasking import SamplerName, Scorer
+from trimode.runtime.engine.batch import Batch, BatchRequest
+from trimode.runtime.sessions.base import BatchSession, Closable, Ids, Session, takes_block
+from trimode.runtime.sessions.select import PORTABLE, open_session
+from trimode.runtime.text.codec import TextCodec
 
 END_THINK = "</think>"
-DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0, "auto": 0.0}
-DEFAULT_MARGIN = 0.8
-"""Of the sampler ``margin``."""
-DEFAULT_QUADRATIC_LENGTH = 16
-"""The reference's: rows of a forward grow with the square."""
 DEFAULT_BATCH = 8
 _ROW_OPTIONS = ("seed", "max_new_tokens")
 """Of these each prompt of a batch may have its own."""
@@ -138,7 +145,7 @@ class TriModeModel(Closable):
     @cached_property
     def scorer(self) -> Scorer:
         """The bundle's learned sampler; :class:`UsageError` where it has none."""
-        from trimode.runtime.learned import LearnedScorer  # ONNX Runtime is an optional extra, which a TensorRT target does without
+        from trimode.runtime.decode.learned_sampler import LearnedScorer  # ONNX Runtime is an optional extra, which a TensorRT target does without
 
         return LearnedScorer(self.bundle.path / self._sampler_record().file, self.num_threads)
 
@@ -177,7 +184,8 @@ class TriModeModel(Closable):
     ) -> tuple[Ids, int]:
         """Block-diffusion generation; otherwise like :meth:`ar_generate`.
 
-        ``sampler`` decides which slots a forward fills (:mod:`trimode.runtime.policies`); ``threshold`` None = 0.9, or what belongs to the sampler.
+        ``sampler`` decides which slots a forward fills (:mod:`trimode.runtime.decode.unmasking`); ``threshold`` None = 0.9, or what belongs to the
+        sampler.
         """
         blocks = {"block_length": block_length, "sampler": sampler, "steps": steps, **({} if threshold is None else {"threshold": threshold})}
         return self._generate(ids, "diffusion", max_new_tokens=max_new_tokens, eos_token_ids=eos_token_id, **blocks, **choices)
@@ -237,7 +245,7 @@ class TriModeModel(Closable):
     def stream(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> Stream:
         """Yield :class:`Chunk` as tokens are committed.
 
-        Keyword arguments are the attributes of :class:`DecodeOptions` and :class:`~trimode.runtime.sampling.SamplingOptions`.
+        Keyword arguments are the attributes of :class:`DecodeOptions` and :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
         """
         return self.continue_sequence(self.new_sequence(ids), mode, **options)
 
@@ -278,7 +286,8 @@ class TriModeModel(Closable):
 
     @checks_arguments(_STREAMING)
     def new_batch(self, max_rows: int | None = None) -> Batch:
-        """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.batch.Batch`. None = 8, or what the target was built for.
+        """Room for so many texts side by side, in any modes; see :class:`~trimode.runtime.engine.batch.Batch`. None = 8, or what the target was
+        built for.
 
         Raises:
             UsageError: ``max_rows`` is below 1, or more than the target was built for; or the session runs single texts only.
@@ -413,11 +422,6 @@ class TriModeModel(Closable):
             raise UsageError(f"expected a prompt shorter than {self.model.max_length} tokens, found {array.size}",
                              "shorten the prompt, or build with a larger --max-length")  # fmt: skip
         return array.tolist()  # type: ignore[no-any-return]
-
-
-def default_block_length(mode: Mode, model: ModelInfo) -> int:
-    """The block length that a mode has where none is asked for."""
-    return min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length) if mode == "quadratic_spec" else model.block_size
 
 
 def _as_array(ids: Any, shape: str, hint: str) -> NDArray[Any]:

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, save_calibration
-from trimode.graphs.checkpoint import ADAPTER_PREFIX, expected_adapter_tensors, expected_tensors, open_checkpoint
+from trimode.formats.calibration import SCHEMA_VERSION, Calibration, save_calibration
+from trimode.graphs.adapter import ADAPTER_PREFIX, expected_adapter_tensors
+from trimode.graphs.checkpoint import expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.source import SourceDigest
+from trimode.graphs.identity import SourceDigest
 
 
 def yarn(**changes: Any) -> dict[str, Any]:

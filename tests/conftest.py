@@ -11,9 +11,9 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from once import TracedOnce, folder_of_run, made_once
 from reference import Reference
 
-from trimode.compiler.cache import ContentCache
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.store.cache import ContentCache
 from trimode.runtime import TriModeModel
 
 # The models are tiny: a second thread only waits for the first.

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import pytest
 from filelock import FileLock
 
-from trimode.compiler import pipeline, traced
-from trimode.compiler.cache import ContentCache
+from trimode.compiler.stages import trace
+from trimode.compiler.store import traced
+from trimode.compiler.store.cache import ContentCache
+from trimode.formats.contract import ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.contract import ModelInfo, Role
 
 
 def folder_of_run(own: Path) -> Path:
@@ -47,7 +48,7 @@ class TracedOnce:
         self._traced_graph, self._trace = traced.traced_graph, traced._trace
 
     def patch(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(pipeline, "traced_graph", self.traced_graph)
+        patch.setattr(trace, "traced_graph", self.traced_graph)
         patch.setattr(traced, "_trace", self.trace)
 
     def graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:

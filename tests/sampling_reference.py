@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from trimode.runtime.sampling import SamplingOptions, accept_or_replace, draw
+from trimode.runtime.decode.sampling import SamplingOptions, accept_or_replace, draw
 
 FALSE_ALARM = 1e-3
 """A right sampler fails a test with this probability; seeds are fixed, so that a test which has passed goes on passing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trimode.runtime.auto import Policy, StepCosts
+from trimode.runtime.auto.policy import Policy, StepCosts
 
 CPU = StepCosts((64,), (0.9,), {8: (2.1,), 16: (2.9,), 32: (4.6,)}, {8: (1.8,), 16: (2.7,), 32: (4.4,)})
 """Compute-bound: rows cost time."""

@@ -14,16 +14,16 @@ import reference
 from reference import Reference
 
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
-from trimode.calib.sampler_job.scoring import TorchScorer
+from trimode.calib.sampler.scorer import TorchScorer
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.formats.sampler import load_sampler_record
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.sampler_file import load_sampler_record
-from trimode.graphs.sampler_trace import load_sampler
-from trimode.graphs.source import SourceDigest
+from trimode.graphs.identity import SourceDigest
+from trimode.graphs.sampler.trace import load_sampler
 from trimode.runtime import TriModeModel
-from trimode.runtime.decode import Counters, decode_diffusion
-from trimode.runtime.options import DecodeOptions
+from trimode.runtime.decode.algorithms import Counters, decode_diffusion
+from trimode.runtime.decode.options import DecodeOptions
 
 ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 CHECKPOINT, SAMPLER = ARTIFACTS / "nld-tiny", ARTIFACTS / "nld-tiny-sampler"

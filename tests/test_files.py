@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from trimode.disk import mount_of
 from trimode.errors import BuildError, TrimodeError, UsageError
-from trimode.files import check_apart, check_file_place, check_replaceable, replace_text, staged_replacement
-from trimode.places import companion
+from trimode.formats.disk import mount_of
+from trimode.formats.files import check_apart, check_file_place, check_replaceable, replace_text, staged_replacement
+from trimode.formats.places import companion
 
 MARKER = "it.json"
 
@@ -59,7 +59,7 @@ def as_nobody(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
 
 CODE = """
 import sys, pathlib
-from trimode.files import check_replaceable, staged_replacement
+from trimode.formats.files import check_replaceable, staged_replacement
 from trimode.errors import TrimodeError, exit_with
 output = pathlib.Path(sys.argv[1])
 try:
@@ -331,7 +331,7 @@ def test_a_device_is_written_and_stays_one(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_exchanged_is_written_in_place(tmp_path: Path) -> None:
     code = """
 import sys, pathlib
-from trimode.files import check_file_place, replace_text
+from trimode.formats.files import check_file_place, replace_text
 check_file_place(pathlib.Path(sys.argv[1]))
 replace_text(pathlib.Path(sys.argv[1]), "new")
 """

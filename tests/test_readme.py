@@ -19,9 +19,7 @@ def test_readme_is_true(tmp_path: Path) -> None:
     ]
     assert len(commands) >= 5
     for command in commands:
-        arguments = (
-            [sys.executable, "-m", "trimode.compiler.cli", *shlex.split(command)[1:]] if command.startswith("trimode ") else ["sh", "-c", command]
-        )
+        arguments = [sys.executable, "-m", "trimode.cli.main", *shlex.split(command)[1:]] if command.startswith("trimode ") else ["sh", "-c", command]
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trimode.texts import Unreadable, dump_json, is_whole_text, lines_of, name_of, parse_json, read_json, read_text, whole_text
+from trimode.formats.texts import Unreadable, dump_json, is_whole_text, lines_of, name_of, parse_json, read_json, read_text, whole_text
 
 
 @pytest.mark.parametrize(

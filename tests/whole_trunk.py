@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trimode.calib.quantize.layers import quantized_layers
-from trimode.calib.quantize.modelopt_job import run_modelopt
-from trimode.calib.quantize.settings import QuantizeSettings
-from trimode.calib.quantize.workload import Episode, RecordingSession, answer, forwards_of, merged, pattern_for
-from trimode.calib.torch_session import TorchCache
-from trimode.graphs.contract import ModelInfo
-from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+from trimode.calib.reference.episodes import Episode, RecordingSession, answer, forwards_of, merged, pattern_for
+from trimode.calib.reference.torch_session import TorchCache
+from trimode.calib.scales.layers import quantized_layers
+from trimode.calib.scales.modelopt import run_modelopt
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.formats.contract import ModelInfo
+from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 
 
 class BranchOutside(nn.Module):

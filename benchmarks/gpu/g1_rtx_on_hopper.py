@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.common import arguments, save, show
-from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, WeightsToInputs, lower, to_bytes
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.static_capacity import StaticCacheCapacity
+from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.trace import trace_role
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.decoder.trace import trace_role
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import open_bundle
-from trimode.runtime.tensorrt_library import make_logger
+from trimode.runtime.bundle.open import open_bundle
+from trimode.runtime.sessions.tensorrt.library import make_logger
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 CHOICES = ("SM80", "SM89", "SM120", "CURRENT", None)
@@ -58,7 +60,7 @@ def run_through_session(folder: Path, choice: str, capability: str) -> str:
     target = f"sm{choice.removeprefix('SM')}"
     build_bundle(DEMO, folder / target, BuildOptions(targets=(target, "cpu"), precision="fp16", block_lengths=(8,)))
     bundle = open_bundle(folder / target)
-    from trimode.runtime.tensorrt_session import TensorRTSession
+    from trimode.runtime.sessions.tensorrt.session import TensorRTSession
 
     record = bundle.chosen.targets[target].model_copy(update={"compute_capability": capability})
     session, wide = TensorRTSession(bundle, record), TriModeModel.from_pretrained(folder / target, target="cpu")
@@ -93,7 +95,7 @@ def main() -> None:
     arguments(__doc__).parse_args()
     import tensorrt_rtx as trt
 
-    from trimode.runtime.device import Gpu, find_gpu
+    from trimode.runtime.sessions.gpu import Gpu, find_gpu
 
     gpu = find_gpu()
     capability = gpu.compute_capability if isinstance(gpu, Gpu) else None

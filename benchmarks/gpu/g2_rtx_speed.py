@@ -22,13 +22,13 @@ from benchmarks.gpu.sessions import compare_sessions, forward_times
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import DeviceError
-from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, Scales, save_calibration
+from trimode.formats.calibration import SCHEMA_VERSION, Calibration, Scales, save_calibration
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.source import SourceDigest
+from trimode.graphs.identity import SourceDigest
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.device import Gpu, find_gpu
-from trimode.runtime.tensorrt_session import TensorRTSession
+from trimode.runtime.bundle.open import Bundle, open_bundle
+from trimode.runtime.sessions.gpu import Gpu, find_gpu
+from trimode.runtime.sessions.tensorrt.session import TensorRTSession
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from benchmarks.build_scale import write_sparse_checkpoint
 from benchmarks.gpu.common import PASTS, ROWS, TINY, arguments, median_ms, save, show, write_tiny_checkpoint
 from trimode.graphs.config import ModelConfig, parse_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 
 class SlotAttention:

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.common import TINY, arguments, save, show, write_random_checkpoint
-from trimode.calib.quantize.job import calibrate
-from trimode.calib.quantize.settings import QuantizeSettings
-from trimode.compiler.plan import describe_model
-from trimode.graphs.calibration import QuantizedPrecision, Scales, load_calibration
-from trimode.graphs.checkpoint import open_checkpoint
+from trimode.calib.scales.job import calibrate
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.formats.calibration import QuantizedPrecision, Scales, load_calibration
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
 
 NUM_PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 8, 64, 32
 

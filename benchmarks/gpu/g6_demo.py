@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.common import TINY, arguments, result_folder, save, show
-from trimode.calib.budget import Budget
 from trimode.calib.demo.model import demo_config
 from trimode.calib.demo.train import Plan, train_demo
+from trimode.calib.training.budget import Budget
 
 BATCH_SIZE, REFINEMENT_BATCH_SIZE = 256, 64
 """A step of so small a model takes a GPU about as long for many chats as for few."""

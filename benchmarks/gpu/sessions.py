@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.gpu.common import median_ms
 from trimode.errors import TrimodeError
-from trimode.graphs.contract import Role
-from trimode.runtime.session import Session
+from trimode.formats.contract import Role
+from trimode.runtime.sessions.base import Session
 
 CELLS: tuple[tuple[Role, int], ...] = (("ar", 1), ("draft", 8), ("verify", 8), ("draft", 16), ("verify", 16), ("draft", 32), ("verify", 32))
 

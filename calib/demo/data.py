@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimode.calib.demo.tasks import Example
 from trimode.calib.demo.tokenizer import IM_END, SPECIAL_IDS, render_prompt
-from trimode.calib.objective import Corruption, corrupt
+from trimode.calib.training.objective import Corruption, corrupt
 
 LENGTH_STEP = 16
 PROMPT_WEIGHT, TAIL_WEIGHT = 0.2, 0.05

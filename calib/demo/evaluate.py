@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 from trimode.calib.demo.joint import device_of
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.demo.tokenizer import BOS, IM_END, SPECIAL_IDS, render_prompt
-from trimode.calib.torch_session import TorchSession
-from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.contract import ModelInfo
-from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import Counters, decode_diffusion
-from trimode.runtime.options import DecodeOptions
-from trimode.runtime.sequence import Sequence as DecodedSequence
+from trimode.calib.reference.torch_session import TorchSession
+from trimode.formats.contract import ModelInfo
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.runtime.decode.algorithms import Counters, decode_diffusion
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Sequence as DecodedSequence
 
 MAX_NEW_TOKENS = 128
 THRESHOLD = 0.9

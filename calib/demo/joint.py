@@ -15,9 +15,9 @@ from trimode.calib.demo.data import Chats, batches, noisy_window
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
 from trimode.calib.demo.training import Training
-from trimode.calib.objective import Corruption, JointLoss, joint_loss, joint_mask
-from trimode.graphs.attention import MaskedAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.calib.training.objective import Corruption, JointLoss, joint_loss, joint_mask
+from trimode.graphs.decoder.attention import MaskedAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 AUTOREGRESSIVE_SHARE = 0.15
 

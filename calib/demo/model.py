@@ -9,7 +9,7 @@ from torch import nn
 
 from trimode.calib.demo.tokenizer import BOS, IM_END, MASK, SPECIAL_IDS, VOCAB_SIZE
 from trimode.graphs.config import parse_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 DRAFTER_RANK, DRAFTER_ALPHA = 128, 512.0  # as in the published checkpoints
 INITIAL_STD = 0.04

@@ -23,8 +23,8 @@ from trimode.calib.demo.joint import Noisy, loss_of
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
 from trimode.calib.demo.training import Training, hash_seed
-from trimode.calib.drafter import draft_mask
-from trimode.calib.objective import Corruption, JointLoss
+from trimode.calib.drafter.training import draft_mask
+from trimode.calib.training.objective import Corruption, JointLoss
 
 NUM_BLOCKS = 4
 ALIGNED_SHARE = 0.8

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimode.calib.checkpoint_io import write_checkpoint
 from trimode.calib.demo.tokenizer import BOS, CHAT_TEMPLATE, IM_END, SPECIAL_IDS, build_tokenizer, tokenizer_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.calib.training.checkpoint_writer import write_checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 
 def save_demo(folder: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> None:

@@ -21,9 +21,7 @@ import typer
 from tokenizers import Tokenizer
 
 import trimode
-from trimode.calib.budget import Budget
-from trimode.calib.checkpoint_io import round_weights, write_json
-from trimode.calib.checks import check_device_name
+from trimode.calib.data.checks import check_device_name
 from trimode.calib.demo.console import StageProgress, run_command
 from trimode.calib.demo.evaluate import Evaluation, evaluate, greedy_answers
 from trimode.calib.demo.joint import JointTraining
@@ -33,14 +31,16 @@ from trimode.calib.demo.save import save_demo
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.tokenizer import build_tokenizer, render_prompt
 from trimode.calib.demo.training import Settings, Training, hash_seed
-from trimode.calib.device import check_device
-from trimode.calib.drafter import DrafterProgress, DrafterSettings, train_drafter
-from trimode.calib.drafter_job.answers import Written, batches, long_enough
-from trimode.calib.torch_session import load_trunk
+from trimode.calib.drafter.answers import Written, batches, long_enough
+from trimode.calib.drafter.training import DrafterProgress, DrafterSettings, train_drafter
+from trimode.calib.reference.device import check_device
+from trimode.calib.reference.torch_session import load_trunk
+from trimode.calib.training.budget import Budget
+from trimode.calib.training.checkpoint_writer import round_weights, write_json
 from trimode.errors import UsageError
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from trimode.calib.budget import Budget, rate_at
-from trimode.calib.objective import JointLoss
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.calib.training.budget import Budget, rate_at
+from trimode.calib.training.objective import JointLoss
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 log = logging.getLogger(__name__)
 

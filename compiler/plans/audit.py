@@ -22,7 +22,7 @@ from typing import Literal
 from trimode.compiler.plans.records import Cause, CopyRecord, PlanRecord, UnreadPlan
 from trimode.compiler.plans.sizes import INTEGERS, Sizes
 from trimode.compiler.plans.text import Operation, PlanUnreadable, Program, Tensor, read_programs
-from trimode.runtime.manifest import ProfileRecord
+from trimode.formats.manifest import ProfileRecord
 
 _PRODUCTS = frozenset({"fully_connected", "runtime_fusion"})
 _KERNELS = frozenset({*_PRODUCTS, "function", "copy", "memset"})

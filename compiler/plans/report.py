@@ -10,7 +10,7 @@ from typing import Any
 from trimode.compiler.plans.audit import audit_engine
 from trimode.compiler.plans.records import PlanRecord, UnreadPlan
 from trimode.compiler.targets import TARGETS
-from trimode.runtime.manifest import PrecisionName, PrecisionRecord, TargetRecord
+from trimode.formats.manifest import PrecisionName, PrecisionRecord, TargetRecord
 
 WARN_ABOVE = 1.1
 """A build warns where weights, keys and values, and copies of them are more than this multiple of what they are once each."""

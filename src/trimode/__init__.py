@@ -6,6 +6,59 @@ One checkpoint decodes in three ways with the same weights: autoregressive, bloc
 - ``trimode.calib``: jobs that need data
 - ``trimode.compiler``: checkpoint -> bundle
 - ``trimode.runtime``: bundle -> tokens
+- ``trimode.formats``: the files that outlive a process
+- ``trimode.report``: from records to pages
+- ``trimode.cli``: the command line
+
+The names below are imported when they are asked for: ``import trimode`` alone loads no library.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trimode.errors import (
+    BuildError,
+    BundleError,
+    CheckpointError,
+    DependencyError,
+    DeviceError,
+    TrimodeError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from trimode.runtime.decode.stream import Chunk, Generation
+    from trimode.runtime.model import TriModeModel
+
 __version__ = "0.1.0"
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "Chunk",
+    "DependencyError",
+    "DeviceError",
+    "Generation",
+    "TriModeModel",
+    "TrimodeError",
+    "UsageError",
+    "__version__",
+]
+_HOMES = {
+    "Chunk": "trimode.runtime.decode.stream",
+    "Generation": "trimode.runtime.decode.stream",
+    "TriModeModel": "trimode.runtime.model",
+}
+"""Where the names are that bring numpy with them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from trimode.calib.demo.model import demo_config
 from trimode.calib.demo.tokenizer import build_tokenizer
 from trimode.graphs.config import parse_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 torch.set_num_threads(1)
 

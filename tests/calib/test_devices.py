@@ -18,11 +18,11 @@ from trimode.calib.demo.model import build_trunk
 from trimode.calib.demo.refine import RefinementTraining
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.training import Settings
-from trimode.calib.device import check_device
-from trimode.calib.drafter import draft_forward, window_starts
+from trimode.calib.drafter.training import draft_forward, window_starts
+from trimode.calib.reference.device import check_device
 from trimode.errors import DeviceError
-from trimode.graphs.attention import MaskedAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.attention import MaskedAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimode.calib.budget import Budget, rate_at
 from trimode.calib.demo.data import Chats
-from trimode.calib.drafter import (
+from trimode.calib.drafter.training import (
     DrafterSettings,
     DraftForward,
     counted_slots,
@@ -23,10 +22,11 @@ from trimode.calib.drafter import (
     window_lengths,
     window_starts,
 )
-from trimode.calib.objective import joint_mask
+from trimode.calib.training.budget import Budget, rate_at
+from trimode.calib.training.objective import joint_mask
 from trimode.errors import UsageError
-from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 EXACT = DrafterSettings(autocast=False, noisy_slots=32)
 

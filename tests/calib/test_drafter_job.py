@@ -19,23 +19,23 @@ from checkpoints import config_of, raw_weight, write_checkpoint, write_int8_cali
 from jobs import Quiet, some_texts
 from safetensors.torch import load_file
 
-from trimode.calib.adapter import adapter_of, blank_adapter, install_adapter
-from trimode.calib.budget import Budget
-from trimode.calib.drafter import DrafterLoss, DrafterSettings, DrafterTraining
-from trimode.calib.drafter_job.answers import Written, batches, encode, write_answer
-from trimode.calib.drafter_job.job import train_adapter
-from trimode.calib.drafter_job.measure import measure
-from trimode.calib.drafter_job.record import RECORD, DrafterRecord
-from trimode.calib.drafter_job.settings import DrafterJobSettings
-from trimode.calib.jobs.prompts import Prompts, split_texts
-from trimode.calib.jobs.served import ServedTrunk, load_served
-from trimode.calib.jobs.state import state_file
-from trimode.calib.torch_session import TorchSession
-from trimode.compiler.plan import describe_model
+from trimode.calib.data.prompts import Prompts, split_texts
+from trimode.calib.drafter.adapter import adapter_of, blank_adapter, install_adapter
+from trimode.calib.drafter.answers import Written, batches, encode, write_answer
+from trimode.calib.drafter.job import train_adapter
+from trimode.calib.drafter.measure import measure
+from trimode.calib.drafter.settings import DrafterJobSettings
+from trimode.calib.drafter.training import DrafterLoss, DrafterSettings, DrafterTraining
+from trimode.calib.reference.served import ServedTrunk, load_served
+from trimode.calib.reference.torch_session import TorchSession
+from trimode.calib.training.budget import Budget
+from trimode.calib.training.run_state import state_file
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
-from trimode.graphs.checkpoint import ADAPTER_FOLDER, open_checkpoint
-from trimode.graphs.contract import ModelInfo
-from trimode.runtime.options import DecodeOptions
+from trimode.formats.contract import ModelInfo
+from trimode.formats.drafter import RECORD, DrafterRecord
+from trimode.graphs.adapter import ADAPTER_FOLDER
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.runtime.decode.options import DecodeOptions
 
 CONFIG = {"block_size": 8, "eos_token_id": 11}
 SETTINGS: dict[str, Any] = {"steps": 6, "max_new_tokens": 14, "batch_size": 3, "num_held_out": 3}

@@ -16,8 +16,8 @@ from trimode.calib.demo.evaluate import (
 )
 from trimode.calib.demo.tasks import FAMILIES
 from trimode.calib.demo.tokenizer import build_tokenizer
-from trimode.graphs.attention import MaskedAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.attention import MaskedAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 TOKENIZER = build_tokenizer()
 

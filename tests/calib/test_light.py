@@ -15,11 +15,11 @@ import pytest
 import reference
 from conftest import Built
 
-from trimode.calib.light import search
-from trimode.calib.light.measure import SERIAL, LightSettings, measure_light
-from trimode.calib.light.search import ORACLES, BlockOracle
-from trimode.runtime.decode import ALGORITHMS, Counters
-from trimode.runtime.options import DecodeOptions
+from trimode.calib.evaluate.speed_of_light import oracle as search
+from trimode.calib.evaluate.speed_of_light.measure import SERIAL, LightSettings, measure_light
+from trimode.calib.evaluate.speed_of_light.oracle import ORACLES, BlockOracle
+from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
+from trimode.runtime.decode.options import DecodeOptions
 
 MASK = 100
 PROMPTS = [[20, 30, 40], [77], [12, 13, 14, 15, 16]]
@@ -170,7 +170,7 @@ def test_a_search_that_is_cut_short_says_so(built: Callable[[str], Built]) -> No
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_the_command_writes_table_json_and_picture(built: Callable[[str], Built], tmp_path: Path) -> None:

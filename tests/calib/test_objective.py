@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimode.calib.objective import Corruption, corrupt, joint_loss, joint_mask
-from trimode.graphs.attention import GrowingCacheAttention, MaskedAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.calib.training.objective import Corruption, corrupt, joint_loss, joint_mask
+from trimode.graphs.decoder.attention import GrowingCacheAttention, MaskedAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 
 @settings(max_examples=60, deadline=None)

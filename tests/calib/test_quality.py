@@ -15,27 +15,26 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from torch import Tensor
 from whole_trunk import record
 
-from trimode.calib.quality.candidate import Candidate, quantized_twin, rounding_scales
-from trimode.calib.quality.decoding import answer, partings
-from trimode.calib.quality.fidelity import Divergence, Fidelity
-from trimode.calib.quality.lockstep import Comparison
-from trimode.calib.quality.questions import Decoding, QualitySettings, Question, decodings_for, draw_questions
-from trimode.calib.quality.report import check_output, measure, save_report
-from trimode.calib.quality.schema import PartingRecord, Report
-from trimode.calib.quality.sensitivity import Budget, _Trials, save_without, search, shortest
-from trimode.calib.quantize.settings import QuantizeSettings
-from trimode.calib.quantize.workload import Episode, count_rows, forwards_of, pattern_for
-from trimode.calib.quantized_trunk import LinearScales
-from trimode.calib.torch_session import TorchCache, TorchSession, load_trunk
-from trimode.compiler.plan import describe_model
+from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_twin, rounding_scales
+from trimode.calib.evaluate.quantization.decoding import answer, partings
+from trimode.calib.evaluate.quantization.fidelity import Divergence, Fidelity
+from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
+from trimode.calib.evaluate.quantization.lockstep import Comparison
+from trimode.calib.evaluate.quantization.questions import Decoding, QualitySettings, Question, decodings_for, draw_questions
+from trimode.calib.evaluate.quantization.sensitivity import Budget, _Trials, save_without, search, shortest
+from trimode.calib.reference.episodes import Episode, count_rows, forwards_of, pattern_for
+from trimode.calib.reference.fake_quant import LinearScales
+from trimode.calib.reference.torch_session import TorchCache, TorchSession, load_trunk
+from trimode.calib.scales.settings import QuantizeSettings
 from trimode.errors import BuildError, CheckpointError, DependencyError, UsageError
-from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, LayerRecord, Scales, load_calibration
-from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import ROLES, Role
-from trimode.graphs.source import SourceDigest
-from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.sequence import Forwards
-from trimode.runtime.stream import Generation
+from trimode.formats.calibration import SCHEMA_VERSION, Calibration, LayerRecord, Scales, load_calibration
+from trimode.formats.contract import ROLES, Role
+from trimode.formats.evaluation import PartingRecord, Report
+from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.identity import SourceDigest
+from trimode.runtime.decode.sequence import Forwards
+from trimode.runtime.decode.stream import Generation
 
 RECORDED = QuantizeSettings("int8", max_new_tokens=10)
 BAD = "encoder.layers.1.mlp.up_proj"

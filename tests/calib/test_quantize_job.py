@@ -24,32 +24,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 from whole_trunk import BranchOutside, quantize_whole_trunk, record, replay
 
-from trimode.calib import mapped_trunk
+from trimode.calib.data.draw import draw_texts
 from trimode.calib.demo.tasks import examples
-from trimode.calib.quantize import job
-from trimode.calib.quantize.extract import extract_scales
-from trimode.calib.quantize.feed import weighted_rows
-from trimode.calib.quantize.layers import quantized_layers
-from trimode.calib.quantize.modelopt_job import load_modelopt, run_modelopt
-from trimode.calib.quantize.parts import DecoderPart
-from trimode.calib.quantize.settings import QuantizeSettings
-from trimode.calib.quantize.statistics import quantize_weight
-from trimode.calib.quantize.texts import draw_texts
-from trimode.calib.quantize.work import WorkFolder, open_work, work_folder_of
-from trimode.calib.quantize.workload import Episode
-from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
-from trimode.compiler.plan import describe_model
+from trimode.calib.reference import mapped as mapped_trunk
+from trimode.calib.reference.episodes import Episode
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.calib.scales import job
+from trimode.calib.scales.layer_replay import DecoderPart
+from trimode.calib.scales.layers import quantized_layers
+from trimode.calib.scales.modelopt import extract_scales, load_modelopt, run_modelopt
+from trimode.calib.scales.modelopt_inputs import weighted_rows
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.calib.scales.statistics import quantize_weight
+from trimode.calib.scales.work_folder import WorkFolder, open_work, work_folder_of
+from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
 from trimode.errors import BuildError, CheckpointError, DependencyError, DeviceError, TrimodeError, UsageError
-from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.calibration import Calibration, Scales, load_calibration
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ModelInfo
-from trimode.graphs.source import SourceDigest
-from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.decode import ALGORITHMS, Counters
-from trimode.runtime.options import DecodeOptions, Mode
-from trimode.runtime.sequence import Sequence
+from trimode.formats.calibration import Calibration, Scales, load_calibration
+from trimode.formats.contract import Mode, ModelInfo
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.identity import SourceDigest
+from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Sequence
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 PRECISIONS: tuple[Any, ...] = ("fp8", "int8", "int4")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from trimode.calib.quantized_trunk import LinearScales, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import LinearScales, linear_scales, quantize_trunk
 from trimode.errors import CheckpointError
-from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.calibration import QuantizedPrecision, Scales
-from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+from trimode.formats.calibration import QuantizedPrecision, Scales
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 
 LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.o_proj", "encoder.layers.1.mlp.down_proj", "diffusion_head")
 

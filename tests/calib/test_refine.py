@@ -6,13 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from trimode.calib.budget import Budget
 from trimode.calib.demo.data import encode
 from trimode.calib.demo.refine import DIFFUSION_WEIGHT, NUM_BLOCKS, THRESHOLDS, RefinementTraining, revealed
 from trimode.calib.demo.tokenizer import IM_END, MASK, SPECIAL_IDS
 from trimode.calib.demo.training import Settings
-from trimode.graphs.attention import GrowingCacheAttention
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.calib.training.budget import Budget
+from trimode.graphs.decoder.attention import GrowingCacheAttention
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 SIZE = 8
 

@@ -21,22 +21,21 @@ from jobs import Quiet, some_texts
 from reference import Reference
 from safetensors.torch import load_file
 
-from trimode.calib.budget import Budget
-from trimode.calib.jobs.prompts import Prompts, split_texts
-from trimode.calib.jobs.state import state_file
-from trimode.calib.sampler_job import measure
-from trimode.calib.sampler_job.job import train_sampler
-from trimode.calib.sampler_job.measure import auc, calibration_error, choose_threshold, cross_entropy
-from trimode.calib.sampler_job.settings import SamplerJobSettings
-from trimode.calib.sampler_job.training import SamplerTraining, new_sampler, validation_loss
-from trimode.calib.sampler_job.trajectories import RecordingSession, States, join, write_states
-from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.compiler.plan import describe_model
+from trimode.calib.data.prompts import Prompts, split_texts
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.calib.sampler import measure
+from trimode.calib.sampler.job import train_sampler
+from trimode.calib.sampler.measure import auc, calibration_error, choose_threshold, cross_entropy
+from trimode.calib.sampler.settings import SamplerJobSettings
+from trimode.calib.sampler.training import SamplerTraining, new_sampler, validation_loss
+from trimode.calib.sampler.trajectories import RecordingSession, States, join, write_states
+from trimode.calib.training.budget import Budget
+from trimode.calib.training.run_state import state_file
 from trimode.errors import BuildError, CheckpointError, UsageError
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.sampler import SamplerShape, token_semantics
-from trimode.graphs.sampler_file import RECORD, WEIGHTS, DenoisingRecord, SamplerFile, load_sampler_record
-from trimode.graphs.sampler_trace import load_sampler
+from trimode.formats.sampler import RECORD, WEIGHTS, DenoisingRecord, SamplerFile, load_sampler_record
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.sampler.network import SamplerShape, token_semantics
+from trimode.graphs.sampler.trace import load_sampler
 
 CONFIG = {"block_size": 8, "eos_token_id": 11}
 SETTINGS: dict[str, Any] = {

@@ -10,13 +10,13 @@ import pytest
 import reference
 from checkpoints import SHAPES, config_of, write_checkpoint
 
-from trimode.calib.torch_session import TorchSession, accepted_lengths, load_trunk
-from trimode.compiler.plan import describe_model
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.source import SourceDigest
-from trimode.runtime.decode import ALGORITHMS, Counters
-from trimode.runtime.options import DecodeOptions, Mode
-from trimode.runtime.sequence import Sequence
+from trimode.calib.reference.torch_session import TorchSession, accepted_lengths, load_trunk
+from trimode.formats.contract import Mode
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.identity import SourceDigest
+from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Sequence
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimode.calib.budget import Budget
-from trimode.calib.checkpoint_io import round_weights, write_adapter, write_checkpoint
 from trimode.calib.demo import train
 from trimode.calib.demo.model import build_trunk, demo_config
 from trimode.calib.demo.save import demo_texts
 from trimode.calib.demo.train import REPORT_FILE, Plan, processor, train_demo
+from trimode.calib.training.budget import Budget
+from trimode.calib.training.checkpoint_writer import round_weights, write_adapter, write_checkpoint
 from trimode.errors import UsageError
-from trimode.graphs.checkpoint import ADAPTER_FOLDER, Checkpoint, open_checkpoint, to_float32
+from trimode.formats.safetensors import to_float32
+from trimode.graphs.adapter import ADAPTER_FOLDER
+from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.trunk import TriModeTrunk
+from trimode.graphs.decoder.trunk import TriModeTrunk
 
 FILES = {
     "config.json",

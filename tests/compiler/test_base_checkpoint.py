@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from trimode.compiler.pipeline import build_bundle
+from trimode.formats.files import sha256_of
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import sha256_of
-from trimode.runtime.text import TextCodec
+from trimode.runtime.text.codec import TextCodec
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 TEXT = "Add 478 and 356."
@@ -23,7 +23,7 @@ NOTE = "there is no chat template, as in a base model: texts are taken as they a
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from conftest import Built
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_timings_are_printed_written_and_kept(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.staging import staged_folder
+from trimode.compiler.store.staging import staged_folder
 from trimode.errors import BuildError, CheckpointError, UsageError
-from trimode.graphs.checkpoint import open_checkpoint, to_float32
+from trimode.formats.safetensors import to_float32
+from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime import TriModeModel
 
 
@@ -148,7 +149,7 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
 
 def test_a_killed_build_is_cleared_by_the_next(checkpoint: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib\nfrom trimode.compiler.staging import staged_folder\n"
+        "import sys, pathlib\nfrom trimode.compiler.store.staging import staged_folder\n"
         "with staged_folder(pathlib.Path(sys.argv[1]), force=False) as f:\n"
         "    (f / 'part').touch(); print('in', flush=True); sys.stdin.read()\n"
     )
@@ -174,7 +175,7 @@ def test_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle")],
+        [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "-o", str(tmp_path / "bundle")],
         preexec_fn=limit, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1

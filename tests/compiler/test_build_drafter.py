@@ -14,17 +14,19 @@ import pytest
 from checkpoints import config_of, write_checkpoint, write_int8_calibration
 from typer.testing import CliRunner
 
-from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.compiler.cli import app
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.cli.main import app
+from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.verify_command import VerifyRequest, run_verify
+from trimode.compiler.verify.run import VerifyRequest
 from trimode.errors import CheckpointError, TrimodeError, UsageError
-from trimode.graphs.checkpoint import ADAPTER_FOLDER, open_checkpoint
-from trimode.graphs.contract import Role
-from trimode.graphs.source import SourceDigest, stamp_of
+from trimode.formats.contract import Role
+from trimode.graphs.adapter import ADAPTER_FOLDER
+from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.identity import SourceDigest, stamp_of
 from trimode.runtime import TriModeModel
-from trimode.runtime.session import Array, Session
+from trimode.runtime.sessions.base import Array, Session
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "block_size": 8}
 
@@ -167,7 +169,7 @@ def test_data_without_a_prompt(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_an_interrupt_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     data = write_prompts(tmp_path / "prompts.jsonl")
-    command = [sys.executable, "-m", "trimode.compiler.cli", "calibrate", "drafter", str(checkpoint), "-o", str(tmp_path / "adapter"),
+    command = [sys.executable, "-m", "trimode.cli.main", "calibrate", "drafter", str(checkpoint), "-o", str(tmp_path / "adapter"),
                "--data", str(data), "--minutes", "5", "--max-new-tokens", "12"]  # fmt: skip
     # A runner may have started the tests with interrupts ignored, which children inherit.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as training:

@@ -17,20 +17,20 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from trimode.calib.demo.tasks import examples
-from trimode.calib.light.measure import LightSettings, measure_light
-from trimode.calib.sampler_job.scoring import TorchScorer
-from trimode.compiler.cli import app
+from trimode.calib.evaluate.speed_of_light.measure import LightSettings, measure_light
+from trimode.calib.sampler.scorer import TorchScorer
+from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import BundleError, CheckpointError, UsageError
+from trimode.formats.sampler import RECORD, WEIGHTS, load_sampler_record
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.sampler_file import RECORD, WEIGHTS, load_sampler_record
-from trimode.graphs.sampler_trace import load_sampler
-from trimode.graphs.source import SourceDigest
+from trimode.graphs.identity import SourceDigest
+from trimode.graphs.sampler.trace import load_sampler
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import read_manifest
-from trimode.runtime.decode import Counters, decode_diffusion
-from trimode.runtime.options import DecodeOptions
+from trimode.runtime.bundle.open import read_manifest
+from trimode.runtime.decode.algorithms import Counters, decode_diffusion
+from trimode.runtime.decode.options import DecodeOptions
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "block_size": 8}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from checkpoints import config_of, write_checkpoint
 
-from trimode.compiler.cache import ContentCache, key_of
-from trimode.runtime.cache_folder import usual_folder
+from trimode.compiler.store.cache import ContentCache, key_of
+from trimode.runtime.bundle.cache_folder import usual_folder
 
 
 def writes(data: bytes, calls: list[int] | None = None) -> Callable[[Path], None]:
@@ -72,7 +72,7 @@ def test_failing_to_make_leaves_nothing(tmp_path: Path, error: BaseException | t
 def test_a_killed_maker_is_cleared_by_the_next(tmp_path: Path) -> None:
     key = key_of(x=1)
     code = (
-        "import sys, pathlib\nfrom trimode.compiler.cache import ContentCache\n"
+        "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
         "def make(p):\n    p.write_bytes(b'half'); print('in', flush=True); sys.stdin.read()\n"
         "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
     )
@@ -93,7 +93,7 @@ def test_a_killed_maker_is_cleared_by_the_next(tmp_path: Path) -> None:
 def test_two_processes_make_it_once(tmp_path: Path) -> None:
     key = key_of(x=1)
     code = (
-        "import sys, pathlib, time\nfrom trimode.compiler.cache import ContentCache\n"
+        "import sys, pathlib, time\nfrom trimode.compiler.store.cache import ContentCache\n"
         "def make(p):\n    print('made', flush=True); time.sleep(0.5); p.write_bytes(b'engine')\n"
         "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
     )
@@ -126,7 +126,7 @@ def test_pruning_leaves_what_is_in_use(tmp_path: Path) -> None:
 
     def make(path: Path) -> None:
         path.write_bytes(b"engine")
-        code = "import sys, pathlib\nfrom trimode.compiler.cache import ContentCache\nprint(ContentCache(pathlib.Path(sys.argv[1]), 0).prune())"
+        code = "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\nprint(ContentCache(pathlib.Path(sys.argv[1]), 0).prune())"
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], capture_output=True, text=True, check=True).stdout == "0\n"
 
     cache.fetch(key, tmp_path / "out", make)
@@ -245,7 +245,7 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
     ContentCache(tmp_path / "c").fetch(key, tmp_path / "one", writes(b"engine"))
     forbidden = {"folder": tmp_path / "c", "shard": tmp_path / "c" / key[:2], "entry": tmp_path / "c" / key[:2] / key}[what]
     code = (
-        "import sys, pathlib\nfrom trimode.compiler.cache import ContentCache\n"
+        "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
         "cache = ContentCache(pathlib.Path(sys.argv[1]))\n"
         "cache.fetch(sys.argv[2], pathlib.Path(sys.argv[3]), lambda path: path.write_bytes(b'engine') and None)\ncache.prune()\n"
     )
@@ -262,7 +262,7 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
 
 
 def trimode(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*NOT_ROOT, sys.executable, "-m", "trimode.compiler.cli", *map(str, arguments)]
+    command = [*NOT_ROOT, sys.executable, "-m", "trimode.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 

@@ -18,7 +18,7 @@ FIELDS = {"text", "token_ids", "mode", "nfe", "prefill_forwards", "tokens_per_fo
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def test_version_and_help() -> None:
@@ -30,7 +30,7 @@ def test_version_and_help() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; sys.argv = ['trimode', '--help']\nfrom trimode.compiler.cli import main\n"
+        "import sys; sys.argv = ['trimode', '--help']\nfrom trimode.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', 'onnxruntime', 'pydantic')))"
     )
@@ -107,7 +107,7 @@ def test_inspect(built: Callable[[str], Built]) -> None:
 
 
 def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(built("three_kv_heads").checkpoint), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "trimode.cli.main", "build", str(built("three_kv_heads").checkpoint), "-o", str(tmp_path / "out")]
     # A runner may have started the tests with interrupts ignored, which children inherit.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as build:
         assert build.stderr is not None
@@ -122,7 +122,7 @@ def test_interruption_is_clean(built: Callable[[str], Built], tmp_path: Path) ->
 def test_closed_pipe(built: Callable[[str], Built], tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"token_ids": [20, 21]}\n' * 50)
-    command = [sys.executable, "-m", "trimode.compiler.cli", "run", str(built("plain").bundle), "--prompts-file", str(file), "--json"]
+    command = [sys.executable, "-m", "trimode.cli.main", "run", str(built("plain").bundle), "--prompts-file", str(file), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stderr is not None

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import Built
 
-from trimode.compiler.boundary import as_error, run_guarded
-from trimode.compiler.output import print_json
+from trimode.cli.boundary import as_error, run_guarded
+from trimode.cli.output import print_json
 from trimode.errors import DeviceError, UsageError
 
-CLI = (sys.executable, "-m", "trimode.compiler.cli")
+CLI = (sys.executable, "-m", "trimode.cli.main")
 DROP = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot") if os.geteuid() == 0 else ()
 """What root has to give up to be refused a file."""
 
@@ -47,7 +47,7 @@ def assert_clean(done: subprocess.CompletedProcess[str], code: int, *words: str)
 def guarded(command: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     """Exit code and messages of a command in this process."""
     messages = io.StringIO()
-    monkeypatch.setattr("trimode.compiler.boundary._prepare_streams", lambda: None)
+    monkeypatch.setattr("trimode.cli.boundary._prepare_streams", lambda: None)
     monkeypatch.setattr(sys, "stderr", messages)
     with pytest.raises(SystemExit) as left:
         run_guarded(command)
@@ -105,7 +105,7 @@ def test_a_closed_stderr_hides_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> 
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed):
-        monkeypatch.setattr("trimode.compiler.boundary._prepare_streams", lambda: None)
+        monkeypatch.setattr("trimode.cli.boundary._prepare_streams", lambda: None)
         monkeypatch.setattr(sys, "stderr", stream)
         with pytest.raises(SystemExit) as left:
             run_guarded(raising(UsageError("a", "b")))
@@ -256,12 +256,12 @@ BROKEN: list[bytes] = [
 @pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:24].decode("latin-1"))
 def test_broken_records(built: Callable[[str], Built], tmp_path: Path, content: bytes) -> None:
     """In this process, with the exceptions that a command would end by."""
-    from trimode.compiler.parity.report import read_verifications
     from trimode.errors import BundleError, CheckpointError
-    from trimode.graphs.calibration import load_calibration
-    from trimode.graphs.sampler_file import load_sampler_record
-    from trimode.runtime.bundle import read_manifest
-    from trimode.runtime.timings import read_timings
+    from trimode.formats.calibration import load_calibration
+    from trimode.formats.sampler import load_sampler_record
+    from trimode.formats.verification import read_verifications
+    from trimode.runtime.auto.timings import read_timings
+    from trimode.runtime.bundle.open import read_manifest
 
     for name, kind, read in (
         ("manifest.json", BundleError, read_manifest),
@@ -281,10 +281,10 @@ def test_broken_records(built: Callable[[str], Built], tmp_path: Path, content: 
 
 def test_folders_in_the_place_of_records(tmp_path: Path) -> None:
     from trimode.errors import TrimodeError
-    from trimode.graphs.calibration import load_record
-    from trimode.graphs.sampler_file import load_sampler_record
-    from trimode.runtime.bundle import read_manifest
-    from trimode.runtime.timings import read_timings
+    from trimode.formats.calibration import load_record
+    from trimode.formats.sampler import load_sampler_record
+    from trimode.runtime.auto.timings import read_timings
+    from trimode.runtime.bundle.open import read_manifest
 
     for name in ("manifest.json", "calibration.json", "sampler.json", "timings.json"):
         (tmp_path / name).mkdir()

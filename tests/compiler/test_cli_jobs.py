@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from trimode.compiler.cli import app
+from trimode.cli.main import app
 
 
 @pytest.mark.parametrize("words", [["calibrate", "CHECKPOINT"], ["calibrate", "--precision", "fp8"], ["calibrate", "scales", "CHECKPOINT"]])

@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.runtime.bundle import open_bundle
-from trimode.runtime.text import TextCodec
-from trimode.runtime.text_files import text_files
+from trimode.runtime.bundle.open import open_bundle
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.files import text_files
 
 TEMPLATES = {"default": "<s>{{ messages[0].content }}", "tool_use": "<s>tools"}
 

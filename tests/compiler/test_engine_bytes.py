@@ -13,21 +13,21 @@ import onnx_ir as ir
 import pytest
 from checkpoints import config_of
 
-from trimode.compiler.backends import lower_for
-from trimode.compiler.engine_builder import EngineJob, build_engine
-from trimode.compiler.lowering import to_bytes
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.plan import describe_model, make_plan
+from trimode.compiler.pack.layout import plan_pack
+from trimode.compiler.passes.base import to_bytes
+from trimode.compiler.passes.recipes import lower_for
+from trimode.compiler.passes.scales_to_constants import known_scales
+from trimode.compiler.plan import make_plan
 from trimode.compiler.plans.audit import audit_engine
 from trimode.compiler.plans.records import PlanRecord
-from trimode.compiler.quantize.constants import known_scales
-from trimode.compiler.quantize.scales import LayerScales, Quantization
-from trimode.compiler.traced import traced_graph
-from trimode.compiler.weights import plan_pack
-from trimode.graphs.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from trimode.compiler.store.traced import traced_graph
+from trimode.compiler.tensorrt.builder import EngineJob, build_engine
+from trimode.formats.contract import ROLES, Role
+from trimode.formats.manifest import CalibrationRecord, TargetRecord
+from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.contract import ROLES, Role
-from trimode.runtime.manifest import CalibrationRecord, TargetRecord
+from trimode.graphs.numerics.scales import LayerScales, Quantization
 
 MOST_ON_TOP = 0.05
 LONGEST = 32768

@@ -17,18 +17,18 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from once import TracedOnce
 
-from trimode.compiler import engines, pipeline
-from trimode.compiler.cache import ContentCache
-from trimode.compiler.engine_builder import PhaseTree
-from trimode.compiler.inspect_command import describe, sharing
+from trimode.cli.inspect import describe, sharing
+from trimode.compiler import pipeline
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
+from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.targets import find_target
+from trimode.compiler.tensorrt import pool as engines
+from trimode.compiler.tensorrt.builder import PhaseTree
 from trimode.errors import BuildError, DependencyError, UsageError
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES
-from trimode.runtime.bundle import open_bundle
+from trimode.formats.contract import ROLES
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.runtime.bundle.open import open_bundle
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -88,7 +88,7 @@ def test_shared_engines_hold_no_weights_and_baked_ones_do(tmp_path: Path) -> Non
         result = build_bundle(wide, tmp_path / placement, options)
         assert result.record.targets["sm89"].placement == placement
     name = "encoder.layers.0.mlp.gate_proj.weight"
-    from trimode.runtime.pack import WeightPack
+    from trimode.runtime.bundle.weights import WeightPack
 
     rows = WeightPack(tmp_path / "shared" / "weights.safetensors").raw(name).reshape(512, 256)
     engine = {p: (tmp_path / p / "engines" / "sm89" / "verify.engine").read_bytes() for p in ("shared", "baked")}
@@ -113,7 +113,7 @@ def test_a_second_identical_build_does_nothing(checkpoint: Path, tmp_path: Path,
     options = BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept)
     build_bundle(checkpoint, tmp_path / "bundle", options)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")}
-    monkeypatch.setattr("trimode.compiler.pipeline.traced_graph", None)  # nothing may be traced
+    monkeypatch.setattr("trimode.compiler.stages.trace.traced_graph", None)  # nothing may be traced
     assert build_bundle(checkpoint, tmp_path / "bundle", options).built == ()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "bundle").rglob("*")} == before
 
@@ -192,7 +192,7 @@ def test_a_compiler_that_crashes_is_reported(checkpoint: Path, tmp_path: Path, m
 
 
 def run_build(checkpoint: Path, tmp_path: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--block-lengths", "8", *more]
+    command = [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--block-lengths", "8", *more]
     # A runner may have started the tests with interrupts ignored, which children inherit.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     environment = {**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")}
@@ -260,7 +260,7 @@ def test_a_target_added_meanwhile_is_not_lost(checkpoint: Path, tmp_path: Path, 
 
 @pytest.mark.usefixtures("graphs_at_hand")
 def test_two_bundles_at_a_time_share_the_cache(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "--target", "sm89", "--block-lengths", "8", "--json"]
+    command = [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "--target", "sm89", "--block-lengths", "8", "--json"]
     environment = {**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")}
     running = [subprocess.Popen([*command, "-o", str(tmp_path / name)], stdout=-1, stderr=-1, text=True, env=environment) for name in ("one", "two")]
     done = [json.loads(process.communicate()[0]) for process in running]
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_the_bundle_whole(checkpoint: Path, tmp_path: Path, k
 
     build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets=("sm86",), block_lengths=(8,), cache=kept))
     before = files_of(tmp_path / "bundle")
-    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--target", "sm89"]
+    command = [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--target", "sm89"]
     done = subprocess.run(
         command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)), capture_output=True, text=True, check=False,
         env={**os.environ, "TRIMODE_CACHE": str(tmp_path / "cache")},

@@ -14,13 +14,13 @@ from checkpoints import config_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.pack.integer_stream import WeightStream
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.quantize.scales import LayerScales
-from trimode.compiler.quantize.weight_stream import WeightStream
 from trimode.errors import BuildError, CheckpointError, TrimodeError
-from trimode.graphs import nvfp4
-from trimode.graphs.calibration import QuantizedPrecision
-from trimode.graphs.quantization import largest_magnitudes, round_trip, scale_of
+from trimode.formats.calibration import QuantizedPrecision
+from trimode.graphs.numerics import nvfp4
+from trimode.graphs.numerics.integers import largest_magnitudes, round_trip, scale_of
+from trimode.graphs.numerics.scales import LayerScales
 from trimode.runtime import TriModeModel
 
 LAYER = "encoder.layers.0.mlp.up_proj"

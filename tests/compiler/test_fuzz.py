@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from trimode.compiler.cli import main
+from trimode.cli.main import main
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 SAMPLER = Path(__file__).parents[2] / "artifacts" / "nld-tiny-sampler"
@@ -119,7 +119,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("fuzz") / "bundle"
-    done = subprocess.run([sys.executable, "-m", "trimode.compiler.cli", "build", DEMO, "-o", bundle, "--sampler", SAMPLER], check=False)
+    done = subprocess.run([sys.executable, "-m", "trimode.cli.main", "build", DEMO, "-o", bundle, "--sampler", SAMPLER], check=False)
     assert done.returncode == 0
     return bundle
 

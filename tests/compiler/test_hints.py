@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import typer
 
-from trimode import hints
-from trimode.compiler.cli import app
+from trimode.cli.main import app
+from trimode.formats import hints
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("graphs", "compiler", "runtime", "calib")
@@ -63,7 +63,7 @@ def collect() -> list[tuple[str, str]]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             found += [(str(path.relative_to(ROOT)), text) for text in hints_of(ast.parse(path.read_text()))]
-    return found + [("src/trimode/hints.py", text) for name, text in vars(hints).items() if name.isupper()]
+    return found + [("src/trimode/formats/hints.py", text) for name, text in vars(hints).items() if name.isupper()]
 
 
 HINTS = collect()
@@ -138,14 +138,14 @@ def test_the_commands_of_hints_run(tmp_path: Path) -> None:
                  "`trimode targets`"):  # fmt: skip
         line = re.findall(r"`trimode ([^`]*)`", hint)[0]
         words = [str(places.get(word, word)) for word in shlex.split(line)]
-        command = [sys.executable, "-m", "trimode.compiler.cli", *words, *quick.get(words[0], [])]
+        command = [sys.executable, "-m", "trimode.cli.main", *words, *quick.get(words[0], [])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (line, done.stderr)
 
 
 def test_a_damaged_bundle_is_mended_by_its_hint(tmp_path: Path) -> None:
     def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
     bundle, checkpoint = tmp_path / "bundle", ROOT / "artifacts" / "nld-tiny"
     ask = ("run", bundle, "--token-ids", "1,10", "--max-new-tokens", 1)

@@ -14,17 +14,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from trimode.calib.demo.tasks import FAMILIES, examples
-from trimode.compiler.backends import lower_portable
-from trimode.compiler.graphfile import point_into_packs
-from trimode.compiler.lowering import to_bytes
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.pack.layout import read_tensors
+from trimode.compiler.passes.base import to_bytes
+from trimode.compiler.passes.recipes import lower_portable
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.weights import read_tensors
+from trimode.compiler.stages.graphs import point_into_packs
 from trimode.errors import BuildError
-from trimode.graphs.contract import DType
-from trimode.graphs.quantization import dequantize, quantize
+from trimode.formats.contract import DType
+from trimode.graphs.numerics.integers import dequantize, quantize
 from trimode.runtime import TriModeModel
-from trimode.runtime.pack import PrecisionWeights
+from trimode.runtime.bundle.weights import PrecisionWeights
 
 ROWS = (1, 2, 5, 33)
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
@@ -63,7 +63,7 @@ def write_pack(folder: Path, stored: DType, block: int, inputs: int, outputs: in
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_the_product(tmp_path: Path, block: int, stored: DType, accuracy_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Level 1 errs by float32's rounding alone; level 4 by half a step of int8 an input at most, the step being a block's largest input over 127."""
-    monkeypatch.setattr("trimode.compiler.backends.INT4_ACCURACY_LEVEL", accuracy_level)
+    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", accuracy_level)
     inputs, outputs = 3 * block if block > 16 else 80, 37
     pre = np.exp2(np.random.default_rng(1).integers(-2, 3, inputs)).astype(np.float32) if block != 64 else None
     path, weight = write_pack(tmp_path, stored, block, inputs, outputs, pre)

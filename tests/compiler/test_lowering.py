@@ -14,16 +14,20 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from once import TracedOnce
 from onnx.reference import ReferenceEvaluator
 
-from trimode.compiler.attention_lowering import QueriesToOutputs
-from trimode.compiler.choices_lowering import ChooseBeforeWidening
-from trimode.compiler.lowering import ComputeType, StaticCacheCapacity, StoredType, WeightsToInputs, caches, lower, to_bytes, weights
-from trimode.compiler.plan import describe_model
-from trimode.compiler.weights import plan_pack, write_pack
+from trimode.compiler.pack.layout import plan_pack
+from trimode.compiler.pack.writer import write_pack
+from trimode.compiler.passes.base import caches, lower, to_bytes, weights
+from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
+from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.queries_to_outputs import QueriesToOutputs
+from trimode.compiler.passes.static_capacity import StaticCacheCapacity
+from trimode.compiler.passes.stored_type import StoredType
+from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.errors import BuildError
-from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import ROLES, DType, Role, cache_specs, graph_contract
-from trimode.graphs.trace import trace_role
-from trimode.runtime.pack import WeightPack
+from trimode.formats.contract import ROLES, DType, Role, cache_specs, graph_contract
+from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
+from trimode.graphs.decoder.trace import trace_role
+from trimode.runtime.bundle.weights import WeightPack
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CAPACITY = 41

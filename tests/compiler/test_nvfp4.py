@@ -14,27 +14,26 @@ import pytest
 import torch
 from checkpoints import config_of, raw_weight, write_checkpoint
 
-from trimode.calib.quantize.modelopt_job import load_modelopt
-from trimode.calib.quantized_trunk import in_blocks, linear_scales, quantize_trunk
-from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.compiler.inspect_command import describe
+from trimode.calib.reference.fake_quant import in_blocks, linear_scales, quantize_trunk
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.calib.scales.modelopt import load_modelopt
+from trimode.cli.inspect import describe
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.pack.nvfp4_stream import Nvfp4Stream
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
-from trimode.compiler.quantize.nvfp4_stream import Nvfp4Stream
-from trimode.compiler.quantize.scales import LayerScales
 from trimode.errors import BuildError, BundleError, CheckpointError, UsageError
-from trimode.graphs.calibration import SCHEMA_VERSION, Calibration, Scales, save_calibration
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES, Role
-from trimode.graphs.nvfp4 import PAIRS, VALUES, decode, encode
-from trimode.graphs.quantization import round_trip, scale_of
-from trimode.graphs.source import SourceDigest
-from trimode.graphs.trunk import TriModeTrunk
-from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.ort_library import load_graph, session_options
-from trimode.runtime.ort_session import OrtSession
-from trimode.runtime.pack import WeightPack
+from trimode.formats.calibration import SCHEMA_VERSION, Calibration, Scales, save_calibration
+from trimode.formats.contract import ROLES, Role
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.integers import round_trip, scale_of
+from trimode.graphs.numerics.nvfp4 import PAIRS, VALUES, decode, encode
+from trimode.graphs.numerics.scales import LayerScales
+from trimode.runtime.bundle.open import Bundle, open_bundle
+from trimode.runtime.bundle.weights import WeightPack
+from trimode.runtime.sessions.ort.library import load_graph, session_options
+from trimode.runtime.sessions.ort.session import OrtSession
 
 CONFIG = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = np.arange(12)[None] * 7 % 109
@@ -384,8 +383,8 @@ def test_inputs_come_in_whole_blocks(tmp_path: Path) -> None:
 
 def test_the_job_finds_the_magnitudes(tmp_path: Path) -> None:
     """Those of the weights are looked up here; those of inputs are the ones that fp8 has, which other tests compare with hooks."""
-    from trimode.compiler.calibrate_command import CalibrateRequest, run_calibrate
-    from trimode.graphs.calibration import load_calibration
+    from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+    from trimode.formats.calibration import load_calibration
 
     folder = write_checkpoint(tmp_path / "c", config_of(**CONFIG, block_size=8), rank=2)
     (tmp_path / "data.jsonl").write_text(json.dumps({"token_ids": [5, 20, 33, 48]}) + "\n")

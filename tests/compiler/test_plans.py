@@ -12,16 +12,16 @@ from onnx import ModelProto, helper
 from onnx import TensorProto as T
 from typer.testing import CliRunner
 
-from trimode.compiler.cli import app
-from trimode.compiler.engine_builder import EngineJob, build_engine
+from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plans.audit import audit_engine
 from trimode.compiler.plans.records import CopyRecord, PlanRecord, UnreadPlan
 from trimode.compiler.plans.report import EnginePlan, causes_of, predict_ms, warnings_of
 from trimode.compiler.plans.text import parse_program
+from trimode.compiler.tensorrt.builder import EngineJob, build_engine
 from trimode.errors import UsageError
-from trimode.runtime.manifest import ProfileRecord
+from trimode.formats.manifest import ProfileRecord
 
 EXCERPTS = Path(__file__).parent / "plans"
 HEADS, KV_HEADS, SIZE, SLOTS, ROWS = 8, 2, 64, 320, 8

@@ -14,19 +14,20 @@ import onnx
 import pytest
 from checkpoints import config_of, write_checkpoint
 
+from trimode.cli.inspect import describe, sharing
 from trimode.compiler import pipeline
-from trimode.compiler.inspect_command import describe, sharing
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.errors import BuildError, BundleError, CheckpointError, UsageError
-from trimode.graphs.calibration import Calibration, QuantizedPrecision, save_calibration
+from trimode.formats.calibration import Calibration, QuantizedPrecision, save_calibration
+from trimode.formats.contract import ROLES
+from trimode.formats.safetensors import PackEntry
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES
-from trimode.graphs.source import SourceDigest
+from trimode.graphs.identity import SourceDigest
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import open_bundle
-from trimode.runtime.ort_session import OrtSession
-from trimode.runtime.pack import PackEntry, PrecisionWeights, WeightPack
+from trimode.runtime.bundle.open import open_bundle
+from trimode.runtime.bundle.weights import PrecisionWeights, WeightPack
+from trimode.runtime.sessions.ort.session import OrtSession
 
 CONFIG = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = np.arange(12)[None] * 7 % 109
@@ -239,7 +240,7 @@ def test_killed_between_the_files_and_the_manifest(checkpoint: Path, tmp_path: P
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimode.compiler.staging._replace_manifest", killed)
+        patch.setattr("trimode.compiler.store.staging._replace_manifest", killed)
         with pytest.raises(SystemExit):
             build_bundle(checkpoint, tmp_path / "b", options)
     assert (tmp_path / "b" / "weights-int4.safetensors").is_file()
@@ -312,7 +313,7 @@ def test_only_what_a_precision_reads_is_hashed(two: tuple[Path, BuildResult], tm
 
 def test_command_line(two: tuple[Path, BuildResult]) -> None:
     def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "trimode.compiler.cli", *map(str, args)], capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
 
     command = ("run", two[0], "--token-ids", "20,21,22", "--max-new-tokens", 24, "--mode", "ar", "--json")
     answers = {p: json.loads(trimode(*command, *(("--precision", p) if p else ())).stdout)["token_ids"] for p in (None, "int4", "fp32")}
@@ -337,7 +338,7 @@ def test_the_weights_of_a_precision() -> None:
         "second": Pack("second", b__weight="float32", norm__weight="float32", a__pre_quant_scale="float32"),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimode.runtime.pack.WeightPack", packs.__getitem__)
+        patch.setattr("trimode.runtime.bundle.weights.WeightPack", packs.__getitem__)
         weights = PrecisionWeights(["own", "first", "second"])  # type: ignore[list-item]
     found = {name: (weights.pack_of(name).path, entry.dtype) for name, entry in weights.entries.items()}
     assert found == {

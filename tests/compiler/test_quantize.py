@@ -20,28 +20,28 @@ from once import TracedOnce
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from trimode.calib.torch_session import TorchSession, load_trunk
-from trimode.compiler.backends import lower_for
-from trimode.compiler.inspect_command import describe
-from trimode.compiler.lowering import lower, to_bytes
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.cli.inspect import describe
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.pack.integer_stream import WeightStream
+from trimode.compiler.pack.layout import plan_pack
+from trimode.compiler.pack.writer import write_pack
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.quantize_weights import QuantizeWeights
+from trimode.compiler.passes.recipes import lower_for
+from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
-from trimode.compiler.quantize.constants import known_scales, read_scales
-from trimode.compiler.quantize.lowering import QuantizeWeights
-from trimode.compiler.quantize.scales import LayerScales, load_quantization
-from trimode.compiler.quantize.weight_stream import WeightStream
-from trimode.compiler.weights import plan_pack, write_pack
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
-from trimode.graphs.calibration import Calibration, QuantizedPrecision, save_calibration
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES, Role
-from trimode.graphs.quantization import FORMATS, dequantize, quantize, round_to, scale_of
-from trimode.graphs.source import NUMPY_DTYPES, SourceDigest
-from trimode.runtime.bundle import Bundle, open_bundle
-from trimode.runtime.manifest import TargetRecord
-from trimode.runtime.ort_session import OrtSession
-from trimode.runtime.pack import WeightPack
+from trimode.formats.calibration import Calibration, QuantizedPrecision, save_calibration
+from trimode.formats.contract import ROLES, Role
+from trimode.formats.manifest import TargetRecord
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.identity import NUMPY_DTYPES, SourceDigest
+from trimode.graphs.numerics.integers import FORMATS, dequantize, quantize, round_to, scale_of
+from trimode.graphs.numerics.scales import LayerScales, load_quantization
+from trimode.runtime.bundle.open import Bundle, open_bundle
+from trimode.runtime.bundle.weights import WeightPack
+from trimode.runtime.sessions.ort.session import OrtSession
 
 PRECISIONS: tuple[QuantizedPrecision, ...] = ("fp8", "int8", "int4")
 CONFIG = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -220,7 +220,7 @@ def test_rounded_weights_run_as_their_values(
     checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The quantized graph, and a dense bundle of the numbers that the quantized weights stand for."""
-    monkeypatch.setattr("trimode.compiler.backends.INT4_ACCURACY_LEVEL", 1)  # inputs as they are
+    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", 1)  # inputs as they are
     result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets, precision=precision, calibration="rtn", block_lengths=(8,)))
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.chosen.calibration is not None
@@ -309,7 +309,7 @@ def in_int8_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 def test_calibrated_graphs_against_torch(
     checkpoint: Path, tmp_path: Path, precision: QuantizedPrecision, per_tensor: bool, accuracy_level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimode.compiler.backends.INT4_ACCURACY_LEVEL", accuracy_level)
+    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", accuracy_level)
     scales = make_scales(checkpoint, precision, per_tensor=per_tensor)
     folder = calibration_for(checkpoint, tmp_path / "cal", precision, scales)
     result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(calibration=folder, quadratic=True))
@@ -425,7 +425,7 @@ def test_constant_scales_are_those_of_the_pack(checkpoint: Path, graph: ir.Model
 def test_the_runtime_knows_the_types() -> None:
     import tensorrt_rtx
 
-    from trimode.runtime.tensorrt_graph import _DTYPES
+    from trimode.runtime.sessions.tensorrt.graph import _DTYPES
 
     for name in _DTYPES:
         assert hasattr(tensorrt_rtx.DataType, name)
@@ -542,7 +542,7 @@ def test_calibrations_of_something_else(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trimode.compiler.cli", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-cache", "--json"]
+    command = [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-cache", "--json"]
     done = subprocess.run([*command, "--precision", "int4", "--calibration", "rtn"], capture_output=True, text=True, check=False)
     assert json.loads(done.stdout)["precision"] == "int4", done.stderr
     assert "rounded to nearest, blocks of 64" in "\n".join(describe(open_bundle(tmp_path / "bundle").manifest))

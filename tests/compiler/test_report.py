@@ -11,23 +11,24 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from typer.testing import CliRunner
 
-from trimode.calib.quality.candidate import COMPUTE_TYPE, quantized_twin, weight_bytes
-from trimode.calib.quality.schema import Report
-from trimode.calib.torch_session import load_trunk
-from trimode.compiler.cli import app
+from trimode.calib.evaluate.quantization.candidate import COMPUTE_TYPE, ROUNDED, quantized_twin, read_candidate, weight_bytes
+from trimode.calib.reference.torch_session import load_trunk
+from trimode.cli.calibrate.sensitivity import SensitivityRequest, run_sensitivity
+from trimode.cli.main import app
+from trimode.cli.report import ReportRequest, run_report
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.pack.layout import plan_pack
+from trimode.compiler.pack.writer import write_pack
 from trimode.compiler.plan import make_plan
-from trimode.compiler.quantize.scales import load_quantization
-from trimode.compiler.report_command import ROUNDED, ReportRequest, read_candidate, run_report
-from trimode.compiler.sensitivity_command import SensitivityRequest, run_sensitivity
-from trimode.compiler.weights import plan_pack, write_pack
 from trimode.errors import CheckpointError, TrimodeError, UsageError
-from trimode.graphs.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
+from trimode.formats.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
+from trimode.formats.evaluation import Report
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.nvfp4 import decode
-from trimode.graphs.quantization import dequantize
-from trimode.graphs.source import SourceDigest
-from trimode.runtime.pack import WeightPack
+from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.integers import dequantize
+from trimode.graphs.numerics.nvfp4 import decode
+from trimode.graphs.numerics.scales import load_quantization
+from trimode.runtime.bundle.weights import WeightPack
 
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "block_size": 8}
 BAD = "encoder.layers.0.mlp.gate_proj"

@@ -19,16 +19,18 @@ from once import TracedOnce
 from safetensors.torch import save_file
 
 import trimode.graphs
-from trimode.compiler import fingerprint, sampler, traced
-from trimode.compiler.cache import ContentCache
-from trimode.compiler.lowering import WeightsToInputs, lower, to_bytes
-from trimode.compiler.plan import describe_model
-from trimode.compiler.sampler import SamplerSource, write_sampler
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
+from trimode.compiler.plan import SamplerSource
+from trimode.compiler.stages import extras as sampler
+from trimode.compiler.stages.extras import write_sampler
+from trimode.compiler.store import fingerprint, traced
+from trimode.compiler.store.cache import ContentCache
 from trimode.errors import CheckpointError
-from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
-from trimode.graphs.contract import Role
-from trimode.graphs.sampler import BlockSampler, SamplerShape
-from trimode.graphs.sampler_file import WEIGHTS, ShapeRecord, load_sampler_record
+from trimode.formats.contract import Role
+from trimode.formats.sampler import WEIGHTS, ShapeRecord, load_sampler_record
+from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
+from trimode.graphs.sampler.network import BlockSampler, SamplerShape
 
 DEMO_SAMPLER = Path(__file__).parents[2] / "artifacts" / "nld-tiny-sampler"
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}
@@ -86,7 +88,7 @@ def test_the_digest_sees_versions_and_not_what_python_compiles(tmp_path: Path) -
 
 def test_all_that_tracing_imports_counts() -> None:
     """Modules that tracing brings into a fresh process are among the files of the digest."""
-    code = "import sys, trimode.graphs.trace, trimode.graphs.sampler_trace\n" \
+    code = "import sys, trimode.graphs.decoder.trace, trimode.graphs.sampler.trace\n" \
            "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), sep='\\n')"  # fmt: skip
     files = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     roots = [root for name in fingerprint.MODULES for root in fingerprint.roots_of(name)]
@@ -96,7 +98,7 @@ def test_all_that_tracing_imports_counts() -> None:
         assert any(Path(module.__file__ or "").is_relative_to(root) for root in roots)
 
 
-@pytest.mark.parametrize("name", ["trace.py", "inside/new.py"])
+@pytest.mark.parametrize("name", ["decoder/trace.py", "inside/new.py"])
 def test_a_graph_of_other_code_is_traced_again(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_fingerprint: Any, traced_once: TracedOnce, name: str
 ) -> None:

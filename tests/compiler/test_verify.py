@@ -20,21 +20,22 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from conftest import Built
 from safetensors.torch import load_file, save_file
 
-from trimode.calib.torch_session import TorchSession, load_trunk
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.parity.graph_parity import compare_target
-from trimode.compiler.parity.report import VERIFICATION, GraphParity, Verification, read_verifications
-from trimode.compiler.parity.runners import CachedText
-from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens
-from trimode.compiler.parity.tolerance import tolerance_for
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
-from trimode.compiler.verify_command import VerifyRequest, run_verify
+from trimode.compiler.verify.graphs import compare_target
+from trimode.compiler.verify.run import VerifyRequest
+from trimode.compiler.verify.runners import CachedText
+from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens
+from trimode.compiler.verify.tolerance import tolerance_for
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
-from trimode.graphs.checkpoint import open_checkpoint
+from trimode.formats.files import sha256_of
+from trimode.formats.verification import VERIFICATION, GraphParity, Verification, read_verifications
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.runtime import TriModeModel
-from trimode.runtime.bundle import open_bundle, sha256_of
-from trimode.runtime.pack import WeightPack
+from trimode.runtime.bundle.open import open_bundle
+from trimode.runtime.bundle.weights import WeightPack
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 
@@ -385,7 +386,7 @@ def test_command_line(copied: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = copied("plain")
 
     def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trimode.compiler.cli", "verify", *map(str, args)]
+        command = [sys.executable, "-m", "trimode.cli.main", "verify", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = trimode(bundle, "--against", checkpoint, "--json", "--max-new-tokens", 4, "--long", 40, "--seed", 2)

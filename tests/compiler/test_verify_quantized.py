@@ -17,26 +17,26 @@ import pytest
 import torch
 from checkpoints import config_of, write_checkpoint
 
-from trimode.calib.quantized_trunk import InputQuantizer, LinearScales, linear_scales, quantize_trunk
-from trimode.calib.torch_session import TorchSession, load_trunk
+from trimode.calib.reference.fake_quant import InputQuantizer, LinearScales, linear_scales, quantize_trunk
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.parity.borders import DitheredSession, GraphCodes, Guide, GuidedQuantizer, _spacing, guide_inputs
-from trimode.compiler.parity.graph_parity import compare_target
-from trimode.compiler.parity.report import Verification, read_verifications
-from trimode.compiler.parity.runners import CachedText
-from trimode.compiler.parity.token_parity import TokenPrompt, compare_tokens
-from trimode.compiler.parity.tolerance import tolerance_for
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.plan import describe_model
-from trimode.compiler.verify_command import VerifyRequest, run_verify
+from trimode.compiler.verify.graphs import compare_target
+from trimode.compiler.verify.rounding import DitheredSession, GraphCodes, Guide, GuidedQuantizer, _spacing, guide_inputs
+from trimode.compiler.verify.run import VerifyRequest
+from trimode.compiler.verify.runners import CachedText
+from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens
+from trimode.compiler.verify.tolerance import tolerance_for
 from trimode.errors import BundleError, UsageError
-from trimode.graphs.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
-from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES, Role
-from trimode.graphs.quantization import FORMATS
-from trimode.graphs.source import SourceDigest
-from trimode.runtime.bundle import sha256_of
-from trimode.runtime.pack import WeightPack
+from trimode.formats.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
+from trimode.formats.contract import ROLES, Role
+from trimode.formats.files import sha256_of
+from trimode.formats.verification import Verification, read_verifications
+from trimode.graphs.checkpoint import describe_model, open_checkpoint
+from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.integers import FORMATS
+from trimode.runtime.bundle.weights import WeightPack
 
 PRECISIONS: tuple[QuantizedPrecision, ...] = ("fp8", "int8", "int4", "nvfp4")
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -255,7 +255,7 @@ def test_refuses_what_it_cannot_compare(copied: Callable[[str], tuple[Path, Path
     with pytest.raises(BundleError, match=rf"{LAYER}.input_scale: expected positive numbers"):
         verify(bundle, checkpoint)
     done = subprocess.run(
-        [sys.executable, "-m", "trimode.compiler.cli", "verify", str(bundle), "--against", str(checkpoint), "--precision", "int4"],
+        [sys.executable, "-m", "trimode.cli.main", "verify", str(bundle), "--against", str(checkpoint), "--precision", "int4"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")

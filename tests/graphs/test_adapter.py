@@ -17,12 +17,13 @@ from peft.tuners.lora import Linear as PeftLinear
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trimode.calib.mapped_trunk import open_trunk
+from trimode.calib.reference.mapped import open_trunk
 from trimode.errors import CheckpointError
-from trimode.graphs.checkpoint import FoldedEntry, open_checkpoint
+from trimode.graphs.adapter import FoldedEntry
+from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.source import SourceDigest
-from trimode.graphs.trunk import LowRankLinear, TriModeTrunk
+from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
+from trimode.graphs.identity import SourceDigest
 
 CONFIG = config_of(num_hidden_layers=3)
 O_PROJ = re.compile(r"(.*\.)?encoder\.layers\.\d+\.self_attn\.o_proj")

@@ -12,7 +12,8 @@ from checkpoints import config_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from trimode.errors import CheckpointError
-from trimode.graphs.checkpoint import open_checkpoint, to_float32
+from trimode.formats.safetensors import to_float32
+from trimode.graphs.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from transformers import GenerationConfig, Ministral3Config
 from transformers.modeling_rope_utils import RopeParameters
 
 from trimode.errors import CheckpointError
+from trimode.formats.json_fields import Key, KeyTable
 from trimode.graphs.adapter_config import read_adapter_config
 from trimode.graphs.adapter_keys import ADAPTER_KEYS
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.config import ModelConfig, load_config, parse_config
 from trimode.graphs.config_keys import CONFIG_KEYS, GENERATION_KEYS, ROPE_KEYS
-from trimode.graphs.json_fields import Key, KeyTable
 
 TABLES: dict[str, KeyTable] = {"config": CONFIG_KEYS, "generation": GENERATION_KEYS, "rope": ROPE_KEYS, "adapter": ADAPTER_KEYS}
 ADAPTER = {"peft_type": "LORA", "target_modules": ["o_proj"], "r": 4, "lora_alpha": 8}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trimode.errors import CheckpointError
-from trimode.graphs.finite import FiniteCheck, finite_or, first_not_finite, is_within, largest
+from trimode.formats.finite import FiniteCheck, finite_or, first_not_finite, is_within, largest
 
 TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 WORDS = {"nan": "NaN", "inf": "inf", "-inf": "-inf"}

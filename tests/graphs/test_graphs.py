@@ -15,7 +15,7 @@ from checkpoints import SHAPES
 from conftest import Built
 from reference import Reference
 
-from trimode.graphs.contract import ROLES, Role, cache_specs
+from trimode.formats.contract import ROLES, Role, cache_specs
 
 CAPACITY = 256
 PAST = (0, 9, 200)

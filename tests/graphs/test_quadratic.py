@@ -15,8 +15,8 @@ from checkpoints import SHAPES
 from conftest import Built
 from reference import Reference
 
-from trimode.graphs.contract import cache_specs
-from trimode.graphs.quadratic import drafted_rows, quadratic_mask, quadratic_positions, quadratic_tokens
+from trimode.formats.contract import cache_specs
+from trimode.graphs.decoder.quadratic import drafted_rows, quadratic_mask, quadratic_positions, quadratic_tokens
 
 PAST = (0, 9, 150)  # behind 150 tokens, all positions are beyond the rope's original length of 64
 CAPACITY = 512

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from trimode.graphs.config import parse_config
-from trimode.graphs.rope import attention_factor, inverse_frequencies, rope_tables
+from trimode.graphs.decoder.rope import attention_factor, inverse_frequencies, rope_tables
 
 ROPES = [
     yarn(),

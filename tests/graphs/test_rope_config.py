@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimode.errors import CheckpointError
 from trimode.graphs.config import parse_config
-from trimode.graphs.rope import inverse_frequencies
+from trimode.graphs.decoder.rope import inverse_frequencies
 
 FULL = ["full_attention", "full_attention"]
 OLD = {key: value for key, value in yarn(type="yarn").items() if key not in ("rope_type", "rope_theta")}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from trimode.graphs.contract import sampler_contract
-from trimode.graphs.sampler import BlockSampler, SamplerShape, token_semantics
-from trimode.graphs.sampler_trace import trace_sampler
-from trimode.runtime.learned import LearnedScorer
+from trimode.formats.contract import sampler_contract
+from trimode.graphs.sampler.network import BlockSampler, SamplerShape, token_semantics
+from trimode.graphs.sampler.trace import trace_sampler
+from trimode.runtime.decode.learned_sampler import LearnedScorer
 
 VOCABULARY = 61
 SHAPE = SamplerShape(d_model=24, num_layers=3, num_heads=3, feed_forward=20)

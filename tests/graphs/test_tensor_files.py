@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from trimode.errors import CheckpointError
-from trimode.graphs.tensor_files import read_safetensors_header
+from trimode.formats.safetensors import read_safetensors_header
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "empty": torch.ones(0, 3)}
 

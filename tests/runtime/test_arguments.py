@@ -12,8 +12,9 @@ import torch
 from conftest import Built
 
 from trimode.errors import UsageError
+from trimode.runtime.decode.options import KINDS, DecodeOptions, make_options
+from trimode.runtime.decode.sampling import SamplingOptions
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.options import KINDS, DecodeOptions, SamplingOptions, make_options
 
 INF, NAN = float("inf"), float("nan")
 NOT_WHOLE: tuple[Any, ...] = ("4", 4.0, 4.5, True, NAN, [4], {}, np.float32(4), np.bool_(True), np.array([4]), b"4", 4j)

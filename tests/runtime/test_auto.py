@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from simulated_texts import CPU, GPU, Rates, bursts, by_stretch, by_text, constant, milliseconds_per_token
 
 from trimode.errors import UsageError
-from trimode.runtime import decode, estimate
-from trimode.runtime.acceptance import acceptance_rate, write_texts
-from trimode.runtime.auto import AdaptivePolicy, FixedPolicy, Policy, StepCosts
-from trimode.runtime.estimate import Acceptance
-from trimode.runtime.experience import PRIOR_ACCEPTANCE, Experience, Past, Prior, tell_apart
+from trimode.runtime.auto import acceptance as estimate
+from trimode.runtime.auto.acceptance import Acceptance
+from trimode.runtime.auto.policy import AdaptivePolicy, FixedPolicy, Policy, StepCosts
+from trimode.runtime.auto.prior import PRIOR_ACCEPTANCE, Experience, Past, Prior, acceptance_rate, tell_apart
+from trimode.runtime.auto.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
+from trimode.runtime.decode import algorithms as decode
+from trimode.runtime.measure.acceptance import write_texts
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.timings import AcceptanceRecord, ForwardTime, Timings, save_timings, subject_of, table_path
 
 # --- the policy alone
 

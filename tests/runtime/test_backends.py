@@ -11,12 +11,12 @@ import pytest
 from conftest import Built
 
 from trimode.errors import BundleError, DependencyError, DeviceError, TrimodeError, UsageError
-from trimode.runtime import backends
-from trimode.runtime.backends import PORTABLE, open_session
-from trimode.runtime.bundle import Bundle
-from trimode.runtime.device import Gpu, NoGpu
-from trimode.runtime.manifest import EngineRecord, TargetRecord
+from trimode.formats.manifest import EngineRecord, TargetRecord
+from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.model import TriModeModel
+from trimode.runtime.sessions import select as backends
+from trimode.runtime.sessions.gpu import Gpu, NoGpu
+from trimode.runtime.sessions.select import PORTABLE, open_session
 
 SHAPE = "three_kv_heads"
 ADA, HOPPER = Gpu("RTX 4090", "8.9", 24 << 30), Gpu("H100", "9.0", 80 << 30)

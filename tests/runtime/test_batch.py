@@ -22,14 +22,14 @@ from tokenizers.models import WordLevel
 
 from trimode.errors import UsageError
 from trimode.runtime import Batch, BatchRow, Chunk, Generation
-from trimode.runtime.auto import StepCosts
-from trimode.runtime.batch import BatchRequest
-from trimode.runtime.experience import Experience
-from trimode.runtime.forward import Forward
+from trimode.runtime.auto.policy import StepCosts
+from trimode.runtime.auto.prior import Experience
+from trimode.runtime.decode.forward import Forward
+from trimode.runtime.engine.batch import BatchRequest
+from trimode.runtime.engine.grouping import PATIENCE, Waiting, choose_group, join_forwards
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.ort_session import OrtSession
-from trimode.runtime.schedule import PATIENCE, Waiting, choose_group, join_forwards
-from trimode.runtime.text import TextCodec
+from trimode.runtime.sessions.ort.session import OrtSession
+from trimode.runtime.text.codec import TextCodec
 
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec", "auto")
 SIZES = (1, 2, 3, 5, 8)

@@ -14,10 +14,10 @@ import pytest
 from conftest import Built
 
 from trimode.errors import UsageError
-from trimode.runtime.forward import NotFiniteError
-from trimode.runtime.learned import LearnedScorer
+from trimode.runtime.decode.forward import NotFiniteError
+from trimode.runtime.decode.learned_sampler import LearnedScorer
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.session import DeviceArray, SessionView
+from trimode.runtime.sessions.base import DeviceArray, SessionView
 
 PROMPT = [20, 30, 40, 50]
 FREE: dict[str, Any] = {"max_new_tokens": 20, "eos_token_ids": ()}

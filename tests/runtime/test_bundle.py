@@ -13,7 +13,8 @@ import pytest
 from conftest import Built
 
 from trimode.errors import BundleError
-from trimode.runtime.bundle import open_bundle, sha256_of
+from trimode.formats.files import sha256_of
+from trimode.runtime.bundle.open import open_bundle
 
 FILES = ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors", "config.json")
 
@@ -93,7 +94,7 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 
 def test_the_runtime_imports_nothing_heavy() -> None:
     heavy = ("torch", "onnx", "onnx_ir", "transformers")
-    code = f"import sys, trimode.runtime.ort_session, trimode.runtime; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, trimode.runtime.sessions.ort.session, trimode.runtime; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

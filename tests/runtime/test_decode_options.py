@@ -19,7 +19,8 @@ from transformers.generation.logits_process import MinNewTokensLengthLogitsProce
 
 from trimode.errors import UsageError
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.text import TextCodec, TextStream, first_stop
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream, first_stop
 
 MODES = ("ar", "diffusion", "linear_spec")
 THINK = 60

@@ -8,7 +8,7 @@ import pytest
 from host_gpu import HostCuda, HostDriver, cudaError_t
 
 from trimode.errors import DependencyError, DeviceError
-from trimode.runtime.device import Gpu, NoGpu, check, cudart, find_gpu
+from trimode.runtime.sessions.gpu import Gpu, NoGpu, check, cudart, find_gpu
 
 
 @pytest.fixture(autouse=True)

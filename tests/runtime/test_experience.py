@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from trimode.runtime.experience import GREATEST_WEIGHT, KIND_TRIALS, LEAST_PROMPTS, LEAST_WEIGHT, Experience, Past, ends_of, tell_apart
+from trimode.runtime.auto.prior import GREATEST_WEIGHT, KIND_TRIALS, LEAST_PROMPTS, LEAST_WEIGHT, Experience, Past, ends_of, tell_apart
 
 
 def text(prompt: list[int], tried: list[int], accepted: list[int], length: int | None = None) -> Past:

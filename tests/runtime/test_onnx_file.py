@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trimode.runtime.onnx_file import change_external_data, operators
+from trimode.runtime.sessions.ort.onnx_file import change_external_data, operators
 
 
 def external(name: str, **entries: str) -> TensorProto:

@@ -15,12 +15,13 @@ from checkpoints import config_of, write_checkpoint
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.graphs.contract import ROLES
-from trimode.runtime import ort_prepacked, ort_session
-from trimode.runtime.bundle import Bundle, open_bundle
+from trimode.formats.contract import ROLES
+from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.ort_library import session_options
-from trimode.runtime.ort_session import OrtSession
+from trimode.runtime.sessions.ort import prepacked as ort_prepacked
+from trimode.runtime.sessions.ort import session as ort_session
+from trimode.runtime.sessions.ort.library import session_options
+from trimode.runtime.sessions.ort.session import OrtSession
 
 IDS = np.arange(9)[None] * 5 % 101
 Outputs = list[np.ndarray]

@@ -15,12 +15,13 @@ from conftest import Built
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import BundleError, DependencyError, UsageError
-from trimode.graphs.contract import ROLES
-from trimode.runtime import ort_library, ort_memory
-from trimode.runtime.bundle import Bundle, open_bundle
+from trimode.formats.contract import ROLES
+from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.ort_memory import place, place_weights, zeros
-from trimode.runtime.ort_session import OrtCache, OrtSession
+from trimode.runtime.sessions.ort import library as ort_library
+from trimode.runtime.sessions.ort import memory as ort_memory
+from trimode.runtime.sessions.ort.memory import place, place_weights, zeros
+from trimode.runtime.sessions.ort.session import OrtCache, OrtSession
 
 SHAPE = "three_kv_heads"
 

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from trimode.runtime.experience import ends_of
-from trimode.runtime.outlook import Outlook, StepTimes
+from trimode.runtime.auto.prior import ends_of
+from trimode.runtime.auto.remaining_time import Outlook, StepTimes
 
 LENGTHS = (3, 5)
 TIMES = StepTimes(LENGTHS, 1.0, (1.5, 1.9), (1.2, 1.6))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trimode.errors import BundleError
-from trimode.runtime.pack import PackEntry, WeightPack, widen
+from trimode.formats.safetensors import PackEntry, widen
+from trimode.runtime.bundle.weights import WeightPack
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SPECIALS = (0.0, -0.0, 1.0, -1.5, float("inf"), float("-inf"), float("nan"), 65504.0, 2.0**-24, 2.0**-126, 3.3e38, 1e-40)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trimode.errors import UsageError
-from trimode.runtime.decode import Counters, decode_diffusion
-from trimode.runtime.options import DecodeOptions
-from trimode.runtime.policies import Denoised, fill_policy
+from trimode.runtime.decode.algorithms import Counters, decode_diffusion
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.unmasking import Denoised, fill_policy
 
 MASK = 100
 PROMPT = [20, 30]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from trimode.errors import UsageError
-from trimode.graphs.contract import ModelInfo
-from trimode.runtime.prompts import (
+from trimode.formats.contract import ModelInfo
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.prompts import (
     USUAL_STYLE,
     BadLine,
     Prompt,
@@ -25,7 +26,6 @@ from trimode.runtime.prompts import (
     read_prompt_lines,
     read_prompts_file,
 )
-from trimode.runtime.text import TextCodec
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 USER = {"role": "user", "content": "Add 1 and 2."}

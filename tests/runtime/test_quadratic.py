@@ -12,9 +12,9 @@ import reference
 from checkpoints import SHAPES, config_of, write_checkpoint
 from conftest import Built
 
+from trimode.cli.parse import parse_mode
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.run_command import parse_mode
 from trimode.errors import UsageError
 from trimode.runtime import TriModeModel
 

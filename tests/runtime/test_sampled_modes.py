@@ -16,14 +16,15 @@ from conftest import Built
 from reference import Reference
 from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, exact_match, with_transformers
 
-from trimode.calib.torch_session import accepted_lengths
-from trimode.graphs.contract import ModelInfo, Role
-from trimode.runtime import chooser, decode
-from trimode.runtime.decode import MODES, Counters
-from trimode.runtime.options import DecodeOptions, Mode, make_options
-from trimode.runtime.sampling import SamplingOptions
-from trimode.runtime.sequence import Sequence
-from trimode.runtime.session import Session
+from trimode.calib.reference.torch_session import accepted_lengths
+from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.runtime.decode import algorithms as decode
+from trimode.runtime.decode import token_choice as chooser
+from trimode.runtime.decode.algorithms import MODES, Counters
+from trimode.runtime.decode.options import DecodeOptions, make_options
+from trimode.runtime.decode.sampling import SamplingOptions
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.sessions.base import Session
 
 VOCABULARY, MASK = 10, 9
 PROMPT = [3, 5, 4]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, exact_match, with_transformers
 
 from trimode.errors import UsageError
-from trimode.runtime.sampling import SamplingOptions, accept_or_replace, check_sampling, distribution, draw, generator, log_softmax
+from trimode.runtime.decode.sampling import SamplingOptions, accept_or_replace, check_sampling, distribution, draw, generator, log_softmax
 
 P = np.array([0.3, 0.05, 0.25, 0.1, 0.0, 0.2, 0.1])
 Q_IDS = np.array([1, 0, 4, 2, 6])

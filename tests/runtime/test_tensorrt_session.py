@@ -25,21 +25,22 @@ from hypothesis import strategies as st
 from once import TracedOnce
 from safetensors.torch import load_file, save_file
 
-from trimode.compiler.backends import lower_for
-from trimode.compiler.lowering import to_bytes
-from trimode.compiler.profiles import plan_capacity
+from trimode.compiler.passes.base import to_bytes
+from trimode.compiler.passes.recipes import lower_for
+from trimode.compiler.tensorrt.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
+from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
+from trimode.formats.manifest import EngineRecord, ProfileRecord, TargetRecord
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
-from trimode.runtime import device, tensorrt_memory
-from trimode.runtime.batch import BatchRequest
-from trimode.runtime.bundle import Bundle, read_manifest
-from trimode.runtime.device import Gpu, NoGpu
-from trimode.runtime.manifest import EngineRecord, ProfileRecord, TargetRecord
+from trimode.runtime.bundle.open import Bundle, read_manifest
+from trimode.runtime.bundle.weights import WeightPack
+from trimode.runtime.engine.batch import BatchRequest
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.ort_session import OrtSession
-from trimode.runtime.pack import WeightPack
-from trimode.runtime.tensorrt_plan import (
+from trimode.runtime.sessions import gpu as device
+from trimode.runtime.sessions.gpu import Gpu, NoGpu
+from trimode.runtime.sessions.ort.session import OrtSession
+from trimode.runtime.sessions.tensorrt import memory as tensorrt_memory
+from trimode.runtime.sessions.tensorrt.plan import (
     EngineTensor,
     MemoryPlan,
     check_memory,
@@ -53,8 +54,8 @@ from trimode.runtime.tensorrt_plan import (
     query_bytes,
     tensor_bytes,
 )
-from trimode.runtime.tensorrt_session import TensorRTSession
-from trimode.runtime.tensorrt_target import check_gpu, check_library, prepare
+from trimode.runtime.sessions.tensorrt.session import TensorRTSession
+from trimode.runtime.sessions.tensorrt.target import check_gpu, check_library, prepare
 
 VERSION = "1.7.1.116"
 BLOCK_LENGTHS = (1, 2, 8, 32)
@@ -560,7 +561,7 @@ def test_checks_without_a_gpu() -> None:
 
 def test_the_modules_import_nothing_heavy() -> None:
     heavy = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
-    code = f"import sys, trimode.runtime.tensorrt_session, trimode.runtime.backends; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, trimode.runtime.sessions.tensorrt.session, trimode.runtime.sessions.select; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -16,9 +16,10 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimode.errors import BundleError, TrimodeError, UsageError
-from trimode.runtime import chat_template
-from trimode.runtime.text import TextCodec, TextStream
-from trimode.runtime.text_check import check_text
+from trimode.runtime.text import chat_template
+from trimode.runtime.text.check import check_text
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream
 
 TEMPLATE = """{% for m in messages %}
 <|{{ m.role }}|>{{ m.content }}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}

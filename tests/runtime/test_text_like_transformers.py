@@ -17,7 +17,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trimode.errors import UsageError
-from trimode.runtime.text import TextCodec, TextStream
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream
 
 DEMO = Path(__file__).parents[2] / "artifacts/nld-tiny"
 CORPUS = ["The quick brown fox jumps over the lazy dog, doesn't it? Yes!", "user assistant system tool hello world 1 2 3"] * 3

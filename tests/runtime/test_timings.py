@@ -12,11 +12,11 @@ import pytest
 from conftest import Built
 
 from trimode.errors import UsageError
-from trimode.files import replace_text
-from trimode.runtime import forward_timer
-from trimode.runtime import timings as module
-from trimode.runtime.forward_timer import TimerSettings, check_settings, time_forwards
-from trimode.runtime.timings import ForwardTime, Timings, read_timings, save_timings, subject_of, table_path
+from trimode.formats.files import replace_text
+from trimode.runtime.auto import timings as module
+from trimode.runtime.auto.timings import ForwardTime, Timings, read_timings, save_timings, subject_of, table_path
+from trimode.runtime.measure import forwards as forward_timer
+from trimode.runtime.measure.forwards import TimerSettings, check_settings, time_forwards
 
 
 def forward(graph: Any, rows: int, past: int, ms: float, drafter: bool = False, batch: int = 1) -> ForwardTime:

@@ -14,9 +14,10 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
-from trimode.runtime.text import TextCodec, TextStream, first_stop
-from trimode.runtime.text_cleanup import CleanUp, clean_up
-from trimode.runtime.token_window import Decoding
+from trimode.runtime.text.cleanup import CleanUp, clean_up
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream, first_stop
+from trimode.runtime.text.token_window import Decoding
 
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
 WORDS = ["a", "b", "\u2581", "\u2581a", "\u2581\u2581", " ", ".", " .", "##s", "x</w>", "\ufffd", "n't", "é", "</s>", "<pad>"]

@@ -1,0 +1,1 @@
+"""Prompts that jobs read: drawn, split and checked."""

@@ -1,0 +1,39 @@
+"""The texts that a calibration runs: checked for what the model can read, and drawn by seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from trimode.errors import UsageError
+from trimode.formats.contract import ModelInfo
+from trimode.runtime.text.prompts import Text, check_token_ids
+
+
+def draw_texts(texts: Sequence[Text], num_samples: int | None, seed: int, model: ModelInfo) -> list[Text]:
+    """``num_samples`` of the texts without repetition, in their order; all of them where it is None.
+
+    Args:
+        texts: token ids of each prompt.
+        num_samples: how many.
+        seed: which.
+        model: what the ids are for.
+
+    Raises:
+        UsageError: too few texts; an empty one, one without room for an answer, or ids that the model does not have.
+    """
+    wanted = 1 if num_samples is None else num_samples
+    if len(texts) < wanted:
+        raise UsageError(f"expected at least {wanted} prompts, found {len(texts)}", "add prompts, or ask for fewer --samples")
+    for number, text in enumerate(texts, 1):
+        _check(text, f"prompt {number}", model)
+    if num_samples is None:
+        return [list(text) for text in texts]
+    return [list(texts[i]) for i in sorted(random.Random(seed).sample(range(len(texts)), num_samples))]
+
+
+def _check(text: Text, name: str, model: ModelInfo) -> None:
+    try:
+        check_token_ids(text, model)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}", error.hint) from error

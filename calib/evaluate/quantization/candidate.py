@@ -1,0 +1,155 @@
+"""A way to quantize a checkpoint, the trunk quantized that way, and the bytes of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from trimode.calib.reference.fake_quant import LinearScales, linear_scales, quantize_trunk
+from trimode.errors import UsageError
+from trimode.formats.calibration import QuantizedPrecision, Scales, check_source, load_record
+from trimode.formats.contract import DType
+from trimode.formats.hints import CALIBRATE
+from trimode.formats.safetensors import stored_bytes
+from trimode.formats.texts import whole_text
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.numerics.integers import FORMATS, Floats, largest_magnitudes
+from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
+from trimode.graphs.numerics.scales import RTN, Quantization, load_quantization
+
+COMPUTE_TYPE: DType = "bfloat16"
+"""What GPUs compute in: the type of scales, and of weights that are not quantized."""
+
+ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
+"""Weights rounded to nearest, in the place of a calibration."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to quantize a checkpoint.
+
+    Attributes:
+        name: as the caller gave it.
+        algorithm: that found the scales.
+        block_size: inputs that share a scale; None where blocks are not used.
+        layers: to quantize, by the checkpoint's names without ``.weight``.
+        scales: of a calibration; None = weights are rounded to nearest, each scale being its own weights' largest magnitude.
+        scales_sha256: of the calibration's scales.
+        source_sha256: digest of the checkpoint that was calibrated.
+    """
+
+    name: str
+    precision: QuantizedPrecision
+    algorithm: str
+    block_size: int | None
+    layers: tuple[str, ...]
+    scales: Scales | None = None
+    scales_sha256: str | None = None
+    source_sha256: str | None = None
+
+    def check_source(self, sha256: str) -> None:
+        """Raise :class:`CheckpointError` where the checkpoint is not the one that was calibrated."""
+        check_source(self.name, self.source_sha256, sha256)
+
+    def linear_scales(self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()) -> dict[str, LinearScales]:
+        """Scales by layer, rounded to :data:`COMPUTE_TYPE` as a pack for GPUs holds them.
+
+        Args:
+            trunk: the checkpoint's, not quantized.
+            leave_out: layers that stay in high precision.
+
+        Raises:
+            BuildError: a scale is too large.
+        """
+        scales = self.scales if self.scales is not None else rounding_scales(trunk, self.layers, self.precision, self.block_size)
+        return linear_scales(scales, self.precision, COMPUTE_TYPE, leave_out)
+
+
+def rounding_scales(trunk: TriModeTrunk, layers: Iterable[str], precision: QuantizedPrecision, block_size: int | None) -> Scales:
+    """``weight_amax`` of each layer as round-to-nearest takes it from the weights themselves."""
+    return {f"{layer}.weight_amax": largest_magnitudes(_weight_of(trunk, layer), precision, block_size) for layer in layers}
+
+
+def quantized_twin(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]) -> TriModeTrunk:
+    """A second trunk in which these layers are quantized; everything else is the same memory.
+
+    Raises:
+        CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
+        BuildError: a weight is not finite.
+    """
+    shared = {id(tensor): tensor for tensor in chain(trunk.parameters(), trunk.buffers())}
+    twin = copy.deepcopy(trunk, shared)
+    quantize_trunk(twin, precision, layers)
+    return twin
+
+
+def weight_bytes(
+    checkpoint: Checkpoint, stored: DType, precision: QuantizedPrecision | None = None, layers: Mapping[str, LinearScales] | None = None
+) -> int:
+    """Bytes that the weights take in a pack: codes, scales, and all else in ``stored``; without the position tables, which never change.
+
+    Args:
+        checkpoint: whose weights.
+        stored: type of the scales and of the weights that are not quantized.
+        precision: of the others; None = there are none.
+        layers: which they are, with their scales.
+    """
+    total = 0
+    for name, entry in checkpoint.tensors.items():
+        scales = (layers or {}).get(name.removesuffix(".weight"))
+        if precision is None or scales is None:
+            total += stored_bytes(stored, math.prod(entry.shape))
+            continue
+        total += stored_bytes(FORMATS[precision].dtype, math.prod(entry.shape)) + _scale_bytes(scales, entry.shape, stored, precision)
+    return total
+
+
+def _scale_bytes(scales: LinearScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision) -> int:
+    numbers = sum(values.size for values in (scales.weight, scales.input, scales.pre_quant) if values is not None)
+    if precision != "nvfp4":
+        return stored_bytes(stored, numbers)
+    return stored_bytes("float32", numbers) + stored_bytes("float8e4m3fn", math.prod(shape) // BLOCK_SIZE)
+
+
+def _weight_of(trunk: TriModeTrunk, layer: str) -> Floats:
+    return np.asarray(trunk.get_parameter(f"{layer}.weight").detach().float().numpy(force=True), np.float32)
+
+
+def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
+    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build checks it.
+
+    Raises:
+        UsageError: a rounding that does not exist, or that the checkpoint's shapes rule out.
+        CheckpointError: a calibration that cannot be read or does not fit the checkpoint's weights.
+    """
+    if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
+        names = tuple(ROUNDED)
+        found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
+        command = CALIBRATE.replace("PRECISION", "fp8")
+        raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
+    if name in ROUNDED:
+        quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None
+    else:
+        quantization = load_quantization(Path(name), load_record(Path(name)).precision, checkpoint)
+        scales = _scales(quantization)
+    record = quantization.record
+    return Candidate(
+        whole_text(name), quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
+        quantization.source_sha256,
+    )  # fmt: skip
+
+
+def _scales(quantization: Quantization) -> Scales:
+    found = {
+        f"{layer}.{kind}": getattr(scales, kind)
+        for layer, scales in quantization.layers.items()
+        for kind in ("weight_amax", "input_amax", "pre_quant_scale")
+    }
+    return {name: values for name, values in found.items() if values is not None}

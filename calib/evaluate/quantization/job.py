@@ -1,0 +1,245 @@
+"""What quantization costs, measured from beginning to end, and the folder that says so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import trimode
+from trimode.calib.evaluate.quantization.candidate import COMPUTE_TYPE, Candidate, quantized_twin, weight_bytes
+from trimode.calib.evaluate.quantization.decoding import Answers, answer, answer_and_record, partings, right_answers, same_tokens
+from trimode.calib.evaluate.quantization.fidelity import Fidelity
+from trimode.calib.evaluate.quantization.lockstep import ByRole, Comparison
+from trimode.calib.evaluate.quantization.questions import Decoding, QualitySettings, Question, ToText, decodings_for, draw_questions, roles_for
+from trimode.calib.reference.device import check_device
+from trimode.calib.reference.episodes import Episode, count_rows
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.calib.scales.statistics import LOSSLESS_DB
+from trimode.errors import UsageError
+from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.evaluation import (
+    SCHEMA_VERSION,
+    DataRecord,
+    DecodingRecord,
+    FidelityRecord,
+    ModeName,
+    OutputRecord,
+    PartingRecord,
+    PrecisionRecord,
+    Report,
+)
+from trimode.formats.files import check_replaceable, staged_replacement
+from trimode.formats.texts import name_of
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.identity import SourceDigest
+from trimode.progress import Progress
+from trimode.report.quantization_figure import draw
+
+REPORT = "report.json"
+FIGURE = "report.png"
+LIBRARIES = ("torch", "numpy")
+_LOSSLESS = FidelityRecord(snr_db=LOSSLESS_DB, cosine=1.0)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    model: ModelInfo,
+    questions: Sequence[Question],
+    questions_sha256: str,
+    candidates: Sequence[Candidate],
+    settings: QualitySettings,
+    progress: Progress,
+    to_text: ToText | None = None,
+) -> Report:
+    """Measure what each candidate loses against the checkpoint in float32.
+
+    The original's answers are recorded and replayed, as calibration does it (:mod:`trimode.calib.reference.episodes`). Memory: eight bytes a
+    parameter, of the original and of one candidate at a time.
+
+    Args:
+        checkpoint: the original.
+        model: the facts that decoding needs.
+        questions: to draw from.
+        questions_sha256: of the file that they came from.
+        candidates: at least one, with different names.
+        settings: see :class:`QualitySettings`.
+        progress: told what happens.
+        to_text: the tokenizer's decoder; None where no answer is known.
+
+    Raises:
+        UsageError: a setting or a question cannot be used, or two candidates have one name.
+        CheckpointError: the checkpoint cannot be read, a candidate is of another one or does not fit it, or numbers are not finite.
+        BuildError: a scale is too large for the compute type.
+        DeviceError: the device is not here.
+    """
+    settings.check()
+    _check_names(candidates)
+    check_device(settings.device)
+    drawn = draw_questions(questions, settings.num_samples, settings.seed, model)
+    trunk, digest = read_original(checkpoint, model, candidates, settings.device, progress)
+    decodings = decodings_for(settings.modes, has_drafter=model.has_drafter)
+    advance = progress.stage("answer", len(drawn) * len(decodings))
+    answers, episodes = answer_and_record(trunk, model, drawn, _recorded(decodings), settings.max_new_tokens, advance)
+    bench = _Bench(trunk, model, drawn, answers, [episode for one in episodes for episode in one], settings, progress, to_text)
+    measured = [_measure_candidate(bench, candidate, checkpoint) for candidate in candidates]
+    thresholds = {_name(decoding.mode): decoding.threshold for decoding in decodings}
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        source_name=name_of(checkpoint.path),
+        source_sha256=digest,
+        data=DataRecord(
+            sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(bool(question.answers) for question in drawn),
+            seed=settings.seed, num_rows=count_rows(bench.episodes),
+        ),
+        modes=tuple(map(_name, settings.modes)),
+        max_new_tokens=settings.max_new_tokens,
+        block_length=model.block_size,
+        thresholds=thresholds,
+        compute_type=COMPUTE_TYPE,
+        dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
+        precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
+        libraries={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+    )  # fmt: skip
+
+
+def save_report(output: Path, report: Report, *, draws: bool) -> None:
+    """Write the folder, all of it or nothing; an earlier report there is replaced.
+
+    Args:
+        output: see :func:`check_output`.
+        report: what was measured.
+        draws: the picture too.
+
+    Raises:
+        DependencyError: a picture is wanted, and matplotlib is not installed.
+    """
+    with staged_replacement(output, REPORT) as staged:
+        (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if draws:
+            draw(report, staged / FIGURE)
+
+
+def check_output(output: Path) -> None:
+    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a report."""
+    check_replaceable(output, REPORT, "a report")
+
+
+def read_original(
+    checkpoint: Checkpoint, model: ModelInfo, candidates: Sequence[Candidate], device: str, progress: Progress
+) -> tuple[TriModeTrunk, str]:
+    """The trunk in float32 and the checkpoint's digest; raises :class:`CheckpointError` where a candidate is of another checkpoint."""
+    advance = progress.stage("read checkpoint", 1)
+    digest = SourceDigest(checkpoint)
+    trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
+    for candidate in candidates:
+        candidate.check_source(digest.base_hexdigest())
+    advance(1)
+    return trunk.to(device), digest.hexdigest()
+
+
+class _Bench:
+    """The original with its answers: what every candidate is held against."""
+
+    def __init__(
+        self, trunk: TriModeTrunk, model: ModelInfo, questions: Sequence[Question], answers: Answers, episodes: Sequence[Episode],
+        settings: QualitySettings, progress: Progress, to_text: ToText | None,
+    ) -> None:  # fmt: skip
+        self.trunk, self.model, self.questions, self.answers, self.episodes = trunk, model, questions, answers, episodes
+        self.settings, self.progress, self._to_text = settings, progress, to_text
+
+    def decoding_records(self, trunk: TriModeTrunk, answers: Answers) -> tuple[DecodingRecord, ...]:
+        """How ``answers`` of ``trunk``, in every way of decoding, compare with the original's and with each other."""
+        return tuple(self._decoding_record(trunk, answers, decoding) for decoding in answers)
+
+    def _decoding_record(self, trunk: TriModeTrunk, answers: Answers, decoding: Decoding) -> DecodingRecord:
+        generations, autoregressive = answers[decoding], answers.get(Decoding("ar"))
+        right = [known for known in right_answers(self.questions, generations, self._to_text) if known is not None]
+        speculates = decoding.mode == "linear_spec"
+        parted = partings(TorchSession(trunk), self.questions, autoregressive, generations) if speculates and autoregressive else []
+        num_tokens, nfe = sum(len(one.token_ids) for one in generations), sum(one.nfe for one in generations)
+        cycles = sum(one.forwards.verify for one in generations)
+        accepted = sum((one.acceptance_length or 0) * one.forwards.verify for one in generations)
+        return DecodingRecord(
+            mode=_name(decoding.mode),
+            use_drafter=decoding.use_drafter if speculates and self.model.has_drafter else None,
+            same_tokens=_share(same_tokens(self.answers[decoding], generations)),
+            exact_match=_share(right) if right else None,
+            num_tokens=num_tokens,
+            nfe=nfe,
+            tokens_per_forward=num_tokens / nfe,
+            acceptance_length=accepted / cycles if cycles else None,
+            equals_ar=1 - len(parted) / len(generations) if speculates and autoregressive else None,
+            partings=tuple(PartingRecord(question=one.question, position=one.position, preference=one.preference) for one in parted),
+        )
+
+
+def _measure_candidate(bench: _Bench, candidate: Candidate, checkpoint: Checkpoint) -> PrecisionRecord:
+    layers = candidate.linear_scales(bench.trunk)
+    twin = quantized_twin(bench.trunk, candidate.precision, layers)
+    advance = bench.progress.stage(f"{candidate.name}: answer", len(bench.questions) * len(bench.answers))
+    answers = answer(TorchSession(twin), bench.model, bench.questions, tuple(bench.answers), bench.settings.max_new_tokens, advance)
+    decoding = bench.decoding_records(twin, answers)
+    names = [name for name, _ in bench.trunk.named_modules() if name in layers]  # in the model's order
+    comparison = Comparison(bench.trunk, twin, names)  # numbers the twin's layers anew: after it has answered
+    comparison.run(bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes)))
+    return PrecisionRecord(
+        name=candidate.name,
+        precision=candidate.precision,
+        algorithm=candidate.algorithm,
+        scales_sha256=candidate.scales_sha256,
+        num_quantized=len(layers),
+        weight_bytes=weight_bytes(checkpoint, COMPUTE_TYPE, candidate.precision, layers),
+        local={name: _fidelity(by_role) for name, by_role in comparison.local.items()},
+        accumulated=tuple(_fidelity(by_role) for by_role in comparison.accumulated),
+        outputs={
+            role: OutputRecord(num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement)
+            for role, one in comparison.outputs.items()
+        },
+        decoding=decoding,
+    )
+
+
+def _original_record(bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord) -> PrecisionRecord:
+    """The original beside itself: its answers are measured, and nothing else differs. ``other`` says which rows there are."""
+    return PrecisionRecord(
+        name="float32", precision=None, algorithm=None, scales_sha256=None, num_quantized=0, weight_bytes=weight_bytes(checkpoint, "float32"),
+        local={}, accumulated=tuple(dict.fromkeys(by_role, _LOSSLESS) for by_role in other.accumulated),
+        outputs={role: OutputRecord(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0) for role, one in other.outputs.items()},
+        decoding=bench.decoding_records(bench.trunk, bench.answers),
+    )  # fmt: skip
+
+
+def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
+    """The rows that calibration looks at: self-speculation without the drafter, where there is one, is answered and not recorded."""
+    with_drafter = any(decoding.use_drafter for decoding in decodings)
+    spare = Decoding("linear_spec") if with_drafter else None
+    return {decoding: () if decoding == spare else roles_for([decoding.mode]) for decoding in decodings}
+
+
+def _fidelity(by_role: ByRole) -> dict[Role, FidelityRecord]:
+    return {role: _record(one) for role, one in by_role.items()}
+
+
+def _record(one: Fidelity) -> FidelityRecord:
+    return FidelityRecord(snr_db=one.snr_db, cosine=one.cosine)
+
+
+def _check_names(candidates: Sequence[Candidate]) -> None:
+    names = [candidate.name for candidate in candidates]
+    twice = [name for name in names if names.count(name) > 1 or name == "float32"]
+    if twice or not names:
+        raise UsageError(f"expected calibrations with names of their own, found {twice[0] + ' twice' if twice else 'none'}",
+                         "pass --calibration once for each")  # fmt: skip
+
+
+def _share(holds: Sequence[bool]) -> float:
+    return sum(holds) / len(holds)
+
+
+def _name(mode: Mode) -> ModeName:
+    return cast("ModeName", mode.replace("_", "-"))

@@ -1,0 +1,119 @@
+"""What is asked, and how it is decoded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from trimode.calib.data.checks import check_at_least, check_device_name
+from trimode.calib.data.draw import draw_texts
+from trimode.errors import UsageError
+from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.runtime.decode.options import DEFAULT_THRESHOLDS
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.prompts import PromptStyle, Text, encode_prompts, read_prompts_file
+
+ToText = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt's token ids, and the texts of all right answers where these are known."""
+
+    token_ids: Text
+    answers: tuple[str, ...] = ()
+
+
+class Decoding(NamedTuple):
+    """A mode, with the drafter's adapter or without it; outside of self-speculation the adapter is not used."""
+
+    mode: Mode
+    use_drafter: bool = False
+
+    @property
+    def threshold(self) -> float:
+        """The mode's usual one."""
+        return DEFAULT_THRESHOLDS[self.mode]
+
+
+MODES: tuple[Mode, ...] = ("ar", "diffusion", "linear_spec")
+"""Modes that are measured. Quadratic self-speculation is not: its tokens are those of ar, and no calibration has rows of it."""
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What a caller can choose.
+
+    Attributes:
+        modes: that answer the questions.
+        num_samples: questions to draw; None = all of them.
+        max_new_tokens: of each answer, at most.
+        seed: of the draw.
+        device: where the trunk runs, ``cpu`` or ``cuda``.
+    """
+
+    modes: tuple[Mode, ...] = MODES
+    num_samples: int | None = None
+    max_new_tokens: int = 128
+    seed: int = 0
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` for a value that cannot be used."""
+        known = [mode.replace("_", "-") for mode in MODES]
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown or not self.modes:
+            found = unknown[0].replace("_", "-") if unknown else "none"
+            raise UsageError(f"expected --modes among {','.join(known)}, found {found}", "separate them by commas")
+        if len(set(self.modes)) < len(self.modes):
+            raise UsageError(f"expected each of --modes once, found {','.join(self.modes).replace('_', '-')}", "leave out what is there twice")
+        check_at_least((("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)))
+        check_device_name(self.device)
+
+
+def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding, ...]:
+    """What is run for these modes: self-speculation with the drafter, where there is one, and without."""
+    chosen: list[Decoding] = []
+    for mode in modes:
+        if mode == "linear_spec" and has_drafter:
+            chosen.append(Decoding(mode, use_drafter=True))
+        chosen.append(Decoding(mode))
+    return tuple(chosen)
+
+
+def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
+    """The graphs that these modes run."""
+    roles: list[Role] = ["ar"]
+    if "diffusion" in modes or "linear_spec" in modes:
+        roles.append("draft")
+    if "linear_spec" in modes:
+        roles.append("verify")
+    return tuple(roles)
+
+
+def draw_questions(questions: Sequence[Question], num_samples: int | None, seed: int, model: ModelInfo) -> list[Question]:
+    """``num_samples`` of the questions without repetition, in their order; all of them where it is None.
+
+    Raises:
+        UsageError: too few; a prompt that is empty, has no room for an answer, or has ids that the model does not have.
+    """
+    draw_texts([question.token_ids for question in questions], num_samples, seed, model)  # checks them
+    if num_samples is None:
+        return list(questions)
+    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), num_samples))]
+
+
+def read_questions(data: Path, style: PromptStyle, checkpoint_path: Path, model: ModelInfo) -> tuple[list[Question], ToText | None]:
+    """The prompts of a file, and the tokenizer's decoder where an answer is known.
+
+    Raises:
+        UsageError: the file cannot be read or is empty, or has lines that the checkpoint's tokenizer and template, or the model, do not take.
+    """
+    prompts, codec = read_prompts_file(data, style), cache(partial(TextCodec, checkpoint_path))
+    texts = encode_prompts(data, prompts, codec, model)
+    to_text = codec().decode if any(prompt.answers for prompt in prompts) else None
+    return [Question(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)], to_text

@@ -1,7 +1,0 @@
-"""The speed of light: the fewest forwards that give the serial result, beside what the modes reach.
-
-- ``search``  the fewest denoising forwards of one block
-- ``measure`` all ways to decode, over prompts, in tokens per forward
-- ``schema``  ``speed_of_light.json``
-- ``figure``  ``speed_of_light.png``
-"""

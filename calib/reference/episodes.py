@@ -1,0 +1,130 @@
+"""What the layers see when the model is used: the runtime's decoders run over the trunk, and what they ran is replayed.
+
+Calibration algorithms read their data several times, and some weigh every forward alike, so a decode step of one row would count as much
+as a whole prompt. The replay therefore reads each text that was written, prompt and answer, in one causal forward: these are the rows of
+prefill, decode and commit. The blocks that draft and verify graphs got follow as they were, against the keys and values of the tokens
+before them. Nothing of an answer is decided anew, so every replay is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trimode.calib.reference.torch_session import TorchCache, TorchSession
+from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import PREFILL_CHUNK
+from trimode.runtime.decode.sequence import Sequence as DecodedSequence
+from trimode.runtime.sessions.base import Array, Ids, KVCache
+from trimode.runtime.text.prompts import Text
+
+THRESHOLDS: dict[Mode, float] = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0}
+
+
+class Block(NamedTuple):
+    """A forward of the draft or the verify graph: ``ids`` L tokens after the first ``past_length`` of the text."""
+
+    role: Role
+    ids: Text
+    past_length: int
+    drafter_scale: float
+
+
+class Forward(NamedTuple):
+    """A forward of any graph, as it is replayed; ``first_logits_row`` is the first of its rows that the head reads."""
+
+    role: Role
+    ids: Text
+    past_length: int
+    drafter_scale: float
+    first_logits_row: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A prompt with the answer that a mode gave, and the blocks that led there."""
+
+    tokens: Text
+    prompt_length: int
+    blocks: tuple[Block, ...]
+
+
+class RecordingSession(TorchSession):
+    """Remembers the blocks that it ran in some of the roles."""
+
+    def __init__(self, trunk: TriModeTrunk, roles: Sequence[Role]) -> None:
+        super().__init__(trunk)
+        self._roles = roles
+        self._blocks: list[Block] = []
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+        """See :class:`trimode.runtime.sessions.base.Session`."""
+        if role != "ar" and role in self._roles:
+            self._blocks.append(Block(role, input_ids[0].tolist(), past_length, drafter_scale))
+        return super().run(role, cache, input_ids, past_length, drafter_scale)
+
+    def take(self) -> tuple[Block, ...]:
+        """The blocks since the last call."""
+        taken, self._blocks = tuple(self._blocks), []
+        return taken
+
+
+def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
+    """The modes that bring about the rows of these graphs: diffusion denoises, self-speculation drafts with the adapter and verifies."""
+    chosen: list[Mode] = ["ar"]
+    if "draft" in roles:
+        chosen.append("diffusion")
+    if "draft" in roles or "verify" in roles:
+        chosen.append("linear_spec")
+    return tuple(chosen)
+
+
+def answer(session: RecordingSession, model: ModelInfo, text: Text, roles: Sequence[Role], max_new_tokens: int) -> list[Episode]:
+    """Answer a text in each mode that the roles need."""
+    episodes = []
+    for mode in decoders_for(roles):
+        sequence = DecodedSequence(session, model, text)
+        options = DecodeOptions(max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode])
+        for _ in ALGORITHMS[mode](sequence, options, Counters()):
+            pass
+        episodes.append(Episode(sequence.tokens, len(text), session.take()))
+    return episodes
+
+
+def merged(episodes: Sequence[Episode]) -> list[Episode]:
+    """Episodes of one text as one: self-speculation writes what AR writes, and its causal rows are seen once."""
+    found: dict[tuple[int, ...], Episode] = {}
+    for episode in episodes:
+        key = (episode.prompt_length, *episode.tokens)
+        before = found[key].blocks if key in found else ()
+        found[key] = Episode(episode.tokens, episode.prompt_length, before + episode.blocks)
+    return list(found.values())
+
+
+def forwards_of(episode: Episode) -> list[Forward]:
+    """What a replay of the episode runs: its text in chunks, then its blocks."""
+    starts = range(0, len(episode.tokens), PREFILL_CHUNK)
+    # The ar graph returns logits of a prompt's last row and of each row after it, the others of every row.
+    texts = [Forward("ar", episode.tokens[i : i + PREFILL_CHUNK], i, 0.0, max(0, episode.prompt_length - 1 - i)) for i in starts]
+    return texts + [Forward(*block, first_logits_row=0) for block in episode.blocks]
+
+
+def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
+    """How a forward attends: the text's own chunks fill ``text``, blocks read what lies before them and leave it alone."""
+    if forward.role == "ar":
+        return text
+    before = TorchCache.of([(k[:, :, : forward.past_length], v[:, :, : forward.past_length]) for k, v in text.layers])
+    before.writes_cache, before.is_causal = False, forward.role != "draft"
+    return before
+
+
+def count_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
+    """Tokens of all forwards, by role."""
+    counts: dict[Role, int] = {}
+    for forward in (forward for episode in episodes for forward in forwards_of(episode)):
+        counts[forward.role] = counts.get(forward.role, 0) + len(forward.ids)
+    return counts

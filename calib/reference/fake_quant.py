@@ -1,0 +1,207 @@
+"""The trunk as a quantized bundle computes it: weights that have been quantized and back, inputs quantized on the way.
+
+Shared with the graphs are the scales and the arithmetic on weights (:mod:`trimode.graphs.numerics.integers`); what happens to inputs is torch's.
+Float32 throughout. Gradients pass a quantized input as if it had been left alone where it is not cut (straight through, Bengio et al. 2013), so that
+a drafter can be trained behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trimode.errors import CheckpointError
+from trimode.formats.calibration import QuantizedPrecision, Scales
+from trimode.formats.contract import DType
+from trimode.formats.hints import CALIBRATE
+from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
+from trimode.graphs.numerics.integers import FORMATS, Floats, round_to, round_trip, scale_of
+from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE, GLOBAL_STEPS, LARGEST_CODE
+
+CODE_RANGES: dict[DType, tuple[float, float]] = {"float8e4m3fn": (-448, 448), "int8": (-128, 127), "float4e2m1": (-6, 6)}
+"""What the types of inputs hold, in steps of a scale."""
+SMALLEST_NORMAL = 2.0**-126
+"""Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0 again."""
+
+
+@dataclass(frozen=True)
+class LinearScales:
+    """The scales of one layer, as the pack stores them, in float32.
+
+    Attributes:
+        weight: ``()``, ``(out,)`` or ``(out, in / block)``; of nvfp4 the global scale ``()``.
+        input: ``()``; None = the input stays as it is.
+        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is none.
+    """
+
+    weight: Floats
+    input: Floats | None = None
+    pre_quant: Floats | None = None
+
+
+def linear_scales(scales: Scales, precision: QuantizedPrecision, stored: DType = "float32", leave_out: Iterable[str] = ()) -> dict[str, LinearScales]:
+    """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
+
+    Args:
+        scales: as :func:`trimode.formats.calibration.load_calibration` gives them.
+        precision: of the calibration.
+        stored: the compute type of the bundle.
+        leave_out: layers that stay in high precision.
+
+    Raises:
+        BuildError: a scale is too large for ``stored``.
+    """
+    skipped = set(leave_out)
+    layers = {name.removesuffix(".weight_amax") for name in scales if name.endswith(".weight_amax")} - skipped
+
+    def layer_scales(layer: str) -> LinearScales:
+        inputs, factor = scales.get(f"{layer}.input_amax"), scales.get(f"{layer}.pre_quant_scale")
+        return LinearScales(
+            weight=scale_of(scales[f"{layer}.weight_amax"], precision, stored),
+            input=None if inputs is None else scale_of(inputs, precision, stored),
+            pre_quant=None if factor is None else round_to(factor, stored),
+        )
+
+    return {layer: layer_scales(layer) for layer in sorted(layers)}
+
+
+def quantize_trunk(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]) -> None:
+    """Quantize linear layers of a float32 trunk in place; the drafter's branch keeps reading the input as it was.
+
+    Args:
+        trunk: whose layers are replaced.
+        precision: the type.
+        layers: by the checkpoint's names, without ``.weight``.
+
+    Raises:
+        CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
+        BuildError: a weight is not finite.
+    """
+    for name, scales in layers.items():
+        linear = _find(trunk, name)
+        _check_shapes(name, linear, scales)
+        parent, _, attribute = name.rpartition(".")
+        kind = QuantizedLowRankLinear if isinstance(linear, LowRankLinear) else QuantizedLinear
+        setattr(trunk.get_submodule(parent), attribute, kind(linear, precision, scales))  # type: ignore[arg-type]
+
+
+class InputQuantizer(nn.Module):
+    """``pre_quant_scale``, QuantizeLinear and DequantizeLinear in front of a product, as far as a layer has them."""
+
+    factor: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, precision: QuantizedPrecision, scales: LinearScales, device: torch.device) -> None:
+        super().__init__()
+        self.precision = precision
+        self.register_buffer("factor", None if scales.pre_quant is None else torch.from_numpy(scales.pre_quant).to(device), persistent=False)
+        self.register_buffer("scale", None if scales.input is None else torch.tensor(float(scales.input), device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` as the product reads it."""
+        if self.factor is not None:
+            x = x * self.factor
+        if self.scale is None:
+            return x
+        if self.precision == "nvfp4":
+            kept = torch.clamp(x, -GLOBAL_STEPS * self.scale, GLOBAL_STEPS * self.scale)
+            return kept + (in_blocks(x, self.scale) - kept).detach()
+        dtype = FORMATS[self.precision].dtype
+        steps = torch.clamp(x / self.scale, *CODE_RANGES[dtype])
+        return (steps + (nearest_code(steps, dtype) - steps).detach()) * self.scale
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight holds quantized values and whose input is quantized on the way in."""
+
+    def __init__(self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = _quantized_weight(linear, precision, scales)
+        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` -> ``(..., out)``."""
+        return functional.linear(self.quantizer(x), self.weight)
+
+
+class QuantizedLowRankLinear(LowRankLinear):
+    """The same for a layer with the drafter's branch, which reads the input as it was."""
+
+    def __init__(self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, 0, 0.0)
+        self.lora_A, self.lora_B, self.scaling = linear.lora_A, linear.lora_B, linear.scaling
+        self.weight = _quantized_weight(linear, precision, scales)
+        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See :class:`trimode.graphs.decoder.trunk.LowRankLinear`."""
+        return functional.linear(self.quantizer(x), self.weight)
+
+
+def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
+    """NVFP4 of an input ``x (..., in)``, back in float32: each block by the scale that its largest magnitude asks for, as E4M3 holds it.
+
+    A block whose scale rounds to zero becomes zero, as in ModelOpt's kernel (``nvfp4_scalar_qdq``).
+    """
+    blocks, steps = blocks_of(x), steps_of_blocks(x, global_scale)
+    scale = nearest_code(steps, "float8e4m3fn") * global_scale
+    return (nearest_code(steps_in_blocks(blocks, scale), "float4e2m1") * scale).flatten(-2)
+
+
+def blocks_of(x: Tensor) -> Tensor:
+    """``(..., in)`` -> ``(..., in / 16, 16)``."""
+    return x.reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+
+
+def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
+    """The scales that the blocks of ``x (..., in)`` ask for, over the global one, cut to E4M3's range: ``(..., in / 16, 1)``."""
+    return torch.clamp(blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
+
+
+def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Blocks ``(..., 16)`` over their scales ``(..., 1)``, cut to E2M1's range."""
+    return torch.clamp(blocks / torch.clamp(scale, min=SMALLEST_NORMAL), *CODE_RANGES["float4e2m1"])
+
+
+def spacing_of_e2m1(steps: Tensor) -> Tensor:
+    """Distance of neighbouring codes at each value of E2M1."""
+    return torch.where(steps.abs() < 2, 0.5, torch.where(steps.abs() < 4, 1.0, 2.0))
+
+
+def nearest_code(steps: Tensor, dtype: DType) -> Tensor:
+    """The nearest code of an input's type, as a number; of two, the even one."""
+    if dtype == "float4e2m1":
+        spacing = spacing_of_e2m1(steps)
+        return torch.round(steps / spacing) * spacing
+    return torch.round(steps) if dtype == "int8" else steps.to(torch.float8_e4m3fn).float()
+
+
+def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
+    try:
+        linear = trunk.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"expected the model to have the linear layer {name}, found none", f"calibrate this checkpoint: {CALIBRATE}")
+    return linear
+
+
+def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
+    rows, columns = linear.weight.shape
+    shape = scales.weight.shape
+    fits = shape in ((), (rows,)) or (len(shape) == 2 and shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0)
+    if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
+        raise CheckpointError(f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
+                              f"calibrate this checkpoint: {CALIBRATE}")  # fmt: skip
+
+
+def _quantized_weight(linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> nn.Parameter:
+    weight: Floats = linear.weight.detach().float().numpy(force=True)
+    divided: Floats = weight if scales.pre_quant is None else weight / scales.pre_quant
+    values = round_trip(divided, scales.weight, precision)
+    return nn.Parameter(torch.from_numpy(values).to(linear.weight.device), requires_grad=False)

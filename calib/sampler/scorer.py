@@ -1,0 +1,26 @@
+"""The network where the runtime asks for scores; a bundle has its graph there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trimode.graphs.sampler.network import BlockSampler
+from trimode.runtime.decode.unmasking import Slots
+from trimode.runtime.sessions.base import Array, Ids
+
+
+class TorchScorer:
+    """A :class:`trimode.runtime.decode.unmasking.Scorer` over the network in PyTorch."""
+
+    def __init__(self, sampler: BlockSampler) -> None:
+        self._sampler = sampler.eval()
+
+    @torch.inference_mode()
+    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
+        """See :class:`trimode.runtime.decode.unmasking.Scorer`."""
+        device = self._sampler.feature_mean.device
+        arrays = (block.astype(np.int64), masked, ids.astype(np.int64), probabilities.astype(np.float32))
+        scores: NDArray[np.float32] = self._sampler(*(torch.from_numpy(array)[None].to(device) for array in arrays))[0].numpy(force=True)
+        return scores

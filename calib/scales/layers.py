@@ -1,0 +1,51 @@
+"""Which layers of a checkpoint are quantized, and in what blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from trimode.calib.scales.settings import DEFAULT_BLOCK, SMALLEST_BLOCK, QuantizeSettings
+from trimode.errors import UsageError
+from trimode.graphs.checkpoint import expected_tensors
+from trimode.graphs.config import ModelConfig
+from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
+
+log = logging.getLogger(__name__)
+
+HEAD = "diffusion_head"
+Shapes = dict[str, tuple[int, int]]
+"""``(out, in)`` of linear layers, by the checkpoint's names without ``.weight``."""
+
+
+def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[Shapes, int | None]:
+    """The layers to quantize in the model's order, and for int4 and nvfp4 the block size.
+
+    These two leave out layers whose inputs the block size does not divide: they stay in high precision.
+
+    Raises:
+        UsageError: none is left.
+    """
+    shapes: Shapes = {}
+    for name, shape in expected_tensors(config).items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith("_proj") or (layer == HEAD and settings.quantizes_head):
+            shapes[layer] = (shape[0], shape[1])
+    if settings.precision not in ("int4", "nvfp4"):
+        return shapes, None
+    block = _block_size(shapes, settings) if settings.precision == "int4" else BLOCK_SIZE
+    for name in [name for name, (_, width) in shapes.items() if width % block]:
+        log.warning("%s stays in high precision: blocks of %d do not divide its %d inputs", name, block, shapes[name][1])
+        del shapes[name]
+    if not shapes:
+        raise UsageError(f"expected layers whose inputs come in blocks of {block}, found none", "choose another --precision for this checkpoint")
+    return shapes, block
+
+
+def _block_size(shapes: Mapping[str, tuple[int, int]], settings: QuantizeSettings) -> int:
+    """The largest power of two up to the one asked for that divides the inputs of every layer that 16 divides."""
+    block = settings.block_size or DEFAULT_BLOCK
+    widths = {width for _, width in shapes.values() if width % SMALLEST_BLOCK == 0}
+    while block > SMALLEST_BLOCK and any(width % block for width in widths):
+        block //= 2
+    return block

@@ -1,0 +1,96 @@
+"""What the layers' inputs looked like in each mode, and how much of each weight is left after quantization.
+
+Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by :mod:`trimode.graphs.numerics.integers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimode.errors import CheckpointError, UsageError
+from trimode.formats.calibration import QuantizedPrecision
+from trimode.formats.contract import Role
+from trimode.graphs.numerics.integers import Floats, round_trip, scale_of
+
+LOSSLESS_DB = 200.0
+"""Said of a weight that quantization does not change; float32 itself is at about 150."""
+
+
+class InputStatistics:
+    """What the inputs of some layers are, by column and by mode.
+
+    Args:
+        names: the layers'.
+
+    Attributes:
+        amax: largest magnitude by layer and mode.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.amax: dict[str, dict[str, float]] = {name: {} for name in names}
+        self._largest: dict[str, Tensor] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._num_forwards: dict[str, int] = {}
+
+    def look(self, role: Role, name: str, x: Tensor) -> None:
+        """Take in the input ``x (rows, in)`` of a layer in a forward.
+
+        Raises:
+            CheckpointError: it is not finite.
+        """
+        if not x.numel():
+            return
+        magnitude = x.abs()
+        largest, mean = magnitude.amax(0), magnitude.mean(0)
+        peak = float(largest.max())
+        if not math.isfinite(peak):
+            raise CheckpointError(f"{name}: expected finite inputs, found {peak} in a forward of {role}",
+                                  "weights before this layer overflow or are damaged; download the checkpoint again")  # fmt: skip
+        seen = self.amax[name]
+        seen[role] = max(seen.get(role, 0.0), peak)
+        self._largest[name] = torch.maximum(self._largest[name], largest) if name in self._largest else largest
+        self._sum[name] = self._sum[name] + mean if name in self._sum else mean
+        self._num_forwards[name] = self._num_forwards.get(name, 0) + 1
+
+    def check_seen(self) -> None:
+        """Raise :class:`UsageError` where a layer's input was zero all the time, or never came."""
+        for name, by_role in self.amax.items():
+            if not any(by_role.values()):
+                raise UsageError(f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
+                                 "no scale can be told from that; check the checkpoint, or use prompts that reach this layer")  # fmt: skip
+
+    def largest(self, name: str) -> Tensor:
+        """Largest magnitude of each column, ``(in,)``."""
+        return self._largest[name]
+
+    def mean(self, name: str) -> Tensor:
+        """Mean magnitude of each column, ``(in,)``, in which every forward counts alike, however many rows it has."""
+        return self._sum[name] / self._num_forwards[name]
+
+
+def quantize_weight(weight: Floats, amax: Floats, precision: QuantizedPrecision, pre_quant_scale: Floats | None = None) -> Floats:
+    """The weight as the graphs will see it: quantized and back, ``(out, in)``, float32.
+
+    Args:
+        weight: (out, in).
+        amax: ``()``, ``(out,)`` or ``(out, in / block)``.
+        precision: what to quantize to.
+        pre_quant_scale: (in,), divided out before and multiplied back after; None = ones.
+    """
+    factor = np.float32(1) if pre_quant_scale is None else pre_quant_scale
+    scale = scale_of(amax, precision, "float32")
+    return round_trip(weight / factor, scale, precision) * factor
+
+
+def snr_db(weight: Floats, quantized: Floats) -> float:
+    """Signal-to-noise ratio ``10 log10(sum w^2 / sum (w - w')^2)``, at most :data:`LOSSLESS_DB`."""
+    signal = float(np.square(weight, dtype=np.float64).sum())
+    noise = float(np.square(weight - quantized, dtype=np.float64).sum())
+    if not noise or not signal:
+        return LOSSLESS_DB
+    return min(LOSSLESS_DB, 10 * math.log10(signal / noise))

@@ -1,0 +1,100 @@
+"""Decides whether a bundle that is there already may be added to, and what it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trimode.compiler.plan import BuildPlan
+from trimode.errors import BundleError, UsageError
+from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.identity import SourceDigest, stamp_of
+from trimode.progress import Progress
+from trimode.runtime.bundle.open import files_of, open_bundle
+
+_FORCE = "pass --force to replace it, or choose another output"
+
+
+def read_existing(output: Path) -> Manifest | None:
+    """The manifest of the bundle at ``output``, whose files are there in their sizes; None where there is no bundle.
+
+    Raises:
+        UsageError: it is damaged, or of another schema.
+    """
+    if not (output / MANIFEST).is_file():
+        return None
+    try:
+        return open_bundle(output, verify=False).manifest
+    except BundleError as error:
+        raise UsageError(f"{output}: expected a bundle that can be added to, found: {error.message}", _FORCE) from error
+
+
+def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
+    """What is left of a plan when the bundle has some of its targets, exactly as planned, already."""
+    there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
+    left = {name: record for name, record in plan.records.items() if there.get(name) != record}
+    return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
+
+
+def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress) -> None:
+    """Refuse to mix: the bundle must hold this checkpoint, for these lengths, and in this precision, if at all, by the same calibration.
+
+    Raises:
+        UsageError: it does not.
+        CheckpointError: the calibration of a precision that is to be added, or the sampler, is of another checkpoint.
+    """
+    there = base.precisions.get(plan.precision)
+    if there is not None and plan.quantization is not None and plan.quantization.record != there.calibration:
+        asked, held = plan.quantization.record, there.calibration
+        found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
+        raise UsageError(found, _FORCE)
+    if not _same_source(base, plan.checkpoint, progress):
+        drafter = f" with the drafter {plan.checkpoint.adapter}" if plan.checkpoint.adapter else ""
+        found = f"{output}: expected a bundle of {plan.checkpoint.path}{drafter}, found one of other weights ({base.source.name})"
+        raise UsageError(found, _FORCE)
+    for name, found in base.model.model_dump().items():
+        expected = getattr(plan.model, name)
+        if found != expected:
+            raise UsageError(f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE)
+    is_calibrated = there is None and plan.quantization is not None and plan.quantization.source_sha256 is not None
+    if not is_calibrated and plan.sampler is None:
+        return
+    digest = _base_digest(base, plan.checkpoint, progress)
+    if is_calibrated and plan.quantization is not None:
+        plan.quantization.check_source(digest)
+    if plan.sampler is not None:
+        plan.sampler.check_source(digest)
+
+
+def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
+    """The manifest without these targets of a precision, if it has any, and the files that only they use."""
+    if precision not in base.precisions:
+        return base
+    record = base.precisions[precision]
+    rest = record.model_copy(update={"targets": {name: target for name, target in record.targets.items() if name not in names}})
+    gone = files_of(record) - files_of(rest)
+    files = {name: file for name, file in base.files.items() if name not in gone}
+    return base.model_copy(update={"precisions": {**base.precisions, precision: rest}, "files": files})
+
+
+def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> bool:
+    """By the stamp; where that differs (a copied or touched checkpoint) by reading every byte."""
+    if base.source.stamp == stamp_of(checkpoint):
+        return True
+    digest = SourceDigest(checkpoint)
+    advance = progress.stage("compare weights", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    for count in digest.read_all():
+        advance(count)
+    return digest.hexdigest() == base.source.sha256
+
+
+def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
+    """Digest of the checkpoint without its adapter, which calibrations belong to; the manifest has that of the whole."""
+    if checkpoint.drafter is None:
+        return base.source.sha256
+    digest = SourceDigest(checkpoint)
+    advance = progress.stage("compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    for count in digest.read_all():
+        advance(count)
+    return digest.base_hexdigest()

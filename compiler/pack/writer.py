@@ -1,0 +1,64 @@
+"""Writes a weight pack, tensor by tensor, in a thread of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trimode.compiler.pack.layout import PackLayout
+
+
+def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
+    """Write the pack and return its sha256; ``on_bytes`` is told the size of every piece written."""
+    whole = hashlib.sha256(layout.header)
+    path.touch()
+    with path.open("r+b") as stream:
+        stream.write(layout.header)
+        on_bytes(len(layout.header))
+        for source in layout.sources:
+            for data in source.chunks():
+                whole.update(data)
+                stream.write(data)
+                on_bytes(len(data))
+    return whole.hexdigest()
+
+
+class PackWriter:
+    """Writes a pack in a thread of its own.
+
+    Args:
+        layout: of the pack.
+        path: file to write; exists, in its full size, when the constructor returns, so that graphs which point into it can be checked.
+        on_bytes: told the size of every piece written.
+    """
+
+    def __init__(self, layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes = on_bytes
+        self._stopped = threading.Event()
+        with path.open("wb") as stream:
+            stream.truncate(layout.num_bytes)
+        self._pool = ThreadPoolExecutor(1)
+        self._digest = self._pool.submit(write_pack, layout, path, self._advance)
+
+    def result(self) -> str:
+        """Wait until the pack is written; its sha256. Raises what writing raised."""
+        return self._digest.result()
+
+    def check(self) -> bool:
+        """Whether the pack is written by now; raises what writing raised, if it has failed."""
+        if self._digest.done():
+            self._digest.result()
+        return self._digest.done()
+
+    def stop(self) -> None:
+        """Give up writing, if it has not ended, and wait for the thread."""
+        self._stopped.set()
+        self._pool.shutdown()
+
+    def _advance(self, num_bytes: int) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError
+        self._on_bytes(num_bytes)

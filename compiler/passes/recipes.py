@@ -1,0 +1,56 @@
+"""Which passes a graph goes through: for the portable graphs, and for each target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from trimode.compiler.passes.base import lower
+from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
+from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
+from trimode.compiler.passes.nvfp4 import Nvfp4ForTensorRT, Nvfp4InFloat32
+from trimode.compiler.passes.quantize_weights import QuantizeWeights, Stored
+from trimode.compiler.passes.queries_to_outputs import QueriesToOutputs
+from trimode.compiler.passes.scales_to_constants import ScalesToConstants
+from trimode.compiler.passes.static_capacity import StaticCacheCapacity
+from trimode.compiler.passes.stored_type import StoredType
+from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
+from trimode.formats.contract import DType
+from trimode.formats.manifest import TargetRecord
+from trimode.graphs.numerics.integers import Floats
+
+INT4_ACCURACY_LEVEL: AccuracyLevel = 1
+"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike; docs/reference/quantization.md has why."""
+
+
+def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
+    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for products with int4 weights."""
+    passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack), Nvfp4InFloat32(pack)]
+    if dtype != "float32":
+        passes.append(StoredType(dtype, [name for name, stored in pack.items() if stored.dtype == "float32"]))
+    return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
+
+
+def lower_for(
+    record: TargetRecord,
+    graph: ir.Model,
+    pack: Mapping[str, Stored] = MappingProxyType({}),
+    scales: Mapping[str, Floats] = MappingProxyType({}),
+) -> ir.Model:
+    """The passes a target asks for; ``pack`` tells which weights are quantized, ``scales`` which of their scales become part of a graph."""
+    passes: list[ir.passes.InPlacePass] = []
+    if record.capacity is not None:
+        passes.append(StaticCacheCapacity(record.capacity))
+    if record.compute_dtype != "float32":
+        passes.append(ComputeType(record.compute_dtype))
+    passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, scales)]
+    if record.backend == "tensorrt_rtx":
+        passes += [ChooseBeforeWidening(), QueriesToOutputs()]
+    if record.backend == "tensorrt_rtx" and record.placement == "shared":
+        passes.append(ScalesToConstants(scales))
+    if record.placement == "shared":
+        passes.append(WeightsToInputs())
+    return lower(graph, *passes)

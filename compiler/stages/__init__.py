@@ -1,0 +1,1 @@
+"""The stages of a build, one a file; :mod:`trimode.compiler.pipeline` has their order."""

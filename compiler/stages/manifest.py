@@ -1,0 +1,60 @@
+"""Describes the bundle: the manifest of a new one, and of one that was added to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import trimode
+from trimode.compiler.additions import drop_targets
+from trimode.compiler.stages.state import BuildState
+from trimode.compiler.store.fingerprint import LIBRARIES
+from trimode.formats.contract import graph_contract
+from trimode.formats.manifest import SCHEMA_VERSION, Manifest, PrecisionRecord, SourceRecord
+from trimode.formats.texts import name_of
+from trimode.graphs.identity import stamp_of
+
+
+def describe_bundle(state: BuildState) -> None:
+    """The manifest of a new bundle."""
+    plan, checkpoint = state.plan, state.plan.checkpoint
+    assert state.source is not None
+    state.manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        model=plan.model,
+        source=SourceRecord(
+            name=name_of(checkpoint.path),
+            sha256=state.source.hexdigest(),
+            stamp=stamp_of(checkpoint),
+            num_parameters=sum(tensor.num_elements for name, tensor in state.tensors.items() if name in checkpoint.tensors),
+        ),
+        dtype=plan.dtype,
+        contracts={role: graph_contract(role, plan.model) for role in plan.roles},
+        precisions={plan.precision: _describe_precision(state)},
+        files=state.files,
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        sampler=plan.sampler.describe() if plan.sampler else None,
+    )
+
+
+def describe_additions(state: BuildState) -> None:
+    """The manifest of the bundle with its new precision, new targets of one, or its sampler."""
+    assert state.base is not None
+    precision = state.plan.precision
+    rest = drop_targets(state.base, precision, list(state.plan.targets))
+    there = rest.precisions.get(precision)
+    record = there.model_copy(update={"targets": {**there.targets, **state.plan.records}}) if there else _describe_precision(state)
+    sampler = state.plan.sampler.describe() if state.plan.sampler else rest.sampler
+    update = {"precisions": {**rest.precisions, precision: record}, "files": {**rest.files, **state.files}, "sampler": sampler}
+    state.manifest = rest.model_copy(update=update)
+
+
+def _describe_precision(state: BuildState) -> PrecisionRecord:
+    plan = state.plan
+    return PrecisionRecord(
+        calibration=plan.quantization.record if plan.quantization else None,
+        packs=tuple(path.name for path in state.packs),
+        weight_bytes=sum(tensor.num_bytes for tensor in state.tensors.values()),
+        graphs={role: plan.names.graph(role) for role in plan.roles},
+        targets=plan.records,
+    )

@@ -1,0 +1,64 @@
+"""What a traced graph follows from beside its sizes: the code that traces and the libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import trimode
+
+LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+MODULES = (
+    "trimode.errors",
+    "trimode.formats",
+    "trimode.graphs",
+    "trimode.compiler.passes.base",
+    "trimode.compiler.passes.weights_to_inputs",
+    "trimode.compiler.store.traced",
+    "trimode.compiler.stages.extras",
+)
+"""What traces, all that it imports, and what writes a traced graph and reads it."""
+
+
+@cache
+def tracing_fingerprint() -> str:
+    """Digest of the code that traces and of the libraries' versions; computed once a process."""
+    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    return digest_of((root for name in MODULES for root in roots_of(name)), versions | {"trimode": trimode.__version__})
+
+
+def digest_of(roots: Iterable[Path], versions: dict[str, str]) -> str:
+    """Digest of names and contents of files, those in folders at any depth included, and of versions.
+
+    Args:
+        roots: files, or folders; what Python itself compiles into them does not count.
+        versions: by library.
+    """
+    digest = hashlib.sha256(repr(sorted(versions.items())).encode())
+    for root in roots:
+        for name, path in sorted(_files_in(root)):
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _files_in(root: Path) -> Iterator[tuple[str, Path]]:
+    if root.is_file():
+        yield root.name, root
+        return
+    for path in root.rglob("*"):
+        if path.is_file() and path.suffix != ".pyc":
+            yield path.relative_to(root).as_posix(), path
+
+
+def roots_of(name: str) -> list[Path]:
+    """The folders of a package, or the file of a module."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        return [Path(folder) for folder in module.__path__]
+    assert module.__file__ is not None
+    return [Path(module.__file__)]

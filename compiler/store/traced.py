@@ -1,0 +1,64 @@
+"""Traced graphs by way of the cache: tracing takes seconds a graph and needs PyTorch, reading one takes neither."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
+from trimode.compiler.store.cache import ContentCache, key_of
+from trimode.compiler.store.fingerprint import tracing_fingerprint
+from trimode.formats.contract import ModelInfo, Role, cache_specs, graph_contract
+from trimode.graphs.checkpoint import Checkpoint
+
+
+def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None) -> ir.Model:
+    """The graph of a role, as :func:`trimode.graphs.decoder.trace.trace_role` makes it; from the cache where it has been made before."""
+    if kept is None:
+        return _trace(role, checkpoint, model)
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "traced.onnx"
+            kept.fetch(key_of_trace(role, checkpoint, model), path, lambda entry: _write(_trace(role, checkpoint, model), entry))
+            return _read(path, role, model)
+    except OSError as error:  # of the folder for temporary files: tracing reads and writes none
+        kept.warn(error, Path(os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
+        return _trace(role, checkpoint, model)
+
+
+def key_of_trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> str:
+    """Digest of everything that a traced graph depends on; weights are not among it."""
+    drafter = checkpoint.drafter if role == "draft" else None  # as trace_role: the others have no branch
+    return key_of(
+        kind="traced graph",
+        role=role,
+        config=repr(checkpoint.config),
+        model=model.model_dump(mode="json"),
+        drafter=[drafter.rank, drafter.alpha] if drafter else None,
+        sources=tracing_fingerprint(),
+    )
+
+
+def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    from trimode.graphs.decoder.trace import trace_role  # brings PyTorch
+
+    return trace_role(role, checkpoint.config, model, checkpoint.drafter)
+
+
+def _write(graph: ir.Model, path: Path) -> None:
+    """Weights have no data, which ONNX cannot say of an initializer: they are stored as inputs behind the contract's."""
+    path.write_bytes(to_bytes(lower(graph, WeightsToInputs())))
+
+
+def _read(path: Path, role: Role, model: ModelInfo) -> ir.Model:
+    graph = ir.load(path)
+    count = len(graph_contract(role, model).inputs) + len(cache_specs(model, "past_key_values"))
+    for value in graph.graph.inputs[count:]:
+        assert value.name is not None
+        graph.graph.initializers[value.name] = value
+    del graph.graph.inputs[count:]
+    return graph

@@ -1,0 +1,1 @@
+"""TensorRT: engines, the processes that build them, and shape profiles."""

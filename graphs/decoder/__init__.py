@@ -1,0 +1,1 @@
+"""The decoder: trunk, attention, positions, the graph of each role, and tracing."""

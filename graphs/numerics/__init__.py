@@ -1,0 +1,1 @@
+"""The arithmetic of quantized weights, and the scales of a layer."""

@@ -1,0 +1,1 @@
+"""The learned sampler of block diffusion: its network, and tracing."""

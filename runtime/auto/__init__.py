@@ -1,0 +1,1 @@
+"""Mode ``auto``: which step to take next, from timings and from what texts have shown."""

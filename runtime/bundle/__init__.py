@@ -1,0 +1,1 @@
+"""Opens a bundle and maps its weights."""

@@ -1,0 +1,1 @@
+"""Decoding: the algorithm of each mode, its options, and how tokens are chosen."""

@@ -1,0 +1,296 @@
+"""The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722).
+
+Each is a generator over a :class:`~trimode.runtime.decode.sequence.Sequence`: it yields tokens as they are committed and never takes one back. In
+between it yields the forwards that it needs (:mod:`trimode.runtime.decode.forward`), which :class:`Algorithm` runs for those who only want tokens.
+``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
+the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle. Which token it is,
+is asked of a :class:`~trimode.runtime.decode.token_choice.Chooser`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from functools import update_wrapper
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.formats.contract import Mode, ModelInfo
+from trimode.runtime.auto.policy import AR_STEP, Policy, make_policy
+from trimode.runtime.decode.forward import Effect, Steps, drive
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.decode.token_choice import Chooser, TokenLogprob, make_chooser
+from trimode.runtime.decode.unmasking import Denoised, fill_policy, reaching
+from trimode.runtime.sessions.base import Ids
+
+Tokens = Generator[list[int], None, None]
+
+
+@dataclass
+class Counters:
+    """What an algorithm counts while it runs.
+
+    Attributes:
+        nfe: forward passes, counted as the reference counts them.
+        cycles: draft-and-verify cycles.
+        cycle_tokens: tokens those cycles yielded, up to the end of the text.
+        finish_reason: ``stop`` after an end token, ``length`` at a limit, None while running.
+        seed: of the draws; None where nothing is drawn.
+        logprobs: one for each token, where asked for.
+        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
+    """
+
+    nfe: int = 0
+    cycles: int = 0
+    cycle_tokens: int = 0
+    finish_reason: Literal["stop", "length"] | None = None
+    seed: int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    picks: dict[int, int] = field(default_factory=dict)
+
+
+class Algorithm:
+    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps`` leaves the forwards to whoever drives it."""
+
+    def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
+        self.steps = steps
+        update_wrapper(self, steps)
+
+    def __call__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
+        """Yields tokens as they are committed."""
+        return drive(self.steps(sequence, options, counters), sequence.answer)
+
+
+@Algorithm
+def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
+    """Autoregressive: one causal forward a token."""
+    budget, choose = _start(sequence, options, counters)
+    while not budget.done:
+        counters.nfe += 1
+        token = yield from choose.next()
+        sequence.append([token])
+        yield budget.settle([token])
+
+
+@Algorithm
+def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
+    """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
+
+    Which slots each forward fills is up to a policy (:mod:`trimode.runtime.decode.unmasking`); where it finds none, they stay masked, as in the
+    reference. A last block that would exceed the limit is denoised whole and cut, so the tokens are those of a longer run.
+    """
+    budget, choose = _start(sequence, options, counters)
+    fill = fill_policy(options.sampler, options.threshold, options.steps or options.block_length, options.scorer)
+    mask = sequence.model.mask_token_id
+    while not budget.done:
+        block = _masked_block((yield from choose.next()), options.block_length, sequence.model)
+        choose.begin_block(block)
+        for step in range(options.block_length):
+            masked = block == mask
+            if not masked.any():
+                break
+            counters.nfe += 1
+            ids, probabilities = yield from sequence.denoise(block)
+            tokens, confidence = choose.denoised(block, masked, ids, probabilities)
+            slots = fill(Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step))
+            block[slots] = tokens[slots]
+            if not slots.any() or _ends_decided(block, budget.eos, mask):
+                break
+        kept = budget.fit(budget.before_end(block.tolist()))
+        length = len(sequence.tokens) + len(kept)
+        choose.committed(kept)
+        yield from sequence.commit(block)
+        counters.nfe += 1
+        sequence.truncate(length)
+        yield budget.settle(kept)
+
+
+@Algorithm
+def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
+    """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing prefix and one token more.
+
+    What is drawn has the distribution of :func:`decode_ar` (see :func:`~trimode.runtime.decode.sampling.accept_or_replace`).
+    """
+    budget, choose = _start(sequence, options, counters)
+    if budget.done:
+        return
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
+    while not budget.done:
+        kept = budget.fit((yield from _cycle(sequence, options, counters, budget, choose)))
+        sequence.accept(kept)
+        yield budget.settle(kept)
+
+
+@Algorithm
+def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
+    """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
+
+    The reference reads the prompt and makes the first draft in one forward, which counts; here these are two. The graph itself decides which
+    drafts are right, and has drafted behind these by then, so no rule may have another opinion: options must be plain.
+    """
+    assert options.is_plain
+    budget, _ = _start(sequence, options, counters)
+    if budget.done:
+        return
+    counters.nfe += 1
+    drafts = yield from sequence.first_drafts(options.block_length)
+    while not budget.done:
+        counters.nfe += 1
+        counters.cycles += 1
+        speculation = yield from sequence.speculate(drafts)
+        verified = budget.before_end(speculation.accepted)
+        counters.cycle_tokens += len(verified)
+        kept = budget.fit(verified)
+        sequence.accept_drafts(len(kept), speculation)
+        drafts = speculation.next_drafts
+        yield budget.settle(kept)
+
+
+@Algorithm
+def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
+    """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto.policy`).
+
+    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what is
+    drawn next. A drawn end of the text is no exception: what stands behind it in the block is of no use whether it is accepted or not.
+    """
+    budget, choose = _start(sequence, options, counters)
+    if budget.done:
+        return
+    policy = make_policy(options.costs, options.block_length, sequence.tokens, is_confident=not options.sampling.is_random)
+    yield budget.settle((yield from _seed(sequence, counters, choose)))
+    while not budget.done:
+        length = policy.choose(sequence.cached_length, budget.left)
+        counters.picks[length] = counters.picks.get(length, 0) + 1
+        if length == AR_STEP:
+            counters.nfe += 1
+            kept = [(yield from choose.next())]
+            sequence.append(kept)
+        else:
+            cycle = replace(options, block_length=length)
+            kept = budget.fit((yield from _cycle(sequence, cycle, counters, budget, choose, policy)))
+            sequence.accept(kept)
+        policy.record(len(kept))
+        yield budget.settle(kept)
+
+
+ALGORITHMS: dict[Mode, Algorithm] = {
+    "ar": decode_ar,
+    "diffusion": decode_diffusion,
+    "linear_spec": decode_linear_spec,
+    "quadratic_spec": decode_quadratic_spec,
+}
+MODES: dict[Mode, Algorithm] = {**ALGORITHMS, "auto": decode_auto}
+"""What a caller can ask for: the algorithms, and the choice between some of them, which measures nothing that they do not."""
+
+
+def _start(sequence: Sequence, options: DecodeOptions, counters: Counters) -> tuple[_Budget, Chooser]:
+    choose = make_chooser(sequence, options, counters.logprobs)
+    counters.seed = choose.seed
+    return _Budget(sequence, options, counters), choose
+
+
+def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
+    """Choose and append the first token of self-speculation; its forward counts, and that once, where a prompt is read in chunks."""
+    passes = sequence.forwards.prefill + sequence.forwards.decode
+    seed = yield from choose.next()
+    counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes
+    sequence.append([seed])
+    return [seed]
+
+
+def _cycle(
+    sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser, policy: Policy | None = None
+) -> Effect[list[int]]:
+    """Draft a block after the last token and verify it, or as much of it as a policy asks; what is accepted, up to the end of the text."""
+    block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
+    confidence = yield from _draft(sequence, block, options, counters, choose)
+    if policy is not None:
+        wanted = min(budget.left, len(budget.before_end(block[1:].tolist())) + 1)
+        block = block[: policy.rows_to_verify(wanted, None if options.sampling.is_random else confidence)]
+    counters.nfe += 1
+    counters.cycles += 1
+    verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
+    counters.cycle_tokens += len(verified)
+    return verified
+
+
+def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[NDArray[Any]]:
+    """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the threshold asks.
+
+    Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
+    a slot drawn before one to its left would have steered that one's ``q``, and then be no such draw given that that one was accepted.
+
+    Returns:
+        ``(L,)``, the confidence that the last forward had in each slot.
+    """
+    choose_slots = _leading if options.sampling.is_random else reaching
+    confidence: NDArray[Any] = np.ones(len(block))
+    for _ in range(max(1, options.block_length - 1)):
+        counters.nfe += 1
+        masked = block == sequence.model.mask_token_id
+        masked[0] = False  # already decided, even should the model have chosen the mask token itself
+        tokens, confidence = choose.drafted(block, masked, *(yield from sequence.draft(block, use_drafter=options.use_drafter)))
+        slots = choose_slots(masked, confidence, options.threshold)
+        block[slots] = tokens[slots]
+        if options.threshold == 0 or not (block[1:] == sequence.model.mask_token_id).any():
+            break
+    return confidence
+
+
+def _masked_block(first: int, length: int, model: ModelInfo) -> Ids:
+    block = np.full(length, model.mask_token_id, np.int64)
+    block[0] = first
+    return block
+
+
+def _leading(masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+    """The first masked slot, and those after it up to the first whose confidence does not reach the threshold."""
+    below = masked & (confidence < threshold)
+    below[masked.argmax()] = False
+    return masked & ~np.logical_or.accumulate(below)
+
+
+def _ends_decided(block: Ids, eos: tuple[int, ...], mask_token_id: int) -> bool:
+    """Whether the block has an end token with no masked slot before it: what follows cannot matter."""
+    ends = np.isin(block, eos)
+    return bool(ends.any()) and not (block[: ends.argmax()] == mask_token_id).any()
+
+
+class _Budget:
+    """Applies the limits: how many tokens may still come, and where the text ends."""
+
+    def __init__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> None:
+        self.eos = options.end_tokens(sequence.model)
+        self._counters, self._count = counters, 0
+        self.left = min(options.max_new_tokens, sequence.room)
+        self.settle([])
+
+    @property
+    def done(self) -> bool:
+        return self._counters.finish_reason is not None
+
+    def fit(self, token_ids: list[int]) -> list[int]:
+        """The tokens that still fit."""
+        return token_ids[: self.left]
+
+    def before_end(self, token_ids: list[int]) -> list[int]:
+        """The tokens up to and including the first end token."""
+        for i, token in enumerate(token_ids):
+            if token in self.eos:
+                return token_ids[: i + 1]
+        return token_ids
+
+    def settle(self, kept: list[int]) -> list[int]:
+        """Count tokens that were appended, and decide whether they are the last ones; returns them."""
+        self.left -= len(kept)
+        self._count += len(kept)
+        if self._counters.logprobs:
+            del self._counters.logprobs[self._count :]  # of tokens that were chosen, but cut off
+        if kept and kept[-1] in self.eos:
+            self._counters.finish_reason = "stop"
+        elif self.left <= 0:
+            self._counters.finish_reason = "length"
+        return kept

@@ -1,0 +1,245 @@
+"""One run of an algorithm over a sequence, as whoever asked for it sees it: chunks of tokens or pieces of text, and a result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trimode.errors import UsageError
+from trimode.formats.contract import Mode
+from trimode.formats.texts import reason_of
+from trimode.runtime.decode.algorithms import MODES, Counters
+from trimode.runtime.decode.forward import Forward, Outputs
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Forwards, Sequence
+from trimode.runtime.decode.token_choice import TokenLogprob
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream
+
+
+class Chunk(NamedTuple):
+    """Tokens committed by one step; ``finish_reason`` is set on the last chunk."""
+
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation, finished but where its ``finish_reason`` is None.
+
+    Attributes:
+        token_ids: new tokens, the end token included, or the token that completed a stop string.
+        nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode.algorithms`).
+        prefill_forwards: forwards that read the prompt.
+        tokens_per_forward: new tokens / nfe.
+        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
+        forwards: executed forward passes by phase.
+        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit); None of a batch's row that is at work, or was given up.
+        seed: of the draws; None where nothing was drawn.
+        logprobs: one for each new token; None if not asked for.
+        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the other modes.
+        elapsed_s: wall time, tokens in to tokens out.
+    """
+
+    token_ids: list[int]
+    mode: Mode
+    nfe: int
+    prefill_forwards: int
+    tokens_per_forward: float
+    acceptance_length: float | None
+    forwards: Forwards
+    finish_reason: str | None
+    seed: int | None
+    logprobs: list[TokenLogprob] | None
+    elapsed_s: float
+    picks: dict[int, int] | None = None
+
+
+class Stream:
+    """Iterates over :class:`Chunk`, once; afterwards :attr:`result` tells the whole.
+
+    A stream that cannot go on says so at every further read, rather than ending as if it was whole: when the model is closed, when something
+    else has continued its sequence, or after an error.
+
+    Args:
+        sequence: what to continue.
+        mode: how.
+        options: checked.
+        codec: gives the tokenizer, when text is asked for or stop strings are given; without, neither may be.
+    """
+
+    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions, codec: Callable[[], TextCodec] | None = None) -> None:
+        self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
+        self._watch = self.new_text() if options.stop else None
+        self._counters = Counters()
+        self._before = Forwards(**vars(sequence.forwards))
+        self._token_ids: list[int] = []
+        self._elapsed_s = 0.0
+        self._steps = MODES[mode].steps(sequence, options, self._counters)
+        self._is_begun = self._is_read_out = False
+        self._length = len(sequence.tokens)  # as this stream left it
+        self._broken: str | None = None  # why it cannot go on
+        self._ticket = object()  # not the stream itself: a cycle would keep the cache in memory
+
+    def __iter__(self) -> Iterator[Chunk]:
+        if self._is_read_out:
+            raise UsageError("expected a stream that has something to read, found one that was read to its end", "ask for its result")
+        return self
+
+    def __next__(self) -> Chunk:
+        start = time.perf_counter()
+        try:
+            step = self.advance()
+            while isinstance(step, Forward):
+                step = self.advance(self._answer(step))
+        finally:
+            self.spend(time.perf_counter() - start)
+        if step is None:
+            raise StopIteration
+        return step
+
+    def advance(self, outputs: Outputs | None = None) -> Forward | Chunk | None:
+        """Go on, for whoever runs the forwards: to one that is needed, whose outputs the next call brings, to a chunk, or to None, the end.
+
+        Raises:
+            UsageError: the stream cannot go on.
+        """
+        if self._is_read_out or self.finish_reason is not None:
+            self._is_read_out = True
+            return None
+        self._check_usable()
+        self._begin()
+        try:
+            step = next(self._steps) if outputs is None else self._steps.send(outputs)
+            if isinstance(step, Forward):
+                return step
+            token_ids = step if self._watch is None else self._before_stop(self._watch, step)
+        except StopIteration:
+            self._is_read_out = True
+            return None
+        except BaseException as error:
+            self.break_off(error)
+            raise
+        self._token_ids += token_ids
+        self._length = len(self._sequence.tokens)
+        return Chunk(token_ids, self._counters.finish_reason)
+
+    def break_off(self, error: BaseException) -> None:
+        """Let the stream go no further, because of an error in it or in a forward that it asked for."""
+        self._broken = f"one that an error has ended: {reason_of(error)}"
+        self._steps.close()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop`` or ``length``; None where the text has not ended."""
+        return self._counters.finish_reason
+
+    def spend(self, seconds: float) -> None:
+        """Count time towards the result's ``elapsed_s``."""
+        self._elapsed_s += seconds
+
+    def text(self) -> Iterator[str]:
+        """Iterate to the end, in pieces of text: as soon as they are certain, without special tokens, ending before a stop string.
+
+        Raises:
+            UsageError: the bundle has no tokenizer, or the first tokens have been read already.
+        """
+        if self._is_begun:
+            raise UsageError(f"expected a stream that nobody has read, found one that was read up to token {len(self._token_ids)}",
+                             "turn its chunks into text with new_text(), from the first one on")  # fmt: skip
+        return self._pieces(self.new_text())
+
+    def _pieces(self, text: TextStream) -> Iterator[str]:
+        for chunk in self:
+            yield text.push(chunk.token_ids)
+        yield text.finish()
+
+    def finish(self) -> Generation:
+        """Iterate to the end, from wherever the stream is; the result."""
+        while next(self, None) is not None:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated.
+
+        Raises:
+            UsageError: the text has not ended yet.
+        """
+        if self.finish_reason is None:
+            self._check_usable()
+            raise UsageError(f"expected a stream that was read to its end, found one that was read up to token {len(self._token_ids)}",
+                             "read the rest with finish()")  # fmt: skip
+        return self.so_far
+
+    @property
+    def so_far(self) -> Generation:
+        """What has been generated until now, the text ended or not."""
+        counters, count = self._counters, len(self._token_ids)
+        forwards = Forwards(**{name: value - getattr(self._before, name) for name, value in vars(self._sequence.forwards).items()})
+        return Generation(
+            token_ids=list(self._token_ids),
+            mode=self._mode,
+            nfe=counters.nfe,
+            prefill_forwards=forwards.prefill,
+            tokens_per_forward=count / counters.nfe if counters.nfe else 0.0,
+            acceptance_length=counters.cycle_tokens / counters.cycles if counters.cycles else None,
+            forwards=forwards,
+            finish_reason=counters.finish_reason,
+            seed=counters.seed,
+            logprobs=None if self._options.logprobs is None else list(counters.logprobs),
+            elapsed_s=self._elapsed_s,
+            picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
+        )
+
+    def new_text(self) -> TextStream:
+        """What turns this stream's tokens into text; :class:`UsageError` where the bundle has no tokenizer."""
+        if self._codec is None:
+            raise UsageError("expected a tokenizer for text and stop strings, found none", "give the stream the codec of the bundle")
+        return TextStream(self._codec(), self._options.stop, self._options.min_new_tokens)
+
+    def _answer(self, forward: Forward) -> Outputs:
+        try:
+            return self._sequence.answer(forward)
+        except BaseException as error:
+            self.break_off(error)
+            raise
+
+    def _begin(self) -> None:
+        """Be the one who continues the sequence."""
+        if not self._is_begun:
+            self._is_begun, self._sequence.reader = True, self._ticket
+            self._before, self._length = Forwards(**vars(self._sequence.forwards)), len(self._sequence.tokens)
+
+    def _check_usable(self) -> None:
+        """Raise :class:`UsageError` where the text cannot be continued."""
+        found, hint = self._broken, "continue the sequence by another stream"
+        is_other = self._is_begun and (self._sequence.reader is not self._ticket or len(self._sequence.tokens) != self._length)
+        if found is None and is_other:
+            found, hint = f"one whose sequence was changed or continued by another after token {len(self._token_ids)}", "read one stream at a time"
+        if found is not None:
+            raise UsageError(f"expected a stream that can go on, found {found}", hint)
+        self._sequence.check_open()
+
+    def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
+        """The tokens up to the one that completes a stop string; the rest is forgotten before anybody has seen it."""
+        for count, token in enumerate(token_ids, 1):
+            watch.push([token])
+            if watch.is_stopped:
+                self._end(len(token_ids) - count)
+                return token_ids[:count]
+        return token_ids
+
+    def _end(self, surplus: int) -> None:
+        """End here, without the last ``surplus`` tokens."""
+        counters = self._counters
+        self._steps.close()
+        self._sequence.truncate(len(self._sequence.tokens) - surplus)
+        counters.finish_reason = "stop"
+        counters.cycle_tokens -= surplus if counters.cycles else 0
+        if self._options.logprobs is not None:
+            del counters.logprobs[len(counters.logprobs) - surplus :]

@@ -1,0 +1,278 @@
+"""Which token: what the algorithms of :mod:`trimode.runtime.decode.algorithms` ask, once by forward, and leave to this module.
+
+:class:`GreedyChooser` hands through what the graphs return. :class:`RuledChooser` draws, penalises, forbids, forces and reports; it reads
+logits only where it must. Both take the candidates of a denoise or draft forward as arrays ``(L, 5)``, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.runtime.decode.forward import Effect
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sampling import Probabilities, accept_or_replace, distribution, draw, generator, log_softmax
+from trimode.runtime.decode.sequence import Sequence, Verification
+from trimode.runtime.sessions.base import Array, Ids
+
+LEAST_PROBABILITY = 1e-30
+"""Stands in for the 0 to which a candidate's probability may have been rounded, so that its logarithm is finite."""
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a token under the model's own distribution: temperature 1, nothing penalised, forbidden or cut off.
+
+    Attributes:
+        token_id: the token.
+        logprob: None where no forward has told it: in a denoised block, a token that a thinking budget wrote, or a slot left masked.
+        top: the most probable tokens with theirs, best first.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Chooser(Protocol):
+    """Chooses tokens for one run of an algorithm over one sequence."""
+
+    @property
+    def seed(self) -> int | None:
+        """Of the draws; None where nothing is drawn."""
+        ...
+
+    def next(self) -> Effect[int]:
+        """The token after the sequence; the only question that may take a forward."""
+        ...
+
+    def begin_block(self, block: Ids) -> None:
+        """Write tokens that are decided beforehand into a masked block to denoise, which comes after the sequence."""
+        ...
+
+    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
+        """For each slot of such a block the token to fill it with, and the confidence in it: ``(L,)`` each."""
+        ...
+
+    def drafted(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
+        """Likewise for a block to verify, whose first slot is the last token of the sequence."""
+        ...
+
+    def verified(self, block: Ids, verification: Verification) -> list[int]:
+        """What follows the first token of a drafted block: the accepted drafts, and one token more."""
+        ...
+
+    def committed(self, token_ids: list[int]) -> None:
+        """Take note of a denoised block, or what is kept of it, before it is appended to the sequence."""
+        ...
+
+
+def make_chooser(sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]) -> Chooser:
+    """The chooser for these options; it appends to ``logprobs`` where they are asked for."""
+    return GreedyChooser(sequence) if options.is_plain else RuledChooser(sequence, options, logprobs)
+
+
+class GreedyChooser:
+    """The most probable token, as the graphs return it."""
+
+    seed = None
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+
+    def next(self) -> Effect[int]:
+        """See :class:`Chooser`."""
+        return self._sequence.predict()
+
+    def begin_block(self, block: Ids) -> None:
+        """Nothing is decided beforehand."""
+
+    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:  # noqa: ARG002
+        """See :class:`Chooser`."""
+        return ids[:, 0], probabilities[:, 0]
+
+    drafted = denoised
+
+    def verified(self, block: Ids, verification: Verification) -> list[int]:  # noqa: ARG002
+        """See :class:`Chooser`."""
+        return verification.greedy_ids[: verification.accepted_length + 1].tolist()  # type: ignore[no-any-return]
+
+    def committed(self, token_ids: list[int]) -> None:
+        """Nothing is noted."""
+
+
+class RuledChooser:
+    """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of what the rules leave.
+
+    A token's *index* is its place among the new tokens of this run. Causal distributions are over the whole vocabulary. A denoise or draft
+    forward names five candidates for a slot, so a slot's distribution is that of the five, processed and normalised among themselves.
+    """
+
+    def __init__(self, sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]) -> None:
+        self._sequence, self._options, self._sampling = sequence, options, options.sampling
+        self._start = len(sequence.tokens)
+        self._ends = frozenset(options.end_tokens(sequence.model))
+        self._end_ids = np.array(sorted(self._ends), np.int64)
+        self._rng, seed = generator(self._sampling.seed)
+        self.seed = seed if self._sampling.is_random else None
+        self._seen = np.zeros(sequence.model.vocab_size, bool)
+        self._seen[sequence.tokens] = True
+        self._end_think = -1 if options.end_think_token_id is None else options.end_think_token_id
+        self._is_thinking = options.max_thinking_tokens is not None
+        self._logprobs = logprobs
+        self._slots = _Slots()
+
+    def next(self) -> Effect[int]:
+        """See :class:`Chooser`."""
+        greedy = yield from self._sequence.predict()
+        token = self._pick(self._index, greedy, self._sequence.predicted_logits)
+        self._note(token, self._sequence.predicted_logits)
+        return token
+
+    def begin_block(self, block: Ids) -> None:
+        """See :class:`Chooser`. The first slot has been chosen by :meth:`next`, which knows the budget."""
+        self._slots = _Slots()
+        for slot in range(1, len(block)):
+            if self._is_forced(self._index + slot):
+                block[slot] = self._end_think
+
+    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
+        """See :class:`Chooser`. The confidence is the probability that the model gives the token, as in the reference."""
+        drawn, _ = self._draw_candidates(block, masked, self._index, ids, probabilities)
+        self._slots.keep(masked, ids, probabilities)
+        return _column(ids, drawn), _column(probabilities, drawn)
+
+    def drafted(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
+        """See :class:`Chooser`. The confidence is that of the slot's best candidate, whichever is drawn: see :func:`decode_linear_spec`."""
+        drawn, q = self._draw_candidates(block, masked, self._index - 1, ids, probabilities)
+        self._slots.keep(masked, ids, q)
+        return _column(ids, drawn), probabilities[:, 0]
+
+    def verified(self, block: Ids, verification: Verification) -> list[int]:
+        """See :class:`Chooser`. Ends early after an end token."""
+        out: list[int] = []
+        for row in range(len(block)):
+            draft = int(block[row + 1]) if row + 1 < len(block) else None
+            token, is_accepted = self._verify_row(self._index + row, row, draft, verification)
+            self._note(token, partial(verification.row, row))
+            out.append(token)
+            if not is_accepted or token in self._ends:
+                break
+        return out
+
+    def committed(self, token_ids: list[int]) -> None:
+        """See :class:`Chooser`. The first token came from :meth:`next`, which noted it, unless that chose the mask token."""
+        for slot, token in enumerate(token_ids):
+            if slot == 0 and not self._slots.knows(0):
+                continue
+            self._mark(token)
+            if self._options.logprobs is not None:
+                del self._logprobs[self._index + slot :]
+                self._logprobs.append(self._slots.logprob(slot, token, self._options.logprobs))
+
+    @property
+    def _index(self) -> int:
+        return len(self._sequence.tokens) - self._start
+
+    def _is_forced(self, index: int) -> bool:
+        return self._is_thinking and index == self._options.max_thinking_tokens
+
+    def _pick(self, index: int, greedy: int, logits: Callable[[], NDArray[np.float32]]) -> int:
+        """A token from a causal row; ``greedy`` is its best, which mostly is all there is to know at temperature 0."""
+        if self._is_forced(index):
+            return self._end_think
+        is_forbidden = index < self._options.min_new_tokens and greedy in self._ends
+        if not self._sampling.is_random and self._sampling.repetition_penalty == 1 and not is_forbidden:
+            return greedy
+        return self._choose(self._distribution(index, logits()))
+
+    def _verify_row(self, index: int, row: int, draft: int | None, verification: Verification) -> tuple[int, bool]:
+        """The token at ``index``, and whether it is the draft."""
+        if draft is None or not self._sampling.is_random or self._is_forced(index):
+            token = self._pick(index, int(verification.greedy_ids[row]), partial(verification.row, row))
+            return token, token == draft
+        q_ids, q = self._slots.of(row + 1)
+        return accept_or_replace(draft, self._distribution(index, verification.row(row)), q_ids, q, self._rng)
+
+    def _distribution(self, index: int, logits: NDArray[np.float32]) -> Probabilities:
+        """Of a causal row ``(V,)``."""
+        scores = logits.astype(np.float64)
+        if index < self._options.min_new_tokens:
+            scores[self._end_ids] = -np.inf
+        return distribution(scores, self._sampling, self._seen)
+
+    def _draw_candidates(self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array) -> tuple[Ids, Probabilities]:
+        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``; ``first`` is the index of the first slot."""
+        scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
+        # A slot that draws the mask token would stay undecided and be drawn again; what fills it in the end would have another distribution.
+        never = (ids == self._sequence.model.mask_token_id) & self._sampling.is_random
+        ends = np.isin(ids, self._end_ids) & (first + np.arange(len(block)) < self._options.min_new_tokens)[:, None]
+        ends &= ~(ends | never).all(-1, keepdims=True)  # something must be left; a draft that is forbidden will not be accepted
+        seen = self._seen[ids] | np.isin(ids, block[~masked])
+        q = distribution(np.where(never | ends, -np.inf, scores), self._sampling, seen)
+        return self._choose_rows(q), q
+
+    def _choose(self, p: Probabilities) -> int:
+        return int(self._choose_rows(p))
+
+    def _choose_rows(self, p: Probabilities) -> Ids:
+        return draw(p, self._rng) if self._sampling.is_random else p.argmax(-1)
+
+    def _note(self, token: int, logits: Callable[[], NDArray[np.float32]]) -> None:
+        self._mark(token)
+        if self._options.logprobs is not None:
+            self._logprobs.append(logprob_of(token, logits(), self._options.logprobs))
+
+    def _mark(self, token: int) -> None:
+        self._seen[token] = True
+        if token == self._end_think:
+            self._is_thinking = False
+
+
+class _Slots:
+    """Candidates of each slot of a block and a value for each, as of the last forward in which the slot was masked: the one that filled it."""
+
+    def __init__(self) -> None:
+        self._known: NDArray[np.bool_] | None = None
+        self._ids: Ids
+        self._values: NDArray[Any]
+
+    def keep(self, masked: NDArray[np.bool_], ids: Array, values: NDArray[Any]) -> None:
+        """Remember the masked slots' ``ids`` and ``values``, both ``(L, 5)``."""
+        if self._known is None or len(self._known) != len(masked):  # a block of another length is another block
+            self._known, self._ids, self._values = np.zeros(len(masked), bool), np.empty(ids.shape, np.int64), np.empty_like(values)
+        self._known |= masked
+        self._ids[masked], self._values[masked] = ids[masked], values[masked]
+
+    def knows(self, slot: int) -> bool:
+        """Whether the slot has been masked."""
+        return self._known is not None and bool(self._known[slot])
+
+    def of(self, slot: int) -> tuple[Ids, NDArray[Any]]:
+        """Candidates of a slot and their values, ``(5,)`` each."""
+        return self._ids[slot], self._values[slot]
+
+    def logprob(self, slot: int, token: int, count: int) -> TokenLogprob:
+        """Of a slot's token, where the values are probabilities."""
+        if not self.knows(slot):
+            return TokenLogprob(token, None, ())
+        ids, values = self.of(slot)
+        logs = np.log(np.maximum(values.astype(np.float64), LEAST_PROBABILITY)).tolist()
+        named = dict(zip(ids.tolist(), logs, strict=True))
+        return TokenLogprob(token, named.get(token), tuple(named.items())[:count])
+
+
+def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogprob:
+    """From the logits ``(V,)`` of a causal row."""
+    values = log_softmax(logits)
+    best = np.argpartition(-values, count - 1)[:count] if 0 < count < values.size else np.arange(values.size)[: count or 0]
+    best = best[np.lexsort((best, -values[best]))]
+    return TokenLogprob(token, float(values[token]), tuple((int(i), float(values[i])) for i in best))
+
+
+def _column(table: Array, columns: Ids) -> Array:
+    """``table (L, n)`` and one column a row -> ``(L,)``."""
+    return np.take_along_axis(table, columns[:, None], -1)[:, 0]

@@ -1,0 +1,1 @@
+"""Several sequences side by side."""

@@ -1,0 +1,292 @@
+"""Several texts side by side: each as if it were alone, their forwards together.
+
+A row of a batch is a :class:`~trimode.runtime.decode.sequence.Sequence` in any mode, which may begin and end at any time. Its algorithm runs until
+it needs a forward (:mod:`trimode.runtime.decode.forward`), and waits. A step chooses a kind of forward (:mod:`trimode.runtime.engine.grouping`),
+runs it once for the rows that wait for it, and lets these go on. The keys and values of all rows are in one buffer, each row's in its own part; a
+row that has not asked for a forward may lie between two that have, and is then given padding, which ends up behind its length, where its own next
+forward overwrites it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trimode.errors import UsageError
+from trimode.formats.contract import Mode, ModelInfo, Role, slots_written
+from trimode.runtime.decode.arguments import checks_arguments
+from trimode.runtime.decode.forward import Forward, Outputs
+from trimode.runtime.decode.options import KINDS, MODE
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.decode.stream import Chunk, Generation, Stream
+from trimode.runtime.engine.grouping import JointForward, Waiting, choose_group, join_forwards
+from trimode.runtime.sessions.base import BatchCache, BatchSession, Ids, KVCache, SessionView, check_open, of_row
+
+OpenStream = Callable[..., Stream]
+"""A stream over a sequence: ``(sequence, mode, **options)``, as :meth:`trimode.runtime.model.TriModeModel.continue_sequence`."""
+
+
+class BatchRequest(NamedTuple):
+    """A text to begin.
+
+    Attributes:
+        ids: the prompt, ``(n,)``.
+        options: as for :meth:`Batch.join`.
+    """
+
+    ids: Any
+    mode: Mode
+    options: dict[str, Any]
+
+
+class BatchRow:
+    """A text in a batch, from :meth:`Batch.join` to :meth:`Batch.leave`.
+
+    Attributes:
+        sequence: its tokens. While the row is not at work it may be truncated, appended to, and go on with :meth:`Batch.resume`.
+        stream: what it is doing, or did last; the batch iterates it.
+    """
+
+    def __init__(self, session: RowSession, sequence: Sequence, stream: Stream) -> None:
+        self.session, self.sequence, self.stream = session, sequence, stream
+        self.waiting: Waiting | None = None
+        self.is_at_work = True
+
+    @property
+    def result(self) -> Generation:
+        """What the stream has generated so far; without a ``finish_reason`` where the text has not ended.
+
+        Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they were.
+        """
+        return self.stream.so_far
+
+
+class RowSession(SessionView):
+    """One row of a batch as a :class:`~trimode.runtime.sessions.base.Session`, so that its text is a sequence as any other.
+
+    Attributes:
+        row: where the text lies at the moment; None once it has left.
+    """
+
+    def __init__(self, session: BatchSession, cache: BatchCache, row: int) -> None:
+        super().__init__(session)
+        self._batch, self._cache = session, cache
+        self.row: int | None = row
+
+    def new_cache(self) -> KVCache:
+        """The batch's, of which a text in this row has one part."""
+        return self._cache
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Any, ...]:
+        """A forward of this row alone."""
+        if self.row is None:
+            raise UsageError("expected a row that is in its batch, found one that has left", "join again with its tokens")
+        num_tokens = input_ids.shape[1]
+        cache.reserve(past_length + slots_written(role, num_tokens))
+        rows = range(self.row, self.row + 1)
+        return keep(role, self._batch.run_rows(role, cache, rows, input_ids, np.array([past_length]), np.array([num_tokens]), drafter_scale))
+
+
+class Batch:
+    """Texts that run side by side; rows join, go on and leave at any time between two steps. For one thread.
+
+    Args:
+        session: loaded graphs.
+        model: the contract's facts.
+        open_stream: checks a mode and its options, and opens a stream.
+        check_prompt: token ids ``(n,)`` as a list; raises :class:`UsageError` where they are none.
+        max_rows: most texts at a time.
+    """
+
+    def __init__(
+        self, session: BatchSession, model: ModelInfo, open_stream: OpenStream, check_prompt: Callable[[Any], list[int]], max_rows: int
+    ) -> None:
+        self._session, self._model, self._open_stream, self._check_prompt = session, model, open_stream, check_prompt
+        self._cache = session.new_batch_cache(max_rows)
+        self._rows: list[BatchRow | None] = [None] * max_rows
+        self._chunks: list[tuple[BatchRow, Chunk]] = []
+        self._now = 0
+
+    @property
+    def rows(self) -> list[BatchRow]:
+        """Those that have joined and not left."""
+        return [row for row in self._rows if row is not None]
+
+    @property
+    def num_free(self) -> int:
+        """How many more may join."""
+        return self._rows.count(None)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._chunks) or any(row.is_at_work for row in self.rows)
+
+    @checks_arguments(MODE, options=KINDS)
+    def join(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> BatchRow:
+        """Begin a text in a free row; the next step reads its prompt.
+
+        Args:
+            ids: the prompt, array-like ``(n,)``.
+            mode: how it goes on.
+            options: as for :meth:`~trimode.runtime.model.TriModeModel.stream`.
+
+        Raises:
+            UsageError: no row is free, or a value is out of its range.
+        """
+        check_open(self._session)
+        if None not in self._rows:
+            raise UsageError(f"expected a free row, found all {len(self._rows)} taken", "let one leave, or make a batch of more rows")
+        session = RowSession(self._session, self._cache, self._rows.index(None))
+        sequence = Sequence(session, self._model, self._check_prompt(ids))
+        row = BatchRow(session, sequence, self._open_stream(sequence, mode, **options))
+        self._rows[self._index(row)] = row
+        return row
+
+    @checks_arguments(MODE, options=KINDS)
+    def resume(self, row: BatchRow, mode: Mode, **options: Any) -> None:
+        """Go on from where the row's sequence stands, in any mode; what is cached is not read again. What it was doing is given up.
+
+        Raises:
+            UsageError: the row has left, or a value is out of its range.
+        """
+        self._index(row)
+        row.stream = self._open_stream(row.sequence, mode, **options)
+        row.waiting, row.is_at_work = None, True
+
+    def pause(self, row: BatchRow) -> None:
+        """Give up what the row is doing; its sequence stays as it is."""
+        self._index(row)
+        row.waiting, row.is_at_work = None, False
+
+    def leave(self, row: BatchRow) -> None:
+        """Free a row, at work or not. Its result stays; its sequence runs no more."""
+        self.pause(row)
+        self._rows[self._index(row)] = None
+        row.session.row = None
+
+    def step(self) -> list[tuple[BatchRow, Chunk]]:
+        """Run one kind of forward, for all the rows that wait for it.
+
+        Returns:
+            What was committed since the last step. A row's last chunk has a ``finish_reason``, and no tokens where there was no room for any.
+
+        Raises:
+            UsageError: a text is longer than the cache of the target holds; its row is no longer at work, and the others go on with the next step.
+        """
+        check_open(self._session)
+        start = time.perf_counter()
+        working = [row for row in self.rows if row.is_at_work]
+        try:
+            self._step(working)
+        finally:
+            elapsed = time.perf_counter() - start
+            for row in working:
+                row.stream.spend(elapsed)
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def __iter__(self) -> Iterator[tuple[BatchRow, Chunk]]:
+        """Steps until no row is at work; rows may join and leave meanwhile."""
+        while self.is_at_work:
+            yield from self.step()
+
+    def answer_all(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[int, BatchRow, Chunk]]:
+        """Answer one text after the other, as many at a time as there are free rows; each leaves when it is finished.
+
+        Yields:
+            The number of the request, its row and a chunk, as they come.
+        """
+        numbers: dict[BatchRow, int] = {}
+        todo = enumerate(requests)
+        while True:
+            while self.num_free and (following := next(todo, None)):
+                number, request = following
+                numbers[self.join(request.ids, request.mode, **request.options)] = number
+            if not numbers:
+                return
+            for row, chunk in self.step():
+                if row in numbers:
+                    yield numbers[row], row, chunk
+                    if not row.is_at_work:
+                        self.leave(row)
+                        del numbers[row]
+
+    def _step(self, working: list[BatchRow]) -> None:
+        self._close_ranks()
+        for row in working:
+            if row.waiting is None:
+                self._advance(row)
+        waiting = [row.waiting for row in working if row.waiting is not None]
+        if waiting:
+            group = choose_group(waiting, self._now)
+            fits = partial(self._fits, group[0].forward.role)
+            self._now += 1
+            for joint in join_forwards(group, self._length, fits, self._session.free_tokens):
+                self._run(joint)
+
+    def _advance(self, row: BatchRow, outputs: Outputs | None = None) -> None:
+        """Let a row go on until it needs a forward or has committed something."""
+        row.waiting, is_going_on = None, False
+        try:
+            step = row.stream.advance(outputs)
+            if isinstance(step, Forward):
+                self._cache.reserve(step.past_length + slots_written(step.role, len(step.token_ids)))
+                row.waiting, is_going_on = Waiting(self._index(row), step, self._now), True
+                return
+            chunk = step or Chunk([], row.stream.finish_reason)
+            is_going_on = chunk.finish_reason is None
+            self._chunks.append((row, chunk))
+        finally:
+            row.is_at_work = is_going_on
+
+    def _run(self, joint: JointForward) -> None:
+        """Run a forward and let its members go on with what it says of them."""
+        shape = (len(joint.rows), joint.num_tokens)
+        ids, past, real = np.zeros(shape, np.int64), np.array([self._length(row) for row in joint.rows]), np.ones(shape[0], np.int64)
+        for member in joint.members:
+            place = joint.rows.index(member.row)
+            ids[place, : member.num_tokens] = member.forward.token_ids
+            past[place], real[place] = member.forward.past_length, member.num_tokens
+        outputs = keep(joint.role, self._session.run_rows(joint.role, self._cache, joint.rows, ids, past, real, joint.drafter_scale))
+        for member in joint.members:
+            row, place = self._rows[member.row], joint.rows.index(member.row)
+            assert row is not None
+            self._advance(row, tuple(of_row(output, place) for output in outputs))
+
+    def _length(self, row: int) -> int:
+        """Cached tokens of a row; it is in use, since those in use are neighbours."""
+        text = self._rows[row]
+        assert text is not None
+        return text.sequence.cached_length
+
+    def _fits(self, role: Role, past_length: int, num_tokens: int) -> bool:
+        """Whether padding stays within the cache, which must not grow for it, and within the position tables."""
+        return past_length + slots_written(role, num_tokens) <= self._cache.capacity and past_length + num_tokens <= self._model.num_positions
+
+    def _close_ranks(self) -> None:
+        """Move rows from the end into free ones, so that those in use are neighbours."""
+        while None in self._rows[: len(self.rows)]:
+            free, last = self._rows.index(None), max(i for i, row in enumerate(self._rows) if row is not None)
+            row = self._rows[last]
+            assert row is not None
+            self._cache.move(last, free)
+            self._rows[free], self._rows[last] = row, None
+            row.session.row = free
+            if row.waiting is not None:
+                row.waiting = Waiting(free, row.waiting.forward, row.waiting.since)
+
+    def _index(self, row: BatchRow) -> int:
+        """Where a row lies; :class:`UsageError` once it has left."""
+        if row.session.row is None:
+            raise UsageError("expected a row that is in the batch, found one that has left", "join again with its tokens")
+        return row.session.row
+
+
+def keep(role: Role, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Outputs that other rows' forwards do not overwrite. Those of ``verify`` are large, and read before anything else runs, or never."""
+    return outputs if role == "verify" else tuple(np.array(output) for output in outputs)

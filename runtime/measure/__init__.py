@@ -1,0 +1,1 @@
+"""Measurements on this machine: forwards, and how often drafts are accepted."""

@@ -1,0 +1,1 @@
+"""Sessions: the loaded graphs, by library."""

@@ -1,0 +1,216 @@
+"""What decoding needs from an inference engine: forwards of its graphs over one K/V cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from trimode.errors import UsageError
+from trimode.formats.contract import ROLES, Role
+
+Ids = NDArray[np.int64]
+Array = NDArray[np.generic]
+
+SMALLEST_BUCKET = 256
+
+
+class Closable:
+    """What can be closed once and for all.
+
+    Attributes:
+        is_closed: whether it has been.
+    """
+
+    is_closed = False
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` where it has been closed."""
+        check_open(self)
+
+
+def check_open(session: object) -> None:
+    """Raise :class:`UsageError` for what has been closed; what cannot be closed is always open."""
+    if getattr(session, "is_closed", False):
+        raise UsageError("expected an open model, found it closed", "open the bundle again with TriModeModel.from_pretrained")
+
+
+class KVCache(Protocol):
+    """Keys and values of one sequence in slots of fixed capacity. What is valid is known by whoever holds the length, not here."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        ...
+
+    def reserve(self, length: int) -> None:
+        """Have at least ``length`` slots, keeping the contents. Never shrinks.
+
+        Raises:
+            UsageError: the graphs fix the capacity, and it is smaller.
+        """
+        ...
+
+
+class Session(Protocol):
+    """The graphs of a bundle, loaded once, with weights shared. One that can be closed is :class:`Closable`, and refuses to run afterwards."""
+
+    @property
+    def max_prefill_rows(self) -> int | None:
+        """Most rows of one ``ar`` forward; None = any number."""
+        ...
+
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+        """Raise :class:`UsageError` for a block length that one of these graphs was not built for."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back. No cache or array of the session may be used afterwards."""
+        ...
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence."""
+        ...
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+        """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots) into slots ``past_length ..`` of the cache,
+        growing it where needed.
+
+        Returns the outputs of the role's contract as views that the next run of the same role on this cache overwrites. A session on a
+        GPU leaves ``logits`` there and returns a :class:`DeviceArray`: ``np.asarray`` copies it.
+        """
+        ...
+
+
+class SessionView:
+    """A session that stands on another one and does something about its forwards; closing it leaves the other one open.
+
+    Args:
+        session: the other one.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the other one is."""
+        return getattr(self._session, "is_closed", False)
+
+    @property
+    def max_prefill_rows(self) -> int | None:
+        """See :class:`Session`."""
+        return self._session.max_prefill_rows
+
+    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+        """See :class:`Session`."""
+        self._session.check_block_length(block_length, roles)
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+    def new_cache(self) -> KVCache:
+        """See :class:`Session`."""
+        return self._session.new_cache()
+
+    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+        """See :class:`Session`."""
+        return self._session.run(role, cache, input_ids, past_length, drafter_scale)
+
+
+class BatchCache(KVCache, Protocol):
+    """Keys and values of several texts, a row each; all rows have the same capacity."""
+
+    def move(self, source: int, destination: int) -> None:
+        """Let a row have the contents of another one."""
+        ...
+
+
+@runtime_checkable
+class BatchSession(Session, Protocol):
+    """A session that also runs several texts in one forward."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows of one forward; None = any number."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """How many tokens of rows that have nothing to do may go along with a forward before a second forward is cheaper."""
+        ...
+
+    def new_batch_cache(self, num_rows: int) -> BatchCache:
+        """An empty cache for so many texts."""
+        ...
+
+    def run_rows(
+        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+    ) -> tuple[Array, ...]:
+        """Like :meth:`Session.run` for ``rows`` of a batch's cache.
+
+        Args:
+            role: which graph.
+            cache: has the capacity for all that is written.
+            rows: B neighbours.
+            input_ids: ``(B, T)``.
+            past_length: ``(B,)``.
+            input_length: ``(B,)``, of ``ar``: tokens that are real; what follows in the row is padding.
+            drafter_scale: of ``draft``.
+
+        Returns:
+            The outputs of the role's contract; the next run of the role on this cache, for whichever rows, may overwrite them.
+        """
+        ...
+
+
+class DeviceArray:
+    """An array in GPU memory that is copied when somebody asks for its values; the next forward into the same memory changes them.
+
+    Args:
+        shape: as numpy would say.
+        dtype: of the values.
+        fetch: copies all of it to the host.
+        fetch_row: copies one entry of the first dimension; None = only with all the others.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array], fetch_row: Callable[[int], Array] | None = None) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._fetch = fetch
+        self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("expected a copy to be allowed, found copy=False for an array in GPU memory")
+        return np.asarray(self._fetch(), dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__array__()[index]
+
+    def of_row(self, row: int) -> DeviceArray:
+        """One entry of the first dimension, which stays on the GPU, too."""
+        return DeviceArray(self.shape[1:], self.dtype, lambda: self._fetch_row(row))
+
+
+def of_row(output: Any, row: int) -> Any:
+    """What an output says of one row of the batch; a view."""
+    return output.of_row(row) if isinstance(output, DeviceArray) else output[row]
+
+
+def takes_block(session: Session, block_length: int) -> bool:
+    """Whether the graphs were built for a block length."""
+    try:
+        session.check_block_length(block_length)
+    except UsageError:
+        return False
+    return True
+
+
+def bucket(length: int) -> int:
+    """Smallest capacity of the series 256, 512, 1024, ... that holds ``length`` slots."""
+    capacity = SMALLEST_BUCKET
+    while capacity < length:
+        capacity *= 2
+    return capacity

@@ -1,0 +1,1 @@
+"""Sessions of TensorRT and TensorRT-RTX."""

@@ -1,0 +1,125 @@
+"""A TensorRT target as far as it can be read and checked without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.errors import BundleError, DeviceError, UsageError
+from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs
+from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
+from trimode.formats.manifest import Manifest, TargetRecord
+from trimode.runtime.bundle.open import Bundle
+from trimode.runtime.bundle.weights import PrecisionWeights
+from trimode.runtime.sessions.gpu import Gpu, NoGpu
+from trimode.runtime.sessions.tensorrt.library import import_library
+from trimode.runtime.sessions.tensorrt.plan import CacheLayout, IoLayout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows, query_bytes
+
+_MAGIC = (b"vtrt", b"ftrt")
+"""How the engine files of TensorRT-RTX and of TensorRT begin."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A target as read and checked without a GPU.
+
+    Attributes:
+        trt: the library, of the version that compiled the engines.
+        engines: engine file of each role.
+        io: inputs and outputs of each role, for one sequence.
+        cache: type and shape of every cache tensor.
+        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs of each role.
+    """
+
+    trt: Any
+    engines: dict[Role, Path]
+    weights: PrecisionWeights
+    io: dict[Role, IoLayout]
+    cache: TensorSpec
+    lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
+    memory: MemoryPlan
+
+
+def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
+    """Check what can be checked without a GPU: the library's version, the engine files, the weight packs, and the memory they need.
+
+    Raises:
+        DependencyError: the library is not installed.
+        BundleError: it has another version, or a file is damaged.
+    """
+    trt = import_library(target.backend)
+    check_library(trt, target)
+    manifest = bundle.manifest
+    engines = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
+    engine_bytes = sum(check_engine_file(path) for path in engines.values())
+    weights = bundle.weights()
+    capacity = target.capacity or manifest.model.num_positions
+    cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
+
+    def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
+        io = {role: _lay_out_io(manifest, target, role, batch) for role in engines}
+        return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
+
+    cache_layout, io = lay_out(1)
+    bound = [entry for name, entry in weights.entries.items() if target.placement == "shared" or name.startswith("rope.")]
+    io_bytes = sum(one.layout.num_bytes for one in io.values())
+    memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.layout.num_bytes, io_bytes)
+    return Prepared(trt, engines, weights, io, cache, lay_out, memory)
+
+
+def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
+    rows = max_rows(target.graphs[role])
+    scratch = query_bytes(manifest.model, target.compute_dtype, role, rows, batch) if target.backend == "tensorrt_rtx" else 0
+    return lay_out_io(manifest.contracts[role], rows, batch, scratch)
+
+
+def check_library(trt: Any, target: TargetRecord) -> None:
+    """Raise :class:`BundleError` unless the library is the one, to the version, that compiled the engines."""
+    found = f"{target.backend} {trt.__version__}"
+    if found != target.library:
+        name, _, version = target.library.partition(" ")
+        raise BundleError(f"expected {target.library}, which compiled the engines, found {found}",
+                          f"{ADD_TARGET}, or pip install {name.replace('_', '-')}=={version}")  # fmt: skip
+
+
+def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
+    """The GPU, if it is one that the engines were compiled for.
+
+    Raises:
+        DeviceError: it is another, or there is none.
+    """
+    wanted = f"a GPU of compute capability {target.compute_capability}" if target.compute_capability else "a GPU"
+    if isinstance(gpu, NoGpu):
+        raise DeviceError(f"expected {wanted}, found no GPU ({gpu.reason})", "the rest of the target is in order; run it where there is such a GPU")
+    if target.compute_capability not in (None, gpu.compute_capability):
+        raise DeviceError(f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
+                          f"add a target for this GPU: {BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`")  # fmt: skip
+    return gpu
+
+
+def check_engine_file(path: Path) -> int:
+    """Size of an engine file in bytes; :class:`BundleError` where it is none."""
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise BundleError(f"{path}: expected an engine, found none", REBUILD_TARGET) from error
+    if magic not in _MAGIC:
+        raise BundleError(
+            f"{path}: expected an engine, found a file that begins with {magic!r}",
+            REBUILD_TARGET,
+        )
+    return size
+
+
+def check_block_length(target: TargetRecord, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    """Raise :class:`UsageError` unless these engines of a target take blocks of this length."""
+    for role in roles:
+        record = target.graphs[role]
+        if not any(profile.holds(1, block_length) for profile in record.profiles):
+            raise UsageError(f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",
+                             "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Text: prompts, chat templates, and tokens to characters."""

@@ -1,0 +1,86 @@
+"""The command line. Heavy imports happen inside the commands: ``trimode --help`` must feel instant.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import trimode
+from trimode.cli.bench import bench
+from trimode.cli.boundary import run_guarded
+from trimode.cli.build import build
+from trimode.cli.cache import cache
+from trimode.cli.calibrate.drafter import drafter
+from trimode.cli.calibrate.sampler import sampler
+from trimode.cli.calibrate.scales import scales
+from trimode.cli.calibrate.sensitivity import sensitivity
+from trimode.cli.inspect import inspect
+from trimode.cli.report import quantization
+from trimode.cli.run import run
+from trimode.cli.targets import targets
+from trimode.cli.verify import verify
+
+app = typer.Typer(
+    name="trimode",
+    help="Compile a tri-mode language model once; decode autoregressively, by block diffusion or by self-speculation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _Jobs(TyperGroup):
+    """Commands of which one may go unnamed: ``trimode calibrate CHECKPOINT`` is ``trimode calibrate scales CHECKPOINT``."""
+
+    unnamed = "scales"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = [self.unnamed, *args]
+        return list(super().parse_args(ctx, args))
+
+
+calibrate = typer.Typer(cls=_Jobs, no_args_is_help=True, help="Find what a build needs from data; without the name of a job: scales.")
+app.add_typer(calibrate, name="calibrate")
+report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
+app.add_typer(report, name="report")
+
+
+def main() -> None:
+    """Entry point: whatever goes wrong ends in one line and a hint."""
+    run_guarded(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"trimode {trimode.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+app.command()(build)
+calibrate.command()(scales)
+calibrate.command()(sensitivity)
+report.command()(quantization)
+calibrate.command()(drafter)
+calibrate.command()(sampler)
+app.command()(verify)
+app.command()(targets)
+app.command()(cache)
+app.command()(run)
+app.command()(bench)
+app.command()(inspect)
+
+
+if __name__ == "__main__":
+    main()

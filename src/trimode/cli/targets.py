@@ -1,0 +1,86 @@
+"""``trimode targets``: where bundles can run, and what this machine can do about it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from trimode.cli.options import Json
+
+if TYPE_CHECKING:
+    from trimode.compiler.targets import Target
+
+
+def targets(as_json: Json = False) -> None:
+    """List where bundles can run, and what this machine can compile for and run now."""
+    list_targets(as_json=as_json)
+
+
+def list_targets(*, as_json: bool) -> None:
+    """Print the table, or the same facts as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimode.cli.output import print_json
+    from trimode.compiler.targets import TARGETS
+
+    facts = [_facts(target) for target in TARGETS.values()]
+    if as_json:
+        print_json(facts, indent=1)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("target", "GPU", "compiled by", "precisions", "memory", "builds here", "runs here"):
+        table.add_column(title, no_wrap=True)
+    reasons: list[str] = []
+    for row in facts:
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else ""
+        cells = (row["target"], row["compute_capability"] or "any", row["backend"], " ".join(row["precisions"]), memory)
+        table.add_row(*cells, _answer(row["why_not_build"], reasons), _answer(row["why_not_run"], reasons))
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"[{number}] {reason}", markup=False)
+    console.print("Also known: an architecture such as sm89, and auto for the GPU of this machine.")
+    console.print(_what_is_built())
+
+
+def _what_is_built() -> str:
+    """Which precisions, and where each of them."""
+    from trimode.compiler.targets import BUILT_PRECISIONS, TARGETS
+
+    where = {precision: [t.name for t in TARGETS.values() if precision in t.precisions] for precision in BUILT_PRECISIONS}
+    named = "; ".join(f"{precision} for {_names(names)}" for precision, names in where.items())
+    return f"This version builds {named}. What is quantized takes --calibration."
+
+
+def _names(names: list[str]) -> str:
+    """Of all targets but a few it is shorter to name the few."""
+    from trimode.compiler.targets import TARGETS
+
+    others = [name for name in TARGETS if name not in names]
+    if not others:
+        return "every target"
+    return ", ".join(names) if len(names) <= len(others) else f"all but {', '.join(others)}"
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    from trimode.compiler.toolchain import why_not_build, why_not_run
+
+    return {
+        "target": target.name,
+        "compute_capability": target.compute_capability,
+        "backend": target.backend,
+        "precisions": list(target.precisions),
+        "memory_gb": target.memory_gb,
+        "why_not_build": why_not_build(target),
+        "why_not_run": why_not_run(target),
+    }
+
+
+def _answer(reason: str | None, reasons: list[str]) -> str:
+    """``yes``, or the number of a footnote."""
+    if reason is None:
+        return "yes"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no \\[{reasons.index(reason) + 1}]"

@@ -1,0 +1,207 @@
+"""``manifest.json``: what a bundle holds. Written by the compiler, read by the runtime.
+
+A bundle is a folder::
+
+    manifest.json                      this schema
+    ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
+    quadratic.onnx                     one more, where it was asked for
+    sampler.onnx                       a learned sampler of block diffusion, where one was given; all precisions share it
+    weights.safetensors                every tensor once, and the scales of quantized ones; external data of the portable graphs
+    engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
+    engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
+    tokenizer.json ...                 copied from the checkpoint
+    verification.json                  written by ``trimode verify``; not part of the manifest
+
+These are the files of the precision that was built first. One that was added has its own beside them, with its name in theirs::
+
+    ar-fp8.onnx ...                    its portable graphs
+    weights-fp8.safetensors            what the packs before it do not hold: its quantized weights and their scales
+    engines/<target>-fp8/...           its targets
+
+Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file name that leaves the folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+
+SCHEMA_VERSION = 5
+MANIFEST = "manifest.json"
+PrecisionName = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "nvfp4"]
+"""Type of the weights of linear layers."""
+
+
+def _plain(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name:
+        raise ValueError(f"expected a relative file name inside the bundle, found {name!r}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """Digest (lower-case hex) and size of one file of the bundle."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    num_bytes: int = Field(ge=0)
+
+
+class SourceRecord(_Record):
+    """The checkpoint a bundle was built from.
+
+    Attributes:
+        name: the checkpoint folder's name.
+        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and the drafter's alpha.
+        stamp: digest over name, size and modification time of the checkpoint's files; equal stamps spare comparing the bytes.
+    """
+
+    name: str
+    sha256: str
+    stamp: str
+    num_parameters: int
+
+
+class CalibrationRecord(_Record):
+    """Where the scales of a quantized precision come from.
+
+    Attributes:
+        name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest magnitude.
+        algorithm: that found them.
+        block_size: inputs that share a scale; None where a whole row or tensor does.
+        scales_sha256: of the calibration's scales; None for ``rtn``.
+    """
+
+    name: str
+    algorithm: str
+    block_size: int | None
+    scales_sha256: str | None
+
+
+class ProfileRecord(_Record):
+    """An optimization profile: fewest, usual and most of each dynamic dimension."""
+
+    batch: tuple[int, int, int]
+    rows: tuple[int, int, int]
+
+    def holds(self, batch: int, rows: int) -> bool:
+        """Whether a forward of this size runs under the profile."""
+        return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
+
+
+class EngineRecord(_Record):
+    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are free (ONNX Runtime)."""
+
+    file: FileName
+    profiles: tuple[ProfileRecord, ...] = ()
+
+
+class TargetRecord(_Record):
+    """What was built for one target.
+
+    Attributes:
+        backend: the library that runs it.
+        device: where it runs.
+        compute_capability: the GPU architecture the engines are for, as ``8.9``; None where any will do.
+        compute_dtype: type of activations and of the K/V cache.
+        placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT engines hold their own copy;
+            ``external``: the portable graphs, which map the pack.
+        capacity: slots of the K/V cache where the engines fix it.
+        workspace_mib: limit on an engine's scratch memory that was asked for.
+        library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs only under that version.
+        graphs: one for each graph of the bundle.
+    """
+
+    backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+    device: Literal["cpu", "cuda"]
+    compute_capability: str | None
+    compute_dtype: DType
+    placement: Literal["shared", "baked", "external"]
+    capacity: int | None
+    workspace_mib: int | None
+    library: str
+    graphs: dict[Role, EngineRecord]
+
+
+class PrecisionRecord(_Record):
+    """One precision of the model: its weights, its portable graphs, its targets.
+
+    Attributes:
+        calibration: of quantized precisions, and only of these.
+        packs: where its tensors lie. The first is its own, all of it. Of the others, which belong to other precisions, it reads what these
+            have in common: tensors that are neither quantized nor scales.
+        weight_bytes: size of its tensors.
+        graphs: the portable graph of each role of the bundle.
+        targets: what was built, by name.
+    """
+
+    calibration: CalibrationRecord | None = None
+    packs: tuple[FileName, ...] = Field(min_length=1)
+    weight_bytes: int = Field(ge=0)
+    graphs: dict[Role, FileName]
+    targets: dict[str, TargetRecord]
+
+
+class SamplerRecord(_Record):
+    """The learned sampler of block diffusion.
+
+    Attributes:
+        file: its graph, weights inside; float32, for ONNX Runtime on the CPU.
+        name: the folder's that it was built from.
+        sha256: of the trained weights, ``sampler_sha256`` in that folder's record.
+        num_parameters: of the network, without its token table.
+        block_lengths: that it was trained on; it takes any.
+        threshold: score from which a slot is filled, where nobody says otherwise.
+    """
+
+    file: FileName
+    name: str
+    sha256: str
+    num_parameters: int
+    block_lengths: tuple[int, ...]
+    threshold: float = Field(ge=0, le=1)
+
+
+class Manifest(_Record):
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        dtype: of every tensor in every pack but the position tables, which are float32, and weights that are quantized; GPUs compute in it.
+        contracts: what each graph takes and returns, whatever the precision: one for each of :data:`trimode.formats.contract.ROLES`, and for
+            ``quadratic`` where it was asked for.
+        precisions: in the order they were built; the first is the one that runs where none is asked for.
+        sampler: None = block diffusion goes by rules alone. The file then has no such field, and readers of the schema that know none take it.
+    """
+
+    schema_version: int
+    trimode_version: str
+    model: ModelInfo
+    source: SourceRecord
+    dtype: DType
+    contracts: dict[Role, GraphContract]
+    precisions: dict[PrecisionName, PrecisionRecord] = Field(min_length=1)
+    files: dict[FileName, FileRecord]
+    libraries: dict[str, str]
+    sampler: SamplerRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if self.sampler is None:
+            fields.pop("sampler", None)
+        return fields
+
+    @property
+    def first_precision(self) -> PrecisionName:
+        """The precision that was built first."""
+        return next(iter(self.precisions))

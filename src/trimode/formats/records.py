@@ -1,0 +1,56 @@
+"""Reads records, JSON files of a declared form, whoever wrote them last and whatever became of them since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trimode.formats.texts import Unreadable, parse_json, read_text, reason_of
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class OtherVersion(Unreadable):
+    """A record of another schema.
+
+    Attributes:
+        found: its version.
+    """
+
+    def __init__(self, expected: Sequence[int], found: int) -> None:
+        numbers = " or ".join(map(str, expected))
+        super().__init__(f"expected schema version {numbers}, found {found}")
+        self.found = found
+
+
+def read_record(path: Path, kind: type[R], versions: Sequence[int]) -> R:
+    """Read a JSON file as a record that says its ``schema_version``.
+
+    Raises:
+        OtherVersion: it is of none of ``versions``.
+        Unreadable: it is missing, may not be read, is not JSON or not of the form.
+    """
+    text = read_text(path)
+    version = _version_of(parse_json(text))
+    if version is not None and version not in versions:
+        raise OtherVersion(versions, version)
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise Unreadable(first_fault(error)) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong first with values, in one line: where, and how."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    reason = reason_of(ValueError(first["msg"]))
+    return f"{place}: {reason}" if place else reason
+
+
+def _version_of(values: Any) -> int | None:
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    return version if isinstance(version, int) and not isinstance(version, bool) else None

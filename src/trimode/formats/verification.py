@@ -1,0 +1,293 @@
+"""The records of ``verification.json``: what was compared with what, by how much it differed, and whether that is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trimode.errors import BundleError, TrimodeError
+from trimode.formats.contract import DType, Mode, Role
+from trimode.formats.disk import what_is_wrong
+from trimode.formats.files import check_file_place, replace_text
+from trimode.formats.manifest import PrecisionName
+from trimode.formats.texts import Unreadable, read_bytes
+
+VERIFICATION = "verification.json"
+_COPY = "verify a copy of the bundle"
+
+Subject = Literal["target", "portable"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Judged(_Record):
+    passed: bool
+
+
+class CheckpointRecord(_Record):
+    """The checkpoint that was compared against.
+
+    Attributes:
+        sha256: as in the manifest's ``source``.
+        is_source: whether the bundle was built from these very tensors and this ``config.json``.
+    """
+
+    name: str
+    sha256: str
+    is_source: bool
+
+
+class BoundsRecord(_Record):
+    """What was allowed (see :mod:`trimode.compiler.verify.tolerance`).
+
+    Attributes:
+        dtype: the compute type the bound follows from.
+        relative: largest error of logits, keys and values over the largest reference value; the mean error may be a sixth of it.
+    """
+
+    dtype: DType
+    relative: float
+
+
+class OutputRecord(_Judged):
+    """One output of a graph in one comparison.
+
+    Attributes:
+        max_error: largest absolute error; None where there is no such number: another shape, NaN, infinity.
+        mean_error: mean absolute error, likewise.
+        scale: the largest absolute reference value; for probabilities, the largest reference logit at this place.
+        tolerance: what ``max_error`` may be.
+        mean_tolerance: what ``mean_error`` may be.
+
+    Where the reference itself is NaN or infinite, scale and tolerances are 0, and nothing passes.
+    """
+
+    name: str
+    max_error: float | None
+    mean_error: float | None
+    scale: float
+    tolerance: float
+    mean_tolerance: float
+
+
+class IdsRecord(_Judged):
+    """Token ids of a graph in one comparison.
+
+    Attributes:
+        num_compared: ids.
+        num_equal: of these, equal to the reference's.
+        largest_preference: by how much the reference prefers its own id where they differ, in logits (``greedy_ids``) or in probability
+            (``top_ids``); None where all are equal, or an id is no id.
+        tolerance: what that may be.
+    """
+
+    name: str
+    num_compared: int
+    num_equal: int
+    largest_preference: float | None
+    tolerance: float
+
+
+class CodesRecord(_Judged):
+    """What a graph made of its quantized inputs in one comparison.
+
+    Attributes:
+        num_compared: inputs.
+        num_other: of these, not the code nearest to the reference's value.
+        refused: by layer, how many are codes that no rounding error explains.
+    """
+
+    num_compared: int
+    num_other: int
+    refused: dict[str, int]
+
+
+class WeightsParity(_Judged):
+    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's scales.
+
+    Attributes:
+        num_compared: numbers.
+        differs: by layer, how many are not the same, bit for bit.
+    """
+
+    num_layers: int
+    num_compared: int
+    differs: dict[str, int]
+
+
+class ScalesParity(_Judged):
+    """The bundle's scales and those of its calibration.
+
+    Attributes:
+        calibration: the calibration's name, or ``rtn``.
+        differs: scales that are not the same, bit for bit, or that only one of the two has.
+    """
+
+    calibration: str
+    num_layers: int
+    differs: tuple[str, ...]
+
+
+class GraphParity(_Judged):
+    """One forward of one graph, compared with the reference.
+
+    Attributes:
+        subject: ``target``: the target's session; ``portable``: the portable graph on a ragged batch, in ONNX Runtime on the CPU.
+        positions: tokens in the cache, per sequence of the batch.
+        rows: new tokens.
+        use_drafter: whether the adapter is on; None for graphs without one.
+        codes: of quantized inputs, where they can be seen; the reference has taken them over.
+        has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids; None for graphs without it.
+    """
+
+    subject: Subject
+    graph: Role
+    positions: tuple[int, ...]
+    rows: int
+    use_drafter: bool | None
+    outputs: tuple[OutputRecord, ...]
+    ids: tuple[IdsRecord, ...]
+    codes: CodesRecord | None = None
+    has_accepted_length: bool | None
+
+
+class TokenParity(_Judged):
+    """One generation, compared with another over the same prompt.
+
+    Attributes:
+        against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar mode.
+        num_tokens: of the longer of the two.
+        num_equal: places where both have the same token.
+        first_divergence: place of the first token that differs, from 0; None where all are equal.
+        preference: at that place, by how much the reference prefers its own choice, in logits, or in probability for a diffusion slot;
+            None where all are equal or it cannot be told.
+        tolerance: what ``preference`` may be; None where tokens must be equal.
+        nfe, other_nfe: forward passes of the two.
+    """
+
+    mode: Mode
+    against: Literal["reference", "ar"]
+    use_drafter: bool | None
+    prompt: int
+    prompt_length: int
+    num_tokens: int
+    num_equal: int
+    first_divergence: int | None
+    preference: float | None
+    tolerance: float | None
+    nfe: int
+    other_nfe: int
+
+
+class SamplerParity(_Judged):
+    """The bundle's learned sampler and the network that it was traced from.
+
+    Attributes:
+        name: of the trained sampler's folder.
+        num_scores: that were compared.
+        max_error: largest absolute error; None where a score is no number.
+        tolerance: what that may be.
+    """
+
+    name: str
+    num_scores: int
+    max_error: float | None
+    tolerance: float
+
+
+class Verification(_Judged):
+    """One target of one precision, verified.
+
+    Attributes:
+        date: UTC, ISO 8601.
+        manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than the one verified.
+        long_position: the position of the long comparisons.
+        original_length: the rope's length before scaling; None where it is not scaled.
+        weight_dtype: the type of the bundle's weights that are not quantized; the reference's are rounded to it, too.
+        weights, scales: of a quantized precision; ``scales`` None where there was nothing to compare them with.
+        sampler: None where the bundle has none, or it was not named.
+        notes: what was not compared, and why.
+    """
+
+    date: str
+    precision: PrecisionName
+    target: str
+    backend: str
+    device: str
+    compute_dtype: DType
+    manifest_sha256: str
+    checkpoint: CheckpointRecord
+    seed: int
+    long_position: int
+    original_length: int | None
+    weight_dtype: DType
+    bounds: dict[Subject, BoundsRecord]
+    weights: WeightsParity | None
+    scales: ScalesParity | None
+    graphs: tuple[GraphParity, ...]
+    tokens: tuple[TokenParity, ...]
+    sampler: SamplerParity | None = None
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+class Verifications(_Record):
+    """The contents of ``verification.json``: the latest of each target of each precision."""
+
+    schema_version: Literal[2] = 2
+    verifications: tuple[Verification, ...]
+
+    def replaced(self, new: Verification) -> Verifications:
+        """With a new one in place of that of the same target and precision."""
+        others = (old for old in self.verifications if (old.precision, old.target) != (new.precision, new.target))
+        return Verifications(verifications=(*others, new))
+
+
+def read_verifications(bundle: Path) -> Verifications:
+    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of another schema.
+
+    Raises:
+        BundleError: it may not be read.
+    """
+    path = bundle / VERIFICATION
+    try:
+        data = read_bytes(path)
+    except Unreadable as error:
+        if error.is_missing:
+            return Verifications(verifications=())
+        raise BundleError(f"{path}: expected a file that can be read, found: {error.reason}", "delete it, or check its permissions") from error
+    try:
+        return Verifications.model_validate_json(data)
+    except ValidationError:
+        return Verifications(verifications=())
+
+
+def write_verification(verification: Verification, bundle: Path) -> Path:
+    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same target, whole or not at all.
+
+    Raises:
+        BundleError: the bundle cannot be written to.
+    """
+    path = bundle / VERIFICATION
+    try:
+        replace_text(path, read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        found = f"{path}: expected to be able to write, found: {what_is_wrong(error, path)}"
+        raise BundleError(found, _COPY) from error
+    return path
+
+
+def check_verification_place(bundle: Path) -> None:
+    """Check before the work that a result can be put into a bundle.
+
+    Raises:
+        BundleError: the bundle cannot be written to.
+    """
+    try:
+        check_file_place(bundle / VERIFICATION)
+    except TrimodeError as error:
+        raise BundleError(error.message, _COPY) from error
