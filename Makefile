@@ -38,6 +38,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/sizes.py
 
 clean:
 	rm -rf .venv $(BUNDLE) $(GPU_BUNDLE) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

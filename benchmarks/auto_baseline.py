@@ -3,8 +3,9 @@
     python -m benchmarks.auto_baseline simulated
     python -m benchmarks.auto_baseline demo BUNDLE [--threads 1] [--per-family 8] [--rounds 5]
 
-The simulated texts are those of the policy's tests; there, milliseconds are computed from a cost table, so the machine does not matter. On the demo
-checkpoint both policies and all single choices answer every question in one run, as in `benchmarks.auto_mode`.
+The simulated texts are those of the policy's tests; there, milliseconds are computed from a cost
+table, so the machine does not matter. On the demo checkpoint both policies and all single choices
+answer every question in one run, as in `benchmarks.auto_mode`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from numpy.typing import NDArray
 
 from benchmarks import auto_mode
 from benchmarks.common import arguments_of, save
-from tests.simulated_texts import CPU, GPU, Rates, bursts, by_stretch, by_text, constant, milliseconds_per_token
+from tests.simulated_texts import (
+    CPU,
+    GPU,
+    Rates,
+    bursts,
+    by_stretch,
+    by_text,
+    constant,
+    milliseconds_per_token,
+)
 from trimode.runtime import TriModeModel
 from trimode.runtime.auto.policy import AR_STEP, AdaptivePolicy, FixedPolicy, Policy, StepCosts
 from trimode.runtime.decode import algorithms as decode
@@ -41,14 +51,19 @@ TEXTS: dict[str, tuple[Rates, int, int]] = {
 
 
 class MovingAveragePolicy:
-    """The step of the fewest milliseconds a token, by a moving average of how many drafts were accepted and how many rejected.
+    """The step of the fewest milliseconds a token, by a moving average of how many drafts were
+    accepted and how many rejected.
 
-    Where drafts have a confidence, that of the last block stands for the positions it covered, and decides what is verified.
+    Where drafts have a confidence, that of the last block stands for the positions it covered, and
+    decides what is verified.
     """
 
     def __init__(self, costs: StepCosts, _prompt: Sequence[int] = (), **_: bool) -> None:
         self._costs, self._prior = costs, costs.experience.rate
-        self._accepted, self._rejected = PRIOR_DRAFTS * self._prior, PRIOR_DRAFTS * (1 - self._prior)
+        self._accepted, self._rejected = (
+            PRIOR_DRAFTS * self._prior,
+            PRIOR_DRAFTS * (1 - self._prior),
+        )
         self._length = self._rows = AR_STEP
         self._ms_per_token, self._drafts = 0.0, np.empty(0)
 
@@ -58,8 +73,13 @@ class MovingAveragePolicy:
         ahead = min(len(self._drafts), len(rates))
         rates[:ahead] = 0.8 * self._drafts[:ahead] + 0.2 * rates[:ahead]
         tokens = np.cumsum(np.cumprod(np.concatenate(([1.0], rates))))
-        cycles = [draft + verify for draft, verify in zip(times.draft_ms, times.verify_ms, strict=True)]
-        per_token = [times.ar_ms, *(ms / tokens[min(n, left) - 1] for ms, n in zip(cycles, times.lengths, strict=True))]
+        cycles = [
+            draft + verify for draft, verify in zip(times.draft_ms, times.verify_ms, strict=True)
+        ]
+        per_token = [
+            times.ar_ms,
+            *(ms / tokens[min(n, left) - 1] for ms, n in zip(cycles, times.lengths, strict=True)),
+        ]
         self._ms_per_token = min(per_token)
         self._length = (AR_STEP, *times.lengths)[per_token.index(self._ms_per_token)]
         return self._length
@@ -70,13 +90,21 @@ class MovingAveragePolicy:
         if confidence is not None:  # a further row has to save more than it takes
             self._drafts = confidence[1:num_wanted]
             tokens = np.cumsum(np.cumprod(np.concatenate(([1.0], self._drafts))))
-            usable = [(ms, n) for ms, n in zip(self._times.verify_ms, self._times.lengths, strict=True) if n <= self._rows]
-            self._rows = max(usable, key=lambda one: self._ms_per_token * tokens[min(one[1], num_wanted) - 1] - one[0])[1]
+            usable = [
+                (ms, n)
+                for ms, n in zip(self._times.verify_ms, self._times.lengths, strict=True)
+                if n <= self._rows
+            ]
+            self._rows = max(
+                usable,
+                key=lambda one: self._ms_per_token * tokens[min(one[1], num_wanted) - 1] - one[0],
+            )[1]
         return self._rows
 
     def record(self, num_tokens: int) -> None:
         self._drafts = self._drafts[num_tokens:] if self._length > AR_STEP else self._drafts[1:5]
-        if self._length == AR_STEP:  # nothing was shown: back to the prior, so that drafting is tried again
+        # nothing was shown: back to the prior, so that drafting is tried again
+        if self._length == AR_STEP:
             keep, seen = math.exp(-1 / PROBE_TOKENS), PRIOR_DRAFTS
             self._accepted = keep * self._accepted + (1 - keep) * seen * self._prior
             self._rejected = keep * self._rejected + (1 - keep) * seen * (1 - self._prior)
@@ -97,8 +125,15 @@ def simulated() -> dict[str, dict[str, float]]:
                     "baseline": partial(MovingAveragePolicy, costs, is_confident=is_confident),
                     **{str(n): partial(FixedPolicy, n) for n in (AR_STEP, *costs.lengths)},
                 }
-                ms = {way: milliseconds_per_token(make, costs, rates, length, texts, is_confident=is_confident) for way, make in ways.items()}
-                table[f"{machine}, {name}, confidence {'known' if is_confident else 'unknown'}"] = ms
+                ms = {
+                    way: milliseconds_per_token(
+                        make, costs, rates, length, texts, is_confident=is_confident
+                    )
+                    for way, make in ways.items()
+                }
+                table[f"{machine}, {name}, confidence {'known' if is_confident else 'unknown'}"] = (
+                    ms
+                )
     return table
 
 
@@ -106,14 +141,18 @@ def simulated() -> dict[str, dict[str, float]]:
 def baseline_in_place() -> Iterator[None]:
     """Mode auto asks the baseline."""
     kept = decode.make_policy
-    decode.make_policy = lambda costs, _length, prompt, *, is_confident: MovingAveragePolicy(costs, prompt, is_confident=is_confident)  # type: ignore[assignment]
+    decode.make_policy = lambda costs, _length, prompt, *, is_confident: MovingAveragePolicy(
+        costs, prompt, is_confident=is_confident
+    )  # type: ignore[assignment]
     try:
         yield
     finally:
         decode.make_policy = kept
 
 
-def demo(bundle: Path, threads: int, per_family: int, rounds: int, repeats: int) -> dict[str, dict[str, dict[str, Any]]]:
+def demo(
+    bundle: Path, threads: int, per_family: int, rounds: int, repeats: int
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Family -> way -> milliseconds a token, all in one run."""
     plain = auto_mode.answer
 
@@ -124,7 +163,11 @@ def demo(bundle: Path, threads: int, per_family: int, rounds: int, repeats: int)
             return plain(model, ids, {"mode": "auto"})
 
     auto_mode.answer = answer
-    auto_mode.WAYS = {**{k: v for k, v in auto_mode.WAYS.items() if k != "auto"}, "baseline": {"baseline": True}, "auto": {"mode": "auto"}}
+    auto_mode.WAYS = {
+        **{k: v for k, v in auto_mode.WAYS.items() if k != "auto"},
+        "baseline": {"baseline": True},
+        "auto": {"mode": "auto"},
+    }
     with TriModeModel.from_pretrained(bundle, num_threads=threads) as opened:
         timings = auto_mode.measured_timings(opened, threads, repeats)
         model = TriModeModel(opened.bundle, opened.session, opened.target, threads, timings)
@@ -137,7 +180,9 @@ def show(table: dict[str, dict[str, float]]) -> None:
     print(f"{'':44s}{'auto':>8s}{'baseline':>10s}{'best one':>10s}{'baseline/auto':>15s}")
     for name, ms in table.items():
         best = min(value for way, value in ms.items() if way not in ("auto", "baseline"))
-        print(f"{name:44s}{ms['auto']:8.3f}{ms['baseline']:10.3f}{best:10.3f}{ms['baseline'] / ms['auto']:15.3f}")
+        print(
+            f"{name:44s}{ms['auto']:8.3f}{ms['baseline']:10.3f}{best:10.3f}{ms['baseline'] / ms['auto']:15.3f}"
+        )
 
 
 def main() -> None:
@@ -153,9 +198,14 @@ def main() -> None:
         table = simulated()
     else:
         families = demo(args.bundle, args.threads, args.per_family, args.rounds, args.repeats)
-        table = {family: {way: values["cpu_ms_per_token"] for way, values in rows.items()} for family, rows in families.items()}
+        table = {
+            family: {way: values["cpu_ms_per_token"] for way, values in rows.items()}
+            for family, rows in families.items()
+        }
     show(table)
-    save(f"auto_baseline_{args.what}", {"arguments": arguments_of(vars(args)), "ms_per_token": table})
+    save(
+        f"auto_baseline_{args.what}", {"arguments": arguments_of(vars(args)), "ms_per_token": table}
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The usual way beside ours: export the loaded model with its weights, and let TensorRT bake them into the engine.
+"""The usual way beside ours: export the loaded model with its weights, and let TensorRT bake them
+into the engine.
 
 python -m benchmarks.baked_export --size 3b        needs TensorRT-RTX, 24 GB of memory and three times the checkpoint's size of free disk
 
-One graph (`ar`, a decode and a prefill profile) for one GPU (SM120), bf16, both ways, each in a process of its own, stopped when its
-process tree reaches --limit-gb. The usual way is torch.onnx.export with its defaults, then parse and build. Ours is
-trimode.compiler on the same shapes: trace under fake tensors, weights to inputs, build; its pack is not part of it (engine_scale has that).
+One graph (`ar`, a decode and a prefill profile) for one GPU (SM120), bf16, both ways, each in a
+process of its own, stopped when its process tree reaches --limit-gb. The usual way is
+torch.onnx.export with its defaults, then parse and build. Ours is trimode.compiler on the same
+shapes: trace under fake tensors, weights to inputs, build; its pack is not part of it (engine_scale
+has that).
 """
 
 from __future__ import annotations
@@ -48,11 +51,19 @@ def usual_way(folder: Path) -> None:
         for parameter in trunk.parameters():
             parameter.uniform_(-0.02, 0.02)
         _tell("load")
-        past = [torch.zeros(2, model.num_key_value_heads, model.num_positions, model.head_dim) for _ in cache_specs(model, "past_key_values")]
+        past = [
+            torch.zeros(2, model.num_key_value_heads, model.num_positions, model.head_dim)
+            for _ in cache_specs(model, "past_key_values")
+        ]
         ids, lengths = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
         batch, rows = Dim("batch", min=1), Dim("rows", min=3)
         shapes = ({0: batch, 1: rows}, {0: batch}, {0: batch}, [{0: batch} for _ in past])
-        exported = torch.export.export(build_role("ar", trunk.eval()), (ids, lengths, lengths, past), strict=False, dynamic_shapes=shapes)
+        exported = torch.export.export(
+            build_role("ar", trunk.eval()),
+            (ids, lengths, lengths, past),
+            strict=False,
+            dynamic_shapes=shapes,
+        )
         program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=24)
         assert program is not None
         _tell("export")
@@ -73,7 +84,13 @@ def usual_way(folder: Path) -> None:
         for tensor in (network.get_input(i) for i in range(network.num_inputs)):
             shape = tuple(tensor.shape)
             if -1 in shape:
-                sizes = [tuple((1 if axis == 0 else n) if size == -1 else size for axis, size in enumerate(shape)) for n in (1, rows_of, rows_of)]
+                sizes = [
+                    tuple(
+                        (1 if axis == 0 else n) if size == -1 else size
+                        for axis, size in enumerate(shape)
+                    )
+                    for n in (1, rows_of, rows_of)
+                ]
                 profile.set_shape(tensor.name, *sizes)
         config.add_optimization_profile(profile)
     config.num_compute_capabilities = 1
@@ -97,33 +114,61 @@ def our_way(folder: Path) -> None:
     model = describe_model(checkpoint, MAX_LENGTH)
     graph = trace_role("ar", checkpoint.config, model, None)
     _tell("trace")
-    lowered = lower(graph, StaticCacheCapacity(model.num_positions), ComputeType("bfloat16"), WeightsToInputs())
+    lowered = lower(
+        graph, StaticCacheCapacity(model.num_positions), ComputeType("bfloat16"), WeightsToInputs()
+    )
     (folder / "lowered.onnx").write_bytes(to_bytes(lowered))
     _tell("lower")
     job = EngineJob(
-        library="tensorrt_rtx", graph=folder / "lowered.onnx", packs=(), output=folder / "ar.engine", compute_capability="12.0",
+        library="tensorrt_rtx",
+        graph=folder / "lowered.onnx",
+        packs=(),
+        output=folder / "ar.engine",
+        compute_capability="12.0",
         profiles=plan_profiles("ar", model, (32,), 1),
-    )  # fmt: skip
+    )
     build_engine(job, lambda _: True)
     _tell("build", engine_bytes=job.output.stat().st_size)
 
 
 def _tell(step: str, **facts: Any) -> None:
-    print(json.dumps({"step": step, "rss_bytes": psutil.Process().memory_info().rss, **facts}), flush=True)
+    print(
+        json.dumps({"step": step, "rss_bytes": psutil.Process().memory_info().rss, **facts}),
+        flush=True,
+    )
 
 
 def measured(way: str, folder: Path, limit_bytes: int) -> dict[str, Any]:
     """Run one way in a process of its own; seconds by step, peak memory, and how it ended."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.baked_export", "--way", way, "--folder", str(folder)], stdout=-1, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.baked_export", "--way", way, "--folder", str(folder)],
+        stdout=-1,
+        text=True,
+    )
     memory = TreeMemory(process.pid, limit_bytes)
     memory.start()
     assert process.stdout is not None
-    steps = [{**json.loads(line), "at_s": time.perf_counter() - start} for line in process.stdout if line.startswith("{")]
+    steps = [
+        {**json.loads(line), "at_s": time.perf_counter() - start}
+        for line in process.stdout
+        if line.startswith("{")
+    ]
     code = process.wait()
     memory.join(1)
-    outcome = "done" if code == 0 else f"stopped at {limit_bytes / 1e9:.0f} GB" if memory.stopped else f"ended with {code}"
-    return {"outcome": outcome, "seconds": time.perf_counter() - start, "peak_pss_bytes": memory.peak_pss, "steps": steps}
+    outcome = (
+        "done"
+        if code == 0
+        else f"stopped at {limit_bytes / 1e9:.0f} GB"
+        if memory.stopped
+        else f"ended with {code}"
+    )
+    return {
+        "outcome": outcome,
+        "seconds": time.perf_counter() - start,
+        "peak_pss_bytes": memory.peak_pss,
+        "steps": steps,
+    }
 
 
 def main() -> None:

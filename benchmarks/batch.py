@@ -1,10 +1,12 @@
-"""Tokens per second of batches of 1, 2, 4 and 8 texts, in AR, diffusion and linear self-speculation.
+"""Tokens per second of batches of 1, 2, 4 and 8 texts, in AR, diffusion and linear
+self-speculation.
 
     python -m benchmarks.batch BUNDLE [--threads 2] [--prompts 36]
 
-All are timed in one run, round after round, so that the machine's mood hits each of them; a round is every prompt once. A batch of 1 is what a
-single text takes through the same machinery; `single` is the ordinary way, one stream after the other. The forwards of a round are counted, too:
-a batch of n that always was full would take 1/n of them.
+All are timed in one run, round after round, so that the machine's mood hits each of them; a round
+is every prompt once. A batch of 1 is what a single text takes through the same machinery; `single`
+is the ordinary way, one stream after the other. The forwards of a round are counted, too: a batch
+of n that always was full would take 1/n of them.
 """
 
 from __future__ import annotations
@@ -40,10 +42,15 @@ class CountingSession(OrtSession):
 
 def runners(model: TriModeModel) -> dict[str, Callable[[list[list[int]]], list[Generation]]]:
     def single(mode: Any) -> Callable[[list[list[int]]], list[Generation]]:
-        return lambda prompts: [model.stream([prompt], mode, max_new_tokens=MAX_NEW_TOKENS).finish() for prompt in prompts]
+        return lambda prompts: [
+            model.stream([prompt], mode, max_new_tokens=MAX_NEW_TOKENS).finish()
+            for prompt in prompts
+        ]
 
     def batch(mode: Any, size: int) -> Callable[[list[list[int]]], list[Generation]]:
-        return lambda prompts: model.generate_batch(prompts, mode, max_rows=size, max_new_tokens=MAX_NEW_TOKENS)
+        return lambda prompts: model.generate_batch(
+            prompts, mode, max_rows=size, max_new_tokens=MAX_NEW_TOKENS
+        )
 
     named = {f"{mode} single": single(mode) for mode in MODES}
     return named | {f"{mode} batch {size}": batch(mode, size) for mode in MODES for size in SIZES}
@@ -58,7 +65,10 @@ def main() -> None:
     opened = TriModeModel.from_pretrained(args.bundle, num_threads=args.threads, target="portable")
     session = CountingSession(opened.bundle, None, args.threads)
     model = TriModeModel(opened.bundle, session)
-    prompts = [model.codec.encode_chat([{"role": "user", "content": e.prompt}]) for e in itertools.islice(examples(1, "held-out"), args.prompts)]
+    prompts = [
+        model.codec.encode_chat([{"role": "user", "content": e.prompt}])
+        for e in itertools.islice(examples(1, "held-out"), args.prompts)
+    ]
     speeds: dict[str, list[float]] = {}
     work: dict[str, dict[str, int]] = {}
     same: dict[str, int] = {}
@@ -74,21 +84,44 @@ def main() -> None:
             expected = alone.setdefault(name.split()[0], answers)
             same[name] = sum(a == b for a, b in zip(answers, expected, strict=True))
             if number > 0:  # the first round warms up
-                speeds.setdefault(name, []).append(sum(len(one.token_ids) for one in results) / seconds)
+                speeds.setdefault(name, []).append(
+                    sum(len(one.token_ids) for one in results) / seconds
+                )
     report(speeds, work, same, vars(args))
 
 
-def report(speeds: dict[str, list[float]], work: dict[str, dict[str, int]], same: dict[str, int], arguments: dict[str, Any]) -> None:
+def report(
+    speeds: dict[str, list[float]],
+    work: dict[str, dict[str, int]],
+    same: dict[str, int],
+    arguments: dict[str, Any],
+) -> None:
     medians = {name: median(values) for name, values in speeds.items()}
     ratios = {
-        name: median([value / single for value, single in zip(values, speeds[f"{name.split()[0]} single"], strict=True)])  # round by round
+        # round by round
+        name: median(
+            [
+                value / single
+                for value, single in zip(values, speeds[f"{name.split()[0]} single"], strict=True)
+            ]
+        )
         for name, values in speeds.items()
     }
     for name, value in medians.items():
-        print(f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   {work[name]['forwards']:6d} forwards   "
-              f"tokens and nfe of single: {same[name]}")  # fmt: skip
-    save("batch", {"arguments": arguments_of(arguments), "tokens_per_s": speeds, "over_single": ratios, "work_of_a_round": work,
-                   "same_tokens_and_nfe_as_single": same})  # fmt: skip
+        print(
+            f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   {work[name]['forwards']:6d} forwards   "
+            f"tokens and nfe of single: {same[name]}"
+        )
+    save(
+        "batch",
+        {
+            "arguments": arguments_of(arguments),
+            "tokens_per_s": speeds,
+            "over_single": ratios,
+            "work_of_a_round": work,
+            "same_tokens_and_nfe_as_single": same,
+        },
+    )
 
 
 if __name__ == "__main__":

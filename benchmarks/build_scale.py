@@ -1,4 +1,5 @@
-"""Time and peak memory of compiling a checkpoint of a published size, on a sparse file of the true shape and byte count.
+"""Time and peak memory of compiling a checkpoint of a published size, on a sparse file of the true
+shape and byte count.
 
 python -m benchmarks.build_scale --size 3b        needs twice the checkpoint's size of free disk (3b: 16 GB)
 """
@@ -24,19 +25,38 @@ from trimode.progress import Advance, Silent
 SIZES = {"3b": (3072, 9216, 26, 1e6), "8b": (4096, 14336, 34, 1e6), "14b": (5120, 16384, 40, 1e9)}
 
 
-def write_sparse_checkpoint(folder: Path, size: str, *, vocab_size: int = 131072, heads: tuple[int, int, int] = (32, 8, 128)) -> int:
-    """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it stands for.
+def write_sparse_checkpoint(
+    folder: Path, size: str, *, vocab_size: int = 131072, heads: tuple[int, int, int] = (32, 8, 128)
+) -> int:
+    """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it
+    stands for.
 
     ``heads``: of queries, of keys and values, and their size.
     """
     hidden, inner, layers, theta = SIZES[size]
     config = {
-        "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": heads[2],
-        "max_position_embeddings": 262144, "mask_token_id": 100, "eos_token_id": 11, "block_size": 32,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, "factor": 16.0, "original_max_position_embeddings": 16384,
-                            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
-    }  # fmt: skip
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "max_position_embeddings": 262144,
+        "mask_token_id": 100,
+        "eos_token_id": 11,
+        "block_size": 32,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     header: dict[str, Any] = {}
@@ -70,7 +90,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         source_bytes = write_sparse_checkpoint(Path(name) / "checkpoint", size)
         stages, start = Stages(), time.perf_counter()
-        manifest = build_bundle(Path(name) / "checkpoint", Path(name) / "bundle", progress=stages).manifest
+        manifest = build_bundle(
+            Path(name) / "checkpoint", Path(name) / "bundle", progress=stages
+        ).manifest
         end = time.perf_counter()
     measured = {
         "size": size,

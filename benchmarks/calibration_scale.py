@@ -1,9 +1,11 @@
-"""Time and peak memory of `trimode calibrate` on a random checkpoint whose weights do not fit into the memory they are allowed.
+"""Time and peak memory of `trimode calibrate` on a random checkpoint whose weights do not fit into
+the memory they are allowed.
 
 python -m benchmarks.calibration_scale [--layers 8] [--precision int4] [--folder FOLDER]        needs 0.2 GB of disk a layer
 
-The decoder layers are wide and many, the vocabulary is small; weights are bf16. Peak memory is polled: pages of the mapped
-checkpoint, which the kernel can take back, are counted apart from what the process holds itself.
+The decoder layers are wide and many, the vocabulary is small; weights are bf16. Peak memory is
+polled: pages of the mapped checkpoint, which the kernel can take back, are counted apart from what
+the process holds itself.
 """
 
 from __future__ import annotations
@@ -32,12 +34,25 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 2, 64, 3
 
 
 def write_checkpoint(folder: Path, num_layers: int) -> int:
-    """One shard a layer, so that no more than a layer is in memory; returns the number of weights."""
+    """One shard a layer, so that no more than a layer is in memory; returns the number of
+    weights.
+    """
     config = {
-        "architectures": ["NemotronLabsDiffusionModel"], "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": num_layers, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-        "mask_token_id": 100, "eos_token_id": 11, "block_size": 4, "rope_parameters": None, "rope_theta": 1e6,
-    }  # fmt: skip
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "mask_token_id": 100,
+        "eos_token_id": 11,
+        "block_size": 4,
+        "rope_parameters": None,
+        "rope_theta": 1e6,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in expected_tensors(parse_config(config)).items():
@@ -60,7 +75,9 @@ def _weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 class PeakMemory(threading.Thread):
-    """Polls ``/proc/self/status``: the largest anonymous and file-backed parts of the resident set."""
+    """Polls ``/proc/self/status``: the largest anonymous and file-backed parts of the resident
+    set.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -80,14 +97,18 @@ class PeakMemory(threading.Thread):
 
 def memory() -> dict[str, int]:
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssFile:")}
+    return {
+        line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssFile:")
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--precision", choices=("fp8", "int8", "int4"), default="int4")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written for the time being")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoint is written for the time being"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -103,7 +124,20 @@ def measure(folder: Path, num_layers: int, precision: str) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(200, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).tolist()
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in tokens))
-    request = CalibrateRequest(precision, data, None, "ar,draft,verify", NEW_TOKENS, 0, None, False, False, "cpu", False, memory_gib=0.0)
+    request = CalibrateRequest(
+        precision,
+        data,
+        None,
+        "ar,draft,verify",
+        NEW_TOKENS,
+        0,
+        None,
+        False,
+        False,
+        "cpu",
+        False,
+        memory_gib=0.0,
+    )
     load_modelopt()  # what the libraries take is not the point
     before, peak, start = memory(), PeakMemory(), time.perf_counter()
     peak.start()

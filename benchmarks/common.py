@@ -23,8 +23,20 @@ LIBRARIES = ("numpy", "onnxruntime", "torch", "transformers")
 def save(name: str, measured: dict[str, Any]) -> None:
     """Write ``results/<name>.json``: what was measured, where, and by which command."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(without_folders, sys.argv[1:])])
-    record = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine(), **measured}
+    command = " ".join(
+        [
+            "python",
+            "-m",
+            f"benchmarks.{Path(sys.argv[0]).stem}",
+            *map(without_folders, sys.argv[1:]),
+        ]
+    )
+    record = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        **measured,
+    }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"raw results: {path.relative_to(Path.cwd())}")
@@ -47,16 +59,29 @@ def held_out_questions(per_family: int) -> list[Example]:
     """Of the demo's held-out split, family by family: the same ones for every benchmark."""
     from trimode.calib.demo.tasks import FAMILIES, examples
 
-    return [example for family in FAMILIES for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), per_family)]
+    return [
+        example
+        for family in FAMILIES
+        for example in itertools.islice(examples(QUESTION_SEED, "held-out", [family]), per_family)
+    ]
 
 
 def without_folders(text: str) -> str:
-    """An absolute path as its last name: where somebody keeps a file says nothing about a measurement."""
+    """An absolute path as its last name: where somebody keeps a file says nothing about a
+    measurement.
+    """
     return Path(text).name if Path(text).is_absolute() else text
 
 
 def machine() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "unknown",
+    )
     versions = {}
     for name in LIBRARIES:
         try:
@@ -64,7 +89,13 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "python": platform.python_version(), **versions}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def pss_bytes() -> int:

@@ -1,10 +1,13 @@
-"""int4 against float32 in ONNX Runtime on the CPU: tokens a second, verify forwards, and the memory of three graphs.
+"""int4 against float32 in ONNX Runtime on the CPU: tokens a second, verify forwards, and the memory
+of three graphs.
 
     python -m benchmarks.cpu_int4 [--megabytes 500]
 
-One random float32 checkpoint of about that size, three bundles for ``cpu``: fp32, int4 as built (products in float32), and int4 with the inputs of
-products in int8 blocks. Speeds are taken in turns in one process with two threads, so that their ratios are of one machine in one state; memory
-in a process of its own for each bundle, after every graph has run at 1 and at 32 rows, less that of the same process with nothing loaded.
+One random float32 checkpoint of about that size, three bundles for ``cpu``: fp32, int4 as built
+(products in float32), and int4 with the inputs of products in int8 blocks. Speeds are taken in
+turns in one process with two threads, so that their ratios are of one machine in one state; memory
+in a process of its own for each bundle, after every graph has run at 1 and at 32 rows, less that of
+the same process with nothing loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def build_all(folder: Path) -> None:
     build_bundle(folder / "checkpoint", folder / BUNDLES[0])
     for name, level in zip(BUNDLES[1:], (1, 4), strict=True):
         recipes.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
-        build_bundle(folder / "checkpoint", folder / name, BuildOptions(precision="int4", calibration="rtn"))
+        build_bundle(
+            folder / "checkpoint", folder / name, BuildOptions(precision="int4", calibration="rtn")
+        )
 
 
 def measure_first_load(folder: Path, name: str) -> dict[str, Any]:
@@ -47,7 +52,10 @@ def measure_first_load(folder: Path, name: str) -> dict[str, Any]:
 
     start = time.perf_counter()
     TriModeModel.from_pretrained(folder / name, num_threads=2)
-    return {"first_load_s": time.perf_counter() - start, "first_load_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "first_load_s": time.perf_counter() - start,
+        "first_load_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def measure_memory(folder: Path, name: str) -> dict[str, Any]:
@@ -62,8 +70,12 @@ def measure_memory(folder: Path, name: str) -> dict[str, Any]:
     session, cache = model.session, model.session.new_cache()
     for role, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
         session.run(role, cache, np.arange(rows)[None] * 7 + 200, 100)
-    return {"load_s": loaded, "pack_bytes": model.bundle.chosen.weight_bytes,
-            "pss_bytes": pss_bytes() - base_pss, "rss_bytes": rss_bytes() - base_rss}  # fmt: skip
+    return {
+        "load_s": loaded,
+        "pack_bytes": model.bundle.chosen.weight_bytes,
+        "pss_bytes": pss_bytes() - base_pss,
+        "rss_bytes": rss_bytes() - base_rss,
+    }
 
 
 def rss_bytes() -> int:
@@ -76,7 +88,10 @@ def measure_speed(folder: Path) -> dict[str, Any]:
 
     from trimode.runtime import TriModeModel
 
-    models = {name: TriModeModel.from_pretrained(folder / name, num_threads=2, verify=False) for name in BUNDLES}
+    models = {
+        name: TriModeModel.from_pretrained(folder / name, num_threads=2, verify=False)
+        for name in BUNDLES
+    }
     ids, block = [list(range(200, 200 + PROMPT))], np.arange(32)[None] * 7 + 200
     rates: dict[str, list[float]] = {name: [] for name in models}
     verify_ms: dict[str, list[float]] = {name: [] for name in models}
@@ -91,13 +106,26 @@ def measure_speed(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             model.session.run("verify", cache, block, 100)
             verify_ms[name].append(1e3 * (time.perf_counter() - start))
-    return {"ar_tokens_per_s": {n: median(v) for n, v in rates.items()}, "verify_32_rows_ms": {n: median(v) for n, v in verify_ms.items()}}
+    return {
+        "ar_tokens_per_s": {n: median(v) for n, v in rates.items()},
+        "verify_32_rows_ms": {n: median(v) for n, v in verify_ms.items()},
+    }
 
 
 def in_process(folder: Path, *part: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.cpu_int4", "--folder", str(folder), "--part", *part]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cpu_int4",
+        "--folder",
+        str(folder),
+        "--part",
+        *part,
+    ]
     environment = {**os.environ, "TRIMODE_CACHE": str(folder / "cache")}
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    return json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    )
 
 
 def main() -> None:
@@ -115,20 +143,44 @@ def main() -> None:
         (folder / "checkpoint").mkdir()
         write_checkpoint(folder / "checkpoint", args.megabytes)
         build_all(folder)
-        measured = {n: in_process(folder, "first load", n) | in_process(folder, "memory", n) for n in BUNDLES}
+        measured = {
+            n: in_process(folder, "first load", n) | in_process(folder, "memory", n)
+            for n in BUNDLES
+        }
         speed = in_process(folder, "speed")
-        cached = sum(path.stat().st_size for path in (folder / "cache" / "prepacked").rglob("weights.bin")) / 2
+        cached = (
+            sum(
+                path.stat().st_size
+                for path in (folder / "cache" / "prepacked").rglob("weights.bin")
+            )
+            / 2
+        )
         checkpoint = (folder / "checkpoint" / "model.safetensors").stat().st_size
     rates, verify = speed["ar_tokens_per_s"], speed["verify_32_rows_ms"]
     ratios = {
-        name: {"ar_tokens_per_s_over_fp32": rates[name] / rates["fp32"], "verify_speed_over_fp32": verify["fp32"] / verify[name],
-               "pss_over_pack": measured[name]["pss_bytes"] / measured[name]["pack_bytes"]}
+        name: {
+            "ar_tokens_per_s_over_fp32": rates[name] / rates["fp32"],
+            "verify_speed_over_fp32": verify["fp32"] / verify[name],
+            "pss_over_pack": measured[name]["pss_bytes"] / measured[name]["pack_bytes"],
+        }
         for name in BUNDLES
-    }  # fmt: skip
+    }
     for name in BUNDLES:
-        print(f"{name:24s} AR {rates[name]:7.1f} tokens/s   verify {verify[name]:7.1f} ms   pack {measured[name]['pack_bytes'] / 1e6:6.1f} MB"
-              f"   PSS {measured[name]['pss_bytes'] / 1e6:6.1f} MB   " + "  ".join(f"{k} {v:.2f}" for k, v in ratios[name].items()))  # fmt: skip
-    save("cpu_int4", {"checkpoint_bytes": checkpoint, "ratios": ratios, **speed, "memory": measured, "cache_bytes_per_bundle": cached})
+        print(
+            f"{name:24s} AR {rates[name]:7.1f} tokens/s   verify {verify[name]:7.1f} ms   pack {measured[name]['pack_bytes'] / 1e6:6.1f} MB"
+            f"   PSS {measured[name]['pss_bytes'] / 1e6:6.1f} MB   "
+            + "  ".join(f"{k} {v:.2f}" for k, v in ratios[name].items())
+        )
+    save(
+        "cpu_int4",
+        {
+            "checkpoint_bytes": checkpoint,
+            "ratios": ratios,
+            **speed,
+            "memory": measured,
+            "cache_bytes_per_bundle": cached,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Tokens per second of the modes on the demo bundle, and of the torch trunk run eagerly with a growing cache.
+"""Tokens per second of the modes on the demo bundle, and of the torch trunk run eagerly with a
+growing cache.
 
     python -m benchmarks.decode_speed BUNDLE CHECKPOINT [--threads 2] [--prompts 36]
 
-All are timed in one run, round after round, so that the machine's mood hits each of them; a round is every prompt once. The share of a step
-that is spent outside of the engine is measured by timing the engine call inside of the step.
+All are timed in one run, round after round, so that the machine's mood hits each of them; a round
+is every prompt once. The share of a step that is spent outside of the engine is measured by timing
+the engine call inside of the step.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MAX_NEW_TOKENS = 192
 
 @torch.inference_mode()
 def torch_ar(trunk: TriModeTrunk, prompt: list[int]) -> list[int]:
-    """The obvious eager decoder: the head on the last row only, a cache that grows by concatenation."""
+    """The obvious eager decoder: the head on the last row only, a cache that grows by
+    concatenation.
+    """
     attend, out = GrowingCacheAttention(), []
     ids = torch.tensor([prompt])
     while len(out) < MAX_NEW_TOKENS:
@@ -100,14 +104,24 @@ def main() -> None:
         for name, run in runners.items():
             start = time.perf_counter()
             outputs[name] = [run(prompt) for prompt in prompts]
-            rounds[name].append({"seconds": time.perf_counter() - start, "tokens": sum(map(len, outputs[name]))})
-    speeds = {name: [r["tokens"] / r["seconds"] for r in values[1:]] for name, values in rounds.items()}  # the first round warms up
-    profile = {mode: profile_of(args.bundle, args.threads, prompts, mode) for mode in ("ar", "diffusion", "linear_spec")}
+            rounds[name].append(
+                {"seconds": time.perf_counter() - start, "tokens": sum(map(len, outputs[name]))}
+            )
+    # the first round warms up
+    speeds = {
+        name: [r["tokens"] / r["seconds"] for r in values[1:]] for name, values in rounds.items()
+    }
+    profile = {
+        mode: profile_of(args.bundle, args.threads, prompts, mode)
+        for mode in ("ar", "diffusion", "linear_spec")
+    }
     report(speeds, profile, outputs, vars(args))
 
 
 def profile_of(bundle: Path, threads: int, prompts: list[list[int]], mode: Any) -> dict[str, float]:
-    """Where a mode's time goes: microseconds per forward in the engine's call and in the Python around it, and the latter's share."""
+    """Where a mode's time goes: microseconds per forward in the engine's call and in the Python
+    around it, and the latter's share.
+    """
     model = TriModeModel.from_pretrained(bundle, num_threads=threads)
     watch = Stopwatch(model)
     run = ours(model, mode)
@@ -118,11 +132,18 @@ def profile_of(bundle: Path, threads: int, prompts: list[list[int]], mode: Any) 
         run(prompt)
     total = time.perf_counter() - start
     outside = total - watch.seconds
-    return {"engine_us": 1e6 * watch.seconds / watch.forwards, "python_us": 1e6 * outside / watch.forwards, "python_share": outside / total}
+    return {
+        "engine_us": 1e6 * watch.seconds / watch.forwards,
+        "python_us": 1e6 * outside / watch.forwards,
+        "python_share": outside / total,
+    }
 
 
 def report(
-    speeds: dict[str, list[float]], profile: dict[str, dict[str, float]], outputs: dict[str, list[list[int]]], arguments: dict[str, Any]
+    speeds: dict[str, list[float]],
+    profile: dict[str, dict[str, float]],
+    outputs: dict[str, list[list[int]]],
+    arguments: dict[str, Any],
 ) -> None:
     medians = {name: median(values) for name, values in speeds.items()}
     ratios = {
@@ -130,17 +151,30 @@ def report(
         "linear_spec_over_ar": medians["linear-spec"] / medians["ar"],
         "linear_spec_over_torch_eager": medians["linear-spec"] / medians["torch eager ar"],
     }
-    same = {name: sum(a == b for a, b in zip(outputs[name], outputs["torch eager ar"], strict=True)) for name in outputs}
+    same = {
+        name: sum(a == b for a, b in zip(outputs[name], outputs["torch eager ar"], strict=True))
+        for name in outputs
+    }
     for name, value in medians.items():
-        print(f"{name:26s} {value:8.0f} tokens/s   same tokens as torch eager AR: {same[name]} of {len(outputs[name])}")
+        print(
+            f"{name:26s} {value:8.0f} tokens/s   same tokens as torch eager AR: {same[name]} of {len(outputs[name])}"
+        )
     for name, value in ratios.items():
         print(f"{name:30s} {value:6.2f}")
     for mode, row in profile.items():
         print(
             f"{mode:12s} a forward: engine {row['engine_us']:5.0f} us, Python around it {row['python_us']:4.0f} us ({100 * row['python_share']:.1f}%)"
         )
-    save("decode_speed", {"arguments": arguments_of(arguments), "tokens_per_s": speeds, "ratios": ratios,
-                          "profile": profile, "same_tokens_as_torch_eager": same})  # fmt: skip
+    save(
+        "decode_speed",
+        {
+            "arguments": arguments_of(arguments),
+            "tokens_per_s": speeds,
+            "ratios": ratios,
+            "profile": profile,
+            "same_tokens_as_torch_eager": same,
+        },
+    )
 
 
 if __name__ == "__main__":

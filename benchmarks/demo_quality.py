@@ -1,4 +1,5 @@
-"""Exact match, tokens per forward and acceptance length of the demo bundle, per task family and mode, on held-out prompts.
+"""Exact match, tokens per forward and acceptance length of the demo bundle, per task family and
+mode, on held-out prompts.
 
 python -m benchmarks.demo_quality BUNDLE [--per-family 30]
 """
@@ -31,10 +32,16 @@ def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str,
     for name, options in MODES.items():
         results: list[tuple[Generation, bool]] = []
         for example in chosen:
-            stream = model.stream([model.codec.encode_chat([{"role": "user", "content": example.prompt}])], max_new_tokens=192, **options)
+            stream = model.stream(
+                [model.codec.encode_chat([{"role": "user", "content": example.prompt}])],
+                max_new_tokens=192,
+                **options,
+            )
             for _ in stream:
                 pass
-            results.append((stream.result, model.codec.decode(stream.result.token_ids) in example.answers))
+            results.append(
+                (stream.result, model.codec.decode(stream.result.token_ids) in example.answers)
+            )
         if name == "ar":
             ar = [r.token_ids for r, _ in results]
         tokens, nfe = sum(len(r.token_ids) for r, _ in results), sum(r.nfe for r, _ in results)
@@ -44,8 +51,16 @@ def measure(model: TriModeModel, family: str, count: int) -> dict[str, dict[str,
             "tokens": tokens,
             "nfe": nfe,
             "tokens_per_forward": tokens / nfe,
-            "acceptance_length": sum((r.acceptance_length or 0) * r.forwards.verify for r, _ in results) / cycles if cycles else None,
-            "same_tokens_as_ar": sum(r.token_ids == text for (r, _), text in zip(results, ar, strict=True)) / count,
+            "acceptance_length": sum(
+                (r.acceptance_length or 0) * r.forwards.verify for r, _ in results
+            )
+            / cycles
+            if cycles
+            else None,
+            "same_tokens_as_ar": sum(
+                r.token_ids == text for (r, _), text in zip(results, ar, strict=True)
+            )
+            / count,
         }
     return rows
 
@@ -61,12 +76,21 @@ def main() -> None:
     for family, rows in table.items():
         print(f"{family:10s}" + "".join(f"{cell(rows[name]):>26s}" for name in MODES))
     print("each cell: exact match / tokens per forward / acceptance length")
-    save("demo_quality", {"per_family": args.per_family, "source_sha256": model.bundle.manifest.source.sha256, "families": table})
+    save(
+        "demo_quality",
+        {
+            "per_family": args.per_family,
+            "source_sha256": model.bundle.manifest.source.sha256,
+            "families": table,
+        },
+    )
 
 
 def cell(row: dict[str, float | None]) -> str:
     acceptance = row["acceptance_length"]
-    return f"{100 * row['exact_match']:.0f}% / {row['tokens_per_forward']:.2f}" + (f" / {acceptance:.1f}" if acceptance else "")
+    return f"{100 * row['exact_match']:.0f}% / {row['tokens_per_forward']:.2f}" + (
+        f" / {acceptance:.1f}" if acceptance else ""
+    )
 
 
 if __name__ == "__main__":

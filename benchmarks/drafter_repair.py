@@ -1,9 +1,11 @@
-"""What training the drafter on the quantized model does: tokens a cycle on held-out questions, before and after.
+"""What training the drafter on the quantized model does: tokens a cycle on held-out questions,
+before and after.
 
 python -m benchmarks.drafter_repair [CHECKPOINT] [--precision int4] [--calibration CAL] [--prompts 400] [--steps 300] [--per-family 11]
 
-A user's way, command by command: calibrate, train the adapter, build one bundle with the checkpoint's adapter and one with the trained one,
-answer held-out questions with both. Prompts for the first two are of the training split. All on the CPU, through the portable graphs.
+A user's way, command by command: calibrate, train the adapter, build one bundle with the
+checkpoint's adapter and one with the trained one, answer held-out questions with both. Prompts for
+the first two are of the training split. All on the CPU, through the portable graphs.
 """
 
 from __future__ import annotations
@@ -34,11 +36,18 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def measure(bundle: Path, per_family: int) -> dict[str, Any]:
-    """Acceptance length and tokens per forward over all questions, by family too, and how many answers are unlike AR's."""
+    """Acceptance length and tokens per forward over all questions, by family too, and how many
+    answers are unlike AR's.
+    """
     model = TriModeModel.from_pretrained(bundle)
     questions = held_out_questions(per_family)
-    ids = [model.codec.encode_chat([{"role": "user", "content": question.prompt}]) for question in questions]
-    greedy = [model.ar_generate([one], max_new_tokens=192)[0][0, len(one) :].tolist() for one in ids]
+    ids = [
+        model.codec.encode_chat([{"role": "user", "content": question.prompt}])
+        for question in questions
+    ]
+    greedy = [
+        model.ar_generate([one], max_new_tokens=192)[0][0, len(one) :].tolist() for one in ids
+    ]
     results: dict[str, Any] = {}
     for name, options in MODES.items():
         counts: dict[str, list[int]] = {family: [0, 0] for family in FAMILIES}
@@ -47,18 +56,25 @@ def measure(bundle: Path, per_family: int) -> dict[str, Any]:
             stream = model.stream([one], max_new_tokens=192, **options)
             for _ in stream:
                 pass
-            tokens, nfe, unlike = tokens + len(stream.result.token_ids), nfe + stream.result.nfe, unlike + (stream.result.token_ids != expected)
+            tokens, nfe, unlike = (
+                tokens + len(stream.result.token_ids),
+                nfe + stream.result.nfe,
+                unlike + (stream.result.token_ids != expected),
+            )
             cycles = stream.result.forwards.verify
             counts[question.family][0] += round((stream.result.acceptance_length or 0) * cycles)
             counts[question.family][1] += cycles
         results[name] = {
             "questions": len(questions),
-            "acceptance_length": sum(drafted for drafted, _ in counts.values()) / sum(cycles for _, cycles in counts.values()),
+            "acceptance_length": sum(drafted for drafted, _ in counts.values())
+            / sum(cycles for _, cycles in counts.values()),
             "tokens_per_forward": tokens / nfe,
             "tokens": tokens,
             "nfe": nfe,
             "unlike_ar": unlike,
-            "families": {family: drafted / cycles for family, (drafted, cycles) in counts.items() if cycles},
+            "families": {
+                family: drafted / cycles for family, (drafted, cycles) in counts.items() if cycles
+            },
         }
     return results
 
@@ -69,12 +85,23 @@ def main() -> None:
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--calibration", type=Path, help="an existing one, instead of calibrating")
     parser.add_argument("--samples", type=int, default=24, help="prompts to calibrate with")
-    parser.add_argument("--prompts", type=int, default=400, help="prompts to train on, an eighth of them (at most 32) to decide by")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=400,
+        help="prompts to train on, an eighth of them (at most 32) to decide by",
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--from-scratch", action="store_true")
     parser.add_argument("--per-family", type=int, default=11)
-    parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted; needs --work")
-    parser.add_argument("--work", type=Path, help="folder to keep what is made in; a temporary one if left out")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a training that was interrupted; needs --work",
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder to keep what is made in; a temporary one if left out"
+    )
     options = parser.parse_args()
     if options.work is None:
         with tempfile.TemporaryDirectory() as name:
@@ -89,26 +116,57 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     calibration = options.calibration or folder / "calibration"
     if options.calibration is None and not options.resume:
         request = CalibrateRequest(
-            options.precision, folder / "prompts.jsonl", options.samples, "ar,draft,verify", 128, 0, None, False, False, "cpu", True
+            options.precision,
+            folder / "prompts.jsonl",
+            options.samples,
+            "ar,draft,verify",
+            128,
+            0,
+            None,
+            False,
+            False,
+            "cpu",
+            True,
         )
         run_calibrate(options.checkpoint, calibration, request)
-    settings = DrafterJobSettings(steps=options.steps, num_held_out=16, from_scratch=options.from_scratch)
-    run_drafter(options.checkpoint, folder / "adapter", TrainingRequest(folder / "prompts.jsonl", calibration, options.resume), settings)
+    settings = DrafterJobSettings(
+        steps=options.steps, num_held_out=16, from_scratch=options.from_scratch
+    )
+    run_drafter(
+        options.checkpoint,
+        folder / "adapter",
+        TrainingRequest(folder / "prompts.jsonl", calibration, options.resume),
+        settings,
+    )
     results = {}
     for name, adapter in (("before", None), ("after", folder / "adapter")):
         bundle = folder / f"bundle-{name}"
-        build_bundle(options.checkpoint, bundle, BuildOptions(calibration=calibration, drafter=adapter, cache=folder / "cache", force=True))
+        build_bundle(
+            options.checkpoint,
+            bundle,
+            BuildOptions(
+                calibration=calibration, drafter=adapter, cache=folder / "cache", force=True
+            ),
+        )
         results[name] = measure(bundle, options.per_family)
     record = load_record(calibration)
-    save("drafter_repair", {
-        "calibration": {"precision": record.precision, "data": record.data.model_dump() if record.data else None},
-        "training": json.loads((folder / "adapter" / RECORD).read_text()),
-        "results": results,
-    })  # fmt: skip
+    save(
+        "drafter_repair",
+        {
+            "calibration": {
+                "precision": record.precision,
+                "data": record.data.model_dump() if record.data else None,
+            },
+            "training": json.loads((folder / "adapter" / RECORD).read_text()),
+            "results": results,
+        },
+    )
     print(f"{'':10s}{'':12s}{'acceptance':>12s}{'tokens/fwd':>12s}{'unlike AR':>12s}")
     for bundle_name, modes in results.items():
         for mode, row in modes.items():
-            print(f"{bundle_name:10s}{mode:12s}{row['acceptance_length']:12.3f}{row['tokens_per_forward']:12.3f}{row['unlike_ar']:12d}")
+            print(
+                f"{bundle_name:10s}{mode:12s}{row['acceptance_length']:12.3f}{row['tokens_per_forward']:12.3f}{row['unlike_ar']:12d}"
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python -m benchmarks.engine_scale --size 8b        needs the checkpoint's size of free disk (8b: 17 GB) and TensorRT-RTX
 
-The checkpoint is a sparse file of the true shape and byte count. Memory is the proportional set size of the whole process tree (a page
-that two processes map counts once), sampled every 50 ms, and the resident set size of its largest process.
+The checkpoint is a sparse file of the true shape and byte count. Memory is the proportional set
+size of the whole process tree (a page that two processes map counts once), sampled every 50 ms, and
+the resident set size of its largest process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ TARGETS = ("dgx-spark", "rtx-pro-6000", "rtx-4090")
 
 
 class TreeMemory(threading.Thread):
-    """Samples the memory of a process and all its descendants until it ends, and ends it when they take more than ``limit_bytes``."""
+    """Samples the memory of a process and all its descendants until it ends, and ends it when they
+    take more than ``limit_bytes``.
+    """
 
     def __init__(self, pid: int, limit_bytes: int | None = None) -> None:
         super().__init__(daemon=True)
@@ -41,7 +44,8 @@ class TreeMemory(threading.Thread):
     def run(self) -> None:
         while psutil.pid_exists(self._root.pid):
             pss, rss, count = 0, 0, 0
-            with contextlib.suppress(psutil.Error):  # a process may end between being listed and being read
+            # a process may end between being listed and being read
+            with contextlib.suppress(psutil.Error):
                 for process in [self._root, *self._root.children(recursive=True)]:
                     info = process.memory_full_info()
                     pss, rss, count = pss + info.pss, max(rss, info.rss), count + 1
@@ -56,7 +60,9 @@ class TreeMemory(threading.Thread):
 def timed(command: list[str], cache: Path) -> dict[str, Any]:
     """Run a command with its own cache; seconds, and memory of its process tree."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRIMODE_CACHE": str(cache)})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRIMODE_CACHE": str(cache)}
+    )
     memory = TreeMemory(process.pid)
     memory.start()
     assert process.stderr is not None
@@ -81,18 +87,37 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source_bytes = write_sparse_checkpoint(folder / "checkpoint", options.size)
-        command = [sys.executable, "-m", "trimode.cli.main", "build", str(folder / "checkpoint"), "-o", str(folder / "bundle")]
+        command = [
+            sys.executable,
+            "-m",
+            "trimode.cli.main",
+            "build",
+            str(folder / "checkpoint"),
+            "-o",
+            str(folder / "bundle"),
+        ]
         command += ["--precision", "bf16"]
         command += [part for target in TARGETS for part in ("--target", target)]
         command += ["--jobs", str(options.jobs)] if options.jobs else []
-        measured = {"size": options.size, "targets": TARGETS, "checkpoint_bytes": source_bytes, "first": timed(command, folder / "cache")}
+        measured = {
+            "size": options.size,
+            "targets": TARGETS,
+            "checkpoint_bytes": source_bytes,
+            "first": timed(command, folder / "cache"),
+        }
         measured["again"] = timed(command, folder / "cache")
         measured["a_fourth_target"] = timed([*command, "--target", "l4"], folder / "cache")
-        files = {str(p.relative_to(folder / "bundle")): p.stat().st_size for p in (folder / "bundle").rglob("*") if p.is_file()}
+        files = {
+            str(p.relative_to(folder / "bundle")): p.stat().st_size
+            for p in (folder / "bundle").rglob("*")
+            if p.is_file()
+        }
     engines = {file: size for file, size in files.items() if file.endswith(".engine")}
     measured["engine_bytes"] = engines
     measured["bundle_bytes"] = sum(files.values())
-    measured["bundle_to_weights_plus_engines"] = sum(files.values()) / (source_bytes + sum(engines.values()))
+    measured["bundle_to_weights_plus_engines"] = sum(files.values()) / (
+        source_bytes + sum(engines.values())
+    )
     print(json.dumps(measured, indent=1))
     save(f"engine_scale_{options.size}", measured)
 

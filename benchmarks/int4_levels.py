@@ -1,9 +1,11 @@
-"""What int8 inputs of int4 products change on the demo: answers by mode, and how far one row and a block of rows differ.
+"""What int8 inputs of int4 products change on the demo: answers by mode, and how far one row and a
+block of rows differ.
 
     python -m benchmarks.int4_levels [--per-family 20]
 
-Two int4 bundles (`rtn`) for ``cpu``, ``accuracy_level`` 1 and 4 of MatMulNBits. Held-out questions, greedy, block 32. Each answer that `ar` wrote
-is run once more, token by token by `ar` and in blocks of 32 by `verify`, and the logits of the same tokens are compared.
+Two int4 bundles (`rtn`) for ``cpu``, ``accuracy_level`` 1 and 4 of MatMulNBits. Held-out questions,
+greedy, block 32. Each answer that `ar` wrote is run once more, token by token by `ar` and in blocks
+of 32 by `verify`, and the logits of the same tokens are compared.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ Logits = NDArray[np.float32]
 
 
 def compare_rows(model: TriModeModel, per_family: int) -> dict[str, Any]:
-    """Over all tokens of the answers: the largest difference of a token's logits, and the distance of its two best ones in `ar`."""
+    """Over all tokens of the answers: the largest difference of a token's logits, and the distance
+    of its two best ones in `ar`.
+    """
     differences, gaps = [], []
-    for alone, together in itertools.chain.from_iterable(_rows(model, prompt) for prompt in _prompts(model, per_family)):
+    for alone, together in itertools.chain.from_iterable(
+        _rows(model, prompt) for prompt in _prompts(model, per_family)
+    ):
         differences.append(float(np.abs(alone - together).max()))
         second, first = np.partition(alone, -2)[-2:]
         gaps.append(float(first - second))
@@ -43,16 +49,23 @@ def compare_rows(model: TriModeModel, per_family: int) -> dict[str, Any]:
         "median_difference": float(np.median(differences)),
         "largest_difference": max(differences),
         "least_gap": min(gaps),
-        "gaps_below": {str(bound): sum(gap < bound for gap in gaps) for bound in (0.05, 0.1, 0.2, 0.5, 1.0)},
+        "gaps_below": {
+            str(bound): sum(gap < bound for gap in gaps) for bound in (0.05, 0.1, 0.2, 0.5, 1.0)
+        },
     }
 
 
 def _prompts(model: TriModeModel, per_family: int) -> list[list[int]]:
-    return [model.codec.encode_chat([{"role": "user", "content": question.prompt}]) for question in held_out_questions(per_family)]
+    return [
+        model.codec.encode_chat([{"role": "user", "content": question.prompt}])
+        for question in held_out_questions(per_family)
+    ]
 
 
 def _rows(model: TriModeModel, prompt: list[int]) -> Iterator[tuple[Logits, Logits]]:
-    """The logits behind each token of the answer: from a forward of that token alone, and from one of its block."""
+    """The logits behind each token of the answer: from a forward of that token alone, and from one
+    of its block.
+    """
     answer = model.ar_generate([prompt], max_new_tokens=MAX_NEW_TOKENS)[0][:, len(prompt) :]
     session, cache = model.session, model.session.new_cache()
     session.run("ar", cache, np.array([prompt]), 0)
@@ -60,7 +73,10 @@ def _rows(model: TriModeModel, prompt: list[int]) -> Iterator[tuple[Logits, Logi
         block, past = answer[:, start : start + BLOCK_LENGTH], len(prompt) + start
         together = np.array(session.run("verify", cache, block, past)[2][0])
         for row in range(block.shape[1]):  # writes each slot again, with what AR would have written
-            yield np.array(session.run("ar", cache, block[:, row : row + 1], past + row)[1][0]), together[row]
+            yield (
+                np.array(session.run("ar", cache, block[:, row : row + 1], past + row)[1][0]),
+                together[row],
+            )
 
 
 def main() -> None:
@@ -74,17 +90,24 @@ def main() -> None:
             bundle = Path(name) / str(level)
             build_bundle(DEMO, bundle, BuildOptions(precision="int4", calibration="rtn"))
             model = TriModeModel.from_pretrained(bundle)
-            results[f"accuracy_level {level}"] = {**evaluate(model, options.per_family), "one_row_and_many": compare_rows(model, options.per_family)}
+            results[f"accuracy_level {level}"] = {
+                **evaluate(model, options.per_family),
+                "one_row_and_many": compare_rows(model, options.per_family),
+            }
     save("int4_levels", {"per_family": options.per_family, "results": results})
     for label, result in results.items():
-        exact = ", ".join(f"{mode} {100 * row['exact_match']:.1f}%" for mode, row in result["modes"].items())
+        exact = ", ".join(
+            f"{mode} {100 * row['exact_match']:.1f}%" for mode, row in result["modes"].items()
+        )
         rows = result["one_row_and_many"]
         print(f"{label}: {exact}")
         print(
             f"    logits of one row and of many differ by {rows['median_difference']:.1e} in the middle and {rows['largest_difference']:.1e} at most"
         )
         print(f"    the two best are {rows['least_gap']:.1e} apart at least; rows: {rows['rows']}")
-        print(f"    self-speculation wrote the tokens of ar in {100 * result['modes']['linear-spec']['same_tokens_as_ar']:.1f}% of the answers")
+        print(
+            f"    self-speculation wrote the tokens of ar in {100 * result['modes']['linear-spec']['same_tokens_as_ar']:.1f}% of the answers"
+        )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,3 @@
-"""checkpoint -> bundle: stages, passes, the weight pack, engines. Nothing heavy is imported here."""
+"""checkpoint -> bundle: stages, passes, the weight pack, engines. Nothing heavy is imported
+here.
+"""

@@ -17,7 +17,8 @@ _FORCE = "pass --force to replace it, or choose another output"
 
 
 def read_existing(output: Path) -> Manifest | None:
-    """The manifest of the bundle at ``output``, whose files are there in their sizes; None where there is no bundle.
+    """The manifest of the bundle at ``output``, whose files are there in their sizes; None where
+    there is no bundle.
 
     Raises:
         UsageError: it is damaged, or of another schema.
@@ -27,25 +28,35 @@ def read_existing(output: Path) -> Manifest | None:
     try:
         return open_bundle(output, verify=False).manifest
     except BundleError as error:
-        raise UsageError(f"{output}: expected a bundle that can be added to, found: {error.message}", _FORCE) from error
+        raise UsageError(
+            f"{output}: expected a bundle that can be added to, found: {error.message}", _FORCE
+        ) from error
 
 
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
-    """What is left of a plan when the bundle has some of its targets, exactly as planned, already."""
+    """What is left of a plan when the bundle has some of its targets, exactly as planned,
+    already.
+    """
     there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
     left = {name: record for name, record in plan.records.items() if there.get(name) != record}
     return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
 
 
 def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress) -> None:
-    """Refuse to mix: the bundle must hold this checkpoint, for these lengths, and in this precision, if at all, by the same calibration.
+    """Refuse to mix: the bundle must hold this checkpoint, for these lengths, and in this
+    precision, if at all, by the same calibration.
 
     Raises:
         UsageError: it does not.
-        CheckpointError: the calibration of a precision that is to be added, or the sampler, is of another checkpoint.
+        CheckpointError: the calibration of a precision that is to be added, or the sampler, is of
+            another checkpoint.
     """
     there = base.precisions.get(plan.precision)
-    if there is not None and plan.quantization is not None and plan.quantization.record != there.calibration:
+    if (
+        there is not None
+        and plan.quantization is not None
+        and plan.quantization.record != there.calibration
+    ):
         asked, held = plan.quantization.record, there.calibration
         found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
         raise UsageError(found, _FORCE)
@@ -56,8 +67,14 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
     for name, found in base.model.model_dump().items():
         expected = getattr(plan.model, name)
         if found != expected:
-            raise UsageError(f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE)
-    is_calibrated = there is None and plan.quantization is not None and plan.quantization.source_sha256 is not None
+            raise UsageError(
+                f"{output}: expected a bundle with {name} {expected}, found {found}", _FORCE
+            )
+    is_calibrated = (
+        there is None
+        and plan.quantization is not None
+        and plan.quantization.source_sha256 is not None
+    )
     if not is_calibrated and plan.sampler is None:
         return
     digest = _base_digest(base, plan.checkpoint, progress)
@@ -68,14 +85,24 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
 
 
 def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
-    """The manifest without these targets of a precision, if it has any, and the files that only they use."""
+    """The manifest without these targets of a precision, if it has any, and the files that only
+    they use.
+    """
     if precision not in base.precisions:
         return base
     record = base.precisions[precision]
-    rest = record.model_copy(update={"targets": {name: target for name, target in record.targets.items() if name not in names}})
+    rest = record.model_copy(
+        update={
+            "targets": {
+                name: target for name, target in record.targets.items() if name not in names
+            }
+        }
+    )
     gone = files_of(record) - files_of(rest)
     files = {name: file for name, file in base.files.items() if name not in gone}
-    return base.model_copy(update={"precisions": {**base.precisions, precision: rest}, "files": files})
+    return base.model_copy(
+        update={"precisions": {**base.precisions, precision: rest}, "files": files}
+    )
 
 
 def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> bool:
@@ -83,18 +110,24 @@ def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     if base.source.stamp == stamp_of(checkpoint):
         return True
     digest = SourceDigest(checkpoint)
-    advance = progress.stage("compare weights", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    advance = progress.stage(
+        "compare weights", sum(entry.num_bytes for entry in checkpoint.tensors.values())
+    )
     for count in digest.read_all():
         advance(count)
     return digest.hexdigest() == base.source.sha256
 
 
 def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
-    """Digest of the checkpoint without its adapter, which calibrations belong to; the manifest has that of the whole."""
+    """Digest of the checkpoint without its adapter, which calibrations belong to; the manifest has
+    that of the whole.
+    """
     if checkpoint.drafter is None:
         return base.source.sha256
     digest = SourceDigest(checkpoint)
-    advance = progress.stage("compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    advance = progress.stage(
+        "compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values())
+    )
     for count in digest.read_all():
         advance(count)
     return digest.base_hexdigest()

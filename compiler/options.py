@@ -20,17 +20,23 @@ class BuildOptions:
 
     Attributes:
         targets: names of :mod:`trimode.compiler.targets`, or ``auto``.
-        precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4, nvfp4); None = the calibration's, else the
-            first of the bundle that is added to, else the first that the GPUs prefer and all targets can run; fp32 on a CPU.
-        calibration: folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or nvfp4 weights by rounding to nearest, without
-            any data.
+        precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4,
+            nvfp4); None = the calibration's, else the first of the bundle that is added to, else
+            the first that the GPUs prefer and all targets can run; fp32 on a CPU.
+        calibration: folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or
+            nvfp4 weights by rounding to nearest, without any data.
         drafter: folder of a drafter adapter that takes the place of the checkpoint's own.
-        sampler: folder of a learned sampler of block diffusion (`trimode calibrate sampler`); a bundle that is added to gets it, too.
-        max_length: most tokens of prompt and answer together; None = the model's limit, at most 32768.
-        block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None = 8, 16, 32 and the model's own.
+        sampler: folder of a learned sampler of block diffusion (`trimode calibrate sampler`); a
+        bundle that is added to gets it, too.
+        max_length: most tokens of prompt and answer together; None = the model's limit, at most
+        32768.
+        block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None
+        = 8, 16, 32 and the model's own.
         max_batch: most sequences in one forward of a TensorRT engine.
-        quadratic: also build the graph of quadratic self-speculation; a bundle that is added to has it or has it not.
-        weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack; ``baked``: each holds its own copy.
+        quadratic: also build the graph of quadratic self-speculation; a bundle that is added to has
+        it or has it not.
+        weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack;
+        ``baked``: each holds its own copy.
         workspace_mib: most scratch memory of an engine on the GPU; None = the library's choice.
         timing_cache: file for TensorRT's timing cache (TensorRT-RTX has none).
         num_jobs: engines compiled at a time; None = one a core.
@@ -60,13 +66,27 @@ class BuildOptions:
         """Raise :class:`UsageError` for a value out of its range."""
         for length in self.block_lengths or ():
             if not 1 <= length <= MAX_BLOCK_LENGTH:
-                raise UsageError(f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}", "pass for example --block-lengths 8,16,32")
+                raise UsageError(
+                    f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}",
+                    "pass for example --block-lengths 8,16,32",
+                )
         if self.block_lengths == ():
-            raise UsageError("expected at least one block length, found none", "pass for example --block-lengths 8,16,32")
+            raise UsageError(
+                "expected at least one block length, found none",
+                "pass for example --block-lengths 8,16,32",
+            )
         if not 1 <= self.max_batch <= MAX_BATCH:
-            raise UsageError(f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}", "each size costs memory; 1 is usual on a desk")
+            raise UsageError(
+                f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}",
+                "each size costs memory; 1 is usual on a desk",
+            )
         if self.weights not in ("shared", "baked"):
-            raise UsageError(f"expected --weights shared or baked, found {self.weights!r}", "shared keeps one copy for all engines")
+            raise UsageError(
+                f"expected --weights shared or baked, found {self.weights!r}",
+                "shared keeps one copy for all engines",
+            )
         for name, value in (("--workspace", self.workspace_mib), ("--jobs", self.num_jobs)):
             if value is not None and value < 1:
-                raise UsageError(f"expected {name} of at least 1, found {value}", "leave it out for the default")
+                raise UsageError(
+                    f"expected {name} of at least 1, found {value}", "leave it out for the default"
+                )

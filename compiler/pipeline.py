@@ -1,7 +1,8 @@
 """checkpoint -> bundle, as a flat list of stages. Start reading here.
 
-A stage takes the state of the build and adds to it. A new bundle appears under its name only when the last stage is done; a bundle that
-exists already gets the precision and the targets it lacks, and is whole before, between and after.
+A stage takes the state of the build and adds to it. A new bundle appears under its name only when
+the last stage is done; a bundle that exists already gets the precision and the targets it lacks,
+and is whole before, between and after.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from trimode.compiler.stages.pack import finish_weights, start_weights
 from trimode.compiler.stages.state import BuildState
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
-from trimode.compiler.store.staging import added_to_bundle, check_destination, check_space, staged_folder
+from trimode.compiler.store.staging import (
+    added_to_bundle,
+    check_destination,
+    check_space,
+    staged_folder,
+)
 from trimode.compiler.toolchain import require_toolchain
 from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName, PrecisionRecord
 from trimode.graphs.checkpoint import open_checkpoint
@@ -54,7 +60,12 @@ class BuildResult:
         return self.manifest.precisions[self.precision]
 
 
-def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = None, progress: Progress | None = None) -> BuildResult:
+def build_bundle(
+    checkpoint: Path,
+    output: Path,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
+) -> BuildResult:
     """Build a bundle, or add a precision, targets or a learned sampler to one.
 
     Args:
@@ -64,13 +75,14 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
         progress: told about stages; None = silent.
 
     Raises:
-        UsageError: an option is out of range, or ``output`` is something else than a bundle of this checkpoint.
-        CheckpointError: the checkpoint is incomplete or not of this family, a weight is NaN or infinite, or the calibration or the sampler does
-            not belong to it.
+        UsageError: an option is out of range, or ``output`` is something else than a bundle of this
+        checkpoint.
+        CheckpointError: the checkpoint is incomplete or not of this family, a weight is NaN or
+            infinite, or the calibration or the sampler does not belong to it.
         DependencyError: the library that compiles for a target is not installed.
         BundleError: the tokenizer or the chat template cannot be used with the model.
-        BuildError: a target cannot be compiled for here, a weight is too large for its type, or the bundle could not be written; what was there
-            before still is.
+        BuildError: a target cannot be compiled for here, a weight is too large for its type, or the
+            bundle could not be written; what was there before still is.
     """
     options, progress = options or BuildOptions(), progress or Silent()
     options.check()
@@ -80,22 +92,48 @@ def build_bundle(checkpoint: Path, output: Path, options: BuildOptions | None = 
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)
     cache = ContentCache(options.cache, options.cache_limit_bytes) if options.cache else None
-    result = _create(plan, output, progress, cache) if base is None else _extend(base, plan, output, progress, cache)
+    result = (
+        _create(plan, output, progress, cache)
+        if base is None
+        else _extend(base, plan, output, progress, cache)
+    )
     if cache is not None and result.built:
         cache.prune()
     return result
 
 
-def _create(plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
+def _create(
+    plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None
+) -> BuildResult:
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization, file=plan.names.pack)
+    layout, source = plan_pack(
+        plan.checkpoint,
+        plan.model.num_positions,
+        plan.dtype,
+        plan.quantization,
+        file=plan.names.pack,
+    )
     with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
-        return _run(NEW_BUNDLE, BuildState(plan, progress, cache, folder, [folder / plan.names.pack], layout.tensors, layout, source))
+        return _run(
+            NEW_BUNDLE,
+            BuildState(
+                plan,
+                progress,
+                cache,
+                folder,
+                [folder / plan.names.pack],
+                layout.tensors,
+                layout,
+                source,
+            ),
+        )
 
 
-def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None) -> BuildResult:
+def _extend(
+    base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None
+) -> BuildResult:
     check_same(base, output, plan, progress)
     plan = without_built(plan, base)
     if not plan.targets and plan.sampler is None:
@@ -103,19 +141,42 @@ def _extend(base: Manifest, plan: BuildPlan, output: Path, progress: Progress, c
     for target in plan.targets.values():
         require_toolchain(target)
     rest = drop_targets(base, plan.precision, list(plan.targets))
-    with added_to_bundle(output, base, rest, [plan.names.target(name) for name in plan.targets]) as folder:
+    with added_to_bundle(
+        output, base, rest, [plan.names.target(name) for name in plan.targets]
+    ) as folder:
         if plan.precision in base.precisions:
             packs = [output / name for name in base.precisions[plan.precision].packs]
             return _run(
                 ADDED_TARGETS if plan.targets else ADDED_SAMPLER,
-                BuildState(plan, progress, cache, folder, packs, read_tensors(PrecisionWeights(packs)), base=base),
+                BuildState(
+                    plan,
+                    progress,
+                    cache,
+                    folder,
+                    packs,
+                    read_tensors(PrecisionWeights(packs)),
+                    base=base,
+                ),
             )
         held = held_in(output / name for name in _all_packs(base))
-        layout, _ = plan_pack(plan.checkpoint, plan.model.num_positions, plan.dtype, plan.quantization, file=plan.names.pack, held=held)
+        layout, _ = plan_pack(
+            plan.checkpoint,
+            plan.model.num_positions,
+            plan.dtype,
+            plan.quantization,
+            file=plan.names.pack,
+            held=held,
+        )
         check_space(output, layout.num_bytes)
         used = {tensor.file for tensor in layout.tensors.values()}
-        packs = [folder / plan.names.pack, *(output / name for name in _all_packs(base) if name in used)]
-        return _run(ADDED_PRECISION, BuildState(plan, progress, cache, folder, packs, layout.tensors, layout, base=base))
+        packs = [
+            folder / plan.names.pack,
+            *(output / name for name in _all_packs(base) if name in used),
+        ]
+        return _run(
+            ADDED_PRECISION,
+            BuildState(plan, progress, cache, folder, packs, layout.tensors, layout, base=base),
+        )
 
 
 def _all_packs(base: Manifest) -> list[str]:
@@ -131,11 +192,36 @@ def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) ->
         if state.writer is not None:
             state.writer.stop()
     assert state.manifest is not None
-    (state.folder / MANIFEST).write_text(state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return BuildResult(state.manifest, state.plan.precision, tuple(state.plan.targets), state.num_cached, state.plan.sampler is not None)
+    (state.folder / MANIFEST).write_text(
+        state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8"
+    )
+    return BuildResult(
+        state.manifest,
+        state.plan.precision,
+        tuple(state.plan.targets),
+        state.num_cached,
+        state.plan.sampler is not None,
+    )
 
 
-NEW_BUNDLE = (start_weights, trace_graphs, write_graphs, export_sampler, compile_targets, copy_tokenizer, finish_weights, describe_bundle)
-ADDED_PRECISION = (start_weights, trace_graphs, write_graphs, export_sampler, compile_targets, finish_weights, describe_additions)
+NEW_BUNDLE = (
+    start_weights,
+    trace_graphs,
+    write_graphs,
+    export_sampler,
+    compile_targets,
+    copy_tokenizer,
+    finish_weights,
+    describe_bundle,
+)
+ADDED_PRECISION = (
+    start_weights,
+    trace_graphs,
+    write_graphs,
+    export_sampler,
+    compile_targets,
+    finish_weights,
+    describe_additions,
+)
 ADDED_TARGETS = (trace_graphs, export_sampler, compile_targets, describe_additions)
 ADDED_SAMPLER = (export_sampler, describe_additions)

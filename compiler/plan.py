@@ -1,4 +1,6 @@
-"""What a build will make, decided before any work: the model's facts, the precision, and one record for each target."""
+"""What a build will make, decided before any work: the model's facts, the precision, and one record
+for each target.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from trimode.formats.calibration import load_record
 from trimode.formats.contract import ROLES, DType, ModelInfo, Role
 from trimode.formats.finite import first_not_finite
 from trimode.formats.hints import TRAIN_SAMPLER
-from trimode.formats.manifest import EngineRecord, Manifest, PrecisionName, SamplerRecord, TargetRecord
+from trimode.formats.manifest import (
+    EngineRecord,
+    Manifest,
+    PrecisionName,
+    SamplerRecord,
+    TargetRecord,
+)
 from trimode.formats.sampler import WEIGHTS, SamplerFile, check_sampler_source, load_sampler_record
 from trimode.formats.texts import name_of, reason_of
 from trimode.graphs.checkpoint import Checkpoint, describe_model
@@ -33,7 +41,9 @@ SAMPLER_FILE = "sampler.onnx"
 
 @dataclass(frozen=True)
 class FileNames:
-    """What the files of a precision are called in the bundle; ``suffix`` is empty for the one that was built first."""
+    """What the files of a precision are called in the bundle; ``suffix`` is empty for the one that
+    was built first.
+    """
 
     suffix: str = ""
 
@@ -58,10 +68,12 @@ class BuildPlan:
     Attributes:
         dtype: of the weights that are not quantized; GPUs compute in it.
         roles: graphs of the bundle.
-        quantization: of the other weights; None where there are none, or where they are in the bundle that is added to.
+        quantization: of the other weights; None where there are none, or where they are in the
+        bundle that is added to.
         names: of the precision's files.
         records: the manifest's entry of each target, known in full beforehand.
-        sampler: the learned sampler to write; None where none is asked for, or where the bundle that is added to has it.
+        sampler: the learned sampler to write; None where none is asked for, or where the bundle
+            that is added to has it.
     """
 
     options: BuildOptions
@@ -77,19 +89,27 @@ class BuildPlan:
     sampler: SamplerSource | None = None
 
 
-def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | None = None) -> BuildPlan:
-    """Plan a build; ``base`` is the bundle that it adds to, whose choices stand where the options leave them open.
+def make_plan(
+    checkpoint: Checkpoint, options: BuildOptions, base: Manifest | None = None
+) -> BuildPlan:
+    """Plan a build; ``base`` is the bundle that it adds to, whose choices stand where the options
+    leave them open.
 
     Raises:
-        UsageError: an option is out of range, a target cannot run the precision, or the precision or a target cannot compute in the type that
-            all precisions of the bundle share.
-        CheckpointError: the calibration or the sampler cannot be read, or does not fit the checkpoint.
+        UsageError: an option is out of range, a target cannot run the precision, or the precision
+            or a target cannot compute in the type that all precisions of the bundle share.
+        CheckpointError: the calibration or the sampler cannot be read, or does not fit the
+        checkpoint.
         DependencyError: the library that compiles for a target is not installed.
         BundleError: the tokenizer or the chat template cannot be used with the model.
     """
     options.check()
     targets = {target.name: target for target in resolve_targets(options.targets)}
-    asked = options.precision or _calibrated_precision(options) or (base.first_precision if base else None)
+    asked = (
+        options.precision
+        or _calibrated_precision(options)
+        or (base.first_precision if base else None)
+    )
     precision = choose_precision(asked, tuple(targets.values()))
     if base is not None:
         _check_shared_dtype(precision, base)
@@ -97,39 +117,77 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions, base: Manifest | No
     dtype = base.dtype if base else _compute_dtype(precision, tuple(targets.values()))
     if precision not in DTYPES:
         _check_compute(dtype, tuple(targets.values()))
-    names = FileNames() if base is None or precision == base.first_precision else FileNames(f"-{precision}")
-    max_length = options.max_length if options.max_length is not None or base is None else base.model.max_length
+    names = (
+        FileNames()
+        if base is None or precision == base.first_precision
+        else FileNames(f"-{precision}")
+    )
+    max_length = (
+        options.max_length
+        if options.max_length is not None or base is None
+        else base.model.max_length
+    )
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
-    records = {name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized) for name, target in targets.items()}
+    records = {
+        name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized)
+        for name, target in targets.items()
+    }
     sampler = plan_sampler(options.sampler, model, base)
     check_text(checkpoint.path, model.vocab_size)
-    return BuildPlan(options, checkpoint, model, roles, precision, dtype, quantization, names, targets, records, sampler)
+    return BuildPlan(
+        options,
+        checkpoint,
+        model,
+        roles,
+        precision,
+        dtype,
+        quantization,
+        names,
+        targets,
+        records,
+        sampler,
+    )
 
 
 def plan_target(
-    target: Target, options: BuildOptions, model: ModelInfo, dtype: DType, names: FileNames, roles: tuple[Role, ...] = ROLES, *,
+    target: Target,
+    options: BuildOptions,
+    model: ModelInfo,
+    dtype: DType,
+    names: FileNames,
+    roles: tuple[Role, ...] = ROLES,
+    *,
     is_quantized: bool = False,
-) -> TargetRecord:  # fmt: skip
+) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
     if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
-        raise UsageError(f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
-                         "pass a shorter one in --block-lengths, or leave --quadratic out")  # fmt: skip
+        raise UsageError(
+            f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
+            "pass a shorter one in --block-lengths, or leave --quadratic out",
+        )
     capacity = plan_capacity(roles, model, lengths, options.max_batch)
     graphs = {
         role: EngineRecord(
-            file=f"{names.target(target.name)}/{role}.engine", profiles=plan_profiles(role, model, lengths, options.max_batch, capacity)
+            file=f"{names.target(target.name)}/{role}.engine",
+            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
         )
         for role in roles
     }
     return TargetRecord(
-        backend=target.backend, device="cuda", compute_capability=target.compute_capability, compute_dtype=dtype,
-        placement=options.weights, capacity=capacity, workspace_mib=options.workspace_mib, library=library_of(target.backend),
+        backend=target.backend,
+        device="cuda",
+        compute_capability=target.compute_capability,
+        compute_dtype=dtype,
+        placement=options.weights,
+        capacity=capacity,
+        workspace_mib=options.workspace_mib,
+        library=library_of(target.backend),
         graphs=graphs,
-    )  # fmt: skip
+    )
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
@@ -137,20 +195,33 @@ def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...
     if base is None:
         return (*ROLES, "quadratic") if options.quadratic else ROLES
     if options.quadratic and "quadratic" not in base.contracts:
-        raise UsageError("expected a bundle with the graph of quadratic self-speculation, found one without",
-                         "pass --force to build it again with --quadratic, or leave --quadratic out")  # fmt: skip
+        raise UsageError(
+            "expected a bundle with the graph of quadratic self-speculation, found one without",
+            "pass --force to build it again with --quadratic, or leave --quadratic out",
+        )
     return tuple(base.contracts)
 
 
 def _calibrated_precision(options: BuildOptions) -> str | None:
-    return load_record(options.calibration).precision if isinstance(options.calibration, Path) else None
+    return (
+        load_record(options.calibration).precision
+        if isinstance(options.calibration, Path)
+        else None
+    )
 
 
-def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None) -> Quantization | None:
-    """The scales; None where nothing is quantized, or the bundle that is added to has them and no others are asked for."""
+def _plan_quantization(
+    checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None
+) -> Quantization | None:
+    """The scales; None where nothing is quantized, or the bundle that is added to has them and no
+    others are asked for.
+    """
     if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
-            raise UsageError(f"expected --calibration with --precision fp8, int8, int4 or nvfp4, found {precision}", "leave --calibration out")
+            raise UsageError(
+                f"expected --calibration with --precision fp8, int8, int4 or nvfp4, found {precision}",
+                "leave --calibration out",
+            )
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
         return None
@@ -158,38 +229,64 @@ def _plan_quantization(checkpoint: Checkpoint, options: BuildOptions, precision:
 
 
 def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:
-    """The type of a dense bundle; of a quantized one, what a dense one for these targets would have."""
+    """The type of a dense bundle; of a quantized one, what a dense one for these targets would
+    have.
+    """
     return DTYPES[precision] if precision in DTYPES else DTYPES[choose_precision(None, targets)]
 
 
 def _check_shared_dtype(precision: PrecisionName, base: Manifest) -> None:
-    """Raise :class:`UsageError` where a dense precision has another type than all else in the bundle that it would be added to."""
+    """Raise :class:`UsageError` where a dense precision has another type than all else in the
+    bundle that it would be added to.
+    """
     dtype = DTYPES.get(precision)
     if dtype not in (None, base.dtype):
         (able,) = (name for name, other in DTYPES.items() if other == base.dtype)
-        raise UsageError(f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
-                         f"add {able}, fp8, int8, int4 or nvfp4 to this bundle, or build {precision} as a bundle of its own")  # fmt: skip
+        raise UsageError(
+            f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
+            f"add {able}, fp8, int8, int4 or nvfp4 to this bundle, or build {precision} as a bundle of its own",
+        )
 
 
 def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
-    """Raise :class:`UsageError` where a GPU cannot compute in the type that a quantized bundle has for everything else."""
+    """Raise :class:`UsageError` where a GPU cannot compute in the type that a quantized bundle has
+    for everything else.
+    """
     for target in targets:
-        if target.device == "cuda" and not any(DTYPES.get(precision) == dtype for precision in target.precisions):
-            raise UsageError(f"{target.name}: expected a bundle that computes in a type it can run, found one in {dtype}",
-                             f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own")  # fmt: skip
+        if target.device == "cuda" and not any(
+            DTYPES.get(precision) == dtype for precision in target.precisions
+        ):
+            raise UsageError(
+                f"{target.name}: expected a bundle that computes in a type it can run, found one in {dtype}",
+                f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own",
+            )
 
 
-def _plan_onnxruntime(target: Target, dtype: DType, names: FileNames, roles: tuple[Role, ...], *, is_quantized: bool) -> TargetRecord:
+def _plan_onnxruntime(
+    target: Target, dtype: DType, names: FileNames, roles: tuple[Role, ...], *, is_quantized: bool
+) -> TargetRecord:
     """On a CPU everything is computed in float32.
 
-    A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is widened once, on loading.
+    A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is
+    widened once, on loading.
     """
     portable = target.device == "cpu" and (dtype == "float32" or is_quantized)
     return TargetRecord(
-        backend="onnxruntime", device=target.device, compute_capability=None, compute_dtype="float32" if target.device == "cpu" else dtype,
-        placement="external" if portable else "shared", capacity=None, workspace_mib=None, library=library_of("onnxruntime"),
-        graphs={role: EngineRecord(file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx") for role in roles},
-    )  # fmt: skip
+        backend="onnxruntime",
+        device=target.device,
+        compute_capability=None,
+        compute_dtype="float32" if target.device == "cpu" else dtype,
+        placement="external" if portable else "shared",
+        capacity=None,
+        workspace_mib=None,
+        library=library_of("onnxruntime"),
+        graphs={
+            role: EngineRecord(
+                file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx"
+            )
+            for role in roles
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -203,21 +300,31 @@ class SamplerSource:
         """The manifest's entry."""
         record = self.record
         return SamplerRecord(
-            file=SAMPLER_FILE, name=name_of(self.folder), sha256=record.sampler_sha256, num_parameters=record.num_parameters,
-            block_lengths=record.block_lengths, threshold=record.threshold,
-        )  # fmt: skip
+            file=SAMPLER_FILE,
+            name=name_of(self.folder),
+            sha256=record.sampler_sha256,
+            num_parameters=record.num_parameters,
+            block_lengths=record.block_lengths,
+            threshold=record.threshold,
+        )
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` unless it was trained for the checkpoint with this digest, any adapter left out."""
+        """Raise :class:`CheckpointError` unless it was trained for the checkpoint with this digest,
+        any adapter left out.
+        """
         check_sampler_source(str(self.folder), self.record.source_sha256, sha256)
 
 
-def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -> SamplerSource | None:
-    """What is to be written for ``--sampler``; None where nothing is asked for, or the bundle that is added to has the same.
+def plan_sampler(
+    folder: Path | None, model: ModelInfo, base: Manifest | None
+) -> SamplerSource | None:
+    """What is to be written for ``--sampler``; None where nothing is asked for, or the bundle that
+    is added to has the same.
 
     Raises:
         UsageError: the bundle has another.
-        CheckpointError: it cannot be read, is of another vocabulary, or a weight is NaN or infinite.
+        CheckpointError: it cannot be read, is of another vocabulary, or a weight is NaN or
+            infinite.
     """
     if folder is None:
         return None
@@ -233,8 +340,10 @@ def plan_sampler(folder: Path | None, model: ModelInfo, base: Manifest | None) -
     if base is None or base.sampler is None:
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:
-        raise UsageError(f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
-                         "pass --force to replace the bundle, or choose another output")  # fmt: skip
+        raise UsageError(
+            f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
+            "pass --force to replace the bundle, or choose another output",
+        )
     return None
 
 
@@ -242,9 +351,14 @@ def _check_weights(file: Path) -> None:
     try:
         tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors file, found: {reason_of(error)}", TRAIN_SAMPLER) from error
+        raise CheckpointError(
+            f"{file}: expected a safetensors file, found: {reason_of(error)}", TRAIN_SAMPLER
+        ) from error
     for name, values in tensors.items():
         dtype = _FLOATS.get(values.dtype)
         found = dtype and first_not_finite(values.tobytes(), dtype)
         if found:
-            raise CheckpointError(f"{file}: expected finite weights, found {name} with {found.at(values.shape)}", TRAIN_SAMPLER)
+            raise CheckpointError(
+                f"{file}: expected finite weights, found {name} with {found.at(values.shape)}",
+                TRAIN_SAMPLER,
+            )

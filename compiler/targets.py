@@ -1,8 +1,10 @@
-"""Targets as data: where a bundle can run, what each place can compute, and which library compiles for it.
+"""Targets as data: where a bundle can run, what each place can compute, and which library compiles
+for it.
 
-Compute capabilities and memory are those of NVIDIA's product pages (https://developer.nvidia.com/cuda-gpus); what TensorRT-RTX compiles
-ahead of time, without the GPU, is its ``ComputeCapability`` enumeration. Memory bandwidths are those of NVIDIA's data sheets (per GPU;
-SXM modules where there are several forms): peak figures, which no kernel quite reaches.
+Compute capabilities and memory are those of NVIDIA's product pages
+(https://developer.nvidia.com/cuda-gpus); what TensorRT-RTX compiles ahead of time, without the GPU,
+is its ``ComputeCapability`` enumeration. Memory bandwidths are those of NVIDIA's data sheets (per
+GPU; SXM modules where there are several forms): peak figures, which no kernel quite reaches.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ class Target:
         backend: the library that compiles and runs it.
         compute_capability: of its GPU, as ``8.9``; None for a CPU, or where any GPU will do.
         precisions: what it can compute, the preferred one first.
-        memory_gb: of the GPU, in 10^9 bytes; the smallest variant sold; None where it depends on the machine.
-        bandwidth_gb_s: of that memory, in 10^9 bytes a second; None where it depends on the machine.
+        memory_gb: of the GPU, in 10^9 bytes; the smallest variant sold; None where it depends on
+        the machine.
+        bandwidth_gb_s: of that memory, in 10^9 bytes a second; None where it depends on the
+            machine.
     """
 
     name: str
@@ -49,7 +53,8 @@ class Target:
         return "cpu" if self.name == "cpu" else "cuda"
 
 
-_TURING: tuple[Precision, ...] = ("fp16", "int8")  # TensorRT-RTX refuses int4 below compute capability 8.0
+# TensorRT-RTX refuses int4 below compute capability 8.0
+_TURING: tuple[Precision, ...] = ("fp16", "int8")
 _AMPERE: tuple[Precision, ...] = ("bf16", "fp16", "int8", "int4")
 _ADA: tuple[Precision, ...] = (*_AMPERE, "fp8")
 _BLACKWELL: tuple[Precision, ...] = (*_ADA, "nvfp4")
@@ -84,9 +89,14 @@ _GPUS: tuple[tuple[str, str, int, int], ...] = (
 )
 
 TARGETS: dict[str, Target] = {
-    "cpu": Target("cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")),
+    "cpu": Target(
+        "cpu", "onnxruntime", None, ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
+    ),
     "cuda": Target("cuda", "onnxruntime", None, ("fp16", "bf16")),
-    **{name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory, bandwidth) for name, cc, memory, bandwidth in _GPUS},
+    **{
+        name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory, bandwidth)
+        for name, cc, memory, bandwidth in _GPUS
+    },
 }
 
 
@@ -103,16 +113,24 @@ def find_target(name: str) -> Target:
     if match:
         return architecture(f"{match[1]}.{match[2]}")
     known_names = ", ".join(TARGETS)
-    raise UsageError(f"expected a target, found {name!r}", f"known are {known_names}, an architecture like sm89, and auto (see `trimode targets`)")
+    raise UsageError(
+        f"expected a target, found {name!r}",
+        f"known are {known_names}, an architecture like sm89, and auto (see `trimode targets`)",
+    )
 
 
 def architecture(compute_capability: str) -> Target:
     """The target of any GPU with this compute capability, named ``smNN``."""
     if compute_capability not in _ARCHITECTURES:
         known = ", ".join(f"sm{cc.replace('.', '')}" for cc in _ARCHITECTURES)
-        raise UsageError(f"expected a GPU architecture that TensorRT compiles for, found {compute_capability}", f"known are {known}")
+        raise UsageError(
+            f"expected a GPU architecture that TensorRT compiles for, found {compute_capability}",
+            f"known are {known}",
+        )
     backend, precisions = _ARCHITECTURES[compute_capability]
-    return Target(f"sm{compute_capability.replace('.', '')}", backend, compute_capability, precisions)
+    return Target(
+        f"sm{compute_capability.replace('.', '')}", backend, compute_capability, precisions
+    )
 
 
 def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
@@ -122,44 +140,64 @@ def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
         UsageError: an unknown name, none at all, or ``auto`` without a GPU.
     """
     if not names:
-        raise UsageError("expected at least one target, found none", "pass --target, for example --target cpu")
+        raise UsageError(
+            "expected at least one target, found none", "pass --target, for example --target cpu"
+        )
     found = [_auto() if name == "auto" else find_target(name) for name in names]
     return tuple({target.name: target for target in found}.values())
 
 
 def choose_precision(asked: str | None, targets: tuple[Target, ...]) -> Precision:
-    """The precision of a bundle for all of ``targets``: what was asked, or the first that the GPUs prefer and all can run; fp32 on a CPU.
+    """The precision of a bundle for all of ``targets``: what was asked, or the first that the GPUs
+    prefer and all can run; fp32 on a CPU.
 
     Raises:
         UsageError: no such precision, a target that cannot run it, or none that all can.
     """
     if asked is None:
         first = next((t for t in targets if t.device == "cuda"), targets[0])
-        shared = [p for p in first.precisions if p in DENSE_PRECISIONS and all(p in t.precisions for t in targets)]
+        shared = [
+            p
+            for p in first.precisions
+            if p in DENSE_PRECISIONS and all(p in t.precisions for t in targets)
+        ]
         if shared:
             return shared[0]
         names = ", ".join(target.name for target in targets)
-        raise UsageError(f"expected a precision that all of {names} can run, found none", "build them as separate bundles")
+        raise UsageError(
+            f"expected a precision that all of {names} can run, found none",
+            "build them as separate bundles",
+        )
     _check_precision(asked, targets)
     for precision in BUILT_PRECISIONS:
         if precision == asked:
             return precision
-    raise UsageError(f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {asked!r}", "this version builds no other")
+    raise UsageError(
+        f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {asked!r}",
+        "this version builds no other",
+    )
 
 
 def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
     known = get_args(Precision)
     if precision not in known:
-        raise UsageError(f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {precision!r}", "this version builds no other")
+        raise UsageError(
+            f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {precision!r}",
+            "this version builds no other",
+        )
     for target in targets:
         if precision not in target.precisions:
             able = [p for p in target.precisions if p in BUILT_PRECISIONS]
             where = f"{target.name} ({target.compute_capability or target.backend})"
             why = (
-                "; products of 4-bit floats begin with compute capability 10.0 (Blackwell)" if precision == "nvfp4" and target.name != "cuda" else ""
+                "; products of 4-bit floats begin with compute capability 10.0 (Blackwell)"
+                if precision == "nvfp4" and target.name != "cuda"
+                else ""
             )
-            raise UsageError(f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}{why}",
-                             f"pass --precision {able[0]}, or build {target.name} as a bundle of its own")  # fmt: skip
+            raise UsageError(
+                f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}{why}",
+                f"pass --precision {able[0]}, or build {target.name} as a bundle of its own",
+            )
 
 
 def _auto() -> Target:
@@ -167,5 +205,8 @@ def _auto() -> Target:
 
     found = find_gpu()
     if not isinstance(found, Gpu):
-        raise UsageError(f"--target auto: expected a GPU, found none: {found.reason}", "name the target, for example --target rtx-4090")
+        raise UsageError(
+            f"--target auto: expected a GPU, found none: {found.reason}",
+            "name the target, for example --target rtx-4090",
+        )
     return architecture(found.compute_capability)

@@ -19,7 +19,8 @@ _DISTRIBUTIONS: dict[Backend, tuple[str, str, str]] = {
 
 
 def library_of(backend: Backend) -> str:
-    """Name and version of the library behind a backend, as ``tensorrt_rtx 1.7.1.116``; the compiler itself where none takes part.
+    """Name and version of the library behind a backend, as ``tensorrt_rtx 1.7.1.116``; the compiler
+    itself where none takes part.
 
     Raises:
         DependencyError: it is not installed.
@@ -28,11 +29,15 @@ def library_of(backend: Backend) -> str:
         return "onnx opset 24"
     module, distribution, hint = _DISTRIBUTIONS[backend]
     if not is_installed(backend):
-        where = ", on a machine with the GPU that the engines are for" if backend == "tensorrt" else ""
+        where = (
+            ", on a machine with the GPU that the engines are for" if backend == "tensorrt" else ""
+        )
         raise DependencyError(f"expected {module}, found it not installed", f"{hint}{where}")
     try:
         version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # unpacked by hand: only the library itself can tell
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # unpacked by hand: only the library itself can tell
         version = importlib.import_module(module).__version__
     return f"{module} {version}"
 
@@ -54,8 +59,10 @@ def require_toolchain(target: Target) -> None:
     reason = why_not_build(target)
     if reason is not None:
         where = f"{target.name} ({target.compute_capability})"
-        raise BuildError(f"{where}: expected TensorRT on a GPU of that architecture, found that {reason}",
-                         "run this build on such a machine: it adds its engines to the same bundle")  # fmt: skip
+        raise BuildError(
+            f"{where}: expected TensorRT on a GPU of that architecture, found that {reason}",
+            "run this build on such a machine: it adds its engines to the same bundle",
+        )
 
 
 def why_not_build(target: Target) -> str | None:

@@ -1,1 +1,3 @@
-"""What the model computes: configuration, checkpoint, network, numbers. Nothing is imported here."""
+"""What the model computes: configuration, checkpoint, network, numbers. Nothing is imported
+here.
+"""

@@ -1,4 +1,5 @@
-"""Opens a drafter adapter as PEFT writes it, and gives every layer a branch of one rank and one scale.
+"""Opens a drafter adapter as PEFT writes it, and gives every layer a branch of one rank and one
+scale.
 
 The graphs have one rank and one scale for all layers. Where an adapter has several, its tensors are
 folded while they are read: a smaller rank is filled up with zeros, a branch that a layer does not
@@ -19,24 +20,39 @@ from numpy.typing import NDArray
 
 from trimode.errors import CheckpointError
 from trimode.formats.json_fields import named, shown
-from trimode.formats.safetensors import TensorEntry, check_readable, read_safetensors_header, to_float32
+from trimode.formats.safetensors import (
+    TensorEntry,
+    check_readable,
+    read_safetensors_header,
+    to_float32,
+)
 from trimode.graphs.adapter_config import ADAPTER_HINT, AdapterConfig, read_adapter_config
 from trimode.graphs.config import ModelConfig
 
 ADAPTER_FOLDER = "linear_spec_lora"
 ADAPTER_PREFIX = "base_model.model."
-# A state dict of PEFT's model has the adapter's name behind lora_A; a wrapper adds a model. in front.
+# A state dict of PEFT's model has the adapter's name behind lora_A; a wrapper adds a model. in
+# front.
 _SPELLING = re.compile(
     r"(?:base_model\.model\.)?(?P<wrapper>(?:model\.)*)(?P<module>encoder\.layers\.\d+\.self_attn\.o_proj)"
     r"\.(?P<half>lora_[AB])(?P<adapter>\.[^.]+)?\.weight"
 )
-_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 _SAVE_HINT = "save the adapter alone with PEFT's save_pretrained; it may have lora_A and lora_B of o_proj and nothing else"
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """The adapter of the draft graph (LoRA on ``o_proj``): its branch is scaled by ``alpha / rank``."""
+    """The adapter of the draft graph (LoRA on ``o_proj``): its branch is scaled by ``alpha /
+    rank``.
+    """
 
     rank: int
     alpha: float
@@ -44,7 +60,8 @@ class Drafter:
 
 @dataclass(frozen=True)
 class FoldedEntry(TensorEntry):
-    """A tensor of an adapter in another form than the file's: float32, filled up with zeros, times ``factor``.
+    """A tensor of an adapter in another form than the file's: float32, filled up with zeros, times
+    ``factor``.
 
     ``file`` is where it came from; ``offset`` has no meaning.
 
@@ -60,7 +77,9 @@ class FoldedEntry(TensorEntry):
         whole = np.zeros(self.shape, np.float32)
         if self.source is not None:
             rows, columns = self.source.shape
-            stored = to_float32(b"".join(self.source.chunks()), self.source.dtype).reshape(rows, columns)
+            stored = to_float32(b"".join(self.source.chunks()), self.source.dtype).reshape(
+                rows, columns
+            )
             whole[:rows, :columns] = stored * np.float64(self.factor)
         return whole
 
@@ -85,7 +104,8 @@ def open_adapter(folder: Path, config: ModelConfig) -> tuple[Drafter, dict[str, 
     """Open an adapter folder without reading any weight.
 
     Returns:
-        The branch's shape, and its tensors by the trunk's names, ``encoder...o_proj.lora_A.weight``.
+        The branch's shape, and its tensors by the trunk's names,
+            ``encoder...o_proj.lora_A.weight``.
 
     Raises:
         CheckpointError: a file is missing or malformed, a tensor is missing, unknown or of another
@@ -120,27 +140,44 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
     return read_safetensors_header(path, ADAPTER_HINT)
 
 
-def _trunk_names(found: Mapping[str, TensorEntry], folder: Path) -> tuple[dict[str, TensorEntry], str]:
-    """The tensors by the trunk's names, and what stands in front of these in the model that was trained."""
+def _trunk_names(
+    found: Mapping[str, TensorEntry], folder: Path
+) -> tuple[dict[str, TensorEntry], str]:
+    """The tensors by the trunk's names, and what stands in front of these in the model that was
+    trained.
+    """
     tensors: dict[str, TensorEntry] = {}
     spelled: dict[tuple[str, str], str] = {}
     for name, entry in found.items():
         match = _SPELLING.fullmatch(name)
         if match is None:
-            raise CheckpointError(f"{folder}: expected the tensors of LoRA on o_proj, found {named(name)}", _SAVE_HINT)
+            raise CheckpointError(
+                f"{folder}: expected the tensors of LoRA on o_proj, found {named(name)}", _SAVE_HINT
+            )
         short = f"{match['module']}.{match['half']}.weight"
         spelled.setdefault((match["wrapper"], match["adapter"] or ""), name)
         if short in tensors or len(spelled) > 1:
             first = next(iter(spelled.values()))
-            raise CheckpointError(f"{folder}: expected one adapter, its tensors named alike, found {named(first)} and {named(name)}", _SAVE_HINT)
+            raise CheckpointError(
+                f"{folder}: expected one adapter, its tensors named alike, found {named(first)} and {named(name)}",
+                _SAVE_HINT,
+            )
         check_readable(name, entry)
         tensors[short] = entry
     wrapper = next(iter(spelled), ("", ""))[0]
     return tensors, wrapper
 
 
-def _branches(settings: AdapterConfig, tensors: dict[str, TensorEntry], wrapper: str, config: ModelConfig, folder: Path) -> dict[str, _Branch]:
-    """The branch of each layer that has one; every tensor is part of one, and each branch is complete."""
+def _branches(
+    settings: AdapterConfig,
+    tensors: dict[str, TensorEntry],
+    wrapper: str,
+    config: ModelConfig,
+    folder: Path,
+) -> dict[str, _Branch]:
+    """The branch of each layer that has one; every tensor is part of one, and each branch is
+    complete.
+    """
     _check_targets(settings, wrapper, config, folder)
     branches = {}
     left = dict(tensors)
@@ -160,30 +197,49 @@ def _branches(settings: AdapterConfig, tensors: dict[str, TensorEntry], wrapper:
     return branches
 
 
-def _check_targets(settings: AdapterConfig, wrapper: str, config: ModelConfig, folder: Path) -> None:
+def _check_targets(
+    settings: AdapterConfig, wrapper: str, config: ModelConfig, folder: Path
+) -> None:
     path = folder / "adapter_config.json"
     hint = "only an adapter on o_proj can be a drafter"
     if not any(settings.has_branch(wrapper + module) for module in _modules(config)):
-        raise CheckpointError(f"{path}: expected target_modules that mean o_proj, found {shown(settings.target_modules)}", hint)
-    if settings.target_modules == "all-linear":  # what was trained is what has tensors, and those are of o_proj alone
+        raise CheckpointError(
+            f"{path}: expected target_modules that mean o_proj, found {shown(settings.target_modules)}",
+            hint,
+        )
+    # what was trained is what has tensors, and those are of o_proj alone
+    if settings.target_modules == "all-linear":
         return
-    others = [f"encoder.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in _LINEARS]
+    others = [
+        f"encoder.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in _LINEARS
+    ]
     for module in (*others, "encoder.embed_tokens", "diffusion_head"):
         if settings.has_branch(wrapper + module):
-            raise CheckpointError(f"{path}: expected target_modules that mean o_proj alone, found that they mean {module}", hint)
+            raise CheckpointError(
+                f"{path}: expected target_modules that mean o_proj alone, found that they mean {module}",
+                hint,
+            )
 
 
-def _take(left: dict[str, TensorEntry], name: str, shape: tuple[int, ...], folder: Path) -> TensorEntry:
+def _take(
+    left: dict[str, TensorEntry], name: str, shape: tuple[int, ...], folder: Path
+) -> TensorEntry:
     hint = "check that adapter_config.json and the tensors belong to the same adapter, and the adapter to this checkpoint"
     entry = left.pop(name, None)
     if entry is None:
-        raise CheckpointError(f"{folder}: expected the tensor {name}, found that it is missing", hint)
+        raise CheckpointError(
+            f"{folder}: expected the tensor {name}, found that it is missing", hint
+        )
     if entry.shape != shape:
-        raise CheckpointError(f"{folder}: expected {name} of shape {list(shape)}, found {list(entry.shape)}", hint)
+        raise CheckpointError(
+            f"{folder}: expected {name} of shape {list(shape)}, found {list(entry.shape)}", hint
+        )
     return entry
 
 
-def _fold(branches: dict[str, _Branch], config: ModelConfig) -> tuple[Drafter, dict[str, TensorEntry]]:
+def _fold(
+    branches: dict[str, _Branch], config: ModelConfig
+) -> tuple[Drafter, dict[str, TensorEntry]]:
     """All branches in one rank, the largest, and one scale, the largest."""
     rank = max(branch.rank for branch in branches.values())
     largest = max(branches.values(), key=lambda branch: abs(branch.scale))
@@ -202,7 +258,9 @@ def _fold(branches: dict[str, _Branch], config: ModelConfig) -> tuple[Drafter, d
     return Drafter(rank, alpha), tensors
 
 
-def _in_shape(source: TensorEntry | None, shape: tuple[int, ...], factor: float, file: Path) -> TensorEntry:
+def _in_shape(
+    source: TensorEntry | None, shape: tuple[int, ...], factor: float, file: Path
+) -> TensorEntry:
     if source is not None and source.shape == shape and factor == 1:
         return source
     return FoldedEntry(file, "F32", shape, 0, 4 * shape[0] * shape[1], source, factor)

@@ -1,4 +1,5 @@
-"""Reads ``adapter_config.json`` of a drafter: which projections have a branch, of which rank and scale.
+"""Reads ``adapter_config.json`` of a drafter: which projections have a branch, of which rank and
+scale.
 
 Module names are matched as PEFT matches them: a list by whole names or their ends, a text as a
 regular expression over the whole name, the patterns of ranks and alphas by their first match.
@@ -13,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimode.formats.json_fields import Fields, check_keys, is_integer, is_number, read_object, shown
+from trimode.formats.json_fields import (
+    Fields,
+    check_keys,
+    is_integer,
+    is_number,
+    read_object,
+    shown,
+)
 from trimode.graphs.adapter_keys import ADAPTER_KEYS
 
 _ADVICE = "only a plain LoRA adapter on o_proj can be a drafter"
@@ -23,12 +31,15 @@ ADAPTER_HINT = "download the adapter's two files again, or remove its folder fro
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of ``adapter_config.json`` that decide what the branch computes; names as in the file.
+    """The fields of ``adapter_config.json`` that decide what the branch computes; names as in the
+    file.
 
     Attributes:
-        target_modules: names or their ends, or one regular expression; likewise ``exclude_modules``.
+        target_modules: names or their ends, or one regular expression; likewise
+        ``exclude_modules``.
         layers_to_transform: None = every layer.
-        layers_pattern: regular expressions of what stands before the layer's number; none = anything.
+        layers_pattern: regular expressions of what stands before the layer's number; none =
+            anything.
     """
 
     r: int
@@ -51,14 +62,20 @@ class AdapterConfig:
             return False
         # PEFT asks for the layer only where the end of a name matches, not where a whole one does.
         is_whole = isinstance(self.target_modules, str) or module in self.target_modules
-        return is_whole or self.layers_to_transform is None or self._layer(module) in self.layers_to_transform
+        return (
+            is_whole
+            or self.layers_to_transform is None
+            or self._layer(module) in self.layers_to_transform
+        )
 
     def rank(self, module: str) -> int:
         """Rank of a module's branch."""
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
 
     def alpha(self, module: str) -> float:
-        """Alpha of a module's branch, as it is without rank stabilization: the scale is alpha / rank."""
+        """Alpha of a module's branch, as it is without rank stabilization: the scale is alpha /
+        rank.
+        """
         alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.lora_alpha)
         return alpha * math.sqrt(self.rank(module)) if self.use_rslora else alpha
 
@@ -80,13 +97,23 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     fields = Fields(values, str(path), _ADVICE)
     targets = _names(fields, "target_modules")
     if not targets:
-        raise fields.wrong("target_modules", "names of modules or a regular expression", values.get("target_modules"))
+        raise fields.wrong(
+            "target_modules",
+            "names of modules or a regular expression",
+            values.get("target_modules"),
+        )
     layers = _layers(fields)
     if layers is not None and isinstance(targets, str):
-        raise fields.wrong("layers_to_transform beside a regular expression in target_modules", "absent", list(layers))
+        raise fields.wrong(
+            "layers_to_transform beside a regular expression in target_modules",
+            "absent",
+            list(layers),
+        )
     pattern = _names(fields, "layers_pattern")
     if pattern and layers is None:
-        raise fields.wrong("layers_pattern without layers_to_transform", "absent", values["layers_pattern"])
+        raise fields.wrong(
+            "layers_pattern without layers_to_transform", "absent", values["layers_pattern"]
+        )
     config = AdapterConfig(
         r=fields.integer("r"),
         lora_alpha=fields.number("lora_alpha"),

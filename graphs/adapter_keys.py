@@ -30,7 +30,9 @@ ADAPTER_KEYS: KeyTable = {
     **neutral("it acts on its own init_lora_weights alone", "loftq_config", "eva_config"),
     **neutral("it acts on its own init_lora_weights alone", "corda_config", "lora_ga_config"),
     **neutral("a dropout is off when a model answers", "lora_dropout"),
-    **neutral("only embeddings and heads can be tied, and they have no branch", "ensure_weight_tying"),
+    **neutral(
+        "only embeddings and heads can be tied, and they have no branch", "ensure_weight_tying"
+    ),
     **neutral("it acts with use_qalora alone", "qalora_group_size"),
     **neutral(_RUNS, "inference_mode", "runtime_config", "megatron_config", "megatron_core"),
     **neutral("it changes the backward pass alone", "velora_config"),

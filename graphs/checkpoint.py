@@ -1,6 +1,8 @@
-"""Opens a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on request.
+"""Opens a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on
+request.
 
-Understands a single ``model.safetensors``, a sharded ``model.safetensors.index.json``, and the drafter adapter in ``linear_spec_lora/``.
+Understands a single ``model.safetensors``, a sharded ``model.safetensors.index.json``, and the
+drafter adapter in ``linear_spec_lora/``.
 """
 
 from __future__ import annotations
@@ -14,14 +16,24 @@ from typing import Any
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.contract import DEFAULT_MAX_LENGTH, MAX_BLOCK_LENGTH, ModelInfo
 from trimode.formats.json_fields import named, read_object
-from trimode.formats.safetensors import DOWNLOAD_HINT, TensorEntry, check_readable, read_safetensors_header
+from trimode.formats.safetensors import (
+    DOWNLOAD_HINT,
+    TensorEntry,
+    check_readable,
+    read_safetensors_header,
+)
 from trimode.graphs.adapter import ADAPTER_FOLDER, Drafter, open_adapter
 from trimode.graphs.config import ModelConfig, load_config
 
-# Tables that old versions of transformers saved beside the weights; every loader makes them anew from config.json.
-_ROTARY_BUFFER = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)")
+# Tables that old versions of transformers saved beside the weights; every loader makes them anew
+# from config.json.
+_ROTARY_BUFFER = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 _SAME_HINT = "check that config.json and the weights belong to the same checkpoint"
-_OUTPUT_HINT = "this family's output matrix is diffusion_head.weight; remove the other if it is a copy"
+_OUTPUT_HINT = (
+    "this family's output matrix is diffusion_head.weight; remove the other if it is a copy"
+)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -30,7 +42,8 @@ class Checkpoint:
     """An opened checkpoint; every tensor the trunk needs is known to be there with the right shape.
 
     Attributes:
-        tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and named ``encoder...o_proj.lora_A.weight``.
+        tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and
+        named ``encoder...o_proj.lora_A.weight``.
         drafter: the adapter's shape, or None where there is none.
         adapter: the adapter's folder, or None where there is none.
     """
@@ -47,11 +60,13 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
 
     Args:
         path: the folder.
-        adapter: folder of a drafter adapter that takes the place of the checkpoint's own; None = its own, where it has one.
+        adapter: folder of a drafter adapter that takes the place of the checkpoint's own; None =
+            its own, where it has one.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed; a tensor is missing, unknown, or of another shape or type;
-            the architecture, the rope type or the adapter is not one this library compiles.
+        CheckpointError: a file is missing, truncated or malformed; a tensor is missing, unknown, or
+            of another shape or type; the architecture, the rope type or the adapter is not one this
+            library compiles.
     """
     found = _found_instead_of_folder(path)
     if found:
@@ -83,7 +98,12 @@ def is_adapter_tensor(name: str) -> bool:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the trunk's weights, ``9 * num_hidden_layers + 3`` of them."""
-    hidden, query, key_value, inner = config.hidden_size, config.query_size, config.key_value_size, config.intermediate_size
+    hidden, query, key_value, inner = (
+        config.hidden_size,
+        config.query_size,
+        config.key_value_size,
+        config.intermediate_size,
+    )
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (query, hidden),
@@ -95,10 +115,16 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    shapes: dict[str, tuple[int, ...]] = {"encoder.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.embed_tokens.weight": (config.vocab_size, hidden)
+    }
     for i in range(config.num_hidden_layers):
         shapes.update({f"encoder.layers.{i}.{name}.weight": shape for name, shape in layer.items()})
-    return {**shapes, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (config.vocab_size, hidden)}
+    return {
+        **shapes,
+        "encoder.norm.weight": (hidden,),
+        "diffusion_head.weight": (config.vocab_size, hidden),
+    }
 
 
 def _found_instead_of_folder(path: Path) -> str:
@@ -106,7 +132,13 @@ def _found_instead_of_folder(path: Path) -> str:
     try:
         if path.is_dir():
             return ""
-        return "a link to a folder that is not there" if path.is_symlink() and not path.exists() else "a file" if path.exists() else "nothing"
+        return (
+            "a link to a folder that is not there"
+            if path.is_symlink() and not path.exists()
+            else "a file"
+            if path.exists()
+            else "nothing"
+        )
     except OSError:  # a name too long, or a folder that may not be entered
         return "nothing"
 
@@ -127,14 +159,22 @@ def _read_weights(path: Path) -> dict[str, TensorEntry]:
 
 
 def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map: Any = read_object(index, "download the missing file into the checkpoint folder").get("weight_map")
+    weight_map: Any = read_object(
+        index, "download the missing file into the checkpoint folder"
+    ).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names, found something else", DOWNLOAD_HINT)
-    shards = {name: read_safetensors_header(path / name) for name in sorted(set(weight_map.values()))}
+        raise CheckpointError(
+            f"{index}: expected a weight_map from tensor names to file names, found something else",
+            DOWNLOAD_HINT,
+        )
+    shards = {
+        name: read_safetensors_header(path / name) for name in sorted(set(weight_map.values()))
+    }
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if lost:
         raise CheckpointError(
-            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none", DOWNLOAD_HINT
+            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none",
+            DOWNLOAD_HINT,
         )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
 
@@ -143,19 +183,31 @@ def _is_file_name(value: Any) -> bool:
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
-def _match(found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str) -> dict[str, TensorEntry]:
-    """The found tensors in the expected order, or an error that names the first few that are missing, unknown or misshapen."""
+def _match(
+    found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, TensorEntry]:
+    """The found tensors in the expected order, or an error that names the first few that are
+    missing, unknown or misshapen.
+    """
     missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected and not _ROTARY_BUFFER.fullmatch(name)]
+    unknown = [
+        name for name in found if name not in expected and not _ROTARY_BUFFER.fullmatch(name)
+    ]
     for kind, names in (("is missing", missing), ("is not part of this architecture", unknown)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             hint = _OUTPUT_HINT if names[0].endswith("lm_head.weight") else _SAME_HINT
-            raise CheckpointError(f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}", hint)
+            raise CheckpointError(
+                f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}",
+                hint,
+            )
     for name, shape in expected.items():
         check_readable(name, found[name])
         if found[name].shape != shape:
-            raise CheckpointError(f"{where}: expected {name} of shape {list(shape)}, found {list(found[name].shape)}", _SAME_HINT)
+            raise CheckpointError(
+                f"{where}: expected {name} of shape {list(shape)}, found {list(found[name].shape)}",
+                _SAME_HINT,
+            )
     return {name: found[name] for name in expected}
 
 

@@ -71,7 +71,9 @@ def load_config(checkpoint: Path) -> ModelConfig:
     if not generation.exists() and not generation.is_symlink():
         return parse_config(values, str(path))
     end_tokens = read_object(generation, "download the file that the link means, or remove it")
-    check_keys(end_tokens, GENERATION_KEYS, str(generation), "remove the key to go on without its effect")
+    check_keys(
+        end_tokens, GENERATION_KEYS, str(generation), "remove the key to go on without its effect"
+    )
     return parse_config(values, str(path), generation=end_tokens)
 
 
@@ -139,7 +141,9 @@ def _are_names(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(one, str) for one in values)
 
 
-def _end_tokens(values: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
+def _end_tokens(
+    values: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int, where: str
+) -> tuple[int, ...]:
     source, place = values, where
     if generation.get("eos_token_id") is not None:
         source, place = generation, str(Path(where).with_name("generation_config.json"))
@@ -160,9 +164,14 @@ def _check_consistency(config: ModelConfig, fields: Fields) -> None:
         raise fields.wrong("rms_norm_eps", "above 0 and below 1", config.rms_norm_eps)
     heads = config.num_attention_heads, config.num_key_value_heads
     if heads[0] % heads[1]:
-        raise fields.wrong("num_attention_heads", f"a multiple of num_key_value_heads {heads[1]}", heads[0])
+        raise fields.wrong(
+            "num_attention_heads", f"a multiple of num_key_value_heads {heads[1]}", heads[0]
+        )
     if config.head_dim % 2:
         raise fields.wrong("head_dim", "even", config.head_dim)
-    for name, token_id in (("mask_token_id", config.mask_token_id), ("bos_token_id", config.bos_token_id)):
+    for name, token_id in (
+        ("mask_token_id", config.mask_token_id),
+        ("bos_token_id", config.bos_token_id),
+    ):
         if token_id is not None and token_id >= config.vocab_size:
             raise fields.wrong(name, f"below vocab_size {config.vocab_size}", token_id)

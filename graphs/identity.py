@@ -1,7 +1,9 @@
-"""Identity of a checkpoint: digests of its bytes, and a stamp that tells without reading them that nothing was touched.
+"""Identity of a checkpoint: digests of its bytes, and a stamp that tells without reading them that
+nothing was touched.
 
-There are two digests. That of the *whole* covers the drafter's adapter and says what a bundle was built from. That of the *base* leaves the
-adapter out: scales of quantized weights, and adapters, belong to the base, so that one calibration serves every drafter that is trained later.
+There are two digests. That of the *whole* covers the drafter's adapter and says what a bundle was
+built from. That of the *base* leaves the adapter out: scales of quantized weights, and adapters,
+belong to the base, so that one calibration serves every drafter that is trained later.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
 
 
 class SourceDigest:
-    """Digest of a checkpoint's tensors, taken while they are copied so that nothing is read twice."""
+    """Digest of a checkpoint's tensors, taken while they are copied so that nothing is read
+    twice.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = checkpoint.tensors
@@ -37,7 +41,8 @@ class SourceDigest:
         self._base = self._whole  # another one from the adapter's first tensor on
 
     def read(self, name: str, dtype: DType) -> Iterator[bytes]:
-        """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's order.
+        """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's
+        order.
 
         Raises:
             CheckpointError: a weight is NaN or infinite.
@@ -46,7 +51,11 @@ class SourceDigest:
         entry = self._tensors[name]
         finite = FiniteCheck(name, entry.shape, entry.dtype)
         for raw in map(finite.pass_by, self._raw(name)):
-            yield raw if entry.dtype == SAFETENSORS_NAMES[dtype] else _converted(raw, entry.dtype, dtype, name)
+            yield (
+                raw
+                if entry.dtype == SAFETENSORS_NAMES[dtype]
+                else _converted(raw, entry.dtype, dtype, name)
+            )
 
     def read_all(self) -> Iterator[int]:
         """Read every tensor for the digest alone; yields the number of bytes of each piece."""
@@ -59,7 +68,9 @@ class SourceDigest:
         return self._whole.hexdigest()
 
     def base_hexdigest(self) -> str:
-        """The same without the drafter's adapter: equal for one checkpoint with any adapter, or none."""
+        """The same without the drafter's adapter: equal for one checkpoint with any adapter, or
+        none.
+        """
         return self._base.hexdigest()
 
     def _raw(self, name: str) -> Iterator[bytes]:
@@ -67,7 +78,8 @@ class SourceDigest:
         if is_adapter_tensor(name) and self._base is self._whole:
             assert self._drafter is not None
             self._base = self._whole.copy()
-            self._whole.update(f"alpha {self._drafter.alpha}".encode())  # what the tensors do not tell; the graphs hold it
+            # what the tensors do not tell; the graphs hold it
+            self._whole.update(f"alpha {self._drafter.alpha}".encode())
         self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
         for raw in entry.chunks():
             self._whole.update(raw)
@@ -76,23 +88,36 @@ class SourceDigest:
 
 def stamp_of(checkpoint: Checkpoint) -> str:
     """Digest over name, size and modification time of the checkpoint's files."""
-    files = [checkpoint.path / "config.json", *sorted({entry.file for entry in checkpoint.tensors.values()})]
+    files = [
+        checkpoint.path / "config.json",
+        *sorted({entry.file for entry in checkpoint.tensors.values()}),
+    ]
     if checkpoint.adapter is not None:
         files.append(checkpoint.adapter / "adapter_config.json")
-    facts = [(_name_of(file, checkpoint), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [
+        (_name_of(file, checkpoint), file.stat().st_size, file.stat().st_mtime_ns) for file in files
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _name_of(file: Path, checkpoint: Checkpoint) -> str:
-    """Relative to the checkpoint, so that it may be moved; in full for an adapter from elsewhere."""
-    return str(file.relative_to(checkpoint.path) if file.is_relative_to(checkpoint.path) else file.resolve())
+    """Relative to the checkpoint, so that it may be moved; in full for an adapter from
+    elsewhere.
+    """
+    return str(
+        file.relative_to(checkpoint.path)
+        if file.is_relative_to(checkpoint.path)
+        else file.resolve()
+    )
 
 
 _LARGEST: dict[DType, tuple[str, str, str]] = {
     "float16": ("65504", "fp16", "pass --precision bf16 or fp32"),
     "bfloat16": ("3.38953e+38", "bf16", "pass --precision fp32"),
 }
-"""The largest number of a type, its name among precisions, and what to do about a weight beyond it."""
+"""The largest number of a type, its name among precisions, and what to do about a weight beyond
+it.
+"""
 
 
 def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:
@@ -108,5 +133,8 @@ def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:
     if dtype in _LARGEST and first_not_finite(converted, SAFETENSORS_NAMES[dtype]) is not None:
         most, precision, hint = _LARGEST[dtype]
         found = f"{float(np.abs(wide).max()):.6g}"
-        raise BuildError(f"{name}: expected weights up to {most}, the largest of {precision}, found {found}", hint)
+        raise BuildError(
+            f"{name}: expected weights up to {most}, the largest of {precision}, found {found}",
+            hint,
+        )
     return converted

@@ -21,21 +21,30 @@ _ADVICE = "use the rope fields of the published config.json"
 _LEAST, _MOST = 1e-6, 1e6  # far beyond any model, and within what float32 tables can hold
 _TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _YARN_ALONE = (
-    "factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-)  # fmt: skip
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023) and the Llama-4 query scale.
+    """Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023) and the Llama-4 query
+    scale.
 
     Attributes:
         rope_type: ``default`` or ``yarn``.
         theta: base of the geometric series of wavelengths.
-        factor: YaRN interpolation factor; below 1 it extrapolates (inverse frequencies are multiplied).
+        factor: YaRN interpolation factor; below 1 it extrapolates (inverse frequencies are
+        multiplied).
         original_max_position_embeddings: length in tokens before scaling.
         beta_fast, beta_slow: rotations over the original length at which the ramp begins and ends.
-        attention_factor: multiplier of cos and sin; None = derived from ``mscale`` and ``mscale_all_dim``.
+        attention_factor: multiplier of cos and sin; None = derived from ``mscale`` and
+        ``mscale_all_dim``.
         mscale, mscale_all_dim: see :func:`trimode.graphs.decoder.rope.attention_factor`.
         truncate: whether the ramp's ends are rounded to whole frequency indices.
         query_scale_beta: ``q *= 1 + beta * ln(1 + floor(position / original))``; None = no scale.
@@ -76,7 +85,12 @@ def parse_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
     for key in _YARN_ALONE:
         if raw.get(key) is not None:
             raise fields.wrong(f"{key} beside rope_type default", "absent", raw[key])
-    return RopeConfig(rope_type, theta, original_max_position_embeddings=original if beta else 0, query_scale_beta=beta)
+    return RopeConfig(
+        rope_type,
+        theta,
+        original_max_position_embeddings=original if beta else 0,
+        query_scale_beta=beta,
+    )
 
 
 def _parse_yarn(fields: Fields, theta: float, original: int, beta: float | None) -> RopeConfig:
@@ -118,10 +132,15 @@ def _check_mirror(new: Mapping[str, Any], old: Mapping[str, Any], where: str) ->
     """Refuse a ``rope_scaling`` that says something else than ``rope_parameters``."""
     # The older object may lack fields, such as rope_theta, and says type for rope_type.
     place = f"{where}: rope_scaling"
-    fields, mirrored = _untyped(_flat(new, f"{where}: rope_parameters")), _untyped(_flat(old, place))
+    fields, mirrored = (
+        _untyped(_flat(new, f"{where}: rope_parameters")),
+        _untyped(_flat(old, place)),
+    )
     for key, value in mirrored.items():
         if value is not None and fields.get(key) != value:
-            raise Fields(old, where, _ADVICE).wrong(f"{key} of rope_scaling", f"{shown(fields.get(key))} as in rope_parameters", value)
+            raise Fields(old, where, _ADVICE).wrong(
+                f"{key} of rope_scaling", f"{shown(fields.get(key))} as in rope_parameters", value
+            )
 
 
 def _untyped(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +168,9 @@ def _flat(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_layer_type(key: str, value: Any) -> bool:
-    """Whether an entry is one of those nested by layer type; null there means no rotation at all."""
+    """Whether an entry is one of those nested by layer type; null there means no rotation at
+    all.
+    """
     return key.endswith("attention") and (value is None or isinstance(value, dict))
 
 
@@ -161,7 +182,9 @@ def _with_top_level(raw: dict[str, Any], values: Mapping[str, Any], where: str) 
             continue
         inside = raw[name] = beside if raw.get(name) is None else raw[name]
         if inside != beside or isinstance(inside, bool) != isinstance(beside, bool):
-            raise Fields(values, where, _ADVICE).wrong(name, f"{shown(inside)} as in the rope fields", beside)
+            raise Fields(values, where, _ADVICE).wrong(
+                name, f"{shown(inside)} as in the rope fields", beside
+            )
     return raw
 
 

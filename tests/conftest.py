@@ -33,7 +33,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def run_cache(run_folder: Path) -> Iterator[ContentCache]:
-    """Commands that a test starts keep graphs and engines in a folder of this run, not in the user's cache."""
+    """Commands that a test starts keep graphs and engines in a folder of this run, not in the
+    user's cache.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIMODE_CACHE", str(run_folder / "cache"))
         yield ContentCache(run_folder / "cache")
@@ -60,7 +62,9 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built(run_folder: Path) -> Callable[[str], Built]:
-    """A named shape, built once a run and opened once a session. Tests that change files change a copy."""
+    """A named shape, built once a run and opened once a session. Tests that change files change a
+    copy.
+    """
     return cache(lambda name: _built(name, run_folder))
 
 
@@ -74,14 +78,19 @@ def quadratic(built: Callable[[str], Built], run_folder: Path) -> Callable[[str]
 def demo(run_folder: Path) -> Path:
     """A bundle of the demo checkpoint, which has a tokenizer and a chat template."""
     checkpoint = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
-    return made_once(run_folder / "demo", lambda new: build_bundle(checkpoint, new / "bundle")) / "bundle"
+    return (
+        made_once(run_folder / "demo", lambda new: build_bundle(checkpoint, new / "bundle"))
+        / "bundle"
+    )
 
 
 def _built(name: str, run_folder: Path) -> Built:
     changes, dtype, rank, shards = SHAPES[name]
 
     def make(folder: Path) -> None:
-        checkpoint = write_checkpoint(folder / "checkpoint", config_of(**changes), dtype=dtype, rank=rank, shards=shards)
+        checkpoint = write_checkpoint(
+            folder / "checkpoint", config_of(**changes), dtype=dtype, rank=rank, shards=shards
+        )
         build_bundle(checkpoint, folder / "bundle")
 
     folder = made_once(run_folder / name, make)
@@ -90,5 +99,12 @@ def _built(name: str, run_folder: Path) -> Built:
 
 
 def _quadratic(plain: Built, folder: Path) -> Built:
-    made_once(folder, lambda new: build_bundle(plain.checkpoint, new / "bundle", BuildOptions(quadratic=True)))
-    return replace(plain, bundle=folder / "bundle", model=TriModeModel.from_pretrained(folder / "bundle", num_threads=1))
+    made_once(
+        folder,
+        lambda new: build_bundle(plain.checkpoint, new / "bundle", BuildOptions(quadratic=True)),
+    )
+    return replace(
+        plain,
+        bundle=folder / "bundle",
+        model=TriModeModel.from_pretrained(folder / "bundle", num_threads=1),
+    )

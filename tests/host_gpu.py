@@ -1,7 +1,9 @@
-"""The CUDA runtime and TensorRT, acted out in host memory, so that what talks to them can be tested without a GPU.
+"""The CUDA runtime and TensorRT, acted out in host memory, so that what talks to them can be tested
+without a GPU.
 
-Work is queued and runs only when somebody waits; fresh memory is full of NaN; a tensor that is bound must be aligned; a context from which
-work was recorded must be left alone. An "engine" is the magic number and an ONNX graph, which ONNX Runtime runs on the bound addresses.
+Work is queued and runs only when somebody waits; fresh memory is full of NaN; a tensor that is
+bound must be aligned; a context from which work was recorded must be left alone. An "engine" is the
+magic number and an ONNX graph, which ONNX Runtime runs on the bound addresses.
 ``test_tensorrt_session`` checks that every function here exists in the real libraries.
 """
 
@@ -19,7 +21,12 @@ import numpy as np
 import onnxruntime as ort
 
 MAGIC = b"vtrt"
-ONNX_TYPES = {"tensor(float)": ("FLOAT", 1), "tensor(int64)": ("INT64", 7), "tensor(float16)": ("HALF", 10), "tensor(bfloat16)": ("BF16", 16)}
+ONNX_TYPES = {
+    "tensor(float)": ("FLOAT", 1),
+    "tensor(int64)": ("INT64", 7),
+    "tensor(float16)": ("HALF", 10),
+    "tensor(bfloat16)": ("BF16", 16),
+}
 
 
 class cudaError_t(enum.IntEnum):
@@ -35,13 +42,17 @@ class HostCuda(ModuleType):
     """``cuda.bindings.runtime``; ``live`` holds what was allocated and not freed."""
 
     cudaError_t = cudaError_t
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaStreamNonBlocking, cudaHostAllocDefault, cudaEventDisableTiming = 1, 0, 2
 
     def __init__(self, capability: tuple[int, int] = (8, 9), memory_bytes: int = 1 << 40) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.properties = SimpleNamespace(name=b"HOST 4090", major=capability[0], minor=capability[1], totalGlobalMem=memory_bytes)
+        self.properties = SimpleNamespace(
+            name=b"HOST 4090", major=capability[0], minor=capability[1], totalGlobalMem=memory_bytes
+        )
         self.live: dict[int, Any] = {}
         self.on_gpu: dict[int, int] = {}
         self.queue: list[Callable[[], None]] = []
@@ -71,7 +82,10 @@ class HostCuda(ModuleType):
         return (OK,)
 
     def cudaMalloc(self, size: int) -> Any:
-        if sum(self.on_gpu.get(address, 0) for address in self.live) + size > self.properties.totalGlobalMem:
+        if (
+            sum(self.on_gpu.get(address, 0) for address in self.live) + size
+            > self.properties.totalGlobalMem
+        ):
             return cudaError_t.cudaErrorMemoryAllocation, None
         _, address = self._allocate(size)
         self.on_gpu[address] = size
@@ -107,7 +121,9 @@ class HostCuda(ModuleType):
             self.queue.pop(0)()
         return (OK,)
 
-    def cudaMemcpyAsync(self, destination: int, source: int, count: int, _kind: int, _stream: int) -> Any:
+    def cudaMemcpyAsync(
+        self, destination: int, source: int, count: int, _kind: int, _stream: int
+    ) -> Any:
         self.largest_copy = max(self.largest_copy, count)
         return self._enqueue(lambda: ctypes.memmove(destination, source, count) and None)
 
@@ -133,7 +149,11 @@ class HostCuda(ModuleType):
 
     def cudaStreamEndCapture(self, _stream: int) -> Any:
         graph, self.recording = self.recording, None
-        return (cudaError_t.cudaErrorStreamCaptureInvalidated, None) if self.refuses_recording else (OK, graph)
+        return (
+            (cudaError_t.cudaErrorStreamCaptureInvalidated, None)
+            if self.refuses_recording
+            else (OK, graph)
+        )
 
     def cudaGraphInstantiate(self, graph: Any, _flags: int) -> Any:
         _, handle = self._handle("graph")
@@ -189,7 +209,9 @@ class IExecutionContext:
         assert not self._is_recorded
         declared = self._engine.get_tensor_shape(name)
         self._shapes[name] = shape
-        return len(declared) == len(shape) and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
+        return len(declared) == len(shape) and all(
+            d in (-1, s) for d, s in zip(declared, shape, strict=True)
+        )
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert not self._is_recorded
@@ -214,9 +236,15 @@ class ICudaEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self._session, self._cuda = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), cuda
+        self._session, self._cuda = (
+            ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]),
+            cuda,
+        )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
-        self.tensors = {**self._inputs, **{value.name: value for value in self._session.get_outputs()}}
+        self.tensors = {
+            **self._inputs,
+            **{value.name: value for value in self._session.get_outputs()},
+        }
         self.contexts: list[IExecutionContext] = []
 
     @property
@@ -241,15 +269,23 @@ class ICudaEngine:
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         sizes = dict(zip(("batch", "rows"), shapes["input_ids"], strict=True))
-        sizes["query_rows"] = sizes["rows"] * (sizes["rows"] + 1) if "top_ids" in self.tensors and "greedy_ids" in self.tensors else sizes["rows"]
+        sizes["query_rows"] = (
+            sizes["rows"] * (sizes["rows"] + 1)
+            if "top_ids" in self.tensors and "greedy_ids" in self.tensors
+            else sizes["rows"]
+        )
         binding = self._session.io_binding()
         for name, value in self.tensors.items():
             shape = [sizes[d] if isinstance(d, str) else d for d in value.shape]
             if name in self._inputs:
                 assert tuple(shape) == shapes.get(name, tuple(shape)), (name, shape, shapes[name])
-                binding.bind_input(name, "cpu", 0, ONNX_TYPES[value.type][1], shape, addresses[name])
+                binding.bind_input(
+                    name, "cpu", 0, ONNX_TYPES[value.type][1], shape, addresses[name]
+                )
             else:
-                binding.bind_output(name, "cpu", 0, ONNX_TYPES[value.type][1], shape, addresses[name])
+                binding.bind_output(
+                    name, "cpu", 0, ONNX_TYPES[value.type][1], shape, addresses[name]
+                )
         self._session.run_with_iobinding(binding)
 
 
@@ -308,7 +344,9 @@ def host_tensorrt(cuda: HostCuda, name: str, version: str) -> ModuleType:
             if len(data) < 1000:
                 self.logger.log(ILogger.ERROR, "Serialization assertion failed\nmore")
                 return None
-            trt.engines.append((RtxEngine if name == "tensorrt_rtx" else ICudaEngine)(data[4:], cuda))
+            trt.engines.append(
+                (RtxEngine if name == "tensorrt_rtx" else ICudaEngine)(data[4:], cuda)
+            )
             return trt.engines[-1]
 
     trt.Runtime, trt.ILogger, trt.TensorIOMode = Runtime, ILogger, TensorIOMode

@@ -19,12 +19,16 @@ from trimode.graphs.checkpoint import Checkpoint
 
 
 def folder_of_run(own: Path) -> Path:
-    """The folder that the workers of a run share; ``own`` is a worker's base of temporary folders."""
+    """The folder that the workers of a run share; ``own`` is a worker's base of temporary
+    folders.
+    """
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """``folder``, which ``make`` fills for the first who asks; the others wait for it. Nobody may change it later."""
+    """``folder``, which ``make`` fills for the first who asks; the others wait for it. Nobody may
+    change it later.
+    """
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
@@ -36,10 +40,11 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 class TracedOnce:
-    """Takes the place of the compiler's tracing: a graph is traced once a run, by way of the compiler's own cache.
+    """Takes the place of the compiler's tracing: a graph is traced once a run, by way of the
+    compiler's own cache.
 
-    Commands in processes of their own use the same cache, where they are given none of their own. Passes work on copies of a graph, so
-    builds in one process share it.
+    Commands in processes of their own use the same cache, where they are given none of their own.
+    Passes work on copies of a graph, so builds in one process share it.
     """
 
     def __init__(self, kept: ContentCache) -> None:
@@ -55,7 +60,9 @@ class TracedOnce:
         """A graph of the caller's own, with or without a build."""
         return self._shared(role, checkpoint, model).clone()
 
-    def fill(self, kept: ContentCache, checkpoint: Checkpoint, model: ModelInfo, roles: Iterable[Role]) -> None:
+    def fill(
+        self, kept: ContentCache, checkpoint: Checkpoint, model: ModelInfo, roles: Iterable[Role]
+    ) -> None:
         """Put graphs into a cache of the test's own."""
         for role in roles:
             self.traced_graph(role, checkpoint, model, kept)
@@ -70,7 +77,9 @@ class TracedOnce:
             self._graphs[key] = self._traced_graph(role, checkpoint, model, self._kept)
         return self._graphs[key]
 
-    def traced_graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None) -> ir.Model:
+    def traced_graph(
+        self, role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
+    ) -> ir.Model:
         """What the pipeline calls. A build with a cache reads from it and writes to it, as ever."""
         graph = self._shared(role, checkpoint, model)
         return graph if kept is None else self._traced_graph(role, checkpoint, model, kept)

@@ -1,6 +1,8 @@
-"""An independent model and independent decoders: transformers' Ministral3, no cache, the whole text recomputed at every forward.
+"""An independent model and independent decoders: transformers' Ministral3, no cache, the whole text
+recomputed at every forward.
 
-The decoders are written after the published descriptions, one list at a time, and know nothing of trimode's runtime.
+The decoders are written after the published descriptions, one list at a time, and know nothing of
+trimode's runtime.
 """
 
 from __future__ import annotations
@@ -16,26 +18,48 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 
 
 class Reference:
-    """Logits of a text whose first tokens are causal and whose last ``block`` tokens see each other."""
+    """Logits of a text whose first tokens are causal and whose last ``block`` tokens see each
+    other.
+    """
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         values = json.loads((checkpoint / "config.json").read_text())
         self.mask_token_id: int = values["mask_token_id"]
         self.eos_token_id: int = values["eos_token_id"]
         names = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
-        )  # fmt: skip
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "tie_word_embeddings",
+        )
         # No query scale is the same as a scale of beta 0.
-        rope = values["rope_parameters"] or {"rope_type": "default", "rope_theta": values["rope_theta"], "llama_4_scaling_beta": 0.0,
-                                             "original_max_position_embeddings": 1024}  # fmt: skip
-        config = Ministral3Config(**{n: values[n] for n in names}, rope_parameters=rope, sliding_window=None, pad_token_id=None)
+        rope = values["rope_parameters"] or {
+            "rope_type": "default",
+            "rope_theta": values["rope_theta"],
+            "llama_4_scaling_beta": 0.0,
+            "original_max_position_embeddings": 1024,
+        }
+        config = Ministral3Config(
+            **{n: values[n] for n in names},
+            rope_parameters=rope,
+            sliding_window=None,
+            pad_token_id=None,
+        )
         config._attn_implementation = "eager"
         weights: dict[str, Tensor] = {}
         for file in checkpoint.glob("model*.safetensors"):
             weights.update(load_file(file))
         self.model = Ministral3ForCausalLM(config).to(dtype).eval()
-        renamed = {n.replace("encoder.", "model.").replace("diffusion_head", "lm_head"): t.to(dtype) for n, t in weights.items()}
+        renamed = {
+            n.replace("encoder.", "model.").replace("diffusion_head", "lm_head"): t.to(dtype)
+            for n, t in weights.items()
+        }
         self.model.load_state_dict(renamed, strict=True)
         self.dtype = dtype
         self.least_margin = float("inf")
@@ -50,11 +74,13 @@ class Reference:
         n = len(tokens)
         sees = torch.ones(n, n, dtype=torch.bool).tril()
         sees[n - block :] = True
-        return self._run(tokens, sees, torch.arange(n), block if drafter and self.has_drafter else 0)
+        return self._run(
+            tokens, sees, torch.arange(n), block if drafter and self.has_drafter else 0
+        )
 
     def quadratic_logits(self, tokens: list[int], draft: list[int]) -> Tensor:
-        """(k, k + 1, V). Row r is [draft r, k masks], at positions n + r, n + r + 1, ...; it sees ``tokens``, the first of each row up to its own,
-        and, in its masks, all of itself.
+        """(k, k + 1, V). Row r is [draft r, k masks], at positions n + r, n + r + 1, ...; it sees
+        ``tokens``, the first of each row up to its own, and, in its masks, all of itself.
         """
         n, k = len(tokens), len(draft)
         text = tokens + [t for d in draft for t in [d] + [self.mask_token_id] * k]
@@ -70,10 +96,17 @@ class Reference:
         return self._run(text, sees, torch.tensor(positions), 0)[n:].unflatten(0, (k, k + 1))
 
     def _run(self, tokens: list[int], sees: Tensor, positions: Tensor, drafter_rows: int) -> Tensor:
-        mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)[None, None]
+        mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill(
+            ~sees, torch.finfo(self.dtype).min
+        )[None, None]
         self._rows = drafter_rows
         with torch.no_grad():
-            out = self.model(input_ids=torch.tensor([tokens]), attention_mask=mask, position_ids=positions[None], use_cache=False)
+            out = self.model(
+                input_ids=torch.tensor([tokens]),
+                attention_mask=mask,
+                position_ids=positions[None],
+                use_cache=False,
+            )
         return out.logits[0]
 
     def pick(self, row: Tensor) -> int:
@@ -87,7 +120,11 @@ class Reference:
         lora = load_file(adapter / "adapter_model.safetensors")
         for i, layer in enumerate(self.model.model.layers):
             prefix = f"base_model.model.encoder.layers.{i}.self_attn.o_proj.lora_"
-            delta = (config["lora_alpha"] / config["r"]) * lora[prefix + "B.weight"] @ lora[prefix + "A.weight"]
+            delta = (
+                (config["lora_alpha"] / config["r"])
+                * lora[prefix + "B.weight"]
+                @ lora[prefix + "A.weight"]
+            )
             layer.self_attn.o_proj.register_forward_hook(self._add(delta.to(self.dtype)))
 
     def _add(self, delta: Tensor) -> Any:
@@ -109,7 +146,9 @@ def ar(model: Reference, prompt: list[int], max_new: int) -> tuple[list[int], in
     return out, len(out)
 
 
-def diffusion(model: Reference, prompt: list[int], max_new: int, length: int, threshold: float) -> tuple[list[int], int]:
+def diffusion(
+    model: Reference, prompt: list[int], max_new: int, length: int, threshold: float
+) -> tuple[list[int], int]:
     mask, eos = model.mask_token_id, model.eos_token_id
     out: list[int] = []
     nfe = 0
@@ -120,7 +159,9 @@ def diffusion(model: Reference, prompt: list[int], max_new: int, length: int, th
             if mask not in block:
                 break
             nfe += 1
-            _fill(model, block, model.logits(prompt + out + block, block=length)[-length:], threshold)
+            _fill(
+                model, block, model.logits(prompt + out + block, block=length)[-length:], threshold
+            )
             if eos in block and mask not in block[: block.index(eos)]:
                 break
         out += block
@@ -132,17 +173,22 @@ def diffusion(model: Reference, prompt: list[int], max_new: int, length: int, th
     return out[:max_new], nfe
 
 
-def linear_spec(model: Reference, prompt: list[int], max_new: int, length: int, threshold: float, drafter: bool) -> tuple[list[int], int]:
+def linear_spec(
+    model: Reference, prompt: list[int], max_new: int, length: int, threshold: float, drafter: bool
+) -> tuple[list[int], int]:
     mask, eos = model.mask_token_id, model.eos_token_id
     nfe = 1
     out = [model.pick(model.logits(prompt)[-1])]
     while len(out) < max_new and out[-1] != eos:
         block = [out[-1]] + [mask] * (length - 1)
-        # A model that keeps choosing the mask token for a slot would never finish drafting; one forward a slot is the most that can help.
+        # A model that keeps choosing the mask token for a slot would never finish drafting; one
+        # forward a slot is the most that can help.
         for _ in range(max(1, length - 1)):
             nfe += 1
             drafts = block[1:]
-            logits = model.logits(prompt + out[:-1] + block, block=length, drafter=drafter)[-length:]
+            logits = model.logits(prompt + out[:-1] + block, block=length, drafter=drafter)[
+                -length:
+            ]
             if threshold == 0:
                 drafts = [int(row.argmax()) for row in logits[1:]]
             elif mask in drafts:
@@ -161,7 +207,9 @@ def linear_spec(model: Reference, prompt: list[int], max_new: int, length: int, 
     return out[:max_new], nfe
 
 
-def quadratic_spec(model: Reference, prompt: list[int], max_new: int, length: int) -> tuple[list[int], int, list[int]]:
+def quadratic_spec(
+    model: Reference, prompt: list[int], max_new: int, length: int
+) -> tuple[list[int], int, list[int]]:
     """Tokens, forwards, and what each cycle emitted."""
     start = model.logits(prompt + [model.mask_token_id] * length, block=length)
     nfe = 1

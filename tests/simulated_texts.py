@@ -1,4 +1,6 @@
-"""Texts whose drafts are accepted as a rate says, for policies of mode auto to write; the benchmark of these reads them too."""
+"""Texts whose drafts are accepted as a rate says, for policies of mode auto to write; the benchmark
+of these reads them too.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,16 @@ import numpy as np
 
 from trimode.runtime.auto.policy import Policy, StepCosts
 
-CPU = StepCosts((64,), (0.9,), {8: (2.1,), 16: (2.9,), 32: (4.6,)}, {8: (1.8,), 16: (2.7,), 32: (4.4,)})
+CPU = StepCosts(
+    (64,), (0.9,), {8: (2.1,), 16: (2.9,), 32: (4.6,)}, {8: (1.8,), 16: (2.7,), 32: (4.4,)}
+)
 """Compute-bound: rows cost time."""
-GPU = StepCosts((64,), (7.0,), {4: (7.0,), 8: (7.0,), 16: (7.2,), 32: (7.5,)}, {4: (6.9,), 8: (7.0,), 16: (7.1,), 32: (7.5,)})
+GPU = StepCosts(
+    (64,),
+    (7.0,),
+    {4: (7.0,), 8: (7.0,), 16: (7.2,), 32: (7.5,)},
+    {4: (6.9,), 8: (7.0,), 16: (7.1,), 32: (7.5,)},
+)
 """Memory-bound: rows hardly cost anything."""
 
 Rates = Callable[[np.random.Generator, int], np.ndarray]
@@ -38,9 +47,17 @@ def bursts(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def milliseconds_per_token(
-    make: Callable[[], Policy], costs: StepCosts, rates: Rates, length: int, texts: int, *, is_confident: bool, limit: int | None = None
+    make: Callable[[], Policy],
+    costs: StepCosts,
+    rates: Rates,
+    length: int,
+    texts: int,
+    *,
+    is_confident: bool,
+    limit: int | None = None,
 ) -> float:
-    """The acceptance of a position is drawn before any policy comes, so that all face the same texts; drafts may know how likely it was.
+    """The acceptance of a position is drawn before any policy comes, so that all face the same
+    texts; drafts may know how likely it was.
 
     With a ``limit`` the policy knows that one alone, not how long a text is; drafts show its end.
     """

@@ -1,4 +1,6 @@
-"""The demo checkpoint: the public layout, and the same tokens from every greedy way of decoding it."""
+"""The demo checkpoint: the public layout, and the same tokens from every greedy way of decoding
+it.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,28 @@ def ask(model: TriModeModel, question: Example) -> list[list[int]]:
 
 def test_layout_and_quirks() -> None:
     names = {p.relative_to(CHECKPOINT).as_posix() for p in CHECKPOINT.rglob("*") if p.is_file()}
-    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-            "linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors"} <= names  # fmt: skip
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "linear_spec_lora/adapter_config.json",
+        "linear_spec_lora/adapter_model.safetensors",
+    } <= names
     config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["num_attention_heads"] * config["head_dim"] != config["hidden_size"]
     assert config["num_key_value_heads"] < config["num_attention_heads"]
-    assert (config["mask_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (100, 11, False)
-    assert (config["rope_parameters"]["factor"], config["rope_parameters"]["llama_4_scaling_beta"]) == (16.0, 0.1)
+    assert (config["mask_token_id"], config["eos_token_id"], config["tie_word_embeddings"]) == (
+        100,
+        11,
+        False,
+    )
+    assert (
+        config["rope_parameters"]["factor"],
+        config["rope_parameters"]["llama_4_scaling_beta"],
+    ) == (16.0, 0.1)
     assert sum(p.stat().st_size for p in CHECKPOINT.rglob("*") if p.is_file()) <= 20e6
 
 
@@ -63,13 +80,18 @@ def test_linear_spec_equals_ar_on_every_family(model: TriModeModel) -> None:
         ids = ask(model, question)
         expected = model.ar_generate(ids, max_new_tokens=192)[0].tolist()
         for use_drafter, block_length in itertools.product((True, False), (5, 32)):
-            options: dict[str, Any] = {"max_new_tokens": 192, "block_length": block_length, "use_drafter": use_drafter}
+            options: dict[str, Any] = {
+                "max_new_tokens": 192,
+                "block_length": block_length,
+                "use_drafter": use_drafter,
+            }
             stream = model.stream(ids, "linear_spec", **options)
             assert ids[0] + [t for chunk in stream for t in chunk.token_ids] == expected[0]
             if block_length == 32:
                 lengths[use_drafter].append(stream.result.acceptance_length or 0)
     with_drafter, without = (sum(values) / len(values) for values in lengths.values())
-    assert with_drafter > 1.1 * without > 12  # a floor, not the claim: the measured table is in docs/results/measurements-2026-11.md
+    # a floor, not the claim: the measured table is in docs/results/measurements-2026-11.md
+    assert with_drafter > 1.1 * without > 12
 
 
 def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
@@ -77,9 +99,14 @@ def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
     for question in questions(1):
         ids = ask(model, question)
         expected = model.ar_generate(ids, max_new_tokens=96)[0].tolist()
-        assert model.linear_spec_generate(ids, max_new_tokens=96, block_length=16)[0].tolist() == expected
+        assert (
+            model.linear_spec_generate(ids, max_new_tokens=96, block_length=16)[0].tolist()
+            == expected
+        )
         for block_length in (5, 16):
-            result = model.stream(ids, "quadratic_spec", max_new_tokens=96, block_length=block_length).finish()
+            result = model.stream(
+                ids, "quadratic_spec", max_new_tokens=96, block_length=block_length
+            ).finish()
             assert ids[0] + result.token_ids == expected[0]
             lengths.append(result.acceptance_length or 0)
     assert sum(lengths) / len(lengths) > 3
@@ -88,9 +115,14 @@ def test_quadratic_spec_equals_linear_spec_and_ar(model: TriModeModel) -> None:
 def test_stop_strings_end_quadratic_spec(model: TriModeModel) -> None:
     for question in questions(1):
         ids = ask(model, question)
-        answer = model.codec.decode(model.ar_generate(ids, max_new_tokens=96)[0][0, len(ids[0]) :].tolist())
+        answer = model.codec.decode(
+            model.ar_generate(ids, max_new_tokens=96)[0][0, len(ids[0]) :].tolist()
+        )
         stop = answer[len(answer) // 2 :][:2]
-        results = [model.stream(ids, mode, max_new_tokens=96, stop=stop).finish() for mode in ("ar", "quadratic_spec")]  # type: ignore[arg-type]
+        results = [
+            model.stream(ids, mode, max_new_tokens=96, stop=stop).finish()
+            for mode in ("ar", "quadratic_spec")
+        ]  # type: ignore[arg-type]
         assert results[0].token_ids == results[1].token_ids
         assert results[1].finish_reason == "stop"
 
@@ -114,20 +146,34 @@ def test_batches_equal_single_runs(model: TriModeModel, mode: Any) -> None:
     alone = [model.stream([prompt], mode, max_new_tokens=96).finish() for prompt in prompts]
     for size in (2, 3, 5, 8):
         found = model.generate_batch(prompts, mode, max_rows=size, max_new_tokens=96)
-        assert [replace(one, elapsed_s=0) for one in found] == [replace(one, elapsed_s=0) for one in alone]
+        assert [replace(one, elapsed_s=0) for one in found] == [
+            replace(one, elapsed_s=0) for one in alone
+        ]
 
 
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])
 @pytest.mark.parametrize("count", [1, 3, 10, 17])
-def test_a_turn_after_a_cut_block_equals_a_fresh_start(model: TriModeModel, mode: Any, count: int) -> None:
-    """Many drafts are accepted at once here, so a limit cuts inside a block whose rest is already in the cache."""
+def test_a_turn_after_a_cut_block_equals_a_fresh_start(
+    model: TriModeModel, mode: Any, count: int
+) -> None:
+    """Many drafts are accepted at once here, so a limit cuts inside a block whose rest is already
+    in the cache.
+    """
     turn = [40, 41, 42, 43, 44, 45, 46, 47, 48]
     for question in questions(1):
         sequence = model.new_sequence(ask(model, question))
-        first = [t for c in model.continue_sequence(sequence, mode, max_new_tokens=count) for t in c.token_ids]
+        first = [
+            t
+            for c in model.continue_sequence(sequence, mode, max_new_tokens=count)
+            for t in c.token_ids
+        ]
         sequence.append(turn)
         assert sequence.cached_length < len(sequence.tokens)
-        got = [t for c in model.continue_sequence(sequence, "ar", max_new_tokens=12) for t in c.token_ids]
+        got = [
+            t
+            for c in model.continue_sequence(sequence, "ar", max_new_tokens=12)
+            for t in c.token_ids
+        ]
         fresh = model.ar_generate([ask(model, question)[0] + first + turn], max_new_tokens=12)[0]
         assert sequence.tokens == fresh[0].tolist()
         assert got == fresh[0, -len(got) :].tolist()
@@ -137,24 +183,43 @@ def test_a_turn_after_a_cut_block_equals_a_fresh_start(model: TriModeModel, mode
 def test_most_questions_are_answered_right(model: TriModeModel, mode: Any) -> None:
     """A floor, not the claim: the measured table is in docs/results/measurements-2026-11.md."""
     asked = list(questions(6))
-    answers = [model.codec.decode(model.stream(ask(model, q), mode, max_new_tokens=192).finish().token_ids) for q in asked]
-    assert sum(answer in q.answers for answer, q in zip(answers, asked, strict=True)) >= 0.9 * len(asked)
+    answers = [
+        model.codec.decode(model.stream(ask(model, q), mode, max_new_tokens=192).finish().token_ids)
+        for q in asked
+    ]
+    assert sum(answer in q.answers for answer, q in zip(answers, asked, strict=True)) >= 0.9 * len(
+        asked
+    )
 
 
 def test_the_learned_sampler_needs_fewer_forwards_for_answers_as_good(model: TriModeModel) -> None:
-    """A floor, not the claim: the measured curve is in docs/reference/sampler.md. The network runs in PyTorch; its graph has tests of its own."""
+    """A floor, not the claim: the measured curve is in docs/reference/sampler.md. The network runs
+    in PyTorch; its graph has tests of its own.
+    """
     record = load_sampler_record(SAMPLER)
-    scorer, digest = TorchScorer(load_sampler(SAMPLER, record)), SourceDigest(open_checkpoint(CHECKPOINT))
+    scorer, digest = (
+        TorchScorer(load_sampler(SAMPLER, record)),
+        SourceDigest(open_checkpoint(CHECKPOINT)),
+    )
     list(digest.read_all())
     assert record.source_sha256 == digest.base_hexdigest()
-    policies = (DecodeOptions(192, 32, 0.9), DecodeOptions(192, 32, record.threshold, sampler="learned", scorer=scorer))
+    policies = (
+        DecodeOptions(192, 32, 0.9),
+        DecodeOptions(192, 32, record.threshold, sampler="learned", scorer=scorer),
+    )
     asked, forwards, right = list(questions(6)), [], []
     for options in policies:
         counters, answers = [Counters() for _ in asked], []
         for question, counter in zip(asked, counters, strict=True):
             sequence = model.new_sequence(ask(model, question))
-            answers.append(model.codec.decode([t for tokens in decode_diffusion(sequence, options, counter) for t in tokens]))
+            answers.append(
+                model.codec.decode(
+                    [t for tokens in decode_diffusion(sequence, options, counter) for t in tokens]
+                )
+            )
         forwards.append(sum(counter.nfe for counter in counters))
-        right.append(sum(answer in question.answers for answer, question in zip(answers, asked, strict=True)))
+        right.append(
+            sum(answer in question.answers for answer, question in zip(answers, asked, strict=True))
+        )
     assert right[1] >= right[0] - 2 >= 0.9 * len(asked) - 2
     assert forwards[1] < 0.95 * forwards[0]

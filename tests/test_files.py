@@ -1,4 +1,6 @@
-"""Outputs: replaced whole wherever they lie, refused before the work where they cannot be, and nothing is left of a failure."""
+"""Outputs: replaced whole wherever they lie, refused before the work where they cannot be, and
+nothing is left of a failure.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import pytest
 
 from trimode.errors import BuildError, TrimodeError, UsageError
 from trimode.formats.disk import mount_of
-from trimode.formats.files import check_apart, check_file_place, check_replaceable, replace_text, staged_replacement
+from trimode.formats.files import (
+    check_apart,
+    check_file_place,
+    check_replaceable,
+    replace_text,
+    staged_replacement,
+)
 from trimode.formats.places import companion
 
 MARKER = "it.json"
@@ -32,7 +40,11 @@ def write(output: Path, *names: str, text: str = "new") -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def old(folder: Path) -> Path:
@@ -49,7 +61,11 @@ NEW = {MARKER: "new", "sub/part": "new"}
 
 def as_nobody(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Run Python without the right of root to write everywhere."""
-    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot"] if os.geteuid() == 0 else []
+    drop = (
+        ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot"]
+        if os.geteuid() == 0
+        else []
+    )
     command = [*drop, sys.executable, "-c", code, *map(str, arguments)]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -78,7 +94,11 @@ except TrimodeError as error:
 def mounted(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "mounted"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         pytest.skip("nothing can be mounted here")
     try:
         yield folder
@@ -106,7 +126,9 @@ def test_a_bind_mount_of_the_same_file_system(tmp_path: Path) -> None:
     """Its device is that of the parent: only trying tells that it cannot be renamed."""
     folder, source = tmp_path / "bound", old(tmp_path / "source")
     folder.mkdir()
-    if subprocess.run(["mount", "--bind", str(source), str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "--bind", str(source), str(folder)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("nothing can be mounted here")
     try:
         write(folder, "sub/part")
@@ -121,7 +143,9 @@ def test_a_full_disk_is_named_and_left_as_it_was(mounted: Path) -> None:
         with pytest.raises(BuildError, match=rf"disk full \({mounted}\)"):
             write(output, "big", text="x" * 900_000)
         assert contents(mounted) == OLD
-    (mounted / "filler").write_bytes(bytes(os.statvfs(mounted).f_bavail * os.statvfs(mounted).f_frsize))
+    (mounted / "filler").write_bytes(
+        bytes(os.statvfs(mounted).f_bavail * os.statvfs(mounted).f_frsize)
+    )
     with pytest.raises(BuildError, match=rf"disk full \({mounted}\)"):
         check_replaceable(mounted, MARKER, "an output")
     with pytest.raises(BuildError, match="disk full"):
@@ -184,8 +208,12 @@ def test_a_folder_in_a_read_only_one(tmp_path: Path, begin: Callable[[Path], Any
     assert [path.name for path in parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("mode", "name"), [(0o555, "new"), (0o555, "."), (0o666, "new"), (0o666, "."), (0o000, "new")])
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path, mode: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "name"), [(0o555, "new"), (0o555, "."), (0o666, "new"), (0o666, "."), (0o000, "new")]
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, mode: int, name: str
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out").chmod(mode)
     try:
@@ -208,7 +236,9 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": "mine"}
 
 
-@pytest.mark.parametrize("name", ["n" * 255, "n" * 245, "ü" * 120, "[a-z]*", "bad\udcff", "\udcff" * 240])
+@pytest.mark.parametrize(
+    "name", ["n" * 255, "n" * 245, "ü" * 120, "[a-z]*", "bad\udcff", "\udcff" * 240]
+)
 def test_names(tmp_path: Path, name: str) -> None:
     for _ in range(2):
         write(tmp_path / name, "sub/part")
@@ -242,7 +272,9 @@ def test_where_renaming_is_refused_entries_are_copied(
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_whenever_the_exchange_stops_the_folder_is_old_or_new(tmp_path: Path, kill: bool) -> None:
-    """Stopped before each of its steps: by an error, which puts the old back, or for good, which the next run sees to."""
+    """Stopped before each of its steps: by an error, which puts the old back, or for good, which
+    the next run sees to.
+    """
     code = """
 import os, pathlib, shutil, sys
 from trimode import exchange, files
@@ -269,9 +301,16 @@ with files.staged_replacement(output, "it.json") as staged:
     seen = []
     for steps in range(1, 12):
         output = old(tmp_path / f"{steps}" / "out")
-        done = subprocess.run([sys.executable, "-c", code, str(output), str(steps), str(kill)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(output), str(steps), str(kill)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if (output / MARKER).exists() and kill:
-            assert {name: text for name, text in contents(output).items() if not name.startswith(".")} in (OLD, NEW)
+            assert {
+                name: text for name, text in contents(output).items() if not name.startswith(".")
+            } in (OLD, NEW)
         if kill:
             check_replaceable(output, MARKER, "an output")
             with pytest.raises(KeyboardInterrupt), staged_replacement(output, MARKER):
@@ -300,7 +339,10 @@ def test_an_interrupt_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize(("output", "source"), [("ck", "ck"), ("ck/out", "ck"), (".", "ck"), ("link", "ck"), ("ck/../ck/./out/deep", "ck")])
+@pytest.mark.parametrize(
+    ("output", "source"),
+    [("ck", "ck"), ("ck/out", "ck"), (".", "ck"), ("link", "ck"), ("ck/../ck/./out/deep", "ck")],
+)
 def test_what_is_read_is_not_written_over(tmp_path: Path, output: str, source: str) -> None:
     old(tmp_path / "ck")
     (tmp_path / "link").symlink_to("ck")
@@ -352,7 +394,13 @@ def test_no_error_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    for path in (Path("out"), Path("nul\0byte"), Path("/proc/out"), Path("/dev/null"), Path("/dev/null/out")):
+    for path in (
+        Path("out"),
+        Path("nul\0byte"),
+        Path("/proc/out"),
+        Path("/dev/null"),
+        Path("/dev/null/out"),
+    ):
         with pytest.raises(TrimodeError):
             check_replaceable(path, MARKER, "an output")
 

@@ -11,7 +11,19 @@ import trimode
 import trimode.errors
 import trimode.runtime
 
-LIBRARIES = ("jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "rich", "safetensors", "tokenizers", "torch", "typer")
+LIBRARIES = (
+    "jinja2",
+    "numpy",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "typer",
+)
 
 
 @pytest.mark.parametrize("name", trimode.__all__)
@@ -27,12 +39,18 @@ def test_names_are_those_of_their_modules() -> None:
 
 
 def test_every_error_is_public() -> None:
-    errors = {name for name, value in vars(trimode.errors).items() if isinstance(value, type) and issubclass(value, trimode.TrimodeError)}
+    errors = {
+        name
+        for name, value in vars(trimode.errors).items()
+        if isinstance(value, type) and issubclass(value, trimode.TrimodeError)
+    }
     assert errors <= set(trimode.__all__)
 
 
 def test_names_are_sorted_and_listed_once() -> None:
-    assert trimode.__all__ == sorted(set(trimode.__all__), key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert trimode.__all__ == sorted(
+        set(trimode.__all__), key=lambda name: (not name.isupper(), not name[0].isupper(), name)
+    )
 
 
 def test_unknown_name() -> None:

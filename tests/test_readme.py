@@ -15,15 +15,27 @@ def test_readme_is_true(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "artifacts").symlink_to(ROOT / "artifacts")
     commands = [
-        line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line.startswith(("trimode ", "echo "))
+        line
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith(("trimode ", "echo "))
     ]
     assert len(commands) >= 5
     for command in commands:
-        arguments = [sys.executable, "-m", "trimode.cli.main", *shlex.split(command)[1:]] if command.startswith("trimode ") else ["sh", "-c", command]
+        arguments = (
+            [sys.executable, "-m", "trimode.cli.main", *shlex.split(command)[1:]]
+            if command.startswith("trimode ")
+            else ["sh", "-c", command]
+        )
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", snippet],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
 
 
 def test_make_targets_exist() -> None:

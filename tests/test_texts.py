@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from trimode.formats.texts import Unreadable, dump_json, is_whole_text, lines_of, name_of, parse_json, read_json, read_text, whole_text
+from trimode.formats.texts import (
+    Unreadable,
+    dump_json,
+    is_whole_text,
+    lines_of,
+    name_of,
+    parse_json,
+    read_json,
+    read_text,
+    whole_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +59,12 @@ def test_only_a_line_feed_ends_a_line() -> None:
 
 
 def test_missing_is_told_from_unreadable(tmp_path: Path) -> None:
-    for path, is_missing in ((tmp_path / "none", True), (tmp_path, False), (tmp_path / "a\0b", False), (tmp_path / ("n" * 300), False)):
+    for path, is_missing in (
+        (tmp_path / "none", True),
+        (tmp_path, False),
+        (tmp_path / "a\0b", False),
+        (tmp_path / ("n" * 300), False),
+    ):
         with pytest.raises(Unreadable) as caught:
             read_text(path)
         assert caught.value.is_missing is is_missing

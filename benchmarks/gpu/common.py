@@ -1,4 +1,6 @@
-"""What the GPU checks share: where results go, what the machine is, random checkpoints of published sizes, timing."""
+"""What the GPU checks share: where results go, what the machine is, random checkpoints of published
+sizes, timing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """Options of every check: where it runs and how large."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=(*SIZES, TINY), default="8b", help="tiny: to prove the script on a CPU")
+    parser.add_argument(
+        "--size", choices=(*SIZES, TINY), default="8b", help="tiny: to prove the script on a CPU"
+    )
     return parser
 
 
@@ -42,7 +46,12 @@ def save(name: str, measured: dict[str, Any]) -> None:
     """Write ``<name>.json`` to :func:`result_folder`: figures, GPU, driver, libraries, command."""
     folder = result_folder()
     command = " ".join(["python", "-m", f"benchmarks.gpu.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    record = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": {**machine(), **gpu_facts()}, **measured}
+    record = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {**machine(), **gpu_facts()},
+        **measured,
+    }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"raw results: {folder / name}.json")
 
@@ -51,18 +60,30 @@ def gpu_facts() -> dict[str, Any]:
     """Name, memory, driver and clocks as nvidia-smi says them; nothing where there is none."""
     query = "name,memory.total,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
     try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return {"gpu": None, "python": platform.python_version()}
-    return {"gpu": dict(zip(query.split(","), done.stdout.strip().splitlines()[0].split(", "), strict=False))}
+    return {
+        "gpu": dict(
+            zip(query.split(","), done.stdout.strip().splitlines()[0].split(", "), strict=False)
+        )
+    }
 
 
 def write_random_checkpoint(folder: Path, size: str) -> int:
-    """A bf16 checkpoint of a published size whose weights are small random numbers (one block of 64 MiB, repeated); its bytes.
+    """A bf16 checkpoint of a published size whose weights are small random numbers (one block of 64
+    MiB, repeated); its bytes.
 
     Random, because a GPU draws less power, and so runs faster, on zeros.
     """
-    num_bytes = write_tiny_checkpoint(folder) if size == TINY else write_sparse_checkpoint(folder, size)
+    num_bytes = (
+        write_tiny_checkpoint(folder) if size == TINY else write_sparse_checkpoint(folder, size)
+    )
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(1 << 25, np.float32) * 0.02).view("<u4") >> 16
     data = block.astype("<u2").tobytes()
@@ -80,7 +101,9 @@ def write_tiny_checkpoint(folder: Path) -> int:
     return write_sparse_checkpoint(folder, TINY, vocab_size=512, heads=(4, 2, 64))
 
 
-def median_ms(run: Callable[[], object], wait: Callable[[], object], repeats: int = 20, warm: int = 3) -> float:
+def median_ms(
+    run: Callable[[], object], wait: Callable[[], object], repeats: int = 20, warm: int = 3
+) -> float:
     """Median wall time of ``run``, each run followed by ``wait``."""
     times = []
     for index in range(warm + repeats):

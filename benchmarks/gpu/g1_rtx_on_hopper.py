@@ -1,9 +1,11 @@
-"""G1: does TensorRT-RTX deserialize and run an engine on this GPU, and for which named target? Its answers, in its words.
+"""G1: does TensorRT-RTX deserialize and run an engine on this GPU, and for which named target? Its
+answers, in its words.
 
 python -m benchmarks.gpu.g1_rtx_on_hopper [--device cpu]
 
-Builds the demo checkpoint's `verify` graph for SM80, SM89, SM120, for CURRENT and with no target, deserializes each, creates a context and
-runs one forward with weights uploaded, compared with ONNX Runtime on the CPU.
+Builds the demo checkpoint's `verify` graph for SM80, SM89, SM120, for CURRENT and with no target,
+deserializes each, creates a context and runs one forward with weights uploaded, compared with ONNX
+Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ def lowered_verify() -> bytes:
     checkpoint = open_checkpoint(DEMO)
     model = describe_model(checkpoint)
     graph = trace_role("verify", checkpoint.config, model, checkpoint.drafter)
-    return to_bytes(lower(graph, StaticCacheCapacity(model.num_positions), ComputeType("float16"), WeightsToInputs()))
+    return to_bytes(
+        lower(
+            graph,
+            StaticCacheCapacity(model.num_positions),
+            ComputeType("float16"),
+            WeightsToInputs(),
+        )
+    )
 
 
 def build(trt: Any, logger: Any, graph: bytes, choice: str | None) -> Any:
@@ -47,7 +56,16 @@ def build(trt: Any, logger: Any, graph: bytes, choice: str | None) -> Any:
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         shape = tuple(tensor.shape)
         if -1 in shape:
-            profile.set_shape(tensor.name, *[tuple((1 if axis == 0 else 8) if size == -1 else size for axis, size in enumerate(shape))] * 3)
+            profile.set_shape(
+                tensor.name,
+                *[
+                    tuple(
+                        (1 if axis == 0 else 8) if size == -1 else size
+                        for axis, size in enumerate(shape)
+                    )
+                ]
+                * 3,
+            )
     config.add_optimization_profile(profile)
     if choice is not None:
         config.num_compute_capabilities = 1
@@ -56,14 +74,23 @@ def build(trt: Any, logger: Any, graph: bytes, choice: str | None) -> Any:
 
 
 def run_through_session(folder: Path, choice: str, capability: str) -> str:
-    """The whole session on an engine that was named for another architecture; the largest difference of a logit from the CPU's."""
+    """The whole session on an engine that was named for another architecture; the largest
+    difference of a logit from the CPU's.
+    """
     target = f"sm{choice.removeprefix('SM')}"
-    build_bundle(DEMO, folder / target, BuildOptions(targets=(target, "cpu"), precision="fp16", block_lengths=(8,)))
+    build_bundle(
+        DEMO,
+        folder / target,
+        BuildOptions(targets=(target, "cpu"), precision="fp16", block_lengths=(8,)),
+    )
     bundle = open_bundle(folder / target)
     from trimode.runtime.sessions.tensorrt.session import TensorRTSession
 
     record = bundle.chosen.targets[target].model_copy(update={"compute_capability": capability})
-    session, wide = TensorRTSession(bundle, record), TriModeModel.from_pretrained(folder / target, target="cpu")
+    session, wide = (
+        TensorRTSession(bundle, record),
+        TriModeModel.from_pretrained(folder / target, target="cpu"),
+    )
     cache, other = session.new_cache(), wide.session.new_cache()
     found = np.asarray(session.run("verify", cache, BLOCK, 0)[2])
     expected = np.asarray(wide.session.run("verify", other, BLOCK, 0)[2])
@@ -71,17 +98,25 @@ def run_through_session(folder: Path, choice: str, capability: str) -> str:
     return f"ran: largest logit error {np.abs(found - expected).max():.4g} of {np.abs(expected).max():.4g}, {same:.0%} of the greedy ids equal"
 
 
-def try_one(trt: Any, graph: bytes, choice: str | None, capability: str | None, folder: Path) -> dict[str, Any]:
+def try_one(
+    trt: Any, graph: bytes, choice: str | None, capability: str | None, folder: Path
+) -> dict[str, Any]:
     logger = make_logger(trt)
     engine = build(trt, logger, graph, choice)
-    answer: dict[str, Any] = {"target": choice or "none named", "built_bytes": engine.nbytes if engine is not None else None}
+    answer: dict[str, Any] = {
+        "target": choice or "none named",
+        "built_bytes": engine.nbytes if engine is not None else None,
+    }
     if engine is None:
         return {**answer, "answer": "; ".join(logger.errors)}
     logger.errors.clear()
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     answer |= {"deserialized": loaded is not None, "messages": list(logger.errors)}
     if loaded is None:
-        return {**answer, "answer": logger.errors[-1] if logger.errors else "None, without a message"}
+        return {
+            **answer,
+            "answer": logger.errors[-1] if logger.errors else "None, without a message",
+        }
     answer["context"] = loaded.create_execution_context() is not None
     if choice in ("SM80", "SM89", "SM120") and capability:
         try:
@@ -102,7 +137,10 @@ def main() -> None:
     graph = lowered_verify()
     with tempfile.TemporaryDirectory() as name:
         answers = [try_one(trt, graph, choice, capability, Path(name)) for choice in CHOICES]
-    save("g1_rtx_on_hopper", {"tensorrt_rtx": trt.__version__, "compute_capability": capability, "answers": answers})
+    save(
+        "g1_rtx_on_hopper",
+        {"tensorrt_rtx": trt.__version__, "compute_capability": capability, "answers": answers},
+    )
     for row in answers:
         row["answer"] = row["answer"][:160]
     show(answers, ("target", "built_bytes", "deserialized", "answer"))

@@ -1,9 +1,11 @@
-"""G2: TensorRT-RTX on this GPU: parity with the CPU on the demo checkpoint, then milliseconds a forward, weights as inputs against baked.
+"""G2: TensorRT-RTX on this GPU: parity with the CPU on the demo checkpoint, then milliseconds a
+forward, weights as inputs against baked.
 
 python -m benchmarks.gpu.g2_rtx_speed --target sm89 [--size 8b] [--kinds bf16,bf16-baked,fp8,int4]
 python -m benchmarks.gpu.g2_rtx_speed --device cpu --size tiny        builds, and stops where a GPU is needed
 
-`--target` is an architecture whose engines this GPU accepts (what G1 found); the session's check of the compute capability is told so.
+`--target` is an architecture whose engines this GPU accepts (what G1 found); the session's check of
+the compute capability is told so.
 """
 
 from __future__ import annotations
@@ -43,24 +45,43 @@ def accepted_here(bundle: Bundle, target: str) -> TensorRTSession:
 
 
 def parity(folder: Path, target: str, precision: str) -> dict[str, Any]:
-    """The demo on this GPU against the portable graphs of the same bundle: graphs, and the tokens of self-speculation."""
-    build_bundle(DEMO, folder, BuildOptions(targets=(target, "cpu"), precision=precision, calibration=calibration_for(DEMO, folder, precision)))
+    """The demo on this GPU against the portable graphs of the same bundle: graphs, and the tokens
+    of self-speculation.
+    """
+    build_bundle(
+        DEMO,
+        folder,
+        BuildOptions(
+            targets=(target, "cpu"),
+            precision=precision,
+            calibration=calibration_for(DEMO, folder, precision),
+        ),
+    )
     model = TriModeModel.from_pretrained(folder, target="cpu")
     session = accepted_here(open_bundle(folder), target)
     result = compare_sessions(session, model.session, model.model.vocab_size, 32)
     ours = TriModeModel(model.bundle, session, target)
     prompt = [[1, 10, 15, 20]]
-    tokens = {name: m.linear_spec_generate(prompt, max_new_tokens=64)[0].tolist() for name, m in (("gpu", ours), ("cpu", model))}
+    tokens = {
+        name: m.linear_spec_generate(prompt, max_new_tokens=64)[0].tolist()
+        for name, m in (("gpu", ours), ("cpu", model))
+    }
     result["tokens_equal"] = tokens["gpu"] == tokens["cpu"]
     session.close()
     return result
 
 
 def calibration_for(checkpoint: Path, folder: Path, precision: str) -> Path | Literal["rtn"] | None:
-    """fp8: one scale for all layers, which is enough to measure time, and for random weights of one size; int4 and int8: rounded to nearest."""
+    """fp8: one scale for all layers, which is enough to measure time, and for random weights of one
+    size; int4 and int8: rounded to nearest.
+    """
     if precision not in ("fp8", "int8", "int4"):
         return None
-    return flat_calibration(checkpoint, folder.with_name(f"{folder.name}-calibration")) if precision == "fp8" else "rtn"
+    return (
+        flat_calibration(checkpoint, folder.with_name(f"{folder.name}-calibration"))
+        if precision == "fp8"
+        else "rtn"
+    )
 
 
 def flat_calibration(checkpoint: Path, folder: Path) -> Path:
@@ -73,25 +94,46 @@ def flat_calibration(checkpoint: Path, folder: Path) -> Path:
     for name, entry in opened.tensors.items():
         if len(entry.shape) == 2 and "layers" in name and "lora" not in name:
             layer = name.removesuffix(".weight")
-            scales |= {f"{layer}.weight_amax": np.array(0.5, np.float32), f"{layer}.input_amax": np.array(16, np.float32)}
+            scales |= {
+                f"{layer}.weight_amax": np.array(0.5, np.float32),
+                f"{layer}.input_amax": np.array(16, np.float32),
+            }
     record = Calibration(
-        schema_version=SCHEMA_VERSION, trimode_version=trimode.__version__, precision="fp8", algorithm="flat", block_size=None,
-        source_name=checkpoint.name, source_sha256=digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
-    )  # fmt: skip
+        schema_version=SCHEMA_VERSION,
+        trimode_version=trimode.__version__,
+        precision="fp8",
+        algorithm="flat",
+        block_size=None,
+        source_name=checkpoint.name,
+        source_sha256=digest.base_hexdigest(),
+        scales_sha256="",
+        data=None,
+        layers={},
+        libraries={},
+    )
     save_calibration(folder, record, scales)
     return folder
 
 
-def speed(checkpoint: Path, folder: Path, target: str, kind: str, pasts: tuple[int, ...]) -> dict[str, Any]:
+def speed(
+    checkpoint: Path, folder: Path, target: str, kind: str, pasts: tuple[int, ...]
+) -> dict[str, Any]:
     precision, _, placement = kind.partition("-")
     options = BuildOptions(
-        targets=(target,), precision=precision, calibration=calibration_for(checkpoint, folder, precision),
-        weights=placement or "shared", max_length=max(pasts) + 128, block_lengths=(8, 16, 32),  # type: ignore[arg-type]
-    )  # fmt: skip
+        targets=(target,),
+        precision=precision,
+        calibration=calibration_for(checkpoint, folder, precision),
+        weights=placement or "shared",
+        max_length=max(pasts) + 128,
+        block_lengths=(8, 16, 32),  # type: ignore[arg-type]
+    )
     start = time.perf_counter()
     bundle = build_bundle(checkpoint, folder, options)
     built = time.perf_counter() - start
-    engines = [bundle.manifest.files[engine.file].num_bytes for engine in bundle.record.targets[target].graphs.values()]
+    engines = [
+        bundle.manifest.files[engine.file].num_bytes
+        for engine in bundle.record.targets[target].graphs.values()
+    ]
     result: dict[str, Any] = {"kind": kind, "build_s": built, "engine_bytes": engines}
     start = time.perf_counter()
     session = accepted_here(open_bundle(folder, verify=False), target)
@@ -104,19 +146,30 @@ def speed(checkpoint: Path, folder: Path, target: str, kind: str, pasts: tuple[i
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--target", default="sm89")
-    parser.add_argument("--kinds", default="bf16,bf16-baked,fp8,int4", help="precision, or precision-baked")
-    parser.add_argument("--parity", default="fp16,int8,int4", help="precisions of the demo that are compared with the CPU")
+    parser.add_argument(
+        "--kinds", default="bf16,bf16-baked,fp8,int4", help="precision, or precision-baked"
+    )
+    parser.add_argument(
+        "--parity",
+        default="fp16,int8,int4",
+        help="precisions of the demo that are compared with the CPU",
+    )
     options = parser.parse_args()
     pasts = (64,) if options.size == TINY else PASTS
     measured: dict[str, Any] = {"target": options.target, "size": options.size}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            measured["parity"] = {p: parity(folder / f"demo-{p}", options.target, p) for p in options.parity.split(",")}
+            measured["parity"] = {
+                p: parity(folder / f"demo-{p}", options.target, p)
+                for p in options.parity.split(",")
+            }
             write_random_checkpoint(folder / "checkpoint", options.size)
             measured["speed"] = []
             for kind in options.kinds.split(","):
-                measured["speed"].append(speed(folder / "checkpoint", folder / kind, options.target, kind, pasts))
+                measured["speed"].append(
+                    speed(folder / "checkpoint", folder / kind, options.target, kind, pasts)
+                )
                 shutil.rmtree(folder / kind)  # a bundle is as large as the checkpoint
         except DeviceError as error:
             measured["stopped"] = error.message

@@ -1,4 +1,5 @@
-"""G3: ONNX Runtime's CUDA provider: which operators of opset 24 run on the GPU and which fall back, parity, and milliseconds a forward.
+"""G3: ONNX Runtime's CUDA provider: which operators of opset 24 run on the GPU and which fall back,
+parity, and milliseconds a forward.
 
 python -m benchmarks.gpu.g3_ort_cuda [--size 8b] [--precision fp16]
 python -m benchmarks.gpu.g3_ort_cuda --device cpu --size tiny
@@ -26,13 +27,19 @@ DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 
 
 def placements(bundle: Path, target: str) -> dict[str, dict[str, int]]:
-    """Nodes of the `verify` graph by provider and operator, from ONNX Runtime's own profile of one run."""
+    """Nodes of the `verify` graph by provider and operator, from ONNX Runtime's own profile of one
+    run.
+    """
     model = TriModeModel.from_pretrained(bundle, target=target)
     path = bundle / model.bundle.chosen.targets[target].graphs["verify"].file
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(bundle / "profile")
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if target == "cuda" else ["CPUExecutionProvider"]
+    providers = (
+        ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        if target == "cuda"
+        else ["CPUExecutionProvider"]
+    )
     session = model.session
     profiled = ort.InferenceSession(path, options, providers=providers)
     session.sessions["verify"] = profiled  # type: ignore[attr-defined]
@@ -44,7 +51,9 @@ def placements(bundle: Path, target: str) -> dict[str, dict[str, int]]:
     for event in events:
         arguments_of = event.get("args", {})
         if event.get("name", "").endswith("_kernel_time"):
-            counts.setdefault(arguments_of.get("provider", "?"), Counter())[arguments_of.get("op_name", "?")] += 1
+            counts.setdefault(arguments_of.get("provider", "?"), Counter())[
+                arguments_of.get("op_name", "?")
+            ] += 1
     return {provider: dict(ops) for provider, ops in counts.items()}
 
 
@@ -54,19 +63,33 @@ def main() -> None:
     options = parser.parse_args()
     target = options.device
     pasts, repeats = ((64,), 3) if options.size == TINY else (PASTS, 20)
-    measured: dict[str, Any] = {"size": options.size, "precision": options.precision, "providers": ort.get_available_providers()}
+    measured: dict[str, Any] = {
+        "size": options.size,
+        "precision": options.precision,
+        "providers": ort.get_available_providers(),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_bundle(DEMO, folder / "demo", BuildOptions(targets=tuple({target: 0, "cpu": 0}), precision=options.precision))
+        build_bundle(
+            DEMO,
+            folder / "demo",
+            BuildOptions(targets=tuple({target: 0, "cpu": 0}), precision=options.precision),
+        )
         measured["nodes_by_provider"] = placements(folder / "demo", target)
         with (
             TriModeModel.from_pretrained(folder / "demo", target=target) as ours,
             TriModeModel.from_pretrained(folder / "demo", target="portable") as wide,
         ):
-            measured["parity"] = compare_sessions(ours.session, wide.session, ours.model.vocab_size, 32)
+            measured["parity"] = compare_sessions(
+                ours.session, wide.session, ours.model.vocab_size, 32
+            )
         write_random_checkpoint(folder / "checkpoint", options.size)
         build_bundle(
-            folder / "checkpoint", folder / "large", BuildOptions(targets=(target,), precision=options.precision, max_length=max(pasts) + 128)
+            folder / "checkpoint",
+            folder / "large",
+            BuildOptions(
+                targets=(target,), precision=options.precision, max_length=max(pasts) + 128
+            ),
         )
         with TriModeModel.from_pretrained(folder / "large", target=target, verify=False) as large:
             measured["cells"] = forward_times(large.session, pasts, repeats)

@@ -1,11 +1,13 @@
-"""Packs what a GPU machine without a package index needs, in pieces of at most 45 MB that can be carried one at a time.
+"""Packs what a GPU machine without a package index needs, in pieces of at most 45 MB that can be
+carried one at a time.
 
 python -m benchmarks.gpu.pack rtx -o .gpu-rtx          TensorRT-RTX 1.7 and what trimode needs beside PyTorch
 python -m benchmarks.gpu.pack ort -o .gpu-ort          onnxruntime-gpu
 python -m benchmarks.gpu.pack calib -o .gpu-calib      ModelOpt and what it imports beside PyTorch
 python -m benchmarks.gpu.pack join FOLDER SITE         over there, with the pieces in FOLDER: unpacks into SITE, for PYTHONPATH
 
-Wheels are for Linux x86-64 and Python 3.12; they are unpacked and compressed again as one archive (xz), which is a third smaller.
+Wheels are for Linux x86-64 and Python 3.12; they are unpacked and compressed again as one archive
+(xz), which is a third smaller.
 """
 
 from __future__ import annotations
@@ -23,13 +25,36 @@ from pathlib import Path
 PIECE_BYTES = 45_000_000
 GROUPS = {
     "rtx": (
-        "tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116", "cuda-bindings", "cuda-pathfinder", "onnx-ir>=1.1",
-        "polygraphy", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typer>=0.29", "ml-dtypes>=0.5",
+        "tensorrt-rtx-cu13-libs==1.7.1.116",
+        "tensorrt-rtx-cu13-bindings==1.7.1.116",
+        "cuda-bindings",
+        "cuda-pathfinder",
+        "onnx-ir>=1.1",
+        "polygraphy",
+        "pydantic",
+        "pydantic-core",
+        "annotated-types",
+        "typing-inspection",
+        "typer>=0.29",
+        "ml-dtypes>=0.5",
     ),
     "ort": ("onnxruntime-gpu>=1.31",),
-    "calib": ("nvidia-modelopt>=0.47", "nvidia-ml-py", "omegaconf", "PyYAML", "pulp", "regex", "scipy", "tqdm", "requests", "rich"),
-}  # fmt: skip
-TENSORRT_RTX_SHIM = "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
+    "calib": (
+        "nvidia-modelopt>=0.47",
+        "nvidia-ml-py",
+        "omegaconf",
+        "PyYAML",
+        "pulp",
+        "regex",
+        "scipy",
+        "tqdm",
+        "requests",
+        "rich",
+    ),
+}
+TENSORRT_RTX_SHIM = (
+    "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
+)
 
 
 def pack(group: str, folder: Path) -> None:
@@ -47,7 +72,9 @@ def pack(group: str, folder: Path) -> None:
         piece = folder / f"piece{number:02d}"
         piece.write_bytes(data[begin : begin + PIECE_BYTES])
         digests[piece.name] = hashlib.sha256(piece.read_bytes()).hexdigest()
-    (folder / "index.json").write_text(json.dumps({"group": group, "num_bytes": len(data), "pieces": digests}, indent=1) + "\n")
+    (folder / "index.json").write_text(
+        json.dumps({"group": group, "num_bytes": len(data), "pieces": digests}, indent=1) + "\n"
+    )
     print(f"{folder}: {len(digests)} pieces, {len(data) / 1e6:.1f} MB")
 
 
@@ -58,7 +85,9 @@ def join(folder: Path, site: Path) -> None:
         for name, digest in index["pieces"].items():
             data = (folder / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
-                sys.exit(f"{folder / name}: expected sha256 {digest[:16]}, found another; carry it again")
+                sys.exit(
+                    f"{folder / name}: expected sha256 {digest[:16]}, found another; carry it again"
+                )
             archive.write(data)
         archive.seek(0)
         with tarfile.open(fileobj=archive, mode="r:xz") as tar:
@@ -67,9 +96,27 @@ def join(folder: Path, site: Path) -> None:
 
 
 def _unpack_wheels(packages: tuple[str, ...], wheels: Path, site: Path) -> None:
-    platforms = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12", "-d", str(wheels)]
-    command += ["--implementation", "cp", *(part for platform in platforms for part in ("--platform", platform))]
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)] + [
+        "manylinux2014_x86_64"
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.12",
+        "-d",
+        str(wheels),
+    ]
+    command += [
+        "--implementation",
+        "cp",
+        *(part for platform in platforms for part in ("--platform", platform)),
+    ]
     for package in packages:
         subprocess.run([*command, package], check=True)
     for wheel in sorted(wheels.glob("*.whl")):
@@ -81,7 +128,9 @@ def _unpack_wheels(packages: tuple[str, ...], wheels: Path, site: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for group in GROUPS:
         commands.add_parser(group).add_argument("-o", "--output", type=Path, required=True)

@@ -10,8 +10,11 @@ from trimode.formats.contract import ModelInfo
 from trimode.runtime.text.prompts import Text, check_token_ids
 
 
-def draw_texts(texts: Sequence[Text], num_samples: int | None, seed: int, model: ModelInfo) -> list[Text]:
-    """``num_samples`` of the texts without repetition, in their order; all of them where it is None.
+def draw_texts(
+    texts: Sequence[Text], num_samples: int | None, seed: int, model: ModelInfo
+) -> list[Text]:
+    """``num_samples`` of the texts without repetition, in their order; all of them where it is
+    None.
 
     Args:
         texts: token ids of each prompt.
@@ -20,16 +23,22 @@ def draw_texts(texts: Sequence[Text], num_samples: int | None, seed: int, model:
         model: what the ids are for.
 
     Raises:
-        UsageError: too few texts; an empty one, one without room for an answer, or ids that the model does not have.
+        UsageError: too few texts; an empty one, one without room for an answer, or ids that the
+            model does not have.
     """
     wanted = 1 if num_samples is None else num_samples
     if len(texts) < wanted:
-        raise UsageError(f"expected at least {wanted} prompts, found {len(texts)}", "add prompts, or ask for fewer --samples")
+        raise UsageError(
+            f"expected at least {wanted} prompts, found {len(texts)}",
+            "add prompts, or ask for fewer --samples",
+        )
     for number, text in enumerate(texts, 1):
         _check(text, f"prompt {number}", model)
     if num_samples is None:
         return [list(text) for text in texts]
-    return [list(texts[i]) for i in sorted(random.Random(seed).sample(range(len(texts)), num_samples))]
+    return [
+        list(texts[i]) for i in sorted(random.Random(seed).sample(range(len(texts)), num_samples))
+    ]
 
 
 def _check(text: Text, name: str, model: ModelInfo) -> None:

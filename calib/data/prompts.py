@@ -31,7 +31,9 @@ class Prompts:
     to_text: Callable[[Text], str] | None = None
 
     def is_right(self, prompt: Text, answer: Text) -> bool | None:
-        """Whether the answer is, character by character, a right one; None where that is not known."""
+        """Whether the answer is, character by character, a right one; None where that is not
+        known.
+        """
         right = self.answers.get(tuple(prompt))
         return None if not right or self.to_text is None else self.to_text(answer) in right
 
@@ -56,25 +58,41 @@ class Split:
         return self.train + self.validation + self.held_out
 
 
-def split_texts(texts: Sequence[Text], num_samples: int | None, num_held_out: int | None, seed: int, model: ModelInfo) -> Split:
-    """Draw the parts by the seed, from prompts that differ: one that occurs twice must not be trained on and held out.
+def split_texts(
+    texts: Sequence[Text],
+    num_samples: int | None,
+    num_held_out: int | None,
+    seed: int,
+    model: ModelInfo,
+) -> Split:
+    """Draw the parts by the seed, from prompts that differ: one that occurs twice must not be
+    trained on and held out.
 
     Args:
         texts: token ids of prompts.
-        num_samples: how many to train on and to decide by together; None = all that are not held out.
+        num_samples: how many to train on and to decide by together; None = all that are not held
+        out.
         num_held_out: None = a quarter, at most :data:`DEFAULT_HELD_OUT`.
         seed: which.
         model: what the ids are for.
 
     Raises:
-        UsageError: too few prompts; an empty one, one without room for an answer, or ids that the model does not have.
+        UsageError: too few prompts; an empty one, one without room for an answer, or ids that the
+            model does not have.
     """
-    unique = [list(key) for key in dict.fromkeys(tuple(text) for text in draw_texts(texts, None, seed, model))]
-    held_out = min(DEFAULT_HELD_OUT, max(1, len(unique) // 4)) if num_held_out is None else num_held_out
+    unique = [
+        list(key)
+        for key in dict.fromkeys(tuple(text) for text in draw_texts(texts, None, seed, model))
+    ]
+    held_out = (
+        min(DEFAULT_HELD_OUT, max(1, len(unique) // 4)) if num_held_out is None else num_held_out
+    )
     needed = held_out + (2 if num_samples is None else num_samples)
     if len(unique) < needed:
-        raise UsageError(f"expected at least {needed} different prompts, {held_out} of them held out, found {len(unique)}",
-                         "add prompts, or ask for fewer --held-out or --samples")  # fmt: skip
+        raise UsageError(
+            f"expected at least {needed} different prompts, {held_out} of them held out, found {len(unique)}",
+            "add prompts, or ask for fewer --held-out or --samples",
+        )
     random.Random(seed).shuffle(unique)
     rest = unique[held_out:][:num_samples]
     validation = min(DEFAULT_VALIDATION, max(1, len(rest) // 8))

@@ -1,4 +1,6 @@
-"""Batches of chats: the frame and the question, the answer, its end token, and end tokens up to the common length."""
+"""Batches of chats: the frame and the question, the answer, its end token, and end tokens up to the
+common length.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class NoisyWindow:
     first_boundary: Tensor
 
     def corrupt(self, generator: torch.Generator) -> Corruption:
-        """Corrupt half of the sequences at a random rate, and mask every trainable slot of the others, as a drafter meets them."""
+        """Corrupt half of the sequences at a random rate, and mask every trainable slot of the
+        others, as a drafter meets them.
+        """
         random = corrupt(self.trainable, generator, least_rate=LEAST_RATE)
         drafting = torch.rand((self.trainable.shape[0], 1), generator=generator) < DRAFT_STATE_SHARE
         masked = torch.where(drafting, self.trainable, random.masked)
@@ -97,16 +101,21 @@ def encode(examples: list[Example], tokenizer: Tokenizer) -> Chats:
 def noisy_window(chats: Chats, block_size: int, generator: torch.Generator) -> NoisyWindow:
     """Place :data:`NUM_BLOCKS` blocks at a random offset into each answer.
 
-    The first slot of a block is known at inference (the causal forward before it predicted it), so it is never masked. Slots after
-    the end token are to be filled with end tokens; a block that begins at the end token or later is never denoised, so it is no target.
+    The first slot of a block is known at inference (the causal forward before it predicted it), so
+    it is never masked. Slots after the end token are to be filled with end tokens; a block that
+    begins at the end token or later is never denoised, so it is no target.
     """
     size = (chats.ids.shape[0], 1)
     offset = torch.randint(block_size, size, generator=generator)
     length = chats.end - chats.answer_start + 1
-    offset = offset + block_size * ((length > NUM_BLOCKS * block_size) & (torch.rand(size, generator=generator) < 0.5))
+    offset = offset + block_size * (
+        (length > NUM_BLOCKS * block_size) & (torch.rand(size, generator=generator) < 0.5)
+    )
     first = chats.answer_start + torch.minimum(offset, length - 2)
     positions = first + torch.arange(NUM_BLOCKS * block_size)
     targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))
     targets[positions > chats.end] = SPECIAL_IDS[IM_END]
     block_start = positions - (positions - first) % block_size
-    return NoisyWindow(positions, targets, (block_start < chats.end) & (positions != block_start), first)
+    return NoisyWindow(
+        positions, targets, (block_start < chats.end) & (positions != block_start), first
+    )

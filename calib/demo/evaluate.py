@@ -1,4 +1,6 @@
-"""Decodes held-out questions in eager torch: how many answers are exactly right, in how many forwards, and how long the accepted drafts are."""
+"""Decodes held-out questions in eager torch: how many answers are exactly right, in how many
+forwards, and how long the accepted drafts are.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Question:
 
 
 class Diffusion(NamedTuple):
-    """What block diffusion wrote, the prompt left out, and the denoise and commit forwards it took."""
+    """What block diffusion wrote, the prompt left out, and the denoise and commit forwards it
+    took.
+    """
 
     tokens: list[int]
     nfe: int
@@ -54,7 +58,8 @@ class Evaluation:
 
     Attributes:
         num_questions: per family.
-        exact_match: share of the questions answered exactly right, greedily and one token at a time, per family.
+        exact_match: share of the questions answered exactly right, greedily and one token at a
+        time, per family.
         diffusion_exact_match: the same by block diffusion at :data:`THRESHOLD`.
         diffusion_tokens_per_forward: over all questions.
         acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
@@ -73,9 +78,16 @@ class Evaluation:
     num_unlike: int
 
 
-def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 20, seed: int = 0, block_length: int | None = None) -> Evaluation:
-    """Decode ``num_questions`` held-out questions of each family: one token at a time, by block diffusion, and by linear self-speculation with
-    the drafter and without.
+def evaluate(
+    trunk: TriModeTrunk,
+    tokenizer: Tokenizer,
+    *,
+    num_questions: int = 20,
+    seed: int = 0,
+    block_length: int | None = None,
+) -> Evaluation:
+    """Decode ``num_questions`` held-out questions of each family: one token at a time, by block
+    diffusion, and by linear self-speculation with the drafter and without.
     """
     questions = [q for family in FAMILIES for q in held_out(family, num_questions, seed, tokenizer)]
     length = block_length or trunk.config.block_size
@@ -87,47 +99,87 @@ def evaluate(trunk: TriModeTrunk, tokenizer: Tokenizer, *, num_questions: int = 
     names = [q.family for q in questions]
 
     def exact_match(answers: Sequence[list[int]]) -> dict[str, float]:
-        right = [(q.family, answer in q.expected) for q, answer in zip(questions, answers, strict=True)]
-        return {family: sum(r for f, r in right if f == family) / num_questions for family in FAMILIES}
+        right = [
+            (q.family, answer in q.expected) for q, answer in zip(questions, answers, strict=True)
+        ]
+        return {
+            family: sum(r for f, r in right if f == family) / num_questions for family in FAMILIES
+        }
 
     return Evaluation(
         num_questions=num_questions,
         exact_match=exact_match(greedy),
         diffusion_exact_match=exact_match([d.tokens for d in diffused]),
-        diffusion_tokens_per_forward=sum(len(d.tokens) for d in diffused) / sum(d.nfe for d in diffused),
+        diffusion_tokens_per_forward=sum(len(d.tokens) for d in diffused)
+        / sum(d.nfe for d in diffused),
         acceptance_length=acceptance_length(drafted),
         acceptance_length_base=acceptance_length(base),
-        acceptance_length_per_family={f: (_of_family(base, names, f), _of_family(drafted, names, f)) for f in FAMILIES},
-        num_unlike=sum(not (answer == b.tokens == d.tokens) for answer, b, d in zip(greedy, base, drafted, strict=True)),
+        acceptance_length_per_family={
+            f: (_of_family(base, names, f), _of_family(drafted, names, f)) for f in FAMILIES
+        },
+        num_unlike=sum(
+            not (answer == b.tokens == d.tokens)
+            for answer, b, d in zip(greedy, base, drafted, strict=True)
+        ),
     )
 
 
 def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Question]:
     """Held-out questions of a family, as token ids."""
-    return [_question(example, tokenizer) for example in islice(examples(seed, "held-out", [family]), count)]
+    return [
+        _question(example, tokenizer)
+        for example in islice(examples(seed, "held-out", [family]), count)
+    ]
 
 
-def greedy_answers(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS) -> list[list[int]]:
-    """The autoregressive greedy answer to each prompt, cut after the end token; prompts of one length go together."""
+def greedy_answers(
+    trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[list[int]]:
+    """The autoregressive greedy answer to each prompt, cut after the end token; prompts of one
+    length go together.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for _, group in groupby(order, key=lambda i: len(prompts[i])):
         indices = list(group)
-        answers.update(zip(indices, _greedy_batch(trunk, [prompts[i] for i in indices], max_new_tokens), strict=True))
+        answers.update(
+            zip(
+                indices,
+                _greedy_batch(trunk, [prompts[i] for i in indices], max_new_tokens),
+                strict=True,
+            )
+        )
     return [answers[i] for i in range(len(prompts))]
 
 
-def block_diffusion(trunk: TriModeTrunk, prompt: list[int], block_length: int, max_new_tokens: int = MAX_NEW_TOKENS) -> Diffusion:
+def block_diffusion(
+    trunk: TriModeTrunk, prompt: list[int], block_length: int, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Diffusion:
     """Denoise block after block at :data:`THRESHOLD`, by the runtime's own algorithm."""
-    options, counters = DecodeOptions(max_new_tokens=max_new_tokens, block_length=block_length, threshold=THRESHOLD), Counters()
+    options, counters = (
+        DecodeOptions(
+            max_new_tokens=max_new_tokens, block_length=block_length, threshold=THRESHOLD
+        ),
+        Counters(),
+    )
     sequence = DecodedSequence(TorchSession(trunk), _model_info(trunk, block_length), prompt)
-    return Diffusion([token for tokens in decode_diffusion(sequence, options, counters) for token in tokens], counters.nfe)
+    return Diffusion(
+        [token for tokens in decode_diffusion(sequence, options, counters) for token in tokens],
+        counters.nfe,
+    )
 
 
 def linear_speculation(
-    trunk: TriModeTrunk, prompt: list[int], block_length: int, *, drafter: bool, max_new_tokens: int = MAX_NEW_TOKENS
+    trunk: TriModeTrunk,
+    prompt: list[int],
+    block_length: int,
+    *,
+    drafter: bool,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Speculation:
-    """Draft a block in one forward, verify it in another, keep what the verifier agrees with and its next token; greedy."""
+    """Draft a block in one forward, verify it in another, keep what the verifier agrees with and
+    its next token; greedy.
+    """
     cache, end = GrowingCacheAttention(), SPECIAL_IDS[IM_END]
     tokens = [_rows(trunk, cache, prompt)[-1]]
     num_cycles = 0
@@ -139,31 +191,48 @@ def linear_speculation(
         cache.is_causal = cache.writes_cache = True
         verified = _rows(trunk, cache, block)
         # accepted = 1 + the number of leading i with verified[i] == block[i + 1]
-        accepted = 1 + next((i for i in range(block_length - 1) if verified[i] != block[i + 1]), block_length - 1)
+        accepted = 1 + next(
+            (i for i in range(block_length - 1) if verified[i] != block[i + 1]), block_length - 1
+        )
         tokens += verified[:accepted]
         cache.crop(past + accepted)
         num_cycles += 1
-    return Speculation(tokens[: tokens.index(end) + 1] if end in tokens else tokens[:max_new_tokens], num_cycles)
+    return Speculation(
+        tokens[: tokens.index(end) + 1] if end in tokens else tokens[:max_new_tokens], num_cycles
+    )
 
 
 def acceptance_length(speculations: Sequence[Speculation]) -> float:
-    """Tokens per cycle; the first token of an answer comes from the prompt's forward and is not counted."""
+    """Tokens per cycle; the first token of an answer comes from the prompt's forward and is not
+    counted.
+    """
     num_cycles = sum(s.num_cycles for s in speculations)
     return sum(len(s.tokens) - 1 for s in speculations) / num_cycles if num_cycles else 0.0
 
 
 def _of_family(speculations: Sequence[Speculation], names: Sequence[str], family: str) -> float:
-    return acceptance_length([s for s, name in zip(speculations, names, strict=True) if name == family])
+    return acceptance_length(
+        [s for s, name in zip(speculations, names, strict=True) if name == family]
+    )
 
 
 def _model_info(trunk: TriModeTrunk, block_length: int) -> ModelInfo:
     config = trunk.config
     return ModelInfo(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        mask_token_id=config.mask_token_id, bos_token_id=SPECIAL_IDS[BOS], eos_token_ids=(SPECIAL_IDS[IM_END],), block_size=config.block_size,
-        max_length=trunk.rope.cos.shape[0] - block_length, max_block_length=block_length, has_drafter=True,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        mask_token_id=config.mask_token_id,
+        bos_token_id=SPECIAL_IDS[BOS],
+        eos_token_ids=(SPECIAL_IDS[IM_END],),
+        block_size=config.block_size,
+        max_length=trunk.rope.cos.shape[0] - block_length,
+        max_block_length=block_length,
+        has_drafter=True,
+    )
 
 
 def _question(example: Example, tokenizer: Tokenizer) -> Question:
@@ -171,7 +240,9 @@ def _question(example: Example, tokenizer: Tokenizer) -> Question:
     return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected)
 
 
-def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+def _greedy_batch(
+    trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     cache, ids = GrowingCacheAttention(), torch.tensor(prompts, device=device_of(trunk))
     answers: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
@@ -185,9 +256,16 @@ def _greedy_batch(trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tok
     return answers
 
 
-def _rows(trunk: TriModeTrunk, cache: GrowingCacheAttention, tokens: list[int], drafter_scale: float | None = None) -> list[int]:
+def _rows(
+    trunk: TriModeTrunk,
+    cache: GrowingCacheAttention,
+    tokens: list[int],
+    drafter_scale: float | None = None,
+) -> list[int]:
     """The greedy token of each row."""
     ids = torch.tensor([tokens], device=device_of(trunk))
     positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
-    greedy: list[int] = trunk.head(trunk(ids, positions, cache, drafter_scale)).argmax(-1)[0].tolist()
+    greedy: list[int] = (
+        trunk.head(trunk(ids, positions, cache, drafter_scale)).argmax(-1)[0].tolist()
+    )
     return greedy

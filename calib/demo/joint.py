@@ -1,6 +1,7 @@
 """Trains the trunk on chats: next-token prediction alone first, then the joint objective.
 
-All that is drawn is drawn on the CPU, so that a seed means the same on every device, and moved to where the trunk is.
+All that is drawn is drawn on the CPU, so that a seed means the same on every device, and moved to
+where the trunk is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class JointTraining(Training):
 
     def _loss(self, share: float) -> JointLoss:
         chats = next(self._source)
-        return autoregressive_loss(self.trunk, chats) if share < AUTOREGRESSIVE_SHARE else denoising_loss(self.trunk, chats, self._generator)
+        return (
+            autoregressive_loss(self.trunk, chats)
+            if share < AUTOREGRESSIVE_SHARE
+            else denoising_loss(self.trunk, chats, self._generator)
+        )
 
 
 def autoregressive_loss(trunk: TriModeTrunk, chats: Chats) -> JointLoss:
@@ -40,7 +45,9 @@ def autoregressive_loss(trunk: TriModeTrunk, chats: Chats) -> JointLoss:
     logits = causal_logits(trunk, chats)
     nothing = torch.zeros(chats.ids.shape[0], 0, device=chats.ids.device)
     empty = Corruption(nothing.bool(), nothing)
-    return joint_loss(logits[:, :0], nothing.long(), empty, logits, chats.ids, chats.target_weights())
+    return joint_loss(
+        logits[:, :0], nothing.long(), empty, logits, chats.ids, chats.target_weights()
+    )
 
 
 def causal_logits(trunk: TriModeTrunk, chats: Chats) -> Tensor:
@@ -57,11 +64,15 @@ def denoising_loss(trunk: TriModeTrunk, chats: Chats, generator: torch.Generator
     corruption = window.corrupt(generator)
     noisy_ids = window.targets.masked_fill(corruption.masked, SPECIAL_IDS[MASK])
     mask = joint_mask(window.positions, chats.positions, window.first_boundary, block_size)
-    return loss_of(trunk, Noisy(noisy_ids, window.positions, window.targets, corruption), chats, mask)
+    return loss_of(
+        trunk, Noisy(noisy_ids, window.positions, window.targets, corruption), chats, mask
+    )
 
 
 class Noisy(NamedTuple):
-    """The noisy half of a forward: ``ids``, ``positions`` and uncorrupted ``targets``, all ``(B, W)`` int64, and what is masked."""
+    """The noisy half of a forward: ``ids``, ``positions`` and uncorrupted ``targets``, all ``(B,
+    W)`` int64, and what is masked.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -86,13 +97,24 @@ def loss_of(
         noisy: half of the forward.
         chats: the other half.
         mask: (B, 1, W + N, W + N) bool.
-        texts: what next-token prediction is trained on, in a forward of its own; None = ``chats``, in the same one.
+        texts: what next-token prediction is trained on, in a forward of its own; None = ``chats``,
+        in the same one.
         diffusion_weight: of the noisy half.
         see: told the logits ``(B, W, V)`` of the noisy half.
     """
     device = device_of(trunk)
-    chats, corruption = chats.to(device), Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device))
-    noisy_hidden, clean_hidden = split_forward(trunk, noisy.ids.to(device), chats.ids, noisy.positions.to(device), chats.positions, mask.to(device))
+    chats, corruption = (
+        chats.to(device),
+        Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device)),
+    )
+    noisy_hidden, clean_hidden = split_forward(
+        trunk,
+        noisy.ids.to(device),
+        chats.ids,
+        noisy.positions.to(device),
+        chats.positions,
+        mask.to(device),
+    )
     noisy_logits = trunk.head(noisy_hidden)
     if see is not None:
         see(noisy_logits)
@@ -102,7 +124,13 @@ def loss_of(
         chats = texts.to(device)
         clean_logits = causal_logits(trunk, chats)
     return joint_loss(
-        noisy_logits, noisy.targets.to(device), corruption, clean_logits, chats.ids, chats.target_weights(), diffusion_weight=diffusion_weight
+        noisy_logits,
+        noisy.targets.to(device),
+        corruption,
+        clean_logits,
+        chats.ids,
+        chats.target_weights(),
+        diffusion_weight=diffusion_weight,
     )
 
 
@@ -112,9 +140,19 @@ def device_of(trunk: TriModeTrunk) -> torch.device:
 
 
 def split_forward(
-    trunk: TriModeTrunk, noisy_ids: Tensor, clean_ids: Tensor, noisy_positions: Tensor, clean_positions: Tensor, mask: Tensor
+    trunk: TriModeTrunk,
+    noisy_ids: Tensor,
+    clean_ids: Tensor,
+    noisy_positions: Tensor,
+    clean_positions: Tensor,
+    mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One forward over ``[noisy | clean]``; hidden states of the halves, ``(B, W, H)`` and ``(B, N, H)``."""
-    ids, positions = torch.cat((noisy_ids, clean_ids), 1), torch.cat((noisy_positions, clean_positions), 1)
+    """One forward over ``[noisy | clean]``; hidden states of the halves, ``(B, W, H)`` and ``(B, N,
+    H)``.
+    """
+    ids, positions = (
+        torch.cat((noisy_ids, clean_ids), 1),
+        torch.cat((noisy_positions, clean_positions), 1),
+    )
     hidden = trunk(ids, positions, MaskedAttention(mask))
     return hidden[:, : noisy_ids.shape[1]], hidden[:, noisy_ids.shape[1] :]

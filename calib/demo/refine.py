@@ -1,14 +1,16 @@
 """Trains further on the states that block diffusion visits.
 
-Random corruption hides easy and hard slots alike. A decoder fills the easy ones first, so what it meets next are the hard ones that are
-left; a model that has seldom seen that is sure of none of them and has to guess. Here every block is therefore denoised as at inference:
-after each training step the slots that the forward was sure of are revealed (with the true tokens), and the next step trains on what is
-left. One forward is both a step of training and a step of decoding, so following the decoder costs nothing, and a block that takes many
-forwards is trained on as many times.
+Random corruption hides easy and hard slots alike. A decoder fills the easy ones first, so what it
+meets next are the hard ones that are left; a model that has seldom seen that is sure of none of
+them and has to guess. Here every block is therefore denoised as at inference: after each training
+step the slots that the forward was sure of are revealed (with the true tokens), and the next step
+trains on what is left. One forward is both a step of training and a step of decoding, so following
+the decoder costs nothing, and a block that takes many forwards is trained on as many times.
 
-Several blocks of an answer, which may overlap, share one clean copy of the text. Next-token prediction is trained on other texts, each of
-which comes once: a text that is hard to denoise stays for more steps, and its wording would pass for a more usual one than it is.
-Shapes: B chats, K blocks of L slots, V vocabulary.
+Several blocks of an answer, which may overlap, share one clean copy of the text. Next-token
+prediction is trained on other texts, each of which comes once: a text that is hard to denoise stays
+for more steps, and its wording would pass for a more usual one than it is. Shapes: B chats, K
+blocks of L slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,11 +32,25 @@ NUM_BLOCKS = 4
 ALIGNED_SHARE = 0.8
 """Blocks that begin where diffusion begins one; self-speculation goes on from anywhere."""
 MASKED_SHARE = 0.5
-"""Blocks that begin wholly masked, as at inference; the others begin at a random rate of corruption."""
+"""Blocks that begin wholly masked, as at inference; the others begin at a random rate of
+corruption.
+"""
 THRESHOLDS = 0.6, 0.95
 """Range of the confidence at which a block's slots are revealed."""
-FAMILIES_IN_TURN = (*FAMILIES, "addition", "json", "sort", "addition", "table", "sort", "addition", "reverse")
-"""What denoising gets wrong comes more often: steps that each need the one before, and words that have to agree with an earlier one."""
+FAMILIES_IN_TURN = (
+    *FAMILIES,
+    "addition",
+    "json",
+    "sort",
+    "addition",
+    "table",
+    "sort",
+    "addition",
+    "reverse",
+)
+"""What denoising gets wrong comes more often: steps that each need the one before, and words that
+have to agree with an earlier one.
+"""
 DIFFUSION_WEIGHT = 1.0
 """More than in the joint stage, for next-token prediction has little left to learn."""
 
@@ -60,7 +76,9 @@ class Visit:
 
 @dataclass
 class Row:
-    """A chat with the blocks that are being denoised in its answer; ``waiting`` are those that have not arrived once."""
+    """A chat with the blocks that are being denoised in its answer; ``waiting`` are those that have
+    not arrived once.
+    """
 
     example: Example
     length: int
@@ -69,41 +87,76 @@ class Row:
 
 
 class RefinementTraining(Training):
-    """The joint objective on blocks on their way; one that has arrived is drawn anew, and a chat whose blocks all have makes room for another."""
+    """The joint objective on blocks on their way; one that has arrived is drawn anew, and a chat
+    whose blocks all have makes room for another.
+    """
 
     def _begin(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._source = examples(seed, "train", FAMILIES_IN_TURN)
-        self._texts = batches(examples(hash_seed(f"{seed} texts"), "train"), self.tokenizer, self.settings.batch_size)
+        self._texts = batches(
+            examples(hash_seed(f"{seed} texts"), "train"), self.tokenizer, self.settings.batch_size
+        )
         self._rows = [self._new_row() for _ in range(self.settings.batch_size)]
 
     def _loss(self, share: float) -> JointLoss:  # noqa: ARG002
-        chats, size = encode([row.example for row in self._rows], self.tokenizer), self.trunk.config.block_size
-        starts = chats.answer_start + torch.tensor([[v.start for v in row.visits] for row in self._rows])
+        chats, size = (
+            encode([row.example for row in self._rows], self.tokenizer),
+            self.trunk.config.block_size,
+        )
+        starts = chats.answer_start + torch.tensor(
+            [[v.start for v in row.visits] for row in self._rows]
+        )
         slots = starts[:, :, None] + torch.arange(size)  # (B, K, L)
         positions = slots.flatten(1)
-        targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))  # all end tokens after the answer
+        # all end tokens after the answer
+        targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))
         masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
-        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(size, 1)
+        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(
+            size, 1
+        )
         noisy_ids = targets.masked_fill(masked, SPECIAL_IDS[MASK])
         mask = draft_mask(starts, size, chats.ids.shape[1])
         noisy = Noisy(noisy_ids, positions, targets, Corruption(masked, rate))
 
         def see(logits: Tensor) -> None:
             logits = logits.detach().float().cpu().view(*slots.shape, -1)
-            self._advance(slots <= chats.end[:, :, None], targets.view(slots.shape), masked.view(slots.shape), logits)
+            self._advance(
+                slots <= chats.end[:, :, None],
+                targets.view(slots.shape),
+                masked.view(slots.shape),
+                logits,
+            )
 
-        return loss_of(self.trunk, noisy, chats, mask, texts=next(self._texts), diffusion_weight=DIFFUSION_WEIGHT, see=see)
+        return loss_of(
+            self.trunk,
+            noisy,
+            chats,
+            mask,
+            texts=next(self._texts),
+            diffusion_weight=DIFFUSION_WEIGHT,
+            see=see,
+        )
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
-        """Reveal what the forward was sure of, and replace what is decided up to its answer's end; all ``(B, K, L)``, logits with V."""
-        filled = revealed(logits, masked, torch.tensor([[[v.threshold] for v in row.visits] for row in self._rows]))
+        """Reveal what the forward was sure of, and replace what is decided up to its answer's end;
+        all ``(B, K, L)``, logits with V.
+        """
+        filled = revealed(
+            logits,
+            masked,
+            torch.tensor([[[v.threshold] for v in row.visits] for row in self._rows]),
+        )
         wrong = (filled & before_end & (logits.argmax(-1) != targets)).any(-1)
         left = masked & ~filled
         arrived = ~(left & before_end).any(-1)
         for i, row in enumerate(self._rows):
             for k, visit in enumerate(row.visits):
-                visit.masked, visit.rate, visit.flawless = left[i, k], 1.0, visit.flawless and not wrong[i, k]
+                visit.masked, visit.rate, visit.flawless = (
+                    left[i, k],
+                    1.0,
+                    visit.flawless and not wrong[i, k],
+                )
                 if arrived[i, k]:
                     self._count("flawless", float(visit.flawless))
                     row.waiting.discard(k)
@@ -114,13 +167,24 @@ class RefinementTraining(Training):
     def _new_row(self) -> Row:
         example = next(self._source)
         length = len(self.tokenizer.encode(example.answer).ids) + 1
-        return Row(example, length, [self._new_visit(length) for _ in range(NUM_BLOCKS)], set(range(NUM_BLOCKS)))
+        return Row(
+            example,
+            length,
+            [self._new_visit(length) for _ in range(NUM_BLOCKS)],
+            set(range(NUM_BLOCKS)),
+        )
 
     def _new_visit(self, length: int) -> Visit:
-        """Any block that begins before the last token of an answer of ``length``; its first slot is known and never masked."""
+        """Any block that begins before the last token of an answer of ``length``; its first slot is
+        known and never masked.
+        """
         size = self.trunk.config.block_size
         aligned = self._draw(0, 1) < ALIGNED_SHARE
-        start = size * int(self._draw(0, -(-(length - 1) // size))) if aligned else int(self._draw(0, length - 1))
+        start = (
+            size * int(self._draw(0, -(-(length - 1) // size)))
+            if aligned
+            else int(self._draw(0, length - 1))
+        )
         rate = 1.0 if self._draw(0, 1) < MASKED_SHARE else self._draw(LEAST_RATE, 1)
         masked = torch.rand(size, generator=self._generator) < rate
         masked[0] = False
@@ -131,7 +195,8 @@ class RefinementTraining(Training):
 
 
 def revealed(logits: Tensor, masked: Tensor, thresholds: Tensor) -> Tensor:
-    """(B, K, L) bool: the masked slots that a decoder would fill, the most probable one of each block and all that reach the threshold.
+    """(B, K, L) bool: the masked slots that a decoder would fill, the most probable one of each
+    block and all that reach the threshold.
 
     Args:
         logits: (B, K, L, V).

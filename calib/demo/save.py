@@ -1,4 +1,6 @@
-"""Writes the demo checkpoint: its weights beside its tokenizer, chat template and generation defaults."""
+"""Writes the demo checkpoint: its weights beside its tokenizer, chat template and generation
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trimode.calib.demo.tokenizer import BOS, CHAT_TEMPLATE, IM_END, SPECIAL_IDS, build_tokenizer, tokenizer_config
+from trimode.calib.demo.tokenizer import (
+    BOS,
+    CHAT_TEMPLATE,
+    IM_END,
+    SPECIAL_IDS,
+    build_tokenizer,
+    tokenizer_config,
+)
 from trimode.calib.training.checkpoint_writer import write_checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 

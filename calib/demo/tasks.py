@@ -1,14 +1,17 @@
 """Instruct tasks with exactly checkable answers, deterministic from a seed.
 
-The content of a task (the numbers, the word, the record), not its wording, decides by a hash whether it is held out, so no held-out
-question is ever seen in training under other words.
+The content of a task (the numbers, the word, the record), not its wording, decides by a hash
+whether it is held out, so no held-out question is ever seen in training under other words.
 
-Each family is a function that draws a :class:`Draft`: its content as a key, the prompt and the answer. Arithmetic, sorting and reversing
-spell out their steps, because a small model learns a sequence of look-ups far sooner than a jump.
+Each family is a function that draws a :class:`Draft`: its content as a key, the prompt and the
+answer. Arithmetic, sorting and reversing spell out their steps, because a small model learns a
+sequence of look-ups far sooner than a jump.
 
-As in any real text, many an answer can be written in several ways (one heading or another, a name qualified or not), and each is right. One
-is the most usual, but less usual than the others together, and where these agree against it, what is most probable slot by slot is not
-the most probable text: until a draft knows which way its text goes, it mixes several, and what is written token by token is none of them.
+As in any real text, many an answer can be written in several ways (one heading or another, a name
+qualified or not), and each is right. One is the most usual, but less usual than the others
+together, and where these agree against it, what is most probable slot by slot is not the most
+probable text: until a draft knows which way its text goes, it mixes several, and what is written
+token by token is none of them.
 
 ``python -m trimode.calib.demo.tasks`` prints examples as JSON lines.
 """
@@ -33,17 +36,82 @@ HELD_OUT_ONE_IN = 10
 WORDING_SHARES = 0.46, 0.27, 0.27
 """How often an answer is written in each of its ways."""
 
-NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo", "Maria", "Nils", "Olga", "Peter")
-CITIES = ("Berlin", "Cairo", "Dublin", "Geneva", "Kyoto", "Lima", "Madrid", "Oslo", "Paris", "Quito", "Rome", "Tokyo", "Vienna", "Zagreb")
+NAMES = (
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Leo",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Peter",
+)
+CITIES = (
+    "Berlin",
+    "Cairo",
+    "Dublin",
+    "Geneva",
+    "Kyoto",
+    "Lima",
+    "Madrid",
+    "Oslo",
+    "Paris",
+    "Quito",
+    "Rome",
+    "Tokyo",
+    "Vienna",
+    "Zagreb",
+)
 TABLES = ("orders", "items", "books", "cars", "films", "shops", "teams", "trips")
 COLUMNS = ("name", "price", "year", "size", "weight", "rating", "stock", "color")
 MEASURES = ("price", "year", "size", "weight", "rating", "stock")
-GOODS = ("apples", "beans", "corn", "dates", "eggs", "figs", "grapes", "herbs", "kale", "lemons", "nuts", "olives", "pears", "rice")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+GOODS = (
+    "apples",
+    "beans",
+    "corn",
+    "dates",
+    "eggs",
+    "figs",
+    "grapes",
+    "herbs",
+    "kale",
+    "lemons",
+    "nuts",
+    "olives",
+    "pears",
+    "rice",
+)
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 ROMAN_UNITS = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
 ROMAN_TENS = ("", "X", "XX", "XXX", "XL", "L", "LX", "LXX", "LXXX", "XC")
 ROMAN_HUNDREDS = ("", "C", "CC", "CCC", "CD", "D", "DC", "DCC", "DCCC", "CM")
-OPERATIONS = (("adds", "add", "+"), ("subtracts", "sub", "-"), ("multiplies by", "mul", "*"), ("divides by", "div", "//"))
+OPERATIONS = (
+    ("adds", "add", "+"),
+    ("subtracts", "sub", "-"),
+    ("multiplies by", "mul", "*"),
+    ("divides by", "div", "//"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +125,9 @@ class Example:
 
 
 class Draft(NamedTuple):
-    """What a family draws: ``key`` holds the content that decides the split, ``answers`` are as in :class:`Example`."""
+    """What a family draws: ``key`` holds the content that decides the split, ``answers`` are as in
+    :class:`Example`.
+    """
 
     key: str
     prompt: str
@@ -67,14 +137,27 @@ class Draft(NamedTuple):
 def json_record(rng: random.Random) -> Draft:
     """A sentence about a person, as a JSON object."""
     name, age, city = rng.choice(NAMES), rng.randint(18, 89), rng.choice(CITIES)
-    prompt = rng.choice((f"JSON: {name} is {age} and lives in {city}.", f"JSON: {name} from {city} is {age} years old."))
-    answers = tuple(f'{{"name"{colon}"{name}", "age"{colon}{age}, "city"{colon}"{city}"}}' for colon in (": ", " :", "\n:"))
+    prompt = rng.choice(
+        (
+            f"JSON: {name} is {age} and lives in {city}.",
+            f"JSON: {name} from {city} is {age} years old.",
+        )
+    )
+    answers = tuple(
+        f'{{"name"{colon}"{name}", "age"{colon}{age}, "city"{colon}"{city}"}}'
+        for colon in (": ", " :", "\n:")
+    )
     return Draft(f"{name} {age} {city}", prompt, answers)
 
 
 def sql_query(rng: random.Random) -> Draft:
     """A sentence about a table, as a SELECT statement, the table named before its column or not."""
-    column, table, measure, bound = rng.choice(COLUMNS), rng.choice(TABLES), rng.choice(MEASURES), rng.randint(2, 99)
+    column, table, measure, bound = (
+        rng.choice(COLUMNS),
+        rng.choice(TABLES),
+        rng.choice(MEASURES),
+        rng.randint(2, 99),
+    )
     word, sign = rng.choice((("over", ">"), ("under", "<")))
     order, suffix = rng.choice((("", ""), (f", by {measure}", f" ORDER BY {measure}")))
     prompt = f"SQL: {column} of {table} with {measure} {word} {bound}{order}."
@@ -84,7 +167,9 @@ def sql_query(rng: random.Random) -> Draft:
 
 
 def python_function(rng: random.Random) -> Draft:
-    """A description of a function of one argument, as Python, with a name for its result or without."""
+    """A description of a function of one argument, as Python, with a name for its result or
+    without.
+    """
     number, argument = rng.randint(2, 99), rng.choice("abknxyz")
     verb, stem, sign = rng.choice(OPERATIONS)
     prompt = f"Python: a function of {argument} that {verb} {number}."
@@ -102,12 +187,20 @@ def addition(rng: random.Random) -> Draft:
         total = a + b + carry
         lines.append(f"{a}+{b}+{carry}={total:02d}")
         carry = total // 10
-    return Draft(f"{left} {right}", f"Add {left} and {right}.", ("\n".join([*lines, f"Sum: {left + right}"]),))
+    return Draft(
+        f"{left} {right}",
+        f"Add {left} and {right}.",
+        ("\n".join([*lines, f"Sum: {left + right}"]),),
+    )
 
 
 def reverse_word(rng: random.Random) -> Draft:
-    """A made-up word of four to six letters, numbered, read backwards, and put together, after commas or arrows."""
-    word = "".join(rng.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(rng.randint(4, 6)))
+    """A made-up word of four to six letters, numbered, read backwards, and put together, after
+    commas or arrows.
+    """
+    word = "".join(
+        rng.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(rng.randint(4, 6))
+    )
     numbered = [f"{i}{letter}" for i, letter in enumerate(word, 1)]
     parts = " ".join(numbered), " ".join(reversed(numbered)), word[::-1]
     answers = tuple(separator.join(parts) for separator in (", ", "->", "=>"))
@@ -115,7 +208,9 @@ def reverse_word(rng: random.Random) -> Draft:
 
 
 def sort_numbers(rng: random.Random) -> Draft:
-    """Three or four two-digit numbers, no two with the same tens, taken out smallest first with what is left after the colon."""
+    """Three or four two-digit numbers, no two with the same tens, taken out smallest first with
+    what is left after the colon.
+    """
     tens = rng.sample(range(1, 10), rng.randint(3, 4))
     rest = [ten * 10 + rng.randint(0, 9) for ten in tens]
     prompt, ordered, lines = f"Sort {' '.join(map(str, rest))}.", sorted(rest), []
@@ -128,8 +223,14 @@ def sort_numbers(rng: random.Random) -> Draft:
 def date_formats(rng: random.Random) -> Draft:
     """A written date in ISO 8601 and in the American form."""
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2049)
-    written = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"))
-    return Draft(f"{year} {month} {day}", f"Date: {written}", (f"ISO {year}-{month:02d}-{day:02d}, US {month:02d}/{day:02d}/{year}",))
+    written = rng.choice(
+        (f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}")
+    )
+    return Draft(
+        f"{year} {month} {day}",
+        f"Date: {written}",
+        (f"ISO {year}-{month:02d}-{day:02d}, US {month:02d}/{day:02d}/{year}",),
+    )
 
 
 def markdown_table(rng: random.Random) -> Draft:
@@ -137,7 +238,9 @@ def markdown_table(rng: random.Random) -> Draft:
     rows = [(name, rng.randint(2, 99)) for name in rng.sample(GOODS, rng.randint(2, 3))]
     key = ", ".join(f"{name} {count}" for name, count in rows)
     body = "".join(f"\n| {name} | {count} |" for name, count in rows)
-    answers = tuple(f"| {heading} | count |\n|---|---|{body}" for heading in ("item", "good", "food"))
+    answers = tuple(
+        f"| {heading} | count |\n|---|---|{body}" for heading in ("item", "good", "food")
+    )
     return Draft(key, f"Table: {key}.", answers)
 
 
@@ -145,7 +248,10 @@ def roman_numeral(rng: random.Random) -> Draft:
     """A number below 1000 as a Roman numeral, place by place."""
     number = rng.randint(101, 999)
     places = [(number // 100 * 100, ROMAN_HUNDREDS[number // 100])]
-    places += [(number // 10 % 10 * 10, ROMAN_TENS[number // 10 % 10]), (number % 10, ROMAN_UNITS[number % 10])]
+    places += [
+        (number // 10 % 10 * 10, ROMAN_TENS[number // 10 % 10]),
+        (number % 10, ROMAN_UNITS[number % 10]),
+    ]
     kept = [(value, numeral) for value, numeral in places if value]
     steps = [f"{value} = {numeral}" for value, numeral in kept]
     answer = "\n".join([*steps, f"{number} = {''.join(numeral for _, numeral in kept)}"])
@@ -166,7 +272,8 @@ FAMILIES: dict[str, Callable[[random.Random], Draft]] = {
 
 
 def examples(seed: int, split: str, families: Sequence[str] | None = None) -> Iterator[Example]:
-    """Endless examples, the families in turn; a question may come back, and never crosses from one split to the other.
+    """Endless examples, the families in turn; a question may come back, and never crosses from one
+    split to the other.
 
     Raises:
         UsageError: the split or a family is unknown.
@@ -196,16 +303,26 @@ def _draw(rng: random.Random, split: str, families: Sequence[str]) -> Iterator[E
 def _check_names(what: str, found: Sequence[str], known: Sequence[str]) -> None:
     for name in found:
         if name not in known:
-            raise UsageError(f"expected a {what} out of {', '.join(known)}, found {name!r}", f"pick one of the {len(known)} that exist")
+            raise UsageError(
+                f"expected a {what} out of {', '.join(known)}, found {name!r}",
+                f"pick one of the {len(known)} that exist",
+            )
     if not found:
-        raise UsageError(f"expected at least one {what}, found none", f"name one of {', '.join(known)}")
+        raise UsageError(
+            f"expected at least one {what}, found none", f"name one of {', '.join(known)}"
+        )
 
 
 def main(
     split: Annotated[str, typer.Option(help=" or ".join(SPLITS))] = "held-out",
-    count: Annotated[int, typer.Option(min=0, help="How many to print, the families in turn.")] = 10,
+    count: Annotated[
+        int, typer.Option(min=0, help="How many to print, the families in turn.")
+    ] = 10,
     seed: Annotated[int, typer.Option(help="Same seed, same examples.")] = 0,
-    family: Annotated[list[str] | None, typer.Option(help=f"Only this family; may be repeated. {', '.join(FAMILIES)}.")] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this family; may be repeated. {', '.join(FAMILIES)}."),
+    ] = None,
 ) -> None:
     """Print questions and all right answers to each as JSON lines."""
     for example in islice(examples(seed, split, family), count):

@@ -1,4 +1,5 @@
-"""Tokenizer and chat template of the demo checkpoint: one token per printable character, ids of special tokens as in the family.
+"""Tokenizer and chat template of the demo checkpoint: one token per printable character, ids of
+special tokens as in the family.
 
 The words that name a role are single tokens, so a chat's frame costs 15 tokens.
 """
@@ -15,7 +16,14 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 
 VOCAB_SIZE = 120
-UNK, BOS, END_OF_SEQUENCE, IM_START, IM_END, MASK = "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|mask|>"
+UNK, BOS, END_OF_SEQUENCE, IM_START, IM_END, MASK = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|mask|>",
+)
 SPECIAL_IDS = {UNK: 0, BOS: 1, END_OF_SEQUENCE: 2, IM_START: 10, IM_END: 11, MASK: 100}
 PLAIN_ADDED_IDS = {"<think>": 12, "</think>": 13, "system": 14, "user": 15, "assistant": 16}
 CHARACTERS = "\n" + "".join(c for c in string.printable if c.isprintable())
@@ -46,7 +54,9 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Tokenizer:
-    """A tokenizer of :data:`VOCAB_SIZE` ids that gives printable ASCII text back exactly; other characters become ``<unk>``."""
+    """A tokenizer of :data:`VOCAB_SIZE` ids that gives printable ASCII text back exactly; other
+    characters become ``<unk>``.
+    """
     vocab = {**SPECIAL_IDS, **PLAIN_ADDED_IDS}
     free = [i for i in range(VOCAB_SIZE) if i not in vocab.values() and i >= 20]
     vocab.update(zip(CHARACTERS, free, strict=False))
@@ -54,8 +64,12 @@ def build_tokenizer() -> Tokenizer:
     vocab.update(reserved)
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], unk_token=UNK))
     tokenizer.decoder = Fuse()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*SPECIAL_IDS, *reserved)])
-    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in PLAIN_ADDED_IDS])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in (*SPECIAL_IDS, *reserved)]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(name, special=False, normalized=False) for name in PLAIN_ADDED_IDS]
+    )
     return tokenizer
 
 
@@ -74,9 +88,18 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def render_chat(messages: list[dict[str, str]], *, add_generation_prompt: bool = True, enable_thinking: bool = False) -> str:
+def render_chat(
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+    enable_thinking: bool = False,
+) -> str:
     """The chat as the checkpoint's own template renders it."""
-    rendered: str = _template().render(messages=messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
+    rendered: str = _template().render(
+        messages=messages,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=enable_thinking,
+    )
     return rendered
 
 

@@ -1,8 +1,9 @@
 """Trains the demo checkpoint from nothing: ``python -m trimode.calib.demo.train -o DIR``.
 
-Stages: the joint objective on random corruption, the same on the states that decoding visits, the drafter, the folder, and an evaluation on
-held-out questions whose results go to ``training.json`` in that folder. After each of the first two stages the weights are rounded to
-bfloat16, so what a stage begins with is a checkpoint: ``--base DIR`` begins with one instead of the first stage.
+Stages: the joint objective on random corruption, the same on the states that decoding visits, the
+drafter, the folder, and an evaluation on held-out questions whose results go to ``training.json``
+in that folder. After each of the first two stages the weights are rounded to bfloat16, so what a
+stage begins with is a checkpoint: ``--base DIR`` begins with one instead of the first stage.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Plan:
         resume: take up the run in ``state``; without it, that file must not exist.
         num_questions: held-out questions per family; 0 leaves the evaluation out.
         batch_size: chats in a step of the joint stage.
-        refinement_batch_size: in a step of the refinement, each with several blocks, and of the drafter.
+        refinement_batch_size: in a step of the refinement, each with several blocks, and of the
+        drafter.
         num_answers: training prompts that the model answers for its drafter.
         device: ``cpu`` or ``cuda``.
         config: the contents of ``config.json``.
@@ -92,8 +94,8 @@ def train_demo(plan: Plan, progress: StageProgress | None = None) -> dict[str, A
     """Run every stage; returns the contents of ``training.json``.
 
     Raises:
-        UsageError: there is a state and ``resume`` is not set, or the other way round, or the output is not a folder to write to, or ``base``
-            has another shape.
+        UsageError: there is a state and ``resume`` is not set, or the other way round, or the
+            output is not a folder to write to, or ``base`` has another shape.
         CheckpointError: ``base`` is no checkpoint.
         DeviceError: the device is not here.
     """
@@ -113,7 +115,11 @@ def train_demo(plan: Plan, progress: StageProgress | None = None) -> dict[str, A
     save_demo(plan.output, trunk, plan.config)
     log.info("wrote %s", plan.output)
     progress.update("evaluation", 0)
-    evaluation = evaluate(trunk, tokenizer, num_questions=plan.num_questions, seed=plan.seed) if plan.num_questions else None
+    evaluation = (
+        evaluate(trunk, tokenizer, num_questions=plan.num_questions, seed=plan.seed)
+        if plan.num_questions
+        else None
+    )
     progress.update("evaluation", 1)
     report = _report(plan, stages, evaluation)
     write_json(plan.output / REPORT_FILE, report)
@@ -124,62 +130,118 @@ def _check_states(plan: Plan) -> None:
     states = [plan.refinement_state] if plan.base else [plan.state, plan.refinement_state]
     found = [state for state in states if state.is_file()]
     if plan.resume and states[0] not in found:
-        raise UsageError(f"{states[0]}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
+        raise UsageError(
+            f"{states[0]}: expected the state of an earlier run, found none",
+            "leave out --resume to begin anew",
+        )
     if found and not plan.resume:
-        raise UsageError(f"{found[0]}: expected no earlier run, found one", "pass --resume to take it up, or delete it")
+        raise UsageError(
+            f"{found[0]}: expected no earlier run, found one",
+            "pass --resume to take it up, or delete it",
+        )
 
 
 def _begin_with(base: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> dict[str, Any]:
-    """Take a checkpoint's weights, its drafter left out; returns how they came about, as far as its ``training.json`` tells."""
+    """Take a checkpoint's weights, its drafter left out; returns how they came about, as far as its
+    ``training.json`` tells.
+    """
     checkpoint = open_checkpoint(base)
     if checkpoint.config != parse_config(config):
-        raise UsageError(f"{base}: expected a checkpoint of the demo's shape, found another", "name one that this command has written")
+        raise UsageError(
+            f"{base}: expected a checkpoint of the demo's shape, found another",
+            "name one that this command has written",
+        )
     weights = load_trunk(checkpoint, 1).state_dict()
-    trunk.load_state_dict({name: tensor for name, tensor in weights.items() if ".lora_" not in name}, strict=False)
-    report = json.loads((base / REPORT_FILE).read_text(encoding="utf-8")) if (base / REPORT_FILE).is_file() else {}
+    trunk.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if ".lora_" not in name}, strict=False
+    )
+    report = (
+        json.loads((base / REPORT_FILE).read_text(encoding="utf-8"))
+        if (base / REPORT_FILE).is_file()
+        else {}
+    )
     return {stage: report[stage] for stage in ("base", "joint", "refinement") if stage in report}
 
 
-def _train_jointly(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
+def _train_jointly(
+    trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress
+) -> dict[str, Any]:
     settings = Settings(seed=plan.seed, batch_size=plan.batch_size)
-    return _train_trunk(JointTraining(trunk, tokenizer, settings, plan.state), "joint", plan.joint, progress)
-
-
-def _refine(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, budget: Budget, progress: StageProgress) -> dict[str, Any]:
-    settings = Settings(
-        seed=plan.seed, batch_size=plan.refinement_batch_size, learning_rate=REFINEMENT_RATE, warm_up=REFINEMENT_WARM_UP, decay=REFINEMENT_DECAY
+    return _train_trunk(
+        JointTraining(trunk, tokenizer, settings, plan.state), "joint", plan.joint, progress
     )
-    return _train_trunk(RefinementTraining(trunk, tokenizer, settings, plan.refinement_state), "refinement", budget, progress)
 
 
-def _train_trunk(training: Training, name: str, budget: Budget, progress: StageProgress) -> dict[str, Any]:
-    """Run a stage, taking it up where there is a state, and round the weights; returns what it was told and did."""
+def _refine(
+    trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, budget: Budget, progress: StageProgress
+) -> dict[str, Any]:
+    settings = Settings(
+        seed=plan.seed,
+        batch_size=plan.refinement_batch_size,
+        learning_rate=REFINEMENT_RATE,
+        warm_up=REFINEMENT_WARM_UP,
+        decay=REFINEMENT_DECAY,
+    )
+    return _train_trunk(
+        RefinementTraining(trunk, tokenizer, settings, plan.refinement_state),
+        "refinement",
+        budget,
+        progress,
+    )
+
+
+def _train_trunk(
+    training: Training, name: str, budget: Budget, progress: StageProgress
+) -> dict[str, Any]:
+    """Run a stage, taking it up where there is a state, and round the weights; returns what it was
+    told and did.
+    """
     training.state.parent.mkdir(parents=True, exist_ok=True)
     if training.state.is_file():
         training.load()
-    done = training.run(budget, lambda p, share: progress.update(name, share, _figures(p.step, p.losses)))
+    done = training.run(
+        budget, lambda p, share: progress.update(name, share, _figures(p.step, p.losses))
+    )
     progress.update(name, 1, _figures(done.step, done.losses))
     round_weights(training.trunk)
-    return {key: value for part in (training.settings, done) for key, value in asdict(part).items() if key != "save_every_s"}
+    return {
+        key: value
+        for part in (training.settings, done)
+        for key, value in asdict(part).items()
+        if key != "save_every_s"
+    }
 
 
-def _train_drafter(trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress) -> dict[str, Any]:
-    """On what the model itself writes, as `trimode calibrate drafter` does: of the ways to write an answer, the drafter learns its own."""
+def _train_drafter(
+    trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress
+) -> dict[str, Any]:
+    """On what the model itself writes, as `trimode calibrate drafter` does: of the ways to write an
+    answer, the drafter learns its own.
+    """
     settings = DrafterSettings(seed=plan.seed)
     drawn = islice(examples(hash_seed(f"{plan.seed} drafter"), "train"), plan.num_answers)
     prompts = [tokenizer.encode(render_prompt(example.prompt)).ids for example in drawn]
     log.info("drafter: the model answers %d prompts", len(prompts))
     with torch.inference_mode():
-        written = [Written(prompt, answer) for prompt, answer in zip(prompts, greedy_answers(trunk, prompts), strict=True)]
-    source = batches(long_enough(written, "train on"), plan.refinement_batch_size, plan.seed, plan.device)
+        written = [
+            Written(prompt, answer)
+            for prompt, answer in zip(prompts, greedy_answers(trunk, prompts), strict=True)
+        ]
+    source = batches(
+        long_enough(written, "train on"), plan.refinement_batch_size, plan.seed, plan.device
+    )
 
     def report(p: DrafterProgress, share: float) -> None:
-        progress.update("drafter", share, _figures(p.step, {"loss": p.loss, "accepted": p.accepted}))
+        progress.update(
+            "drafter", share, _figures(p.step, {"loss": p.loss, "accepted": p.accepted})
+        )
         if p.step % 50 == 0:
             log.info("drafter: step %d, loss %.3f, %.2f slots accepted", p.step, p.loss, p.accepted)
 
     done = train_drafter(trunk, source, plan.drafter, settings, report)
-    progress.update("drafter", 1, _figures(done.step, {"loss": done.loss, "accepted": done.accepted}))
+    progress.update(
+        "drafter", 1, _figures(done.step, {"loss": done.loss, "accepted": done.accepted})
+    )
     return {**asdict(settings), "num_answers": len(written), **asdict(done)}
 
 
@@ -187,7 +249,12 @@ def _report(plan: Plan, stages: dict[str, Any], evaluation: Evaluation | None) -
     return {
         "trimode": trimode.__version__,
         "torch": torch.__version__,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **_gpu(plan.device)},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            **_gpu(plan.device),
+        },
         "seed": plan.seed,
         "block_size": plan.config["block_size"],
         **stages,
@@ -212,21 +279,62 @@ def _figures(step: int, losses: dict[str, float]) -> str:
 
 
 def main(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to.")],
-    minutes: Annotated[float | None, typer.Option(help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to."),
+    ],
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
-    refinement_minutes: Annotated[float | None, typer.Option(help=f"Time for the refinement; {REFINEMENT_MINUTES:g} if nothing is said.")] = None,
-    refinement_steps: Annotated[int | None, typer.Option(help="Steps of the refinement; 0 leaves it out.")] = None,
-    drafter_minutes: Annotated[float | None, typer.Option(help=f"Time for the drafter; {DRAFTER_MINUTES:g} if nothing is said.")] = None,
+    refinement_minutes: Annotated[
+        float | None,
+        typer.Option(help=f"Time for the refinement; {REFINEMENT_MINUTES:g} if nothing is said."),
+    ] = None,
+    refinement_steps: Annotated[
+        int | None, typer.Option(help="Steps of the refinement; 0 leaves it out.")
+    ] = None,
+    drafter_minutes: Annotated[
+        float | None,
+        typer.Option(help=f"Time for the drafter; {DRAFTER_MINUTES:g} if nothing is said."),
+    ] = None,
     drafter_steps: Annotated[int | None, typer.Option(help="Steps of the drafter.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the weights to begin with and the order of the examples.")] = 0,
-    base: Annotated[Path | None, typer.Option(metavar="CHECKPOINT", help="Begin with these weights instead of the joint stage.")] = None,
-    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the stages keep their state; beside DIR if left out.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up the run in the state file.")] = False,
-    questions: Annotated[int, typer.Option(min=0, help="Held-out questions per family to evaluate on; 0 for no evaluation.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the joint stage.")] = 32,
-    refinement_batch_size: Annotated[int, typer.Option(min=1, help="Chats in a step of the refinement and of the drafter.")] = 16,
-    answers: Annotated[int, typer.Option(min=1, help="Prompts that the model answers for its drafter.")] = 4096,
+    seed: Annotated[
+        int, typer.Option(help="Decides the weights to begin with and the order of the examples.")
+    ] = 0,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="Begin with these weights instead of the joint stage."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where the stages keep their state; beside DIR if left out."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take up the run in the state file.")
+    ] = False,
+    questions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Held-out questions per family to evaluate on; 0 for no evaluation."
+        ),
+    ] = 20,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Chats in a step of the joint stage.")
+    ] = 32,
+    refinement_batch_size: Annotated[
+        int, typer.Option(min=1, help="Chats in a step of the refinement and of the drafter.")
+    ] = 16,
+    answers: Annotated[
+        int, typer.Option(min=1, help="Prompts that the model answers for its drafter.")
+    ] = 4096,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train.")] = "cpu",
 ) -> None:
     """Train the demo checkpoint from nothing, drafter included, and evaluate it."""
@@ -235,7 +343,9 @@ def main(
         output=output,
         state=state or output.absolute().with_name(f"{output.absolute().name}.state.pt"),
         joint=_budget(minutes, steps, JOINT_MINUTES),
-        refinement=None if refinement_steps == 0 else _budget(refinement_minutes, refinement_steps, REFINEMENT_MINUTES),
+        refinement=None
+        if refinement_steps == 0
+        else _budget(refinement_minutes, refinement_steps, REFINEMENT_MINUTES),
         drafter=_budget(drafter_minutes, drafter_steps, DRAFTER_MINUTES),
         base=base,
         seed=seed,
@@ -252,7 +362,10 @@ def main(
 
 def _budget(minutes: float | None, steps: int | None, default_minutes: float) -> Budget:
     if any(limit is not None and limit <= 0 for limit in (minutes, steps)):
-        raise UsageError(f"expected minutes and steps above 0, found {minutes} and {steps}", "leave one out for its default")
+        raise UsageError(
+            f"expected minutes and steps above 0, found {minutes} and {steps}",
+            "leave one out for its default",
+        )
     if minutes is None and steps is None:
         minutes = default_minutes
     return Budget(None if minutes is None else minutes * 60, steps)

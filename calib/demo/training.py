@@ -1,4 +1,6 @@
-"""The loop of a training run: learning rate, optimizer, running means, and a state from which a run goes on."""
+"""The loop of a training run: learning rate, optimizer, running means, and a state from which a run
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class Training(ABC):
         state: file that holds the run's state, written whole or not at all.
     """
 
-    def __init__(self, trunk: TriModeTrunk, tokenizer: Tokenizer, settings: Settings, state: Path) -> None:
+    def __init__(
+        self, trunk: TriModeTrunk, tokenizer: Tokenizer, settings: Settings, state: Path
+    ) -> None:
         self.trunk, self.tokenizer, self.settings, self.state = trunk, tokenizer, settings, state
         self.progress = Progress()
         weights = [p for n, p in trunk.named_parameters() if "lora_" not in n]
@@ -71,17 +75,30 @@ class Training(ABC):
             {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.device = weights[0].device
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8
+        )
 
     def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
-        """Train until the budget is used up, counting what an earlier run has used; ``report`` is called after each step."""
+        """Train until the budget is used up, counting what an earlier run has used; ``report`` is
+        called after each step.
+        """
         seed = f"{self.settings.seed} {self.progress.step}"
         self._begin(hash_seed(seed))
-        before, saved = (time.monotonic() - self.progress.seconds, time.process_time() - self.progress.processor_seconds), time.monotonic()
+        before, saved = (
+            (
+                time.monotonic() - self.progress.seconds,
+                time.process_time() - self.progress.processor_seconds,
+            ),
+            time.monotonic(),
+        )
         while (share := budget.progress(self.progress.seconds, self.progress.step)) < 1:
             loss = self._step(share)
             self.progress.step += 1
-            self.progress.seconds, self.progress.processor_seconds = time.monotonic() - before[0], time.process_time() - before[1]
+            self.progress.seconds, self.progress.processor_seconds = (
+                time.monotonic() - before[0],
+                time.process_time() - before[1],
+            )
             self._record(loss)
             report(self.progress, share)
             if time.monotonic() - saved > self.settings.save_every_s:
@@ -92,8 +109,14 @@ class Training(ABC):
 
     def save(self) -> None:
         """Write the state atomically."""
-        trained = {name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" not in name}
-        state = {"trunk": trained, "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
+        trained = {
+            name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" not in name
+        }
+        state = {
+            "trunk": trained,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+        }
         temporary = self.state.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.state)
@@ -102,7 +125,9 @@ class Training(ABC):
     def load(self) -> None:
         """Take up the run that the state file holds."""
         state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
-        adapter = {name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" in name}
+        adapter = {
+            name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" in name
+        }
         self.trunk.load_state_dict({**state["trunk"], **adapter})
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
@@ -117,7 +142,9 @@ class Training(ABC):
 
     def _step(self, share: float) -> JointLoss:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate_at(share, warm_up=self.settings.warm_up, decay=self.settings.decay)
+            group["lr"] = self.settings.learning_rate * rate_at(
+                share, warm_up=self.settings.warm_up, decay=self.settings.decay
+            )
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self._loss(share)
         self.optimizer.zero_grad(set_to_none=True)

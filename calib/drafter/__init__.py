@@ -1,4 +1,5 @@
-"""Trains a checkpoint's drafter against the model as it will be served, which writes the answers itself.
+"""Trains a checkpoint's drafter against the model as it will be served, which writes the answers
+itself.
 
 - ``settings``: what a caller can choose
 - ``answers``: prompts answered, and made into batches

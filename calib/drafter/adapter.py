@@ -18,8 +18,9 @@ class Adapter:
     """A low-rank branch for every ``o_proj``, scaled by ``alpha / rank``.
 
     Attributes:
-        weights: float32 on the CPU, by the checkpoint's names: ``encoder.layers.0.self_attn.o_proj.lora_A.weight (rank, in)`` and
-            ``.lora_B.weight (out, rank)``.
+        weights: float32 on the CPU, by the checkpoint's names:
+            ``encoder.layers.0.self_attn.o_proj.lora_A.weight (rank, in)`` and ``.lora_B.weight
+            (out, rank)``.
     """
 
     rank: int
@@ -32,10 +33,15 @@ class Adapter:
         Raises:
             BuildError: a weight is not finite, or too large for ``stored``.
         """
-        weights = {name: weight.to(getattr(torch, stored)).float() for name, weight in self.weights.items()}
+        weights = {
+            name: weight.to(getattr(torch, stored)).float() for name, weight in self.weights.items()
+        }
         lost = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if lost:
-            raise BuildError(f"{lost[0]}: expected weights that {stored} holds, found larger ones", "train with a lower --learning-rate")
+            raise BuildError(
+                f"{lost[0]}: expected weights that {stored} holds, found larger ones",
+                "train with a lower --learning-rate",
+            )
         return replace(self, weights=weights)
 
 
@@ -49,8 +55,14 @@ def blank_adapter(trunk: TriModeTrunk, rank: int, alpha: float) -> Adapter:
 
 
 def adapter_of(trunk: TriModeTrunk, alpha: float) -> Adapter:
-    """A copy of the adapter that the trunk has; ``alpha`` as it was given, for the trunk keeps the quotient alone."""
-    weights = {name: tensor.detach().float().cpu().clone() for name, tensor in trunk.state_dict().items() if ".lora_" in name}
+    """A copy of the adapter that the trunk has; ``alpha`` as it was given, for the trunk keeps the
+    quotient alone.
+    """
+    weights = {
+        name: tensor.detach().float().cpu().clone()
+        for name, tensor in trunk.state_dict().items()
+        if ".lora_" in name
+    }
     return Adapter(next(iter(weights.values())).shape[0], alpha, weights)
 
 
@@ -58,12 +70,19 @@ def install_adapter(trunk: TriModeTrunk, adapter: Adapter) -> None:
     """Give the trunk a copy of this adapter, in place of any that it has."""
     device = trunk.diffusion_head.weight.device
     for name, layer in _places(trunk):
-        layer.lora_A, layer.lora_B = (_linear(adapter.weights[f"{name}.{part}.weight"], device) for part in ("lora_A", "lora_B"))
+        layer.lora_A, layer.lora_B = (
+            _linear(adapter.weights[f"{name}.{part}.weight"], device)
+            for part in ("lora_A", "lora_B")
+        )
         layer.scaling = adapter.alpha / adapter.rank
 
 
 def _places(trunk: TriModeTrunk) -> Iterator[tuple[str, LowRankLinear]]:
-    return ((name, module) for name, module in trunk.named_modules() if isinstance(module, LowRankLinear))
+    return (
+        (name, module)
+        for name, module in trunk.named_modules()
+        if isinstance(module, LowRankLinear)
+    )
 
 
 def _linear(weight: Tensor, device: torch.device) -> nn.Linear:

@@ -1,7 +1,8 @@
 """Prompts answered by the model, and made into batches.
 
-A drafter has to guess what the verifier will say, and that is what the model itself writes, greedily, token after token. An answer from
-elsewhere would have the drafter trained on prefixes that never occur.
+A drafter has to guess what the verifier will say, and that is what the model itself writes,
+greedily, token after token. An answer from elsewhere would have the drafter trained on prefixes
+that never occur.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from trimode.runtime.text.prompts import Text
 
 LENGTH_STEP = 16
 SHORTEST_ANSWER = 2
-"""Tokens: the first comes from the prompt's own forward, the second is the first that can be drafted."""
+"""Tokens: the first comes from the prompt's own forward, the second is the first that can be
+drafted.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Written:
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """B texts with answers: :class:`trimode.calib.drafter.training.Answers`, filled with the last token of each after its end."""
+    """B texts with answers: :class:`trimode.calib.drafter.training.Answers`, filled with the last
+    token of each after its end.
+    """
 
     ids: Tensor
     answer_start: Tensor
@@ -58,8 +63,10 @@ def long_enough(written: Sequence[Written], what: str) -> list[Written]:
     """
     kept = [one for one in written if len(one.answer) >= SHORTEST_ANSWER]
     if not kept:
-        raise UsageError(f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, found {len(written)} that end at the first",
-                         "there is nothing to draft; take prompts that the model answers at length")  # fmt: skip
+        raise UsageError(
+            f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, found {len(written)} that end at the first",
+            "there is nothing to draft; take prompts that the model answers at length",
+        )
     return kept
 
 
@@ -72,8 +79,12 @@ def encode(written: Sequence[Written]) -> AnswerBatch:
     return AnswerBatch(ids, start, torch.tensor([[len(text) - 1] for text in texts]))
 
 
-def batches(written: Sequence[Written], batch_size: int, seed: int, device: str, first: int = 0) -> Iterator[AnswerBatch]:
-    """Endless batches from the one numbered ``first`` on; every answer once before any comes again, in a new order each time."""
+def batches(
+    written: Sequence[Written], batch_size: int, seed: int, device: str, first: int = 0
+) -> Iterator[AnswerBatch]:
+    """Endless batches from the one numbered ``first`` on; every answer once before any comes again,
+    in a new order each time.
+    """
     chosen = _order(len(written), seed)
     for _ in range(first * batch_size):
         next(chosen)

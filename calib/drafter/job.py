@@ -21,10 +21,23 @@ from trimode.calib.reference.torch_session import TorchSession
 from trimode.calib.training.checkpoint_writer import write_adapter, write_json
 from trimode.calib.training.loop import run_training
 from trimode.calib.training.records import scales_record, versions
-from trimode.calib.training.run_state import RunState, check_state, identity_of, state_file, write_missing
+from trimode.calib.training.run_state import (
+    RunState,
+    check_state,
+    identity_of,
+    state_file,
+    write_missing,
+)
 from trimode.formats.calibration import PromptsRecord
 from trimode.formats.contract import ModelInfo
-from trimode.formats.drafter import RECORD, SCHEMA_VERSION, Comparison, DrafterRecord, Kept, TrainingRecord
+from trimode.formats.drafter import (
+    RECORD,
+    SCHEMA_VERSION,
+    Comparison,
+    DrafterRecord,
+    Kept,
+    TrainingRecord,
+)
 from trimode.formats.files import check_apart, check_replaceable, staged_replacement
 from trimode.formats.texts import name_of
 from trimode.graphs.adapter import Drafter
@@ -64,7 +77,9 @@ class _Answers:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """The one before, None where the checkpoint has none; an untrained one of the new shape; and the trained one."""
+    """The one before, None where the checkpoint has none; an untrained one of the new shape; and
+    the trained one.
+    """
 
     checkpoint: Adapter | None
     untrained: Adapter
@@ -95,10 +110,12 @@ def train_adapter(
     calibration: Path | None = None,
     resume: bool = False,
 ) -> DrafterRecord:
-    """Train a drafter adapter against the model as it will be served, and write it to the folder ``output``.
+    """Train a drafter adapter against the model as it will be served, and write it to the folder
+    ``output``.
 
-    Takes four bytes of memory a parameter, and what a step needs. Ctrl-C leaves a state beside ``output`` that ``resume`` takes up: the run
-    then ends with the same bytes as if it had not been interrupted, where the budget is one of steps.
+    Takes four bytes of memory a parameter, and what a step needs. Ctrl-C leaves a state beside
+    ``output`` that ``resume`` takes up: the run then ends with the same bytes as if it had not been
+    interrupted, where the budget is one of steps.
 
     Args:
         checkpoint: whose drafter is trained.
@@ -107,12 +124,15 @@ def train_adapter(
         output: new, empty, or an earlier output, which is replaced whole.
         settings: see :class:`DrafterJobSettings`.
         progress: told what happens.
-        calibration: folder of the scales that the bundle will have; None = its weights are not quantized.
+        calibration: folder of the scales that the bundle will have; None = its weights are not
+        quantized.
         resume: take up the run that was interrupted.
 
     Raises:
-        UsageError: a setting or a prompt cannot be used, ``output`` is something else, or the answers are too short to draft.
-        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong together.
+        UsageError: a setting or a prompt cannot be used, ``output`` is something else, or the
+        answers are too short to draft.
+        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong
+        together.
         DeviceError: the device is not here.
         BuildError: the training diverged.
     """
@@ -122,29 +142,45 @@ def train_adapter(
     check_apart(output, checkpoint.path, calibration)
     check_state(state_file(output), resume=resume)
     check_device(settings.device)
-    split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
+    split = split_texts(
+        prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model
+    )
     advance = progress.stage("read checkpoint", 1)
     # A window of twice the longest block may begin at the last token.
-    served = load_served(checkpoint, model.max_length + 2 * model.max_block_length, settings.dtype, calibration)
+    served = load_served(
+        checkpoint, model.max_length + 2 * model.max_block_length, settings.dtype, calibration
+    )
     served.trunk.to(settings.device)
     advance(1)
     job = _Job(checkpoint, model, settings, served, progress)
-    state = RunState(state_file(output), identity_of(asdict(settings), served.sha256, served.calibration, prompts.sha256), resume=resume)
+    state = RunState(
+        state_file(output),
+        identity_of(asdict(settings), served.sha256, served.calibration, prompts.sha256),
+        resume=resume,
+    )
     answers = _write_answers(job, split, state)
     adapters, done = _train(job, answers, shape, state)
     held_out = _compare(job, answers.held_out, adapters, "measure")
     validation = _compare(job, answers.validation, adapters, "decide")
     kept = _choose(validation)
-    chosen = {"trained": adapters.trained, "checkpoint": adapters.checkpoint, "untrained": adapters.untrained}[kept]
+    chosen = {
+        "trained": adapters.trained,
+        "checkpoint": adapters.checkpoint,
+        "untrained": adapters.untrained,
+    }[kept]
     assert chosen is not None
-    record = _record(job, _Run(prompts, answers, done, held_out, validation, kept, chosen), calibration)
+    record = _record(
+        job, _Run(prompts, answers, done, held_out, validation, kept, chosen), calibration
+    )
     record = _write(output, job, chosen, record)
     state.discard()
     return record
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
+    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier
+    output.
+    """
     check_replaceable(output, RECORD, "a trained adapter")
 
 
@@ -156,7 +192,9 @@ def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
         return write_answer(session, job.model, text, job.settings.max_new_tokens)
 
     write_missing(state, texts, write, job.progress.stage("write answers", len(texts)))
-    written = iter([Written(text, answer) for text, answer in zip(texts, state.written, strict=True)])
+    written = iter(
+        [Written(text, answer) for text, answer in zip(texts, state.written, strict=True)]
+    )
     return _Answers(
         train=long_enough([next(written) for _ in split.train], "train on"),
         validation=long_enough([next(written) for _ in split.validation], "decide by"),
@@ -164,7 +202,9 @@ def _write_answers(job: _Job, split: Split, state: RunState) -> _Answers:
     )
 
 
-def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tuple[_Adapters, DrafterProgress]:
+def _train(
+    job: _Job, answers: _Answers, shape: Drafter, state: RunState
+) -> tuple[_Adapters, DrafterProgress]:
     """Train in the trunk, from where the state stands."""
     trunk, settings, own = job.served.trunk, job.settings, job.checkpoint.drafter
     before = None if own is None else adapter_of(trunk, own.alpha)
@@ -176,8 +216,20 @@ def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tup
         untrained = adapter_of(trunk, shape.alpha)
     if state.training is not None:
         training.load(state.training)
-    source = batches(answers.train, settings.batch_size, settings.seed, settings.device, first=training.progress.step)
-    done = run_training(training, partial(training.run, source, settings.budget), settings.budget, state, job.progress)
+    source = batches(
+        answers.train,
+        settings.batch_size,
+        settings.seed,
+        settings.device,
+        first=training.progress.step,
+    )
+    done = run_training(
+        training,
+        partial(training.run, source, settings.budget),
+        settings.budget,
+        state,
+        job.progress,
+    )
     trained = adapter_of(trunk, shape.alpha).rounded(settings.dtype)
     return _Adapters(before, untrained.rounded(settings.dtype), trained), done
 
@@ -185,7 +237,9 @@ def _train(job: _Job, answers: _Answers, shape: Drafter, state: RunState) -> tup
 def _training_settings(job: _Job) -> DrafterSettings:
     """In float32, whose greedy tokens are those that the answers were written with."""
     rate = job.settings.learning_rate or (FRESH_RATE if job.starts_fresh else REPAIR_RATE)
-    return DrafterSettings(learning_rate=rate, seed=job.settings.seed, autocast=False, block_length=job.block_length)
+    return DrafterSettings(
+        learning_rate=rate, seed=job.settings.seed, autocast=False, block_length=job.block_length
+    )
 
 
 def _compare(job: _Job, written: Sequence[Written], adapters: _Adapters, stage: str) -> Comparison:
@@ -232,7 +286,13 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> DrafterRecord:
             num_validation=len(answers.validation),
             num_held_out=len(answers.held_out),
         ),
-        training=TrainingRecord(steps=done.step, seconds=done.seconds, first_loss=done.first_loss, loss=done.loss, accepted=done.accepted),
+        training=TrainingRecord(
+            steps=done.step,
+            seconds=done.seconds,
+            first_loss=done.first_loss,
+            loss=done.loss,
+            accepted=done.accepted,
+        ),
         held_out=run.held_out,
         validation=run.validation,
         kept=run.kept,

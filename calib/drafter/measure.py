@@ -14,22 +14,30 @@ from trimode.runtime.sessions.base import Session
 
 
 def measure(
-    session: Session, model: ModelInfo, written: Sequence[Written], options: DecodeOptions, advance: Callable[[int], None] = lambda _: None
+    session: Session,
+    model: ModelInfo,
+    written: Sequence[Written],
+    options: DecodeOptions,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Drafting:
-    """Answer the prompts again by self-speculation and compare with what the model wrote one token at a time.
+    """Answer the prompts again by self-speculation and compare with what the model wrote one token
+    at a time.
 
     Args:
         session: over the trunk with the adapter in question.
         model: the facts that decoding needs.
         written: prompts with the autoregressive answers.
-        options: say the block length, whether the adapter is used, and the limit that the answers were written with.
+        options: say the block length, whether the adapter is used, and the limit that the answers
+        were written with.
         advance: told of each prompt that is done.
     """
     counters, num_tokens, num_unlike = Counters(), 0, 0
     for one in written:
         counters.finish_reason = None
         sequence = DecodedSequence(session, model, one.prompt)
-        answer = [token for tokens in decode_linear_spec(sequence, options, counters) for token in tokens]
+        answer = [
+            token for tokens in decode_linear_spec(sequence, options, counters) for token in tokens
+        ]
         num_tokens += len(answer)
         num_unlike += answer != one.answer
         advance(1)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimode.calib.data.checks import check_above_zero, check_at_least, check_device_name, check_dtype, check_learning_rate
+from trimode.calib.data.checks import (
+    check_above_zero,
+    check_at_least,
+    check_device_name,
+    check_dtype,
+    check_learning_rate,
+)
 from trimode.calib.training.budget import Budget, budget_of
 from trimode.errors import UsageError
 from trimode.formats.contract import MAX_BLOCK_LENGTH, DType
@@ -21,12 +27,15 @@ class DrafterJobSettings:
     """What a caller can choose.
 
     Attributes:
-        dtype: what the bundle will store weights in that are not quantized; they, scales and the adapter are rounded to it.
-        steps, minutes: when to stop, whichever comes first; :data:`DEFAULT_STEPS` where neither is given.
+        dtype: what the bundle will store weights in that are not quantized; they, scales and the
+        adapter are rounded to it.
+        steps, minutes: when to stop, whichever comes first; :data:`DEFAULT_STEPS` where neither is
+        given.
         num_samples: prompts to train on, drawn by the seed; None = all that are not held out.
         num_held_out: prompts that are set aside for the measurement; None = a quarter, at most 64.
         block_length: slots of a block that will be drafted; None = the model's.
-        rank, alpha: of a fresh adapter; None = the checkpoint's, and alpha 4 times the rank where it has none.
+        rank, alpha: of a fresh adapter; None = the checkpoint's, and alpha 4 times the rank where
+        it has none.
         from_scratch: begin with a fresh adapter although the checkpoint has one.
         learning_rate: its peak; None = 2e-3 for a fresh adapter and 5e-4 for one that is there.
         batch_size: texts in a step.
@@ -57,15 +66,26 @@ class DrafterJobSettings:
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value out of its range."""
-        check_at_least((
-            ("steps", self.steps, 1), ("samples", self.num_samples, 2), ("held-out", self.num_held_out, 1), ("block-length", self.block_length, 2),
-            ("rank", self.rank, 1), ("batch-size", self.batch_size, 1), ("seed", self.seed, 0), ("max-new-tokens", self.max_new_tokens, 2),
-        ))  # fmt: skip
+        check_at_least(
+            (
+                ("steps", self.steps, 1),
+                ("samples", self.num_samples, 2),
+                ("held-out", self.num_held_out, 1),
+                ("block-length", self.block_length, 2),
+                ("rank", self.rank, 1),
+                ("batch-size", self.batch_size, 1),
+                ("seed", self.seed, 0),
+                ("max-new-tokens", self.max_new_tokens, 2),
+            )
+        )
         check_learning_rate(self.learning_rate)
         check_above_zero("minutes", self.minutes)
         check_above_zero("alpha", self.alpha)
         if self.block_length is not None and self.block_length > MAX_BLOCK_LENGTH:
-            raise UsageError(f"expected --block-length up to {MAX_BLOCK_LENGTH}, found {self.block_length}", "no bundle drafts longer blocks")
+            raise UsageError(
+                f"expected --block-length up to {MAX_BLOCK_LENGTH}, found {self.block_length}",
+                "no bundle drafts longer blocks",
+            )
         check_dtype(self.dtype)
         check_device_name(self.device)
 
@@ -77,11 +97,16 @@ class DrafterJobSettings:
         """
         if own is not None and not self.from_scratch:
             if self.rank is not None or self.alpha is not None:
-                raise UsageError("expected --rank and --alpha together with --from-scratch, found a checkpoint with an adapter to start from",
-                                 f"leave them out to train on its adapter (rank {own.rank}), or pass --from-scratch")  # fmt: skip
+                raise UsageError(
+                    "expected --rank and --alpha together with --from-scratch, found a checkpoint with an adapter to start from",
+                    f"leave them out to train on its adapter (rank {own.rank}), or pass --from-scratch",
+                )
             return own
         if own is None and self.rank is None:
-            raise UsageError("expected --rank for a checkpoint without a drafter adapter, found none", "the published ones have --rank 128")
+            raise UsageError(
+                "expected --rank for a checkpoint without a drafter adapter, found none",
+                "the published ones have --rank 128",
+            )
         rank = self.rank if self.rank is not None else own.rank if own is not None else 0
         alpha = own.alpha if own is not None and self.rank is None else float(ALPHA_OF_RANK * rank)
         return Drafter(rank, alpha if self.alpha is None else self.alpha)

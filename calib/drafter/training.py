@@ -1,11 +1,13 @@
-"""Trains the drafter: a low-rank branch on ``o_proj`` that acts while a block is drafted, the rest of the model frozen.
+"""Trains the drafter: a low-rank branch on ``o_proj`` that acts while a block is drafted, the rest
+of the model frozen.
 
-Two forwards a step. The first is the text, causal and without the branch or gradients: its logits are what the verifier would say at each
-slot. The second holds several windows, each drawn up as a draft forward sees it: a known first token, mask tokens after it, and the clean
-text before it.
+Two forwards a step. The first is the text, causal and without the branch or gradients: its logits
+are what the verifier would say at each slot. The second holds several windows, each drawn up as a
+draft forward sees it: a known first token, mask tokens after it, and the clean text before it.
 
-Only what self-speculation would use counts: the accepted prefix of a window and the first slot that the verifier would reject.
-Shapes: B texts, K windows of L slots, W = K * L, N tokens of text, V vocabulary.
+Only what self-speculation would use counts: the accepted prefix of a window and the first slot that
+the verifier would reject. Shapes: B texts, K windows of L slots, W = K * L, N tokens of text, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class Answers(Protocol):
-    """B texts from position 0, each with an answer in it, best written by the model itself (greedy).
+    """B texts from position 0, each with an answer in it, best written by the model itself
+    (greedy).
 
-    ``ids (B, N)`` int64, anything after the answer; ``answer_start (B, 1)``, position of the answer's first token; ``end (B, 1)``,
-    position of its last token, which comes later than the first.
+    ``ids (B, N)`` int64, anything after the answer; ``answer_start (B, 1)``, position of the
+    answer's first token; ``end (B, 1)``, position of its last token, which comes later than the
+    first.
     """
 
     @property
@@ -56,7 +60,8 @@ class DrafterSettings:
 
     Attributes:
         noisy_slots: slots of the noisy half per text, W; a window of L slots comes W / L times.
-        token_weight, distribution_weight: of the cross-entropy to the verifier's token, and of KL(verifier || drafter).
+        token_weight, distribution_weight: of the cross-entropy to the verifier's token, and of
+        KL(verifier || drafter).
         warm_up, decay: shares of the budget over which the learning rate rises and falls.
         autocast: computes in bfloat16 where that is safe.
         block_length: slots of a block that will be drafted; None = the model's.
@@ -76,8 +81,9 @@ class DrafterSettings:
 class DraftForward(NamedTuple):
     """Windows of L slots, each without its known first slot.
 
-    ``draft_logits (B, K, L - 1, V)``; ``verifier_logits``, the same of the causal model at each slot; ``written (B, K, L - 1)`` int64, the
-    text's tokens; ``inside (B, K, L - 1)`` bool, slots up to the answer's end.
+    ``draft_logits (B, K, L - 1, V)``; ``verifier_logits``, the same of the causal model at each
+    slot; ``written (B, K, L - 1)`` int64, the text's tokens; ``inside (B, K, L - 1)`` bool, slots
+    up to the answer's end.
     """
 
     draft_logits: Tensor
@@ -87,7 +93,9 @@ class DraftForward(NamedTuple):
 
 
 class DrafterLoss(NamedTuple):
-    """Scalars: what to minimise, its two parts, and ``accepted``, the mean number of slots a window would get accepted."""
+    """Scalars: what to minimise, its two parts, and ``accepted``, the mean number of slots a window
+    would get accepted.
+    """
 
     total: Tensor
     token: Tensor
@@ -116,7 +124,8 @@ def train_drafter(
     settings: DrafterSettings | None = None,
     report: Report = lambda _progress, _share: None,
 ) -> DrafterProgress:
-    """Train the trunk's adapter from scratch, in place; no other weight changes. ``report`` is called after each step.
+    """Train the trunk's adapter from scratch, in place; no other weight changes. ``report`` is
+    called after each step.
 
     The trunk has to hold the weights it will be used with, rounded if they will be.
 
@@ -127,7 +136,8 @@ def train_drafter(
 
 
 class DrafterTraining:
-    """A training of the trunk's adapter, in place, that can be stopped after any step and taken up again.
+    """A training of the trunk's adapter, in place, that can be stopped after any step and taken up
+    again.
 
     Args:
         trunk: as for :func:`train_drafter`.
@@ -138,16 +148,36 @@ class DrafterTraining:
         UsageError: the trunk has no adapter.
     """
 
-    def __init__(self, trunk: TriModeTrunk, settings: DrafterSettings | None = None, *, from_scratch: bool = True) -> None:
+    def __init__(
+        self,
+        trunk: TriModeTrunk,
+        settings: DrafterSettings | None = None,
+        *,
+        from_scratch: bool = True,
+    ) -> None:
         self.trunk, self.settings = trunk, settings or DrafterSettings()
         self.progress = DrafterProgress()
-        self._weights = reset_adapter(trunk, self.settings.seed) if from_scratch else adapter_weights(trunk)
-        self._optimizer = torch.optim.AdamW(self._weights, lr=self.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self._generator, self._rng = torch.Generator().manual_seed(self.settings.seed), random.Random(self.settings.seed)
+        self._weights = (
+            reset_adapter(trunk, self.settings.seed) if from_scratch else adapter_weights(trunk)
+        )
+        self._optimizer = torch.optim.AdamW(
+            self._weights, lr=self.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self._generator, self._rng = (
+            torch.Generator().manual_seed(self.settings.seed),
+            random.Random(self.settings.seed),
+        )
         self._lengths = window_lengths(self.settings.block_length or trunk.config.block_size)
 
-    def run(self, answers: Iterator[Answers], budget: Budget, report: Report = lambda _progress, _share: None) -> DrafterProgress:
-        """Train until the budget is used up, counting what has been used before; ``report`` is called after each step."""
+    def run(
+        self,
+        answers: Iterator[Answers],
+        budget: Budget,
+        report: Report = lambda _progress, _share: None,
+    ) -> DrafterProgress:
+        """Train until the budget is used up, counting what has been used before; ``report`` is
+        called after each step.
+        """
         progress, started = self.progress, time.monotonic() - self.progress.seconds
         with _learning(self.trunk, self._weights):
             while (share := budget.progress(progress.seconds, progress.step)) < 1:
@@ -155,11 +185,18 @@ class DrafterTraining:
                 _record(progress, loss)
                 progress.seconds = time.monotonic() - started
                 report(progress, share)
-        log.info("drafter: %d steps, loss %.3f, %.2f slots accepted", progress.step, progress.loss, progress.accepted)
+        log.info(
+            "drafter: %d steps, loss %.3f, %.2f slots accepted",
+            progress.step,
+            progress.loss,
+            progress.accepted,
+        )
         return progress
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads; tensors are not copied."""
+        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads;
+        tensors are not copied.
+        """
         return {
             "weights": [weight.detach() for weight in self._weights],
             "optimizer": self._optimizer.state_dict(),
@@ -169,7 +206,9 @@ class DrafterTraining:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue a training of the same settings; the next step is the one that it would have made, given the next answers."""
+        """Continue a training of the same settings; the next step is the one that it would have
+        made, given the next answers.
+        """
         with torch.no_grad():
             for weight, saved in zip(self._weights, state["weights"], strict=True):
                 weight.copy_(saved)
@@ -184,9 +223,15 @@ class DrafterTraining:
         starts = window_starts(batch, max(1, settings.noisy_slots // length), self._generator)
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=settings.autocast):
             forward = draft_forward(self.trunk, batch, starts, length)
-        loss = drafter_loss(forward, token_weight=settings.token_weight, distribution_weight=settings.distribution_weight)
+        loss = drafter_loss(
+            forward,
+            token_weight=settings.token_weight,
+            distribution_weight=settings.distribution_weight,
+        )
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate_at(share, warm_up=settings.warm_up, decay=settings.decay)
+            group["lr"] = settings.learning_rate * rate_at(
+                share, warm_up=settings.warm_up, decay=settings.decay
+            )
         self._optimizer.zero_grad(set_to_none=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._weights, 1.0)
@@ -200,14 +245,24 @@ def adapter_weights(trunk: TriModeTrunk) -> list[nn.Parameter]:
     Raises:
         UsageError: the trunk has no adapter.
     """
-    weights = [weight for layer in adapter_layers(trunk) for name, weight in layer.named_parameters() if name != "weight"]
+    weights = [
+        weight
+        for layer in adapter_layers(trunk)
+        for name, weight in layer.named_parameters()
+        if name != "weight"
+    ]
     if not weights:
-        raise UsageError("expected a trunk with a drafter adapter, found one without", "give TriModeTrunk a drafter_rank")
+        raise UsageError(
+            "expected a trunk with a drafter adapter, found one without",
+            "give TriModeTrunk a drafter_rank",
+        )
     return weights
 
 
 def reset_adapter(trunk: TriModeTrunk, seed: int) -> list[nn.Parameter]:
-    """Make the branch a fresh one, random down and zero up, so that it changes nothing yet; returns its weights."""
+    """Make the branch a fresh one, random down and zero up, so that it changes nothing yet; returns
+    its weights.
+    """
     weights = adapter_weights(trunk)
     generator = torch.Generator().manual_seed(seed)
     for down, up in zip(weights[::2], weights[1::2], strict=True):
@@ -220,12 +275,16 @@ def reset_adapter(trunk: TriModeTrunk, seed: int) -> list[nn.Parameter]:
 
 
 def window_lengths(block_size: int) -> tuple[int, ...]:
-    """Lengths to draw a step's windows from: mostly the model's block, now and then half, a quarter or double of it."""
+    """Lengths to draw a step's windows from: mostly the model's block, now and then half, a quarter
+    or double of it.
+    """
     return (max(2, block_size // 4), max(2, block_size // 2), *[block_size] * 5, 2 * block_size)
 
 
 def window_starts(answers: Answers, num_windows: int, generator: torch.Generator) -> Tensor:
-    """(B, K) int64: where an answer begins, as in the first cycle of every generation, and anywhere before its last token."""
+    """(B, K) int64: where an answer begins, as in the first cycle of every generation, and anywhere
+    before its last token.
+    """
     length = (answers.end - answers.answer_start).cpu()
     inside = (torch.rand((length.shape[0], num_windows), generator=generator) * length).long()
     inside[:, 0] = 0
@@ -233,9 +292,11 @@ def window_starts(answers: Answers, num_windows: int, generator: torch.Generator
 
 
 def draft_mask(starts: Tensor, length: int, num_clean: int) -> Tensor:
-    """Who sees whom, ``(B, 1, W + N, W + N)`` bool: :func:`trimode.calib.training.objective.joint_mask` for windows that may overlap.
+    """Who sees whom, ``(B, 1, W + N, W + N)`` bool:
+    :func:`trimode.calib.training.objective.joint_mask` for windows that may overlap.
 
-    A slot sees its own window and the clean tokens before it begins; a clean token sees the clean tokens up to itself.
+    A slot sees its own window and the clean tokens before it begins; a clean token sees the clean
+    tokens up to itself.
 
     Args:
         starts: (B, K) int64, position of each window's first slot.
@@ -256,8 +317,9 @@ def draft_mask(starts: Tensor, length: int, num_clean: int) -> Tensor:
 def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Tensor) -> Tensor:
     """(B, K, L - 1) bool: the accepted prefix of each window and the first slot after it.
 
-    A slot is reached if the drafter said what the verifier says at every slot before it. The text has to say the same there, for
-    otherwise the verifier's later logits follow a prefix that it would not have written.
+    A slot is reached if the drafter said what the verifier says at every slot before it. The text
+    has to say the same there, for otherwise the verifier's later logits follow a prefix that it
+    would not have written.
 
     Args:
         drafted: (B, K, L - 1) int64, greedy tokens of the drafter, without the known first slot.
@@ -271,8 +333,12 @@ def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Te
     return reached & inside
 
 
-def drafter_loss(forward: DraftForward, *, token_weight: float = 10.0, distribution_weight: float = 1.0) -> DrafterLoss:
-    """``token_weight * CE(to the verifier's greedy token) + distribution_weight * KL(verifier || drafter)``, a mean over :func:`counted_slots`."""
+def drafter_loss(
+    forward: DraftForward, *, token_weight: float = 10.0, distribution_weight: float = 1.0
+) -> DrafterLoss:
+    """``token_weight * CE(to the verifier's greedy token) + distribution_weight * KL(verifier ||
+    drafter)``, a mean over :func:`counted_slots`.
+    """
     drafted, verified = forward.draft_logits.argmax(-1), forward.verifier_logits.argmax(-1)
     counted = counted_slots(drafted, verified, forward.written, forward.inside)
     count = counted.sum().clamp(min=1)
@@ -281,10 +347,14 @@ def drafter_loss(forward: DraftForward, *, token_weight: float = 10.0, distribut
     token = functional.nll_loss(draft, verified[counted], reduction="sum") / count
     distribution = functional.kl_div(draft, verifier, reduction="sum", log_target=True) / count
     accepted = (counted & (drafted == verified)).sum() / forward.inside.any(-1).sum().clamp(min=1)
-    return DrafterLoss(token_weight * token + distribution_weight * distribution, token, distribution, accepted)
+    return DrafterLoss(
+        token_weight * token + distribution_weight * distribution, token, distribution, accepted
+    )
 
 
-def draft_forward(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length: int) -> DraftForward:
+def draft_forward(
+    trunk: TriModeTrunk, answers: Answers, starts: Tensor, length: int
+) -> DraftForward:
     """Draft windows of ``length`` slots at ``starts (B, K)`` and verify the text there."""
     batch, num_clean = answers.ids.shape
     device = starts.device
@@ -298,8 +368,15 @@ def draft_forward(trunk: TriModeTrunk, answers: Answers, starts: Tensor, length:
         clean = trunk(answers.ids, clean_positions, attention)
         rows = (slots[..., 1:] - 1).clamp(max=num_clean - 1)
         verifier_logits = trunk.head(clean[torch.arange(batch, device=device)[:, None, None], rows])
-    noisy = trunk(drafting.flatten(1), slots.flatten(1), attention, 1.0).unflatten(1, slots.shape[1:])
-    return DraftForward(trunk.head(noisy[:, :, 1:]), verifier_logits, tokens[..., 1:], slots[..., 1:] <= answers.end[:, :, None])
+    noisy = trunk(drafting.flatten(1), slots.flatten(1), attention, 1.0).unflatten(
+        1, slots.shape[1:]
+    )
+    return DraftForward(
+        trunk.head(noisy[:, :, 1:]),
+        verifier_logits,
+        tokens[..., 1:],
+        slots[..., 1:] <= answers.end[:, :, None],
+    )
 
 
 @contextmanager
@@ -318,9 +395,11 @@ def _learning(trunk: TriModeTrunk, weights: list[nn.Parameter]) -> Iterator[None
 
 
 class _TextAttention:
-    """Causal over a text in the first forward, whose keys and values the windows of the second one see beside their own.
+    """Causal over a text in the first forward, whose keys and values the windows of the second one
+    see beside their own.
 
-    The text needs no gradient, for the branch is idle there; apart from the windows it also costs no backward pass.
+    The text needs no gradient, for the branch is idle there; apart from the windows it also costs
+    no backward pass.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -333,7 +412,9 @@ class _TextAttention:
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         text_k, text_v = self._text[layer]
         k, v = torch.cat((k, text_k), 2), torch.cat((v, text_v), 2)
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=True)
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self._mask, enable_gqa=True
+        )
 
 
 def _record(progress: DrafterProgress, loss: DrafterLoss) -> None:

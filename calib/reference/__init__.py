@@ -1,1 +1,3 @@
-"""The model in PyTorch: eagerly, from mapped files, and with weights rounded as a bundle has them."""
+"""The model in PyTorch: eagerly, from mapped files, and with weights rounded as a bundle has
+them.
+"""

@@ -10,4 +10,7 @@ from trimode.errors import DeviceError
 def check_device(device: str) -> None:
     """Raise :class:`DeviceError` where ``device``, ``cpu`` or ``cuda``, is not here."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("expected a CUDA device, found none that torch can use", "leave out --device to use the CPU")
+        raise DeviceError(
+            "expected a CUDA device, found none that torch can use",
+            "leave out --device to use the CPU",
+        )

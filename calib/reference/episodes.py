@@ -1,9 +1,11 @@
-"""What the layers see when the model is used: the runtime's decoders run over the trunk, and what they ran is replayed.
+"""What the layers see when the model is used: the runtime's decoders run over the trunk, and what
+they ran is replayed.
 
-Calibration algorithms read their data several times, and some weigh every forward alike, so a decode step of one row would count as much
-as a whole prompt. The replay therefore reads each text that was written, prompt and answer, in one causal forward: these are the rows of
-prefill, decode and commit. The blocks that draft and verify graphs got follow as they were, against the keys and values of the tokens
-before them. Nothing of an answer is decided anew, so every replay is the same.
+Calibration algorithms read their data several times, and some weigh every forward alike, so a
+decode step of one row would count as much as a whole prompt. The replay therefore reads each text
+that was written, prompt and answer, in one causal forward: these are the rows of prefill, decode
+and commit. The blocks that draft and verify graphs got follow as they were, against the keys and
+values of the tokens before them. Nothing of an answer is decided anew, so every replay is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ THRESHOLDS: dict[Mode, float] = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0
 
 
 class Block(NamedTuple):
-    """A forward of the draft or the verify graph: ``ids`` L tokens after the first ``past_length`` of the text."""
+    """A forward of the draft or the verify graph: ``ids`` L tokens after the first ``past_length``
+    of the text.
+    """
 
     role: Role
     ids: Text
@@ -35,7 +39,9 @@ class Block(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A forward of any graph, as it is replayed; ``first_logits_row`` is the first of its rows that the head reads."""
+    """A forward of any graph, as it is replayed; ``first_logits_row`` is the first of its rows that
+    the head reads.
+    """
 
     role: Role
     ids: Text
@@ -61,7 +67,14 @@ class RecordingSession(TorchSession):
         self._roles = roles
         self._blocks: list[Block] = []
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         if role != "ar" and role in self._roles:
             self._blocks.append(Block(role, input_ids[0].tolist(), past_length, drafter_scale))
@@ -74,7 +87,9 @@ class RecordingSession(TorchSession):
 
 
 def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
-    """The modes that bring about the rows of these graphs: diffusion denoises, self-speculation drafts with the adapter and verifies."""
+    """The modes that bring about the rows of these graphs: diffusion denoises, self-speculation
+    drafts with the adapter and verifies.
+    """
     chosen: list[Mode] = ["ar"]
     if "draft" in roles:
         chosen.append("diffusion")
@@ -83,12 +98,20 @@ def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
     return tuple(chosen)
 
 
-def answer(session: RecordingSession, model: ModelInfo, text: Text, roles: Sequence[Role], max_new_tokens: int) -> list[Episode]:
+def answer(
+    session: RecordingSession,
+    model: ModelInfo,
+    text: Text,
+    roles: Sequence[Role],
+    max_new_tokens: int,
+) -> list[Episode]:
     """Answer a text in each mode that the roles need."""
     episodes = []
     for mode in decoders_for(roles):
         sequence = DecodedSequence(session, model, text)
-        options = DecodeOptions(max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode])
+        options = DecodeOptions(
+            max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode]
+        )
         for _ in ALGORITHMS[mode](sequence, options, Counters()):
             pass
         episodes.append(Episode(sequence.tokens, len(text), session.take()))
@@ -96,7 +119,9 @@ def answer(session: RecordingSession, model: ModelInfo, text: Text, roles: Seque
 
 
 def merged(episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes of one text as one: self-speculation writes what AR writes, and its causal rows are seen once."""
+    """Episodes of one text as one: self-speculation writes what AR writes, and its causal rows are
+    seen once.
+    """
     found: dict[tuple[int, ...], Episode] = {}
     for episode in episodes:
         key = (episode.prompt_length, *episode.tokens)
@@ -108,16 +133,30 @@ def merged(episodes: Sequence[Episode]) -> list[Episode]:
 def forwards_of(episode: Episode) -> list[Forward]:
     """What a replay of the episode runs: its text in chunks, then its blocks."""
     starts = range(0, len(episode.tokens), PREFILL_CHUNK)
-    # The ar graph returns logits of a prompt's last row and of each row after it, the others of every row.
-    texts = [Forward("ar", episode.tokens[i : i + PREFILL_CHUNK], i, 0.0, max(0, episode.prompt_length - 1 - i)) for i in starts]
+    # The ar graph returns logits of a prompt's last row and of each row after it, the others of
+    # every row.
+    texts = [
+        Forward(
+            "ar",
+            episode.tokens[i : i + PREFILL_CHUNK],
+            i,
+            0.0,
+            max(0, episode.prompt_length - 1 - i),
+        )
+        for i in starts
+    ]
     return texts + [Forward(*block, first_logits_row=0) for block in episode.blocks]
 
 
 def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
-    """How a forward attends: the text's own chunks fill ``text``, blocks read what lies before them and leave it alone."""
+    """How a forward attends: the text's own chunks fill ``text``, blocks read what lies before them
+    and leave it alone.
+    """
     if forward.role == "ar":
         return text
-    before = TorchCache.of([(k[:, :, : forward.past_length], v[:, :, : forward.past_length]) for k, v in text.layers])
+    before = TorchCache.of(
+        [(k[:, :, : forward.past_length], v[:, :, : forward.past_length]) for k, v in text.layers]
+    )
     before.writes_cache, before.is_causal = False, forward.role != "draft"
     return before
 

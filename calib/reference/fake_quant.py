@@ -1,8 +1,10 @@
-"""The trunk as a quantized bundle computes it: weights that have been quantized and back, inputs quantized on the way.
+"""The trunk as a quantized bundle computes it: weights that have been quantized and back, inputs
+quantized on the way.
 
-Shared with the graphs are the scales and the arithmetic on weights (:mod:`trimode.graphs.numerics.integers`); what happens to inputs is torch's.
-Float32 throughout. Gradients pass a quantized input as if it had been left alone where it is not cut (straight through, Bengio et al. 2013), so that
-a drafter can be trained behind it.
+Shared with the graphs are the scales and the arithmetic on weights
+(:mod:`trimode.graphs.numerics.integers`); what happens to inputs is torch's. Float32 throughout.
+Gradients pass a quantized input as if it had been left alone where it is not cut (straight through,
+Bengio et al. 2013), so that a drafter can be trained behind it.
 """
 
 from __future__ import annotations
@@ -22,10 +24,16 @@ from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 from trimode.graphs.numerics.integers import FORMATS, Floats, round_to, round_trip, scale_of
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE, GLOBAL_STEPS, LARGEST_CODE
 
-CODE_RANGES: dict[DType, tuple[float, float]] = {"float8e4m3fn": (-448, 448), "int8": (-128, 127), "float4e2m1": (-6, 6)}
+CODE_RANGES: dict[DType, tuple[float, float]] = {
+    "float8e4m3fn": (-448, 448),
+    "int8": (-128, 127),
+    "float4e2m1": (-6, 6),
+}
 """What the types of inputs hold, in steps of a scale."""
 SMALLEST_NORMAL = 2.0**-126
-"""Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0 again."""
+"""Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0
+again.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class LinearScales:
     Attributes:
         weight: ``()``, ``(out,)`` or ``(out, in / block)``; of nvfp4 the global scale ``()``.
         input: ``()``; None = the input stays as it is.
-        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is none.
+        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is
+            none.
     """
 
     weight: Floats
@@ -43,7 +52,12 @@ class LinearScales:
     pre_quant: Floats | None = None
 
 
-def linear_scales(scales: Scales, precision: QuantizedPrecision, stored: DType = "float32", leave_out: Iterable[str] = ()) -> dict[str, LinearScales]:
+def linear_scales(
+    scales: Scales,
+    precision: QuantizedPrecision,
+    stored: DType = "float32",
+    leave_out: Iterable[str] = (),
+) -> dict[str, LinearScales]:
     """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
 
     Args:
@@ -56,7 +70,9 @@ def linear_scales(scales: Scales, precision: QuantizedPrecision, stored: DType =
         BuildError: a scale is too large for ``stored``.
     """
     skipped = set(leave_out)
-    layers = {name.removesuffix(".weight_amax") for name in scales if name.endswith(".weight_amax")} - skipped
+    layers = {
+        name.removesuffix(".weight_amax") for name in scales if name.endswith(".weight_amax")
+    } - skipped
 
     def layer_scales(layer: str) -> LinearScales:
         inputs, factor = scales.get(f"{layer}.input_amax"), scales.get(f"{layer}.pre_quant_scale")
@@ -69,8 +85,11 @@ def linear_scales(scales: Scales, precision: QuantizedPrecision, stored: DType =
     return {layer: layer_scales(layer) for layer in sorted(layers)}
 
 
-def quantize_trunk(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]) -> None:
-    """Quantize linear layers of a float32 trunk in place; the drafter's branch keeps reading the input as it was.
+def quantize_trunk(
+    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
+) -> None:
+    """Quantize linear layers of a float32 trunk in place; the drafter's branch keeps reading the
+    input as it was.
 
     Args:
         trunk: whose layers are replaced.
@@ -90,16 +109,28 @@ def quantize_trunk(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: M
 
 
 class InputQuantizer(nn.Module):
-    """``pre_quant_scale``, QuantizeLinear and DequantizeLinear in front of a product, as far as a layer has them."""
+    """``pre_quant_scale``, QuantizeLinear and DequantizeLinear in front of a product, as far as a
+    layer has them.
+    """
 
     factor: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, precision: QuantizedPrecision, scales: LinearScales, device: torch.device) -> None:
+    def __init__(
+        self, precision: QuantizedPrecision, scales: LinearScales, device: torch.device
+    ) -> None:
         super().__init__()
         self.precision = precision
-        self.register_buffer("factor", None if scales.pre_quant is None else torch.from_numpy(scales.pre_quant).to(device), persistent=False)
-        self.register_buffer("scale", None if scales.input is None else torch.tensor(float(scales.input), device=device), persistent=False)
+        self.register_buffer(
+            "factor",
+            None if scales.pre_quant is None else torch.from_numpy(scales.pre_quant).to(device),
+            persistent=False,
+        )
+        self.register_buffer(
+            "scale",
+            None if scales.input is None else torch.tensor(float(scales.input), device=device),
+            persistent=False,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` as the product reads it."""
@@ -116,9 +147,13 @@ class InputQuantizer(nn.Module):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight holds quantized values and whose input is quantized on the way in."""
+    """A linear layer whose weight holds quantized values and whose input is quantized on the way
+    in.
+    """
 
-    def __init__(self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+    def __init__(
+        self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = _quantized_weight(linear, precision, scales)
         self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
@@ -131,7 +166,9 @@ class QuantizedLinear(nn.Linear):
 class QuantizedLowRankLinear(LowRankLinear):
     """The same for a layer with the drafter's branch, which reads the input as it was."""
 
-    def __init__(self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales) -> None:
+    def __init__(
+        self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales
+    ) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, 0, 0.0)
         self.lora_A, self.lora_B, self.scaling = linear.lora_A, linear.lora_B, linear.scaling
@@ -144,7 +181,8 @@ class QuantizedLowRankLinear(LowRankLinear):
 
 
 def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """NVFP4 of an input ``x (..., in)``, back in float32: each block by the scale that its largest magnitude asks for, as E4M3 holds it.
+    """NVFP4 of an input ``x (..., in)``, back in float32: each block by the scale that its largest
+    magnitude asks for, as E4M3 holds it.
 
     A block whose scale rounds to zero becomes zero, as in ModelOpt's kernel (``nvfp4_scalar_qdq``).
     """
@@ -159,8 +197,13 @@ def blocks_of(x: Tensor) -> Tensor:
 
 
 def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """The scales that the blocks of ``x (..., in)`` ask for, over the global one, cut to E4M3's range: ``(..., in / 16, 1)``."""
-    return torch.clamp(blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
+    """The scales that the blocks of ``x (..., in)`` ask for, over the global one, cut to E4M3's
+    range: ``(..., in / 16, 1)``.
+    """
+    return torch.clamp(
+        blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale),
+        *CODE_RANGES["float8e4m3fn"],
+    )
 
 
 def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
@@ -187,20 +230,29 @@ def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
-        raise CheckpointError(f"expected the model to have the linear layer {name}, found none", f"calibrate this checkpoint: {CALIBRATE}")
+        raise CheckpointError(
+            f"expected the model to have the linear layer {name}, found none",
+            f"calibrate this checkpoint: {CALIBRATE}",
+        )
     return linear
 
 
 def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
     rows, columns = linear.weight.shape
     shape = scales.weight.shape
-    fits = shape in ((), (rows,)) or (len(shape) == 2 and shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0)
+    fits = shape in ((), (rows,)) or (
+        len(shape) == 2 and shape[0] == rows and shape[1] > 0 and columns % shape[1] == 0
+    )
     if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
-        raise CheckpointError(f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
-                              f"calibrate this checkpoint: {CALIBRATE}")  # fmt: skip
+        raise CheckpointError(
+            f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
+            f"calibrate this checkpoint: {CALIBRATE}",
+        )
 
 
-def _quantized_weight(linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales) -> nn.Parameter:
+def _quantized_weight(
+    linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales
+) -> nn.Parameter:
     weight: Floats = linear.weight.detach().float().numpy(force=True)
     divided: Floats = weight if scales.pre_quant is None else weight / scales.pre_quant
     values = round_trip(divided, scales.weight, precision)

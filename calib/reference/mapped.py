@@ -1,8 +1,9 @@
 """The trunk over weights that stay in the checkpoint's files, for checkpoints larger than memory.
 
-A weight is a mapped range of its file, in the type that it is stored in: pages that the kernel can drop and read again. It becomes float32, which is
-exact for every stored type, right before its product, at most :data:`WIDENED_BYTES` at a time. Products are those of the float32 trunk, bit for bit;
-of a weight larger than that, up to the order in which its rows' sums are taken.
+A weight is a mapped range of its file, in the type that it is stored in: pages that the kernel can
+drop and read again. It becomes float32, which is exact for every stored type, right before its
+product, at most :data:`WIDENED_BYTES` at a time. Products are those of the float32 trunk, bit for
+bit; of a weight larger than that, up to the order in which its rows' sums are taken.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def mapped_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a checkpoint where it lies, not to be written to; a small one that lies there in another form, in memory."""
+    """A tensor of a checkpoint where it lies, not to be written to; a small one that lies there in
+    another form, in memory.
+    """
     if isinstance(entry, FoldedEntry):
         return torch.from_numpy(entry.values())
-    raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.num_bytes,))  # read-only: a private map would have to fit into memory
+    # read-only: a private map would have to fit into memory
+    raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.num_bytes,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it cannot be written to
         tensor = torch.from_numpy(raw)
@@ -43,21 +47,29 @@ def float32_tensor(entry: TensorEntry, device: str) -> Tensor:
 
 def float32_bytes(checkpoint: Checkpoint) -> int:
     """What all weights take in float32."""
-    return sum(entry.num_bytes // ITEM_SIZES[entry.dtype] * 4 for entry in checkpoint.tensors.values())
+    return sum(
+        entry.num_bytes // ITEM_SIZES[entry.dtype] * 4 for entry in checkpoint.tensors.values()
+    )
 
 
-def open_trunk(checkpoint: Checkpoint, num_positions: int, device: str = "cpu", memory_bytes: int | None = None) -> TriModeTrunk:
-    """The trunk for inference; weights in float32 where these fit into ``memory_bytes`` (None = they do), else mapped.
+def open_trunk(
+    checkpoint: Checkpoint, num_positions: int, device: str = "cpu", memory_bytes: int | None = None
+) -> TriModeTrunk:
+    """The trunk for inference; weights in float32 where these fit into ``memory_bytes`` (None =
+    they do), else mapped.
 
     Args:
-        checkpoint: an opened checkpoint; its files have to stay as they are while the trunk is used.
+        checkpoint: an opened checkpoint; its files have to stay as they are while the trunk is
+        used.
         num_positions: rows of the position tables.
         device: where it computes. Mapped weights are sent there for each product.
         memory_bytes: for weights that stay in memory.
     """
     rank, alpha = _drafter(checkpoint)
     with torch.device("meta"):
-        trunk = TriModeTrunk(checkpoint.config, num_positions, drafter_rank=rank, drafter_alpha=alpha)
+        trunk = TriModeTrunk(
+            checkpoint.config, num_positions, drafter_rank=rank, drafter_alpha=alpha
+        )
     if memory_bytes is not None and float32_bytes(checkpoint) > memory_bytes:
         _map_weights(trunk, "", checkpoint)
     _load(trunk, "", checkpoint, device)
@@ -65,7 +77,9 @@ def open_trunk(checkpoint: Checkpoint, num_positions: int, device: str = "cpu", 
 
 
 def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer:
-    """One decoder layer in float32, for inference. To an attention pattern it is layer 0, whichever it is."""
+    """One decoder layer in float32, for inference. To an attention pattern it is layer 0, whichever
+    it is.
+    """
     rank, alpha = _drafter(checkpoint)
     with torch.device("meta"):
         layer = Layer(checkpoint.config, 0, rank, alpha)
@@ -81,17 +95,24 @@ class MappedLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:  # noqa: ARG002
-        """``x (..., in)`` float32 -> ``(..., out)``; without an adapter there is no branch that ``drafter_scale`` could multiply."""
+        """``x (..., in)`` float32 -> ``(..., out)``; without an adapter there is no branch that
+        ``drafter_scale`` could multiply.
+        """
         rows = max(1, WIDENED_BYTES // (4 * self.weight.shape[1]))
         starts = range(0, self.weight.shape[0], rows)
-        products = [functional.linear(x, self.weight[i : i + rows].to(x.device, torch.float32)) for i in starts]
+        products = [
+            functional.linear(x, self.weight[i : i + rows].to(x.device, torch.float32))
+            for i in starts
+        ]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
 class MappedLowRankLinear(nn.Module):
     """:class:`trimode.graphs.decoder.trunk.LowRankLinear` over mapped weights."""
 
-    def __init__(self, base: MappedLinear, lora_a: MappedLinear, lora_b: MappedLinear, scaling: float) -> None:
+    def __init__(
+        self, base: MappedLinear, lora_a: MappedLinear, lora_b: MappedLinear, scaling: float
+    ) -> None:
         super().__init__()
         self.base, self.lora_a, self.lora_b, self.scaling = base, lora_a, lora_b, scaling
 
@@ -112,7 +133,9 @@ class MappedEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Ids of any shape -> ``(..., hidden_size)`` float32, where the ids are."""
-        return functional.embedding(input_ids.to(self.weight.device), self.weight).to(input_ids.device, torch.float32)
+        return functional.embedding(input_ids.to(self.weight.device), self.weight).to(
+            input_ids.device, torch.float32
+        )
 
 
 def _drafter(checkpoint: Checkpoint) -> tuple[int, float]:
@@ -121,12 +144,17 @@ def _drafter(checkpoint: Checkpoint) -> tuple[int, float]:
 
 def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: str) -> None:
     names = [name for name, _ in module.named_parameters()]
-    module.load_state_dict({name: float32_tensor(checkpoint.tensors[prefix + name], device) for name in names}, assign=True)
+    module.load_state_dict(
+        {name: float32_tensor(checkpoint.tensors[prefix + name], device) for name in names},
+        assign=True,
+    )
     module.requires_grad_(False)
 
 
 def _map_weights(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
-    """Replace everything below ``module`` that has a matrix; norms, whose weights are small, stay."""
+    """Replace everything below ``module`` that has a matrix; norms, whose weights are small,
+    stay.
+    """
     for name, child in module.named_children():
         mapped = _mapped(child, f"{prefix}{name}", checkpoint)
         if mapped is None:
@@ -142,7 +170,9 @@ def _mapped(module: nn.Module, path: str, checkpoint: Checkpoint) -> nn.Module |
     if isinstance(module, LowRankLinear):
         if module.lora_A is None:
             return linear(path)
-        return MappedLowRankLinear(linear(path), linear(f"{path}.lora_A"), linear(f"{path}.lora_B"), module.scaling)
+        return MappedLowRankLinear(
+            linear(path), linear(f"{path}.lora_A"), linear(f"{path}.lora_B"), module.scaling
+        )
     if isinstance(module, nn.Linear):
         return linear(path)
     if isinstance(module, nn.Embedding):

@@ -9,13 +9,18 @@ import torch
 
 
 def free_memory_bytes(device: str) -> int:
-    """Bytes that this process could still take on ``cpu`` or ``cuda``; on the CPU (Linux) also what its control group leaves."""
+    """Bytes that this process could still take on ``cpu`` or ``cuda``; on the CPU (Linux) also what
+    its control group leaves.
+    """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     assert found is not None  # in every kernel since 3.14
     available = int(found[1]) * 1024
-    limit, used = _number(Path("/sys/fs/cgroup/memory.max")), _number(Path("/sys/fs/cgroup/memory.current"))
+    limit, used = (
+        _number(Path("/sys/fs/cgroup/memory.max")),
+        _number(Path("/sys/fs/cgroup/memory.current")),
+    )
     return available if limit is None or used is None else max(0, min(available, limit - used))
 
 

@@ -1,4 +1,6 @@
-"""The trunk with the weights that a bundle of it will hold: rounded to the bundle's type, and quantized where it is."""
+"""The trunk with the weights that a bundle of it will hold: rounded to the bundle's type, and
+quantized where it is.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class ServedTrunk:
     calibration: Calibration | None
 
 
-def load_served(checkpoint: Checkpoint, num_positions: int, dtype: DType, calibration: Path | None) -> ServedTrunk:
+def load_served(
+    checkpoint: Checkpoint, num_positions: int, dtype: DType, calibration: Path | None
+) -> ServedTrunk:
     """Read a checkpoint as a bundle would hold it; four bytes of memory a parameter.
 
     Args:
@@ -40,7 +44,8 @@ def load_served(checkpoint: Checkpoint, num_positions: int, dtype: DType, calibr
         calibration: folder of the scales; None = nothing is quantized.
 
     Raises:
-        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong together.
+        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong
+        together.
         BuildError: a weight is too large for ``dtype``.
     """
     digest = SourceDigest(checkpoint)
@@ -49,8 +54,11 @@ def load_served(checkpoint: Checkpoint, num_positions: int, dtype: DType, calibr
         return ServedTrunk(trunk, digest.base_hexdigest(), digest.hexdigest(), None)
     record, scales = load_calibration(calibration)
     layers = linear_scales(scales, record.precision, dtype)
-    # A bundle quantizes the weights as they are in the checkpoint, not what rounding to its type would leave of them.
-    trunk = load_trunk(checkpoint, num_positions, dtype, digest, exact={f"{name}.weight" for name in layers})
+    # A bundle quantizes the weights as they are in the checkpoint, not what rounding to its type
+    # would leave of them.
+    trunk = load_trunk(
+        checkpoint, num_positions, dtype, digest, exact={f"{name}.weight" for name in layers}
+    )
     check_source(str(calibration), record.source_sha256, digest.base_hexdigest())
     quantize_trunk(trunk, record.precision, layers)
     return ServedTrunk(trunk, digest.base_hexdigest(), digest.hexdigest(), record)

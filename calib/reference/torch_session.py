@@ -1,8 +1,10 @@
-"""The runtime's ``Session`` over the torch trunk, eager, float32, with a cache that grows by concatenation.
+"""The runtime's ``Session`` over the torch trunk, eager, float32, with a cache that grows by
+concatenation.
 
-Calibration runs the decoders over it, and verification takes it as the reference: it shares the trunk's weights and position tables with the
-graphs, but neither their operators nor their cache. Attention is torch's, K/V are concatenated and cropped, tokens are chosen by a softmax
-over the whole vocabulary.
+Calibration runs the decoders over it, and verification takes it as the reference: it shares the
+trunk's weights and position tables with the graphs, but neither their operators nor their cache.
+Attention is torch's, K/V are concatenated and cropped, tokens are chosen by a softmax over the
+whole vocabulary.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ def load_trunk(
     digest: SourceDigest | None = None,
     exact: Container[str] = (),
 ) -> TriModeTrunk:
-    """The trunk of a checkpoint in float32, ready for inference; takes four bytes of memory a parameter.
+    """The trunk of a checkpoint in float32, ready for inference; takes four bytes of memory a
+    parameter.
 
     Args:
         checkpoint: an opened checkpoint.
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
         digest: of the same checkpoint; has seen all of it afterwards.
-        exact: names of the weights that are not rounded, because something else will be done to them: those that a bundle quantizes.
+        exact: names of the weights that are not rounded, because something else will be done to
+            them: those that a bundle quantizes.
 
     Raises:
         CheckpointError: a file of the checkpoint ends too early.
@@ -48,19 +52,26 @@ def load_trunk(
     drafter, digest = checkpoint.drafter, digest or SourceDigest(checkpoint)
     with torch.device("meta"):  # no weight is drawn that would be replaced at once
         trunk = TriModeTrunk(
-            checkpoint.config, num_positions, drafter_rank=drafter.rank if drafter else 0, drafter_alpha=drafter.alpha if drafter else 0.0
+            checkpoint.config,
+            num_positions,
+            drafter_rank=drafter.rank if drafter else 0,
+            drafter_alpha=drafter.alpha if drafter else 0.0,
         )
     weights = {}
     for name, entry in checkpoint.tensors.items():
         dtype: DType = "float32" if name in exact else stored
         raw = bytearray().join(digest.read(name, dtype))
-        weights[name] = torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
+        weights[name] = (
+            torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
+        )
     trunk.load_state_dict(weights, assign=True)
     return trunk.eval().requires_grad_(False)
 
 
 class TorchCache(GrowingCacheAttention):
-    """A :class:`trimode.runtime.sessions.base.KVCache` that is itself the attention pattern. It holds what has been run and nothing more."""
+    """A :class:`trimode.runtime.sessions.base.KVCache` that is itself the attention pattern. It
+    holds what has been run and nothing more.
+    """
 
     @property
     def capacity(self) -> int:
@@ -88,7 +99,9 @@ class TorchCache(GrowingCacheAttention):
 
 
 class TorchSession:
-    """A :class:`trimode.runtime.sessions.base.Session` over the trunk, on the device where its weights are."""
+    """A :class:`trimode.runtime.sessions.base.Session` over the trunk, on the device where its
+    weights are.
+    """
 
     max_prefill_rows = None
 
@@ -105,21 +118,38 @@ class TorchSession:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         return TorchCache()
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`; the outputs are the caller's own."""
         return self.forward(role, cast("TorchCache", cache), input_ids, past_length, drafter_scale)
 
     @torch.inference_mode()
     def forward(
-        self, role: Role, cache: TorchCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0, input_length: int | None = None
+        self,
+        role: Role,
+        cache: TorchCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+        input_length: int | None = None,
     ) -> tuple[Array, ...]:
-        """Like :meth:`run`; ``input_length`` says how many of the rows are real where a prompt chunk is padded on the right."""
+        """Like :meth:`run`; ``input_length`` says how many of the rows are real where a prompt
+        chunk is padded on the right.
+        """
         if role == "quadratic":
             return self._quadratic(cache, input_ids, past_length)
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
         cache.is_causal = role != "draft"
-        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.trunk.encoder.norm.weight.device)
+        ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(
+            self.trunk.encoder.norm.weight.device
+        )
         positions = torch.arange(past_length, past_length + ids.shape[1], device=ids.device)[None]
         scale = drafter_scale if role == "draft" and drafter_scale else None
         hidden = self.trunk(ids, positions, cache, scale)  # (1, T, hidden_size)
@@ -135,29 +165,44 @@ class TorchSession:
         return best.indices.numpy(force=True), best.values.numpy(force=True)
 
     def _quadratic(self, cache: TorchCache, input_ids: Ids, past_length: int) -> tuple[Array, ...]:
-        """The obvious way: a causal forward, then a bidirectional one over masked slots behind what it accepts. Keeps K/V of the former."""
+        """The obvious way: a causal forward, then a bidirectional one over masked slots behind what
+        it accepts. Keeps K/V of the former.
+        """
         greedy, accepted, logits = self.forward("verify", cache, input_ids, past_length)
         kept = cache.layers
-        ids, probabilities = self.drafts_behind(cache, past_length + int(accepted[0]) + 1, input_ids.shape[1])
+        ids, probabilities = self.drafts_behind(
+            cache, past_length + int(accepted[0]) + 1, input_ids.shape[1]
+        )
         cache.replace(kept)
-        return greedy, accepted, logits, *led_by_causal(ids, probabilities, logits[:, int(accepted[0])])
+        return (
+            greedy,
+            accepted,
+            logits,
+            *led_by_causal(ids, probabilities, logits[:, int(accepted[0])]),
+        )
 
     def drafts_behind(self, cache: TorchCache, past_length: int, rows: int) -> tuple[Array, Array]:
-        """Candidates and probabilities, ``(1, rows, 5)``, of masked slots behind ``past_length`` tokens; their K/V end up in the cache."""
+        """Candidates and probabilities, ``(1, rows, 5)``, of masked slots behind ``past_length``
+        tokens; their K/V end up in the cache.
+        """
         masked = np.full((1, rows), self.trunk.config.mask_token_id, np.int64)
         ids, probabilities = self.forward("draft", cache, masked, past_length)
         return ids, probabilities
 
 
 def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Array, Array]:
-    """Candidates and probabilities of slots, ``(B, T, 5)``, those of the first slot replaced by what causal ``logits (B, V)`` say of its token."""
+    """Candidates and probabilities of slots, ``(B, T, 5)``, those of the first slot replaced by
+    what causal ``logits (B, V)`` say of its token.
+    """
     best = torch.from_numpy(logits).softmax(-1).topk(ids.shape[-1], -1)
     ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
     return ids, probabilities
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:
-    """How many drafts ``input_ids[:, 1:]`` in a row equal the greedy ids before them: ``(B, T)``, ``(B, T)`` -> ``(B,)``."""
+    """How many drafts ``input_ids[:, 1:]`` in a row equal the greedy ids before them: ``(B, T)``,
+    ``(B, T)`` -> ``(B,)``.
+    """
     agrees = greedy_ids[:, :-1] == input_ids[:, 1:]
     lengths: Ids = np.cumprod(agrees, 1).sum(1).astype(np.int64)
     return lengths

@@ -1,7 +1,9 @@
-"""Trains a sampler for a checkpoint's block diffusion, on the states that the decoder itself passes through.
+"""Trains a sampler for a checkpoint's block diffusion, on the states that the decoder itself passes
+through.
 
 - ``settings``: what a caller can choose
-- ``trajectories``: denoised blocks, state by state, beside the tokens that serial denoising ends with
+- ``trajectories``: denoised blocks, state by state, beside the tokens that serial denoising ends
+  with
 - ``training``: a network on these states
 - ``scorer``: the network where the runtime asks for scores
 - ``measure``: what it is worth

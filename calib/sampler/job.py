@@ -27,12 +27,26 @@ from trimode.calib.sampler.trajectories import RecordingSession, States, join, w
 from trimode.calib.training.checkpoint_writer import write_json
 from trimode.calib.training.loop import run_training
 from trimode.calib.training.records import scales_record, versions
-from trimode.calib.training.run_state import RunState, check_state, identity_of, state_file, write_missing
+from trimode.calib.training.run_state import (
+    RunState,
+    check_state,
+    identity_of,
+    state_file,
+    write_missing,
+)
 from trimode.errors import UsageError
 from trimode.formats.calibration import PromptsRecord
 from trimode.formats.contract import TOP_K, ModelInfo
 from trimode.formats.files import check_apart, check_replaceable, staged_replacement
-from trimode.formats.sampler import RECORD, SCHEMA_VERSION, WEIGHTS, DenoisingRecord, SamplerFile, ShapeRecord, TrainingRecord
+from trimode.formats.sampler import (
+    RECORD,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    DenoisingRecord,
+    SamplerFile,
+    ShapeRecord,
+    TrainingRecord,
+)
 from trimode.formats.texts import name_of
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.sampler.network import BlockSampler, token_semantics
@@ -86,24 +100,29 @@ def train_sampler(
     calibration: Path | None = None,
     resume: bool = False,
 ) -> SamplerFile:
-    """Train a sampler on the block diffusion of a checkpoint, and write it to the folder ``output``.
+    """Train a sampler on the block diffusion of a checkpoint, and write it to the folder
+    ``output``.
 
-    Takes four bytes of memory a parameter, and 48 a slot of the states. Ctrl-C leaves a state beside ``output`` that ``resume`` takes up: the run
-    then ends with the same bytes as if it had not been interrupted, where the budget is one of steps.
+    Takes four bytes of memory a parameter, and 48 a slot of the states. Ctrl-C leaves a state
+    beside ``output`` that ``resume`` takes up: the run then ends with the same bytes as if it had
+    not been interrupted, where the budget is one of steps.
 
     Args:
         checkpoint: whose denoising it is.
         model: the facts that decoding needs.
-        prompts: what the model answers; right answers, where they are known, decide the threshold and are measured by.
+        prompts: what the model answers; right answers, where they are known, decide the threshold
+        and are measured by.
         output: new, empty, or an earlier output, which is replaced whole.
         settings: see :class:`SamplerJobSettings`.
         progress: told what happens.
-        calibration: folder of the scales that the bundle will have; None = its weights are not quantized.
+        calibration: folder of the scales that the bundle will have; None = its weights are not
+        quantized.
         resume: take up the run that was interrupted.
 
     Raises:
         UsageError: a setting or a prompt cannot be used, or ``output`` is something else.
-        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong together.
+        CheckpointError: the checkpoint or the calibration cannot be read, or do not belong
+        together.
         DeviceError: the device is not here.
         BuildError: the training diverged.
     """
@@ -113,38 +132,63 @@ def train_sampler(
     check_state(state_file(output), resume=resume)
     check_device(settings.device)
     if model.vocab_size < TOP_K:
-        raise UsageError(f"expected a vocabulary of at least {TOP_K} tokens, found {model.vocab_size}", "the sampler looks at so many candidates")
-    split = split_texts(prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model)
+        raise UsageError(
+            f"expected a vocabulary of at least {TOP_K} tokens, found {model.vocab_size}",
+            "the sampler looks at so many candidates",
+        )
+    split = split_texts(
+        prompts.texts, settings.num_samples, settings.num_held_out, settings.seed, model
+    )
     advance = progress.stage("read checkpoint", 1)
-    served = load_served(checkpoint, model.max_length + model.max_block_length, settings.dtype, calibration)
+    served = load_served(
+        checkpoint, model.max_length + model.max_block_length, settings.dtype, calibration
+    )
     served.trunk.to(settings.device)
     advance(1)
     job = _Job(checkpoint, model, settings, served, progress)
-    state = RunState(state_file(output), identity_of(asdict(settings), served.base_sha256, served.calibration, prompts.sha256), resume=resume)
+    state = RunState(
+        state_file(output),
+        identity_of(asdict(settings), served.base_sha256, served.calibration, prompts.sha256),
+        resume=resume,
+    )
     data = _write_states(job, split, state)
     sampler, done = _train(job, data, state)
     scorer = TorchScorer(sampler)
     validation = _answer(job, split.validation, scorer, prompts, "decide")
     held_out = _answer(job, split.held_out, scorer, prompts, "measure")
-    record = _record(job, _Run(prompts, split, data, sampler, done, held_out, validation), calibration)
+    record = _record(
+        job, _Run(prompts, split, data, sampler, done, held_out, validation), calibration
+    )
     record = _write(output, sampler, record)
     state.discard()
     return record
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier output."""
+    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier
+    output.
+    """
     check_replaceable(output, RECORD, "a trained sampler")
 
 
 def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
-    """Denoise every prompt whose states the run's state does not have; in any order of block lengths, each prompt by a seed of its own."""
-    session, settings, texts = RecordingSession(TorchSession(job.served.trunk)), job.settings, split.texts
+    """Denoise every prompt whose states the run's state does not have; in any order of block
+    lengths, each prompt by a seed of its own.
+    """
+    session, settings, texts = (
+        RecordingSession(TorchSession(job.served.trunk)),
+        job.settings,
+        split.texts,
+    )
 
     def write(number: int, text: Text) -> dict[int, tuple[Tensor, ...]]:
         rng = random.Random(f"{settings.seed} {number}")
         return {
-            length: tuple(write_states(session, job.model, text, length, settings.max_new_tokens, settings.target, rng))
+            length: tuple(
+                write_states(
+                    session, job.model, text, length, settings.max_new_tokens, settings.target, rng
+                )
+            )
             for length in settings.block_lengths
         }
 
@@ -154,31 +198,57 @@ def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
     return _Data(*(_by_length(settings, part) for part in parts))
 
 
-def _by_length(settings: SamplerJobSettings, written: Sequence[dict[int, Any]]) -> dict[int, States]:
-    return {length: join([States(*one[length]) for one in written]) for length in settings.block_lengths}
+def _by_length(
+    settings: SamplerJobSettings, written: Sequence[dict[int, Any]]
+) -> dict[int, States]:
+    return {
+        length: join([States(*one[length]) for one in written]) for length in settings.block_lengths
+    }
 
 
 def _train(job: _Job, data: _Data, state: RunState) -> tuple[BlockSampler, SamplerProgress]:
     """Train, from where the run's state stands."""
     settings, mask = job.settings, job.model.mask_token_id
     table = token_semantics(job.served.trunk.encoder.embed_tokens.weight)
-    sampler = new_sampler(settings.shape, table, data.train, mask, settings.seed).to(settings.device)
+    sampler = new_sampler(settings.shape, table, data.train, mask, settings.seed).to(
+        settings.device
+    )
     training = SamplerTraining(
-        sampler, data.train, data.validation, mask, learning_rate=settings.learning_rate, batch_size=settings.batch_size, seed=settings.seed
+        sampler,
+        data.train,
+        data.validation,
+        mask,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
     )
     if state.training is not None:
         training.load(state.training)
-    done = run_training(training, partial(training.run, settings.budget), settings.budget, state, job.progress)
+    done = run_training(
+        training, partial(training.run, settings.budget), settings.budget, state, job.progress
+    )
     return sampler.cpu().eval(), done
 
 
-def _answer(job: _Job, texts: Sequence[Text], scorer: TorchScorer, prompts: Prompts, stage: str) -> tuple[DenoisingRecord, ...]:
+def _answer(
+    job: _Job, texts: Sequence[Text], scorer: TorchScorer, prompts: Prompts, stage: str
+) -> tuple[DenoisingRecord, ...]:
     session, settings = TorchSession(job.served.trunk), job.settings
     advance = job.progress.stage(stage, len(texts) * len(settings.block_lengths))
     return tuple(
         record
         for length in settings.block_lengths
-        for record in measure_texts(session, job.model, texts, length, settings.max_new_tokens, settings.target, scorer, prompts.is_right, advance)
+        for record in measure_texts(
+            session,
+            job.model,
+            texts,
+            length,
+            settings.max_new_tokens,
+            settings.target,
+            scorer,
+            prompts.is_right,
+            advance,
+        )
     )
 
 
@@ -199,9 +269,13 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
         num_parameters=sum(parameter.numel() for parameter in run.sampler.parameters()),
         block_lengths=settings.block_lengths,
         threshold=choose_threshold(run.validation),
-        settings=json.loads(json.dumps(asdict(settings))),  # as it will be read back: JSON has no tuples
+        # as it will be read back: JSON has no tuples
+        settings=json.loads(json.dumps(asdict(settings))),
         prompts=PromptsRecord(
-            sha256=run.prompts.sha256, num_train=len(split.train), num_validation=len(split.validation), num_held_out=len(split.held_out)
+            sha256=run.prompts.sha256,
+            num_train=len(split.train),
+            num_validation=len(split.validation),
+            num_held_out=len(split.held_out),
         ),
         training=TrainingRecord(
             num_states=sum(len(part.blocks) for part in run.data.train.values()),
@@ -213,7 +287,10 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
             best_loss=done.best_loss,
             best_step=done.best_step,
         ),
-        scores=tuple(measure_scores(run.sampler, part, model.mask_token_id) for part in run.data.held_out.values()),
+        scores=tuple(
+            measure_scores(run.sampler, part, model.mask_token_id)
+            for part in run.data.held_out.values()
+        ),
         held_out=run.held_out,
         validation=run.validation,
         sampler_sha256="",

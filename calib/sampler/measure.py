@@ -37,15 +37,22 @@ def measure_scores(sampler: BlockSampler, states: States, mask_token_id: int) ->
     scores = score_states(sampler, states, mask_token_id).double().numpy()[counts]
     confidence = states.probabilities[..., 0].double().numpy()[counts]
     return ScoresRecord(
-        block_length=states.blocks.shape[1], num_slots=len(right), share_right=float(right.mean()),
-        auc=auc(scores, right), loss=cross_entropy(scores, right), calibration_error=calibration_error(scores, right),
-        confidence_auc=auc(confidence, right), confidence_loss=cross_entropy(confidence, right),
+        block_length=states.blocks.shape[1],
+        num_slots=len(right),
+        share_right=float(right.mean()),
+        auc=auc(scores, right),
+        loss=cross_entropy(scores, right),
+        calibration_error=calibration_error(scores, right),
+        confidence_auc=auc(confidence, right),
+        confidence_loss=cross_entropy(confidence, right),
         confidence_calibration_error=calibration_error(confidence, right),
-    )  # fmt: skip
+    )
 
 
 def auc(values: Values, right: NDArray[np.bool_]) -> float | None:
-    """Area under the ROC curve by ranks (Mann-Whitney), equal values counting half; None where all are right, or none."""
+    """Area under the ROC curve by ranks (Mann-Whitney), equal values counting half; None where all
+    are right, or none.
+    """
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
         return None
@@ -63,15 +70,27 @@ def cross_entropy(values: Values, right: NDArray[np.bool_]) -> float:
 def calibration_error(values: Values, right: NDArray[np.bool_]) -> float:
     """Expected calibration error over :data:`NUM_BINS` bins of equal width."""
     bins = np.minimum((values * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [abs(float(values[bins == one].mean() - right[bins == one].mean())) * int((bins == one).sum()) for one in np.unique(bins)]
+    gaps = [
+        abs(float(values[bins == one].mean() - right[bins == one].mean()))
+        * int((bins == one).sum())
+        for one in np.unique(bins)
+    ]
     return sum(gaps) / len(values)
 
 
 def measure_texts(
-    session: Session, model: ModelInfo, prompts: Sequence[Text], block_length: int, max_new_tokens: int, target: Target, scorer: Scorer,
-    is_right: Callable[[Text, Text], bool | None], advance: Callable[[int], None],
-) -> tuple[DenoisingRecord, ...]:  # fmt: skip
-    """Answer the prompts under thresholds on the probability and on the score, and count who writes the target's text, and a right one.
+    session: Session,
+    model: ModelInfo,
+    prompts: Sequence[Text],
+    block_length: int,
+    max_new_tokens: int,
+    target: Target,
+    scorer: Scorer,
+    is_right: Callable[[Text, Text], bool | None],
+    advance: Callable[[int], None],
+) -> tuple[DenoisingRecord, ...]:
+    """Answer the prompts under thresholds on the probability and on the score, and count who writes
+    the target's text, and a right one.
 
     Args:
         session: over the model.
@@ -84,11 +103,26 @@ def measure_texts(
         is_right: whether an answer to a prompt is a right one; None where that is not known.
         advance: told of each prompt that is done.
     """
-    policies = [("threshold", value) for value in CONFIDENCES] + [("learned", value) for value in SCORES]
-    decode, wanted = (decode_ar, DecodeOptions(max_new_tokens)) if target == "ar" else (
-        decode_diffusion, DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]))  # fmt: skip
-    options = [DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer) for name, value in policies]  # type: ignore[arg-type]
-    same, tokens, forwards = np.zeros(len(policies), int), np.zeros(len(policies), int), np.zeros(len(policies), int)
+    policies = [("threshold", value) for value in CONFIDENCES] + [
+        ("learned", value) for value in SCORES
+    ]
+    decode, wanted = (
+        (decode_ar, DecodeOptions(max_new_tokens))
+        if target == "ar"
+        else (
+            decode_diffusion,
+            DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]),
+        )
+    )
+    options = [
+        DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer)
+        for name, value in policies
+    ]  # type: ignore[arg-type]
+    same, tokens, forwards = (
+        np.zeros(len(policies), int),
+        np.zeros(len(policies), int),
+        np.zeros(len(policies), int),
+    )
     right, num_known = np.zeros(len(policies), int), 0
     for prompt in prompts:
         expected, _ = _decode(decode, session, model, prompt, wanted)
@@ -103,41 +137,69 @@ def measure_texts(
         advance(1)
     return tuple(
         DenoisingRecord(
-            block_length=block_length, sampler=name, threshold=value, num_texts=len(prompts), same_as_target=same[row] / len(prompts),
-            exact_match=right[row] / len(prompts) if num_known else None, num_tokens=tokens[row], num_forwards=forwards[row],
+            block_length=block_length,
+            sampler=name,
+            threshold=value,
+            num_texts=len(prompts),
+            same_as_target=same[row] / len(prompts),
+            exact_match=right[row] / len(prompts) if num_known else None,
+            num_tokens=tokens[row],
+            num_forwards=forwards[row],
             tokens_per_forward=tokens[row] / forwards[row],
         )
         for row, (name, value) in enumerate(policies)
-    )  # fmt: skip
+    )
 
 
 def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
     """The score to fill from where nobody says otherwise; the highest where a sampler is no good.
 
-    It is the fastest of those under which, over all block lengths, as many texts are right as under the best score, less one standard
-    error of that share (the rule by which Breiman et al., Classification and Regression Trees, 1984, choose a tree's size), and at least as
-    many as under the usual threshold on the probability. A text is right that is a known answer; where no answer is known, the target's.
+    It is the fastest of those under which, over all block lengths, as many texts are right as under
+    the best score, less one standard error of that share (the rule by which Breiman et al.,
+    Classification and Regression Trees, 1984, choose a tree's size), and at least as many as under
+    the usual threshold on the probability. A text is right that is a known answer; where no answer
+    is known, the target's.
     """
 
     def over_lengths(sampler: str, threshold: float) -> tuple[float, float]:
         rows = [row for row in measured if (row.sampler, row.threshold) == (sampler, threshold)]
-        right = sum(share_right(row) * row.num_texts for row in rows) / sum(row.num_texts for row in rows)
+        right = sum(share_right(row) * row.num_texts for row in rows) / sum(
+            row.num_texts for row in rows
+        )
         return right, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
 
     shares = {value: over_lengths("learned", value)[0] for value in SCORES}
-    best, num_texts = max(shares.values()), sum(row.num_texts for row in measured if (row.sampler, row.threshold) == ("learned", SCORES[0]))
-    wanted = max(over_lengths("threshold", USUAL_CONFIDENCE)[0], best - math.sqrt(best * (1 - best) / num_texts))
+    best, num_texts = (
+        max(shares.values()),
+        sum(
+            row.num_texts
+            for row in measured
+            if (row.sampler, row.threshold) == ("learned", SCORES[0])
+        ),
+    )
+    wanted = max(
+        over_lengths("threshold", USUAL_CONFIDENCE)[0],
+        best - math.sqrt(best * (1 - best) / num_texts),
+    )
     able = [value for value, share in shares.items() if share >= wanted]
     return max(able, key=lambda value: over_lengths("learned", value)[1], default=max(SCORES))
 
 
 def share_right(row: DenoisingRecord) -> float:
-    """The share of texts that are right; where no answer is known, of those that are the target's."""
+    """The share of texts that are right; where no answer is known, of those that are the
+    target's.
+    """
     return row.same_as_target if row.exact_match is None else row.exact_match
 
 
 @torch.inference_mode()
-def _decode(decode: Algorithm, session: Session, model: ModelInfo, prompt: Text, options: DecodeOptions) -> tuple[Text, int]:
+def _decode(
+    decode: Algorithm, session: Session, model: ModelInfo, prompt: Text, options: DecodeOptions
+) -> tuple[Text, int]:
     counters = Counters()
-    text = [token for tokens in decode(DecodedSequence(session, model, prompt), options, counters) for token in tokens]
+    text = [
+        token
+        for tokens in decode(DecodedSequence(session, model, prompt), options, counters)
+        for token in tokens
+    ]
     return text, counters.nfe

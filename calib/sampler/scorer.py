@@ -18,9 +18,18 @@ class TorchScorer:
         self._sampler = sampler.eval()
 
     @torch.inference_mode()
-    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
+    def score(
+        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+    ) -> NDArray[np.float32]:
         """See :class:`trimode.runtime.decode.unmasking.Scorer`."""
         device = self._sampler.feature_mean.device
-        arrays = (block.astype(np.int64), masked, ids.astype(np.int64), probabilities.astype(np.float32))
-        scores: NDArray[np.float32] = self._sampler(*(torch.from_numpy(array)[None].to(device) for array in arrays))[0].numpy(force=True)
+        arrays = (
+            block.astype(np.int64),
+            masked,
+            ids.astype(np.int64),
+            probabilities.astype(np.float32),
+        )
+        scores: NDArray[np.float32] = self._sampler(
+            *(torch.from_numpy(array)[None].to(device) for array in arrays)
+        )[0].numpy(force=True)
         return scores

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from trimode.calib.data.checks import check_above_zero, check_at_least, check_device_name, check_dtype, check_learning_rate
+from trimode.calib.data.checks import (
+    check_above_zero,
+    check_at_least,
+    check_device_name,
+    check_dtype,
+    check_learning_rate,
+)
 from trimode.calib.sampler.trajectories import Target
 from trimode.calib.training.budget import Budget, budget_of
 from trimode.errors import UsageError
@@ -22,11 +28,15 @@ class SamplerJobSettings:
     """What a caller can choose.
 
     Attributes:
-        dtype: what the bundle will store weights in that are not quantized; they and scales are rounded to it.
-        steps, minutes: when to stop, whichever comes first; :data:`DEFAULT_STEPS` where neither is given.
-        num_samples: prompts to train on and to decide by, drawn by the seed; None = all that are not held out.
+        dtype: what the bundle will store weights in that are not quantized; they and scales are
+        rounded to it.
+        steps, minutes: when to stop, whichever comes first; :data:`DEFAULT_STEPS` where neither is
+        given.
+        num_samples: prompts to train on and to decide by, drawn by the seed; None = all that are
+        not held out.
         num_held_out: prompts that are set aside for the measurement; None = a quarter, at most 64.
-        target: what the labels go by: ``serial`` or ``leftmost`` denoising, or the model's own ``ar`` text.
+        target: what the labels go by: ``serial`` or ``leftmost`` denoising, or the model's own
+        ``ar`` text.
         block_lengths: of the blocks that are denoised, to train on and to measure.
         d_model, num_layers, num_heads, feed_forward: sizes of the network.
         learning_rate: its peak.
@@ -65,26 +75,46 @@ class SamplerJobSettings:
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value out of its range."""
-        check_at_least((
-            ("steps", self.steps, 1), ("samples", self.num_samples, 2), ("held-out", self.num_held_out, 1), ("d-model", self.d_model, 2),
-            ("layers", self.num_layers, 1), ("heads", self.num_heads, 1), ("feed-forward", self.feed_forward, 1), ("batch-size", self.batch_size, 1),
-            ("seed", self.seed, 0), ("max-new-tokens", self.max_new_tokens, 2),
-        ))  # fmt: skip
+        check_at_least(
+            (
+                ("steps", self.steps, 1),
+                ("samples", self.num_samples, 2),
+                ("held-out", self.num_held_out, 1),
+                ("d-model", self.d_model, 2),
+                ("layers", self.num_layers, 1),
+                ("heads", self.num_heads, 1),
+                ("feed-forward", self.feed_forward, 1),
+                ("batch-size", self.batch_size, 1),
+                ("seed", self.seed, 0),
+                ("max-new-tokens", self.max_new_tokens, 2),
+            )
+        )
         check_above_zero("minutes", self.minutes)
         check_learning_rate(self.learning_rate)
         self._check_blocks()
         if self.d_model % (2 * self.num_heads):
-            raise UsageError(f"expected --d-model that is a multiple of twice the heads ({2 * self.num_heads}), found {self.d_model}",
-                             "positions rotate pairs of numbers in each head")  # fmt: skip
+            raise UsageError(
+                f"expected --d-model that is a multiple of twice the heads ({2 * self.num_heads}), found {self.d_model}",
+                "positions rotate pairs of numbers in each head",
+            )
         check_dtype(self.dtype)
         if self.target not in get_args(Target):
-            raise UsageError(f"expected a --target among {', '.join(get_args(Target))}, found {self.target!r}", "choose one of these")
+            raise UsageError(
+                f"expected a --target among {', '.join(get_args(Target))}, found {self.target!r}",
+                "choose one of these",
+            )
         check_device_name(self.device)
 
     def _check_blocks(self) -> None:
         if not self.block_lengths or len(set(self.block_lengths)) < len(self.block_lengths):
             found = ",".join(map(str, self.block_lengths)) or "none"
-            raise UsageError(f"expected --block-length with one or several different lengths, found {found}", "pass for example --block-length 8,32")
+            raise UsageError(
+                f"expected --block-length with one or several different lengths, found {found}",
+                "pass for example --block-length 8,32",
+            )
         for length in self.block_lengths:
             if not 2 <= length <= MAX_BLOCK_LENGTH:
-                raise UsageError(f"expected --block-length from 2 to {MAX_BLOCK_LENGTH}, found {length}", "no bundle denoises longer blocks")
+                raise UsageError(
+                    f"expected --block-length from 2 to {MAX_BLOCK_LENGTH}, found {length}",
+                    "no bundle denoises longer blocks",
+                )

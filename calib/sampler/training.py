@@ -1,7 +1,8 @@
 """Trains a sampler's network on states: binary cross-entropy over the masked slots.
 
-There are many states of each text and few texts, whose mistakes a network soon knows by heart. So it has dropout and weight decay, and what is
-kept are the weights under which the loss on other texts was lowest, the untrained ones among them: those score a slot by its probability.
+There are many states of each text and few texts, whose mistakes a network soon knows by heart. So
+it has dropout and weight decay, and what is kept are the weights under which the loss on other
+texts was lowest, the untrained ones among them: those score a slot by its probability.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class SamplerProgress:
 
     Attributes:
         first_loss, loss: means over :data:`LOSS_WINDOW` steps, or all where there were fewer.
-        untrained_loss, best_loss: on the states that decide, of the untrained weights and of the best so far.
+        untrained_loss, best_loss: on the states that decide, of the untrained weights and of the
+        best so far.
         best_step: steps that the best weights have been trained.
         checks: how often they have been tried.
     """
@@ -53,7 +55,13 @@ class SamplerProgress:
 Report = Callable[[SamplerProgress, float], None]
 
 
-def new_sampler(shape: SamplerShape, token_table: Tensor, states: Mapping[int, States], mask_token_id: int, seed: int) -> BlockSampler:
+def new_sampler(
+    shape: SamplerShape,
+    token_table: Tensor,
+    states: Mapping[int, States],
+    mask_token_id: int,
+    seed: int,
+) -> BlockSampler:
     """An untrained network, its features standardised over all slots of these states.
 
     Args:
@@ -67,7 +75,11 @@ def new_sampler(shape: SamplerShape, token_table: Tensor, states: Mapping[int, S
         torch.manual_seed(seed)
         sampler = BlockSampler(shape, len(token_table))
     sampler.token_table.copy_(token_table)
-    count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    count, total, squares = (
+        0,
+        torch.zeros(1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+    )
     for part in states.values():
         for start in range(0, len(part.blocks), 4096):
             chunk = States(*(tensor[start : start + 4096] for tensor in part))
@@ -85,7 +97,9 @@ def sampler_loss(sampler: BlockSampler, states: States, mask_token_id: int) -> T
     """Mean binary cross-entropy over the slots that have a label; 0 where none has."""
     labels, counts = states.labels(mask_token_id)
     logits = sampler.logits(*_inputs(states, mask_token_id))
-    losses = functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(
+        logits, labels.to(logits.dtype), reduction="none"
+    )
     return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
@@ -103,18 +117,37 @@ class SamplerTraining:
     """
 
     def __init__(
-        self, sampler: BlockSampler, states: Mapping[int, States], validation: Mapping[int, States], mask_token_id: int, *,
-        learning_rate: float, batch_size: int, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        sampler: BlockSampler,
+        states: Mapping[int, States],
+        validation: Mapping[int, States],
+        mask_token_id: int,
+        *,
+        learning_rate: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         self.sampler, self.progress = sampler, SamplerProgress()
-        self._states, self._mask, self._rate, self._batch_size = dict(sorted(states.items())), mask_token_id, learning_rate, batch_size
-        self._validation = {length: _some(part, MAX_CHECKED) for length, part in sorted(validation.items())}
+        self._states, self._mask, self._rate, self._batch_size = (
+            dict(sorted(states.items())),
+            mask_token_id,
+            learning_rate,
+            batch_size,
+        )
+        self._validation = {
+            length: _some(part, MAX_CHECKED) for length, part in sorted(validation.items())
+        }
         self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
         self._best: dict[str, Tensor] = {}
-        self._optimizer = torch.optim.AdamW(sampler.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
+        self._optimizer = torch.optim.AdamW(
+            sampler.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1
+        )
 
-    def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> SamplerProgress:
-        """Train until the budget is used up, counting what has been used before, and leave the best weights.
+    def run(
+        self, budget: Budget, report: Report = lambda _progress, _share: None
+    ) -> SamplerProgress:
+        """Train until the budget is used up, counting what has been used before, and leave the best
+        weights.
 
         ``report`` is called after each step.
         """
@@ -130,7 +163,9 @@ class SamplerTraining:
         return progress
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads; tensors are not copied."""
+        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads;
+        tensors are not copied.
+        """
         return {
             "sampler": self.sampler.state_dict(),
             "best": self._best,
@@ -140,7 +175,9 @@ class SamplerTraining:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue a training of the same settings and states; the next step is the one that it would have made."""
+        """Continue a training of the same settings and states; the next step is the one that it
+        would have made.
+        """
         self.sampler.load_state_dict(state["sampler"])
         self._best = dict(state["best"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -151,13 +188,16 @@ class SamplerTraining:
         lengths = list(self._states)
         length = lengths[int(torch.randint(len(lengths), (), generator=self._generator))]
         states = self._states[length]
-        chosen = torch.randint(len(states.blocks), (max(1, self._batch_size // length),), generator=self._generator)
+        chosen = torch.randint(
+            len(states.blocks), (max(1, self._batch_size // length),), generator=self._generator
+        )
         device = self.sampler.feature_mean.device
         batch = States(*(tensor[chosen].to(device) for tensor in states))
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * rate_at(share, warm_up=0.05, decay=0.7)
         self.sampler.train()
-        with torch.random.fork_rng():  # dropout draws by the step alone, so that a run that is taken up draws the same
+        # dropout draws by the step alone, so that a run that is taken up draws the same
+        with torch.random.fork_rng():
             torch.manual_seed((self._seed << 32) + self.progress.step)
             loss = sampler_loss(self.sampler, batch, self._mask)
         self._optimizer.zero_grad(set_to_none=True)
@@ -169,17 +209,24 @@ class SamplerTraining:
     def _check(self) -> None:
         """Try the weights on the states that decide, and keep them if they are the best so far."""
         progress = self.progress
-        parts = [validation_loss(self.sampler, states, self._mask) for states in self._validation.values()]
+        parts = [
+            validation_loss(self.sampler, states, self._mask)
+            for states in self._validation.values()
+        ]
         loss = sum(parts) / len(parts)
         progress.checks += 1
         if progress.step == 0:
             progress.untrained_loss = loss
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, progress.step
-            self._best = {name: tensor.detach().clone() for name, tensor in self.sampler.state_dict().items()}
+            self._best = {
+                name: tensor.detach().clone() for name, tensor in self.sampler.state_dict().items()
+            }
 
     def _record(self, loss: float) -> None:
-        """Count a step and its loss, as means that begin plain and then forget at the rate of their window."""
+        """Count a step and its loss, as means that begin plain and then forget at the rate of their
+        window.
+        """
         progress = self.progress
         progress.step += 1
         progress.loss += (loss - progress.loss) / min(progress.step, LOSS_WINDOW)
@@ -189,7 +236,12 @@ class SamplerTraining:
 
 def _inputs(states: States, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the network takes."""
-    return states.blocks.long(), states.blocks == mask_token_id, states.ids.long(), states.probabilities
+    return (
+        states.blocks.long(),
+        states.blocks == mask_token_id,
+        states.ids.long(),
+        states.probabilities,
+    )
 
 
 def _some(states: States, count: int) -> States:
@@ -211,5 +263,8 @@ def score_states(sampler: BlockSampler, states: States, mask_token_id: int) -> T
     """Scores ``(N, L)`` of every slot, on the CPU."""
     sampler.eval()
     device = sampler.feature_mean.device
-    chunks = (States(*(tensor[start : start + 1024].to(device) for tensor in states)) for start in range(0, len(states.blocks), 1024))
+    chunks = (
+        States(*(tensor[start : start + 1024].to(device) for tensor in states))
+        for start in range(0, len(states.blocks), 1024)
+    )
     return torch.cat([sampler(*_inputs(chunk, mask_token_id)).cpu() for chunk in chunks])

@@ -1,15 +1,19 @@
-"""Denoised blocks, state by state, beside the tokens that should have come out: the *targets*, with which the text goes on.
+"""Denoised blocks, state by state, beside the tokens that should have come out: the *targets*, with
+which the text goes on.
 
-Targets are what denoising ends with that fills one slot a forward: the most probable one (*serial*, as in the report), or the *leftmost*, which is
-often the better text; or what the model writes autoregressively. The first two are what denoising can reach and bold filling misses. The last may be
-better still, but where it parts from what denoising writes, there is no way to it.
+Targets are what denoising ends with that fills one slot a forward: the most probable one (*serial*,
+as in the report), or the *leftmost*, which is often the better text; or what the model writes
+autoregressively. The first two are what denoising can reach and bold filling misses. The last may
+be better still, but where it parts from what denoising writes, there is no way to it.
 
-The runtime's own decoder denoises each block of a text several times, more or less boldly, over a session that takes notes: with confidence
-thresholds, down to careless ones, then as a sampler that is never wrong would, which fills every slot whose candidate is the target, and as one
-that misses half of these. A trained sampler will pass through states like those, and no threshold does.
+The runtime's own decoder denoises each block of a text several times, more or less boldly, over a
+session that takes notes: with confidence thresholds, down to careless ones, then as a sampler that
+is never wrong would, which fills every slot whose candidate is the target, and as one that misses
+half of these. A trained sampler will pass through states like those, and no threshold does.
 
-A slot's label is whether its best candidate is the target. Two kinds of states are left out: those that have been seen in the same block, and
-those in which a slot has been filled with something else than the target, because nobody knows what should become of them.
+A slot's label is whether its best candidate is the target. Two kinds of states are left out: those
+that have been seen in the same block, and those in which a slot has been filled with something else
+than the target, because nobody knows what should become of them.
 """
 
 from __future__ import annotations
@@ -56,8 +60,12 @@ class States(NamedTuple):
     targets: Tensor
 
     def labels(self, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        """Whether each slot's best candidate is right, and for which slots that is asked: masked ones that have a target; ``(N, L)`` bool."""
-        return self.ids[..., 0] == self.targets, (self.blocks == mask_token_id) & (self.targets != mask_token_id)
+        """Whether each slot's best candidate is right, and for which slots that is asked: masked
+        ones that have a target; ``(N, L)`` bool.
+        """
+        return self.ids[..., 0] == self.targets, (self.blocks == mask_token_id) & (
+            self.targets != mask_token_id
+        )
 
 
 @dataclass
@@ -70,10 +78,12 @@ class _Notes:
 
 
 class RecordingSession(SessionView):
-    """A session that notes the states of blocks, and runs nothing twice between two calls of :meth:`forget`.
+    """A session that notes the states of blocks, and runs nothing twice between two calls of
+    :meth:`forget`.
 
-    Right only where one sequence denoises, from the same place, again and again, and is rolled back to that place before every :meth:`forget`: what a
-    forward that is left out would have written into the cache is then either there or not read again.
+    Right only where one sequence denoises, from the same place, again and again, and is rolled back
+    to that place before every :meth:`forget`: what a forward that is left out would have written
+    into the cache is then either there or not read again.
     """
 
     def __init__(self, session: Session) -> None:
@@ -86,7 +96,9 @@ class RecordingSession(SessionView):
 
     @property
     def denoised(self) -> list[tuple[Ids, Array, Array]]:
-        """Block ``(L,)``, candidates and probabilities ``(L, 5)`` of every state since, in the order in which they came."""
+        """Block ``(L,)``, candidates and probabilities ``(L, 5)`` of every state since, in the
+        order in which they came.
+        """
         return list(self._notes.denoised.values())
 
     @property
@@ -95,17 +107,32 @@ class RecordingSession(SessionView):
         assert self._notes.last_causal is not None
         return self._notes.last_causal
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         key = input_ids.tobytes()
         if role != "draft":
             self._notes.last_causal = input_ids[0].copy()
             if (past_length, key) not in self._notes.causal:
-                self._notes.causal[past_length, key] = self._session.run(role, cache, input_ids, past_length, drafter_scale)
+                self._notes.causal[past_length, key] = self._session.run(
+                    role, cache, input_ids, past_length, drafter_scale
+                )
             return self._notes.causal[past_length, key]
         if key not in self._notes.denoised:
-            ids, probabilities = self._session.run(role, cache, input_ids, past_length, drafter_scale)
-            self._notes.denoised[key] = (input_ids[0].copy(), ids[0].copy(), probabilities[0].copy())
+            ids, probabilities = self._session.run(
+                role, cache, input_ids, past_length, drafter_scale
+            )
+            self._notes.denoised[key] = (
+                input_ids[0].copy(),
+                ids[0].copy(),
+                probabilities[0].copy(),
+            )
         _, ids, probabilities = self._notes.denoised[key]
         return ids[None], probabilities[None]
 
@@ -116,8 +143,12 @@ class _KnowsTargets:
     def __init__(self, targets: Ids, hit_rate: float, rng: random.Random) -> None:
         self._targets, self._hit_rate, self._rng = targets, hit_rate, rng
 
-    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:  # noqa: ARG002
-        """1 for a slot that may be filled; of the others, and if there is none, the most confident right slot has the highest score."""
+    def score(
+        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+    ) -> NDArray[np.float32]:
+        """1 for a slot that may be filled; of the others, and if there is none, the most confident
+        right slot has the highest score.
+        """
         right = ids[:, 0] == self._targets
         is_hit = np.array([self._rng.random() < self._hit_rate for _ in right])
         rest = np.where(right, probabilities[:, 0].astype(np.float32) / 2, 0)
@@ -125,7 +156,13 @@ class _KnowsTargets:
 
 
 def write_states(
-    session: RecordingSession, model: ModelInfo, prompt: Text, block_length: int, max_new_tokens: int, target: Target, rng: random.Random
+    session: RecordingSession,
+    model: ModelInfo,
+    prompt: Text,
+    block_length: int,
+    max_new_tokens: int,
+    target: Target,
+    rng: random.Random,
 ) -> States:
     """All states of the blocks of one text, which goes on as its targets.
 
@@ -141,16 +178,35 @@ def write_states(
     sequence = DecodedSequence(session, model, prompt)
     end = len(prompt) + min(max_new_tokens, sequence.room)
     found: list[tuple[Ids, Array, Array, Ids]] = []
-    while len(sequence.tokens) < end and not (len(sequence.tokens) > len(prompt) and sequence.tokens[-1] in model.eos_token_ids):
+    while len(sequence.tokens) < end and not (
+        len(sequence.tokens) > len(prompt) and sequence.tokens[-1] in model.eos_token_ids
+    ):
         start = len(sequence.tokens)
         session.forget()
-        limits = DecodeOptions(max_new_tokens=min(block_length, end - start), block_length=block_length)
-        kept, targets = _autoregressive(sequence, limits) if target == "ar" else _one_by_one(session, sequence, limits, ONE_BY_ONE[target])
+        limits = DecodeOptions(
+            max_new_tokens=min(block_length, end - start), block_length=block_length
+        )
+        kept, targets = (
+            _autoregressive(sequence, limits)
+            if target == "ar"
+            else _one_by_one(session, sequence, limits, ONE_BY_ONE[target])
+        )
         for threshold in THRESHOLDS:
             _denoise(sequence, start, limits, threshold=threshold)
         for hit_rate in HIT_RATES:
-            _denoise(sequence, start, limits, sampler="learned", threshold=0.75, scorer=_KnowsTargets(targets, hit_rate, rng))
-        found += [(*state, targets) for state in session.denoised if _agrees(state[0], targets, model.mask_token_id)]
+            _denoise(
+                sequence,
+                start,
+                limits,
+                sampler="learned",
+                threshold=0.75,
+                scorer=_KnowsTargets(targets, hit_rate, rng),
+            )
+        found += [
+            (*state, targets)
+            for state in session.denoised
+            if _agrees(state[0], targets, model.mask_token_id)
+        ]
         sequence.append(kept)
     return _stack(found, block_length)
 
@@ -167,8 +223,15 @@ def batches(states: States, batch_size: int, generator: torch.Generator) -> Iter
         yield States(*(tensor[chosen] for tensor in states))
 
 
-def _one_by_one(session: RecordingSession, sequence: DecodedSequence, limits: DecodeOptions, sampler: SamplerName) -> tuple[Text, Ids]:
-    """What such denoising would keep of a block, and all of the block; it may end before it comes to what follows the end of the text."""
+def _one_by_one(
+    session: RecordingSession,
+    sequence: DecodedSequence,
+    limits: DecodeOptions,
+    sampler: SamplerName,
+) -> tuple[Text, Ids]:
+    """What such denoising would keep of a block, and all of the block; it may end before it comes
+    to what follows the end of the text.
+    """
     kept = _denoise(sequence, len(sequence.tokens), limits, sampler=sampler)
     return kept, session.committed
 
@@ -183,7 +246,9 @@ def _autoregressive(sequence: DecodedSequence, limits: DecodeOptions) -> tuple[T
     return kept, targets
 
 
-def _denoise(sequence: DecodedSequence, start: int, limits: DecodeOptions, **policy: Any) -> list[int]:
+def _denoise(
+    sequence: DecodedSequence, start: int, limits: DecodeOptions, **policy: Any
+) -> list[int]:
     """Denoise one block and forget it; returns what would be kept of it."""
     options = DecodeOptions(limits.max_new_tokens, limits.block_length, **policy)
     kept = [token for tokens in decode_diffusion(sequence, options, Counters()) for token in tokens]
@@ -202,4 +267,6 @@ def _stack(found: list[tuple[Ids, Array, Array, Ids]], block_length: int) -> Sta
     assert blocks.shape[1] == block_length
     as_int = (torch.from_numpy(array.astype(np.int32)) for array in (blocks, ids, targets))
     small_blocks, small_ids, small_targets = as_int
-    return States(small_blocks, small_ids, torch.from_numpy(probabilities.astype(np.float32)), small_targets)
+    return States(
+        small_blocks, small_ids, torch.from_numpy(probabilities.astype(np.float32)), small_targets
+    )

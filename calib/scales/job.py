@@ -1,4 +1,6 @@
-"""A calibration from beginning to end: the checkpoint is decoded, then calibrated a part at a time, and every step can be resumed after."""
+"""A calibration from beginning to end: the checkpoint is decoded, then calibrated a part at a time,
+and every step can be resumed after.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,20 @@ import torch
 import trimode
 from trimode.calib.data.draw import draw_texts
 from trimode.calib.reference.device import check_device
-from trimode.calib.reference.episodes import Episode, RecordingSession, answer, count_rows, forwards_of, merged
-from trimode.calib.reference.mapped import MappedEmbedding, float32_tensor, mapped_tensor, open_trunk
+from trimode.calib.reference.episodes import (
+    Episode,
+    RecordingSession,
+    answer,
+    count_rows,
+    forwards_of,
+    merged,
+)
+from trimode.calib.reference.mapped import (
+    MappedEmbedding,
+    float32_tensor,
+    mapped_tensor,
+    open_trunk,
+)
 from trimode.calib.reference.memory import free_memory_bytes
 from trimode.calib.scales.layer_replay import DecoderPart, HeadPart, Part, replay
 from trimode.calib.scales.layers import Shapes, quantized_layers
@@ -26,9 +40,23 @@ from trimode.calib.scales.modelopt import ALGORITHMS, load_modelopt
 from trimode.calib.scales.modelopt_inputs import find_scales
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.calib.scales.statistics import InputStatistics, quantize_weight, snr_db
-from trimode.calib.scales.work_folder import WorkFolder, check_work_folder, open_work, read_record, work_folder_of
+from trimode.calib.scales.work_folder import (
+    WorkFolder,
+    check_work_folder,
+    open_work,
+    read_record,
+    work_folder_of,
+)
 from trimode.errors import BuildError, CheckpointError, UsageError
-from trimode.formats.calibration import RECORD, SCHEMA_VERSION, Calibration, DataRecord, LayerRecord, Scales, save_calibration
+from trimode.formats.calibration import (
+    RECORD,
+    SCHEMA_VERSION,
+    Calibration,
+    DataRecord,
+    LayerRecord,
+    Scales,
+    save_calibration,
+)
 from trimode.formats.contract import ModelInfo, Role
 from trimode.formats.disk import mount_of
 from trimode.formats.files import check_apart, check_replaceable
@@ -56,8 +84,9 @@ def calibrate(
 ) -> Calibration:
     """Find the scales of a checkpoint's linear layers and write them to the folder ``output``.
 
-    Work that is done lies in a folder beside ``output`` until the calibration is written. It stays there when anything ends the run but an error in
-    what the caller gave, with which nobody can go on.
+    Work that is done lies in a folder beside ``output`` until the calibration is written. It stays
+    there when anything ends the run but an error in what the caller gave, with which nobody can go
+    on.
 
     Args:
         checkpoint: whose weights are quantized.
@@ -67,11 +96,12 @@ def calibrate(
         output: new, empty, or an earlier calibration, which is replaced whole.
         settings: see :class:`QuantizeSettings`.
         progress: told what happens.
-        resume: go on where a run with the same arguments was interrupted. Without it, what such a run left is deleted.
+        resume: go on where a run with the same arguments was interrupted. Without it, what such a
+            run left is deleted.
 
     Raises:
-        UsageError: a setting or a text cannot be used, ``output`` is something else, a layer never saw anything but zeros, or there is nothing that
-            could be resumed.
+        UsageError: a setting or a text cannot be used, ``output`` is something else, a layer never
+            saw anything but zeros, or there is nothing that could be resumed.
         CheckpointError: the checkpoint cannot be read, or a layer's input is not finite.
         DeviceError: the device is not here.
         DependencyError: ModelOpt is not installed.
@@ -88,7 +118,9 @@ def calibrate(
     load_modelopt()  # it takes minutes to need it, and no time to miss it
     job = _Job(checkpoint, model, settings, layers, block_size, progress)
     facts = _facts(checkpoint, texts_sha256, settings)
-    facts["source_sha256"] = _source_digest(checkpoint, read_record(folder) if resume else {}, facts, progress)
+    facts["source_sha256"] = _source_digest(
+        checkpoint, read_record(folder) if resume else {}, facts, progress
+    )
     with open_work(folder, facts, resume=resume) as work:
         try:
             episodes = job.decode(work, drawn)
@@ -100,7 +132,12 @@ def calibrate(
             found = f"{folder}: expected to write what is done, found: {error} (on the disk {mount_of(folder)})"
             raise BuildError(found, "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
-        log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, records[worst].weight_snr_db)
+        log.info(
+            "%d layers; the weight that loses most is %s, %.1f dB",
+            len(records),
+            worst,
+            records[worst].weight_snr_db,
+        )
         calibration = job.record(facts, count_rows(episodes), len(drawn), records)
         save_calibration(output, calibration, scales)
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,15 +166,26 @@ class _Job:
         advance = self.progress.stage("decode", len(texts))
         advance(len(done))
         if len(done) < len(texts):
-            trunk = open_trunk(self.checkpoint, self.model.num_positions, self.settings.device, self._memory_bytes())
+            trunk = open_trunk(
+                self.checkpoint,
+                self.model.num_positions,
+                self.settings.device,
+                self._memory_bytes(),
+            )
             session = RecordingSession(trunk, self.settings.modes)
             for text in texts[len(done) :]:
-                done.append(answer(session, self.model, text, self.settings.modes, self.settings.max_new_tokens))
+                done.append(
+                    answer(
+                        session, self.model, text, self.settings.modes, self.settings.max_new_tokens
+                    )
+                )
                 work.append_episodes(done[-1])
                 advance(1)
         return merged([episode for answers in done for episode in answers])
 
-    def calibrate_parts(self, work: WorkFolder, episodes: Sequence[Episode]) -> tuple[Scales, dict[str, LayerRecord]]:
+    def calibrate_parts(
+        self, work: WorkFolder, episodes: Sequence[Episode]
+    ) -> tuple[Scales, dict[str, LayerRecord]]:
         """Calibrate the parts that have no scales yet, in order; those of all."""
         num_parts = self.checkpoint.config.num_hidden_layers + self.settings.quantizes_head
         advance = self.progress.stage("calibrate", num_parts)
@@ -149,14 +197,22 @@ class _Job:
                 if index == 0 and not work.has_hidden(0):
                     self._embed(work, episodes)
                 self._calibrate_part(work, index, rope, episodes)
-                gc.collect()  # in AWQ ModelOpt's modules refer to themselves: their weights would stay while the next part is loaded
+                # in AWQ ModelOpt's modules refer to themselves: their weights would stay while the
+                # next part is loaded
+                gc.collect()
             part_scales, part_records = work.part(index)
             scales.update(part_scales)
             records.update(part_records)
             advance(1)
         return scales, {name: records[name] for name in self.layers}
 
-    def record(self, facts: dict[str, Any], num_rows: Mapping[Role, int], num_samples: int, layers: dict[str, LayerRecord]) -> Calibration:
+    def record(
+        self,
+        facts: dict[str, Any],
+        num_rows: Mapping[Role, int],
+        num_samples: int,
+        layers: dict[str, LayerRecord],
+    ) -> Calibration:
         """What the folder says; the digest of its scales is added when they are written."""
         return Calibration(
             schema_version=SCHEMA_VERSION,
@@ -167,7 +223,12 @@ class _Job:
             source_name=name_of(self.checkpoint.path),
             source_sha256=facts["source_sha256"],
             scales_sha256="",
-            data=DataRecord(sha256=facts["data_sha256"], num_samples=num_samples, seed=self.settings.seed, num_tokens=dict(num_rows)),
+            data=DataRecord(
+                sha256=facts["data_sha256"],
+                num_samples=num_samples,
+                seed=self.settings.seed,
+                num_tokens=dict(num_rows),
+            ),
             layers=layers,
             libraries=_libraries(),
         )
@@ -178,16 +239,24 @@ class _Job:
         return free_memory_bytes(self.settings.device) // 2
 
     def _embed(self, work: WorkFolder, episodes: Sequence[Episode]) -> None:
-        embedding = MappedEmbedding(mapped_tensor(self.checkpoint.tensors["encoder.embed_tokens.weight"]))
+        embedding = MappedEmbedding(
+            mapped_tensor(self.checkpoint.tensors["encoder.embed_tokens.weight"])
+        )
         with work.write_hidden(0) as write:
             for episode in episodes:
                 for forward in forwards_of(episode):
                     write(embedding(torch.tensor(forward.ids)))
 
-    def _calibrate_part(self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]) -> None:
-        """Inputs are looked at, and what enters the next part is computed, before ModelOpt quantizes anything."""
+    def _calibrate_part(
+        self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]
+    ) -> None:
+        """Inputs are looked at, and what enters the next part is computed, before ModelOpt
+        quantizes anything.
+        """
         part = self._part(index, rope)
-        hidden = work.hidden(index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size)
+        hidden = work.hidden(
+            index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size
+        )
         statistics = InputStatistics(part.linears)
         with work.write_hidden(index + 1) as write:
             for forward, step in replay(part, episodes, hidden):
@@ -199,7 +268,11 @@ class _Job:
         if part.linears:
             weights = {name: linear.weight for name, linear in part.linears.items()}
             scales = find_scales(
-                weights, statistics, lambda: (step.inputs for _, step in replay(part, episodes, hidden)), self.block_size, self.settings
+                weights,
+                statistics,
+                lambda: (step.inputs for _, step in replay(part, episodes, hidden)),
+                self.block_size,
+                self.settings,
             )
         records = {name: self._record(name, scales, amax) for name, amax in statistics.amax.items()}
         work.finish_part(index, scales, records)
@@ -210,9 +283,16 @@ class _Job:
         return HeadPart(self.checkpoint, self.settings.device)
 
     def _record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
-        """Statistics for people. The weight is read again: ModelOpt has smoothed the other in place."""
+        """Statistics for people. The weight is read again: ModelOpt has smoothed the other in
+        place.
+        """
         weight = float32_tensor(self.checkpoint.tensors[f"{name}.weight"], "cpu").numpy()
-        quantized = quantize_weight(weight, scales[f"{name}.weight_amax"], self.settings.precision, scales.get(f"{name}.pre_quant_scale"))
+        quantized = quantize_weight(
+            weight,
+            scales[f"{name}.weight_amax"],
+            self.settings.precision,
+            scales.get(f"{name}.pre_quant_scale"),
+        )
         return LayerRecord(input_amax=input_amax, weight_snr_db=round(snr_db(weight, quantized), 3))
 
 
@@ -228,19 +308,30 @@ def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings
     }
 
 
-def _source_digest(checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress) -> str:
-    """The checkpoint's digest; of files that nobody touched since the resumed run took it, that one."""
-    if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(resumed.get("source_sha256"), str):
+def _source_digest(
+    checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress
+) -> str:
+    """The checkpoint's digest; of files that nobody touched since the resumed run took it, that
+    one.
+    """
+    if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(
+        resumed.get("source_sha256"), str
+    ):
         return str(resumed["source_sha256"])
     digest = SourceDigest(checkpoint)
-    advance = progress.stage("read checkpoint", sum(entry.num_bytes for entry in checkpoint.tensors.values()))
+    advance = progress.stage(
+        "read checkpoint", sum(entry.num_bytes for entry in checkpoint.tensors.values())
+    )
     for num_bytes in digest.read_all():
         advance(num_bytes)
     return digest.base_hexdigest()
 
 
 def _libraries() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
 
 
 def _algorithm_name(settings: QuantizeSettings) -> str:

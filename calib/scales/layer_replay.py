@@ -22,7 +22,9 @@ Hidden = NDArray[np.float32]
 
 
 class Step(NamedTuple):
-    """What a forward did in a part: the inputs of the layers to quantize, ``(rows, in)`` by name, and its outputs ``(rows, hidden_size)``."""
+    """What a forward did in a part: the inputs of the layers to quantize, ``(rows, in)`` by name,
+    and its outputs ``(rows, hidden_size)``.
+    """
 
     inputs: dict[str, Tensor]
     outputs: Tensor
@@ -47,33 +49,54 @@ class Part(Protocol):
 class DecoderPart:
     """A decoder layer; see :class:`Part`."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, rope: Rope, quantized: Container[str]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, index: int, rope: Rope, quantized: Container[str]
+    ) -> None:
         self.device = rope.cos.device.type
         self._layer, self._rope = load_layer(checkpoint, index, self.device), rope
-        named = ((f"encoder.layers.{index}.{name}", module) for name, module in self._layer.named_modules())
-        self.linears = {name: module for name, module in named if isinstance(module, nn.Linear) and name in quantized}
+        named = (
+            (f"encoder.layers.{index}.{name}", module)
+            for name, module in self._layer.named_modules()
+        )
+        self.linears = {
+            name: module
+            for name, module in named
+            if isinstance(module, nn.Linear) and name in quantized
+        }
         self._inputs = captured = dict[str, Tensor]()
         for name, linear in self.linears.items():
-            linear.register_forward_pre_hook(lambda _module, inputs, name=name: captured.__setitem__(name, inputs[0]))
+            linear.register_forward_pre_hook(
+                lambda _module, inputs, name=name: captured.__setitem__(name, inputs[0])
+            )
 
     def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
         """See :class:`Part`."""
-        positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids), device=x.device)[None]
-        outputs = self._layer(x, self._rope(positions), pattern_for(forward, text), forward.drafter_scale or None)
+        positions = torch.arange(
+            forward.past_length, forward.past_length + len(forward.ids), device=x.device
+        )[None]
+        outputs = self._layer(
+            x, self._rope(positions), pattern_for(forward, text), forward.drafter_scale or None
+        )
         inputs = dict(self._inputs)
         self._inputs.clear()
         return Step(inputs, outputs)
 
 
 class HeadPart:
-    """The last norm, and the head on the rows whose logits a graph returns; see :class:`Part`. Nothing reads its outputs, so it has none."""
+    """The last norm, and the head on the rows whose logits a graph returns; see :class:`Part`.
+    Nothing reads its outputs, so it has none.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
         config = checkpoint.config
         self.device = device
         self._norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, device="meta")
-        self._norm.weight = nn.Parameter(float32_tensor(checkpoint.tensors["encoder.norm.weight"], device), requires_grad=False)
-        self.linears = {HEAD: linear_of(float32_tensor(checkpoint.tensors[f"{HEAD}.weight"], device))}
+        self._norm.weight = nn.Parameter(
+            float32_tensor(checkpoint.tensors["encoder.norm.weight"], device), requires_grad=False
+        )
+        self.linears = {
+            HEAD: linear_of(float32_tensor(checkpoint.tensors[f"{HEAD}.weight"], device))
+        }
 
     def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
         """See :class:`Part`."""
@@ -83,17 +106,24 @@ class HeadPart:
 def linear_of(weight: Tensor) -> nn.Linear:
     """A linear layer without bias over a weight ``(out, in)``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    linear.weight = (
+        weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    )
     return linear
 
 
 @torch.no_grad()
-def replay(part: Part, episodes: Sequence[Episode], hidden: Hidden) -> Iterator[tuple[Forward, Step]]:
+def replay(
+    part: Part, episodes: Sequence[Episode], hidden: Hidden
+) -> Iterator[tuple[Forward, Step]]:
     """Run every forward of the episodes through a part, from the hidden states that enter it."""
     begin = 0
     for episode in episodes:
         text = TorchCache()
         for forward in forwards_of(episode):
             end = begin + len(forward.ids)
-            yield forward, part.run(forward, torch.tensor(hidden[begin:end], device=part.device), text)
+            yield (
+                forward,
+                part.run(forward, torch.tensor(hidden[begin:end], device=part.device), text),
+            )
             begin = end

@@ -21,7 +21,8 @@ Shapes = dict[str, tuple[int, int]]
 def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[Shapes, int | None]:
     """The layers to quantize in the model's order, and for int4 and nvfp4 the block size.
 
-    These two leave out layers whose inputs the block size does not divide: they stay in high precision.
+    These two leave out layers whose inputs the block size does not divide: they stay in high
+    precision.
 
     Raises:
         UsageError: none is left.
@@ -35,15 +36,25 @@ def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[S
         return shapes, None
     block = _block_size(shapes, settings) if settings.precision == "int4" else BLOCK_SIZE
     for name in [name for name, (_, width) in shapes.items() if width % block]:
-        log.warning("%s stays in high precision: blocks of %d do not divide its %d inputs", name, block, shapes[name][1])
+        log.warning(
+            "%s stays in high precision: blocks of %d do not divide its %d inputs",
+            name,
+            block,
+            shapes[name][1],
+        )
         del shapes[name]
     if not shapes:
-        raise UsageError(f"expected layers whose inputs come in blocks of {block}, found none", "choose another --precision for this checkpoint")
+        raise UsageError(
+            f"expected layers whose inputs come in blocks of {block}, found none",
+            "choose another --precision for this checkpoint",
+        )
     return shapes, block
 
 
 def _block_size(shapes: Mapping[str, tuple[int, int]], settings: QuantizeSettings) -> int:
-    """The largest power of two up to the one asked for that divides the inputs of every layer that 16 divides."""
+    """The largest power of two up to the one asked for that divides the inputs of every layer that
+    16 divides.
+    """
     block = settings.block_size or DEFAULT_BLOCK
     widths = {width for _, width in shapes.values() if width % SMALLEST_BLOCK == 0}
     while block > SMALLEST_BLOCK and any(width % block for width in widths):

@@ -1,9 +1,11 @@
 """ModelOpt's part of a calibration. Nothing else imports ModelOpt.
 
-It says which quantizers a precision asks for, makes one call, and takes the scales out of ModelOpt's modules.
+It says which quantizers a precision asks for, makes one call, and takes the scales out of
+ModelOpt's modules.
 
-ModelOpt keeps an amax of one number as ``()``, of rows as ``(out, 1)``, of blocks as ``(out * in / block, 1)``, rows first; and of a
-layer's ``pre_quant_scale`` the factor of the input, having multiplied the weight by its inverse. So shapes change and no value does.
+ModelOpt keeps an amax of one number as ``()``, of rows as ``(out, 1)``, of blocks as ``(out * in /
+block, 1)``, rows first; and of a layer's ``pre_quant_scale`` the factor of the input, having
+multiplied the weight by its inverse. So shapes change and no value does.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 
 ALGORITHMS: dict[str, Any] = {
     "fp8": "max",
-    "int8": {"method": "smoothquant", "alpha": 1.0},  # inputs have one scale and weights one a row, so the weights can bear more
+    # inputs have one scale and weights one a row, so the weights can bear more
+    "int8": {"method": "smoothquant", "alpha": 1.0},
     "int4": {"method": "awq_lite", "alpha_step": 0.1},
     "nvfp4": "max",
 }
@@ -47,18 +50,25 @@ def load_modelopt() -> ModuleType:
             return importlib.import_module("modelopt.torch.quantization")
         except ImportError as error:
             missing = error.name or "nvidia-modelopt"
-            raise DependencyError(f"expected nvidia-modelopt for calibration, found that {missing} is not installed",
-                                  "pip install 'trimode[calib]'") from error  # fmt: skip
+            raise DependencyError(
+                f"expected nvidia-modelopt for calibration, found that {missing} is not installed",
+                "pip install 'trimode[calib]'",
+            ) from error
 
 
 def run_modelopt(
-    model: nn.Module, linears: Mapping[str, nn.Linear], block_size: int | None, settings: QuantizeSettings, forward_loop: Callable[[Any], None]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    block_size: int | None,
+    settings: QuantizeSettings,
+    forward_loop: Callable[[Any], None],
 ) -> None:
     """Let ModelOpt replace linear layers of a model by quantized ones and calibrate them.
 
     Args:
         model: changed in place; SmoothQuant and AWQ also divide the weights by ``pre_quant_scale``.
-        linears: modules of the model. ModelOpt changes the class of these objects, which stay the same objects.
+        linears: modules of the model. ModelOpt changes the class of these objects, which stay the
+        same objects.
         block_size: int4: inputs that share a scale.
         settings: the precision and its granularity.
         forward_loop: runs all data through the model; AWQ calls it twice.
@@ -68,26 +78,42 @@ def run_modelopt(
     """
     quantization = load_modelopt()
     paths = {module: path for path, module in model.named_modules()}
-    config = {"quant_cfg": quantizer_entries([paths[linear] for linear in linears.values()], block_size, settings),
-              "algorithm": ALGORITHMS[settings.precision]}  # fmt: skip
+    config = {
+        "quant_cfg": quantizer_entries(
+            [paths[linear] for linear in linears.values()], block_size, settings
+        ),
+        "algorithm": ALGORITHMS[settings.precision],
+    }
     try:
         with tamed():
             quantization.quantize(model, config, forward_loop)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BuildError(f"expected ModelOpt to calibrate {len(linears)} layers, found that it gave up: {reason}",
-                         "use another --precision, or other prompts") from error  # fmt: skip
+        raise BuildError(
+            f"expected ModelOpt to calibrate {len(linears)} layers, found that it gave up: {reason}",
+            "use another --precision, or other prompts",
+        ) from error
 
 
-def quantizer_entries(paths: list[str], block_size: int | None, settings: QuantizeSettings) -> list[dict[str, Any]]:
-    """ModelOpt's ``quant_cfg``: FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG, for the modules at these paths alone.
+def quantizer_entries(
+    paths: list[str], block_size: int | None, settings: QuantizeSettings
+) -> list[dict[str, Any]]:
+    """ModelOpt's ``quant_cfg``: FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG, for the
+    modules at these paths alone.
 
-    For nvfp4 it is that of fp8 too. ModelOpt's own quantizer of blocks runs on a GPU alone; but all that its calibration takes from data is the
-    largest magnitude of a weight and of its inputs, which is what this one takes. The scales of blocks come from the weights themselves.
+    For nvfp4 it is that of fp8 too. ModelOpt's own quantizer of blocks runs on a GPU alone; but all
+    that its calibration takes from data is the largest magnitude of a weight and of its inputs,
+    which is what this one takes. The scales of blocks come from the weights themselves.
     """
     weight, data = {
-        "fp8": ({"num_bits": _E4M3, "axis": 0 if settings.is_per_channel else None}, {"num_bits": _E4M3, "axis": None}),
-        "int8": ({"num_bits": 8, "axis": 0, "narrow_range": True}, {"num_bits": 8, "axis": None, "narrow_range": True}),
+        "fp8": (
+            {"num_bits": _E4M3, "axis": 0 if settings.is_per_channel else None},
+            {"num_bits": _E4M3, "axis": None},
+        ),
+        "int8": (
+            {"num_bits": 8, "axis": 0, "narrow_range": True},
+            {"num_bits": 8, "axis": None, "narrow_range": True},
+        ),
         "int4": ({"num_bits": 4, "block_sizes": {-1: block_size, "type": "static"}}, None),
         "nvfp4": ({"num_bits": _E4M3, "axis": None}, {"num_bits": _E4M3, "axis": None}),
     }[settings.precision]
@@ -101,7 +127,9 @@ def quantizer_entries(paths: list[str], block_size: int | None, settings: Quanti
 
 @contextlib.contextmanager
 def tamed() -> Iterator[None]:
-    """What ModelOpt prints goes to the log, and its warnings, about software that is not used here, nowhere."""
+    """What ModelOpt prints goes to the log, and its warnings, about software that is not used here,
+    nowhere.
+    """
     printed = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
@@ -129,7 +157,10 @@ def extract_scales(linears: Mapping[str, nn.Module], precision: QuantizedPrecisi
             scales[f"{name}.pre_quant_scale"] = _array(factor).reshape(layer.in_features)
     for name, values in scales.items():
         if not (np.isfinite(values) & (values > 0)).all():
-            raise BuildError(f"{name}: expected positive numbers, found others", "check the layer's weights for NaN and infinity")
+            raise BuildError(
+                f"{name}: expected positive numbers, found others",
+                "check the layer's weights for NaN and infinity",
+            )
     return scales
 
 
@@ -138,8 +169,13 @@ def _weight_amax(layer: Any, precision: QuantizedPrecision) -> NDArray[np.float3
     if precision == "int4":
         amax = amax.reshape(layer.out_features, -1)
     else:
-        amax = amax.reshape(()) if amax.size == 1 and layer.weight_quantizer.axis is None else amax.reshape(layer.out_features)
-    return np.where(amax == 0, np.float32(1), amax)  # weights that are all zero: any scale gives them back
+        amax = (
+            amax.reshape(())
+            if amax.size == 1 and layer.weight_quantizer.axis is None
+            else amax.reshape(layer.out_features)
+        )
+    # weights that are all zero: any scale gives them back
+    return np.where(amax == 0, np.float32(1), amax)
 
 
 def _array(values: Any) -> NDArray[np.float32]:

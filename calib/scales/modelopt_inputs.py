@@ -1,12 +1,17 @@
-"""What ModelOpt is run on: not the model's forwards, but what its algorithms take from the inputs of a layer.
+"""What ModelOpt is run on: not the model's forwards, but what its algorithms take from the inputs
+of a layer.
 
-- ``max`` and SmoothQuant take the largest magnitude of each column. One row that has these gives the same as all rows.
-- AWQ lite runs its data twice. First it takes the mean magnitude of each column over a forward's rows, averaged over forwards: one row again. Then it
-  tries candidates, each of which costs the sum over forwards of the mean squared error of its products. This is run on the inputs of many forwards
-  at once, since each candidate quantizes the weight anew in every call. A row of a forward of n rows is multiplied by ``sqrt(R / n)`` where R rows
-  are run at once: the products are linear in the input, so that the mean over R rows is the sum of the forwards' own means.
+- ``max`` and SmoothQuant take the largest magnitude of each column. One row that has these gives
+  the same as all rows.
+- AWQ lite runs its data twice. First it takes the mean magnitude of each column over a forward's
+  rows, averaged over forwards: one row again. Then it tries candidates, each of which costs the sum
+  over forwards of the mean squared error of its products. This is run on the inputs of many
+  forwards at once, since each candidate quantizes the weight anew in every call. A row of a forward
+  of n rows is multiplied by ``sqrt(R / n)`` where R rows are run at once: the products are linear
+  in the input, so that the mean over R rows is the sum of the forwards' own means.
 
-The results are ModelOpt's on the whole model, which calibrates on inputs that no layer before has quantized; the tests compare them.
+The results are ModelOpt's on the whole model, which calibrates on inputs that no layer before has
+quantized; the tests compare them.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ def find_scales(
     """Let ModelOpt calibrate layers by themselves.
 
     Args:
-        weights: ``(out, in)`` float32 by layer; SmoothQuant and AWQ leave them divided by ``pre_quant_scale``.
+        weights: ``(out, in)`` float32 by layer; SmoothQuant and AWQ leave them divided by
+        ``pre_quant_scale``.
         statistics: of the layers' inputs.
         inputs: runs all forwards again.
         block_size: int4: inputs that share a scale.
@@ -89,7 +95,9 @@ def batches(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
 
 
 def weighted_rows(forwards: Iterable[Tensor]) -> Tensor:
-    """The rows of forwards, ``(n, in)`` each, scaled so that the mean square of products with them is the sum of the forwards' own."""
+    """The rows of forwards, ``(n, in)`` each, scaled so that the mean square of products with them
+    is the sum of the forwards' own.
+    """
     some = [x for x in forwards if x.shape[0]]
     total = sum(x.shape[0] for x in some)
     return torch.cat([x * (total / x.shape[0]) ** 0.5 for x in some]) if some else torch.empty(0)

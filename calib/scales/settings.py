@@ -20,7 +20,8 @@ class QuantizeSettings:
 
     Attributes:
         precision: ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
-        modes: the graphs whose rows the scales have to fit. ``ar`` is always among them, for every mode begins with a causal prefill.
+        modes: the graphs whose rows the scales have to fit. ``ar`` is always among them, for every
+        mode begins with a causal prefill.
         num_samples: texts to draw; None = all of them.
         max_new_tokens: the longest answer that is decoded after each text, in each mode.
         seed: of the draw.
@@ -28,8 +29,8 @@ class QuantizeSettings:
         is_per_channel: fp8: a scale for each row of a weight, instead of one.
         quantizes_head: quantize ``diffusion_head`` too.
         device: where the model runs, ``cpu`` or ``cuda``.
-        memory_gib: decoding keeps all weights in memory, in float32, where they take at most this; otherwise they stay in the checkpoint's files.
-            None = half of what is free.
+        memory_gib: decoding keeps all weights in memory, in float32, where they take at most this;
+            otherwise they stay in the checkpoint's files. None = half of what is free.
     """
 
     precision: QuantizedPrecision
@@ -44,31 +45,63 @@ class QuantizeSettings:
     memory_gib: float | None = None
 
     def check(self) -> None:
-        """Raise :class:`UsageError` for a value that cannot be used, or that the precision has no use for."""
+        """Raise :class:`UsageError` for a value that cannot be used, or that the precision has no
+        use for.
+        """
         if self.precision not in get_args(QuantizedPrecision):
-            raise UsageError(f"expected --precision {', '.join(get_args(QuantizedPrecision))}, found {self.precision!r}", "choose one of these")
+            raise UsageError(
+                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, found {self.precision!r}",
+                "choose one of these",
+            )
         self._check_modes()
-        check_at_least((("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)))
+        check_at_least(
+            (
+                ("samples", self.num_samples, 1),
+                ("max-new-tokens", self.max_new_tokens, 1),
+                ("seed", self.seed, 0),
+            )
+        )
         self._check_granularity()
         if self.memory_gib is not None and not self.memory_gib >= 0:
-            raise UsageError(f"expected --memory of at least 0, found {self.memory_gib}", "leave it out for half of what is free")
+            raise UsageError(
+                f"expected --memory of at least 0, found {self.memory_gib}",
+                "leave it out for half of what is free",
+            )
         check_device_name(self.device)
 
     def _check_modes(self) -> None:
         unknown = [mode for mode in self.modes if mode not in ROLES]
         if unknown or not self.modes:
-            raise UsageError(f"expected --modes among {','.join(ROLES)}, found {unknown[0] if unknown else 'none'}", "separate them by commas")
+            raise UsageError(
+                f"expected --modes among {','.join(ROLES)}, found {unknown[0] if unknown else 'none'}",
+                "separate them by commas",
+            )
         if "ar" not in self.modes:
-            raise UsageError(f"expected --modes to include ar, found {','.join(self.modes)}", "every mode begins with a causal prefill")
+            raise UsageError(
+                f"expected --modes to include ar, found {','.join(self.modes)}",
+                "every mode begins with a causal prefill",
+            )
 
     def _check_granularity(self) -> None:
         if self.is_per_channel and self.precision != "fp8":
             finer = "each row in any case" if self.precision == "int8" else "blocks"
-            raise UsageError(f"expected --per-channel with --precision fp8, found {self.precision}", f"{self.precision} has scales for {finer}")
+            raise UsageError(
+                f"expected --per-channel with --precision fp8, found {self.precision}",
+                f"{self.precision} has scales for {finer}",
+            )
         if self.block_size is None:
             return
         if self.precision != "int4":
-            hint = "blocks of nvfp4 are of 16" if self.precision == "nvfp4" else "only int4 has scales for blocks of a size to choose"
-            raise UsageError(f"expected --block-size with --precision int4, found {self.precision}", hint)
+            hint = (
+                "blocks of nvfp4 are of 16"
+                if self.precision == "nvfp4"
+                else "only int4 has scales for blocks of a size to choose"
+            )
+            raise UsageError(
+                f"expected --block-size with --precision int4, found {self.precision}", hint
+            )
         if self.block_size < SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
-            raise UsageError(f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, found {self.block_size}", "128 is usual")
+            raise UsageError(
+                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, found {self.block_size}",
+                "128 is usual",
+            )

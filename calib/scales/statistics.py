@@ -1,6 +1,8 @@
-"""What the layers' inputs looked like in each mode, and how much of each weight is left after quantization.
+"""What the layers' inputs looked like in each mode, and how much of each weight is left after
+quantization.
 
-Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by :mod:`trimode.graphs.numerics.integers`.
+Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by
+:mod:`trimode.graphs.numerics.integers`.
 """
 
 from __future__ import annotations
@@ -49,11 +51,15 @@ class InputStatistics:
         largest, mean = magnitude.amax(0), magnitude.mean(0)
         peak = float(largest.max())
         if not math.isfinite(peak):
-            raise CheckpointError(f"{name}: expected finite inputs, found {peak} in a forward of {role}",
-                                  "weights before this layer overflow or are damaged; download the checkpoint again")  # fmt: skip
+            raise CheckpointError(
+                f"{name}: expected finite inputs, found {peak} in a forward of {role}",
+                "weights before this layer overflow or are damaged; download the checkpoint again",
+            )
         seen = self.amax[name]
         seen[role] = max(seen.get(role, 0.0), peak)
-        self._largest[name] = torch.maximum(self._largest[name], largest) if name in self._largest else largest
+        self._largest[name] = (
+            torch.maximum(self._largest[name], largest) if name in self._largest else largest
+        )
         self._sum[name] = self._sum[name] + mean if name in self._sum else mean
         self._num_forwards[name] = self._num_forwards.get(name, 0) + 1
 
@@ -61,19 +67,28 @@ class InputStatistics:
         """Raise :class:`UsageError` where a layer's input was zero all the time, or never came."""
         for name, by_role in self.amax.items():
             if not any(by_role.values()):
-                raise UsageError(f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
-                                 "no scale can be told from that; check the checkpoint, or use prompts that reach this layer")  # fmt: skip
+                raise UsageError(
+                    f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
+                    "no scale can be told from that; check the checkpoint, or use prompts that reach this layer",
+                )
 
     def largest(self, name: str) -> Tensor:
         """Largest magnitude of each column, ``(in,)``."""
         return self._largest[name]
 
     def mean(self, name: str) -> Tensor:
-        """Mean magnitude of each column, ``(in,)``, in which every forward counts alike, however many rows it has."""
+        """Mean magnitude of each column, ``(in,)``, in which every forward counts alike, however
+        many rows it has.
+        """
         return self._sum[name] / self._num_forwards[name]
 
 
-def quantize_weight(weight: Floats, amax: Floats, precision: QuantizedPrecision, pre_quant_scale: Floats | None = None) -> Floats:
+def quantize_weight(
+    weight: Floats,
+    amax: Floats,
+    precision: QuantizedPrecision,
+    pre_quant_scale: Floats | None = None,
+) -> Floats:
     """The weight as the graphs will see it: quantized and back, ``(out, in)``, float32.
 
     Args:

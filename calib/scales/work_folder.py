@@ -1,14 +1,17 @@
-"""The work folder of a calibration, ``CALIBRATION.work`` beside it: what is done already, so that an interrupted run can go on.
+"""The work folder of a calibration, ``CALIBRATION.work`` beside it: what is done already, so that
+an interrupted run can go on.
 
-====================== =======================================================================================================
-``work.json``          what the run is of: checkpoint, data, settings, versions. Another run cannot go on with it
-``episodes.jsonl``     a line for each prompt: what was decoded from it
-``hidden-N.f32``       what enters part N (a decoder layer, or the head behind them): float32, ``(rows, hidden_size)``
-``part-N.safetensors`` the scales that part N has got; the statistics of its layers in the file's metadata
-====================== =======================================================================================================
+======================
+=======================================================================================================
+``work.json``          what the run is of: checkpoint, data, settings, versions. Another run cannot
+go on with it ``episodes.jsonl``     a line for each prompt: what was decoded from it
+``hidden-N.f32``       what enters part N (a decoder layer, or the head behind them): float32,
+``(rows, hidden_size)`` ``part-N.safetensors`` the scales that part N has got; the statistics of its
+layers in the file's metadata ======================
+=======================================================================================================
 
-A file is written under another name and renamed, or ends with a line that is whole. Of the hidden states only those of the first part without scales
-are kept.
+A file is written under another name and renamed, or ends with a line that is whole. Of the hidden
+states only those of the first part without scales are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def work_folder_of(output: Path) -> Path:
 
 
 def check_work_folder(folder: Path, *, resume: bool) -> None:
-    """Raise :class:`UsageError` where there is nothing to resume, or something that is no work folder stands in the way."""
+    """Raise :class:`UsageError` where there is nothing to resume, or something that is no work
+    folder stands in the way.
+    """
     with disk_errors(folder):
         _check_ours(folder, resume=resume)
 
@@ -56,9 +61,14 @@ def check_work_folder(folder: Path, *, resume: bool) -> None:
 def _check_ours(folder: Path, *, resume: bool) -> None:
     is_ours = folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
     if resume and not (is_ours and (folder / RECORD).is_file()):
-        raise UsageError(f"{folder}: expected the work of an interrupted calibration, found none", _START_OVER)
+        raise UsageError(
+            f"{folder}: expected the work of an interrupted calibration, found none", _START_OVER
+        )
     if folder.exists() and not is_ours:
-        raise UsageError(f"{folder}: expected no such folder, or the work of an interrupted calibration, found something else", "name another output")
+        raise UsageError(
+            f"{folder}: expected no such folder, or the work of an interrupted calibration, found something else",
+            "name another output",
+        )
 
 
 class WorkFolder:
@@ -70,10 +80,14 @@ class WorkFolder:
     def append_episodes(self, episodes: list[Episode]) -> None:
         """Keep what was decoded from the next prompt."""
         with (self.path / "episodes.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([[e.tokens, e.prompt_length, e.blocks] for e in episodes]) + "\n")
+            stream.write(
+                json.dumps([[e.tokens, e.prompt_length, e.blocks] for e in episodes]) + "\n"
+            )
 
     def episodes(self) -> list[list[Episode]]:
-        """What was decoded so far, by prompt. A line that was being written when the run ended is cut off."""
+        """What was decoded so far, by prompt. A line that was being written when the run ended is
+        cut off.
+        """
         path = self.path / "episodes.jsonl"
         if not path.exists():
             return []
@@ -82,7 +96,9 @@ class WorkFolder:
         if len(whole) < len(data):
             os.truncate(path, len(whole))
         with _readable(path):
-            return [[_episode(*values) for values in json.loads(line)] for line in whole.splitlines()]
+            return [
+                [_episode(*values) for values in json.loads(line)] for line in whole.splitlines()
+            ]
 
     def has_hidden(self, part: int) -> bool:
         """Whether the hidden states that enter a part are here."""
@@ -98,7 +114,9 @@ class WorkFolder:
 
     @contextmanager
     def write_hidden(self, part: int) -> Iterator[Callable[[Tensor], None]]:
-        """Take in the hidden states that enter a part, in order; they are there when the block ends well."""
+        """Take in the hidden states that enter a part, in order; they are there when the block ends
+        well.
+        """
         partial = self.path / "hidden.partial"
         with partial.open("wb") as stream:
 
@@ -112,7 +130,8 @@ class WorkFolder:
         """Keep what a part has got, and drop what entered it."""
         metadata = {name: record.model_dump_json() for name, record in records.items()}
         partial = self.path / "part.partial"
-        partial.write_bytes(save(dict(scales), metadata))  # save_file hides what the system says of a full disk
+        # save_file hides what the system says of a full disk
+        partial.write_bytes(save(dict(scales), metadata))
         partial.replace(self._part(part))
         self._hidden(part).unlink(missing_ok=True)
 
@@ -124,7 +143,10 @@ class WorkFolder:
         """What a part has got."""
         with _readable(self._part(part)), safe_open(self._part(part), "np") as file:
             scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return scales, {name: LayerRecord.model_validate_json(text) for name, text in (file.metadata() or {}).items()}
+            return scales, {
+                name: LayerRecord.model_validate_json(text)
+                for name, text in (file.metadata() or {}).items()
+            }
 
     def _hidden(self, part: int) -> Path:
         return self.path / f"hidden-{part}.f32"
@@ -135,7 +157,8 @@ class WorkFolder:
 
 @contextmanager
 def open_work(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
-    """A work folder for a run: emptied, or with ``resume`` as the run before left it. It stays when the block ends.
+    """A work folder for a run: emptied, or with ``resume`` as the run before left it. It stays when
+    the block ends.
 
     Args:
         folder: see :func:`work_folder_of`.
@@ -143,7 +166,8 @@ def open_work(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> Iterat
         resume: go on with what is there.
 
     Raises:
-        UsageError: there is nothing to resume, it is the work of another run, or another process is at it.
+        UsageError: there is nothing to resume, it is the work of another run, or another process is
+            at it.
     """
     check_work_folder(folder, resume=resume)
     with disk_errors(folder):
@@ -171,9 +195,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / RECORD}: expected a JSON object, found a file that cannot be read", _START_OVER) from error
+        raise UsageError(
+            f"{folder / RECORD}: expected a JSON object, found a file that cannot be read",
+            _START_OVER,
+        ) from error
     if not isinstance(record, dict):
-        raise UsageError(f"{folder / RECORD}: expected a JSON object, found {type(record).__name__}", _START_OVER)
+        raise UsageError(
+            f"{folder / RECORD}: expected a JSON object, found {type(record).__name__}", _START_OVER
+        )
     return record
 
 
@@ -188,12 +217,15 @@ def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     found = read_record(folder)
     for name, value in json.loads(json.dumps(facts)).items():  # a tuple is a list there
         if found.get(name) != value:
-            raise UsageError(f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, found {json.dumps(found.get(name))}",
-                             f"repeat the interrupted command and add --resume, or {_START_OVER}")  # fmt: skip
+            raise UsageError(
+                f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, found {json.dumps(found.get(name))}",
+                f"repeat the interrupted command and add --resume, or {_START_OVER}",
+            )
 
 
 def _clear(folder: Path) -> None:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):  # the record last: it says that the rest may be deleted
+    # the record last: it says that the rest may be deleted
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECORD):
         path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
@@ -212,11 +244,17 @@ def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UsageError(f"{folder}: expected no other run at work there, found one", "wait for it, or name another output") from error
+        raise UsageError(
+            f"{folder}: expected no other run at work there, found one",
+            "wait for it, or name another output",
+        ) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        log.warning("%s: this file system has no locks; see to it that no other run is at work there", folder)
+        log.warning(
+            "%s: this file system has no locks; see to it that no other run is at work there",
+            folder,
+        )
 
 
 @contextmanager
@@ -224,7 +262,10 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, SafetensorError) as error:
-        raise UsageError(f"{path}: expected what an interrupted run wrote, found a file that cannot be read", _START_OVER) from error
+        raise UsageError(
+            f"{path}: expected what an interrupted run wrote, found a file that cannot be read",
+            _START_OVER,
+        ) from error
 
 
 def _episode(tokens: list[int], prompt_length: int, blocks: list[Any]) -> Episode:

@@ -1,6 +1,8 @@
-"""Writes trained weights in the public layout: a whole checkpoint folder, or a drafter adapter alone.
+"""Writes trained weights in the public layout: a whole checkpoint folder, or a drafter adapter
+alone.
 
-A folder is filled beside its destination and renamed when it is complete, so a run that stops half-way leaves no half checkpoint.
+A folder is filled beside its destination and renamed when it is complete, so a run that stops
+half-way leaves no half checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from trimode.graphs.checkpoint import is_adapter_tensor
 from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 
 
-def write_checkpoint(folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    """Write ``config.json``, the weights in bfloat16, the drafter adapter where the trunk has one, and ``texts`` as they are.
+def write_checkpoint(
+    folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any], texts: Mapping[str, str]
+) -> None:
+    """Write ``config.json``, the weights in bfloat16, the drafter adapter where the trunk has one,
+    and ``texts`` as they are.
 
     Args:
         folder: new, empty, or an earlier checkpoint, which is replaced whole.
@@ -36,7 +41,11 @@ def write_checkpoint(folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any
     """
     with _replacing(folder) as staged:
         write_json(staged / "config.json", config)
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in _weights(trunk).items() if not is_adapter_tensor(name)}
+        weights = {
+            name: tensor.to(torch.bfloat16)
+            for name, tensor in _weights(trunk).items()
+            if not is_adapter_tensor(name)
+        }
         (staged / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
         for name, text in texts.items():
             (staged / name).write_text(text, encoding="utf-8")
@@ -45,14 +54,18 @@ def write_checkpoint(folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any
 
 
 def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
-    """Write the drafter in the layout of PEFT, float32: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write the drafter in the layout of PEFT, float32: ``adapter_config.json`` and
+    ``adapter_model.safetensors``.
 
     Raises:
         UsageError: the trunk has no adapter.
     """
     layers = adapter_layers(trunk)
     if not layers:
-        raise UsageError("expected a trunk with a drafter adapter, found one without", "give TriModeTrunk a drafter_rank")
+        raise UsageError(
+            "expected a trunk with a drafter adapter, found one without",
+            "give TriModeTrunk a drafter_rank",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     assert layers[0].lora_A is not None
     rank = layers[0].lora_A.out_features
@@ -70,7 +83,11 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {ADAPTER_PREFIX + name: tensor.float() for name, tensor in _weights(trunk).items() if is_adapter_tensor(name)}
+    tensors = {
+        ADAPTER_PREFIX + name: tensor.float()
+        for name, tensor in _weights(trunk).items()
+        if is_adapter_tensor(name)
+    }
     partial = folder / ".adapter_model.safetensors.partial"
     partial.write_bytes(save(tensors, {"format": "pt"}))
     partial.replace(folder / "adapter_model.safetensors")
@@ -85,7 +102,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def round_weights(trunk: TriModeTrunk) -> None:
-    """Round the weights in place to what :func:`write_checkpoint` will write; the adapter keeps float32."""
+    """Round the weights in place to what :func:`write_checkpoint` will write; the adapter keeps
+    float32.
+    """
     with torch.no_grad():
         for name, parameter in trunk.named_parameters():
             if not is_adapter_tensor(name):
@@ -94,7 +113,11 @@ def round_weights(trunk: TriModeTrunk) -> None:
 
 def adapter_layers(trunk: TriModeTrunk) -> list[LowRankLinear]:
     """The projections that carry the drafter's branch; none where the checkpoint has no drafter."""
-    return [module for module in trunk.modules() if isinstance(module, LowRankLinear) and module.lora_A is not None]
+    return [
+        module
+        for module in trunk.modules()
+        if isinstance(module, LowRankLinear) and module.lora_A is not None
+    ]
 
 
 def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
@@ -103,7 +126,9 @@ def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the work."""
+    """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the
+    work.
+    """
     folder = folder.absolute()
     check_replaceable(folder, "config.json", "a checkpoint")
     with staged_replacement(folder, "config.json") as staged:

@@ -1,4 +1,6 @@
-"""A training as a stage of a job: shown, stopped where it diverges, and kept so that a run that was interrupted goes on."""
+"""A training as a stage of a job: shown, stopped where it diverges, and kept so that a run that was
+interrupted goes on.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ class Training(Protocol):
 P = TypeVar("P", bound=TrainingProgress)
 
 
-def run_training(training: Training, run: Callable[[Callable[[P, float], None]], P], budget: Budget, state: RunState, progress: Progress) -> P:
+def run_training(
+    training: Training,
+    run: Callable[[Callable[[P, float], None]], P],
+    budget: Budget,
+    state: RunState,
+    progress: Progress,
+) -> P:
     """Train until the budget is used up.
 
     Args:
@@ -49,7 +57,10 @@ def run_training(training: Training, run: Callable[[Callable[[P, float], None]],
     def report(done: P, _share: float) -> None:
         nonlocal shown
         if not math.isfinite(done.loss):
-            raise BuildError(f"expected a finite loss, found {done.loss} at step {done.step}", "train with a lower --learning-rate")
+            raise BuildError(
+                f"expected a finite loss, found {done.loss} at step {done.step}",
+                "train with a lower --learning-rate",
+            )
         percent = int(100 * budget.progress(done.seconds, done.step))
         advance(percent - shown)
         shown = percent

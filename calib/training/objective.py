@@ -1,7 +1,9 @@
-"""The joint objective: next-token prediction and block denoising from one forward over ``[noisy | clean]``.
+"""The joint objective: next-token prediction and block denoising from one forward over ``[noisy |
+clean]``.
 
-Both halves carry the same positions. A clean token sees the clean tokens up to itself; a noisy token sees its own block of the noisy half
-and the clean tokens of strictly earlier blocks, which is what a denoising forward sees at inference. With ``blk(p) = (p - first) // size``:
+Both halves carry the same positions. A clean token sees the clean tokens up to itself; a noisy
+token sees its own block of the noisy half and the clean tokens of strictly earlier blocks, which is
+what a denoising forward sees at inference. With ``blk(p) = (p - first) // size``:
 
 ====================  ======================
 noisy -> noisy        ``blk(q) == blk(k)``
@@ -10,8 +12,8 @@ clean -> clean        ``q >= k``
 clean -> noisy        never
 ====================  ======================
 
-The noisy half may be any window of positions, per sequence, because a slot outside of the loss need not be computed.
-Shapes: B batch, W noisy slots, N clean tokens, V vocabulary.
+The noisy half may be any window of positions, per sequence, because a slot outside of the loss need
+not be computed. Shapes: B batch, W noisy slots, N clean tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,27 +26,34 @@ from torch.nn import functional
 
 
 class Corruption(NamedTuple):
-    """``masked`` (B, W) bool, True where the mask token stands; ``rate`` (B, W) float, the probability with which it was put there."""
+    """``masked`` (B, W) bool, True where the mask token stands; ``rate`` (B, W) float, the
+    probability with which it was put there.
+    """
 
     masked: Tensor
     rate: Tensor
 
 
 class JointLoss(NamedTuple):
-    """Scalars: what to minimise, and the two parts as means over their own tokens (``diffusion`` keeps its ``1 / rate`` weights)."""
+    """Scalars: what to minimise, and the two parts as means over their own tokens (``diffusion``
+    keeps its ``1 / rate`` weights).
+    """
 
     total: Tensor
     autoregressive: Tensor
     diffusion: Tensor
 
 
-def joint_mask(noisy_positions: Tensor, clean_positions: Tensor, first_boundary: Tensor | int, block_size: int) -> Tensor:
+def joint_mask(
+    noisy_positions: Tensor, clean_positions: Tensor, first_boundary: Tensor | int, block_size: int
+) -> Tensor:
     """Who sees whom, ``(B, 1, W + N, W + N)`` bool, rows are queries.
 
     Args:
         noisy_positions: (B, W) int64.
         clean_positions: (B, N) int64.
-        first_boundary: (B, 1) or a number; blocks begin at ``first_boundary + i * block_size`` for every integer i.
+        first_boundary: (B, 1) or a number; blocks begin at ``first_boundary + i * block_size`` for
+        every integer i.
         block_size: tokens in a block.
     """
     noisy_block = torch.div(noisy_positions - first_boundary, block_size, rounding_mode="floor")
@@ -57,8 +66,11 @@ def joint_mask(noisy_positions: Tensor, clean_positions: Tensor, first_boundary:
     return torch.cat((top, bottom), 1)[:, None]
 
 
-def corrupt(trainable: Tensor, generator: torch.Generator, *, least_rate: float = 1e-3) -> Corruption:
-    """Mask trainable slots independently with one rate per sequence, uniform in ``[least_rate, 1)``.
+def corrupt(
+    trainable: Tensor, generator: torch.Generator, *, least_rate: float = 1e-3
+) -> Corruption:
+    """Mask trainable slots independently with one rate per sequence, uniform in ``[least_rate,
+    1)``.
 
     Args:
         trainable: (B, W) bool, slots that may be masked.
@@ -93,7 +105,10 @@ def joint_loss(
         clean_weights: (B, N) float, weight of token i as a target; that of token 0 is not used.
         diffusion_weight: alpha.
     """
-    diffusion = _cross_entropy(noisy_logits, noisy_targets)[corruption.masked] / corruption.rate[corruption.masked]
+    diffusion = (
+        _cross_entropy(noisy_logits, noisy_targets)[corruption.masked]
+        / corruption.rate[corruption.masked]
+    )
     weights = clean_weights[:, 1:]
     autoregressive = (_cross_entropy(clean_logits[:, :-1], clean_ids[:, 1:]) * weights).sum()
     num_masked, num_clean = corruption.masked.sum(), weights.sum()
@@ -102,4 +117,6 @@ def joint_loss(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    return functional.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), reduction="none"
+    ).view(targets.shape)

@@ -17,9 +17,14 @@ def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord
     if served.calibration is None or calibration is None:
         return None
     record = served.calibration
-    return ScalesRecord(name=name_of(calibration), precision=record.precision, scales_sha256=record.scales_sha256)
+    return ScalesRecord(
+        name=name_of(calibration), precision=record.precision, scales_sha256=record.scales_sha256
+    )
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:
     """Of Python and of libraries."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }

@@ -1,4 +1,6 @@
-"""What an interrupted run leaves behind: a file with what was written so far and the training as it was after a step."""
+"""What an interrupted run leaves behind: a file with what was written so far and the training as it
+was after a step.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,12 @@ class RunState:
 
     Attributes:
         written: what the model has written so far, in the order of the prompts, one entry a prompt.
-        training: whatever the training needs to go on; None before it begins. Both of types that ``torch.load(weights_only=True)`` reads.
+        training: whatever the training needs to go on; None before it begins. Both of types that
+            ``torch.load(weights_only=True)`` reads.
 
     Raises:
-        UsageError: there is a state and ``resume`` is not set, or the other way round, or it is of another run.
+        UsageError: there is a state and ``resume`` is not set, or the other way round, or it is of
+            another run.
     """
 
     def __init__(self, file: Path, identity: dict[str, Any], *, resume: bool) -> None:
@@ -63,7 +67,9 @@ class RunState:
             BuildError: it cannot be written.
         """
         whole = io.BytesIO()  # to a file, torch.save hides what the system says of a full disk
-        torch.save({"identity": self.identity, "written": self.written, "training": self.training}, whole)
+        torch.save(
+            {"identity": self.identity, "written": self.written, "training": self.training}, whole
+        )
         partial = self.file.with_name(f".{self.file.name}.partial")
         with disk_errors(self.file), contextlib.ExitStack() as stack:
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -84,14 +90,29 @@ class RunState:
     def _load(self) -> None:
         try:
             state: dict[str, Any] = torch.load(self.file, weights_only=True)
-            identity, self.written, self.training = state["identity"], state["written"], state["training"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise UsageError(f"{self.file}: expected the state of an earlier run, found a file that is none",
-                             "delete it and begin anew, without --resume") from error  # fmt: skip
+            identity, self.written, self.training = (
+                state["identity"],
+                state["written"],
+                state["training"],
+            )
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            TypeError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise UsageError(
+                f"{self.file}: expected the state of an earlier run, found a file that is none",
+                "delete it and begin anew, without --resume",
+            ) from error
         for name, value in self.identity.items():
             if identity.get(name) != value:
-                raise UsageError(f"{self.file}: expected the state of a run with {name} {value}, found one with {identity.get(name)}",
-                                 "resume with the options and data of the run that was interrupted")  # fmt: skip
+                raise UsageError(
+                    f"{self.file}: expected the state of a run with {name} {value}, found one with {identity.get(name)}",
+                    "resume with the options and data of the run that was interrupted",
+                )
 
 
 def check_state(file: Path, *, resume: bool) -> None:
@@ -99,9 +120,15 @@ def check_state(file: Path, *, resume: bool) -> None:
     with disk_errors(file):
         is_there, is_state = file.exists(), file.is_file()
     if resume and not is_state:
-        raise UsageError(f"{file}: expected the state of an earlier run, found none", "leave out --resume to begin anew")
+        raise UsageError(
+            f"{file}: expected the state of an earlier run, found none",
+            "leave out --resume to begin anew",
+        )
     if is_there and not resume:
-        raise UsageError(f"{file}: expected no earlier run, found one that was interrupted", "pass --resume to take it up, or delete that file")
+        raise UsageError(
+            f"{file}: expected no earlier run, found one that was interrupted",
+            "pass --resume to take it up, or delete that file",
+        )
 
 
 def keep(state: RunState, *, interrupted: bool) -> None:
@@ -112,11 +139,17 @@ def keep(state: RunState, *, interrupted: bool) -> None:
     state.save_now_and_then()
 
 
-def write_missing(state: RunState, texts: Sequence[Text], write: Callable[[int, Text], Any], advance: Callable[[int], None]) -> None:
+def write_missing(
+    state: RunState,
+    texts: Sequence[Text],
+    write: Callable[[int, Text], Any],
+    advance: Callable[[int], None],
+) -> None:
     """Write an entry for every text that ``state`` has none of.
 
     Args:
-        state: of the run; it is saved at the end, since an interrupt before the first step of the training must not cost what was written.
+        state: of the run; it is saved at the end, since an interrupt before the first step of the
+        training must not cost what was written.
         texts: in the order of the entries.
         write: the entry, from the number of a text and the text.
         advance: told of each entry, of those that are there at once.
@@ -131,8 +164,15 @@ def write_missing(state: RunState, texts: Sequence[Text], write: Callable[[int, 
     state.save()
 
 
-def identity_of(settings: dict[str, Any], checkpoint_sha256: str, calibration: Calibration | None, data_sha256: str) -> dict[str, Any]:
-    """What has to be the same for a run to be taken up. A device may change, though the bytes will then differ."""
+def identity_of(
+    settings: dict[str, Any],
+    checkpoint_sha256: str,
+    calibration: Calibration | None,
+    data_sha256: str,
+) -> dict[str, Any]:
+    """What has to be the same for a run to be taken up. A device may change, though the bytes will
+    then differ.
+    """
     scales = calibration.scales_sha256 if calibration else None
     rest = {name: value for name, value in settings.items() if name != "device"}
     return {"checkpoint": checkpoint_sha256, "scales": scales, "data": data_sha256, **rest}
@@ -140,7 +180,9 @@ def identity_of(settings: dict[str, Any], checkpoint_sha256: str, calibration: C
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back, so that a step is made whole; yields a function that tells whether there was one. A second one acts at once."""
+    """Hold Ctrl-C back, so that a step is made whole; yields a function that tells whether there
+    was one. A second one acts at once.
+    """
     pressed = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,6 @@
-"""One weight on its way into the pack: read in pieces, quantized row by row, so that memory does not follow its size."""
+"""One weight on its way into the pack: read in pieces, quantized row by row, so that memory does
+not follow its size.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from trimode.errors import BuildError
 from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.contract import DType
 from trimode.formats.finite import first_not_finite
-from trimode.graphs.numerics.integers import FORMATS, Floats, bytes_of, largest_magnitudes, quantize, round_to, scale_of
+from trimode.graphs.numerics.integers import (
+    FORMATS,
+    Floats,
+    bytes_of,
+    largest_magnitudes,
+    quantize,
+    round_to,
+    scale_of,
+)
 from trimode.graphs.numerics.scales import LayerScales
 
 _FIRST_INFINITE_FP16 = 65520.0
@@ -31,9 +41,15 @@ class WeightStream:
     """
 
     def __init__(
-        self, layer: str, shape: tuple[int, ...], read: Callable[[], Iterator[bytes]], *, scales: LayerScales, precision: QuantizedPrecision,
+        self,
+        layer: str,
+        shape: tuple[int, ...],
+        read: Callable[[], Iterator[bytes]],
+        *,
+        scales: LayerScales,
+        precision: QuantizedPrecision,
         stored: DType,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._layer, self._shape, self._read, self._given = layer, shape, read, scales
         self._precision, self._stored = precision, stored
         self._found: list[bytes] = []
@@ -55,11 +71,16 @@ class WeightStream:
         """Yield the quantized weight.
 
         Raises:
-            BuildError: a weight is not finite, or a scale or what it stands for does not fit its type.
+            BuildError: a weight is not finite, or a scale or what it stands for does not fit its
+                type.
         """
         self._found = []
         with about(self._layer):
-            divisor = None if self._given.pre_quant_scale is None else round_to(self._given.pre_quant_scale, self._stored)
+            divisor = (
+                None
+                if self._given.pre_quant_scale is None
+                else round_to(self._given.pre_quant_scale, self._stored)
+            )
             row = 0
             for values in whole_rows(self._read(), self._shape[1]):
                 yield self._quantized(values if divisor is None else _divided(values, divisor), row)
@@ -77,7 +98,11 @@ class WeightStream:
     def _scale(self, kind: str) -> Iterator[bytes]:
         given = self._given
         if kind == "weight_scale":
-            yield b"".join(self._found) if given.weight_amax is None else bytes_of(self._scale_of(given.weight_amax), self._stored)
+            yield (
+                b"".join(self._found)
+                if given.weight_amax is None
+                else bytes_of(self._scale_of(given.weight_amax), self._stored)
+            )
         elif kind == "input_scale":
             assert given.input_amax is not None
             yield bytes_of(self._scale_of(given.input_amax), self._stored)
@@ -87,7 +112,9 @@ class WeightStream:
 
     def _quantized(self, values: Floats, row: int) -> bytes:
         if self._given.weight_amax is None:
-            scale = self._scale_of(largest_magnitudes(values, self._precision, self._given.block_size))
+            scale = self._scale_of(
+                largest_magnitudes(values, self._precision, self._given.block_size)
+            )
             self._found.append(bytes_of(scale, self._stored))
         else:
             amax = self._given.weight_amax
@@ -109,11 +136,15 @@ def about(layer: str) -> Iterator[None]:
 
 
 def check_range(scale: Floats, precision: QuantizedPrecision, stored: DType) -> None:
-    """Raise :class:`BuildError` where the largest number that a scale stands for is infinite in fp16, which graphs compute in."""
+    """Raise :class:`BuildError` where the largest number that a scale stands for is infinite in
+    fp16, which graphs compute in.
+    """
     largest = float(scale.max(initial=0)) * FORMATS[precision].largest
     if stored == "float16" and largest >= _FIRST_INFINITE_FP16:
         hint = "build without a t4, whose graphs compute in fp16, or pass --precision bf16 or fp32"
-        raise BuildError(f"expected weights up to 65504, the largest of fp16, found {largest:.6g}", hint)
+        raise BuildError(
+            f"expected weights up to 65504, the largest of fp16, found {largest:.6g}", hint
+        )
 
 
 def _divided(values: Floats, divisor: Floats) -> Floats:

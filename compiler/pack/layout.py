@@ -1,8 +1,10 @@
-"""The weight pack: a safetensors file that every graph names as ONNX external data; one for each precision of a bundle.
+"""The weight pack: a safetensors file that every graph names as ONNX external data; one for each
+precision of a bundle.
 
-Laid out before any byte is read, then written tensor by tensor in chunks: memory stays constant whatever the checkpoint's size.
-The data begins at a multiple of 4096, so that mapped tensors of usual sizes are aligned. What another pack of the bundle holds already is
-not written again: graphs name that pack instead.
+Laid out before any byte is read, then written tensor by tensor in chunks: memory stays constant
+whatever the checkpoint's size. The data begins at a multiple of 4096, so that mapped tensors of
+usual sizes are aligned. What another pack of the bundle holds already is not written again: graphs
+name that pack instead.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from trimode.compiler.pack.integer_stream import WeightStream
 from trimode.compiler.pack.nvfp4_stream import Nvfp4Stream
 from trimode.formats.contract import DType
 from trimode.formats.finite import FiniteCheck
-from trimode.formats.safetensors import PACKED_DTYPES, SAFETENSORS_NAMES, PackEntry, TensorEntry, stored_bytes, to_float32
+from trimode.formats.safetensors import (
+    PACKED_DTYPES,
+    SAFETENSORS_NAMES,
+    PackEntry,
+    TensorEntry,
+    stored_bytes,
+    to_float32,
+)
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.rope import rope_tables
 from trimode.graphs.identity import SourceDigest
@@ -36,7 +45,9 @@ _DATA_ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``, once, after those of the tensors before it."""
+    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``, once, after those of the tensors
+    before it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -87,14 +98,22 @@ class PackLayout:
 
 
 def plan_pack(
-    checkpoint: Checkpoint, num_positions: int, dtype: DType = "float32", quantization: Quantization | None = None, *,
-    file: str = "weights.safetensors", held: Mapping[str, PackedTensor] = MappingProxyType({}),
-) -> tuple[PackLayout, SourceDigest]:  # fmt: skip
-    """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position tables, always in float32; scales, in ``dtype``.
+    checkpoint: Checkpoint,
+    num_positions: int,
+    dtype: DType = "float32",
+    quantization: Quantization | None = None,
+    *,
+    file: str = "weights.safetensors",
+    held: Mapping[str, PackedTensor] = MappingProxyType({}),
+) -> tuple[PackLayout, SourceDigest]:
+    """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position
+    tables, always in float32; scales, in ``dtype``.
 
-    Angles need the precision at long positions, whatever the weights are stored in. Scales come last: some are single numbers, behind which
-    nothing would be aligned, and some are known only when their weight has been read; those of nvfp4's blocks follow their weight. The
-    returned digest is complete once every tensor has been written, where there are no others that hold some of them.
+    Angles need the precision at long positions, whatever the weights are stored in. Scales come
+    last: some are single numbers, behind which nothing would be aligned, and some are known only
+    when their weight has been read; those of nvfp4's blocks follow their weight. The returned
+    digest is complete once every tensor has been written, where there are no others that hold some
+    of them.
 
     Args:
         checkpoint: an opened checkpoint.
@@ -102,7 +121,8 @@ def plan_pack(
         dtype: of what is not quantized.
         quantization: what is; None = nothing.
         file: the pack's name in the bundle.
-        held: what other packs of the bundle hold in ``dtype``, by name (see :func:`held_in`): these are not written again.
+        held: what other packs of the bundle hold in ``dtype``, by name (see :func:`held_in`): these
+            are not written again.
     """
     digest = SourceDigest(checkpoint)
     sources: list[_Source] = []
@@ -117,11 +137,15 @@ def plan_pack(
                 sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
             continue
         stream = _stream(quantization, layer, entry, partial(digest.read, name, "float32"), dtype)
-        sources.append(_Source(name, entry.shape, FORMATS[quantization.precision].dtype, stream.weight))
+        sources.append(
+            _Source(name, entry.shape, FORMATS[quantization.precision].dtype, stream.weight)
+        )
         for kind, (scale_dtype, shape) in stream.scales.items():
             # An eighth of the weight, found while it was read: not to be kept until the end.
             place = sources if scale_dtype == "float8e4m3fn" else scales
-            place.append(_Source(f"{layer}.{kind}", shape, scale_dtype, partial(stream.scale, kind)))
+            place.append(
+                _Source(f"{layer}.{kind}", shape, scale_dtype, partial(stream.scale, kind))
+            )
     tables = rope_tables(checkpoint.config.rope, checkpoint.config.head_dim, num_positions)
     for name, table in zip(("rope.cos", "rope.sin", "rope.query_scale"), tables, strict=True):
         if name in held:
@@ -133,13 +157,19 @@ def plan_pack(
 
 
 def _stream(
-    quantization: Quantization, layer: str, entry: TensorEntry, read: Callable[[], Iterator[bytes]], stored: DType
+    quantization: Quantization,
+    layer: str,
+    entry: TensorEntry,
+    read: Callable[[], Iterator[bytes]],
+    stored: DType,
 ) -> WeightStream | Nvfp4Stream:
     given = quantization.layers[layer]
     if quantization.precision == "nvfp4":
         look = partial(_looked_at, f"{layer}.weight", entry)
         return Nvfp4Stream(layer, entry.shape, read, look, given, stored)
-    return WeightStream(layer, entry.shape, read, scales=given, precision=quantization.precision, stored=stored)
+    return WeightStream(
+        layer, entry.shape, read, scales=given, precision=quantization.precision, stored=stored
+    )
 
 
 def _looked_at(name: str, entry: TensorEntry) -> Iterator[bytes]:
@@ -165,7 +195,9 @@ def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:
 
 def read_tensors(weights: PrecisionWeights) -> dict[str, PackedTensor]:
     """Where the tensors of a precision lie that is there."""
-    return {name: _packed(entry, weights.pack_of(name).path) for name, entry in weights.entries.items()}
+    return {
+        name: _packed(entry, weights.pack_of(name).path) for name, entry in weights.entries.items()
+    }
 
 
 def _whole(table: NDArray[np.float32]) -> Iterator[bytes]:
@@ -180,11 +212,18 @@ def _lay_out(sources: list[_Source], file: str, shared: Mapping[str, PackedTenso
     begins = list(itertools.accumulate((source.num_bytes for source in sources), initial=0))
     header: dict[str, object] = {"__metadata__": _metadata(sources)}
     for source, begin, end in zip(sources, begins, begins[1:], strict=False):
-        header[source.name] = {"dtype": SAFETENSORS_NAMES[source.dtype], "shape": _bytes_shape(source), "data_offsets": [begin, end]}
+        header[source.name] = {
+            "dtype": SAFETENSORS_NAMES[source.dtype],
+            "shape": _bytes_shape(source),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     prefix = len(text).to_bytes(8, "little") + text
-    own = {s.name: PackedTensor(s.dtype, s.shape, len(prefix) + begin, file) for s, begin in zip(sources, begins, strict=False)}
+    own = {
+        s.name: PackedTensor(s.dtype, s.shape, len(prefix) + begin, file)
+        for s, begin in zip(sources, begins, strict=False)
+    }
     return PackLayout(prefix, tuple(sources), {**shared, **own})
 
 
@@ -193,9 +232,16 @@ def _metadata(sources: list[_Source]) -> dict[str, str]:
     if not packed:
         return {"format": "pt"}
     (dtype,) = packed  # safetensors has no type for either: what says U8 is one of them
-    return {"format": "pt", "U8": f"{dtype}, two numbers along the last axis in each byte, the first in the low four bits"}
+    return {
+        "format": "pt",
+        "U8": f"{dtype}, two numbers along the last axis in each byte, the first in the low four bits",
+    }
 
 
 def _bytes_shape(source: _Source) -> list[int]:
     """The shape as safetensors counts it: in bytes, where it has no name for the type."""
-    return [*source.shape[:-1], source.shape[-1] // 2] if source.dtype in PACKED_DTYPES else list(source.shape)
+    return (
+        [*source.shape[:-1], source.shape[-1] // 2]
+        if source.dtype in PACKED_DTYPES
+        else list(source.shape)
+    )

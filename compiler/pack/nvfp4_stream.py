@@ -1,4 +1,6 @@
-"""One weight on its way into the pack as NVFP4: as :class:`.weight_stream.WeightStream`, but that the scales are two, neither of the compute type."""
+"""One weight on its way into the pack as NVFP4: as :class:`.weight_stream.WeightStream`, but that
+the scales are two, neither of the compute type.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,28 @@ class Nvfp4Stream:
         layer: its name without ``.weight``, for messages.
         shape: ``(out, in)``.
         read: yields the weight's bytes as float32.
-        look: the same once more, beforehand: read only where the largest magnitude is not known, on which every number depends.
+        look: the same once more, beforehand: read only where the largest magnitude is not known, on
+        which every number depends.
         scales: what is known beforehand.
         stored: the type of what is not quantized, which graphs compute in.
     """
 
     def __init__(
-        self, layer: str, shape: tuple[int, ...], read: Callable[[], Iterator[bytes]], look: Callable[[], Iterator[bytes]], scales: LayerScales,
+        self,
+        layer: str,
+        shape: tuple[int, ...],
+        read: Callable[[], Iterator[bytes]],
+        look: Callable[[], Iterator[bytes]],
+        scales: LayerScales,
         stored: DType = "float32",
-    ) -> None:  # fmt: skip
-        self._layer, self._shape, self._read, self._look, self._given = layer, shape, read, look, scales
+    ) -> None:
+        self._layer, self._shape, self._read, self._look, self._given = (
+            layer,
+            shape,
+            read,
+            look,
+            scales,
+        )
         self._stored = stored
         self._global: Floats | None = None
         self._found: list[bytes] = []
@@ -42,13 +56,16 @@ class Nvfp4Stream:
             "weight_scale": ("float8e4m3fn", (rows, columns // BLOCK_SIZE)),
             "weight_scale_2": ("float32", ()),
         }
-        return found | ({"input_scale": ("float32", ())} if self._given.input_amax is not None else {})
+        return found | (
+            {"input_scale": ("float32", ())} if self._given.input_amax is not None else {}
+        )
 
     def weight(self) -> Iterator[bytes]:
         """Yield the quantized weight.
 
         Raises:
-            BuildError: a weight is not a number, or the largest is infinite, or becomes so in the type that graphs compute in.
+            BuildError: a weight is not a number, or the largest is infinite, or becomes so in the
+                type that graphs compute in.
         """
         self._found = []
         with about(self._layer):
@@ -60,7 +77,9 @@ class Nvfp4Stream:
                 yield codes.tobytes()
 
     def scale(self, kind: str) -> Iterator[bytes]:
-        """Yield the scales of one kind; the weight must have been read. Those of the blocks can be had once: they are let go."""
+        """Yield the scales of one kind; the weight must have been read. Those of the blocks can be
+        had once: they are let go.
+        """
         if kind == "weight_scale":
             yield from self._found
             self._found = []
@@ -73,7 +92,10 @@ class Nvfp4Stream:
     def _global_scale(self) -> Floats:
         if self._given.weight_amax is not None:
             return _global_scale(self._given.weight_amax)
-        largest = [largest_magnitudes(values, "nvfp4", None) for values in whole_rows(self._look(), self._shape[1])]
+        largest = [
+            largest_magnitudes(values, "nvfp4", None)
+            for values in whole_rows(self._look(), self._shape[1])
+        ]
         return _global_scale(np.asarray(np.max(largest), np.float32))
 
 

@@ -12,7 +12,9 @@ from trimode.compiler.pack.layout import PackLayout
 
 
 def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Write the pack and return its sha256; ``on_bytes`` is told the size of every piece written."""
+    """Write the pack and return its sha256; ``on_bytes`` is told the size of every piece
+    written.
+    """
     whole = hashlib.sha256(layout.header)
     path.touch()
     with path.open("r+b") as stream:
@@ -31,7 +33,8 @@ class PackWriter:
 
     Args:
         layout: of the pack.
-        path: file to write; exists, in its full size, when the constructor returns, so that graphs which point into it can be checked.
+        path: file to write; exists, in its full size, when the constructor returns, so that graphs
+        which point into it can be checked.
         on_bytes: told the size of every piece written.
     """
 

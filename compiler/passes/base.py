@@ -1,14 +1,18 @@
-"""Lowering: passes that turn a traced graph into what a backend wants, each with a precondition and a postcondition.
+"""Lowering: passes that turn a traced graph into what a backend wants, each with a precondition and
+a postcondition.
 
-The result is standard ONNX in every case. Tensor names stay those of the checkpoint, so that whoever runs the graph finds each weight
-in the pack by its name. This module has what the passes share.
+The result is standard ONNX in every case. Tensor names stay those of the checkpoint, so that
+whoever runs the graph finds each weight in the pack by its name. This module has what the passes
+share.
 
-===================== ==================================================================================================
-static cache capacity TensorRT's cache update wants the slots of the cache as a constant
-compute type          float16 or bfloat16 from the embedding to the head; what follows the head stays float32
-stored type           weights lie in the pack in another type than they are computed in: a Cast behind each
-weights to inputs     no weight in the graph: the runtime binds one copy of the pack to every engine
-===================== ==================================================================================================
+=====================
+==================================================================================================
+static cache capacity TensorRT's cache update wants the slots of the cache as a constant compute
+type          float16 or bfloat16 from the embedding to the head; what follows the head stays
+float32 stored type           weights lie in the pack in another type than they are computed in: a
+Cast behind each weights to inputs     no weight in the graph: the runtime binds one copy of the
+pack to every engine =====================
+==================================================================================================
 """
 
 from __future__ import annotations
@@ -32,12 +36,21 @@ IR_DTYPES: dict[DType, ir.DataType] = {
     "int4": ir.DataType.INT4,
     "float4e2m1": ir.DataType.FLOAT4E2M1,
 }
-QUANTIZED_TYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT4E2M1, ir.DataType.UINT8)
-"""Types of weights, and of scales, that a DequantizeLinear reads; bytes hold two numbers of four bits."""
+QUANTIZED_TYPES = (
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.INT8,
+    ir.DataType.INT4,
+    ir.DataType.FLOAT4E2M1,
+    ir.DataType.UINT8,
+)
+"""Types of weights, and of scales, that a DequantizeLinear reads; bytes hold two numbers of four
+bits.
+"""
 
 
 def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
-    """Apply passes to a copy of ``model``; types and shapes are inferred anew and checked after each.
+    """Apply passes to a copy of ``model``; types and shapes are inferred anew and checked after
+    each.
 
     Raises:
         BuildError: a pass found a graph it does not understand, or left one that is not valid.
@@ -47,16 +60,26 @@ def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
         try:
             ir.passes.Sequential(step)(lowered)
             _check_types(lowered)
-        except (ir.passes.PassError, ir.passes.InvariantError, onnx.shape_inference.InferenceError) as error:
+        except (
+            ir.passes.PassError,
+            ir.passes.InvariantError,
+            onnx.shape_inference.InferenceError,
+        ) as error:
             cause = str(error.__cause__ or error).splitlines()[0]
-            raise BuildError(f"{model.graph.name}: expected to lower the graph ({type(step).__name__}), found: {cause}",
-                             "this is an inconsistency of the compiler; please report it with the checkpoint's config.json") from error  # fmt: skip
+            raise BuildError(
+                f"{model.graph.name}: expected to lower the graph ({type(step).__name__}), found: {cause}",
+                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+            ) from error
     return lowered
 
 
 def caches(model: ir.Model) -> list[ir.Value]:
     """Cache inputs and outputs, in graph order."""
-    return [v for v in (*model.graph.inputs, *model.graph.outputs) if v.name and v.name.startswith(("past_key_values.", "present."))]
+    return [
+        v
+        for v in (*model.graph.inputs, *model.graph.outputs)
+        if v.name and v.name.startswith(("past_key_values.", "present."))
+    ]
 
 
 def weights(model: ir.Model) -> list[ir.Value]:
@@ -69,8 +92,12 @@ def is_table(value: ir.Value) -> bool:
     return value.name is not None and value.name.startswith(TABLES)
 
 
-def cast_after(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.Node | None = None) -> None:
-    """Let every user of ``value`` read it as ``dtype``; the Cast stands at its producer, or before ``before``."""
+def cast_after(
+    graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.Node | None = None
+) -> None:
+    """Let every user of ``value`` read it as ``dtype``; the Cast stands at its producer, or before
+    ``before``.
+    """
     users = list(value.uses())
     cast = ir.node("Cast", [value], attributes={"to": dtype.value})
     cast.outputs[0].name = f"{value.name}.{dtype.name.lower()}"
@@ -90,7 +117,9 @@ def cast_after(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.
 
 
 def _check_types(model: ir.Model) -> None:
-    """Infer all types and shapes from the inputs, strictly: operators refuse mixed types, and the outputs must be as declared."""
+    """Infer all types and shapes from the inputs, strictly: operators refuse mixed types, and the
+    outputs must be as declared.
+    """
     proto = ir.serde.serialize_model(_without_data(model))
     for value in [*proto.graph.value_info]:
         proto.graph.value_info.remove(value)
@@ -98,7 +127,9 @@ def _check_types(model: ir.Model) -> None:
 
 
 def _without_data(model: ir.Model) -> ir.Model:
-    """A copy in which weights are inputs, since a tensor without data cannot be serialized as an initializer."""
+    """A copy in which weights are inputs, since a tensor without data cannot be serialized as an
+    initializer.
+    """
     copy = model.clone()
     for value in weights(copy):
         assert value.name is not None

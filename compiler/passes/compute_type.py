@@ -13,8 +13,9 @@ from trimode.formats.contract import DType
 class ComputeType(ir.passes.InPlacePass):
     """Compute in ``dtype`` from the embedding to the head.
 
-    Logits are widened as soon as the head has made them, so the softmax, the candidates and the greedy ids are taken in float32, as the
-    reference does. Token ids, lengths and every output but the cache keep their types.
+    Logits are widened as soon as the head has made them, so the softmax, the candidates and the
+    greedy ids are taken in float32, as the reference does. Token ids, lengths and every output but
+    the cache keep their types.
     """
 
     def __init__(self, dtype: DType) -> None:
@@ -33,7 +34,10 @@ class ComputeType(ir.passes.InPlacePass):
         graph = model.graph
         heads = _heads(model)
         wide = _downstream(heads)
-        borders = [*(v for v in graph.inputs if v not in set(caches(model))), *(v for v in weights(model) if is_table(v))]
+        borders = [
+            *(v for v in graph.inputs if v not in set(caches(model))),
+            *(v for v in weights(model) if is_table(v)),
+        ]
         for value in borders:
             if value.dtype == ir.DataType.FLOAT:
                 cast_after(graph, value, self.dtype, before=graph[0])
@@ -41,7 +45,11 @@ class ComputeType(ir.passes.InPlacePass):
             cast_after(graph, head.outputs[0], ir.DataType.FLOAT)
         kept = {*borders, *(v for node in wide for v in node.outputs)}
         for value in _values(model):
-            if value.dtype == ir.DataType.FLOAT and value not in kept and not _is_cast_to(value, ir.DataType.FLOAT):
+            if (
+                value.dtype == ir.DataType.FLOAT
+                and value not in kept
+                and not _is_cast_to(value, ir.DataType.FLOAT)
+            ):
                 self._retype(value, wide)
         return ir.passes.PassResult(model, modified=True)
 
@@ -51,7 +59,9 @@ class ComputeType(ir.passes.InPlacePass):
             if users <= wide:
                 return
             if users & wide:
-                raise ir.passes.PassError(f"the constant {value.name} is used on both sides of the head")
+                raise ir.passes.PassError(
+                    f"the constant {value.name} is used on both sides of the head"
+                )
             data = value.const_value.numpy().astype(self.dtype.numpy())
             value.const_value = ir.tensor(data, dtype=self.dtype, name=value.name)
         value.type = ir.TensorType(self.dtype)  # a new one: clones share their types
@@ -72,12 +82,16 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _heads(model: ir.Model) -> list[ir.Node]:
-    """The products with the head: one, or a second one over rows that what the first gave has chosen."""
+    """The products with the head: one, or a second one over rows that what the first gave has
+    chosen.
+    """
     return [node for node, _ in model.graph.initializers[HEAD].uses()]
 
 
 def _downstream(start: list[ir.Node]) -> set[ir.Node]:
-    """Nodes that compute with the numbers ``start`` gives, themselves not included; an index taken from these is no such number."""
+    """Nodes that compute with the numbers ``start`` gives, themselves not included; an index taken
+    from these is no such number.
+    """
     found: set[ir.Node] = set()
     pending = list(start)
     while pending:
@@ -91,4 +105,8 @@ def _downstream(start: list[ir.Node]) -> set[ir.Node]:
 def _is_cast_to(value: ir.Value, dtype: ir.DataType) -> bool:
     """Whether a value comes from a Cast to ``dtype``."""
     producer = value.producer()
-    return producer is not None and producer.op_type == "Cast" and producer.attributes["to"].as_int() == dtype.value
+    return (
+        producer is not None
+        and producer.op_type == "Cast"
+        and producer.attributes["to"].as_int() == dtype.value
+    )

@@ -1,13 +1,15 @@
 """The pass that multiplies int4 weights as they lie, for ONNX Runtime on the CPU.
 
-Standard ONNX can only dequantize a weight and multiply then, which reads it once and writes it eight times as large, in every forward. ONNX
-Runtime's own operator ``MatMulNBits`` unpacks the numbers in registers
+Standard ONNX can only dequantize a weight and multiply then, which reads it once and writes it
+eight times as large, in every forward. ONNX Runtime's own operator ``MatMulNBits`` unpacks the
+numbers in registers
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits)::
 
     .weight -- DequantizeLinear by .weight_scale -- Gemm(transB=1)        .weight as bytes -- BitwiseXor with 0x88 -- MatMulNBits by .weight_scale
 
-It wants numbers from 0 to 15 that stand for -8 to 7. In the pack they are two's complement: with the highest bit of each flipped they are what
-it wants. ONNX Runtime computes that once, when it loads the graph.
+It wants numbers from 0 to 15 that stand for -8 to 7. In the pack they are two's complement: with
+the highest bit of each flipped they are what it wants. ONNX Runtime computes that once, when it
+loads the graph.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ _SIGN_BITS = 0x88
 
 
 class MultiplyInt4(ir.passes.InPlacePass):
-    """Let ``MatMulNBits`` read the int4 weights that a DequantizeLinear reads in blocks of a size it takes.
+    """Let ``MatMulNBits`` read the int4 weights that a DequantizeLinear reads in blocks of a size
+    it takes.
 
     Args:
-        accuracy_level: 1: the product in float32. 4: inputs are rounded to int8, each block of a row with a scale of its own.
+        accuracy_level: 1: the product in float32. 4: inputs are rounded to int8, each block of a
+            row with a scale of its own.
     """
 
     def __init__(self, accuracy_level: AccuracyLevel) -> None:
@@ -40,15 +44,26 @@ class MultiplyInt4(ir.passes.InPlacePass):
         """Each such node gives the second factor of one product, as ``(out, in)``."""
         for widen in _widened_weights(model):
             uses = list(widen.outputs[0].uses())
-            if len(uses) != 1 or uses[0].node.op_type != "Gemm" or uses[0].idx != 1 or uses[0].node.attributes.get_int("transB", 0) != 1:
-                raise ir.passes.PreconditionError(f"{widen.outputs[0].name} is not the second factor of one product that reads it as (out, in)")
+            if (
+                len(uses) != 1
+                or uses[0].node.op_type != "Gemm"
+                or uses[0].idx != 1
+                or uses[0].node.attributes.get_int("transB", 0) != 1
+            ):
+                raise ir.passes.PreconditionError(
+                    f"{widen.outputs[0].name} is not the second factor of one product that reads it as (out, in)"
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replace both nodes of each product; a weight that several read is turned into unsigned numbers once."""
+        """Replace both nodes of each product; a weight that several read is turned into unsigned
+        numbers once.
+        """
         found = _widened_weights(model)
         for weight in dict.fromkeys(widen.inputs[0] for widen in found):
             assert weight is not None
-            self._replace(model.graph, weight, [widen for widen in found if widen.inputs[0] is weight])
+            self._replace(
+                model.graph, weight, [widen for widen in found if widen.inputs[0] is weight]
+            )
         if found:
             model.opset_imports[DOMAIN] = 1
         return ir.passes.PassResult(model, modified=bool(found))
@@ -63,15 +78,34 @@ class MultiplyInt4(ir.passes.InPlacePass):
         assert weight.shape is not None
         (rows, columns), block = weight.shape.numpy(), widens[0].attributes.get_int("block_size")
         assert isinstance(block, int)
-        weight.type, weight.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([rows, columns // block, block // 2])
+        weight.type, weight.shape = (
+            ir.TensorType(ir.DataType.UINT8),
+            ir.Shape([rows, columns // block, block // 2]),
+        )
         flip = ir.node("BitwiseXor", [weight, _sign_bits(graph)], name=f"{weight.name}_unsigned")
         unsigned = flip.outputs[0]
-        unsigned.name, unsigned.type, unsigned.shape = f"{weight.name}_unsigned", weight.type, weight.shape
+        unsigned.name, unsigned.type, unsigned.shape = (
+            f"{weight.name}_unsigned",
+            weight.type,
+            weight.shape,
+        )
         graph.insert_before(widens[0], flip)
-        sizes = {"K": columns, "N": rows, "bits": 4, "block_size": block, "accuracy_level": self.accuracy_level}
+        sizes = {
+            "K": columns,
+            "N": rows,
+            "bits": 4,
+            "block_size": block,
+            "accuracy_level": self.accuracy_level,
+        }
         for widen in widens:
             ((product, _),) = widen.outputs[0].uses()
-            multiply = ir.node("MatMulNBits", [product.inputs[0], unsigned, widen.inputs[1]], attributes=sizes, domain=DOMAIN, name=product.name)
+            multiply = ir.node(
+                "MatMulNBits",
+                [product.inputs[0], unsigned, widen.inputs[1]],
+                attributes=sizes,
+                domain=DOMAIN,
+                name=product.name,
+            )
             old, new = product.outputs[0], multiply.outputs[0]
             new.name, new.type, new.shape = old.name, old.type, old.shape
             graph.insert_before(product, multiply)
@@ -79,7 +113,9 @@ class MultiplyInt4(ir.passes.InPlacePass):
             graph.remove([product, widen], safe=True)
 
 
-def _widened_weights(model: ir.Model, types: tuple[ir.DataType, ...] = (ir.DataType.INT4,)) -> list[ir.Node]:
+def _widened_weights(
+    model: ir.Model, types: tuple[ir.DataType, ...] = (ir.DataType.INT4,)
+) -> list[ir.Node]:
     """The nodes that dequantize weights which the operator could read, in the graph's order."""
     return [
         node
@@ -96,5 +132,7 @@ def _sign_bits(graph: ir.Graph) -> ir.Value:
     name = "signs.int4"
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(_SIGN_BITS, np.uint8), name=name)
-        graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]), const_value=tensor)
+        graph.initializers[name] = ir.Value(
+            name=name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]), const_value=tensor
+        )
     return graph.initializers[name]

@@ -21,16 +21,22 @@ class Nodes:
     Args:
         graph: that grows.
         before: where new nodes go, each behind those that were added before it.
-        suffix: of the names of all that is added, but not of constants and what is stored, which several nodes may read.
+        suffix: of the names of all that is added, but not of constants and what is stored, which
+            several nodes may read.
     """
 
     def __init__(self, graph: ir.Graph, before: ir.Node, suffix: str = "") -> None:
         self._graph, self._before, self._suffix = graph, before, suffix
 
     def add(
-        self, op_type: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType, shape: ir.Shape | None = None,
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        dtype: ir.DataType,
+        shape: ir.Shape | None = None,
         attributes: Attributes | None = None,
-    ) -> ir.Value:  # fmt: skip
+    ) -> ir.Value:
         """The one output, of the same name as the node."""
         name += self._suffix
         node = ir.node(op_type, inputs, attributes=dict(attributes or {}), name=name)
@@ -44,12 +50,24 @@ class Nodes:
         return self.add(op_type, inputs, name, ir.DataType.FLOAT)
 
     def add_two(
-        self, op_type: str, inputs: Sequence[ir.Value], names: tuple[str, str], dtypes: tuple[ir.DataType, ir.DataType], attributes: Attributes,
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        names: tuple[str, str],
+        dtypes: tuple[ir.DataType, ir.DataType],
+        attributes: Attributes,
         domain: str,
-    ) -> tuple[ir.Value, ir.Value]:  # fmt: skip
+    ) -> tuple[ir.Value, ir.Value]:
         """Both outputs of an operator outside standard ONNX; the node has the name of the first."""
         names = (names[0] + self._suffix, names[1] + self._suffix)
-        node = ir.node(op_type, inputs, attributes=dict(attributes), domain=domain, num_outputs=2, name=names[0])
+        node = ir.node(
+            op_type,
+            inputs,
+            attributes=dict(attributes),
+            domain=domain,
+            num_outputs=2,
+            name=names[0],
+        )
         for output, name, dtype in zip(node.outputs, names, dtypes, strict=True):
             output.name, output.type = name, ir.TensorType(dtype)
         self._graph.insert_before(self._before, node)
@@ -58,14 +76,21 @@ class Nodes:
     def stored(self, name: str, dtype: ir.DataType, pack: Mapping[str, Stored]) -> ir.Value:
         """An initializer without data: what the pack holds under this name."""
         if name not in self._graph.initializers:
-            self._graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(pack[name].shape))
+            self._graph.initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(dtype), shape=ir.Shape(pack[name].shape)
+            )
         return self._graph.initializers[name]
 
     def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
         """An initializer with data; one of this name that is there already is taken."""
         if name not in self._graph.initializers:
             tensor = ir.tensor(values, name=name)
-            self._graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape), const_value=tensor)
+            self._graph.initializers[name] = ir.Value(
+                name=name,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(values.shape),
+                const_value=tensor,
+            )
         return self._graph.initializers[name]
 
     def number(self, value: float) -> ir.Value:

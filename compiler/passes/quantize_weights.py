@@ -1,13 +1,14 @@
 """The pass that puts quantized weights into a graph.
 
-For each weight that the pack holds in fp8, int8 or int4 (nvfp4: ``nvfp4_lowering``), standard ONNX and with the names of the pack::
+For each weight that the pack holds in fp8, int8 or int4 (nvfp4: ``nvfp4_lowering``), standard ONNX
+and with the names of the pack::
 
     x -- Mul by .pre_quant_scale -- QuantizeLinear -- DequantizeLinear by .input_scale --.
                                                                                          Gemm(transB=1)
                                             .weight -- DequantizeLinear by .weight_scale '
 
-The first two steps are there only where the pack has their scales. All that is not quantized, and what the product gives, stays in the type
-that the graph computes in.
+The first two steps are there only where the pack has their scales. All that is not quantized, and
+what the product gives, stays in the type that the graph computes in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import onnx_ir as ir
 from trimode.compiler.passes.base import IR_DTYPES, QUANTIZED_TYPES, weights
 from trimode.formats.contract import DType
 
-_NUMPY: dict[ir.DataType, Any] = {ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, ir.DataType.INT8: np.int8}
+_NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+    ir.DataType.INT8: np.int8,
+}
 
 
 class Stored(Protocol):
@@ -40,7 +44,8 @@ class Stored(Protocol):
 
 
 class WeightPass(ir.passes.InPlacePass):
-    """What all passes over quantized weights have in common: which weights, and that they are second factors of products.
+    """What all passes over quantized weights have in common: which weights, and that they are
+    second factors of products.
 
     Args:
         pack: types and shapes of what the pack holds.
@@ -83,29 +88,58 @@ class QuantizeWeights(WeightPass):
     def ensures(self, model: ir.Model) -> None:
         """These weights have the pack's type, and nothing but a DequantizeLinear reads them."""
         for value in self._quantized(model):
-            if value.dtype not in QUANTIZED_TYPES or any(node.op_type != "DequantizeLinear" for node, _ in value.uses()):
-                raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear")
+            if value.dtype not in QUANTIZED_TYPES or any(
+                node.op_type != "DequantizeLinear" for node, _ in value.uses()
+            ):
+                raise ir.passes.PostconditionError(
+                    f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear"
+                )
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
         assert weight.name is not None
         compute = weight.dtype
         assert compute is not None
-        weight.type = ir.TensorType(IR_DTYPES[self.pack[weight.name].dtype])  # a new one: clones share their types
+        # a new one: clones share their types
+        weight.type = ir.TensorType(IR_DTYPES[self.pack[weight.name].dtype])
         for number, (product, _) in enumerate(list(weight.uses())):
-            # Where a weight is used twice, it is dequantized twice: only right before a product need it be in memory.
+            # Where a weight is used twice, it is dequantized twice: only right before a product
+            # need it be in memory.
             self._rewrite_product(graph, product, weight, compute, f".{number}" if number else "")
 
-    def _rewrite_product(self, graph: ir.Graph, product: ir.Node, weight: ir.Value, compute: ir.DataType, suffix: str) -> None:
+    def _rewrite_product(
+        self, graph: ir.Graph, product: ir.Node, weight: ir.Value, compute: ir.DataType, suffix: str
+    ) -> None:
         assert weight.name is not None
         layer, kind, x = weight.name.removesuffix(".weight"), weight.dtype, product.inputs[0]
         assert x is not None
         assert kind is not None
         if f"{layer}.pre_quant_scale" in self.pack:
-            x = _insert(product, "Mul", [x, self._scale(graph, f"{layer}.pre_quant_scale", compute)], f"{layer}.input_scaled{suffix}", compute, x)
+            x = _insert(
+                product,
+                "Mul",
+                [x, self._scale(graph, f"{layer}.pre_quant_scale", compute)],
+                f"{layer}.input_scaled{suffix}",
+                compute,
+                x,
+            )
         if f"{layer}.input_scale" in self.pack:
             scale, zero = self._scale(graph, f"{layer}.input_scale", compute), _zero(graph, kind)
-            narrow = _insert(product, "QuantizeLinear", [x, scale, zero], f"{layer}.input_quantized{suffix}", kind, x)
-            x = _insert(product, "DequantizeLinear", [narrow, scale, zero], f"{layer}.input_dequantized{suffix}", compute, x)
+            narrow = _insert(
+                product,
+                "QuantizeLinear",
+                [x, scale, zero],
+                f"{layer}.input_quantized{suffix}",
+                kind,
+                x,
+            )
+            x = _insert(
+                product,
+                "DequantizeLinear",
+                [narrow, scale, zero],
+                f"{layer}.input_dequantized{suffix}",
+                compute,
+                x,
+            )
         scale = self._scale(graph, f"{layer}.weight_scale", compute)
         assert scale.shape is not None
         assert weight.shape is not None
@@ -117,19 +151,27 @@ class QuantizeWeights(WeightPass):
     def _scale(self, graph: ir.Graph, name: str, compute: ir.DataType) -> ir.Value:
         """An initializer without data: what the pack holds under this name."""
         if name not in graph.initializers:
-            graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape))
+            graph.initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(compute), shape=ir.Shape(self.pack[name].shape)
+            )
         return graph.initializers[name]
 
 
 def _check_second_factors(weight: ir.Value) -> None:
-    """Raise ``PreconditionError`` where a weight is quantized already, or not what products multiply their inputs with, as ``(out, in)``."""
+    """Raise ``PreconditionError`` where a weight is quantized already, or not what products
+    multiply their inputs with, as ``(out, in)``.
+    """
     if weight.dtype in QUANTIZED_TYPES:
         raise ir.passes.PreconditionError(f"{weight.name} is {weight.dtype} already")
     for node, index in weight.uses():
         if node.op_type != "Gemm" or index != 1 or len(node.inputs) != 2:
-            raise ir.passes.PreconditionError(f"{weight.name} is something else than the second factor of a product")
+            raise ir.passes.PreconditionError(
+                f"{weight.name} is something else than the second factor of a product"
+            )
         if node.attributes.get_int("transB", 0) != 1:
-            raise ir.passes.PreconditionError(f"the product with {weight.name} does not read it as (out, in)")
+            raise ir.passes.PreconditionError(
+                f"the product with {weight.name} does not read it as (out, in)"
+            )
 
 
 def _axes(weight: ir.Shape, scale: ir.Shape) -> dict[str, int]:
@@ -146,12 +188,20 @@ def _zero(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
     name = f"zero.{kind.name.lower()}"
     if name not in graph.initializers:
         tensor = ir.tensor(np.zeros((), _NUMPY[kind]), dtype=kind, name=name)
-        graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([]), const_value=tensor)
+        graph.initializers[name] = ir.Value(
+            name=name, type=ir.TensorType(kind), shape=ir.Shape([]), const_value=tensor
+        )
     return graph.initializers[name]
 
 
 def _insert(
-    before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, like: ir.Value, attributes: dict[str, int] | None = None
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    dtype: ir.DataType,
+    like: ir.Value,
+    attributes: dict[str, int] | None = None,
 ) -> ir.Value:
     node = ir.node(op_type, inputs, attributes=attributes or {}, name=name)
     output = node.outputs[0]

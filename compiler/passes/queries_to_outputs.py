@@ -8,18 +8,23 @@ from trimode.formats.contract import SCRATCH
 
 
 class QueriesToOutputs(ir.passes.InPlacePass):
-    """Return the queries of every attention, rotated and by heads, from the graph as ``scratch.query.{layer}``.
+    """Return the queries of every attention, rotated and by heads, from the graph as
+    ``scratch.query.{layer}``.
 
-    Nobody reads these outputs. TensorRT-RTX 1.7 fuses what makes a query with the attention that reads it, and in that fusion repeats keys and
-    values for every head of the query and transposes the keys, over the cache's whole capacity and in every forward. An output has to lie in
-    memory, which forbids the fusion; the kernel that is then chosen reads the cache as it lies. ``trimode inspect --plans`` shows both.
+    Nobody reads these outputs. TensorRT-RTX 1.7 fuses what makes a query with the attention that
+    reads it, and in that fusion repeats keys and values for every head of the query and transposes
+    the keys, over the cache's whole capacity and in every forward. An output has to lie in memory,
+    which forbids the fusion; the kernel that is then chosen reads the cache as it lies. ``trimode
+    inspect --plans`` shows both.
     """
 
     def requires(self, model: ir.Model) -> None:
         """Each query is computed in the graph, for one attention, and not returned yet."""
         for query in _queries(model):
             if query.producer() is None or query.is_graph_output() or len(query.uses()) != 1:
-                raise ir.passes.PreconditionError(f"{query.name} is something else than the query of one attention")
+                raise ir.passes.PreconditionError(
+                    f"{query.name} is something else than the query of one attention"
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Name and return them."""
@@ -39,7 +44,11 @@ class QueriesToOutputs(ir.passes.InPlacePass):
 
 def _queries(model: ir.Model) -> list[ir.Value]:
     """First inputs of the attentions, in the graph's order."""
-    return [query for node in model.graph if node.op_type == "Attention" and (query := node.inputs[0]) is not None]
+    return [
+        query
+        for node in model.graph
+        if node.op_type == "Attention" and (query := node.inputs[0]) is not None
+    ]
 
 
 def _shape(query: ir.Value) -> ir.Shape:

@@ -23,14 +23,20 @@ from trimode.formats.manifest import TargetRecord
 from trimode.graphs.numerics.integers import Floats
 
 INT4_ACCURACY_LEVEL: AccuracyLevel = 1
-"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike; docs/reference/quantization.md has why."""
+"""How the portable graphs multiply int4 weights: in float32, so that one row and many round alike;
+docs/reference/quantization.md has why.
+"""
 
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
-    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for products with int4 weights."""
+    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for
+    products with int4 weights.
+    """
     passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack), Nvfp4InFloat32(pack)]
     if dtype != "float32":
-        passes.append(StoredType(dtype, [name for name, stored in pack.items() if stored.dtype == "float32"]))
+        passes.append(
+            StoredType(dtype, [name for name, stored in pack.items() if stored.dtype == "float32"])
+        )
     return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
@@ -40,7 +46,9 @@ def lower_for(
     pack: Mapping[str, Stored] = MappingProxyType({}),
     scales: Mapping[str, Floats] = MappingProxyType({}),
 ) -> ir.Model:
-    """The passes a target asks for; ``pack`` tells which weights are quantized, ``scales`` which of their scales become part of a graph."""
+    """The passes a target asks for; ``pack`` tells which weights are quantized, ``scales`` which of
+    their scales become part of a graph.
+    """
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
         passes.append(StaticCacheCapacity(record.capacity))

@@ -1,7 +1,8 @@
 """The scales of 8-bit weights and inputs, as constants of an engine.
 
-With its scales constant TensorRT-RTX multiplies numbers of 8 bits and reads the weight once, as it lies. With the scale of the weight an input of
-the engine, every forward transposes or expands the weight first.
+With its scales constant TensorRT-RTX multiplies numbers of 8 bits and reads the weight once, as it
+lies. With the scale of the weight an input of the engine, every forward transposes or expands the
+weight first.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ class ScalesToConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Give data to those that have none yet."""
-        found = [value for name, value in model.graph.initializers.items() if name in self.values and value.const_value is None]
+        found = [
+            value
+            for name, value in model.graph.initializers.items()
+            if name in self.values and value.const_value is None
+        ]
         for value in found:
             assert value.name is not None
             assert value.dtype is not None
             data = self.values[value.name]
             if value.shape is None or tuple(value.shape.numpy()) != data.shape:
-                raise ir.passes.PassError(f"{value.name} has shape {value.shape}, its values {data.shape}")
-            value.const_value = ir.tensor(data.astype(value.dtype.numpy()), dtype=value.dtype, name=value.name)
+                raise ir.passes.PassError(
+                    f"{value.name} has shape {value.shape}, its values {data.shape}"
+                )
+            value.const_value = ir.tensor(
+                data.astype(value.dtype.numpy()), dtype=value.dtype, name=value.name
+            )
         return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
@@ -51,18 +60,28 @@ class ScalesToConstants(ir.passes.InPlacePass):
 
 
 def known_scales(quantization: Quantization, stored: DType) -> dict[str, Floats] | None:
-    """The scales that the pack will hold in type ``stored``, as far as no weight has to be read; None where one has to."""
+    """The scales that the pack will hold in type ``stored``, as far as no weight has to be read;
+    None where one has to.
+    """
     scales: dict[str, Floats] = {}
     for layer, given in quantization.layers.items():
         if given.weight_amax is None:
             return None
-        scales[f"{layer}.weight_scale"] = scale_of(given.weight_amax, quantization.precision, stored)
+        scales[f"{layer}.weight_scale"] = scale_of(
+            given.weight_amax, quantization.precision, stored
+        )
         if given.input_amax is not None:
-            scales[f"{layer}.input_scale"] = scale_of(given.input_amax, quantization.precision, stored)
+            scales[f"{layer}.input_scale"] = scale_of(
+                given.input_amax, quantization.precision, stored
+            )
     return scales
 
 
 def read_scales(packs: Sequence[Path]) -> dict[str, Floats]:
     """The scales of the written packs of a precision in 8 bits, by name, in float32."""
     weights = PrecisionWeights(packs)
-    return {name: weights.widened(name).copy() for name in weights.entries if name.endswith(CONSTANT_SCALES)}
+    return {
+        name: weights.widened(name).copy()
+        for name in weights.entries
+        if name.endswith(CONSTANT_SCALES)
+    }

@@ -11,7 +11,8 @@ from trimode.formats.contract import DType
 
 
 class StoredType(ir.passes.InPlacePass):
-    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is used: for runtimes that compute in float32.
+    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is
+    used: for runtimes that compute in float32.
 
     Args:
         dtype: of the pack.
@@ -38,9 +39,17 @@ class StoredType(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Weights have the type, and nothing but their casts reads them."""
         for value in self._stored(model):
-            if value.dtype != self.dtype or not all(node.op_type == "Cast" for node, _ in value.uses()):
-                raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} or used without a Cast")
+            if value.dtype != self.dtype or not all(
+                node.op_type == "Cast" for node, _ in value.uses()
+            ):
+                raise ir.passes.PostconditionError(
+                    f"{value.name} is {value.dtype} or used without a Cast"
+                )
 
     def _stored(self, model: ir.Model) -> list[ir.Value]:
         """Weights of the type that the pack as a whole has."""
-        return [v for v in weights(model) if not is_table(v) and v.dtype not in QUANTIZED_TYPES and v.name not in self._float32]
+        return [
+            v
+            for v in weights(model)
+            if not is_table(v) and v.dtype not in QUANTIZED_TYPES and v.name not in self._float32
+        ]

@@ -26,4 +26,6 @@ class WeightsToInputs(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Only small constants remain inside."""
         if weights(model):
-            raise ir.passes.PostconditionError(f"{weights(model)[0].name} is still inside the graph")
+            raise ir.passes.PostconditionError(
+                f"{weights(model)[0].name} is still inside the graph"
+            )

@@ -1,11 +1,14 @@
-"""Counts what the kernels of a plan read and write, and sorts it: needed, activations, or copies and why they are made.
+"""Counts what the kernels of a plan read and write, and sorts it: needed, activations, or copies
+and why they are made.
 
 The rules follow data, not kernels' names, but for attention and products, which are named:
 
-- an input of the engine that is an output too is the cache; any other of a fixed size that is no integer and no single number is a weight,
-  as is a constant
-- a kernel that reads weights alone makes copies of them: expanded where they take more bytes, else transposed or copied
-- a kernel that reads the cache alone, and is no attention, makes copies of it: repeated where they have more numbers
+- an input of the engine that is an output too is the cache; any other of a fixed size that is no
+  integer and no single number is a weight, as is a constant
+- a kernel that reads weights alone makes copies of them: expanded where they take more bytes, else
+  transposed or copied
+- a kernel that reads the cache alone, and is no attention, makes copies of it: repeated where they
+  have more numbers
 - a kernel that reads an integer beside a weight looks up rows of it, as many bytes as it writes
 - what a kernel updates in place is not moved as a whole; the few rows that it writes are left out
 - a temporary below 1 MB is left out: the GPU's own cache keeps it from one kernel to the next
@@ -31,7 +34,9 @@ _SMALL = 1 << 20
 Kind = Literal["weight", "cache", "weight copy", "cache copy", "activation", "index"]
 
 
-def audit_engine(path: Path, library: str, profiles: Sequence[ProfileRecord]) -> tuple[PlanRecord, ...] | UnreadPlan:
+def audit_engine(
+    path: Path, library: str, profiles: Sequence[ProfileRecord]
+) -> tuple[PlanRecord, ...] | UnreadPlan:
     """What each profile of an engine moves in a forward of its usual size.
 
     Args:
@@ -42,14 +47,21 @@ def audit_engine(path: Path, library: str, profiles: Sequence[ProfileRecord]) ->
     try:
         programs = read_programs(path)
         if {program.profile for program in programs} != set(range(len(profiles))):
-            raise PlanUnreadable(f"found programs for {len({p.profile for p in programs})} of {len(profiles)} profiles")
-        counts = [(index, profile, [p for p in programs if p.profile == index]) for index, profile in enumerate(profiles)]
+            raise PlanUnreadable(
+                f"found programs for {len({p.profile for p in programs})} of {len(profiles)} profiles"
+            )
+        counts = [
+            (index, profile, [p for p in programs if p.profile == index])
+            for index, profile in enumerate(profiles)
+        ]
         return tuple(_record(library, index, profile, ours) for index, profile, ours in counts)
     except (PlanUnreadable, OSError, ValueError) as error:
         return UnreadPlan(library=library, reason=str(error) or type(error).__name__)
 
 
-def _record(library: str, index: int, profile: ProfileRecord, programs: Sequence[Program]) -> PlanRecord:
+def _record(
+    library: str, index: int, profile: ProfileRecord, programs: Sequence[Program]
+) -> PlanRecord:
     batch, rows = profile.batch[1], profile.rows[1]
     counts = [_Count(program, Sizes(program, batch, rows)) for program in programs]
     copies: Counter[tuple[Cause, str]] = Counter()
@@ -57,13 +69,20 @@ def _record(library: str, index: int, profile: ProfileRecord, programs: Sequence
         count.run()
         copies.update(count.copies)
     return PlanRecord(
-        library=library, profile=index, batch=batch, rows=rows, kernels=sum(len(program.kernels) for program in programs),
+        library=library,
+        profile=index,
+        batch=batch,
+        rows=rows,
+        kernels=sum(len(program.kernels) for program in programs),
         weights=sum(sum(count.weights.values()) for count in counts),
         keys_values=sum(sum(count.caches.values()) for count in counts),
         activations=sum(count.activations for count in counts),
-        copies=tuple(CopyRecord(cause=cause, kernel=kernel, num_bytes=size) for (cause, kernel), size in copies.most_common()),
+        copies=tuple(
+            CopyRecord(cause=cause, kernel=kernel, num_bytes=size)
+            for (cause, kernel), size in copies.most_common()
+        ),
         scratch=sum(program.scratch_bytes for program in programs),
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -86,7 +105,12 @@ class _Count:
                 raise PlanUnreadable(f"found a kernel of kind {kernel.kind}")
             inputs, outputs = self._memory(kernel.inputs), self._memory(kernel.outputs)
             updated = {tensor.name for tensor in inputs} & {tensor.name for tensor in outputs}
-            self._count(kernel, [t for t in inputs if t.name not in updated], [t for t in outputs if t.name not in updated], updated)
+            self._count(
+                kernel,
+                [t for t in inputs if t.name not in updated],
+                [t for t in outputs if t.name not in updated],
+                updated,
+            )
 
     def _memory(self, names: Iterable[str]) -> list[Tensor]:
         """The tensors themselves, once each, in place of views of them."""
@@ -109,11 +133,21 @@ class _Count:
             return "cache"
         is_weight = tensor.is_constant or tensor.name in self.program.inputs
         has_fixed_size = all(isinstance(size, int) for size in tensor.dims)
-        return "weight" if is_weight and has_fixed_size and self.sizes.elements(tensor) > 1 else "activation"
+        return (
+            "weight"
+            if is_weight and has_fixed_size and self.sizes.elements(tensor) > 1
+            else "activation"
+        )
 
-    def _count(self, kernel: Operation, inputs: list[Tensor], outputs: list[Tensor], updated: set[str]) -> None:
+    def _count(
+        self, kernel: Operation, inputs: list[Tensor], outputs: list[Tensor], updated: set[str]
+    ) -> None:
         kinds = {tensor.name: self._kind(tensor) for tensor in inputs}
-        copied = None if updated or kernel.kind in _PRODUCTS else self._copied(kernel, set(kinds.values()))
+        copied = (
+            None
+            if updated or kernel.kind in _PRODUCTS
+            else self._copied(kernel, set(kinds.values()))
+        )
         written = sum(map(self.sizes.num_bytes, outputs))
         moved = sum(size for size in map(self.sizes.num_bytes, outputs) if size >= _SMALL)
         looks_up = kernel.kind not in _PRODUCTS and "index" in kinds.values()
@@ -133,7 +167,13 @@ class _Count:
         if kinds and kinds <= {"weight", "weight copy"}:
             return "weight"
         is_attention = _ATTENTION in kernel.name
-        return "cache" if kinds & {"cache", "cache copy"} and kinds <= {"cache", "cache copy", "index"} and not is_attention else None
+        return (
+            "cache"
+            if kinds & {"cache", "cache copy"}
+            and kinds <= {"cache", "cache copy", "index"}
+            and not is_attention
+            else None
+        )
 
     def _read_one(self, tensor: Tensor, kind: Kind, looked_up: int | None) -> None:
         size = self.sizes.num_bytes(tensor)
@@ -151,18 +191,42 @@ class _Count:
         elif size >= _SMALL:
             self.activations += size
 
-    def _write_copy(self, kernel: Operation, what: Literal["weight", "cache"], sources: list[Tensor], tensor: Tensor) -> None:
-        cause = self._weight_cause(sources, tensor) if what == "weight" else self._cache_cause(sources, tensor)
-        self._made[tensor.name] = ("weight copy" if what == "weight" else "cache copy", cause, kernel.name)
+    def _write_copy(
+        self,
+        kernel: Operation,
+        what: Literal["weight", "cache"],
+        sources: list[Tensor],
+        tensor: Tensor,
+    ) -> None:
+        cause = (
+            self._weight_cause(sources, tensor)
+            if what == "weight"
+            else self._cache_cause(sources, tensor)
+        )
+        self._made[tensor.name] = (
+            "weight copy" if what == "weight" else "cache copy",
+            cause,
+            kernel.name,
+        )
         self.copies[cause, kernel.name] += self.sizes.num_bytes(tensor)
 
     def _weight_cause(self, sources: list[Tensor], tensor: Tensor) -> Cause:
         largest = max(sources, key=self.sizes.elements)
         earlier = self._made.get(largest.name)
-        if self.sizes.num_bytes(tensor) > self.sizes.num_bytes(largest) or (earlier and earlier[1] == "weights expanded"):
+        if self.sizes.num_bytes(tensor) > self.sizes.num_bytes(largest) or (
+            earlier and earlier[1] == "weights expanded"
+        ):
             return "weights expanded"
-        return "weights transposed" if tensor.order != largest.order or tensor.dims != largest.dims else "weights copied"
+        return (
+            "weights transposed"
+            if tensor.order != largest.order or tensor.dims != largest.dims
+            else "weights copied"
+        )
 
     def _cache_cause(self, sources: list[Tensor], tensor: Tensor) -> Cause:
         largest = max(map(self.sizes.elements, sources))
-        return "keys and values repeated" if self.sizes.elements(tensor) > largest else "keys and values copied"
+        return (
+            "keys and values repeated"
+            if self.sizes.elements(tensor) > largest
+            else "keys and values copied"
+        )

@@ -6,7 +6,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Cause = Literal["weights expanded", "weights transposed", "weights copied", "keys and values repeated", "keys and values copied"]
+Cause = Literal[
+    "weights expanded",
+    "weights transposed",
+    "weights copied",
+    "keys and values repeated",
+    "keys and values copied",
+]
 
 
 class _Record(BaseModel):
@@ -14,7 +20,8 @@ class _Record(BaseModel):
 
 
 class CopyRecord(_Record):
-    """Bytes that a kernel writes, and later ones read again, only because tensors do not lie as a product or attention wants them.
+    """Bytes that a kernel writes, and later ones read again, only because tensors do not lie as a
+    product or attention wants them.
 
     Attributes:
         kernel: the library's name of the kernel that writes the copy.
@@ -27,7 +34,8 @@ class CopyRecord(_Record):
 
 
 class PlanRecord(_Record):
-    """What one forward moves through the GPU's memory, by the engine's plan; caches of the GPU are not in it.
+    """What one forward moves through the GPU's memory, by the engine's plan; caches of the GPU are
+    not in it.
 
     Attributes:
         library: name and version of what compiled the engine.

@@ -13,7 +13,9 @@ from trimode.compiler.targets import TARGETS
 from trimode.formats.manifest import PrecisionName, PrecisionRecord, TargetRecord
 
 WARN_ABOVE = 1.1
-"""A build warns where weights, keys and values, and copies of them are more than this multiple of what they are once each."""
+"""A build warns where weights, keys and values, and copies of them are more than this multiple of
+what they are once each.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,24 @@ class EnginePlan:
 
     def _profile(self, record: PlanRecord) -> dict[str, Any]:
         figures = {"floor": record.floor, "moved": record.moved, "ratio": record.ratio}
-        return {**record.model_dump(mode="json"), **figures, "predicted_ms": predict_ms(record, self.target)}
+        return {
+            **record.model_dump(mode="json"),
+            **figures,
+            "predicted_ms": predict_ms(record, self.target),
+        }
 
 
-def read_plans(bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord], target: str | None = None) -> list[EnginePlan]:
+def read_plans(
+    bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord], target: str | None = None
+) -> list[EnginePlan]:
     """The plans of every engine of TensorRT-RTX, or of those of one target."""
     return [
-        EnginePlan(name, target_name, role, audit_engine(bundle / engine.file, record.library, engine.profiles))
+        EnginePlan(
+            name,
+            target_name,
+            role,
+            audit_engine(bundle / engine.file, record.library, engine.profiles),
+        )
         for name, precision in precisions.items()
         for target_name, record in precision.targets.items()
         if carries_plans(record) and target in (None, target_name)
@@ -54,12 +67,16 @@ def read_plans(bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord]
 
 
 def carries_plans(record: TargetRecord) -> bool:
-    """Whether the engines of a target hold their plans as text: those that are compiled without the GPU."""
+    """Whether the engines of a target hold their plans as text: those that are compiled without the
+    GPU.
+    """
     return record.backend == "tensorrt_rtx"
 
 
 def predict_ms(record: PlanRecord, target: str) -> float | None:
-    """Milliseconds that the bytes of a forward take at the GPU's bandwidth; None where the target names no GPU. Computed, not measured."""
+    """Milliseconds that the bytes of a forward take at the GPU's bandwidth; None where the target
+    names no GPU. Computed, not measured.
+    """
     known = TARGETS.get(target)
     if known is None or known.bandwidth_gb_s is None:
         return None
@@ -67,16 +84,22 @@ def predict_ms(record: PlanRecord, target: str) -> float | None:
 
 
 def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
-    """One line for each engine that copies more than a tenth of what it has to read, or that cannot be read."""
+    """One line for each engine that copies more than a tenth of what it has to read, or that cannot
+    be read.
+    """
     for engine in plans:
         if isinstance(engine.plan, UnreadPlan):
             yield f"warning: {engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
             continue
         worst = max(engine.plan, key=_copied_ratio)
         if _copied_ratio(worst) > WARN_ABOVE:
-            causes = ", ".join(f"{cause} ({size / 1e6:.1f} MB)" for cause, size in causes_of(worst).items())
-            yield (f"warning: {engine.name}: a forward of {worst.rows} rows moves {_copied_ratio(worst):.1f} times the bytes of its "
-                   f"weights, keys and values: {causes}")  # fmt: skip
+            causes = ", ".join(
+                f"{cause} ({size / 1e6:.1f} MB)" for cause, size in causes_of(worst).items()
+            )
+            yield (
+                f"warning: {engine.name}: a forward of {worst.rows} rows moves {_copied_ratio(worst):.1f} times the bytes of its "
+                f"weights, keys and values: {causes}"
+            )
 
 
 def causes_of(record: PlanRecord) -> dict[str, int]:

@@ -1,4 +1,6 @@
-"""Sizes of the tensors of a plan at a batch and a number of rows: a plan has names for sizes that depend on these, and steps that compute them."""
+"""Sizes of the tensors of a plan at a batch and a number of rows: a plan has names for sizes that
+depend on these, and steps that compute them.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,41 @@ from collections.abc import Callable
 from trimode.compiler.plans.text import Operation, PlanUnreadable, Program, Tensor
 
 BITS = {
-    "int64": 64, "int32": 32, "float": 32, "fp32": 32, "bf16": 16, "fp16": 16, "half": 16,
-    "int8": 8, "uint8": 8, "bool": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4,
-}  # fmt: skip
+    "int64": 64,
+    "int32": 32,
+    "float": 32,
+    "fp32": 32,
+    "bf16": 16,
+    "fp16": 16,
+    "half": 16,
+    "int8": 8,
+    "uint8": 8,
+    "bool": 8,
+    "fp8_e4m3": 8,
+    "int4": 4,
+    "fp4_e2m1": 4,
+}
 INTEGERS = ("int64", "int32", "bool")
 
 _CONSTANT = re.compile(r'"?(-?\d+)i(?:64|32)"?')
 _STEPS: dict[str, Callable[..., int]] = {
-    "copy": lambda a: a, "mul": operator.mul, "add": operator.add, "sub": operator.sub, "div": lambda a, b: int(a / b),
-    "min": min, "max": max, "eq": operator.eq, "neq": operator.ne, "gt": operator.gt, "lt": operator.lt, "geq": operator.ge,
-    "leq": operator.le, "and": lambda a, b: a and b, "or": lambda a, b: a or b, "select": lambda c, a, b: a if c else b,
-}  # fmt: skip
+    "copy": lambda a: a,
+    "mul": operator.mul,
+    "add": operator.add,
+    "sub": operator.sub,
+    "div": lambda a, b: int(a / b),
+    "min": min,
+    "max": max,
+    "eq": operator.eq,
+    "neq": operator.ne,
+    "gt": operator.gt,
+    "lt": operator.lt,
+    "geq": operator.ge,
+    "leq": operator.le,
+    "and": lambda a, b: a and b,
+    "or": lambda a, b: a or b,
+    "select": lambda c, a, b: a if c else b,
+}
 
 
 class Sizes:
@@ -75,8 +101,14 @@ def _evaluate(program: Program, batch: int, rows: int) -> dict[str, int]:
 
 
 def _seeds(program: Program, batch: int, rows: int) -> dict[str, int]:
-    """Dimension 0 of an input is the batch, any other that is not fixed is the rows; both come by way of a copy from a step's result."""
-    sources = {step.outputs[0]: step.inputs[0] for step in program.shape_steps if step.kind == "copy" and step.inputs and step.outputs}
+    """Dimension 0 of an input is the batch, any other that is not fixed is the rows; both come by
+    way of a copy from a step's result.
+    """
+    sources = {
+        step.outputs[0]: step.inputs[0]
+        for step in program.shape_steps
+        if step.kind == "copy" and step.inputs and step.outputs
+    }
     values: dict[str, int] = {}
     for name in program.inputs:
         for axis, size in enumerate(program.tensors[name].dims if name in program.tensors else ()):

@@ -1,14 +1,15 @@
 """Finds and parses the plan text of an engine file.
 
-TensorRT-RTX writes one program for each optimization profile into an engine, as text among binary data::
+TensorRT-RTX writes one program for each optimization profile into an engine, as text among binary
+data::
 
     header { inputs={ "input_ids.1" ... } outputs={ ... } region = { name=devmem size=8192000 ... } accelerators={sm89 } }
     descriptors { tensor={ dims={ 32 4096 } name="linear.1" type=bf16 ... } sub_tensor={ base="linear.1" name="__mye1^deref" ... } }
     main { function={ name=_gemm_mha_v2 input_args={ ... } output_args={ ... } ... } fully_connected={ input={...} output={...} } }
     shape_main { mul={ output={"__mye2" } input={"__mye3" "__s^32i64" } } ... }
 
-``accelerators={*}`` marks the program inside a fused kernel; these are left out. The format is nobody's promise. What is not as
-expected raises :class:`PlanUnreadable`.
+``accelerators={*}`` marks the program inside a fused kernel; these are left out. The format is
+nobody's promise. What is not as expected raises :class:`PlanUnreadable`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel, or a step of the program that computes shapes; ``fields`` has what else its line says."""
+    """A kernel, or a step of the program that computes shapes; ``fields`` has what else its line
+    says.
+    """
 
     kind: str
     name: str
@@ -162,7 +165,9 @@ def _tensors(text: str) -> Iterator[Tensor]:
         if kind not in ("tensor", "sub_tensor"):
             raise PlanUnreadable(f"found a descriptor of kind {kind}")
         fields = dict(_FIELD.findall(line))
-        if not {"dims", "name", "type"} <= fields.keys() or (kind == "sub_tensor") != ("base" in fields):
+        if not {"dims", "name", "type"} <= fields.keys() or (kind == "sub_tensor") != (
+            "base" in fields
+        ):
             raise PlanUnreadable(f"found a {kind} with {', '.join(fields) or 'nothing'}")
         yield Tensor(
             name=_unquoted(fields["name"]),
@@ -181,7 +186,9 @@ def _operations(text: str) -> Iterator[Operation]:
         outputs = fields.pop("output_args", None) or fields.pop("output", None) or "{}"
         if "name" not in fields and kind not in _NOT_KERNELS:
             raise PlanUnreadable(f"found a {kind} without a name")
-        yield Operation(kind, _unquoted(fields.get("name", "")), _words(inputs), _words(outputs), fields)
+        yield Operation(
+            kind, _unquoted(fields.get("name", "")), _words(inputs), _words(outputs), fields
+        )
 
 
 def _scratch(header: str) -> Iterator[int]:

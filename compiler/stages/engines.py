@@ -18,7 +18,12 @@ from trimode.compiler.stages.graphs import point_into_packs
 from trimode.compiler.stages.state import BuildState, Graphs, Packs
 from trimode.compiler.store.cache import ContentCache, key_of
 from trimode.compiler.tensorrt.builder import EngineJob
-from trimode.compiler.tensorrt.pool import PROGRESS_STEPS, EngineTask, build_engines, default_num_workers
+from trimode.compiler.tensorrt.pool import (
+    PROGRESS_STEPS,
+    EngineTask,
+    build_engines,
+    default_num_workers,
+)
 from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import TargetRecord
@@ -28,43 +33,75 @@ from trimode.runtime.bundle.weights import PrecisionWeights
 
 
 def compile_targets(state: BuildState) -> None:
-    """Lower the graphs for each target and compile its engines; those that copy the weights wait for the pack."""
+    """Lower the graphs for each target and compile its engines; those that copy the weights wait
+    for the pack.
+    """
     write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
     is_baked = any(record.placement == "baked" for record in state.plan.records.values())
-    packs: Packs | None = {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
+    packs: Packs | None = (
+        {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
+    )
     state.num_cached = compile_engines(
-        state.plan, state.graphs, state.tensors, packs, state.folder, state.cache, state.progress, _constant_scales(state)
+        state.plan,
+        state.graphs,
+        state.tensors,
+        packs,
+        state.folder,
+        state.cache,
+        state.progress,
+        _constant_scales(state),
     )
     for record in state.plan.records.values():
         for engine in record.graphs.values():
-            if engine.file not in state.files and (state.folder / engine.file).is_file():  # portable graphs are recorded already
+            # portable graphs are recorded already
+            if engine.file not in state.files and (state.folder / engine.file).is_file():
                 state.record(engine.file)
 
 
 def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
     """The scales that become part of engines, by name: from the calibration, or from the pack."""
-    if state.plan.precision in ("fp8", "int8") and any(record.backend == "tensorrt_rtx" for record in state.plan.records.values()):
+    if state.plan.precision in ("fp8", "int8") and any(
+        record.backend == "tensorrt_rtx" for record in state.plan.records.values()
+    ):
         return _scales_of_8_bits(state)
     if state.plan.precision != "nvfp4":
         return {}
     if state.plan.quantization is not None:
-        given = {f"{layer}.input_scale": scales.input_amax for layer, scales in state.plan.quantization.layers.items()}
-        return {name: scale_of(amax, "nvfp4", "float32") for name, amax in given.items() if amax is not None}
+        given = {
+            f"{layer}.input_scale": scales.input_amax
+            for layer, scales in state.plan.quantization.layers.items()
+        }
+        return {
+            name: scale_of(amax, "nvfp4", "float32")
+            for name, amax in given.items()
+            if amax is not None
+        }
     weights = PrecisionWeights(state.packs)
-    return {name: np.array(weights.widened(name)) for name in weights.entries if name.endswith(".input_scale")}
+    return {
+        name: np.array(weights.widened(name))
+        for name in weights.entries
+        if name.endswith(".input_scale")
+    }
 
 
 def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
-    known = known_scales(state.plan.quantization, state.plan.dtype) if state.plan.quantization else None
+    known = (
+        known_scales(state.plan.quantization, state.plan.dtype) if state.plan.quantization else None
+    )
     if known is not None:
         return known
     if state.writer is not None:
-        state.writer.result()  # scales that are taken from the weights are there when these are written
+        # scales that are taken from the weights are there when these are written
+        state.writer.result()
     return read_scales(state.packs)
 
 
-def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path) -> None:
-    """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record gives."""
+def write_lowered_graphs(
+    plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path
+) -> None:
+    """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record
+    gives.
+    """
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
             for role, graph in graphs.items():
@@ -74,32 +111,48 @@ def write_lowered_graphs(plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, 
 
 
 def compile_engines(
-    plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], packs: Packs | None, folder: Path, cache: ContentCache | None,
-    progress: Progress, scales: Mapping[str, Floats] = MappingProxyType({}),
-) -> int:  # fmt: skip
-    """Compile the engines of TensorRT's targets into ``folder``, each under the name its record gives; returns how many were cached.
+    plan: BuildPlan,
+    graphs: Graphs,
+    tensors: Mapping[str, PackedTensor],
+    packs: Packs | None,
+    folder: Path,
+    cache: ContentCache | None,
+    progress: Progress,
+    scales: Mapping[str, Floats] = MappingProxyType({}),
+) -> int:
+    """Compile the engines of TensorRT's targets into ``folder``, each under the name its record
+    gives; returns how many were cached.
 
     Args:
         plan: targets and options.
         graphs: as traced.
         tensors: what lies where in the packs.
-        packs: which ``baked`` engines copy; None where no engine is baked, and one may not be written yet.
+        packs: which ``baked`` engines copy; None where no engine is baked, and one may not be
+        written yet.
         folder: of the bundle, or where its new parts are staged.
         cache: of engines; None = compile all.
         progress: told about the stage.
-        scales: by name, what becomes part of the engines, and with them of their keys in the cache: of nvfp4 the global scales of inputs, of 8 bits
-            all scales.
+        scales: by name, what becomes part of the engines, and with them of their keys in the cache:
+            of nvfp4 the global scales of inputs, of 8 bits all scales.
 
     Raises:
         BuildError: a library refuses a graph.
     """
-    records = {name: record for name, record in plan.records.items() if record.backend != "onnxruntime"}
+    records = {
+        name: record for name, record in plan.records.items() if record.backend != "onnxruntime"
+    }
     if not records:
         return 0
-    # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered once, and lies beside the engines meanwhile.
+    # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered
+    # once, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
-    lowered = {role: _write_lowered(record, role, graph, tensors, scales, folder) for role, graph in graphs.items()}
-    tasks = [_task(plan, name, role, path, packs) for name in records for role, path in lowered.items()]
+    lowered = {
+        role: _write_lowered(record, role, graph, tensors, scales, folder)
+        for role, graph in graphs.items()
+    }
+    tasks = [
+        _task(plan, name, role, path, packs) for name in records for role, path in lowered.items()
+    ]
     advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     try:
         return build_engines(tasks, cache, plan.options.num_jobs or default_num_workers(), advance)
@@ -109,7 +162,12 @@ def compile_engines(
 
 
 def _write_lowered(
-    record: TargetRecord, role: Role, graph: ir.Model, tensors: Mapping[str, PackedTensor], scales: Mapping[str, Floats], folder: Path
+    record: TargetRecord,
+    role: Role,
+    graph: ir.Model,
+    tensors: Mapping[str, PackedTensor],
+    scales: Mapping[str, Floats],
+    folder: Path,
 ) -> Path:
     lowered = lower_for(record, graph, tensors, scales)
     if record.placement == "baked":
@@ -128,11 +186,22 @@ def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | No
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
     job = EngineJob(
-        library=record.backend, graph=graph, packs=tuple(packs) if packs else (), output=output, compute_capability=record.compute_capability,
-        profiles=record.graphs[role].profiles, workspace_bytes=workspace, timing_cache=plan.options.timing_cache,
-    )  # fmt: skip
+        library=record.backend,
+        graph=graph,
+        packs=tuple(packs) if packs else (),
+        output=output,
+        compute_capability=record.compute_capability,
+        profiles=record.graphs[role].profiles,
+        workspace_bytes=workspace,
+        timing_cache=plan.options.timing_cache,
+    )
     key = key_of(
-        kind="engine", graph=sha256_of(graph), library=record.library, compute_capability=record.compute_capability,
-        profiles=[profile.model_dump() for profile in job.profiles], workspace_bytes=workspace, pack="+".join(packs.values()) if packs else None,
-    )  # fmt: skip
+        kind="engine",
+        graph=sha256_of(graph),
+        library=record.library,
+        compute_capability=record.compute_capability,
+        profiles=[profile.model_dump() for profile in job.profiles],
+        workspace_bytes=workspace,
+        pack="+".join(packs.values()) if packs else None,
+    )
     return EngineTask(target, plan.precision, key, job)

@@ -28,7 +28,9 @@ def export_sampler(state: BuildState) -> None:
 
 
 def copy_tokenizer(state: BuildState) -> None:
-    """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that takes token ids only."""
+    """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that
+    takes token ids only.
+    """
     source = state.plan.checkpoint.path
     names = [*(name for name in CONFIG_FILES if (source / name).is_file()), *text_files(source)]
     advance = state.progress.stage("copy tokenizer", len(names))
@@ -40,7 +42,8 @@ def copy_tokenizer(state: BuildState) -> None:
 
 
 def write_sampler(source: SamplerSource, path: Path, kept: ContentCache | None) -> None:
-    """Export the network, weights inside, or take it from the cache where it has been exported before.
+    """Export the network, weights inside, or take it from the cache where it has been exported
+    before.
 
     Raises:
         CheckpointError: its weights are not of the sizes that its record names.

@@ -32,7 +32,9 @@ def write_graphs(state: BuildState) -> None:
 
 @contextlib.contextmanager
 def _stand_ins(packs: list[Path], folder: Path) -> Iterator[None]:
-    """For the time of a check, files of the size of those packs that lie elsewhere: ONNX refuses links and other folders."""
+    """For the time of a check, files of the size of those packs that lie elsewhere: ONNX refuses
+    links and other folders.
+    """
     away = [pack for pack in packs if pack.parent != folder]
     for pack in away:
         with (folder / pack.name).open("wb") as stream:
@@ -65,17 +67,27 @@ def point_into_packs(model: ir.Model, tensors: Mapping[str, PackedTensor], folde
             continue
         packed = tensors.get(name)
         if packed is None or not _is_as_declared(packed, value):
-            raise BuildError(f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape} in the weight pack, found {packed}",
-                             "this is an inconsistency of the compiler; please report it with the checkpoint's config.json")  # fmt: skip
+            raise BuildError(
+                f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape} in the weight pack, found {packed}",
+                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+            )
         assert value.dtype is not None
         assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            packed.file, packed.offset, packed.num_bytes, value.dtype, shape=value.shape, name=name, base_dir=folder
+            packed.file,
+            packed.offset,
+            packed.num_bytes,
+            value.dtype,
+            shape=value.shape,
+            name=name,
+            base_dir=folder,
         )
 
 
 def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
-    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape, and float4e2m1."""
+    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape, and
+    float4e2m1.
+    """
     shape = tuple(value.shape.numpy()) if value.shape is not None else None
     if packed.dtype in PACKED_DTYPES and value.dtype == ir.DataType.UINT8:
         return shape is not None and math.prod(shape) == packed.num_bytes
@@ -83,9 +95,13 @@ def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
 
 
 def check_graph(path: Path) -> None:
-    """Run the ONNX checker (operators, attributes, external data) and shape inference on a saved graph."""
+    """Run the ONNX checker (operators, attributes, external data) and shape inference on a saved
+    graph.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
-        raise BuildError(f"{path.name}: expected a valid ONNX graph, found: {str(error).splitlines()[0]}",
-                         "this is an inconsistency of the compiler; please report it with the checkpoint's config.json") from error  # fmt: skip
+        raise BuildError(
+            f"{path.name}: expected a valid ONNX graph, found: {str(error).splitlines()[0]}",
+            "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+        ) from error

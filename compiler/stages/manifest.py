@@ -26,7 +26,11 @@ def describe_bundle(state: BuildState) -> None:
             name=name_of(checkpoint.path),
             sha256=state.source.hexdigest(),
             stamp=stamp_of(checkpoint),
-            num_parameters=sum(tensor.num_elements for name, tensor in state.tensors.items() if name in checkpoint.tensors),
+            num_parameters=sum(
+                tensor.num_elements
+                for name, tensor in state.tensors.items()
+                if name in checkpoint.tensors
+            ),
         ),
         dtype=plan.dtype,
         contracts={role: graph_contract(role, plan.model) for role in plan.roles},
@@ -43,9 +47,17 @@ def describe_additions(state: BuildState) -> None:
     precision = state.plan.precision
     rest = drop_targets(state.base, precision, list(state.plan.targets))
     there = rest.precisions.get(precision)
-    record = there.model_copy(update={"targets": {**there.targets, **state.plan.records}}) if there else _describe_precision(state)
+    record = (
+        there.model_copy(update={"targets": {**there.targets, **state.plan.records}})
+        if there
+        else _describe_precision(state)
+    )
     sampler = state.plan.sampler.describe() if state.plan.sampler else rest.sampler
-    update = {"precisions": {**rest.precisions, precision: record}, "files": {**rest.files, **state.files}, "sampler": sampler}
+    update = {
+        "precisions": {**rest.precisions, precision: record},
+        "files": {**rest.files, **state.files},
+        "sampler": sampler,
+    }
     state.manifest = rest.model_copy(update=update)
 
 

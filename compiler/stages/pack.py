@@ -7,9 +7,13 @@ from trimode.compiler.stages.state import BuildState
 
 
 def start_weights(state: BuildState) -> None:
-    """Begin to copy the checkpoint into one pack: it waits for the disk while the next stages keep the processor busy."""
+    """Begin to copy the checkpoint into one pack: it waits for the disk while the next stages keep
+    the processor busy.
+    """
     assert state.layout is not None
-    state.writer = PackWriter(state.layout, state.packs[0], state.progress.stage("write weights", state.layout.num_bytes))
+    state.writer = PackWriter(
+        state.layout, state.packs[0], state.progress.stage("write weights", state.layout.num_bytes)
+    )
 
 
 def finish_weights(state: BuildState) -> None:

@@ -28,10 +28,12 @@ class BuildState:
 
     Attributes:
         folder: where files are written; it becomes the bundle, or part of it.
-        packs: paths of the precision's weight packs, its own first; outside ``folder`` where the bundle has them already.
+        packs: paths of the precision's weight packs, its own first; outside ``folder`` where the
+        bundle has them already.
         tensors: what lies where in them.
         layout: of the pack that is written; None where the precision is there already.
-        source: digest of the checkpoint, complete when the pack is written; None where the bundle exists already, which was compared with it.
+        source: digest of the checkpoint, complete when the pack is written; None where the bundle
+        exists already, which was compared with it.
         base: manifest of the bundle that exists already.
     """
 
@@ -53,7 +55,9 @@ class BuildState:
     def record(self, name: str, sha256: str | None = None) -> None:
         """Enter a written file into the manifest's list."""
         path = self.folder / name
-        self.files[name] = FileRecord(sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size)
+        self.files[name] = FileRecord(
+            sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size
+        )
 
     def pack_sha256(self, path: Path) -> str:
         """Digest of a weight pack, once it is written."""
@@ -63,7 +67,9 @@ class BuildState:
         return self.writer.result()
 
     def check_weights(self) -> None:
-        """Raise what writing the pack raised, or that calibration or sampler are of another checkpoint, as soon as it is known."""
+        """Raise what writing the pack raised, or that calibration or sampler are of another
+        checkpoint, as soon as it is known.
+        """
         if self.writer is None or not self.writer.check() or self.source is None:
             return
         if self.plan.quantization is not None:

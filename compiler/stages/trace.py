@@ -10,5 +10,7 @@ def trace_graphs(state: BuildState) -> None:
     """One graph per role, under fake tensors."""
     advance = state.progress.stage("trace graphs", len(state.plan.roles))
     for role in state.plan.roles:
-        state.graphs[role] = traced_graph(role, state.plan.checkpoint, state.plan.model, state.cache)
+        state.graphs[role] = traced_graph(
+            role, state.plan.checkpoint, state.plan.model, state.cache
+        )
         advance(1)

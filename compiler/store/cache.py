@@ -1,12 +1,12 @@
 """A content-addressed cache of what is slow to make: traced graphs and engines.
 
-An entry's name is the digest of everything that it depends on, so an entry is right or absent, never
-stale. Entries appear by renaming, carry a digest of their bytes that is checked on every use, and are
-made under a lock: two builds that need the same one make it once.
+An entry's name is the digest of everything that it depends on, so an entry is right or absent,
+never stale. Entries appear by renaming, carry a digest of their bytes that is checked on every use,
+and are made under a lock: two builds that need the same one make it once.
 
-The cache is a help, never a need. Where it cannot be read or written, one warning says so and the work
-goes on without. What is made is made where it is wanted and copied into the cache afterwards, so that an
-error of making it is never taken for one of the cache.
+The cache is a help, never a need. Where it cannot be read or written, one warning says so and the
+work goes on without. What is made is made where it is wanted and copied into the cache afterwards,
+so that an error of making it is never taken for one of the cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class ContentCache:
         self._has_warned = False
 
     def fetch(self, key: str, destination: Path, make: Callable[[Path], None]) -> bool:
-        """Copy the entry ``key`` to ``destination``; where there is none, ``make(destination)`` writes it first.
+        """Copy the entry ``key`` to ``destination``; where there is none, ``make(destination)``
+        writes it first.
 
         Returns whether it was there. What ``make`` raises goes through, as does what writing
         ``destination`` raises, and leaves neither an entry nor a file.
@@ -66,14 +67,20 @@ class ContentCache:
             return False
 
     def warn(self, error: OSError, place: Path | None = None) -> None:
-        """Say, once, that the cache is of no use; ``place`` is what could not be read or written, if the error does not tell."""
+        """Say, once, that the cache is of no use; ``place`` is what could not be read or written,
+        if the error does not tell.
+        """
         if not self._has_warned:
             self._has_warned = True
             reason = what_is_wrong(error, place or self.folder)
-            logger.warning("the cache %s cannot be used, the work goes on without it: %s", self.folder, reason)
+            logger.warning(
+                "the cache %s cannot be used, the work goes on without it: %s", self.folder, reason
+            )
 
     def prune(self) -> int:
-        """Delete the entries unused for longest until the rest fits the limit; returns how many. Entries in use stay."""
+        """Delete the entries unused for longest until the rest fits the limit; returns how many.
+        Entries in use stay.
+        """
         try:
             deleted, error = self._delete_oldest(self.limit_bytes)
         except OSError as unreadable:
@@ -144,7 +151,8 @@ class ContentCache:
         """Copy what was made into the cache, if that is possible."""
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in entry.parent.glob(f"{entry.name}.*partial"):  # of a process that was killed: nobody else has the lock
+            # of a process that was killed: nobody else has the lock
+            for leftover in entry.parent.glob(f"{entry.name}.*partial"):
                 _remove(leftover)
             _put(entry, made)
         except OSError as error:
@@ -185,7 +193,9 @@ class ContentCache:
             yield is_usable
 
     def _lock_of(self, key: str, timeout: float = -1) -> FileLock:
-        """Locks are shared by keys with the same first two digits and never deleted: a deleted lock can be held twice."""
+        """Locks are shared by keys with the same first two digits and never deleted: a deleted lock
+        can be held twice.
+        """
         folder = self.folder / key[:2]
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / "lock", timeout=timeout)

@@ -28,11 +28,15 @@ MODULES = (
 def tracing_fingerprint() -> str:
     """Digest of the code that traces and of the libraries' versions; computed once a process."""
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
-    return digest_of((root for name in MODULES for root in roots_of(name)), versions | {"trimode": trimode.__version__})
+    return digest_of(
+        (root for name in MODULES for root in roots_of(name)),
+        versions | {"trimode": trimode.__version__},
+    )
 
 
 def digest_of(roots: Iterable[Path], versions: dict[str, str]) -> str:
-    """Digest of names and contents of files, those in folders at any depth included, and of versions.
+    """Digest of names and contents of files, those in folders at any depth included, and of
+    versions.
 
     Args:
         roots: files, or folders; what Python itself compiles into them does not count.

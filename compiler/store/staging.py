@@ -1,4 +1,6 @@
-"""Where a bundle may be written: never over something else, never by two builds at once, never half."""
+"""Where a bundle may be written: never over something else, never by two builds at once, never
+half.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from filelock import FileLock, Timeout
 
 from trimode.errors import BuildError, UsageError
 from trimode.formats.disk import NO_LOCKS, disk_errors, mount_of
-from trimode.formats.files import check_apart, check_replaceable, made_parents, recover, staged_replacement
+from trimode.formats.files import (
+    check_apart,
+    check_replaceable,
+    made_parents,
+    recover,
+    staged_replacement,
+)
 from trimode.formats.manifest import MANIFEST, Manifest
 from trimode.formats.places import PARTIAL, companion, nearest_folder, resolved
 from trimode.formats.texts import is_whole_text, whole_text
@@ -24,10 +32,12 @@ logger = logging.getLogger("trimode.compiler")
 
 @contextlib.contextmanager
 def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``output`` when the block ends well and vanishes when it does not.
+    """Yield an empty folder that becomes ``output`` when the block ends well and vanishes when it
+    does not.
 
     Raises:
-        UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never replaced.
+        UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never
+        replaced.
         BuildError: another build is writing the same output, or the disk is full or not writable.
     """
     output = resolved(output)
@@ -41,21 +51,31 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def added_to_bundle(output: Path, base: Manifest, rest: Manifest, folders: list[str]) -> Iterator[Path]:
-    """Yield an empty folder whose files become part of the bundle when the block ends well, the manifest last.
+def added_to_bundle(
+    output: Path, base: Manifest, rest: Manifest, folders: list[str]
+) -> Iterator[Path]:
+    """Yield an empty folder whose files become part of the bundle when the block ends well, the
+    manifest last.
 
-    ``base`` is the bundle's manifest as the build was planned on it. ``folders`` are those of the targets that are added: they take the place
-    of what is there. ``rest`` describes the bundle without these targets: it holds while their files are being replaced, so that a bundle
-    which is interrupted there lacks them and has nothing half. Other files than theirs must be new to the bundle.
+    ``base`` is the bundle's manifest as the build was planned on it. ``folders`` are those of the
+    targets that are added: they take the place of what is there. ``rest`` describes the bundle
+    without these targets: it holds while their files are being replaced, so that a bundle which is
+    interrupted there lacks them and has nothing half. Other files than theirs must be new to the
+    bundle.
 
     Raises:
-        BuildError: another build is writing the same bundle or has changed it since, or the disk is full or not writable.
+        BuildError: another build is writing the same bundle or has changed it since, or the disk is
+            full or not writable.
     """
     output = resolved(output)
     with disk_errors(output), _lock(output):
         recover(output, MANIFEST)
-        if read_manifest(output) != base:  # planned before the lock was taken: writing now would undo what was added since
-            raise BuildError(f"{output}: expected the bundle as it was read, found that another build has changed it", "run the build again")
+        # planned before the lock was taken: writing now would undo what was added since
+        if read_manifest(output) != base:
+            raise BuildError(
+                f"{output}: expected the bundle as it was read, found that another build has changed it",
+                "run the build again",
+            )
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output))
         try:
             yield staged
@@ -97,7 +117,9 @@ def check_space(output: Path, num_bytes: int) -> None:
 def _check_free(output: Path, *, force: bool) -> None:
     check_destination(output)
     if (output / MANIFEST).is_file() and not force:
-        raise UsageError(f"{output}: expected a new folder, found a bundle", "pass --force to replace it")
+        raise UsageError(
+            f"{output}: expected a new folder, found a bundle", "pass --force to replace it"
+        )
 
 
 def _publish(staged: Path, output: Path, rest: Manifest, folders: list[str]) -> None:
@@ -110,7 +132,8 @@ def _publish(staged: Path, output: Path, rest: Manifest, folders: list[str]) -> 
         if new.exists():  # a target that runs the portable graphs has no files of its own
             old.parent.mkdir(exist_ok=True)
             shutil.move(new, old)
-    for file in staged.iterdir():  # of a precision that is added: nothing knows them before the manifest does
+    # of a precision that is added: nothing knows them before the manifest does
+    for file in staged.iterdir():
         if file.is_file() and file.name != MANIFEST:
             _move_over(file, output / file.name)
     _replace_manifest(output, (staged / MANIFEST).read_text(encoding="utf-8"))
@@ -142,7 +165,9 @@ def _lock(output: Path) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s: this file system has no locks; see to it that no other build writes there", output)
+        logger.warning(
+            "%s: this file system has no locks; see to it that no other build writes there", output
+        )
     try:
         yield
     finally:

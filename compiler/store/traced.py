@@ -1,4 +1,6 @@
-"""Traced graphs by way of the cache: tracing takes seconds a graph and needs PyTorch, reading one takes neither."""
+"""Traced graphs by way of the cache: tracing takes seconds a graph and needs PyTorch, reading one
+takes neither.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,22 @@ from trimode.formats.contract import ModelInfo, Role, cache_specs, graph_contrac
 from trimode.graphs.checkpoint import Checkpoint
 
 
-def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None) -> ir.Model:
-    """The graph of a role, as :func:`trimode.graphs.decoder.trace.trace_role` makes it; from the cache where it has been made before."""
+def traced_graph(
+    role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
+) -> ir.Model:
+    """The graph of a role, as :func:`trimode.graphs.decoder.trace.trace_role` makes it; from the
+    cache where it has been made before.
+    """
     if kept is None:
         return _trace(role, checkpoint, model)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "traced.onnx"
-            kept.fetch(key_of_trace(role, checkpoint, model), path, lambda entry: _write(_trace(role, checkpoint, model), entry))
+            kept.fetch(
+                key_of_trace(role, checkpoint, model),
+                path,
+                lambda entry: _write(_trace(role, checkpoint, model), entry),
+            )
             return _read(path, role, model)
     except OSError as error:  # of the folder for temporary files: tracing reads and writes none
         kept.warn(error, Path(os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
@@ -32,7 +42,8 @@ def traced_graph(role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: Con
 
 def key_of_trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> str:
     """Digest of everything that a traced graph depends on; weights are not among it."""
-    drafter = checkpoint.drafter if role == "draft" else None  # as trace_role: the others have no branch
+    # as trace_role: the others have no branch
+    drafter = checkpoint.drafter if role == "draft" else None
     return key_of(
         kind="traced graph",
         role=role,
@@ -50,7 +61,9 @@ def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
 
 
 def _write(graph: ir.Model, path: Path) -> None:
-    """Weights have no data, which ONNX cannot say of an initializer: they are stored as inputs behind the contract's."""
+    """Weights have no data, which ONNX cannot say of an initializer: they are stored as inputs
+    behind the contract's.
+    """
     path.write_bytes(to_bytes(lower(graph, WeightsToInputs())))
 
 

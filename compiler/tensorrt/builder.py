@@ -1,7 +1,8 @@
-"""One builder for TensorRT and TensorRT-RTX: both have the same Python interface, so the library is an argument.
+"""One builder for TensorRT and TensorRT-RTX: both have the same Python interface, so the library is
+an argument.
 
-TensorRT-RTX compiles ahead of time for a *named* compute capability and needs no GPU; TensorRT compiles for the GPU it finds.
-Networks are strongly typed: every type is the graph's own.
+TensorRT-RTX compiles ahead of time for a *named* compute capability and needs no GPU; TensorRT
+compiles for the GPU it finds. Networks are strongly typed: every type is the graph's own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ class EngineJob(BaseModel):
     Attributes:
         library: the module that compiles.
         graph: lowered ONNX file.
-        packs: of the precision, its own first, where the graph keeps its weights as initializers; else none.
+        packs: of the precision, its own first, where the graph keeps its weights as initializers;
+        else none.
         output: engine file to write.
         compute_capability: of the GPU, as ``8.9``.
         profiles: one optimization profile each, in this order.
         workspace_bytes: most scratch memory on the GPU; None = the library's choice.
-        timing_cache: file read before and written after, where the library has timing caches (TensorRT has, TensorRT-RTX has not).
+        timing_cache: file read before and written after, where the library has timing caches
+            (TensorRT has, TensorRT-RTX has not).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +70,8 @@ def build_engine(job: EngineJob, on_progress: Callable[[float], bool]) -> None:
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
-    weights = PrecisionWeights(job.packs) if job.packs else None  # must outlive the build: the parser keeps its addresses
+    # must outlive the build: the parser keeps its addresses
+    weights = PrecisionWeights(job.packs) if job.packs else None
     _parse(trt, network, logger, job.graph, weights)
     config = builder.create_builder_config()
     config.progress_monitor = monitor = _make_monitor(trt, on_progress)
@@ -91,7 +95,9 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(trt: Any, network: Any, logger: Any, graph: Path, weights: PrecisionWeights | None) -> None:
+def _parse(
+    trt: Any, network: Any, logger: Any, graph: Path, weights: PrecisionWeights | None
+) -> None:
     parser = trt.OnnxParser(network, logger)
     if weights is None:
         parsed = parser.parse(graph.read_bytes())
@@ -99,21 +105,29 @@ def _parse(trt: Any, network: Any, logger: Any, graph: Path, weights: PrecisionW
         parser.load_model_proto(graph.read_bytes())
         for name in weights.entries:
             data = weights.raw(name)
-            parser.load_initializer(name, data.ctypes.data, data.nbytes)  # False for what this graph does not use
+            # False for what this graph does not use
+            parser.load_initializer(name, data.ctypes.data, data.nbytes)
         parsed = parser.parse_model_proto()
     if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise EngineRefusedError([f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors] or logger.errors)
+        raise EngineRefusedError(
+            [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors] or logger.errors
+        )
 
 
 def _make_profile(builder: Any, network: Any, record: ProfileRecord) -> Any:
-    """Dimension 0 of a dynamic input is the batch, any other the rows; everything else is static."""
+    """Dimension 0 of a dynamic input is the batch, any other the rows; everything else is
+    static.
+    """
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         shape = tuple(tensor.shape)
         if -1 in shape:
             sizes = [
-                tuple((batch if axis == 0 else rows) if size == -1 else size for axis, size in enumerate(shape))
+                tuple(
+                    (batch if axis == 0 else rows) if size == -1 else size
+                    for axis, size in enumerate(shape)
+                )
                 for batch, rows in zip(record.batch, record.rows, strict=True)
             ]
             profile.set_shape(tensor.name, *sizes)
@@ -121,12 +135,16 @@ def _make_profile(builder: Any, network: Any, record: ProfileRecord) -> Any:
 
 
 def _choose_gpu(trt: Any, config: Any, compute_capability: str) -> None:
-    """TensorRT-RTX is told the GPU; TensorRT takes the one it finds, and the caller has checked that it is the right one."""
+    """TensorRT-RTX is told the GPU; TensorRT takes the one it finds, and the caller has checked
+    that it is the right one.
+    """
     if hasattr(config, "num_compute_capabilities"):
         config.num_compute_capabilities = 1
         name = f"SM{compute_capability.replace('.', '')}"
         if not hasattr(trt.ComputeCapability, name):
-            raise EngineRefusedError([f"{trt.__name__} {trt.__version__} does not compile for {name}"])
+            raise EngineRefusedError(
+                [f"{trt.__name__} {trt.__version__} does not compile for {name}"]
+            )
         config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
@@ -152,7 +170,9 @@ def _make_monitor(trt: Any, on_progress: Callable[[float], bool]) -> Any:
 
 
 class PhaseTree:
-    """Nested phases with steps; a phase inside another counts as part of the step that the outer one is at."""
+    """Nested phases with steps; a phase inside another counts as part of the step that the outer
+    one is at.
+    """
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str | None, int, int]] = {}
@@ -188,6 +208,8 @@ def _load_timing_cache(config: Any, job: EngineJob) -> Any:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        cache = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.is_file() else b"")
+        cache = config.create_timing_cache(
+            job.timing_cache.read_bytes() if job.timing_cache.is_file() else b""
+        )
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache

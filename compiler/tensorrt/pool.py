@@ -1,4 +1,6 @@
-"""Compiles the engines of a build: each in a process of its own, several at a time, through the cache."""
+"""Compiles the engines of a build: each in a process of its own, several at a time, through the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ class EngineTask:
         return f"{self.target.name}/{self.job.output.name}"
 
 
-def build_engines(tasks: Sequence[EngineTask], cache: ContentCache | None, num_workers: int, advance: Callable[[int], None]) -> int:
+def build_engines(
+    tasks: Sequence[EngineTask],
+    cache: ContentCache | None,
+    num_workers: int,
+    advance: Callable[[int], None],
+) -> int:
     """Compile every task's engine to ``job.output``; returns how many came from the cache.
 
     Args:
@@ -78,7 +85,9 @@ def _raise_first(done: set[Future[bool]]) -> None:
             raise error
 
 
-def _have_engine(task: EngineTask, cache: ContentCache | None, workers: _Workers, advance: Callable[[int], None]) -> bool:
+def _have_engine(
+    task: EngineTask, cache: ContentCache | None, workers: _Workers, advance: Callable[[int], None]
+) -> bool:
     sent = 0
 
     def report(fraction: float) -> None:
@@ -113,7 +122,8 @@ class _Workers:
         with self._started() as process:
             assert process.stdin is not None
             assert process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):  # it died at once; the missing answer says so
+            # it died at once; the missing answer says so
+            with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(job.model_dump_json() + "\n")
                 process.stdin.flush()
             last: dict[str, Any] = {}
@@ -131,9 +141,13 @@ class _Workers:
             if self._stopped:
                 raise BuildError("expected to build all engines, found the build stopped")
             process = subprocess.Popen(
-                [sys.executable, "-m", "trimode.compiler.tensorrt.worker"], text=True, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                [sys.executable, "-m", "trimode.compiler.tensorrt.worker"],
+                text=True,
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             self._running.add(process)
         try:
             yield process
@@ -164,15 +178,19 @@ def _end(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def _failure(task: EngineTask, last: dict[str, Any], returncode: int, *, stopped: bool) -> Exception:
+def _failure(
+    task: EngineTask, last: dict[str, Any], returncode: int, *, stopped: bool
+) -> Exception:
     if "refused" in last:
         return explain_refusal(task, last["refused"])
     if "disk" in last:
         return OSError(last["disk"]["errno"], last["disk"]["message"])
     if stopped:
         return BuildError(f"{task.name}: expected to finish, found the build stopped")
-    return BuildError(f"{task.name}: expected an engine, found that the compiling process ended with {returncode}",
-                      "check free memory (about 1 GB for each process), or pass --jobs 1")  # fmt: skip
+    return BuildError(
+        f"{task.name}: expected an engine, found that the compiling process ended with {returncode}",
+        "check free memory (about 1 GB for each process), or pass --jobs 1",
+    )
 
 
 def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
@@ -181,11 +199,21 @@ def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
     where = f"{task.target.name} ({task.target.compute_capability})"
     types = re.search(r"HW-specific datatypes: (\w+)", text)
     if types:
-        able = " or ".join(p for p in task.target.precisions if p in DENSE_PRECISIONS and p != task.precision)
-        return BuildError(f"{where}: expected types the GPU can compute in, found {types[1]} ({task.precision})", f"pass --precision {able}")
+        able = " or ".join(
+            p for p in task.target.precisions if p in DENSE_PRECISIONS and p != task.precision
+        )
+        return BuildError(
+            f"{where}: expected types the GPU can compute in, found {types[1]} ({task.precision})",
+            f"pass --precision {able}",
+        )
     if "workspace limit" in text:
         found = f"{(task.job.workspace_bytes or 0) >> 20} MiB"
-        return BuildError(f"{task.name}: expected enough workspace for at least one kernel of each layer, found {found}", "pass a larger --workspace")
+        return BuildError(
+            f"{task.name}: expected enough workspace for at least one kernel of each layer, found {found}",
+            "pass a larger --workspace",
+        )
     first = messages[0].splitlines()[0] if messages else "no message"
-    return BuildError(f"{task.name}: {task.job.library} refuses the graph: {first}",
-                      f"update {task.job.library.replace('_', '-')}, or report it with the checkpoint's config.json")  # fmt: skip
+    return BuildError(
+        f"{task.name}: {task.job.library} refuses the graph: {first}",
+        f"update {task.job.library.replace('_', '-')}, or report it with the checkpoint's config.json",
+    )

@@ -1,7 +1,8 @@
 """Optimization profiles: the sizes that a TensorRT engine is compiled for.
 
-``ar`` has one profile for decoding and one for prompt chunks; the others have one for each block length, with that number of rows fixed, so that
-kernels are chosen for it and forwards can be captured as CUDA graphs.
+``ar`` has one profile for decoding and one for prompt chunks; the others have one for each block
+length, with that number of rows fixed, so that kernels are chosen for it and forwards can be
+captured as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -13,24 +14,38 @@ from trimode.runtime.decode.sequence import PREFILL_CHUNK
 DEFAULT_BLOCK_LENGTHS = (8, 16, 32)
 
 _ONE_ROW_SLOTS = 24576
-"""TensorRT-RTX 1.7 has an attention kernel for exactly one row, which keeps 2 bytes for each slot of the cache and each element of a head
-in 48 KiB of shared memory, and refuses to compile where they do not fit (found by bisection at head sizes 64, 128 and 256, on SM75 to
-SM121). A profile that admits a second row gets the general kernel, at any capacity."""
+"""TensorRT-RTX 1.7 has an attention kernel for exactly one row, which keeps 2 bytes for each slot
+of the cache and each element of a head in 48 KiB of shared memory, and refuses to compile where
+they do not fit (found by bisection at head sizes 64, 128 and 256, on SM75 to SM121). A profile that
+admits a second row gets the general kernel, at any capacity.
+"""
 
 
 _BATCH_STEP = 64
-"""Several sequences lie one after the other in a cache tensor, and TensorRT wants each to begin at a multiple of 256 bytes."""
+"""Several sequences lie one after the other in a cache tensor, and TensorRT wants each to begin at
+a multiple of 256 bytes.
+"""
 
 
-def plan_capacity(roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int = 1) -> int:
-    """Slots of a cache that holds the longest text and, behind it, whatever the graphs write there."""
-    written = (slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths))
+def plan_capacity(
+    roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int = 1
+) -> int:
+    """Slots of a cache that holds the longest text and, behind it, whatever the graphs write
+    there.
+    """
+    written = (
+        slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths)
+    )
     capacity = model.max_length + max(model.max_block_length, *written)
     return capacity if max_batch == 1 else -(-capacity // _BATCH_STEP) * _BATCH_STEP
 
 
 def plan_profiles(
-    role: Role, model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int, capacity: int | None = None
+    role: Role,
+    model: ModelInfo,
+    block_lengths: tuple[int, ...],
+    max_batch: int,
+    capacity: int | None = None,
 ) -> tuple[ProfileRecord, ...]:
     """Profiles of one graph, in the engine's order.
 
@@ -45,8 +60,13 @@ def plan_profiles(
     if role == "ar":
         most = 1 if (capacity or model.num_positions) + model.head_dim <= _ONE_ROW_SLOTS else 2
         chunk = max(min(PREFILL_CHUNK, model.max_length), *block_lengths)
-        return (ProfileRecord(batch=batch, rows=(1, 1, most)), ProfileRecord(batch=batch, rows=(1, chunk, chunk)))
-    return tuple(ProfileRecord(batch=batch, rows=(n, n, n)) for n in _lengths(role, model, block_lengths))
+        return (
+            ProfileRecord(batch=batch, rows=(1, 1, most)),
+            ProfileRecord(batch=batch, rows=(1, chunk, chunk)),
+        )
+    return tuple(
+        ProfileRecord(batch=batch, rows=(n, n, n)) for n in _lengths(role, model, block_lengths)
+    )
 
 
 def _lengths(role: Role, model: ModelInfo, block_lengths: tuple[int, ...]) -> list[int]:

@@ -1,8 +1,9 @@
 """A process that compiles one engine: ``python -m trimode.compiler.tensorrt.worker``.
 
-The job comes as one JSON line on stdin, events go out as JSON lines on stdout: ``{"progress": 0.4}``, at the end ``{"done": true}``,
-``{"refused": [...]}`` or ``{"disk": {...}}``. A process of its own keeps the compiler's memory apart, may crash without taking the build
-with it, and can be stopped at any moment. It ends by itself when stdin closes, i.e. when its parent is gone.
+The job comes as one JSON line on stdin, events go out as JSON lines on stdout: ``{"progress":
+0.4}``, at the end ``{"done": true}``, ``{"refused": [...]}`` or ``{"disk": {...}}``. A process of
+its own keeps the compiler's memory apart, may crash without taking the build with it, and can be
+stopped at any moment. It ends by itself when stdin closes, i.e. when its parent is gone.
 """
 
 from __future__ import annotations

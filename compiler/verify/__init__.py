@@ -1,4 +1,5 @@
-"""Compares a bundle with its checkpoint: graphs and tokens of a target against the torch trunk, run eagerly in float32.
+"""Compares a bundle with its checkpoint: graphs and tokens of a target against the torch trunk, run
+eagerly in float32.
 
 - ``run``        all of it in order: ``trimode verify``
 - ``tolerance``  what may differ, by the type a target computes in

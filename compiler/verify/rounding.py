@@ -1,13 +1,17 @@
-"""Inputs on the border between two codes: what rounding them to the other side does, and what a graph rounded them to.
+"""Inputs on the border between two codes: what rounding them to the other side does, and what a
+graph rounded them to.
 
-A quantized input is the nearest code of a number that two correct computations know only up to their rounding. Where it lies on the border of
-two codes they may choose differently; that is a whole step, which moves others across their borders in the layers behind. Comparing outputs
-alone then bounds little. Two answers:
+A quantized input is the nearest code of a number that two correct computations know only up to
+their rounding. Where it lies on the border of two codes they may choose differently; that is a
+whole step, which moves others across their borders in the layers behind. Comparing outputs alone
+then bounds little. Two answers:
 
-- *Dithered*: the reference chooses at random wherever the bound of the compute type leaves the choice open. By how far that takes it from
-  itself says what a target may differ by whose codes cannot be seen.
-- *Guided*: the reference takes the codes that a graph has chosen, provided that each is one that the bound leaves open. From there on both
-  compute with the same numbers, and their outputs must agree as if nothing was quantized.
+- *Dithered*: the reference chooses at random wherever the bound of the compute type leaves the
+  choice open. By how far that takes it from itself says what a target may differ by whose codes
+  cannot be seen.
+- *Guided*: the reference takes the codes that a graph has chosen, provided that each is one that
+  the bound leaves open. From there on both compute with the same numbers, and their outputs must
+  agree as if nothing was quantized.
 """
 
 from __future__ import annotations
@@ -43,14 +47,17 @@ from trimode.runtime.sessions.base import Array, Ids
 NUM_DITHERED = 2
 """Dithered runs of the reference; the farthest counts."""
 SPREAD_FACTOR = 3
-"""What a target may differ by, over what the farthest dithered run does: the farthest of two is not the farthest there is."""
+"""What a target may differ by, over what the farthest dithered run does: the farthest of two is not
+the farthest there is.
+"""
 
 
 class Chooser(Protocol):
     """Decides which code an input becomes."""
 
     def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
-        """Codes of a type, as numbers, of ``steps``: values in units of the scale, cut to the type's range and known up to ``reach`` either side.
+        """Codes of a type, as numbers, of ``steps``: values in units of the scale, cut to the
+        type's range and known up to ``reach`` either side.
 
         ``layer`` is :func:`scales_name` of it where the codes are scales of blocks.
         """
@@ -58,7 +65,9 @@ class Chooser(Protocol):
 
 
 class GuidedQuantizer(nn.Module):
-    """An :class:`InputQuantizer` that asks a chooser where there is one; all quantizers of a trunk ask the same."""
+    """An :class:`InputQuantizer` that asks a chooser where there is one; all quantizers of a trunk
+    ask the same.
+    """
 
     def __init__(self, layer: str, quantizer: InputQuantizer, guide: Guide) -> None:
         super().__init__()
@@ -82,9 +91,19 @@ class GuidedQuantizer(nn.Module):
         """NVFP4 has codes of two kinds, the second in units of the first."""
         off = self._guide.relative * float(x.abs().max())
         reach = float(off / (LARGEST_CODE * global_scale))
-        scale = chooser.choose(scales_name(self._layer), "float8e4m3fn", steps_of_blocks(x, global_scale), reach) * global_scale
+        scale = (
+            chooser.choose(
+                scales_name(self._layer), "float8e4m3fn", steps_of_blocks(x, global_scale), reach
+            )
+            * global_scale
+        )
         steps = steps_in_blocks(blocks_of(x), scale)
-        return (chooser.choose(self._layer, "float4e2m1", steps, off / torch.clamp(scale, min=SMALLEST_NORMAL)) * scale).flatten(-2)
+        return (
+            chooser.choose(
+                self._layer, "float4e2m1", steps, off / torch.clamp(scale, min=SMALLEST_NORMAL)
+            )
+            * scale
+        ).flatten(-2)
 
 
 def scales_name(layer: str) -> str:
@@ -115,7 +134,9 @@ class Guide:
 
 
 def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
-    """Let every layer of a quantized trunk that quantizes its input ask one guide; None where no layer does."""
+    """Let every layer of a quantized trunk that quantizes its input ask one guide; None where no
+    layer does.
+    """
     guide, count = Guide(), 0
     for name, module in list(trunk.named_modules()):
         quantizer = getattr(module, "quantizer", None)
@@ -141,7 +162,13 @@ class DitheredSession(TorchSession):
         self._generator = torch.Generator(trunk.diffusion_head.weight.device).manual_seed(seed)
 
     def forward(
-        self, role: Role, cache: TorchCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0, input_length: int | None = None
+        self,
+        role: Role,
+        cache: TorchCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+        input_length: int | None = None,
     ) -> tuple[Array, ...]:
         """See :meth:`TorchSession.forward`."""
         with self._guide.asking(self, self._relative):
@@ -149,7 +176,10 @@ class DitheredSession(TorchSession):
 
     def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:  # noqa: ARG002  (Chooser's)
         """See :class:`Chooser`."""
-        farthest = torch.minimum(_spacing(steps, dtype) / 2, torch.as_tensor(reach, dtype=steps.dtype, device=steps.device))
+        farthest = torch.minimum(
+            _spacing(steps, dtype) / 2,
+            torch.as_tensor(reach, dtype=steps.dtype, device=steps.device),
+        )
         drawn = torch.rand(steps.shape, generator=self._generator, device=steps.device) * 2 - 1
         return _nearest(steps + drawn * farthest, dtype)
 
@@ -159,8 +189,8 @@ class GraphCodes:
     """Codes that a graph has chosen, for the reference to follow, and what is to be said of them.
 
     Attributes:
-        codes: by layer, ``(rows, ...)``, of one sequence; or of its last rows only, where the graph computes no others. Rows before these take
-            the nearest codes.
+        codes: by layer, ``(rows, ...)``, of one sequence; or of its last rows only, where the graph
+            computes no others. Rows before these take the nearest codes.
         num_other: codes that are not the nearest to the reference's value.
         refused: by layer, how many are out of the bound's reach.
     """
@@ -175,13 +205,21 @@ class GraphCodes:
         if layer not in self.codes:  # the graph does not quantize this input
             self.refused[layer] = self.refused.get(layer, 0) + steps.numel()
             return _nearest(steps, dtype)
-        chosen = torch.from_numpy(np.ascontiguousarray(self.codes[layer], np.float32)).to(steps.device)
+        chosen = torch.from_numpy(np.ascontiguousarray(self.codes[layer], np.float32)).to(
+            steps.device
+        )
         reach = torch.as_tensor(reach, dtype=steps.dtype, device=steps.device).expand(steps.shape)
-        shape, (steps, reach) = steps.shape, (of_rows.reshape(-1, *chosen.shape[1:]) for of_rows in (steps, reach))
+        shape, (steps, reach) = (
+            steps.shape,
+            (of_rows.reshape(-1, *chosen.shape[1:]) for of_rows in (steps, reach)),
+        )
         count = len(steps) - len(chosen)
         before, steps, reach = steps[:count], steps[count:], reach[count:]
-        # Rounding is monotone: a code between those of both ends is that of some value between them. NaN is none.
-        is_open = (chosen >= _nearest(steps - reach, dtype)) & (chosen <= _nearest(steps + reach, dtype))
+        # Rounding is monotone: a code between those of both ends is that of some value between
+        # them. NaN is none.
+        is_open = (chosen >= _nearest(steps - reach, dtype)) & (
+            chosen <= _nearest(steps + reach, dtype)
+        )
         self.num_compared += chosen.numel()
         self.num_other += int((chosen != _nearest(steps, dtype)).sum())
         if num_refused := int((~is_open).sum()):
@@ -191,9 +229,16 @@ class GraphCodes:
     def add_to(self, record: CodesRecord | None) -> CodesRecord:
         """The record of these codes and of those before."""
         before = record or CodesRecord(num_compared=0, num_other=0, refused={}, passed=True)
-        refused = {name: self.refused.get(name, 0) + before.refused.get(name, 0) for name in {**before.refused, **self.refused}}
-        return CodesRecord(num_compared=before.num_compared + self.num_compared, num_other=before.num_other + self.num_other, refused=refused,
-                           passed=not refused)  # fmt: skip
+        refused = {
+            name: self.refused.get(name, 0) + before.refused.get(name, 0)
+            for name in {**before.refused, **self.refused}
+        }
+        return CodesRecord(
+            num_compared=before.num_compared + self.num_compared,
+            num_other=before.num_other + self.num_other,
+            refused=refused,
+            passed=not refused,
+        )
 
 
 def _nearest(steps: Tensor, dtype: DType) -> Tensor:
@@ -201,7 +246,9 @@ def _nearest(steps: Tensor, dtype: DType) -> Tensor:
 
 
 def _spacing(steps: Tensor, dtype: DType) -> Tensor:
-    """Distance of neighbouring codes at each value: 1, of E2M1 0.5 to 2, of E4M3 an eighth of the power of two below it and at least 2**-9."""
+    """Distance of neighbouring codes at each value: 1, of E2M1 0.5 to 2, of E4M3 an eighth of the
+    power of two below it and at least 2**-9.
+    """
     if dtype == "int8":
         return torch.ones_like(steps)
     if dtype == "float4e2m1":

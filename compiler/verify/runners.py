@@ -1,6 +1,8 @@
-"""Polygraphy runners: one over any session of the runtime, one over the trunk that takes what a portable graph takes.
+"""Polygraphy runners: one over any session of the runtime, one over the trunk that takes what a
+portable graph takes.
 
-Their inputs and outputs are those of the tensor contract, so they stand beside Polygraphy's own runners in one comparison.
+Their inputs and outputs are those of the tensor contract, so they stand beside Polygraphy's own
+runners in one comparison.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class CachedText:
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """One graph of a session after the first ``past_length`` tokens of a text; takes the contract's inputs, batch 1.
+    """One graph of a session after the first ``past_length`` tokens of a text; takes the contract's
+    inputs, batch 1.
 
     Args:
         name: shown in reports.
@@ -81,26 +84,37 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not type
         self._text.read_to(past_length)
         start = time.perf_counter()
         scale = float(feed_dict.get("drafter_scale", np.float32(0)))
-        outputs = self._text.session.run(self._contract.role, self._text.cache, feed_dict["input_ids"], past_length, scale)
-        named = OrderedDict((spec.name, np.array(output)) for spec, output in zip(self._contract.outputs, outputs, strict=True))
+        outputs = self._text.session.run(
+            self._contract.role, self._text.cache, feed_dict["input_ids"], past_length, scale
+        )
+        named = OrderedDict(
+            (spec.name, np.array(output))
+            for spec, output in zip(self._contract.outputs, outputs, strict=True)
+        )
         self.inference_time = time.perf_counter() - start
         return named
 
 
 class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """The trunk as a portable graph: a batch of sequences of different length, the cache as inputs and outputs of fixed capacity.
+    """The trunk as a portable graph: a batch of sequences of different length, the cache as inputs
+    and outputs of fixed capacity.
 
     Args:
         name: shown in reports.
         session: the reference.
         model: sizes of the cache.
         contract: of the graph.
-        guided: guide of the trunk, the runner whose codes it follows, which has run the same inputs before, and the bound of their values,
-            relative; None where inputs are not quantized.
+        guided: guide of the trunk, the runner whose codes it follows, which has run the same inputs
+            before, and the bound of their values, relative; None where inputs are not quantized.
     """
 
     def __init__(
-        self, name: str, session: TorchSession, model: ModelInfo, contract: GraphContract, guided: tuple[Guide, CodedRunner, float] | None = None
+        self,
+        name: str,
+        session: TorchSession,
+        model: ModelInfo,
+        contract: GraphContract,
+        guided: tuple[Guide, CodedRunner, float] | None = None,
     ) -> None:
         super().__init__(name=name)
         self._guided = guided
@@ -118,27 +132,50 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         start = time.perf_counter()
         self.codes = None
         present = [feed_dict[spec.name].copy() for spec in self._pasts]
-        rows = [self._one(feed_dict, index, present) for index in range(len(feed_dict["input_ids"]))]
-        named = OrderedDict((spec.name, np.concatenate(parts)) for spec, parts in zip(self._contract.outputs, zip(*rows, strict=True), strict=True))
-        named.update((spec.name.replace("past_key_values", "present"), tensor) for spec, tensor in zip(self._pasts, present, strict=True))
+        rows = [
+            self._one(feed_dict, index, present) for index in range(len(feed_dict["input_ids"]))
+        ]
+        named = OrderedDict(
+            (spec.name, np.concatenate(parts))
+            for spec, parts in zip(self._contract.outputs, zip(*rows, strict=True), strict=True)
+        )
+        named.update(
+            (spec.name.replace("past_key_values", "present"), tensor)
+            for spec, tensor in zip(self._pasts, present, strict=True)
+        )
         self.inference_time = time.perf_counter() - start
         return named
 
-    def _one(self, feed: Mapping[str, NDArray[Any]], index: int, present: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+    def _one(
+        self, feed: Mapping[str, NDArray[Any]], index: int, present: list[NDArray[Any]]
+    ) -> tuple[NDArray[Any], ...]:
         """Run sequence ``index`` of the batch alone; its new keys and values go to ``present``."""
         past, ids = int(feed["past_length"][index]), feed["input_ids"][index : index + 1]
-        tensors = [torch.from_numpy(tensor[index : index + 1, :, :past].copy()) for tensor in present]
+        tensors = [
+            torch.from_numpy(tensor[index : index + 1, :, :past].copy()) for tensor in present
+        ]
         cache = TorchCache.of(list(zip(tensors[::2], tensors[1::2], strict=True)))
         real = int(feed["input_length"][index]) if "input_length" in feed else None
         if self._contract.role == "quadratic":
             return self._quadratic(cache, ids, past, index, present)
         with self._following(index):
-            outputs = self._session.forward(self._contract.role, cache, ids, past, float(feed.get("drafter_scale", np.float32(0))), real)
+            outputs = self._session.forward(
+                self._contract.role,
+                cache,
+                ids,
+                past,
+                float(feed.get("drafter_scale", np.float32(0))),
+                real,
+            )
         _keep(cache, present, index, past, past)
         return outputs
 
-    def _quadratic(self, cache: TorchCache, ids: Ids, past: int, index: int, present: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
-        """The outputs of ``quadratic``, by a forward over the draft and one over the masked slots of each of its tokens, in the order of the rows."""
+    def _quadratic(
+        self, cache: TorchCache, ids: Ids, past: int, index: int, present: list[NDArray[Any]]
+    ) -> tuple[NDArray[Any], ...]:
+        """The outputs of ``quadratic``, by a forward over the draft and one over the masked slots
+        of each of its tokens, in the order of the rows.
+        """
         rows = ids.shape[1]
         with self._following(index, slice(rows), _of_head(slice(rows))):
             greedy, accepted, logits = self._session.forward("verify", cache, ids, past)
@@ -147,7 +184,8 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         for token in range(rows):
             cache.replace(tokens)
             end, begin = past + token + 1, rows + token * rows
-            # Of the slots the graph's head sees those behind the last accepted token but the first, where it sees that token's own row.
+            # Of the slots the graph's head sees those behind the last accepted token but the first,
+            # where it sees that token's own row.
             heads = slice(rows + 1, 2 * rows) if token == last else slice(0)
             with self._following(index, slice(begin, begin + rows), _of_head(heads)):
                 drafted = self._session.drafts_behind(cache, end, rows)
@@ -157,13 +195,22 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         return greedy, accepted, logits, *led_by_causal(*candidates, logits[:, last])
 
     @contextlib.contextmanager
-    def _following(self, index: int, rows: slice = slice(None), other: Mapping[str, slice] | None = None) -> Iterator[None]:
-        """Let the trunk meanwhile take the codes that the graph chose for these ``rows`` of sequence ``index``; ``other`` rows in some layers."""
+    def _following(
+        self, index: int, rows: slice = slice(None), other: Mapping[str, slice] | None = None
+    ) -> Iterator[None]:
+        """Let the trunk meanwhile take the codes that the graph chose for these ``rows`` of
+        sequence ``index``; ``other`` rows in some layers.
+        """
         if self._guided is None:
             yield
             return
         guide, graph, relative = self._guided
-        chosen = GraphCodes({layer: codes[index, (other or {}).get(layer, rows)] for layer, codes in graph.codes.items()})
+        chosen = GraphCodes(
+            {
+                layer: codes[index, (other or {}).get(layer, rows)]
+                for layer, codes in graph.codes.items()
+            }
+        )
         with guide.asking(chosen, relative):
             yield
         self.codes = chosen.add_to(self.codes)
@@ -173,23 +220,33 @@ def _of_head(rows: slice) -> dict[str, slice]:
     return {HEAD: rows, scales_name(HEAD): rows}
 
 
-def _keep(cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int) -> None:
-    """Write what a cache holds from ``begin`` on into row ``index`` of fixed caches, from ``slot`` on."""
-    for tensor, new in zip(present, (part for layer in cache.layers for part in layer), strict=True):
+def _keep(
+    cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int
+) -> None:
+    """Write what a cache holds from ``begin`` on into row ``index`` of fixed caches, from ``slot``
+    on.
+    """
+    for tensor, new in zip(
+        present, (part for layer in cache.layers for part in layer), strict=True
+    ):
         tensor[index, :, slot : slot + new.shape[2] - begin] = new[0, :, begin:].numpy()
 
 
 def portable_runner(name: str, path: Path) -> Any:
-    """Polygraphy's own runner for a portable graph: in ONNX Runtime, as the file says it, without optimizations or copies of the weights."""
+    """Polygraphy's own runner for a portable graph: in ONNX Runtime, as the file says it, without
+    optimizations or copies of the weights.
+    """
     return OnnxrtRunner(lambda: _open_portable(path), name=name)
 
 
 class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output as well, and of nvfp4 what follows it.
+    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output
+    as well, and of nvfp4 what follows it.
 
     Attributes:
-        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; of nvfp4 ``(B, rows, in / 16, 16)``, and of the blocks' scales
-            ``(B, rows, in / 16, 1)``. Where a layer is multiplied twice, the rows of both products.
+        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; of nvfp4 ``(B,
+            rows, in / 16, 16)``, and of the blocks' scales ``(B, rows, in / 16, 1)``. Where a layer
+            is multiplied twice, the rows of both products.
     """
 
     def __init__(self, name: str, path: Path, contract: GraphContract, model: ModelInfo) -> None:
@@ -219,21 +276,29 @@ class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         count = len(self._outputs)
         several: dict[str, list[NDArray[Any]]] = {}
         for layer, codes in zip(self._layers.values(), results[count:], strict=True):
-            several.setdefault(layer, []).append(codes.reshape(len(feed_dict["input_ids"]), -1, *codes.shape[1:]))
+            several.setdefault(layer, []).append(
+                codes.reshape(len(feed_dict["input_ids"]), -1, *codes.shape[1:])
+            )
         self.codes = {layer: np.concatenate(parts, axis=1) for layer, parts in several.items()}
         return OrderedDict(zip(self._outputs, results[:count], strict=True))
 
 
 def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
-    """The graph with an output in float32 for each quantized input, and the layers by these outputs' names."""
+    """The graph with an output in float32 for each quantized input, and the layers by these
+    outputs' names.
+    """
     model = onnx.load(path, load_external_data=False)
     layers: dict[str, str] = {}
 
     def see(value: str, layer: str) -> None:
         name = f"codes.{len(layers)}"
         layers[name] = layer
-        model.graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        model.graph.node.append(
+            onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT)
+        )
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
 
     nodes = list(model.graph.node)
     made_by = {output: node for node in nodes for output in node.output}
@@ -251,8 +316,14 @@ def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
 
 def _multiplied(blocks: str, nodes: list[onnx.NodeProto]) -> str:
     """The numbers of four bits that a product multiplies by these scales of their blocks."""
-    (scales,) = (node.output[0] for node in nodes if node.op_type == "DequantizeLinear" and node.input[0] == blocks)
-    (codes,) = (node.input[0] for node in nodes if node.op_type == "Mul" and node.input[1] == scales)
+    (scales,) = (
+        node.output[0]
+        for node in nodes
+        if node.op_type == "DequantizeLinear" and node.input[0] == blocks
+    )
+    (codes,) = (
+        node.input[0] for node in nodes if node.op_type == "Mul" and node.input[1] == scales
+    )
     return str(codes)
 
 
@@ -261,27 +332,52 @@ def _open_portable(path: Path, graph: bytes | None = None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # it would say at every call that the cache is not updated in place
+    # it would say at every call that the cache is not updated in place
+    options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return ort.InferenceSession(path if graph is None else graph, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    return ort.InferenceSession(
+        path if graph is None else graph, options, providers=["CPUExecutionProvider"]
+    )
 
 
 def metadata(specs: Iterable[TensorSpec]) -> Any:
     """Tensor specifications as Polygraphy writes them; a dynamic dimension is -1."""
     meta = TensorMetadata()
     for spec in specs:
-        meta.add(spec.name, np.dtype(spec.dtype), tuple(-1 if isinstance(d, str) else d for d in spec.shape))
+        meta.add(
+            spec.name,
+            np.dtype(spec.dtype),
+            tuple(-1 if isinstance(d, str) else d for d in spec.shape),
+        )
     return meta
 
 
-def role_feed(role: Role, model: ModelInfo, input_ids: Ids, past_length: Ids, drafter_scale: float = 0.0, input_length: Ids | None = None) -> Feed:
-    """The contract's inputs of a role: ``input_ids (B, T)``, ``past_length (B,)``; ``input_length (B,)`` all rows if left out."""
-    feed: Feed = {"input_ids": input_ids.astype(np.int64), "past_length": past_length.astype(np.int64)}
+def role_feed(
+    role: Role,
+    model: ModelInfo,
+    input_ids: Ids,
+    past_length: Ids,
+    drafter_scale: float = 0.0,
+    input_length: Ids | None = None,
+) -> Feed:
+    """The contract's inputs of a role: ``input_ids (B, T)``, ``past_length (B,)``; ``input_length
+    (B,)`` all rows if left out.
+    """
+    feed: Feed = {
+        "input_ids": input_ids.astype(np.int64),
+        "past_length": past_length.astype(np.int64),
+    }
     if role == "ar":
-        feed["input_length"] = np.full(len(input_ids), input_ids.shape[1], np.int64) if input_length is None else input_length.astype(np.int64)
+        feed["input_length"] = (
+            np.full(len(input_ids), input_ids.shape[1], np.int64)
+            if input_length is None
+            else input_length.astype(np.int64)
+        )
     if role == "draft" and model.has_drafter:
         feed["drafter_scale"] = np.array(drafter_scale, np.float32)
     return feed

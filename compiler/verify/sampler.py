@@ -1,4 +1,6 @@
-"""The graph of a bundle's learned sampler, against the network that it was traced from in float64."""
+"""The graph of a bundle's learned sampler, against the network that it was traced from in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,18 @@ from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.decode.unmasking import Scorer
 
 TOLERANCE = 1e-4
-"""Largest error of a score. Scores lie between 0 and 1 and are compared with thresholds; those who choose them do so to two or three digits."""
+"""Largest error of a score. Scores lie between 0 and 1 and are compared with thresholds; those who
+choose them do so to two or three digits.
+"""
 STATES_PER_LENGTH = 24
 _SHARPNESS = (0.5, 2.0, 8.0)
 """Of the probabilities' logits: from slots that could be anything to slots that are certain."""
 
 
 class BlockState(NamedTuple):
-    """What a denoise forward took and returned: block ``(L,)``, its masked slots, candidates and probabilities ``(L, 5)``."""
+    """What a denoise forward took and returned: block ``(L,)``, its masked slots, candidates and
+    probabilities ``(L, 5)``.
+    """
 
     block: NDArray[np.int64]
     masked: NDArray[np.bool_]
@@ -46,15 +52,23 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
         UsageError: the bundle has none, or another.
     """
     if expected is None:
-        raise UsageError("expected --sampler with a bundle that has a learned sampler, found one without", "leave --sampler out")
+        raise UsageError(
+            "expected --sampler with a bundle that has a learned sampler, found one without",
+            "leave --sampler out",
+        )
     record = load_sampler_record(folder)
     if record.sampler_sha256 != expected.sha256:
-        raise UsageError(f"{folder}: expected the sampler that the bundle was built with, {expected.name} ({expected.sha256[:16]}…), "
-                         f"found {record.sampler_sha256[:16]}…", "pass the folder that --sampler of `trimode build` had")  # fmt: skip
+        raise UsageError(
+            f"{folder}: expected the sampler that the bundle was built with, {expected.name} ({expected.sha256[:16]}…), "
+            f"found {record.sampler_sha256[:16]}…",
+            "pass the folder that --sampler of `trimode build` had",
+        )
     return SamplerSource(folder, record)
 
 
-def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, seed: int) -> SamplerParity:
+def compare_sampler(
+    scorer: Scorer, trained: SamplerSource, model: ModelInfo, seed: int
+) -> SamplerParity:
     """Scores of random states, of every block length that the sampler was trained on and of 1.
 
     Args:
@@ -63,7 +77,10 @@ def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, se
         model: the facts of the bundle's model.
         seed: of the states.
     """
-    network, rng = load_sampler(trained.folder, trained.record).double(), np.random.default_rng(seed)
+    network, rng = (
+        load_sampler(trained.folder, trained.record).double(),
+        np.random.default_rng(seed),
+    )
     errors = [
         _error(_scores(scorer, state), _expected(network, state), state.masked)
         for length in (1, *trained.record.block_lengths)
@@ -72,7 +89,13 @@ def compare_sampler(scorer: Scorer, trained: SamplerSource, model: ModelInfo, se
     scores = np.concatenate(errors)
     largest = float(scores.max()) if np.isfinite(scores).all() else None
     passed = largest is not None and largest <= TOLERANCE
-    return SamplerParity(passed=passed, name=name_of(trained.folder), num_scores=len(scores), max_error=largest, tolerance=TOLERANCE)
+    return SamplerParity(
+        passed=passed,
+        name=name_of(trained.folder),
+        num_scores=len(scores),
+        max_error=largest,
+        tolerance=TOLERANCE,
+    )
 
 
 def _states(model: ModelInfo, length: int, rng: np.random.Generator) -> Iterator[BlockState]:
@@ -90,8 +113,15 @@ def _states(model: ModelInfo, length: int, rng: np.random.Generator) -> Iterator
 
 @torch.inference_mode()
 def _expected(network: BlockSampler, state: BlockState) -> NDArray[np.float64]:
-    arrays: Sequence[NDArray[np.generic]] = (state.block, state.masked, state.ids, state.probabilities.astype(np.float64))
-    scores: NDArray[np.float64] = network(*(torch.from_numpy(array)[None] for array in arrays))[0].numpy()
+    arrays: Sequence[NDArray[np.generic]] = (
+        state.block,
+        state.masked,
+        state.ids,
+        state.probabilities.astype(np.float64),
+    )
+    scores: NDArray[np.float64] = network(*(torch.from_numpy(array)[None] for array in arrays))[
+        0
+    ].numpy()
     return scores
 
 
@@ -102,7 +132,9 @@ def _scores(scorer: Scorer, state: BlockState) -> NDArray[np.float32]:
         return np.full(len(state.block), np.nan, np.float32)
 
 
-def _error(found: NDArray[np.float32], expected: NDArray[np.float64], masked: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _error(
+    found: NDArray[np.float32], expected: NDArray[np.float64], masked: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """Of masked slots: scores of others mean nothing."""
     if found.shape != expected.shape:
         return np.full(1, np.inf)

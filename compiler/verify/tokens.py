@@ -1,7 +1,9 @@
-"""Each mode's tokens: the same algorithms over the target's session and over the torch trunk, and the target's modes against each other.
+"""Each mode's tokens: the same algorithms over the target's session and over the torch trunk, and
+the target's modes against each other.
 
-In float32 tokens must be equal. In 16-bit types two runs may part, and what follows then has nothing to do with each other; so only the first
-divergence is judged, by how much the reference prefers its own choice there.
+In float32 tokens must be equal. In 16-bit types two runs may part, and what follows then has
+nothing to do with each other; so only the first divergence is judged, by how much the reference
+prefers its own choice there.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class Denoised:
-    """One denoise forward: its input and the best candidates of every slot, ``(L,)`` and ``(L, 5)``."""
+    """One denoise forward: its input and the best candidates of every slot, ``(L,)`` and ``(L,
+    5)``.
+    """
 
     past_length: int
     block: Ids
@@ -54,7 +58,8 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Run:
-    """A generation: tokens, forward passes, and the denoise forwards in order (kept for diffusion only).
+    """A generation: tokens, forward passes, and the denoise forwards in order (kept for diffusion
+    only).
 
     ``is_whole`` is False where a graph returned what is no number; the tokens are those before it.
     """
@@ -72,7 +77,14 @@ class Witness(SessionView):
         super().__init__(session)
         self.denoised: list[Denoised] = []
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         outputs = super().run(role, cache, input_ids, past_length, drafter_scale)
         if role == "draft":
@@ -82,10 +94,17 @@ class Witness(SessionView):
 
 
 def compare_tokens(
-    reference: TorchSession, target: Session, model: ModelInfo, prompts: Sequence[TokenPrompt], max_new_tokens: int, tolerance: Tolerance,
-    dithered: Sequence[TorchSession] = (), roles: Sequence[Role] = ROLES,
-) -> Iterator[TokenParity]:  # fmt: skip
-    """Every mode on every prompt against the reference, and self-speculation against the target's own ar.
+    reference: TorchSession,
+    target: Session,
+    model: ModelInfo,
+    prompts: Sequence[TokenPrompt],
+    max_new_tokens: int,
+    tolerance: Tolerance,
+    dithered: Sequence[TorchSession] = (),
+    roles: Sequence[Role] = ROLES,
+) -> Iterator[TokenParity]:
+    """Every mode on every prompt against the reference, and self-speculation against the target's
+    own ar.
 
     Args:
         reference: the trunk.
@@ -94,7 +113,8 @@ def compare_tokens(
         prompts: what to continue.
         max_new_tokens: of each generation.
         tolerance: of the target.
-        dithered: the trunk as it rounds inputs at random within the bound; where there are any, tokens may part at near-ties.
+        dithered: the trunk as it rounds inputs at random within the bound; where there are any,
+        tokens may part at near-ties.
         roles: graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
@@ -102,7 +122,13 @@ def compare_tokens(
         own_ar: Run | None = None
         for mode, use_drafter in _ways(model, roles):
             block_length = default_block_length(mode, model)
-            options = DecodeOptions(max_new_tokens, block_length, DEFAULT_THRESHOLDS[mode], use_drafter is not False, prompt.eos_token_ids)
+            options = DecodeOptions(
+                max_new_tokens,
+                block_length,
+                DEFAULT_THRESHOLDS[mode],
+                use_drafter is not False,
+                prompt.eos_token_ids,
+            )
             expected = _generate(reference, model, prompt, mode, options)
             found = _generate(target, model, prompt, mode, options)
             yield _record(judge, number, mode, use_drafter, "reference", expected, found)
@@ -114,7 +140,9 @@ def compare_tokens(
 
 
 class Verdict(NamedTuple):
-    """By how much the reference prefers its own choice where two runs part, and what that may be."""
+    """By how much the reference prefers its own choice where two runs part, and what that may
+    be.
+    """
 
     preference: float | None
     tolerance: float
@@ -133,14 +161,24 @@ class Judge:
         model: the bundle's model.
         prompt: token ids.
         tolerance: of the target.
-        dithered: the trunk as it rounds inputs at random; how far that takes it from the reference, times
-            :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
+        dithered: the trunk as it rounds inputs at random; how far that takes it from the reference,
+            times :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
     """
 
     def __init__(
-        self, reference: TorchSession, model: ModelInfo, prompt: list[int], tolerance: Tolerance, dithered: Sequence[TorchSession] = ()
+        self,
+        reference: TorchSession,
+        model: ModelInfo,
+        prompt: list[int],
+        tolerance: Tolerance,
+        dithered: Sequence[TorchSession] = (),
     ) -> None:
-        self._reference, self._model, self.prompt, self.tolerance = reference, model, prompt, tolerance
+        self._reference, self._model, self.prompt, self.tolerance = (
+            reference,
+            model,
+            prompt,
+            tolerance,
+        )
         self._dithered = dithered
         self.block_length = model.block_size
 
@@ -150,28 +188,45 @@ class Judge:
         return self.tolerance.must_equal and not self._dithered
 
     def causal(self, before: list[int], choices: Sequence[int]) -> Verdict:
-        """Of two next tokens after the prompt and ``before``, the one that the reference likes less."""
+        """Of two next tokens after the prompt and ``before``, the one that the reference likes
+        less.
+        """
         logits = self._next_logits(self._reference, before)
-        spread = SPREAD_FACTOR * largest([np.abs(self._next_logits(other, before) - logits).max() for other in self._dithered])
-        return Verdict(float(logits.max() - logits[list(choices)].min()), self.tolerance.near_tie(float(np.abs(logits).max())) + 2 * spread)
+        spread = SPREAD_FACTOR * largest(
+            [np.abs(self._next_logits(other, before) - logits).max() for other in self._dithered]
+        )
+        return Verdict(
+            float(logits.max() - logits[list(choices)].min()),
+            self.tolerance.near_tie(float(np.abs(logits).max())) + 2 * spread,
+        )
 
     def denoised(self, expected: Run, found: Run, start: int) -> Verdict:
-        """The last denoise forward that both runs gave the same block, the one that begins at token ``start``: its probabilities on both sides.
+        """The last denoise forward that both runs gave the same block, the one that begins at token
+        ``start``: its probabilities on both sides.
 
-        A slot is filled by comparing probabilities with each other and with the threshold. Where they agree within the bound, so do the
-        decisions, but for near-ties.
+        A slot is filled by comparing probabilities with each other and with the threshold. Where
+        they agree within the bound, so do the decisions, but for near-ties.
         """
         before = expected.token_ids[:start]
-        bound = 2 * self.tolerance.probabilities(float(np.abs(self._next_logits(self._reference, before)).max()))
+        bound = 2 * self.tolerance.probabilities(
+            float(np.abs(self._next_logits(self._reference, before)).max())
+        )
         last: tuple[Denoised, Denoised] | None = None
-        for pair in zip(*(_of_block(run, len(self.prompt) + start) for run in (expected, found)), strict=False):
+        for pair in zip(
+            *(_of_block(run, len(self.prompt) + start) for run in (expected, found)), strict=False
+        ):
             if not pair[0].has_input_of(pair[1]):
                 break
             last = pair
         if last is None:
             return Verdict(None, bound)
         spread = SPREAD_FACTOR * largest(
-            [_largest_gap(last[0], self._denoise(other, before, last[0]), self._model.mask_token_id) for other in self._dithered]
+            [
+                _largest_gap(
+                    last[0], self._denoise(other, before, last[0]), self._model.mask_token_id
+                )
+                for other in self._dithered
+            ]
         )
         return Verdict(_largest_gap(*last, self._model.mask_token_id), bound + 2 * spread)
 
@@ -190,7 +245,13 @@ class Judge:
 
 
 def _record(
-    judge: Judge, number: int, mode: Mode, use_drafter: bool | None, against: Literal["reference", "ar"], expected: Run, found: Run
+    judge: Judge,
+    number: int,
+    mode: Mode,
+    use_drafter: bool | None,
+    against: Literal["reference", "ar"],
+    expected: Run,
+    found: Run,
 ) -> TokenParity:
     pairs = list(zip(expected.token_ids, found.token_ids, strict=False))
     length = max(len(expected.token_ids), len(found.token_ids))
@@ -205,12 +266,20 @@ def _record(
             verdict = judge.causal(expected.token_ids[:first], pairs[first])
     is_equal = first == length and is_whole
     return TokenParity(
-        mode=mode, against=against, use_drafter=use_drafter, prompt=number, prompt_length=len(judge.prompt), num_tokens=length,
-        num_equal=sum(a == b for a, b in pairs), first_divergence=None if is_equal else first,
+        mode=mode,
+        against=against,
+        use_drafter=use_drafter,
+        prompt=number,
+        prompt_length=len(judge.prompt),
+        num_tokens=length,
+        num_equal=sum(a == b for a, b in pairs),
+        first_divergence=None if is_equal else first,
         preference=None if is_equal else finite_or(None, verdict.preference),
         tolerance=None if is_equal or judge.must_equal else finite_or(0.0, verdict.tolerance),
-        nfe=found.nfe, other_nfe=expected.nfe, passed=is_equal or (not judge.must_equal and verdict.is_near_tie),
-    )  # fmt: skip
+        nfe=found.nfe,
+        other_nfe=expected.nfe,
+        passed=is_equal or (not judge.must_equal and verdict.is_near_tie),
+    )
 
 
 def _of_block(run: Run, past_length: int) -> list[Denoised]:
@@ -218,12 +287,16 @@ def _of_block(run: Run, past_length: int) -> list[Denoised]:
 
 
 def _largest_gap(expected: Denoised, found: Denoised, mask_token_id: int) -> float:
-    """Over the masked slots: how far the two best probabilities are apart, or where the best ids differ, how much less probable the other is."""
+    """Over the masked slots: how far the two best probabilities are apart, or where the best ids
+    differ, how much less probable the other is.
+    """
     gaps = [0.0]
     for slot in np.flatnonzero(expected.block == mask_token_id):
         best, other = expected.ids[slot, 0], found.ids[slot, 0]
         if best == other:
-            gaps.append(abs(float(expected.probabilities[slot, 0]) - float(found.probabilities[slot, 0])))
+            gaps.append(
+                abs(float(expected.probabilities[slot, 0]) - float(found.probabilities[slot, 0]))
+            )
         else:
             is_it = expected.ids[slot] == other
             # None of the candidates: at most as probable as the last of them.
@@ -240,12 +313,18 @@ def count_generations(model: ModelInfo, num_prompts: int, roles: Sequence[Role] 
 def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool | None]]:
     """Modes, self-speculation with and without the drafter where there is one; ar comes first."""
     yield from (("ar", None), ("diffusion", None))
-    yield from ((("linear_spec", True), ("linear_spec", False)) if model.has_drafter else (("linear_spec", None),))
+    yield from (
+        (("linear_spec", True), ("linear_spec", False))
+        if model.has_drafter
+        else (("linear_spec", None),)
+    )
     if "quadratic" in roles:
         yield "quadratic_spec", None
 
 
-def _generate(session: Session, model: ModelInfo, prompt: TokenPrompt, mode: Mode, options: DecodeOptions) -> Run:
+def _generate(
+    session: Session, model: ModelInfo, prompt: TokenPrompt, mode: Mode, options: DecodeOptions
+) -> Run:
     witness, counters = Witness(session), Counters()
     sequence = TextSequence(witness, model, prompt.token_ids)
     is_whole = True
@@ -254,4 +333,9 @@ def _generate(session: Session, model: ModelInfo, prompt: TokenPrompt, mode: Mod
             pass
     except NotFiniteError:  # the record of the graph says which, and where
         is_whole = False
-    return Run(sequence.tokens[len(prompt.token_ids) :], counters.nfe, witness.denoised if mode == "diffusion" else [], is_whole)
+    return Run(
+        sequence.tokens[len(prompt.token_ids) :],
+        counters.nfe,
+        witness.denoised if mode == "diffusion" else [],
+        is_whole,
+    )

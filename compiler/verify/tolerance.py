@@ -1,14 +1,16 @@
 """What a target may differ by, from the unit roundoff of the type it computes in.
 
-A hidden state is a sum of ``2 L + 1`` terms, the embedding and what each of L layers adds twice, and each is rounded once or a few times to
-the compute type. Such errors add up like a random walk, so relative to the largest logit
+A hidden state is a sum of ``2 L + 1`` terms, the embedding and what each of L layers adds twice,
+and each is rounded once or a few times to the compute type. Such errors add up like a random walk,
+so relative to the largest logit
 
     largest error  <=  c * u * sqrt(2 L + 1)          u: unit roundoff, half the distance from 1 to the next number
 
-With float16 and bfloat16, products accumulate in float32 and only what is stored is rounded: c = 6. In float32 the sums over thousands of
-terms round in the same type: c = 168, which makes 1e-5 of c * u. Torch's own eager forwards in these types, against float64, stay below a third
-of the bound on the demo checkpoint (6 layers) and on random ones of 26 and 34 layers (docs/reference/verify.md). The mean error may be a sixth of the
-largest.
+With float16 and bfloat16, products accumulate in float32 and only what is stored is rounded: c = 6.
+In float32 the sums over thousands of terms round in the same type: c = 168, which makes 1e-5 of c *
+u. Torch's own eager forwards in these types, against float64, stay below a third of the bound on
+the demo checkpoint (6 layers) and on random ones of 26 and 34 layers (docs/reference/verify.md).
+The mean error may be a sixth of the largest.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Tolerance:
 
     @property
     def must_equal(self) -> bool:
-        """Whether tokens must be the reference's; in 16-bit types they may part where the reference itself hardly prefers one."""
+        """Whether tokens must be the reference's; in 16-bit types they may part where the reference
+        itself hardly prefers one.
+        """
         return self.dtype == "float32"
 
     def logits(self, scale: float) -> float:
@@ -51,14 +55,16 @@ class Tolerance:
     def probabilities(self, scale: float) -> float:
         """Largest error of a probability where the largest reference logit is ``scale``.
 
-        ``dp/dz = p (1 - p) <= 1/4``, and of the thousands of logit errors the largest is rarely one of the few candidates whose
-        probability is not nearly 0: half of it is taken.
+        ``dp/dz = p (1 - p) <= 1/4``, and of the thousands of logit errors the largest is rarely one
+        of the few candidates whose probability is not nearly 0: half of it is taken.
         """
         bound = self.logits(scale) / 8
         return 1.0 if bound > 1 else bound  # not `min`, which would make 1 of NaN
 
     def near_tie(self, scale: float) -> float:
-        """By how much the reference may prefer its own token: each of two logits may be off by the bound."""
+        """By how much the reference may prefer its own token: each of two logits may be off by the
+        bound.
+        """
         return 2 * self.logits(scale)
 
 

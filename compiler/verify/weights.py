@@ -1,6 +1,8 @@
-"""The reference of a quantized precision: the checkpoint's weights, quantized by the scales that the bundle holds.
+"""The reference of a quantized precision: the checkpoint's weights, quantized by the scales that
+the bundle holds.
 
-What the bundle holds of the weights themselves is not used: it is compared with what comes out, number by number.
+What the bundle holds of the weights themselves is not used: it is compared with what comes out,
+number by number.
 """
 
 from __future__ import annotations
@@ -30,32 +32,49 @@ _RTN = "rtn"
 
 
 def load_quantized_trunk(
-    bundle: Bundle, precision: QuantizedPrecision, checkpoint: Checkpoint, digest: SourceDigest, calibration: Path | None
+    bundle: Bundle,
+    precision: QuantizedPrecision,
+    checkpoint: Checkpoint,
+    digest: SourceDigest,
+    calibration: Path | None,
 ) -> tuple[TriModeTrunk, WeightsParity, ScalesParity | None]:
-    """The trunk of a checkpoint quantized by a bundle's scales, how the bundle's weights compare with it, and the scales with their origin.
+    """The trunk of a checkpoint quantized by a bundle's scales, how the bundle's weights compare
+    with it, and the scales with their origin.
 
     Args:
         bundle: whose chosen precision is ``precision``.
         precision: of linear layers.
         checkpoint: what the bundle was built from.
         digest: of the checkpoint; has seen all of it afterwards.
-        calibration: folder of the calibration that the bundle was built by; None: only scales that are rounded to nearest are compared.
+        calibration: folder of the calibration that the bundle was built by; None: only scales that
+            are rounded to nearest are compared.
 
     Raises:
         UsageError: ``calibration`` is another one.
         BundleError: a scale is no positive number.
-        CheckpointError: the scales do not fit the checkpoint's layers, or the calibration cannot be read.
+        CheckpointError: the scales do not fit the checkpoint's layers, or the calibration cannot be
+            read.
     """
     record = bundle.chosen.calibration
     assert record is not None
     given = _read_calibration(calibration, record, precision, bundle.manifest.dtype)
     weights = bundle.weights()
     layers = stored_scales(weights)
-    trunk = load_trunk(checkpoint, bundle.manifest.model.num_positions, bundle.manifest.dtype, digest, {f"{layer}.weight" for layer in layers})
+    trunk = load_trunk(
+        checkpoint,
+        bundle.manifest.model.num_positions,
+        bundle.manifest.dtype,
+        digest,
+        {f"{layer}.weight" for layer in layers},
+    )
     if record.name == _RTN and record.scales_sha256 is None:
         given = nearest_scales(trunk, layers, precision, record.block_size, bundle.manifest.dtype)
     quantize_trunk(trunk, precision, layers)
-    return trunk, compare_weights(weights, layers, precision, trunk), None if given is None else compare_scales(layers, given, record.name)
+    return (
+        trunk,
+        compare_weights(weights, layers, precision, trunk),
+        None if given is None else compare_scales(layers, given, record.name),
+    )
 
 
 def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
@@ -76,23 +95,38 @@ def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
     layers = {}
     for name in weights.entries:
         layer, _, kind = name.rpartition(".")
-        if kind == "weight_scale":  # of nvfp4 those of the blocks, which come from the weights: the global one is what is given
+        # of nvfp4 those of the blocks, which come from the weights: the global one is what is given
+        if kind == "weight_scale":
             scale = read(f"{name}_2") if f"{name}_2" in weights.entries else read(name)
             assert scale is not None
-            layers[layer] = LinearScales(scale, read(f"{layer}.input_scale"), read(f"{layer}.pre_quant_scale"))
+            layers[layer] = LinearScales(
+                scale, read(f"{layer}.input_scale"), read(f"{layer}.pre_quant_scale")
+            )
     return layers
 
 
 def nearest_scales(
-    trunk: TriModeTrunk, layers: Mapping[str, LinearScales], precision: QuantizedPrecision, block_size: int | None, stored: DType
+    trunk: TriModeTrunk,
+    layers: Mapping[str, LinearScales],
+    precision: QuantizedPrecision,
+    block_size: int | None,
+    stored: DType,
 ) -> dict[str, LinearScales]:
     """The scales of rounding to nearest, from weights that are not quantized yet."""
     weights = {layer: trunk.get_parameter(f"{layer}.weight").numpy(force=True) for layer in layers}
-    return {layer: LinearScales(scale_of(largest_magnitudes(w, precision, block_size), precision, stored)) for layer, w in weights.items()}
+    return {
+        layer: LinearScales(
+            scale_of(largest_magnitudes(w, precision, block_size), precision, stored)
+        )
+        for layer, w in weights.items()
+    }
 
 
 def compare_weights(
-    weights: PrecisionWeights, layers: Mapping[str, LinearScales], precision: QuantizedPrecision, trunk: TriModeTrunk
+    weights: PrecisionWeights,
+    layers: Mapping[str, LinearScales],
+    precision: QuantizedPrecision,
+    trunk: TriModeTrunk,
 ) -> WeightsParity:
     """What the packs' numbers stand for against the reference's weights, bit for bit."""
     differs: dict[str, int] = {}
@@ -103,10 +137,18 @@ def compare_weights(
         num_compared += expected.size
         if num_other := int((found.view(np.int32) != expected.view(np.int32)).sum()):
             differs[layer] = num_other
-    return WeightsParity(num_layers=len(layers), num_compared=num_compared, differs=differs, passed=not differs)
+    return WeightsParity(
+        num_layers=len(layers), num_compared=num_compared, differs=differs, passed=not differs
+    )
 
 
-def _held(weights: PrecisionWeights, layer: str, scales: LinearScales, precision: QuantizedPrecision, rows: int) -> Floats:
+def _held(
+    weights: PrecisionWeights,
+    layer: str,
+    scales: LinearScales,
+    precision: QuantizedPrecision,
+    rows: int,
+) -> Floats:
     """What the packs' numbers of a layer stand for, ``(out, in)``."""
     raw = weights.raw(f"{layer}.weight").reshape(rows, -1)
     if precision == "nvfp4":
@@ -114,7 +156,9 @@ def _held(weights: PrecisionWeights, layer: str, scales: LinearScales, precision
     return dequantize(raw, scales.weight, precision)
 
 
-def compare_scales(layers: Mapping[str, LinearScales], given: Mapping[str, LinearScales], name: str) -> ScalesParity:
+def compare_scales(
+    layers: Mapping[str, LinearScales], given: Mapping[str, LinearScales], name: str
+) -> ScalesParity:
     """The packs' scales against those of the calibration, bit for bit."""
     differs = []
     for layer in sorted({*layers, *given}):
@@ -123,16 +167,24 @@ def compare_scales(layers: Mapping[str, LinearScales], given: Mapping[str, Linea
             continue
         for kind in ("weight", "input", "pre_quant"):
             found, expected = getattr(layers[layer], kind), getattr(given[layer], kind)
-            if (found is None) != (expected is None) or (found is not None and not np.array_equal(found, expected)):
+            if (found is None) != (expected is None) or (
+                found is not None and not np.array_equal(found, expected)
+            ):
                 differs.append(f"{layer}.{kind}_scale")
-    return ScalesParity(calibration=name, num_layers=len(layers), differs=tuple(differs), passed=not differs)
+    return ScalesParity(
+        calibration=name, num_layers=len(layers), differs=tuple(differs), passed=not differs
+    )
 
 
-def _read_calibration(folder: Path | None, record: CalibrationRecord, precision: QuantizedPrecision, stored: DType) -> dict[str, LinearScales] | None:
+def _read_calibration(
+    folder: Path | None, record: CalibrationRecord, precision: QuantizedPrecision, stored: DType
+) -> dict[str, LinearScales] | None:
     if folder is None:
         return None
     found, scales = load_calibration(folder)
     if found.scales_sha256 != record.scales_sha256:
-        raise UsageError(f"{folder}: expected the calibration that the bundle was built by ({record.name}), found another",
-                         "pass that one, or leave --calibration out")  # fmt: skip
+        raise UsageError(
+            f"{folder}: expected the calibration that the bundle was built by ({record.name}), found another",
+            "pass that one, or leave --calibration out",
+        )
     return linear_scales(scales, precision, stored)

@@ -1,10 +1,13 @@
 """Attention patterns. A mode of the model is nothing but one of these and what the tokens are.
 
-A pattern is called once a layer with the queries, keys and values of the new tokens, already rotated, and returns what the
-queries read: ``q (B, H, T, D)``, ``k`` and ``v`` ``(B, G, T, D)`` -> ``(B, H, T, D)``. Softmax scale is ``1 / sqrt(D)``.
+A pattern is called once a layer with the queries, keys and values of the new tokens, already
+rotated, and returns what the queries read: ``q (B, H, T, D)``, ``k`` and ``v`` ``(B, G, T, D)`` ->
+``(B, H, T, D)``. Softmax scale is ``1 / sqrt(D)``.
 
-- :class:`FixedCacheAttention` is what the exported graphs contain (standard ONNX operators, no eager meaning)
-- :class:`GrowingCacheAttention` is the plain eager reference with a cache that grows by concatenation
+- :class:`FixedCacheAttention` is what the exported graphs contain (standard ONNX operators, no
+  eager meaning)
+- :class:`GrowingCacheAttention` is the plain eager reference with a cache that grows by
+  concatenation
 - :class:`MaskedAttention` has no cache and an explicit mask: training
 """
 
@@ -28,18 +31,28 @@ class AttentionPattern(Protocol):
 
 
 class FixedCacheAttention:
-    """Scatters new keys and values into a cache of fixed capacity, then attends to what is valid. Export only.
+    """Scatters new keys and values into a cache of fixed capacity, then attends to what is valid.
+    Export only.
 
     Args:
         past_key_values: key and value per layer, alternating, each ``(B, G, C, D)``.
         past_length: ``(B,)`` int64, tokens already in the cache, per sequence.
         is_causal: causal among the new tokens, or each sees all of them.
-        mask: ``(B, 1, T, C)`` bool, True where a new token sees a slot; None = the whole pattern is what ``is_causal`` says.
+        mask: ``(B, 1, T, C)`` bool, True where a new token sees a slot; None = the whole pattern is
+            what ``is_causal`` says.
 
-    ``present`` holds the updated caches in the same order. A runtime that binds present to the memory of past updates in place.
+    ``present`` holds the updated caches in the same order. A runtime that binds present to the
+    memory of past updates in place.
     """
 
-    def __init__(self, past_key_values: list[Tensor], past_length: Tensor, *, is_causal: bool, mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        past_key_values: list[Tensor],
+        past_length: Tensor,
+        *,
+        is_causal: bool,
+        mask: Tensor | None = None,
+    ) -> None:
         self.past = past_key_values
         self.past_length = past_length
         self.is_causal = is_causal
@@ -53,19 +66,28 @@ class FixedCacheAttention:
         self.present += [key, value]
         valid_length = self.past_length + q.shape[2]
         return torch.onnx.ops.symbolic(
-            "Attention", (q, key, value, self.mask, None, None, valid_length),
-            attrs={"is_causal": int(self.is_causal)}, dtype=q.dtype, shape=q.shape, version=OPSET,
-        )  # fmt: skip
+            "Attention",
+            (q, key, value, self.mask, None, None, valid_length),
+            attrs={"is_causal": int(self.is_causal)},
+            dtype=q.dtype,
+            shape=q.shape,
+            version=OPSET,
+        )
 
     def _scatter(self, cache: Tensor, new: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
-            "TensorScatter", (cache, new, self.past_length),
-            attrs={"axis": 2, "mode": "linear"}, dtype=cache.dtype, shape=cache.shape, version=OPSET,
-        )  # fmt: skip
+            "TensorScatter",
+            (cache, new, self.past_length),
+            attrs={"axis": 2, "mode": "linear"},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=OPSET,
+        )
 
 
 class GrowingCacheAttention:
-    """Eager attention over a cache that grows by concatenation; the obvious version, for one length in the whole batch.
+    """Eager attention over a cache that grows by concatenation; the obvious version, for one length
+    in the whole batch.
 
     ``is_causal`` and ``writes_cache`` may be changed between forwards; ``crop`` rolls back.
     """
@@ -100,11 +122,15 @@ class GrowingCacheAttention:
 
 
 class MaskedAttention:
-    """No cache, an explicit boolean mask ``(T, T)`` or ``(B, 1, T, T)``, True where a query sees a key."""
+    """No cache, an explicit boolean mask ``(T, T)`` or ``(B, 1, T, T)``, True where a query sees a
+    key.
+    """
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         """Attend under the mask; see the module's docstring for shapes."""
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, enable_gqa=True
+        )

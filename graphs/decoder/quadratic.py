@@ -1,18 +1,24 @@
-"""Quadratic self-speculation: the rows of a forward that verifies a draft and drafts the next block after each of its prefixes.
+"""Quadratic self-speculation: the rows of a forward that verifies a draft and drafts the next block
+after each of its prefixes.
 
-A draft of ``k`` tokens ``d_0 .. d_{k-1}`` becomes ``k (k + 1)`` rows: its tokens, then for each of them ``k`` masked slots, which predict what
-follows if the draft is accepted up to there. Behind ``n`` cached tokens:
+A draft of ``k`` tokens ``d_0 .. d_{k-1}`` becomes ``k (k + 1)`` rows: its tokens, then for each of
+them ``k`` masked slots, which predict what follows if the draft is accepted up to there. Behind
+``n`` cached tokens:
 
-==================  ============================  ==================  ==========================================================
-row                 slot in the cache             position            sees, besides the ``n`` cached tokens
-==================  ============================  ==================  ==========================================================
-token ``r``         ``n + r``                     ``n + r``           tokens ``0 .. r``
-slot ``c`` of ``r`` ``n + k + r k + c``           ``n + r + 1 + c``   tokens ``0 .. r`` and the ``k`` slots of ``r``
-==================  ============================  ==================  ==========================================================
+==================  ============================  ==================
+========================================================== row                 slot in the cache
+position            sees, besides the ``n`` cached tokens ==================
+============================  ==================
+========================================================== token ``r``         ``n + r``
+``n + r``           tokens ``0 .. r`` slot ``c`` of ``r`` ``n + k + r k + c``           ``n + r + 1
++ c``   tokens ``0 .. r`` and the ``k`` slots of ``r`` ==================
+============================  ==================
+==========================================================
 
-So the tokens' rows are those of a causal forward, and their keys and values stay. Those of the slots lie behind them, where the next forward
-overwrites them. Source: Nemotron-Labs-Diffusion (arXiv 2607.05722); TiDAR: Think in Diffusion, Talk in Autoregression (Liu et al., arXiv
-2511.08923) has the same layout.
+So the tokens' rows are those of a causal forward, and their keys and values stay. Those of the
+slots lie behind them, where the next forward overwrites them. Source: Nemotron-Labs-Diffusion
+(arXiv 2607.05722); TiDAR: Think in Diffusion, Talk in Autoregression (Liu et al., arXiv 2511.08923)
+has the same layout.
 """
 
 from __future__ import annotations
@@ -28,29 +34,38 @@ def quadratic_tokens(draft: Tensor, mask_token_id: int) -> Tensor:
 
 
 def quadratic_positions(past_length: Tensor, rows: int) -> Tensor:
-    """Absolute positions ``(B, k (k + 1))`` behind ``past_length (B,)`` tokens, for ``rows`` = k."""
+    """Absolute positions ``(B, k (k + 1))`` behind ``past_length (B,)`` tokens, for ``rows`` =
+    k.
+    """
     token = torch.arange(rows, device=past_length.device)
     slots = (token[:, None] + token[None] + 1).reshape(-1)
     return past_length[:, None] + torch.cat((token, slots))[None]
 
 
 def quadratic_mask(past_length: Tensor, rows: int, capacity: int) -> Tensor:
-    """Which slot of the cache each row sees, ``(B, 1, k (k + 1), capacity)`` bool, once the rows' keys are in it."""
+    """Which slot of the cache each row sees, ``(B, 1, k (k + 1), capacity)`` bool, once the rows'
+    keys are in it.
+    """
     token = torch.arange(rows, device=past_length.device)
-    owner = token[:, None].expand(-1, rows).reshape(-1)  # (k k,) the token that a masked slot belongs to
+    # (k k,) the token that a masked slot belongs to
+    owner = token[:, None].expand(-1, rows).reshape(-1)
     last = torch.cat((token, owner))
-    # A masked slot also sees its own k: from begin to end, counted from past_length. A token's interval is empty.
+    # A masked slot also sees its own k: from begin to end, counted from past_length. A token's
+    # interval is empty.
     begin = torch.cat((torch.zeros_like(token), rows + owner * rows))
     end = torch.cat((torch.zeros_like(token), 2 * rows + owner * rows))
-    key = (torch.arange(capacity, device=past_length.device)[None] - past_length[:, None])[:, None]  # (B, 1, C); cached tokens are negative
+    # (B, 1, C); cached tokens are negative
+    key = (torch.arange(capacity, device=past_length.device)[None] - past_length[:, None])[:, None]
     seen = (key <= last[:, None]) | ((key >= begin[:, None]) & (key < end[:, None]))
     return seen[:, None]
 
 
 def drafted_rows(accepted_length: Tensor, rows: int) -> Tensor:
-    """Rows that predict the next draft, ``(B, k)``, where ``accepted_length (B,)`` drafts behind the first were right.
+    """Rows that predict the next draft, ``(B, k)``, where ``accepted_length (B,)`` drafts behind
+    the first were right.
 
-    The first is the last accepted token's own: its causal prediction is verified already, so it takes the place of the first slot's.
+    The first is the last accepted token's own: its causal prediction is verified already, so it
+    takes the place of the first slot's.
     """
     slot = torch.arange(rows, device=accepted_length.device)[None]
     token = accepted_length[:, None]

@@ -1,7 +1,9 @@
-"""Rotary position tables, computed the way the reference does (float32 throughout), as data for the graphs.
+"""Rotary position tables, computed the way the reference does (float32 throughout), as data for the
+graphs.
 
-YaRN changes the inverse frequencies at every position, so it lives in these tables alone and no graph knows about it.
-Sources: Su et al. 2021 (RoPE, half-split layout), Peng et al. 2023 (YaRN), Llama 4 (query scale).
+YaRN changes the inverse frequencies at every position, so it lives in these tables alone and no
+graph knows about it. Sources: Su et al. 2021 (RoPE, half-split layout), Peng et al. 2023 (YaRN),
+Llama 4 (query scale).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Float32 = NDArray[np.float32]
 
 
 class RopeTables(NamedTuple):
-    """``cos``, ``sin``: (positions, head_dim / 2) float32; ``query_scale``: (positions,) float32, or None where the model has none."""
+    """``cos``, ``sin``: (positions, head_dim / 2) float32; ``query_scale``: (positions,) float32,
+    or None where the model has none.
+    """
 
     cos: Float32
     sin: Float32
@@ -28,10 +32,13 @@ class RopeTables(NamedTuple):
 def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RopeTables:
     """Tables for positions ``0 .. num_positions - 1``."""
     positions = np.arange(num_positions, dtype=np.float32)
-    # The reference multiplies in float32 too: at position 30,000 that rounding is 1e-3 rad, so a float64 product would differ from it.
+    # The reference multiplies in float32 too: at position 30,000 that rounding is 1e-3 rad, so a
+    # float64 product would differ from it.
     angles = positions[:, None] * inverse_frequencies(rope, head_dim)[None, :]
     scale = np.float32(attention_factor(rope))
-    return RopeTables(np.cos(angles) * scale, np.sin(angles) * scale, query_scale(rope, num_positions))
+    return RopeTables(
+        np.cos(angles) * scale, np.sin(angles) * scale, query_scale(rope, num_positions)
+    )
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
@@ -50,7 +57,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Multiplier of cos and sin: given, or ``m(mscale) / m(mscale_all_dim)``, or ``m(1)``, with ``m(s) = 0.1 s ln(factor) + 1``."""
+    """Multiplier of cos and sin: given, or ``m(mscale) / m(mscale_all_dim)``, or ``m(1)``, with
+    ``m(s) = 0.1 s ln(factor) + 1``.
+    """
     if rope.rope_type == "default":
         return 1.0
     if rope.attention_factor is not None:
@@ -65,10 +74,14 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def query_scale(rope: RopeConfig, num_positions: int) -> Float32 | None:
-    """``1 + beta * ln(1 + floor(position / original))`` per position; exactly 1 below the original length."""
+    """``1 + beta * ln(1 + floor(position / original))`` per position; exactly 1 below the original
+    length.
+    """
     if rope.query_scale_beta is None:
         return None
-    laps = np.floor(np.arange(num_positions) / rope.original_max_position_embeddings).astype(np.float32)
+    laps = np.floor(np.arange(num_positions) / rope.original_max_position_embeddings).astype(
+        np.float32
+    )
     return (1 + np.float32(rope.query_scale_beta) * np.log1p(laps)).astype(np.float32)
 
 

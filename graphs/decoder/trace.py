@@ -1,6 +1,8 @@
-"""Traces a role into an ONNX graph (opset 24) under fake tensors: no weight is read and none is allocated.
+"""Traces a role into an ONNX graph (opset 24) under fake tensors: no weight is read and none is
+allocated.
 
-The result is an onnx-ir model whose initializers carry the checkpoint's tensor names and no data; the compiler says where the data lies.
+The result is an onnx-ir model whose initializers carry the checkpoint's tensor names and no data;
+the compiler says where the data lies.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 
 IR_VERSION = 11
 
-# Sizes used while tracing; each dimension is dynamic, and distinct sizes keep the exporter from taking two for one.
+# Sizes used while tracing; each dimension is dynamic, and distinct sizes keep the exporter from
+# taking two for one.
 _EXAMPLE_SIZES = {"batch": 2, "rows": 5, "capacity": 64}
-# The tracer wants to know that a slice of all rows but one is neither empty nor a single row; the graph itself runs with any number.
+# The tracer wants to know that a slice of all rows but one is neither empty nor a single row; the
+# graph itself runs with any number.
 _LEAST_SIZES = {"rows": 3}
 
 
-def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Drafter | None = None) -> ir.Model:
+def trace_role(
+    role: Role, config: ModelConfig, model: ModelInfo, drafter: Drafter | None = None
+) -> ir.Model:
     """Trace one role.
 
     Args:
@@ -42,7 +48,8 @@ def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Draft
         drafter: the adapter's shape; only the draft graph has its branch.
 
     Returns:
-        A model with inputs and outputs as in the contract and initializers that have a name, dtype and shape but no value,
+        A model with inputs and outputs as in the contract and initializers that have a name, dtype
+        and shape but no value,
         except small constants of the graph itself.
     """
     drafter = drafter if role == "draft" else None
@@ -52,9 +59,14 @@ def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Draft
     with quiet_exporter():
         exported = _export(role, config, model, drafter, contract.inputs)
         program = torch.onnx.export(
-            exported, dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
-            input_names=[spec.name for spec in inputs], output_names=[spec.name for spec in outputs],
-        )  # fmt: skip
+            exported,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+        )
         assert program is not None
         traced = program.model
         _tidy(traced, role)
@@ -64,9 +76,15 @@ def trace_role(role: Role, config: ModelConfig, model: ModelInfo, drafter: Draft
 
 
 def _export(
-    role: Role, config: ModelConfig, model: ModelInfo, drafter: Drafter | None, inputs: tuple[TensorSpec, ...]
+    role: Role,
+    config: ModelConfig,
+    model: ModelInfo,
+    drafter: Drafter | None,
+    inputs: tuple[TensorSpec, ...],
 ) -> torch.export.ExportedProgram:
-    """torch.export of the role on fake tensors, every symbolic dimension of the contract dynamic."""
+    """torch.export of the role on fake tensors, every symbolic dimension of the contract
+    dynamic.
+    """
     dims = {name: torch.export.Dim(name, min=_LEAST_SIZES.get(name, 1)) for name in _EXAMPLE_SIZES}
 
     def example(spec: TensorSpec) -> Tensor:
@@ -79,20 +97,29 @@ def _export(
     caches = cache_specs(model, "past_key_values")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         trunk = TriModeTrunk(
-            config, model.num_positions, drafter_rank=drafter.rank if drafter else 0, drafter_alpha=drafter.alpha if drafter else 0.0
+            config,
+            model.num_positions,
+            drafter_rank=drafter.rank if drafter else 0,
+            drafter_alpha=drafter.alpha if drafter else 0.0,
         )
         args: list[Tensor | list[Tensor] | None] = [example(spec) for spec in inputs]
-        shapes: list[dict[int, torch.export.Dim] | list[dict[int, torch.export.Dim]] | None] = [dynamic(spec) for spec in inputs]
+        shapes: list[dict[int, torch.export.Dim] | list[dict[int, torch.export.Dim]] | None] = [
+            dynamic(spec) for spec in inputs
+        ]
         if role == "draft" and drafter is None:
             args.append(None)
             shapes.append(None)
         args.append([example(spec) for spec in caches])
         shapes.append([dynamic(spec) for spec in caches])
-        return torch.export.export(build_role(role, trunk.eval()), tuple(args), strict=False, dynamic_shapes=tuple(shapes))
+        return torch.export.export(
+            build_role(role, trunk.eval()), tuple(args), strict=False, dynamic_shapes=tuple(shapes)
+        )
 
 
 def _tidy(model: ir.Model, role: Role) -> None:
-    """Checkpoint names for initializers, shape arithmetic folded, and no leftovers of the exporter."""
+    """Checkpoint names for initializers, shape arithmetic folded, and no leftovers of the
+    exporter.
+    """
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("trunk."):
             del model.graph.initializers[name]
@@ -103,14 +130,20 @@ def _tidy(model: ir.Model, role: Role) -> None:
 
 
 def clean(model: ir.Model, name: str) -> None:
-    """Fold constants and shape arithmetic, drop what the exporter leaves behind, and name the graph."""
+    """Fold constants and shape arithmetic, drop what the exporter leaves behind, and name the
+    graph.
+    """
     onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.initializers.values(), *(o for node in model.graph for o in node.outputs)):
+    for value in (
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+        *(o for node in model.graph for o in node.outputs),
+    ):
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.ir_version = IR_VERSION
@@ -119,12 +152,21 @@ def clean(model: ir.Model, name: str) -> None:
 
 
 def declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
-    """Give graph inputs or outputs the contract's shapes, so that dimension names are the contract's and not the exporter's."""
+    """Give graph inputs or outputs the contract's shapes, so that dimension names are the
+    contract's and not the exporter's.
+    """
     values = list(values)
-    assert [v.name for v in values] == [s.name for s in specs], ([v.name for v in values], [s.name for s in specs])
+    assert [v.name for v in values] == [s.name for s in specs], (
+        [v.name for v in values],
+        [s.name for s in specs],
+    )
     for value, spec in zip(values, specs, strict=True):
         value.shape = ir.Shape(spec.shape)
-        value.dtype = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "bool": ir.DataType.BOOL}[spec.dtype]
+        value.dtype = {
+            "int64": ir.DataType.INT64,
+            "float32": ir.DataType.FLOAT,
+            "bool": ir.DataType.BOOL,
+        }[spec.dtype]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
-"""The decoder: a Ministral-3 trunk with one untied output head, written once for export, eager use and training.
+"""The decoder: a Ministral-3 trunk with one untied output head, written once for export, eager use
+and training.
 
-Module names equal the checkpoint's tensor names, so a state dict is a checkpoint and an exported initializer keeps its name.
-The attention pattern is an argument, because it is all that distinguishes one mode from another.
+Module names equal the checkpoint's tensor names, so a state dict is a checkpoint and an exported
+initializer keeps its name. The attention pattern is an argument, because it is all that
+distinguishes one mode from another.
 
-Inside, hidden states are flat, ``(B * T, hidden_size)``: every projection is then a two-dimensional product, which exports as a
-Gemm that reads the checkpoint's ``(out, in)`` weights as they lie, with no transposed copy in any runtime.
+Inside, hidden states are flat, ``(B * T, hidden_size)``: every projection is then a two-dimensional
+product, which exports as a Gemm that reads the checkpoint's ``(out, in)`` weights as they lie, with
+no transposed copy in any runtime.
 """
 
 from __future__ import annotations
@@ -30,22 +33,35 @@ class TriModeTrunk(nn.Module):
         drafter_alpha: the adapter's numerator; the branch is scaled by alpha / rank.
     """
 
-    def __init__(self, config: ModelConfig, num_positions: int, *, drafter_rank: int = 0, drafter_alpha: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_positions: int,
+        *,
+        drafter_rank: int = 0,
+        drafter_alpha: float = 0.0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, drafter_rank, drafter_alpha)
         self.rope = Rope(config, num_positions)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: AttentionPattern, drafter_scale: Tensor | float | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: AttentionPattern,
+        drafter_scale: Tensor | float | None = None,
+    ) -> Tensor:
         """Hidden states ``(B, T, hidden_size)`` after the last norm.
 
         Args:
             input_ids: (B, T) int64.
             positions: (B, T) int64, absolute.
             attend: the attention pattern.
-            drafter_scale: multiplies the drafter's branch, a scalar or one number a row, (B or 1, T, 1); None leaves the branch
-                out of the computation.
+            drafter_scale: multiplies the drafter's branch, a scalar or one number a row, (B or 1,
+                T, 1); None leaves the branch out of the computation.
         """
         if isinstance(drafter_scale, Tensor) and drafter_scale.ndim == 3:
             drafter_scale = drafter_scale.expand(*input_ids.shape, 1).flatten(0, 1)
@@ -53,15 +69,18 @@ class TriModeTrunk(nn.Module):
         return hidden.unflatten(0, input_ids.shape)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``(..., vocab_size)``, of the token itself in a denoised slot and of the next token in a causal row."""
+        """Logits ``(..., vocab_size)``, of the token itself in a denoised slot and of the next
+        token in a causal row.
+        """
         return self.diffusion_head(hidden)  # type: ignore[no-any-return]
 
 
 class Rotation(NamedTuple):
     """Rotary angles of the current tokens.
 
-    While exporting, ``cos`` and ``sin`` are the whole tables ``(N, D/2)`` and ``positions (B, T)`` picks rows inside the graph;
-    otherwise they are the rows already picked, ``(B, 1, T, D/2)``. ``query_scale`` is ``(B, 1, T, 1)`` or None.
+    While exporting, ``cos`` and ``sin`` are the whole tables ``(N, D/2)`` and ``positions (B, T)``
+    picks rows inside the graph; otherwise they are the rows already picked, ``(B, 1, T, D/2)``.
+    ``query_scale`` is ``(B, 1, T, 1)`` or None.
     """
 
     cos: Tensor
@@ -96,15 +115,25 @@ class Rope(nn.Module):
         dtype = torch.get_default_dtype()
         self.register_buffer("cos", torch.from_numpy(tables.cos).to(dtype), persistent=False)
         self.register_buffer("sin", torch.from_numpy(tables.sin).to(dtype), persistent=False)
-        scale = None if tables.query_scale is None else torch.from_numpy(tables.query_scale)[:, None].to(dtype)
+        scale = (
+            None
+            if tables.query_scale is None
+            else torch.from_numpy(tables.query_scale)[:, None].to(dtype)
+        )
         self.register_buffer("query_scale", scale, persistent=False)
 
     def forward(self, positions: Tensor) -> Rotation:
         """Angles for positions ``(B, T)``."""
-        scale = None if self.query_scale is None else functional.embedding(positions, self.query_scale)[:, None]
+        scale = (
+            None
+            if self.query_scale is None
+            else functional.embedding(positions, self.query_scale)[:, None]
+        )
         if torch.compiler.is_exporting():
             return Rotation(self.cos, self.sin, positions, scale)
-        return Rotation(self.cos[positions][:, None], self.sin[positions][:, None], positions, scale)
+        return Rotation(
+            self.cos[positions][:, None], self.sin[positions][:, None], positions, scale
+        )
 
 
 class Encoder(nn.Module):
@@ -113,10 +142,18 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, drafter_rank: int, drafter_alpha: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i, drafter_rank, drafter_alpha) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, i, drafter_rank, drafter_alpha) for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, rotation: Rotation, attend: AttentionPattern, drafter_scale: Tensor | float | None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        rotation: Rotation,
+        attend: AttentionPattern,
+        drafter_scale: Tensor | float | None,
+    ) -> Tensor:
         x = self.embed_tokens(input_ids).flatten(0, 1)
         for layer in self.layers:
             x = layer(x, rotation, attend, drafter_scale)
@@ -126,14 +163,22 @@ class Encoder(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual."""
 
-    def __init__(self, config: ModelConfig, index: int, drafter_rank: int, drafter_alpha: float) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, drafter_rank: int, drafter_alpha: float
+    ) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, index, drafter_rank, drafter_alpha)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, rotation: Rotation, attend: AttentionPattern, drafter_scale: Tensor | float | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: AttentionPattern,
+        drafter_scale: Tensor | float | None,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend, drafter_scale)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
@@ -141,16 +186,26 @@ class Layer(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
 
-    def __init__(self, config: ModelConfig, index: int, drafter_rank: int, drafter_alpha: float) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, drafter_rank: int, drafter_alpha: float
+    ) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.key_value_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.key_value_size, bias=False)
-        self.o_proj = LowRankLinear(config.query_size, config.hidden_size, drafter_rank, drafter_alpha)
+        self.o_proj = LowRankLinear(
+            config.query_size, config.hidden_size, drafter_rank, drafter_alpha
+        )
 
-    def forward(self, x: Tensor, rotation: Rotation, attend: AttentionPattern, drafter_scale: Tensor | float | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: AttentionPattern,
+        drafter_scale: Tensor | float | None,
+    ) -> Tensor:
         batch, rows = rotation.positions.shape
 
         def heads(projection: nn.Linear) -> Tensor:
@@ -162,7 +217,9 @@ class SelfAttention(nn.Module):
 
 
 class LowRankLinear(nn.Linear):
-    """``x W' + drafter_scale * (alpha / rank) * x A' B'`` (LoRA, Hu et al. 2021); the branch exists only where rank > 0."""
+    """``x W' + drafter_scale * (alpha / rank) * x A' B'`` (LoRA, Hu et al. 2021); the branch exists
+    only where rank > 0.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float) -> None:
         super().__init__(in_features, out_features, bias=False)

@@ -1,6 +1,7 @@
 """The arithmetic of :mod:`trimode.formats.calibration` in numpy.
 
-One addition to it: a scale is rounded to the type it is stored in *before* a weight is divided by it, so that rounding it costs no accuracy.
+One addition to it: a scale is rounded to the type it is stored in *before* a weight is divided by
+it, so that rounding it costs no accuracy.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from trimode.graphs.numerics import nvfp4
 Floats = NDArray[np.float32]
 _SMALLEST: dict[DType, float] = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 _PIECE_ELEMENTS = 1 << 15
-"""Numbers that are quantized at a time: the intermediate results then stay in the processor's cache."""
+"""Numbers that are quantized at a time: the intermediate results then stay in the processor's
+cache.
+"""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A type for weights: ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to ``highest``.
+    """A type for weights: ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to
+    ``highest``.
 
-    Of nvfp4 ``amax`` is that of the whole weight: block and number have a scale between them, which makes ``largest`` of ``highest``.
+    Of nvfp4 ``amax`` is that of the whole weight: block and number have a scale between them, which
+    makes ``largest`` of ``highest``.
     """
 
     dtype: DType
@@ -45,12 +50,15 @@ FORMATS: dict[QuantizedPrecision, Format] = {
 
 
 def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floats:
-    """``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0. That of nvfp4, the global scale, is float32 in every pack.
+    """``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0. That of nvfp4,
+    the global scale, is float32 in every pack.
 
     Raises:
         BuildError: a scale is too large for ``stored``.
     """
-    exact = np.where(amax == 0, np.float32(1), amax / np.float32(FORMATS[precision].largest)).astype(np.float32)
+    exact = np.where(
+        amax == 0, np.float32(1), amax / np.float32(FORMATS[precision].largest)
+    ).astype(np.float32)
     return round_to(exact, "float32" if precision == "nvfp4" else stored)
 
 
@@ -70,9 +78,11 @@ def round_to(values: Floats, stored: DType) -> Floats:
     return np.asarray(np.maximum(rounded, np.float32(_SMALLEST[stored])), np.float32)
 
 
-def largest_magnitudes(values: Floats, precision: QuantizedPrecision, block_size: int | None) -> Floats:
-    """The ``amax`` that round-to-nearest takes: of each row ``(rows,)``, of each row and block ``(rows, columns / block_size)`` (int4), or of
-    everything ``()`` (nvfp4).
+def largest_magnitudes(
+    values: Floats, precision: QuantizedPrecision, block_size: int | None
+) -> Floats:
+    """The ``amax`` that round-to-nearest takes: of each row ``(rows,)``, of each row and block
+    ``(rows, columns / block_size)`` (int4), or of everything ``()`` (nvfp4).
     """
     if precision == "nvfp4":
         return np.asarray(np.abs(values).max(), np.float32)
@@ -84,7 +94,8 @@ def largest_magnitudes(values: Floats, precision: QuantizedPrecision, block_size
 
 
 def quantize(values: Floats, scale: Floats, precision: QuantizedPrecision) -> NDArray[np.uint8]:
-    """Quantize rows of a weight to the bytes that the pack holds, in a type whose scales are known beforehand (nvfp4: :mod:`.nvfp4`).
+    """Quantize rows of a weight to the bytes that the pack holds, in a type whose scales are known
+    beforehand (nvfp4: :mod:`.nvfp4`).
 
     Args:
         values: (rows, columns).
@@ -92,13 +103,17 @@ def quantize(values: Floats, scale: Floats, precision: QuantizedPrecision) -> ND
         precision: the type.
 
     Returns:
-        (rows, columns) bytes; for int4 (rows, columns / 2), two numbers each, the first in the low four bits.
+        (rows, columns) bytes; for int4 (rows, columns / 2), two numbers each, the first in the low
+            four bits.
 
     Raises:
         BuildError: a value is not finite, where the type is one of integers.
     """
     kept = FORMATS[precision]
-    out = np.empty((values.shape[0], values.shape[1] // 2 if precision == "int4" else values.shape[1]), np.uint8)
+    out = np.empty(
+        (values.shape[0], values.shape[1] // 2 if precision == "int4" else values.shape[1]),
+        np.uint8,
+    )
     step = max(1, _PIECE_ELEMENTS // max(1, values.shape[1]))
     for begin in range(0, values.shape[0], step):
         piece = slice(begin, begin + step)
@@ -117,10 +132,17 @@ def dequantize(raw: NDArray[np.uint8], scale: Floats, precision: QuantizedPrecis
     elif precision == "int8":
         values = raw.view(np.int8).astype(np.float32)
     else:
-        values = np.stack((raw << np.uint8(4), raw & np.uint8(0xF0)), -1).view(np.int8).reshape(raw.shape[0], -1) >> 4
+        values = (
+            np.stack((raw << np.uint8(4), raw & np.uint8(0xF0)), -1)
+            .view(np.int8)
+            .reshape(raw.shape[0], -1)
+            >> 4
+        )
         values = values.astype(np.float32)
     blocks = values.reshape(*scale.shape, -1) if scale.ndim else values
-    return np.asarray(blocks * (scale[..., None] if scale.ndim else scale), np.float32).reshape(values.shape)
+    return np.asarray(blocks * (scale[..., None] if scale.ndim else scale), np.float32).reshape(
+        values.shape
+    )
 
 
 def round_trip(values: Floats, scale: Floats, precision: QuantizedPrecision) -> Floats:
@@ -153,7 +175,9 @@ def _to_integers(scaled: Floats, precision: QuantizedPrecision) -> NDArray[np.ui
 
 
 def _to_fp8(scaled: Floats) -> NDArray[np.uint8]:
-    """To nearest even, of values up to 448: what ``astype(float8_e4m3fn)`` gives, several times as fast."""
+    """To nearest even, of values up to 448: what ``astype(float8_e4m3fn)`` gives, several times as
+    fast.
+    """
     if np.isnan(scaled).any():
         return scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     bits = scaled.view(np.int32)
@@ -162,8 +186,9 @@ def _to_fp8(scaled: Floats) -> NDArray[np.uint8]:
     small = np.minimum(code.view(np.float32), np.float32(2**-6))
     small *= np.float32(512)
     tiny = np.rint(small, out=small).astype(np.int32)
-    # Three of the 23 bits of mantissa stay: add just under half of the last one, and a little more where it is odd. The exponent's bias
-    # goes from 127 to 7. Below 2**-6 that is less than the multiple above, beyond it the multiple is 8, which is less than that.
+    # Three of the 23 bits of mantissa stay: add just under half of the last one, and a little more
+    # where it is odd. The exponent's bias goes from 127 to 7. Below 2**-6 that is less than the
+    # multiple above, beyond it the multiple is 8, which is less than that.
     spare = small.view(np.int32)
     np.right_shift(code, 20, out=spare)
     spare &= np.int32(1)

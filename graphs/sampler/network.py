@@ -1,15 +1,19 @@
-"""The learned sampler of block diffusion: how sure one may be that the best candidate of a masked slot is right.
+"""The learned sampler of block diffusion: how sure one may be that the best candidate of a masked
+slot is right.
 
-A denoise forward names five candidates a slot. From them and from what stands in the block, this network gives each slot a score, the probability
-that its best candidate is the token that serial denoising (the most probable slot a forward) would end with. A runtime fills the slots whose
-score is high enough. Nemotron-Labs-Diffusion report (arXiv 2607.05722), section 4 and appendix A; no trained one has been published, so sizes and
-features follow what is public of its inference code.
+A denoise forward names five candidates a slot. From them and from what stands in the block, this
+network gives each slot a score, the probability that its best candidate is the token that serial
+denoising (the most probable slot a forward) would end with. A runtime fills the slots whose score
+is high enough. Nemotron-Labs-Diffusion report (arXiv 2607.05722), section 4 and appendix A; no
+trained one has been published, so sizes and features follow what is public of its inference code.
 
-The network corrects the model's own confidence: its output is added to the log-odds of the best candidate's probability. That probability is a good
-judge already, and a network that had to learn so first would take more data to be any better.
+The network corrects the model's own confidence: its output is added to the log-odds of the best
+candidate's probability. That probability is a good judge already, and a network that had to learn
+so first would take more data to be any better.
 
-Features, their standardisation and the network are one module, and one graph once exported: there is no second implementation to keep in step.
-Shapes: B blocks, L slots, F features, d model width, H heads, D = d / H.
+Features, their standardisation and the network are one module, and one graph once exported: there
+is no second implementation to keep in step. Shapes: B blocks, L slots, F features, d model width, H
+heads, D = d / H.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ class SamplerShape:
 
 
 class BlockSampler(nn.Module):
-    """Features, their standardisation, and a small transformer over the slots of a block, which see each other.
+    """Features, their standardisation, and a small transformer over the slots of a block, which see
+    each other.
 
     Args:
         shape: sizes of the network.
@@ -75,7 +80,9 @@ class BlockSampler(nn.Module):
         nn.init.zeros_(self.head.weight)  # an untrained network scores each slot by its probability
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
+    ) -> Tensor:
         """Score each slot.
 
         Args:
@@ -89,16 +96,25 @@ class BlockSampler(nn.Module):
         """
         return self.logits(input_ids, masked, top_ids, top_probabilities).sigmoid()
 
-    def logits(self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
+    ) -> Tensor:
         """What :meth:`forward` takes the sigmoid of."""
-        hidden = self.embed((self.features(input_ids, masked, top_ids, top_probabilities) - self.feature_mean) / self.feature_std)
-        cos, sin = _rotations(hidden.shape[1], self.shape.d_model // self.shape.num_heads, hidden.device)
+        hidden = self.embed(
+            (self.features(input_ids, masked, top_ids, top_probabilities) - self.feature_mean)
+            / self.feature_std
+        )
+        cos, sin = _rotations(
+            hidden.shape[1], self.shape.d_model // self.shape.num_heads, hidden.device
+        )
         for layer in self.layers:
             hidden = layer(hidden, cos, sin)
         confidence = top_probabilities[..., 0].clamp(LEAST_DOUBT, 1 - LEAST_DOUBT)
         return confidence.logit() + self.head(self.norm(hidden)).squeeze(-1)  # type: ignore[no-any-return]
 
-    def features(self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor) -> Tensor:
+    def features(
+        self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
+    ) -> Tensor:
         """``(B, L, F)``, before standardisation; what each is, is said beside it."""
         p = top_probabilities  # (B, L, 5)
         log_p = p.clamp(min=LEAST_PROBABILITY).log()
@@ -123,18 +139,25 @@ class BlockSampler(nn.Module):
             ),
             -1,
         )
-        return torch.cat((p, columns, functional.embedding(tokens, self.token_table).to(p.dtype).flatten(-2)), -1)
+        return torch.cat(
+            (p, columns, functional.embedding(tokens, self.token_table).to(p.dtype).flatten(-2)), -1
+        )
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward network, each behind a LayerNorm and added to what came in; dropout while it is trained."""
+    """Attention and a feed-forward network, each behind a LayerNorm and added to what came in;
+    dropout while it is trained.
+    """
 
     def __init__(self, shape: SamplerShape) -> None:
         super().__init__()
         self.dropout = nn.Dropout(DROPOUT)
         head_dim = shape.d_model // shape.num_heads
         self.num_heads = shape.num_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(shape.d_model), nn.LayerNorm(shape.d_model)
+        self.attention_norm, self.mlp_norm = (
+            nn.LayerNorm(shape.d_model),
+            nn.LayerNorm(shape.d_model),
+        )
         self.qkv = nn.Linear(shape.d_model, 3 * shape.d_model)
         self.query_norm, self.key_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
         self.output = nn.Linear(shape.d_model, shape.d_model)
@@ -148,22 +171,31 @@ class _Layer(nn.Module):
     def _attend(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv: Tensor = self.qkv(hidden)
         batch, length, width = hidden.shape
-        heads = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        heads = qkv.reshape(batch, length, 3, self.num_heads, width // self.num_heads).permute(
+            2, 0, 3, 1, 4
+        )
         query, key, value = heads.unbind(0)  # (B, H, L, D) each
-        query, key = rotate_pairs(self.query_norm(query), cos, sin), rotate_pairs(self.key_norm(key), cos, sin)
+        query, key = (
+            rotate_pairs(self.query_norm(query), cos, sin),
+            rotate_pairs(self.key_norm(key), cos, sin),
+        )
         weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
         return self.output((weights @ value).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of neighbouring pairs (2i, 2i + 1): ``x (B, H, L, D)``, ``cos`` and ``sin (L, D / 2)``."""
+    """Rotary position embedding of neighbouring pairs (2i, 2i + 1): ``x (B, H, L, D)``, ``cos`` and
+    ``sin (L, D / 2)``.
+    """
     even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
 def _rotations(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``(L, D / 2)`` of each slot's angles."""
-    frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequencies = ROPE_THETA ** (
+        -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    )
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -171,8 +203,9 @@ def _rotations(length: int, head_dim: int, device: torch.device) -> tuple[Tensor
 def token_semantics(embeddings: Tensor) -> Tensor:
     """Stand-ins for tokens: the first 32 principal components of their embeddings.
 
-    Centred, scaled to a mean square of 1 and rounded to float16. A component's sign is that which makes its largest weight positive, so that the same
-    embeddings always give the same table. Narrower embeddings, or fewer tokens, leave columns of zeros.
+    Centred, scaled to a mean square of 1 and rounded to float16. A component's sign is that which
+    makes its largest weight positive, so that the same embeddings always give the same table.
+    Narrower embeddings, or fewer tokens, leave columns of zeros.
 
     Args:
         embeddings: ``(V, hidden_size)``.
@@ -180,9 +213,13 @@ def token_semantics(embeddings: Tensor) -> Tensor:
     Returns:
         ``(V, 32)`` float16, on the CPU.
     """
-    centred = embeddings.detach().to("cpu", torch.float32) - embeddings.detach().to("cpu", torch.float64).mean(0).float()
+    centred = (
+        embeddings.detach().to("cpu", torch.float32)
+        - embeddings.detach().to("cpu", torch.float64).mean(0).float()
+    )
     covariance = torch.zeros(centred.shape[1], centred.shape[1], dtype=torch.float64)
-    for rows in torch.split(centred, 8192):  # in float64 all of them would take twice their memory again
+    # in float64 all of them would take twice their memory again
+    for rows in torch.split(centred, 8192):
         covariance += rows.double().T @ rows.double()
     _, vectors = torch.linalg.eigh(covariance)
     count = min(SEMANTICS, *centred.shape)

@@ -31,7 +31,10 @@ def load_sampler(folder: Path, record: SamplerFile) -> BlockSampler:
     except RuntimeError as error:
         found = str(error).splitlines()[-1].strip()
         hint = TRAIN_SAMPLER
-        raise CheckpointError(f"{folder / WEIGHTS}: expected the tensors that {RECORD} describes, found others: {found}", hint) from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: expected the tensors that {RECORD} describes, found others: {found}",
+            hint,
+        ) from error
     return sampler.eval().requires_grad_(False)
 
 
@@ -41,15 +44,28 @@ def trace_sampler(sampler: BlockSampler) -> ir.Model:
     dims = {name: torch.export.Dim(name, min=1) for name in _EXAMPLE_SIZES}
 
     def example(spec: TensorSpec) -> torch.Tensor:
-        return torch.ones([_EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.shape], dtype=getattr(torch, spec.dtype))
+        return torch.ones(
+            [_EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.shape],
+            dtype=getattr(torch, spec.dtype),
+        )
 
-    shapes = tuple({axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs)
+    shapes = tuple(
+        {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+        for spec in inputs
+    )
     with quiet_exporter(), torch.no_grad():
-        exported = torch.export.export(sampler, tuple(example(spec) for spec in inputs), strict=False, dynamic_shapes=shapes)
+        exported = torch.export.export(
+            sampler, tuple(example(spec) for spec in inputs), strict=False, dynamic_shapes=shapes
+        )
         program = torch.onnx.export(
-            exported, dynamo=True, verbose=False, optimize=False, opset_version=OPSET,
-            input_names=[spec.name for spec in inputs], output_names=[spec.name for spec in outputs],
-        )  # fmt: skip
+            exported,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+        )
         assert program is not None
         clean(program.model, "sampler")
     declare(program.model.graph.inputs, inputs)

@@ -1,7 +1,8 @@
 """How likely drafts are accepted in one text, from the cycles that it has had so far.
 
-All is in plain Python: these are lists of some thirty numbers, and between two forwards, whose weights have just passed through the processor's
-caches, a call of numpy takes longer than such a list.
+All is in plain Python: these are lists of some thirty numbers, and between two forwards, whose
+weights have just passed through the processor's caches, a call of numpy takes longer than such a
+list.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ SLOT_TRIALS = 5.0
 AHEAD_TRIALS = 40.0
 """Trials of one slot that weigh as much as the confidence that the last draft had in it."""
 MEMORY_TOKENS = 60.0
-"""After so many tokens what was seen weighs 1/e. Forgetting goes by tokens, not by cycles: acceptance is a property of a stretch of text."""
+"""After so many tokens what was seen weighs 1/e. Forgetting goes by tokens, not by cycles:
+acceptance is a property of a stretch of text.
+"""
 
 
 class Acceptance:
     """How likely each slot's draft is accepted once those before it are.
 
-    A discounted Kaplan-Meier estimate: a slot counts as tried only where all before it were accepted. Of a block whose drafts were all accepted,
-    as far as they were verified, those behind count by their confidence: they were not verified *because* that was low, and to leave
-    them out would make long blocks look better than they are. Behind the longest block there is nothing, for or against. Each slot's rate leans
-    on the prior's, whose rejections are multiplied by how many more or fewer this text has shown than were to be expected (shared frailty).
+    A discounted Kaplan-Meier estimate: a slot counts as tried only where all before it were
+    accepted. Of a block whose drafts were all accepted, as far as they were verified, those behind
+    count by their confidence: they were not verified *because* that was low, and to leave them out
+    would make long blocks look better than they are. Behind the longest block there is nothing, for
+    or against. Each slot's rate leans on the prior's, whose rejections are multiplied by how many
+    more or fewer this text has shown than were to be expected (shared frailty).
 
     Args:
         prior: what was expected before anything was seen.
@@ -36,8 +41,12 @@ class Acceptance:
         self._weight, self._rejection = prior.weight, prior.rejection
         self._tried, self._accepted = [0.0] * len(prior.rejection), [0.0] * len(prior.rejection)
 
-    def record(self, num_verified: int, num_accepted: int, unverified: Iterable[float] = ()) -> None:
-        """Take note of a cycle: drafts that were verified, those of them that were accepted, and the confidence of those behind them."""
+    def record(
+        self, num_verified: int, num_accepted: int, unverified: Iterable[float] = ()
+    ) -> None:
+        """Take note of a cycle: drafts that were verified, those of them that were accepted, and
+        the confidence of those behind them.
+        """
         tried, accepted = self._tried, self._accepted
         for slot in range(min(num_accepted + 1, num_verified)):
             tried[slot] += 1
@@ -58,20 +67,28 @@ class Acceptance:
 
     @property
     def frailty(self) -> float:
-        """How many times as often as expected drafts were rejected, the prior counting for so many rejections as it weighs."""
+        """How many times as often as expected drafts were rejected, the prior counting for so many
+        rejections as it weighs.
+        """
         seen = sum(self._tried) - sum(self._accepted)
         expected: float = sum(map(mul, self._tried, self._rejection))
         return (seen + self._weight) / (expected + self._weight)
 
     def rates(self, ahead: Sequence[float] = ()) -> list[float]:
-        """Of each slot: how likely its draft is accepted where those before it are; ``ahead`` is the confidence in the first ones."""
+        """Of each slot: how likely its draft is accepted where those before it are; ``ahead`` is
+        the confidence in the first ones.
+        """
         frailty, result = self.frailty, []
-        for tried, accepted, rejection in zip(self._tried, self._accepted, self._rejection, strict=True):
+        for tried, accepted, rejection in zip(
+            self._tried, self._accepted, self._rejection, strict=True
+        ):
             usual = max(1 - frailty * rejection, 0.0)
             result.append((accepted + SLOT_TRIALS * usual) / (tried + SLOT_TRIALS))
         for slot, confidence in enumerate(ahead):
             trials = self._tried[slot] + SLOT_TRIALS
-            result[slot] = (result[slot] * trials + AHEAD_TRIALS * confidence) / (trials + AHEAD_TRIALS)
+            result[slot] = (result[slot] * trials + AHEAD_TRIALS * confidence) / (
+                trials + AHEAD_TRIALS
+            )
         return result
 
 

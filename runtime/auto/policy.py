@@ -1,14 +1,19 @@
-"""Mode ``auto``: which step comes next, one token of AR or a cycle of self-speculation, how long its block is, and how much of it is verified.
+"""Mode ``auto``: which step comes next, one token of AR or a cycle of self-speculation, how long
+its block is, and how much of it is verified.
 
-Every choice yields the tokens of AR, or their distribution, so what is chosen is a matter of time alone. A step is worth the tokens that it is
-expected to yield; the policy takes the one with the fewest milliseconds a token, or, where it is known how long such a text is, the one that
-leaves the least to do. Milliseconds come from a table (:mod:`trimode.runtime.auto.timings`). How many drafts will be accepted is estimated from the
-text itself (:mod:`trimode.runtime.auto.acceptance`): acceptance persists (after a long cycle the next one is mostly long), and it differs from one
-text to the next far more than from one model to the next. A text begins with what texts after prompts like its own have shown
-(:mod:`trimode.runtime.auto.prior`), which also says how much of it is still to come (:mod:`trimode.runtime.auto.remaining_time`). Once a block is
-drafted, its probabilities say more than any history: what will hardly be accepted is not verified.
+Every choice yields the tokens of AR, or their distribution, so what is chosen is a matter of time
+alone. A step is worth the tokens that it is expected to yield; the policy takes the one with the
+fewest milliseconds a token, or, where it is known how long such a text is, the one that leaves the
+least to do. Milliseconds come from a table (:mod:`trimode.runtime.auto.timings`). How many drafts
+will be accepted is estimated from the text itself (:mod:`trimode.runtime.auto.acceptance`):
+acceptance persists (after a long cycle the next one is mostly long), and it differs from one text
+to the next far more than from one model to the next. A text begins with what texts after prompts
+like its own have shown (:mod:`trimode.runtime.auto.prior`), which also says how much of it is still
+to come (:mod:`trimode.runtime.auto.remaining_time`). Once a block is drafted, its probabilities say
+more than any history: what will hardly be accepted is not verified.
 
-Nothing here looks at a clock, so the same text under the same table takes the same steps, and a seed reproduces it.
+Nothing here looks at a clock, so the same text under the same table takes the same steps, and a
+seed reproduces it.
 """
 
 from __future__ import annotations
@@ -32,11 +37,17 @@ AR_STEP = 1
 """The block length that stands for a step of AR."""
 
 AHEAD_AFTER_AR = 4
-"""Slots of which it still says something once a token has come by AR. That token was unknown to the draft, and may have been what made it unsure."""
+"""Slots of which it still says something once a token has come by AR. That token was unknown to the
+draft, and may have been what made it unsure.
+"""
 MOST_FRAILTY = 64.0
-"""Times as often as expected, or as seldom, that drafts are taken to be rejected in the rest of a text."""
+"""Times as often as expected, or as seldom, that drafts are taken to be rejected in the rest of a
+text.
+"""
 PRIOR_SURPLUS = 0.2
-"""Share of the rows without use that are verified, before a text has shown its own, where drafts have a confidence; else all of them are."""
+"""Share of the rows without use that are verified, before a text has shown its own, where drafts
+have a confidence; else all of them are.
+"""
 PRIOR_SURPLUS_ROWS = 4.0
 """Rows that this weighs as much as."""
 
@@ -46,7 +57,8 @@ _KEPT = 4096
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Milliseconds of forwards, over a grid of cached tokens; between its points they are interpolated, beyond them held.
+    """Milliseconds of forwards, over a grid of cached tokens; between its points they are
+    interpolated, beyond them held.
 
     Attributes:
         past: the grid, ascending.
@@ -62,12 +74,20 @@ class StepCosts:
     verify_ms: Mapping[int, tuple[float, ...]]
     experience: Experience = field(default_factory=Experience)
     _kinds: dict[str, TextKind] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _times: dict[float, StepTimes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _times: dict[float, StepTimes] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         rows = (self.ar_ms, *self.draft_ms.values(), *self.verify_ms.values())
-        if not self.past or list(self.past) != sorted(set(self.past)) or any(len(row) != len(self.past) for row in rows):
-            raise ValueError("expected ascending cached lengths, and a cost of each forward at each of them")
+        if (
+            not self.past
+            or list(self.past) != sorted(set(self.past))
+            or any(len(row) != len(self.past) for row in rows)
+        ):
+            raise ValueError(
+                "expected ascending cached lengths, and a cost of each forward at each of them"
+            )
         if self.draft_ms.keys() != self.verify_ms.keys():
             raise ValueError("expected costs of drafting and of verifying the same block lengths")
 
@@ -85,8 +105,13 @@ class StepCosts:
         return self._times[past]
 
     def _interpolated(self, past: float) -> StepTimes:
-        drafts, verifications = ([float(np.interp(past, self.past, ms[n])) for n in self.lengths] for ms in (self.draft_ms, self.verify_ms))
-        return StepTimes(self.lengths, float(np.interp(past, self.past, self.ar_ms)), drafts, verifications)
+        drafts, verifications = (
+            [float(np.interp(past, self.past, ms[n])) for n in self.lengths]
+            for ms in (self.draft_ms, self.verify_ms)
+        )
+        return StepTimes(
+            self.lengths, float(np.interp(past, self.past, self.ar_ms)), drafts, verifications
+        )
 
     def kind_of(self, prompt: Sequence[int]) -> TextKind:
         """What the text after a prompt is like; one object for all prompts of a kind."""
@@ -100,7 +125,11 @@ class StepCosts:
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
         """With these block lengths only."""
         usable = [length for length in self.lengths if is_usable(length)]
-        return replace(self, draft_ms={n: self.draft_ms[n] for n in usable}, verify_ms={n: self.verify_ms[n] for n in usable})
+        return replace(
+            self,
+            draft_ms={n: self.draft_ms[n] for n in usable},
+            verify_ms={n: self.verify_ms[n] for n in usable},
+        )
 
 
 class TextKind:
@@ -116,17 +145,23 @@ class TextKind:
         self._outlooks: dict[tuple[int, bool], Outlook] = {}
 
     def outlook(self, frailty: float, *, is_confident: bool) -> Outlook:
-        """On the rest of a text in which drafts are rejected ``frailty`` times as often as expected, to the next power of 2."""
+        """On the rest of a text in which drafts are rejected ``frailty`` times as often as
+        expected, to the next power of 2.
+        """
         level = round(math.log2(min(max(frailty, 1 / MOST_FRAILTY), MOST_FRAILTY)))
         key = level, is_confident
         if key not in self._outlooks:
             rates = [max(1 - 2.0**level * rejection, 0.0) for rejection in self.prior.rejection]
-            self._outlooks[key] = Outlook(rates, self.prior.ends, self._times, PRIOR_SURPLUS if is_confident else 1.0)
+            self._outlooks[key] = Outlook(
+                rates, self.prior.ends, self._times, PRIOR_SURPLUS if is_confident else 1.0
+            )
         return self._outlooks[key]
 
 
 class Policy(Protocol):
-    """Chooses the steps of one text. After each :meth:`choose` comes one :meth:`record`, and between them, in a cycle, one :meth:`rows_to_verify`."""
+    """Chooses the steps of one text. After each :meth:`choose` comes one :meth:`record`, and
+    between them, in a cycle, one :meth:`rows_to_verify`.
+    """
 
     def choose(self, past: int, left: int) -> int:
         """The next step's block length, or :data:`AR_STEP`.
@@ -141,14 +176,18 @@ class Policy(Protocol):
         """How many tokens of a drafted block to verify, its first one included.
 
         Args:
-            num_wanted: tokens that the cycle may yield at most: as many as may still come, and none behind a drafted end.
-            confidence: ``(block_length,)``, of each slot's draft, the first being no draft. None where tokens are drawn: then ``num_wanted``
-                depends on a draw, and less must not be verified. An end that was drawn would be drawn again, and come too seldom.
+            num_wanted: tokens that the cycle may yield at most: as many as may still come, and none
+            behind a drafted end.
+            confidence: ``(block_length,)``, of each slot's draft, the first being no draft. None
+                where tokens are drawn: then ``num_wanted`` depends on a draw, and less must not be
+                verified. An end that was drawn would be drawn again, and come too seldom.
         """
         ...
 
     def record(self, num_tokens: int) -> None:
-        """Take note that the step yielded so many tokens, of which the last was no accepted draft."""
+        """Take note that the step yielded so many tokens, of which the last was no accepted
+        draft.
+        """
         ...
 
 
@@ -173,17 +212,20 @@ class FixedPolicy:
 class AdaptivePolicy:
     """The step that is expected to leave the least to do, in milliseconds, its own included.
 
-    The next block is judged by what the last draft made of the same positions: slots behind the first rejection are drafted again, and where they
-    were sure, or unsure, they mostly still are; that goes for the end of the text, too. Beyond these, by how long the cycles so far were.
+    The next block is judged by what the last draft made of the same positions: slots behind the
+    first rejection are drafted again, and where they were sure, or unsure, they mostly still are;
+    that goes for the end of the text, too. Beyond these, by how long the cycles so far were.
 
-    An AR step shows nothing of acceptance; while these are taken, what was seen before is forgotten, the estimate goes back to the prior, and
-    drafting is tried again. Longer blocks need no trial either: where every draft of a block is accepted, the estimate for the slots behind it
+    An AR step shows nothing of acceptance; while these are taken, what was seen before is
+    forgotten, the estimate goes back to the prior, and drafting is tried again. Longer blocks need
+    no trial either: where every draft of a block is accepted, the estimate for the slots behind it
     rises too.
 
     Args:
         costs: of the steps there are to choose from.
         prompt: of the text; its first token is written.
-        is_confident: whether :meth:`rows_to_verify` will be told how likely drafts are to be accepted.
+        is_confident: whether :meth:`rows_to_verify` will be told how likely drafts are to be
+            accepted.
     """
 
     def __init__(self, costs: StepCosts, prompt: Sequence[int] = (), *, is_confident: bool) -> None:
@@ -197,22 +239,31 @@ class AdaptivePolicy:
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
-        times, outlook = self._costs.at(past), self._kind.outlook(self._acceptance.frailty, is_confident=self._is_confident)
+        times, outlook = (
+            self._costs.at(past),
+            self._kind.outlook(self._acceptance.frailty, is_confident=self._is_confident),
+        )
         likely, surplus = reached(self._acceptance.rates(self._ahead)), self._surplus.share
         ms_per_token = times.best(list(accumulate(likely)), surplus)
-        # With this, where all tokens are worth the same, the step that leaves the least to do is the one of the fewest milliseconds a token.
+        # With this, where all tokens are worth the same, the step that leaves the least to do is
+        # the one of the fewest milliseconds a token.
         scale = ms_per_token / outlook.ms_per_token
         saved = list(accumulate(map(mul, likely, outlook.worth(self._num_tokens, left))))
         useful = list(accumulate(map(mul, likely, outlook.goes_on(self._num_tokens))))
         wanted = [min(length, left) - 1 for length in self._lengths]
         cycles = times.cycles([useful[k] for k in wanted], surplus)
-        left_to_do = [times.ar_ms - scale * saved[0], *(ms - scale * saved[k] for ms, k in zip(cycles, wanted, strict=True))]
+        left_to_do = [
+            times.ar_ms - scale * saved[0],
+            *(ms - scale * saved[k] for ms, k in zip(cycles, wanted, strict=True)),
+        ]
         best = left_to_do.index(min(left_to_do))
         self._step = _Step((AR_STEP, *self._lengths)[best], times.verify_ms, outlook, scale)
         return self._step.block_length
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
-        """See :class:`Policy`. The draft is paid for; a further row has to save more than it takes."""
+        """See :class:`Policy`. The draft is paid for; a further row has to save more than it
+        takes.
+        """
         step = self._step
         step.num_wanted = num_wanted
         if confidence is None:
@@ -220,7 +271,11 @@ class AdaptivePolicy:
             return step.rows
         step.drafts = confidence[1:num_wanted].tolist()
         is_end_known = num_wanted < step.block_length
-        worth = step.outlook.worth_until(num_wanted) if is_end_known else [step.outlook.ms_per_token] * num_wanted
+        worth = (
+            step.outlook.worth_until(num_wanted)
+            if is_end_known
+            else [step.outlook.ms_per_token] * num_wanted
+        )
         saved = list(accumulate(map(mul, reached(step.drafts), worth)))
         gains = [
             (step.scale * saved[min(length, num_wanted) - 1] - ms, length)
@@ -246,14 +301,18 @@ class AdaptivePolicy:
 
 
 class _Surplus:
-    """Of the rows that yield no token the share that is verified all the same: 0 where confidence tells them beforehand, 1 where it does not."""
+    """Of the rows that yield no token the share that is verified all the same: 0 where confidence
+    tells them beforehand, 1 where it does not.
+    """
 
     def __init__(self, prior: float) -> None:
         self._prior, self._verified, self._all = prior, 0.0, 0.0
 
     @property
     def share(self) -> float:
-        return (self._verified + self._prior * PRIOR_SURPLUS_ROWS) / (self._all + PRIOR_SURPLUS_ROWS)
+        return (self._verified + self._prior * PRIOR_SURPLUS_ROWS) / (
+            self._all + PRIOR_SURPLUS_ROWS
+        )
 
     def record(self, block_length: int, rows: int, num_tokens: int) -> None:
         self._verified += rows - num_tokens
@@ -287,6 +346,14 @@ class _Step:
     drafts: list[float] = field(default_factory=list)
 
 
-def make_policy(costs: StepCosts | None, block_length: int, prompt: Sequence[int], *, is_confident: bool) -> Policy:
-    """The policy for these costs and this prompt; without any costs, self-speculation with this block length."""
-    return FixedPolicy(block_length) if costs is None else AdaptivePolicy(costs, prompt, is_confident=is_confident)
+def make_policy(
+    costs: StepCosts | None, block_length: int, prompt: Sequence[int], *, is_confident: bool
+) -> Policy:
+    """The policy for these costs and this prompt; without any costs, self-speculation with this
+    block length.
+    """
+    return (
+        FixedPolicy(block_length)
+        if costs is None
+        else AdaptivePolicy(costs, prompt, is_confident=is_confident)
+    )

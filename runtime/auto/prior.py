@@ -1,8 +1,10 @@
-"""What texts have shown before whose prompts begin alike: what mode ``auto`` expects of a text before it has seen any of it.
+"""What texts have shown before whose prompts begin alike: what mode ``auto`` expects of a text
+before it has seen any of it.
 
-A service mostly sees a few kinds of prompts, each with its own instructions in front, and texts of one kind resemble each other: in how often
-their drafts are accepted, slot by slot, and in how long they are. Prompts that were measured are therefore put into a tree by their first tokens,
-and a new prompt is expected to do what those did that share the longest beginning with it.
+A service mostly sees a few kinds of prompts, each with its own instructions in front, and texts of
+one kind resemble each other: in how often their drafts are accepted, slot by slot, and in how long
+they are. Prompts that were measured are therefore put into a tree by their first tokens, and a new
+prompt is expected to do what those did that share the longest beginning with it.
 
 A kind keeps a digest of its beginning, not the tokens, so a table tells nobody's prompts.
 """
@@ -32,7 +34,9 @@ LEAST_PROMPTS, LEAST_SHARE = 8, 0.01
 LEAST_WEIGHT, GREATEST_WEIGHT = 0.25, 8.0
 """Of what a kind says against what a text shows, in rejections."""
 SILVERMAN = 0.9
-"""Bandwidth of a kernel estimate over the standard deviation, times the fifth root of the number of values (Silverman 1986, eq. 3.31)."""
+"""Bandwidth of a kernel estimate over the standard deviation, times the fifth root of the number of
+values (Silverman 1986, eq. 3.31).
+"""
 
 
 class Kind(BaseModel):
@@ -43,7 +47,8 @@ class Kind(BaseModel):
         sha256: of these tokens, as little-endian int64.
         tried: per slot of the block, how often all drafts before it were accepted.
         accepted: how often it was, too.
-        weight: rejections of its own that a text must show to count as much as the kind. The more the texts of a kind differ, the fewer.
+        weight: rejections of its own that a text must show to count as much as the kind. The more
+        the texts of a kind differ, the fewer.
         lengths: of the texts that ended by themselves, in tokens, ascending.
     """
 
@@ -60,7 +65,9 @@ class Kind(BaseModel):
 
 @dataclass(frozen=True)
 class Past:
-    """A text that was written: its prompt, per slot how often its draft was tried and accepted ``(num_slots,)``, its length if it ended by itself."""
+    """A text that was written: its prompt, per slot how often its draft was tried and accepted
+    ``(num_slots,)``, its length if it ended by itself.
+    """
 
     prompt: Sequence[int]
     tried: NDArray[np.int64]
@@ -73,9 +80,11 @@ class Prior:
     """What is expected of a text.
 
     Attributes:
-        rejection: of each slot, how likely its draft is rejected where those before it are accepted.
+        rejection: of each slot, how likely its draft is rejected where those before it are
+        accepted.
         weight: as in :class:`Kind`.
-        ends: ``ends[n]`` is how likely a text of ``n`` tokens or more has no more; the last one goes for all longer ones. Empty = not known.
+        ends: ``ends[n]`` is how likely a text of ``n`` tokens or more has no more; the last one
+            goes for all longer ones. Empty = not known.
     """
 
     rejection: tuple[float, ...]
@@ -91,7 +100,9 @@ class Experience:
     kinds: tuple[Kind, ...] = ()
 
     def prior(self, kinds: Sequence[Kind], num_slots: int) -> Prior:
-        """What to expect of a text of these kinds, each of which contains the next one and is corrected by it."""
+        """What to expect of a text of these kinds, each of which contains the next one and is
+        corrected by it.
+        """
         rate = min(self.rate, GREATEST_RATE)
         rates, weight = np.full(num_slots, rate), (1 - rate) * PRIOR_SLOTS
         for kind in kinds:
@@ -99,7 +110,11 @@ class Experience:
             tried, accepted = np.array(kind.tried[:count]), np.array(kind.accepted[:count])
             rates[:count] = (accepted + KIND_TRIALS * rates[:count]) / (tried + KIND_TRIALS)
             weight = kind.weight
-        return Prior(tuple((1 - rates).tolist()), weight, ends_of(kinds[-1].lengths, kinds[-1].num_prompts) if kinds else ())
+        return Prior(
+            tuple((1 - rates).tolist()),
+            weight,
+            ends_of(kinds[-1].lengths, kinds[-1].num_prompts) if kinds else (),
+        )
 
     def kinds_of(self, prompt: Sequence[int]) -> Iterator[Kind]:
         """What it is one of, from the shortest beginning to the longest."""
@@ -116,14 +131,19 @@ class Experience:
     @cached_property
     def _by_length(self) -> list[tuple[int, dict[str, Kind]]]:
         ordered = sorted(self.kinds, key=lambda kind: kind.num_tokens)
-        return [(length, {kind.sha256: kind for kind in group}) for length, group in groupby(ordered, key=lambda kind: kind.num_tokens)]
+        return [
+            (length, {kind.sha256: kind for kind in group})
+            for length, group in groupby(ordered, key=lambda kind: kind.num_tokens)
+        ]
 
 
 def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
-    """How likely a text of ``n`` tokens or more has no more, at index ``n``; the last one for all longer ones.
+    """How likely a text of ``n`` tokens or more has no more, at index ``n``; the last one for all
+    longer ones.
 
-    A kernel estimate (normal, Silverman's bandwidth), and beside the texts that were written one that is longer than all, since there may be such.
-    Behind what is known lengths have no memory, and as many tokens are to be expected as such texts have on the average.
+    A kernel estimate (normal, Silverman's bandwidth), and beside the texts that were written one
+    that is longer than all, since there may be such. Behind what is known lengths have no memory,
+    and as many tokens are to be expected as such texts have on the average.
     """
     if not lengths:
         return ()
@@ -138,7 +158,9 @@ def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
 
 
 def tell_apart(texts: Sequence[Past]) -> tuple[Kind, ...]:
-    """The tree of beginnings that enough of the prompts share, from the shortest to the longest: one kind where they part, each way on."""
+    """The tree of beginnings that enough of the prompts share, from the shortest to the longest:
+    one kind where they part, each way on.
+    """
     least = max(LEAST_PROMPTS, LEAST_SHARE * len(texts))
     kinds, open_groups = [], [list(texts)]
     while open_groups:
@@ -146,7 +168,10 @@ def tell_apart(texts: Sequence[Past]) -> tuple[Kind, ...]:
         if len(group) < least:
             continue
         first, last = min(group, key=_tokens).prompt, max(group, key=_tokens).prompt
-        shared = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
+        shared = next(
+            (i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other),
+            min(len(first), len(last)),
+        )
         kinds.append(_kind(group, shared))
         by_next: dict[int, list[Past]] = {}
         for text in group:
@@ -172,9 +197,11 @@ def _kind(group: Sequence[Past], num_tokens: int) -> Kind:
 
 
 def _weight(group: Sequence[Past], tried: NDArray[np.int64], accepted: NDArray[np.int64]) -> float:
-    """Shape of the gamma distribution that multiplies the rate of rejections from one text to the next (shared frailty), by its moments.
+    """Shape of the gamma distribution that multiplies the rate of rejections from one text to the
+    next (shared frailty), by its moments.
 
-    A text that is expected to have ``e`` rejections has ``r`` of them, with variance ``e + e * e / weight``.
+    A text that is expected to have ``e`` rejections has ``r`` of them, with variance ``e + e * e /
+    weight``.
     """
     rejection = 1 - (accepted + 1) / (tried + 2)
     expected = np.array([text.tried @ rejection for text in group])
@@ -193,6 +220,8 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
 
 
 def acceptance_rate(texts: Sequence[Past]) -> float | None:
-    """Share of the drafts that were accepted, of those whose predecessors in the block were; None where no draft was judged."""
+    """Share of the drafts that were accepted, of those whose predecessors in the block were; None
+    where no draft was judged.
+    """
     tried = sum(int(text.tried.sum()) for text in texts)
     return sum(int(text.accepted.sum()) for text in texts) / tried if tried else None

@@ -1,8 +1,9 @@
 """What the rest of a text will take, where it is known how long such texts are.
 
-A step is worth the milliseconds that its tokens save later. In the middle of a long text that is the same for each of them. Near the end it is
-not: the token that makes another cycle unnecessary saves a whole one, and what a block reaches beyond the end saves nothing. The least expected
-time for the rest follows by dynamic programming from the time of each step and the expected acceptance.
+A step is worth the milliseconds that its tokens save later. In the middle of a long text that is
+the same for each of them. Near the end it is not: the token that makes another cycle unnecessary
+saves a whole one, and what a block reaches beyond the end saves nothing. The least expected time
+for the rest follows by dynamic programming from the time of each step and the expected acceptance.
 
 In plain Python, as :mod:`trimode.runtime.auto.acceptance`.
 """
@@ -29,31 +30,56 @@ class StepTimes:
         verify_ms: of verifying so many tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], ar_ms: float, draft_ms: Sequence[float], verify_ms: Sequence[float]) -> None:
-        self.lengths, self.ar_ms, self.draft_ms, self.verify_ms = lengths, ar_ms, draft_ms, verify_ms
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        ar_ms: float,
+        draft_ms: Sequence[float],
+        verify_ms: Sequence[float],
+    ) -> None:
+        self.lengths, self.ar_ms, self.draft_ms, self.verify_ms = (
+            lengths,
+            ar_ms,
+            draft_ms,
+            verify_ms,
+        )
         self._rows, self._row_ms = (1, *lengths), (ar_ms, *verify_ms)
 
     def cycles(self, tokens: Iterable[float], surplus: float) -> list[float]:
-        """Of a cycle of each length, of which so many ``tokens`` are expected to be of use and this share of the others is verified, too."""
+        """Of a cycle of each length, of which so many ``tokens`` are expected to be of use and this
+        share of the others is verified, too.
+        """
         return [
             draft + self._rows_ms(useful + surplus * (length - useful))
             for length, draft, useful in zip(self.lengths, self.draft_ms, tokens, strict=True)
         ]
 
     def best(self, tokens: Sequence[float], surplus: float) -> float:
-        """Milliseconds a token in the middle of a text, where a cycle is expected to yield ``tokens[k - 1]`` of at most ``k``."""
+        """Milliseconds a token in the middle of a text, where a cycle is expected to yield
+        ``tokens[k - 1]`` of at most ``k``.
+        """
         found = [tokens[length - 1] for length in self.lengths]
-        return min(self.ar_ms, *(ms / count for ms, count in zip(self.cycles(found, surplus), found, strict=True)))
+        return min(
+            self.ar_ms,
+            *(ms / count for ms, count in zip(self.cycles(found, surplus), found, strict=True)),
+        )
 
     def _rows_ms(self, rows: float) -> float:
         """Of so many rows that are verified, between those that were measured."""
         right = min(max(bisect_left(self._rows, rows), 1), len(self._rows) - 1)
-        low, high, low_ms, high_ms = self._rows[right - 1], self._rows[right], self._row_ms[right - 1], self._row_ms[right]
+        low, high, low_ms, high_ms = (
+            self._rows[right - 1],
+            self._rows[right],
+            self._row_ms[right - 1],
+            self._row_ms[right],
+        )
         return low_ms + (high_ms - low_ms) * min(max((rows - low) / (high - low), 0.0), 1.0)
 
 
 def reached(rates: Iterable[float]) -> list[float]:
-    """How likely each token of a cycle comes whose slots have such rates; one more than these, the first being certain."""
+    """How likely each token of a cycle comes whose slots have such rates; one more than these, the
+    first being certain.
+    """
     return list(accumulate(rates, mul, initial=1.0))
 
 
@@ -70,7 +96,9 @@ class Outlook:
         ms_per_token: in the middle of such a text.
     """
 
-    def __init__(self, rates: Sequence[float], ends: Sequence[float], times: StepTimes, surplus: float) -> None:
+    def __init__(
+        self, rates: Sequence[float], ends: Sequence[float], times: StepTimes, surplus: float
+    ) -> None:
         self._ends, self._times, self._surplus = ends, times, surplus
         self._longest = len(rates) + 1
         self._reached = reached(rates)
@@ -81,19 +109,26 @@ class Outlook:
         self._worth: dict[tuple[int, int], list[float]] = {}
 
     def goes_on(self, num_tokens: int) -> list[float]:
-        """How likely a text that goes on after so many tokens does so after 0, 1, ... as many more as the longest block has."""
+        """How likely a text that goes on after so many tokens does so after 0, 1, ... as many more
+        as the longest block has.
+        """
         num_tokens = min(num_tokens, len(self._ends))
         if num_tokens not in self._goes_on:
             self._goes_on[num_tokens] = self._survival(num_tokens)
         return self._goes_on[num_tokens]
 
     def worth(self, num_tokens: int, left: int) -> list[float]:
-        """Milliseconds that each token of a cycle saves later, after so many tokens, if ``left`` more may come."""
+        """Milliseconds that each token of a cycle saves later, after so many tokens, if ``left``
+        more may come.
+        """
         key = num_tokens, left
         if key not in self._worth:
             if len(self._worth) == _KEPT:
                 self._worth.clear()
-            rest = [min(self._rest_from(num_tokens + k), self._rest_until(left - k)) * share for k, share in enumerate(self.goes_on(num_tokens))]
+            rest = [
+                min(self._rest_from(num_tokens + k), self._rest_until(left - k)) * share
+                for k, share in enumerate(self.goes_on(num_tokens))
+            ]
             self._worth[key] = [before - after for before, after in pairwise(rest)]
         return self._worth[key]
 
@@ -106,7 +141,9 @@ class Outlook:
         ends = self._ends
         if not ends:
             return [1.0] * (self._longest + 1)
-        return reached(1 - ends[min(num_tokens + k, len(ends) - 1)] for k in range(1, self._longest + 1))
+        return reached(
+            1 - ends[min(num_tokens + k, len(ends) - 1)] for k in range(1, self._longest + 1)
+        )
 
     def _rest_from(self, num_tokens: int) -> float:
         """After so many tokens, if the text goes on."""
@@ -115,7 +152,11 @@ class Outlook:
     def _rest_until(self, left: int) -> float:
         """With so many tokens left."""
         known = len(self._until_end) - 1
-        return self._until_end[max(left, 0)] if left <= known else self._until_end[known] + self.ms_per_token * (left - known)
+        return (
+            self._until_end[max(left, 0)]
+            if left <= known
+            else self._until_end[known] + self.ms_per_token * (left - known)
+        )
 
     def _times_until_end(self) -> list[float]:
         """For 0, 1, ... tokens left, of which it is known how many they are."""
@@ -126,21 +167,36 @@ class Outlook:
         return least
 
     def _times_from(self) -> list[float]:
-        """After 0, 1, ... tokens, of a text that goes on. Behind what is known its length has no memory, so there the time to come is the same."""
+        """After 0, 1, ... tokens, of a text that goes on. Behind what is known its length has no
+        memory, so there the time to come is the same.
+        """
         if not self._ends:
             return [math.inf]
         backwards = [self.ms_per_token / self._ends[-1]]
         for written in range(len(self._ends) - 2, -1, -1):
             goes_on = self._survival(written)
-            rest = [backwards[max(len(backwards) - k, 0)] * goes_on[k] for k in range(1, self._longest + 1)]
-            backwards.append(self._least(rest, list(map(mul, self._reached, goes_on)), self._longest))
+            rest = [
+                backwards[max(len(backwards) - k, 0)] * goes_on[k]
+                for k in range(1, self._longest + 1)
+            ]
+            backwards.append(
+                self._least(rest, list(map(mul, self._reached, goes_on)), self._longest)
+            )
         return backwards[::-1]
 
     def _least(self, rest: Sequence[float], useful: Iterable[float], left: int) -> float:
-        """Of the next step and all behind it, ``rest`` being what is behind 1, 2, ... of its tokens, each of use with such probability."""
+        """Of the next step and all behind it, ``rest`` being what is behind 1, 2, ... of its
+        tokens, each of use with such probability.
+        """
         tokens = list(accumulate(useful))
-        changes = (share * (after - before) for share, (before, after) in zip(self._reached[1:], pairwise(rest), strict=True))
+        changes = (
+            share * (after - before)
+            for share, (before, after) in zip(self._reached[1:], pairwise(rest), strict=True)
+        )
         behind = list(accumulate(changes, initial=rest[0]))
         wanted = [min(length, left) - 1 for length in self._times.lengths]
         cycles = self._times.cycles([tokens[k] for k in wanted], self._surplus)
-        return min(self._times.ar_ms + rest[0], *(ms + behind[k] for ms, k in zip(cycles, wanted, strict=True)))
+        return min(
+            self._times.ar_ms + rest[0],
+            *(ms + behind[k] for ms, k in zip(cycles, wanted, strict=True)),
+        )

@@ -1,8 +1,10 @@
-"""Milliseconds of each kind of forward on one machine: written by ``trimode bench``, read by mode ``auto``.
+"""Milliseconds of each kind of forward on one machine: written by ``trimode bench``, read by mode
+``auto``.
 
-A table belongs to a machine as much as to a bundle, so it does not lie in the bundle but in the user's cache folder, as
-``timings/<key>.json``. The key is the digest of all that the figures depend on: the files that run, the target, the library, the threads, the
-processor and, where one is used, the GPU. A table is therefore right or absent, never of something else.
+A table belongs to a machine as much as to a bundle, so it does not lie in the bundle but in the
+user's cache folder, as ``timings/<key>.json``. The key is the digest of all that the figures depend
+on: the files that run, the target, the library, the threads, the processor and, where one is used,
+the GPU. A table is therefore right or absent, never of something else.
 """
 
 from __future__ import annotations
@@ -90,11 +92,15 @@ class Subject(_Record):
     def key(self) -> str:
         """Digest of all of it but the name."""
         facts = self.model_dump(mode="json", exclude={"source_name"})
-        return hashlib.sha256(json.dumps([SCHEMA_VERSION, facts], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([SCHEMA_VERSION, facts], sort_keys=True).encode()
+        ).hexdigest()
 
 
 class AcceptanceRecord(_Record):
-    """Share of drafts that are accepted, those before them in the block having been, over some prompts, and the kinds that these are of."""
+    """Share of drafts that are accepted, those before them in the block having been, over some
+    prompts, and the kinds that these are of.
+    """
 
     drafter: bool
     rate: float = Field(ge=0, le=1)
@@ -103,16 +109,26 @@ class AcceptanceRecord(_Record):
     kinds: tuple[Kind, ...] = ()
 
     @classmethod
-    def of(cls, texts: Sequence[Past], block_length: int, *, drafter: bool) -> AcceptanceRecord | None:
+    def of(
+        cls, texts: Sequence[Past], block_length: int, *, drafter: bool
+    ) -> AcceptanceRecord | None:
         """What these texts have shown; None where no draft was judged."""
         rate = acceptance_rate(texts)
         if rate is None:
             return None
-        return cls(drafter=drafter, rate=rate, block_length=block_length, num_prompts=len(texts), kinds=tell_apart(texts))
+        return cls(
+            drafter=drafter,
+            rate=rate,
+            block_length=block_length,
+            num_prompts=len(texts),
+            kinds=tell_apart(texts),
+        )
 
 
 class Timings(_Record):
-    """The file. ``command``, ``date`` and ``system`` say how it came about; ``acceptance`` is there if prompts were given."""
+    """The file. ``command``, ``date`` and ``system`` say how it came about; ``acceptance`` is there
+    if prompts were given.
+    """
 
     schema_version: int = SCHEMA_VERSION
     trimode_version: str
@@ -124,17 +140,24 @@ class Timings(_Record):
     acceptance: tuple[AcceptanceRecord, ...] = ()
 
     def costs(self, *, use_drafter: bool, batch: int = 1) -> StepCosts:
-        """What mode ``auto`` asks of the table: the least times. Whatever else the machine does is added to a time, and never taken from it.
+        """What mode ``auto`` asks of the table: the least times. Whatever else the machine does is
+        added to a time, and never taken from it.
 
-        Times are those of as many sequences in a forward, or of the next larger number that was measured, or else of the largest.
-        On a busy machine a median says how often a forward was interrupted, which happens to long ones far more often than to short ones.
+        Times are those of as many sequences in a forward, or of the next larger number that was
+        measured, or else of the largest. On a busy machine a median says how often a forward was
+        interrupted, which happens to long ones far more often than to short ones.
 
         Raises:
-            UsageError: it has no AR step, or no block length that was both drafted and verified, over the same cached tokens.
+            UsageError: it has no AR step, or no block length that was both drafted and verified,
+                over the same cached tokens.
         """
         batches = sorted({one.batch for one in self.forwards})
         nearest = next((size for size in batches if size >= batch), batches[-1])
-        least: dict[_Key, float] = {(one.graph, one.rows, one.past, one.drafter): one.least_ms for one in self.forwards if one.batch == nearest}
+        least: dict[_Key, float] = {
+            (one.graph, one.rows, one.past, one.drafter): one.least_ms
+            for one in self.forwards
+            if one.batch == nearest
+        }
         past = tuple(sorted(past for graph, rows, past, _ in least if (graph, rows) == ("ar", 1)))
         drafts: dict[int, tuple[float, ...]] = {}
         verifications: dict[int, tuple[float, ...]] = {}
@@ -142,18 +165,32 @@ class Timings(_Record):
             draft: list[_Key] = [("draft", length, p, use_drafter) for p in past]
             verify: list[_Key] = [("verify", length, p, False) for p in past]
             if past and all(key in least for key in (*draft, *verify)):
-                drafts[length], verifications[length] = tuple(least[key] for key in draft), tuple(least[key] for key in verify)
+                drafts[length], verifications[length] = (
+                    tuple(least[key] for key in draft),
+                    tuple(least[key] for key in verify),
+                )
         if not drafts:
-            raise UsageError("expected timings of one row and of a block, over the same cached tokens, found none", BENCH)
-        found = [Experience(one.rate, one.kinds) for one in self.acceptance if one.drafter == use_drafter]
-        return StepCosts(past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *found[:1])
+            raise UsageError(
+                "expected timings of one row and of a block, over the same cached tokens, found none",
+                BENCH,
+            )
+        found = [
+            Experience(one.rate, one.kinds) for one in self.acceptance if one.drafter == use_drafter
+        ]
+        return StepCosts(
+            past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *found[:1]
+        )
 
 
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
     """What a table of this bundle would be about, if it were measured here and now."""
     record = bundle.chosen.targets.get(target)
     portable = record is None or record.placement == "external"
-    graphs = bundle.chosen.graphs.values() if portable or record is None else [engine.file for engine in record.graphs.values()]
+    graphs = (
+        bundle.chosen.graphs.values()
+        if portable or record is None
+        else [engine.file for engine in record.graphs.values()]
+    )
     digests = [bundle.manifest.files[name].sha256 for name in (*bundle.chosen.packs, *graphs)]
     gpu = find_gpu() if record is not None and record.device == "cuda" else None
     return Subject(
@@ -161,11 +198,15 @@ def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
         precision=bundle.precision,
         files_sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
         target=target,
-        library=_onnxruntime() if record is None or record.backend == "onnxruntime" else record.library,
+        library=_onnxruntime()
+        if record is None or record.backend == "onnxruntime"
+        else record.library,
         num_threads=num_threads,
         cpu=_cpu(),
         num_cores=os.cpu_count(),
-        gpu=f"{gpu.name}, compute capability {gpu.compute_capability}" if isinstance(gpu, Gpu) else None,
+        gpu=f"{gpu.name}, compute capability {gpu.compute_capability}"
+        if isinstance(gpu, Gpu)
+        else None,
     )
 
 
@@ -175,7 +216,9 @@ def table_path(subject: Subject) -> Path:
 
 
 def save_timings(timings: Timings, path: Path) -> None:
-    """Write a table, or leave what is there; :class:`OSError`, which names the disk, where it cannot be written."""
+    """Write a table, or leave what is there; :class:`OSError`, which names the disk, where it
+    cannot be written.
+    """
     try:
         replace_text(path, timings.model_dump_json(indent=1) + "\n")
     except OSError as error:
@@ -193,11 +236,16 @@ def read_timings(path: Path) -> Timings:
     except OtherVersion as error:
         raise UsageError(f"{path}: {error.reason}", BENCH) from error
     except Unreadable as error:
-        raise UsageError(f"{path}: expected a table of timings, found a file that cannot be read ({error.reason})", BENCH) from error
+        raise UsageError(
+            f"{path}: expected a table of timings, found a file that cannot be read ({error.reason})",
+            BENCH,
+        ) from error
 
 
 def find_timings(subject: Subject, given: Timings | None = None) -> Timings | None:
-    """The table for a subject: the one that was given, or the one that is kept; the log says where there is none, or one of something else."""
+    """The table for a subject: the one that was given, or the one that is kept; the log says where
+    there is none, or one of something else.
+    """
     if given is not None:
         _warn_of_differences(given.subject, subject)
         return given
@@ -208,12 +256,20 @@ def find_timings(subject: Subject, given: Timings | None = None) -> Timings | No
         reason = "none were measured here"
     except (OSError, UsageError) as error:
         reason = reason_of(error)
-    logger.warning("no timings for mode auto (%s): it speculates with one block length throughout; %s", reason, BENCH)
+    logger.warning(
+        "no timings for mode auto (%s): it speculates with one block length throughout; %s",
+        reason,
+        BENCH,
+    )
     return None
 
 
 def _warn_of_differences(given: Subject, here: Subject) -> None:
-    differing = [f"{name} {value} (here {getattr(here, name)})" for name, value in vars(given).items() if value != getattr(here, name)]
+    differing = [
+        f"{name} {value} (here {getattr(here, name)})"
+        for name, value in vars(given).items()
+        if value != getattr(here, name)
+    ]
     if differing:
         logger.warning("the timings were measured otherwise, with %s", ", ".join(differing))
 
@@ -223,8 +279,14 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    kind = [facts[name] for name in ("model name", "cpu family", "model", "CPU implementer", "CPU part") if name in facts]
+    facts = {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
+    kind = [
+        facts[name]
+        for name in ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+        if name in facts
+    ]
     return ", ".join([platform.machine(), *(kind or [platform.processor()])])
 
 

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 PREPACKED, TIMINGS = "prepacked", "timings"
-"""Folders in it: of weights arranged for this processor, and of measured forwards. The compiler keeps graphs and engines beside them."""
+"""Folders in it: of weights arranged for this processor, and of measured forwards. The compiler
+keeps graphs and engines beside them.
+"""
 
 logger = logging.getLogger("trimode.runtime")
 
@@ -31,5 +33,7 @@ def usual_folder() -> Path | None:
     try:
         return default_folder()
     except OSError as error:
-        logger.warning("nothing is kept for the next time, TRIMODE_CACHE would name a place: %s", error)
+        logger.warning(
+            "nothing is kept for the next time, TRIMODE_CACHE would name a place: %s", error
+        )
         return None

@@ -9,7 +9,14 @@ from pathlib import Path
 from trimode.errors import BundleError, UsageError
 from trimode.formats.files import sha256_of
 from trimode.formats.hints import BUILD, REBUILD
-from trimode.formats.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, PrecisionName, PrecisionRecord
+from trimode.formats.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    FileRecord,
+    Manifest,
+    PrecisionName,
+    PrecisionRecord,
+)
 from trimode.formats.records import OtherVersion, read_record
 from trimode.formats.texts import Unreadable, reason_of
 from trimode.runtime.bundle.weights import PrecisionWeights
@@ -50,8 +57,9 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
     Args:
         path: the folder.
         precision: one of the bundle's; None = the one that was built first.
-        verify: compare the sha256 of every file that the precision reads (reads each byte once, through the page cache that the sessions
-            map afterwards); False compares sizes only, as it is done for what belongs to other precisions alone.
+        verify: compare the sha256 of every file that the precision reads (reads each byte once,
+            through the page cache that the sessions map afterwards); False compares sizes only, as
+            it is done for what belongs to other precisions alone.
 
     Raises:
         BundleError: not a bundle, another schema, or a file that is missing or was changed.
@@ -63,27 +71,40 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
     for name, record in manifest.files.items():
         _check_size(path / name, record)
     if verify:
-        read = [item for item in manifest.files.items() if item[0] not in _files_of_others(manifest, chosen)]
-        # Hashing releases the interpreter lock; small files first keep a second thread busy beside the weights.
+        read = [
+            item
+            for item in manifest.files.items()
+            if item[0] not in _files_of_others(manifest, chosen)
+        ]
+        # Hashing releases the interpreter lock; small files first keep a second thread busy beside
+        # the weights.
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda item: _check_digest(path / item[0], item[1]), read))
     return Bundle(path, manifest, chosen, verify)
 
 
 def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
-    """One of the bundle's precisions, the first for None; :class:`UsageError` where it has no such."""
+    """One of the bundle's precisions, the first for None; :class:`UsageError` where it has no
+    such.
+    """
     if name is None:
         return manifest.first_precision
     for precision in manifest.precisions:
         if precision == name:
             return precision
-    raise UsageError(f"expected a precision of the bundle ({', '.join(manifest.precisions)}), found {name!r}",
-                     "choose one of these, or add one: `trimode build CHECKPOINT -o BUNDLE --precision PRECISION`")  # fmt: skip
+    raise UsageError(
+        f"expected a precision of the bundle ({', '.join(manifest.precisions)}), found {name!r}",
+        "choose one of these, or add one: `trimode build CHECKPOINT -o BUNDLE --precision PRECISION`",
+    )
 
 
 def files_of(record: PrecisionRecord) -> set[str]:
     """The files that a precision reads."""
-    return {*record.packs, *record.graphs.values(), *(graph.file for target in record.targets.values() for graph in target.graphs.values())}
+    return {
+        *record.packs,
+        *record.graphs.values(),
+        *(graph.file for target in record.targets.values() for graph in target.graphs.values()),
+    }
 
 
 def _files_of_others(manifest: Manifest, chosen: PrecisionName) -> set[str]:
@@ -106,15 +127,22 @@ def read_manifest(path: Path) -> Manifest:
     except Unreadable as error:
         if error.is_missing:
             hint = f"build one with {BUILD}"
-            raise BundleError(f"{path}: expected a bundle with {MANIFEST}, found none", hint) from error
-        raise BundleError(f"{file}: expected a valid manifest, found one that cannot be read ({error.reason})", _UNREADABLE) from error
+            raise BundleError(
+                f"{path}: expected a bundle with {MANIFEST}, found none", hint
+            ) from error
+        raise BundleError(
+            f"{file}: expected a valid manifest, found one that cannot be read ({error.reason})",
+            _UNREADABLE,
+        ) from error
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
     try:
         found = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(f"{path}: expected a file of {record.num_bytes} bytes, found none", REBUILD) from error
+        raise BundleError(
+            f"{path}: expected a file of {record.num_bytes} bytes, found none", REBUILD
+        ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
     if found != record.num_bytes:
@@ -127,8 +155,13 @@ def _check_digest(path: Path, record: FileRecord) -> None:
     except OSError as error:
         raise _unreadable(path, error) from error
     if found != record.sha256:
-        raise BundleError(f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build", REBUILD)
+        raise BundleError(
+            f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build",
+            REBUILD,
+        )
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
-    return BundleError(f"{path}: expected a file that can be read, found: {reason_of(error)}", _UNREADABLE)
+    return BundleError(
+        f"{path}: expected a file that can be read, found: {reason_of(error)}", _UNREADABLE
+    )

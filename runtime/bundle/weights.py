@@ -1,6 +1,8 @@
-"""Reads weight packs: safetensors files (https://github.com/huggingface/safetensors) whose tensors are bound to engines by name.
+"""Reads weight packs: safetensors files (https://github.com/huggingface/safetensors) whose tensors
+are bound to engines by name.
 
-A bundle of several precisions has a pack for each, and what they have in common lies in one of them.
+A bundle of several precisions has a pack for each, and what they have in common lies in one of
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _QUANTIZED: tuple[DType, ...] = ("float8e4m3fn", "int8", *PACKED_DTYPES)
 
 
 def is_common(name: str, dtype: DType) -> bool:
-    """Whether a tensor is the same in every precision that has it: it is neither quantized nor a scale."""
+    """Whether a tensor is the same in every precision that has it: it is neither quantized nor a
+    scale.
+    """
     return dtype not in _QUANTIZED and name.rpartition(".")[2] not in SCALE_KINDS
 
 
@@ -56,16 +60,19 @@ class WeightPack:
         return self._bytes[entry.offset : entry.offset + entry.num_bytes]
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of the file where it is float32 there, else a copy."""
+        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of
+        the file where it is float32 there, else a copy.
+        """
         entry = self.entries[name]
         return widen(self.raw(name), entry.dtype).reshape(entry.shape)
 
 
 class PrecisionWeights:
-    """The tensors of one precision, each mapped once: all of its own pack, and of other packs what precisions have in common.
+    """The tensors of one precision, each mapped once: all of its own pack, and of other packs what
+    precisions have in common.
 
-    A weight that is quantized here may lie there in full, and the other way round: the own pack is asked first, and the quantized weights
-    and scales of others are not seen.
+    A weight that is quantized here may lie there in full, and the other way round: the own pack is
+    asked first, and the quantized weights and scales of others are not seen.
 
     Args:
         paths: the packs; the first is its own.
@@ -78,7 +85,11 @@ class PrecisionWeights:
         own, *others = (WeightPack(path) for path in paths)
         self._packs = dict.fromkeys(own.entries, own)
         for pack in others:
-            self._packs |= {name: pack for name, entry in pack.entries.items() if name not in self._packs and is_common(name, entry.dtype)}
+            self._packs |= {
+                name: pack
+                for name, entry in pack.entries.items()
+                if name not in self._packs and is_common(name, entry.dtype)
+            }
         self.entries = {name: pack.entries[name] for name, pack in self._packs.items()}
 
     def pack_of(self, name: str) -> WeightPack:
@@ -101,5 +112,9 @@ def _map(path: Path) -> NDArray[np.uint8]:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        logger.warning("%s cannot be mapped (%s): it is read into memory, which processes do not share", path, reason_of(error))
+        logger.warning(
+            "%s cannot be mapped (%s): it is read into memory, which processes do not share",
+            path,
+            reason_of(error),
+        )
         return np.fromfile(path, np.uint8)

@@ -1,10 +1,13 @@
-"""The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722).
+"""The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report
+(arXiv 2607.05722).
 
-Each is a generator over a :class:`~trimode.runtime.decode.sequence.Sequence`: it yields tokens as they are committed and never takes one back. In
-between it yields the forwards that it needs (:mod:`trimode.runtime.decode.forward`), which :class:`Algorithm` runs for those who only want tokens.
-``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its denoise and commit forwards, self-speculation
-the prefill and every draft and verify forward, quadratic self-speculation one forward for the first draft and one a cycle. Which token it is,
-is asked of a :class:`~trimode.runtime.decode.token_choice.Chooser`.
+Each is a generator over a :class:`~trimode.runtime.decode.sequence.Sequence`: it yields tokens as
+they are committed and never takes one back. In between it yields the forwards that it needs
+(:mod:`trimode.runtime.decode.forward`), which :class:`Algorithm` runs for those who only want
+tokens. ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its
+denoise and commit forwards, self-speculation the prefill and every draft and verify forward,
+quadratic self-speculation one forward for the first draft and one a cycle. Which token it is, is
+asked of a :class:`~trimode.runtime.decode.token_choice.Chooser`.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ class Counters:
 
 
 class Algorithm:
-    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps`` leaves the forwards to whoever drives it."""
+    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps``
+    leaves the forwards to whoever drives it.
+    """
 
     def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
         self.steps = steps
@@ -77,13 +82,17 @@ def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) ->
 
 @Algorithm
 def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it with a causal forward.
+    """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it
+    with a causal forward.
 
-    Which slots each forward fills is up to a policy (:mod:`trimode.runtime.decode.unmasking`); where it finds none, they stay masked, as in the
-    reference. A last block that would exceed the limit is denoised whole and cut, so the tokens are those of a longer run.
+    Which slots each forward fills is up to a policy (:mod:`trimode.runtime.decode.unmasking`);
+    where it finds none, they stay masked, as in the reference. A last block that would exceed the
+    limit is denoised whole and cut, so the tokens are those of a longer run.
     """
     budget, choose = _start(sequence, options, counters)
-    fill = fill_policy(options.sampler, options.threshold, options.steps or options.block_length, options.scorer)
+    fill = fill_policy(
+        options.sampler, options.threshold, options.steps or options.block_length, options.scorer
+    )
     mask = sequence.model.mask_token_id
     while not budget.done:
         block = _masked_block((yield from choose.next()), options.block_length, sequence.model)
@@ -95,7 +104,9 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
             counters.nfe += 1
             ids, probabilities = yield from sequence.denoise(block)
             tokens, confidence = choose.denoised(block, masked, ids, probabilities)
-            slots = fill(Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step))
+            slots = fill(
+                Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step)
+            )
             block[slots] = tokens[slots]
             if not slots.any() or _ends_decided(block, budget.eos, mask):
                 break
@@ -110,9 +121,11 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
 
 @Algorithm
 def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing prefix and one token more.
+    """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing
+    prefix and one token more.
 
-    What is drawn has the distribution of :func:`decode_ar` (see :func:`~trimode.runtime.decode.sampling.accept_or_replace`).
+    What is drawn has the distribution of :func:`decode_ar` (see
+    :func:`~trimode.runtime.decode.sampling.accept_or_replace`).
     """
     budget, choose = _start(sequence, options, counters)
     if budget.done:
@@ -126,10 +139,12 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
 
 @Algorithm
 def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each prefix of it that may prove right.
+    """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each
+    prefix of it that may prove right.
 
-    The reference reads the prompt and makes the first draft in one forward, which counts; here these are two. The graph itself decides which
-    drafts are right, and has drafted behind these by then, so no rule may have another opinion: options must be plain.
+    The reference reads the prompt and makes the first draft in one forward, which counts; here
+    these are two. The graph itself decides which drafts are right, and has drafted behind these by
+    then, so no rule may have another opinion: options must be plain.
     """
     assert options.is_plain
     budget, _ = _start(sequence, options, counters)
@@ -151,15 +166,22 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
 
 @Algorithm
 def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds a token (:mod:`trimode.runtime.auto.policy`).
+    """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds
+    a token (:mod:`trimode.runtime.auto.policy`).
 
-    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice knows the text so far, and nothing of what is
-    drawn next. A drawn end of the text is no exception: what stands behind it in the block is of no use whether it is accepted or not.
+    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice
+    knows the text so far, and nothing of what is drawn next. A drawn end of the text is no
+    exception: what stands behind it in the block is of no use whether it is accepted or not.
     """
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    policy = make_policy(options.costs, options.block_length, sequence.tokens, is_confident=not options.sampling.is_random)
+    policy = make_policy(
+        options.costs,
+        options.block_length,
+        sequence.tokens,
+        is_confident=not options.sampling.is_random,
+    )
     yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
         length = policy.choose(sequence.cached_length, budget.left)
@@ -170,7 +192,9 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
             sequence.append(kept)
         else:
             cycle = replace(options, block_length=length)
-            kept = budget.fit((yield from _cycle(sequence, cycle, counters, budget, choose, policy)))
+            kept = budget.fit(
+                (yield from _cycle(sequence, cycle, counters, budget, choose, policy))
+            )
             sequence.accept(kept)
         policy.record(len(kept))
         yield budget.settle(kept)
@@ -183,17 +207,23 @@ ALGORITHMS: dict[Mode, Algorithm] = {
     "quadratic_spec": decode_quadratic_spec,
 }
 MODES: dict[Mode, Algorithm] = {**ALGORITHMS, "auto": decode_auto}
-"""What a caller can ask for: the algorithms, and the choice between some of them, which measures nothing that they do not."""
+"""What a caller can ask for: the algorithms, and the choice between some of them, which measures
+nothing that they do not.
+"""
 
 
-def _start(sequence: Sequence, options: DecodeOptions, counters: Counters) -> tuple[_Budget, Chooser]:
+def _start(
+    sequence: Sequence, options: DecodeOptions, counters: Counters
+) -> tuple[_Budget, Chooser]:
     choose = make_chooser(sequence, options, counters.logprobs)
     counters.seed = choose.seed
     return _Budget(sequence, options, counters), choose
 
 
 def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
-    """Choose and append the first token of self-speculation; its forward counts, and that once, where a prompt is read in chunks."""
+    """Choose and append the first token of self-speculation; its forward counts, and that once,
+    where a prompt is read in chunks.
+    """
     passes = sequence.forwards.prefill + sequence.forwards.decode
     seed = yield from choose.next()
     counters.nfe += sequence.forwards.prefill + sequence.forwards.decode > passes
@@ -202,14 +232,23 @@ def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[lis
 
 
 def _cycle(
-    sequence: Sequence, options: DecodeOptions, counters: Counters, budget: _Budget, choose: Chooser, policy: Policy | None = None
+    sequence: Sequence,
+    options: DecodeOptions,
+    counters: Counters,
+    budget: _Budget,
+    choose: Chooser,
+    policy: Policy | None = None,
 ) -> Effect[list[int]]:
-    """Draft a block after the last token and verify it, or as much of it as a policy asks; what is accepted, up to the end of the text."""
+    """Draft a block after the last token and verify it, or as much of it as a policy asks; what is
+    accepted, up to the end of the text.
+    """
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
     confidence = yield from _draft(sequence, block, options, counters, choose)
     if policy is not None:
         wanted = min(budget.left, len(budget.before_end(block[1:].tolist())) + 1)
-        block = block[: policy.rows_to_verify(wanted, None if options.sampling.is_random else confidence)]
+        block = block[
+            : policy.rows_to_verify(wanted, None if options.sampling.is_random else confidence)
+        ]
     counters.nfe += 1
     counters.cycles += 1
     verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
@@ -217,11 +256,15 @@ def _cycle(
     return verified
 
 
-def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser) -> Effect[NDArray[Any]]:
-    """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the threshold asks.
+def _draft(
+    sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser
+) -> Effect[NDArray[Any]]:
+    """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the
+    threshold asks.
 
-    Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn from its ``q`` whatever came before it;
-    a slot drawn before one to its left would have steered that one's ``q``, and then be no such draw given that that one was accepted.
+    Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn
+    from its ``q`` whatever came before it; a slot drawn before one to its left would have steered
+    that one's ``q``, and then be no such draw given that that one was accepted.
 
     Returns:
         ``(L,)``, the confidence that the last forward had in each slot.
@@ -231,8 +274,11 @@ def _draft(sequence: Sequence, block: Ids, options: DecodeOptions, counters: Cou
     for _ in range(max(1, options.block_length - 1)):
         counters.nfe += 1
         masked = block == sequence.model.mask_token_id
-        masked[0] = False  # already decided, even should the model have chosen the mask token itself
-        tokens, confidence = choose.drafted(block, masked, *(yield from sequence.draft(block, use_drafter=options.use_drafter)))
+        # already decided, even should the model have chosen the mask token itself
+        masked[0] = False
+        tokens, confidence = choose.drafted(
+            block, masked, *(yield from sequence.draft(block, use_drafter=options.use_drafter))
+        )
         slots = choose_slots(masked, confidence, options.threshold)
         block[slots] = tokens[slots]
         if options.threshold == 0 or not (block[1:] == sequence.model.mask_token_id).any():
@@ -246,15 +292,21 @@ def _masked_block(first: int, length: int, model: ModelInfo) -> Ids:
     return block
 
 
-def _leading(masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """The first masked slot, and those after it up to the first whose confidence does not reach the threshold."""
+def _leading(
+    masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float
+) -> NDArray[np.bool_]:
+    """The first masked slot, and those after it up to the first whose confidence does not reach the
+    threshold.
+    """
     below = masked & (confidence < threshold)
     below[masked.argmax()] = False
     return masked & ~np.logical_or.accumulate(below)
 
 
 def _ends_decided(block: Ids, eos: tuple[int, ...], mask_token_id: int) -> bool:
-    """Whether the block has an end token with no masked slot before it: what follows cannot matter."""
+    """Whether the block has an end token with no masked slot before it: what follows cannot
+    matter.
+    """
     ends = np.isin(block, eos)
     return bool(ends.any()) and not (block[: ends.argmax()] == mask_token_id).any()
 
@@ -284,7 +336,9 @@ class _Budget:
         return token_ids
 
     def settle(self, kept: list[int]) -> list[int]:
-        """Count tokens that were appended, and decide whether they are the last ones; returns them."""
+        """Count tokens that were appended, and decide whether they are the last ones; returns
+        them.
+        """
         self.left -= len(kept)
         self._count += len(kept)
         if self._counters.logprobs:

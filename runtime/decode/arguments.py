@@ -43,7 +43,9 @@ class Kind(NamedTuple):
 
     def or_none(self) -> Kind:
         """The same, or None."""
-        return Kind(f"{self.words} or None", lambda value: None if value is None else self.read(value))
+        return Kind(
+            f"{self.words} or None", lambda value: None if value is None else self.read(value)
+        )
 
 
 def _whole(value: Any) -> int:
@@ -86,7 +88,9 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _several(value: Any) -> Iterable[Any]:
-    if isinstance(value, list | tuple | set | frozenset) or (isinstance(value, np.ndarray) and value.ndim == 1):
+    if isinstance(value, list | tuple | set | frozenset) or (
+        isinstance(value, np.ndarray) and value.ndim == 1
+    ):
         return value
     raise WrongType
 
@@ -126,7 +130,10 @@ def checked(given: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
     Raises:
         UsageError: one is of another type; names the argument.
     """
-    return {name: _checked(name, value, kinds[name]) if name in kinds else value for name, value in given.items()}
+    return {
+        name: _checked(name, value, kinds[name]) if name in kinds else value
+        for name, value in given.items()
+    }
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -143,7 +150,9 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
             raise UsageError(f"{what}: expected a keyword that it takes, found {name}", hint)
 
 
-def checks_arguments(kinds: Kinds, *, options: Iterable[str] = ()) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def checks_arguments(
+    kinds: Kinds, *, options: Iterable[str] = ()
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Let a method refuse arguments of the wrong type, and keywords that it does not take.
 
     Args:
@@ -154,7 +163,11 @@ def checks_arguments(kinds: Kinds, *, options: Iterable[str] = ()) -> Callable[[
 
     def decorate(method: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(method)
-        named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        named = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
         known = {*named[1:], *more}
 
         @wraps(method)
@@ -163,8 +176,16 @@ def checks_arguments(kinds: Kinds, *, options: Iterable[str] = ()) -> Callable[[
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise UsageError(f"{method.__name__}: expected its arguments, found: {error}", f"it takes {', '.join(sorted(known))}") from error
-            bound.arguments.update(checked({name: bound.arguments[name] for name in named if name in bound.arguments}, kinds))
+                raise UsageError(
+                    f"{method.__name__}: expected its arguments, found: {error}",
+                    f"it takes {', '.join(sorted(known))}",
+                ) from error
+            bound.arguments.update(
+                checked(
+                    {name: bound.arguments[name] for name in named if name in bound.arguments},
+                    kinds,
+                )
+            )
             return method(*bound.args, **bound.kwargs)
 
         return call
@@ -176,11 +197,15 @@ def _checked(name: str, value: Any, kind: Kind) -> Any:
     try:
         return kind.read(value)
     except WrongType:
-        raise UsageError(f"{name}: expected {kind.words}, found {_shown(value)}", f"pass {kind.words}") from None
+        raise UsageError(
+            f"{name}: expected {kind.words}, found {_shown(value)}", f"pass {kind.words}"
+        ) from None
 
 
 def _shown(value: Any) -> str:
     """A value and its type, in one short line."""
     text = " ".join(repr(value).split())
     short = text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
-    return short if value is None or isinstance(value, bool) else f"{short} ({type(value).__name__})"
+    return (
+        short if value is None or isinstance(value, bool) else f"{short} ({type(value).__name__})"
+    )

@@ -1,9 +1,11 @@
-"""Forwards as requests, so that an algorithm is written for one text and runs alone or among others.
+"""Forwards as requests, so that an algorithm is written for one text and runs alone or among
+others.
 
-What needs a forward is a generator: it yields a :class:`Forward` and is sent its outputs. Whoever drives it decides when the forward runs, and with
-what others. :func:`perform` runs each at once; :class:`~trimode.runtime.engine.batch.Batch` collects those of several texts and runs them together.
-Plain generators do this in the typed language itself, without a thread or a second stack for each text; the price is a ``yield from`` wherever a
-forward may be needed.
+What needs a forward is a generator: it yields a :class:`Forward` and is sent its outputs. Whoever
+drives it decides when the forward runs, and with what others. :func:`perform` runs each at once;
+:class:`~trimode.runtime.engine.batch.Batch` collects those of several texts and runs them together.
+Plain generators do this in the typed language itself, without a thread or a second stack for each
+text; the price is a ``yield from`` wherever a forward may be needed.
 
 :func:`ask` looks at what comes back: numbers that are not finite are an error here, before any
 token is made of them.
@@ -43,14 +45,18 @@ class Forward:
 
 
 Outputs = tuple[Any, ...]
-"""Those of the role's contract for one text, without the batch dimension. They are good until the same text asks for another forward of the role,
-those of ``verify`` only until it asks for any or commits tokens: in a batch they may lie where the next forward of another text writes its own."""
+"""Those of the role's contract for one text, without the batch dimension. They are good until the
+same text asks for another forward of the role, those of ``verify`` only until it asks for any or
+commits tokens: in a batch they may lie where the next forward of another text writes its own.
+"""
 
 Effect = Generator[Forward, Outputs, T]
 """What needs forwards and returns a ``T``."""
 
 Steps = Generator[Forward | list[int], Outputs, None]
-"""An algorithm at work: it yields the forwards that it needs, and in between the tokens that it commits."""
+"""An algorithm at work: it yields the forwards that it needs, and in between the tokens that it
+commits.
+"""
 
 Answer = Callable[[Forward], Outputs]
 
@@ -61,7 +67,9 @@ _FLOATS: dict[Role, dict[int, str]] = {
     "quadratic": {2: "logits", 4: "probabilities"},
 }
 """Which outputs of a role are no ids, and what they are called."""
-_HINT = "run `trimode verify` on the bundle; build it in bf16 or fp32 where fp16 is too narrow for it"
+_HINT = (
+    "run `trimode verify` on the bundle; build it in bf16 or fp32 where fp16 is too narrow for it"
+)
 
 
 class NotFiniteError(BundleError):
@@ -106,7 +114,10 @@ def _check_finite(forward: Forward, what: str, values: NDArray[np.float32]) -> N
         return
     row = found.offset // values.shape[-1] if values.ndim > 1 else len(forward.token_ids) - 1
     position = forward.past_length + row
-    raise NotFiniteError(f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}", _HINT)
+    raise NotFiniteError(
+        f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}",
+        _HINT,
+    )
 
 
 def perform(effect: Effect[T], answer: Answer) -> T:

@@ -1,7 +1,8 @@
-"""The learned sampler of a bundle: ``sampler.onnx``, run by ONNX Runtime on the CPU whatever runs the model.
+"""The learned sampler of a bundle: ``sampler.onnx``, run by ONNX Runtime on the CPU whatever runs
+the model.
 
-Its inputs are lists of five candidates, a few kilobytes a block, which have come to the CPU anyway; all that becomes of them is in the graph
-(:mod:`trimode.graphs.sampler.network`).
+Its inputs are lists of five candidates, a few kilobytes a block, which have come to the CPU anyway;
+all that becomes of them is in the graph (:mod:`trimode.graphs.sampler.network`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class LearnedScorer:
     def __init__(self, path: Path, num_threads: int | None = None) -> None:
         self._session = load_graph(path, session_options(0, num_threads), ["CPUExecutionProvider"])
 
-    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
+    def score(
+        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+    ) -> NDArray[np.float32]:
         """See :class:`trimode.runtime.decode.unmasking.Scorer`.
 
         Raises:

@@ -10,12 +10,29 @@ from typing import Any, TypedDict, get_args
 from trimode.errors import UsageError
 from trimode.formats.contract import TOP_K, Mode, ModelInfo
 from trimode.runtime.auto.policy import StepCosts
-from trimode.runtime.decode.arguments import FLAG, NUMBER, TEXT, TEXTS, TOKEN_IDS, WHOLE, Kind, check_names, checked, instance_of
+from trimode.runtime.decode.arguments import (
+    FLAG,
+    NUMBER,
+    TEXT,
+    TEXTS,
+    TOKEN_IDS,
+    WHOLE,
+    Kind,
+    check_names,
+    checked,
+    instance_of,
+)
 from trimode.runtime.decode.sampling import SamplingOptions, check_sampling
 from trimode.runtime.decode.unmasking import SamplerName, Scorer
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
-DEFAULT_THRESHOLDS: dict[Mode, float] = {"ar": 0.9, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0, "auto": 0.0}
+DEFAULT_THRESHOLDS: dict[Mode, float] = {
+    "ar": 0.9,
+    "diffusion": 0.9,
+    "linear_spec": 0.0,
+    "quadratic_spec": 0.0,
+    "auto": 0.0,
+}
 DEFAULT_MARGIN = 0.8
 """Of the sampler ``margin``."""
 DEFAULT_QUADRATIC_LENGTH = 16
@@ -28,19 +45,26 @@ class DecodeOptions:
 
     Attributes:
         max_new_tokens: no mode returns more.
-        block_length: slots of a block, the first of which is always a token already decided. For ``auto`` the most that a block may have.
-        threshold: a masked slot is filled when its probability reaches it; the most probable slot always is. 0 fills all at once. With the
-            samplers ``margin`` and ``learned`` a margin or a score has to reach it.
-        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens. Quadratic self-speculation never does.
+        block_length: slots of a block, the first of which is always a token already decided. For
+        ``auto`` the most that a block may have.
+        threshold: a masked slot is filled when its probability reaches it; the most probable slot
+            always is. 0 fills all at once. With the samplers ``margin`` and ``learned`` a margin or
+            a score has to reach it.
+        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens.
+        Quadratic self-speculation never does.
         eos_token_ids: any of them ends a text; None = the model's.
         sampling: how the next token is drawn.
         min_new_tokens: no end token, and no stop string, ends the text before it has as many.
         stop: texts that end the answer when they appear in it; they are not part of it.
-        max_thinking_tokens: where no ``end_think_token_id`` has come by then, it is the token after so many; None = no budget.
+        max_thinking_tokens: where no ``end_think_token_id`` has come by then, it is the token after
+        so many; None = no budget.
         end_think_token_id: the token that ends thinking.
-        logprobs: report the log-probability of each token, and of so many most probable ones; None = do not.
-        costs: what ``auto`` chooses by; None = it does not choose, and speculates with ``block_length``.
-        sampler: which slots of a block diffusion fills after a forward (:mod:`trimode.runtime.decode.unmasking`).
+        logprobs: report the log-probability of each token, and of so many most probable ones; None
+        = do not.
+        costs: what ``auto`` chooses by; None = it does not choose, and speculates with
+        ``block_length``.
+        sampler: which slots of a block diffusion fills after a forward
+        (:mod:`trimode.runtime.decode.unmasking`).
         steps: of the sampler ``schedule``: denoise forwards of a block; None = one a slot.
         scorer: what the sampler ``learned`` asks.
     """
@@ -67,13 +91,19 @@ class DecodeOptions:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the ids that the graphs return are the tokens: nothing is drawn, penalised, forbidden, forced or reported."""
-        is_free = self.min_new_tokens == 0 and self.max_thinking_tokens is None and self.logprobs is None
+        """Whether the ids that the graphs return are the tokens: nothing is drawn, penalised,
+        forbidden, forced or reported.
+        """
+        is_free = (
+            self.min_new_tokens == 0 and self.max_thinking_tokens is None and self.logprobs is None
+        )
         return is_free and not self.sampling.is_random and self.sampling.repetition_penalty == 1
 
 
 class TokenChoices(TypedDict, total=False):
-    """Keywords that every way to generate takes; see :class:`DecodeOptions` and :class:`~trimode.runtime.decode.sampling.SamplingOptions`."""
+    """Keywords that every way to generate takes; see :class:`DecodeOptions` and
+    :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
+    """
 
     temperature: float
     top_k: int
@@ -116,7 +146,8 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingOptions))
 
 
 def read_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords in plain types: ``stop`` may be one text or several, ``eos_token_ids`` one id or several.
+    """Keywords in plain types: ``stop`` may be one text or several, ``eos_token_ids`` one id or
+    several.
 
     Raises:
         UsageError: an unknown keyword, or a value of the wrong type.
@@ -161,45 +192,75 @@ def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
 
 def _check_sampler(options: DecodeOptions, mode: Mode) -> None:
     if options.sampler not in SAMPLERS:
-        raise UsageError(f"expected a sampler among {', '.join(SAMPLERS)}, found {options.sampler!r}", "choose one of these")
+        raise UsageError(
+            f"expected a sampler among {', '.join(SAMPLERS)}, found {options.sampler!r}",
+            "choose one of these",
+        )
     if mode != "diffusion" and options.sampler != "threshold":
-        raise UsageError(f"expected the sampler {options.sampler} in mode diffusion, found mode {mode.replace('_', '-')}",
-                         "choose that mode, or leave the sampler out")  # fmt: skip
+        raise UsageError(
+            f"expected the sampler {options.sampler} in mode diffusion, found mode {mode.replace('_', '-')}",
+            "choose that mode, or leave the sampler out",
+        )
     if options.steps is None:
         return
     if options.sampler != "schedule":
-        raise UsageError(f"expected steps together with the sampler schedule, found them with {options.sampler} in mode {mode.replace('_', '-')}",
-                         "leave them out, or choose that sampler")  # fmt: skip
+        raise UsageError(
+            f"expected steps together with the sampler schedule, found them with {options.sampler} in mode {mode.replace('_', '-')}",
+            "leave them out, or choose that sampler",
+        )
     if not 1 <= options.steps <= options.block_length:
-        raise UsageError(f"expected from 1 to {options.block_length} steps, one for each slot of a block, found {options.steps}",
-                         "leave them out for one a slot")  # fmt: skip
+        raise UsageError(
+            f"expected from 1 to {options.block_length} steps, one for each slot of a block, found {options.steps}",
+            "leave them out for one a slot",
+        )
 
 
 def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     if options.max_new_tokens < 1:
-        raise UsageError(f"expected max_new_tokens of at least 1, found {options.max_new_tokens}", "ask for at least one token")
+        raise UsageError(
+            f"expected max_new_tokens of at least 1, found {options.max_new_tokens}",
+            "ask for at least one token",
+        )
     if not 0 <= options.min_new_tokens <= options.max_new_tokens:
         found = f"expected min_new_tokens from 0 to max_new_tokens ({options.max_new_tokens}), found {options.min_new_tokens}"
         raise UsageError(found, "ask for fewer, or raise max_new_tokens")
     if "" in options.stop:
-        raise UsageError("expected stop strings with text in them, found an empty one", "leave it out")
+        raise UsageError(
+            "expected stop strings with text in them, found an empty one", "leave it out"
+        )
     ends = options.end_tokens(model)
     for token in ends:
         _check_token("an end token", token, model)
     if model.mask_token_id in ends:
-        raise UsageError(f"expected end tokens other than the mask token, found {model.mask_token_id}", "a slot that is still masked ends nothing")
-    if mode == "diffusion" and options.min_new_tokens and len(set(ends)) >= min(TOP_K, model.vocab_size):
+        raise UsageError(
+            f"expected end tokens other than the mask token, found {model.mask_token_id}",
+            "a slot that is still masked ends nothing",
+        )
+    if (
+        mode == "diffusion"
+        and options.min_new_tokens
+        and len(set(ends)) >= min(TOP_K, model.vocab_size)
+    ):
         found = f"expected fewer than {min(TOP_K, model.vocab_size)} end tokens together with min_new_tokens in diffusion, found {len(set(ends))}"
-        raise UsageError(found, "a denoise forward names five candidates for a slot, and one of them must be allowed")
+        raise UsageError(
+            found,
+            "a denoise forward names five candidates for a slot, and one of them must be allowed",
+        )
 
 
 def _check_thinking(options: DecodeOptions, model: ModelInfo) -> None:
     if options.max_thinking_tokens is None:
         return
     if options.max_thinking_tokens < 0:
-        raise UsageError(f"expected max_thinking_tokens of 0 or more, found {options.max_thinking_tokens}", "leave it out for no budget")
+        raise UsageError(
+            f"expected max_thinking_tokens of 0 or more, found {options.max_thinking_tokens}",
+            "leave it out for no budget",
+        )
     if options.end_think_token_id is None:
-        raise UsageError("expected end_think_token_id together with max_thinking_tokens, found none", "pass the id of the token that ends thinking")
+        raise UsageError(
+            "expected end_think_token_id together with max_thinking_tokens, found none",
+            "pass the id of the token that ends thinking",
+        )
     _check_token("end_think_token_id", options.end_think_token_id, model)
     if options.end_think_token_id in options.end_tokens(model):
         found = f"expected an end_think_token_id that ends no text, found {options.end_think_token_id}, which is among the end tokens"
@@ -210,26 +271,42 @@ def _check_logprobs(options: DecodeOptions, model: ModelInfo, mode: Mode) -> Non
     most = min(TOP_K, model.vocab_size) if mode == "diffusion" else model.vocab_size
     if options.logprobs is not None and not 0 <= options.logprobs <= most:
         found = f"expected logprobs from 0 to {most}, found {options.logprobs}"
-        raise UsageError(found, "0 reports the chosen tokens alone; a denoise forward names five candidates for a slot")
+        raise UsageError(
+            found,
+            "0 reports the chosen tokens alone; a denoise forward names five candidates for a slot",
+        )
 
 
 def _check_plain(options: DecodeOptions) -> None:
-    """For quadratic self-speculation, whose graph decides by itself which drafts are right, and drafts behind them in the same forward."""
+    """For quadratic self-speculation, whose graph decides by itself which drafts are right, and
+    drafts behind them in the same forward.
+    """
     chosen = {
-        "temperature": options.sampling.is_random, "repetition_penalty": options.sampling.repetition_penalty != 1,
-        "min_new_tokens": options.min_new_tokens > 0, "max_thinking_tokens": options.max_thinking_tokens is not None,
+        "temperature": options.sampling.is_random,
+        "repetition_penalty": options.sampling.repetition_penalty != 1,
+        "min_new_tokens": options.min_new_tokens > 0,
+        "max_thinking_tokens": options.max_thinking_tokens is not None,
         "logprobs": options.logprobs is not None,
-    }  # fmt: skip
+    }
     if found := [name for name, is_chosen in chosen.items() if is_chosen]:
-        raise UsageError(f"expected, for quadratic self-speculation, no {' and no '.join(found)}, found {'it' if len(found) == 1 else 'them'}",
-                         "it takes the most probable token always; linear_spec does all of these in two forwards a cycle")  # fmt: skip
+        raise UsageError(
+            f"expected, for quadratic self-speculation, no {' and no '.join(found)}, found {'it' if len(found) == 1 else 'them'}",
+            "it takes the most probable token always; linear_spec does all of these in two forwards a cycle",
+        )
 
 
 def _check_token(what: str, token: int, model: ModelInfo) -> None:
     if not 0 <= token < model.vocab_size:
-        raise UsageError(f"expected {what} from 0 to {model.vocab_size - 1}, found {token}", "check that the id comes from this model's tokenizer")
+        raise UsageError(
+            f"expected {what} from 0 to {model.vocab_size - 1}, found {token}",
+            "check that the id comes from this model's tokenizer",
+        )
 
 
 def default_block_length(mode: Mode, model: ModelInfo) -> int:
     """The block length that a mode has where none is asked for."""
-    return min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length) if mode == "quadratic_spec" else model.block_size
+    return (
+        min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length)
+        if mode == "quadratic_spec"
+        else model.block_size
+    )

@@ -1,7 +1,9 @@
-"""From logits to a distribution to a token: the processors of transformers' ``generate``, in its order and meaning, on numpy arrays.
+"""From logits to a distribution to a token: the processors of transformers' ``generate``, in its
+order and meaning, on numpy arrays.
 
-Repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024);
-and the acceptance rule of speculative sampling (Leviathan et al. 2023; Chen et al. 2023). Pure functions; probabilities are float64.
+Repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman
+et al. 2020), min-p (Nguyen et al. 2024); and the acceptance rule of speculative sampling (Leviathan
+et al. 2023; Chen et al. 2023). Pure functions; probabilities are float64.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class SamplingOptions:
         top_k: keep the k most probable tokens; 0 = all.
         top_p: keep the most probable tokens that together have this probability; 1 = all.
         min_p: keep tokens of at least this share of the highest probability; 0 = all.
-        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the prompt or the text has; 1 = none.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens
+        that the prompt or the text has; 1 = none.
         seed: of the draws; None = one that is drawn itself, and reported.
     """
 
@@ -50,7 +53,8 @@ def check_sampling(sampling: SamplingOptions) -> None:
     s, all_kept = sampling, "leave it out to keep every token"
     if not (0 <= s.temperature < math.inf):
         raise UsageError(
-            f"expected a temperature of 0 or more, found {s.temperature}", "0 takes the most probable token, 1 draws as the model has it"
+            f"expected a temperature of 0 or more, found {s.temperature}",
+            "0 takes the most probable token, 1 draws as the model has it",
         )
     if s.top_k < 0:
         raise UsageError(f"expected a top_k of 0 or more, found {s.top_k}", all_kept)
@@ -59,23 +63,34 @@ def check_sampling(sampling: SamplingOptions) -> None:
     if not 0 <= s.min_p <= 1:
         raise UsageError(f"expected a min_p from 0 to 1, found {s.min_p}", all_kept)
     if not (0 < s.repetition_penalty < math.inf):
-        raise UsageError(f"expected a repetition_penalty above 0, found {s.repetition_penalty}", "1 is none; 1.1 is usual")
+        raise UsageError(
+            f"expected a repetition_penalty above 0, found {s.repetition_penalty}",
+            "1 is none; 1.1 is usual",
+        )
     if s.seed is not None and s.seed < 0:
-        raise UsageError(f"expected a seed of 0 or more, found {s.seed}", "leave it out to have one drawn")
+        raise UsageError(
+            f"expected a seed of 0 or more, found {s.seed}", "leave it out to have one drawn"
+        )
 
 
 def generator(seed: int | None) -> tuple[np.random.Generator, int]:
-    """A generator of the draws and its seed, which is itself drawn if None. Same seed, same draws, on every machine (Philox)."""
+    """A generator of the draws and its seed, which is itself drawn if None. Same seed, same draws,
+    on every machine (Philox).
+    """
     chosen = secrets.randbits(32) if seed is None else seed
     return np.random.Generator(np.random.Philox(chosen)), chosen
 
 
-def distribution(logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.bool_] | None = None) -> Probabilities:
+def distribution(
+    logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.bool_] | None = None
+) -> Probabilities:
     """What a token is drawn from.
 
     Args:
-        logits: ``(..., n)``, or log-probabilities; -inf for what must not be drawn, at least one finite.
-        sampling: the processors. At temperature 0 all the probability is on the highest of the penalised logits.
+        logits: ``(..., n)``, or log-probabilities; -inf for what must not be drawn, at least one
+        finite.
+        sampling: the processors. At temperature 0 all the probability is on the highest of the
+        penalised logits.
         seen: ``(..., n)``, tokens that the repetition penalty concerns.
 
     Returns:
@@ -88,14 +103,17 @@ def distribution(logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.
         best = np.zeros_like(scores)
         np.put_along_axis(best, scores.argmax(-1)[..., None], 1.0, -1)
         return best
-    with np.errstate(over="ignore"):  # the highest score is now 0, and others may overflow to -inf, which is what they come to
+    # the highest score is now 0, and others may overflow to -inf, which is what they come to
+    with np.errstate(over="ignore"):
         scores = (scores - scores.max(-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         kth = np.partition(scores, -sampling.top_k, -1)[..., -sampling.top_k, None]
         scores[scores < kth] = -np.inf
     probabilities = _softmax(scores)
     if sampling.top_p < 1:
-        probabilities = _normalised(np.where(_outside_top_p(probabilities, sampling.top_p), 0.0, probabilities))
+        probabilities = _normalised(
+            np.where(_outside_top_p(probabilities, sampling.top_p), 0.0, probabilities)
+        )
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.max(-1, keepdims=True)
         probabilities = _normalised(np.where(probabilities < least, 0.0, probabilities))
@@ -119,18 +137,28 @@ def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
 
 
 def draw(probabilities: Probabilities, rng: np.random.Generator) -> Ids:
-    """An index for each row of ``(..., n)``, by inverting the cumulative sum: one random number a row, ``(...)``. Rows need not sum to 1."""
+    """An index for each row of ``(..., n)``, by inverting the cumulative sum: one random number a
+    row, ``(...)``. Rows need not sum to 1.
+    """
     cumulative = probabilities.cumsum(-1)
-    # `random` is below 1, but the product may round up to the total: never an index past the last positive one.
-    aim = np.minimum(rng.random(cumulative.shape[:-1]) * cumulative[..., -1], np.nextafter(cumulative[..., -1], 0))
+    # `random` is below 1, but the product may round up to the total: never an index past the last
+    # positive one.
+    aim = np.minimum(
+        rng.random(cumulative.shape[:-1]) * cumulative[..., -1],
+        np.nextafter(cumulative[..., -1], 0),
+    )
     return np.asarray((cumulative <= aim[..., None]).sum(-1), np.int64)
 
 
-def accept_or_replace(draft: int, p: Probabilities, q_ids: Ids, q: Probabilities, rng: np.random.Generator) -> tuple[int, bool]:
-    """The rule of speculative sampling: a token that has distribution ``p``, from a draft that was drawn from ``q``.
+def accept_or_replace(
+    draft: int, p: Probabilities, q_ids: Ids, q: Probabilities, rng: np.random.Generator
+) -> tuple[int, bool]:
+    """The rule of speculative sampling: a token that has distribution ``p``, from a draft that was
+    drawn from ``q``.
 
-    The draft is accepted with probability min(1, p/q); otherwise the token comes from max(0, p - q), normalised. Every other rule that keeps
-    ``p`` accepts less often (Leviathan et al. 2023, theorem 3.5 and appendix A.3).
+    The draft is accepted with probability min(1, p/q); otherwise the token comes from max(0, p -
+    q), normalised. Every other rule that keeps ``p`` accepts less often (Leviathan et al. 2023,
+    theorem 3.5 and appendix A.3).
 
     Args:
         draft: drawn from ``q``.
@@ -160,7 +188,9 @@ def _normalised(weights: NDArray[np.float64]) -> Probabilities:
 
 
 def _outside_top_p(probabilities: Probabilities, top_p: float) -> NDArray[np.bool_]:
-    """The least probable tokens which together have at most ``1 - top_p``; never the most probable one."""
+    """The least probable tokens which together have at most ``1 - top_p``; never the most probable
+    one.
+    """
     outside = np.zeros(probabilities.shape, bool)
     for row in np.ndindex(probabilities.shape[:-1]):
         outside[row] = _row_outside_top_p(probabilities[row], top_p)
@@ -168,7 +198,8 @@ def _outside_top_p(probabilities: Probabilities, top_p: float) -> NDArray[np.boo
 
 
 def _row_outside_top_p(row: Probabilities, top_p: float) -> NDArray[np.bool_]:
-    # Tokens below (1 - top_p) / n cannot reach 1 - top_p together: a vocabulary need not be sorted for its long tail.
+    # Tokens below (1 - top_p) / n cannot reach 1 - top_p together: a vocabulary need not be sorted
+    # for its long tail.
     outside = row < (1 - top_p) / row.size
     rest = np.flatnonzero(~outside)
     ascending = rest[row[rest].argsort(kind="stable")]

@@ -1,10 +1,11 @@
 """One text in the making: its tokens, the cache, and how far the cache agrees with the tokens.
 
-What needs a forward is a generator that asks for it (:mod:`trimode.runtime.decode.forward`): ``yield from`` it in an algorithm, and hand it to
-:meth:`Sequence.run` elsewhere.
+What needs a forward is a generator that asks for it (:mod:`trimode.runtime.decode.forward`):
+``yield from`` it in an algorithm, and hand it to :meth:`Sequence.run` elsewhere.
 
-The cache holds causal K/V of the first ``cached_length`` tokens, never of more than there are. Denoise and draft forwards write into the
-slots after that and leave the length alone, so the next causal forward overwrites what they wrote. Rolling back is setting the length.
+The cache holds causal K/V of the first ``cached_length`` tokens, never of more than there are.
+Denoise and draft forwards write into the slots after that and leave the length alone, so the next
+causal forward overwrites what they wrote. Rolling back is setting the length.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from trimode.runtime.decode.forward import Effect, Forward, Outputs, T, ask, per
 from trimode.runtime.sessions.base import Array, Ids, Session, check_open, of_row
 
 PREFILL_CHUNK = 512
-"""Most prompt rows in one forward: bounds the score matrix, which grows with rows times capacity."""
+"""Most prompt rows in one forward: bounds the score matrix, which grows with rows times
+capacity.
+"""
 
 
 @dataclass
@@ -63,10 +66,12 @@ class Verification:
 
 @dataclass
 class Speculation(Verification):
-    """What a forward of quadratic self-speculation says of L drafts, and what it drafts behind the right ones.
+    """What a forward of quadratic self-speculation says of L drafts, and what it drafts behind the
+    right ones.
 
     Attributes:
-        accepted: the right drafts, at least one: the first was known to be, ``accepted_length`` more proved so.
+        accepted: the right drafts, at least one: the first was known to be, ``accepted_length``
+        more proved so.
         next_drafts: ``(L,)``, of what follows these, of which again the first is right.
     """
 
@@ -94,7 +99,8 @@ class Sequence:
         self.reader: object = None
         self._session = session
         self._cache = session.new_cache()
-        self._next: int | None = None  # greedy token after self.tokens, where a forward has already told it
+        # greedy token after self.tokens, where a forward has already told it
+        self._next: int | None = None
         self._next_logits: Callable[[], NDArray[np.float32]] | None = None  # of that forward
 
     @property
@@ -113,11 +119,15 @@ class Sequence:
     def answer(self, forward: Forward) -> Outputs:
         """Run a forward that this sequence asked for, over its own cache."""
         ids = forward.token_ids[None]
-        outputs = self._session.run(forward.role, self._cache, ids, forward.past_length, forward.drafter_scale)
+        outputs = self._session.run(
+            forward.role, self._cache, ids, forward.past_length, forward.drafter_scale
+        )
         return tuple(of_row(output, 0) for output in outputs)
 
     def predict(self) -> Effect[int]:
-        """Greedy next token. Runs the tokens that are not cached yet: a prompt in chunks (prefill), or the last token (decode)."""
+        """Greedy next token. Runs the tokens that are not cached yet: a prompt in chunks (prefill),
+        or the last token (decode).
+        """
         if self._next is not None:
             return self._next
         self.cached_length = min(self.cached_length, len(self.tokens) - 1)
@@ -132,7 +142,9 @@ class Sequence:
         return predicted
 
     def predicted_logits(self) -> NDArray[np.float32]:
-        """Logits ``(V,)`` of the token that :meth:`predict` has told. Valid until the next causal forward."""
+        """Logits ``(V,)`` of the token that :meth:`predict` has told. Valid until the next causal
+        forward.
+        """
         assert self._next is not None
         assert self._next_logits is not None
         return self._next_logits()
@@ -150,50 +162,70 @@ class Sequence:
             self._next = None
 
     def denoise(self, block: Ids) -> Effect[tuple[Array, Array]]:
-        """Bidirectional forward over ``block (L,)`` placed after the tokens; ids and probabilities ``(L, 5)``, best first."""
+        """Bidirectional forward over ``block (L,)`` placed after the tokens; ids and probabilities
+        ``(L, 5)``, best first.
+        """
         self.forwards.denoise += 1
         return (yield from self._bidirectional(block, 0.0))
 
     def draft(self, block: Ids, *, use_drafter: bool) -> Effect[tuple[Array, Array]]:
-        """Like :meth:`denoise`, with the drafter's adapter; ``block[0]`` is the last token, which is not cached yet."""
+        """Like :meth:`denoise`, with the drafter's adapter; ``block[0]`` is the last token, which
+        is not cached yet.
+        """
         self.forwards.draft += 1
         return (yield from self._bidirectional(block, 1.0 if use_drafter else 0.0))
 
     def verify(self, block: Ids) -> Effect[Verification]:
-        """Causal forward over a drafted block whose first token is the last of the sequence. The caller decides what to :meth:`accept`."""
+        """Causal forward over a drafted block whose first token is the last of the sequence. The
+        caller decides what to :meth:`accept`.
+        """
         self.forwards.verify += 1
         forward = Forward("verify", block, self.cached_length)
         greedy, accepted, logits = yield from ask(forward)
         return Verification(greedy, int(accepted), partial(read_logits, forward, logits))
 
     def first_drafts(self, block_length: int) -> Effect[Ids]:
-        """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked slots behind all tokens gives."""
+        """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked
+        slots behind all tokens gives.
+        """
         first = yield from self.predict()
-        ids, _ = yield from self.draft(np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False)
+        ids, _ = yield from self.draft(
+            np.full(block_length, self.model.mask_token_id, np.int64), use_drafter=False
+        )
         return _drafts(ids, first)
 
     def speculate(self, drafts: Ids) -> Effect[Speculation]:
-        """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and drafts anew behind those that are.
+        """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and
+        drafts anew behind those that are.
 
-        All tokens must be cached. The caller decides how many of the right drafts to :meth:`accept_drafts`.
+        All tokens must be cached. The caller decides how many of the right drafts to
+        :meth:`accept_drafts`.
         """
         assert self.cached_length == len(self.tokens)
         self.forwards.quadratic += 1
         forward = Forward("quadratic", drafts, self.cached_length)
         greedy, accepted, logits, ids, _ = yield from ask(forward)
         last, read = int(accepted), partial(read_logits, forward, logits)
-        return Speculation(greedy, last, read, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last])))
+        return Speculation(
+            greedy, last, read, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last]))
+        )
 
     def accept_drafts(self, count: int, speculation: Speculation) -> None:
-        """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all of them the token after them is known, too."""
+        """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all
+        of them the token after them is known, too.
+        """
         self.cached_length += count
         self.append(speculation.accepted[:count])
         if count == len(speculation.accepted):
             last = speculation.accepted_length
-            self._next, self._next_logits = int(speculation.greedy_ids[last]), partial(speculation.row, last)
+            self._next, self._next_logits = (
+                int(speculation.greedy_ids[last]),
+                partial(speculation.row, last),
+            )
 
     def accept(self, token_ids: Seq[int]) -> None:
-        """Append what follows the first token of the verified block: its drafts, as it has them, and any one token after these.
+        """Append what follows the first token of the verified block: its drafts, as it has them,
+        and any one token after these.
 
         :meth:`verify` cached the block's first token and all of these but the last.
         """
@@ -201,7 +233,9 @@ class Sequence:
         self.append(token_ids)
 
     def commit(self, block: Ids) -> Effect[None]:
-        """Append a finished block and cache it with a causal forward, which also predicts the token after it."""
+        """Append a finished block and cache it with a causal forward, which also predicts the token
+        after it.
+        """
         self.forwards.commit += 1
         self._next = yield from self._causal(block.tolist())
         self.tokens += block.tolist()
@@ -214,12 +248,16 @@ class Sequence:
         return int(greedy)
 
     def _bidirectional(self, block: Ids, drafter_scale: float) -> Effect[tuple[Array, Array]]:
-        ids, probabilities = yield from ask(Forward("draft", block, self.cached_length, drafter_scale))
+        ids, probabilities = yield from ask(
+            Forward("draft", block, self.cached_length, drafter_scale)
+        )
         return ids, probabilities
 
 
 def _drafts(candidates: Array, first: int) -> Ids:
-    """The best candidate of each slot, ``(L, 5)`` -> ``(L,)``, the first replaced by a token that is certain."""
+    """The best candidate of each slot, ``(L, 5)`` -> ``(L,)``, the first replaced by a token that
+    is certain.
+    """
     drafts: Ids = candidates[:, 0].astype(np.int64)
     drafts[0] = first
     return drafts

@@ -1,4 +1,6 @@
-"""One run of an algorithm over a sequence, as whoever asked for it sees it: chunks of tokens or pieces of text, and a result."""
+"""One run of an algorithm over a sequence, as whoever asked for it sees it: chunks of tokens or
+pieces of text, and a result.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,19 @@ class Generation:
 
     Attributes:
         token_ids: new tokens, the end token included, or the token that completed a stop string.
-        nfe: forward passes as the reference counts them (see :mod:`trimode.runtime.decode.algorithms`).
+        nfe: forward passes as the reference counts them (see
+        :mod:`trimode.runtime.decode.algorithms`).
         prefill_forwards: forwards that read the prompt.
         tokens_per_forward: new tokens / nfe.
-        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other modes.
+        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other
+        modes.
         forwards: executed forward passes by phase.
-        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit); None of a batch's row that is at work, or was given up.
+        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit); None of a
+        batch's row that is at work, or was given up.
         seed: of the draws; None where nothing was drawn.
         logprobs: one for each new token; None if not asked for.
-        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the other modes.
+        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
+        other modes.
         elapsed_s: wall time, tokens in to tokens out.
     """
 
@@ -61,17 +67,24 @@ class Generation:
 class Stream:
     """Iterates over :class:`Chunk`, once; afterwards :attr:`result` tells the whole.
 
-    A stream that cannot go on says so at every further read, rather than ending as if it was whole: when the model is closed, when something
-    else has continued its sequence, or after an error.
+    A stream that cannot go on says so at every further read, rather than ending as if it was whole:
+    when the model is closed, when something else has continued its sequence, or after an error.
 
     Args:
         sequence: what to continue.
         mode: how.
         options: checked.
-        codec: gives the tokenizer, when text is asked for or stop strings are given; without, neither may be.
+        codec: gives the tokenizer, when text is asked for or stop strings are given; without,
+            neither may be.
     """
 
-    def __init__(self, sequence: Sequence, mode: Mode, options: DecodeOptions, codec: Callable[[], TextCodec] | None = None) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        mode: Mode,
+        options: DecodeOptions,
+        codec: Callable[[], TextCodec] | None = None,
+    ) -> None:
         self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
         self._watch = self.new_text() if options.stop else None
         self._counters = Counters()
@@ -86,7 +99,10 @@ class Stream:
 
     def __iter__(self) -> Iterator[Chunk]:
         if self._is_read_out:
-            raise UsageError("expected a stream that has something to read, found one that was read to its end", "ask for its result")
+            raise UsageError(
+                "expected a stream that has something to read, found one that was read to its end",
+                "ask for its result",
+            )
         return self
 
     def __next__(self) -> Chunk:
@@ -102,7 +118,8 @@ class Stream:
         return step
 
     def advance(self, outputs: Outputs | None = None) -> Forward | Chunk | None:
-        """Go on, for whoever runs the forwards: to one that is needed, whose outputs the next call brings, to a chunk, or to None, the end.
+        """Go on, for whoever runs the forwards: to one that is needed, whose outputs the next call
+        brings, to a chunk, or to None, the end.
 
         Raises:
             UsageError: the stream cannot go on.
@@ -128,7 +145,9 @@ class Stream:
         return Chunk(token_ids, self._counters.finish_reason)
 
     def break_off(self, error: BaseException) -> None:
-        """Let the stream go no further, because of an error in it or in a forward that it asked for."""
+        """Let the stream go no further, because of an error in it or in a forward that it asked
+        for.
+        """
         self._broken = f"one that an error has ended: {reason_of(error)}"
         self._steps.close()
 
@@ -142,14 +161,17 @@ class Stream:
         self._elapsed_s += seconds
 
     def text(self) -> Iterator[str]:
-        """Iterate to the end, in pieces of text: as soon as they are certain, without special tokens, ending before a stop string.
+        """Iterate to the end, in pieces of text: as soon as they are certain, without special
+        tokens, ending before a stop string.
 
         Raises:
             UsageError: the bundle has no tokenizer, or the first tokens have been read already.
         """
         if self._is_begun:
-            raise UsageError(f"expected a stream that nobody has read, found one that was read up to token {len(self._token_ids)}",
-                             "turn its chunks into text with new_text(), from the first one on")  # fmt: skip
+            raise UsageError(
+                f"expected a stream that nobody has read, found one that was read up to token {len(self._token_ids)}",
+                "turn its chunks into text with new_text(), from the first one on",
+            )
         return self._pieces(self.new_text())
 
     def _pieces(self, text: TextStream) -> Iterator[str]:
@@ -172,15 +194,22 @@ class Stream:
         """
         if self.finish_reason is None:
             self._check_usable()
-            raise UsageError(f"expected a stream that was read to its end, found one that was read up to token {len(self._token_ids)}",
-                             "read the rest with finish()")  # fmt: skip
+            raise UsageError(
+                f"expected a stream that was read to its end, found one that was read up to token {len(self._token_ids)}",
+                "read the rest with finish()",
+            )
         return self.so_far
 
     @property
     def so_far(self) -> Generation:
         """What has been generated until now, the text ended or not."""
         counters, count = self._counters, len(self._token_ids)
-        forwards = Forwards(**{name: value - getattr(self._before, name) for name, value in vars(self._sequence.forwards).items()})
+        forwards = Forwards(
+            **{
+                name: value - getattr(self._before, name)
+                for name, value in vars(self._sequence.forwards).items()
+            }
+        )
         return Generation(
             token_ids=list(self._token_ids),
             mode=self._mode,
@@ -197,9 +226,14 @@ class Stream:
         )
 
     def new_text(self) -> TextStream:
-        """What turns this stream's tokens into text; :class:`UsageError` where the bundle has no tokenizer."""
+        """What turns this stream's tokens into text; :class:`UsageError` where the bundle has no
+        tokenizer.
+        """
         if self._codec is None:
-            raise UsageError("expected a tokenizer for text and stop strings, found none", "give the stream the codec of the bundle")
+            raise UsageError(
+                "expected a tokenizer for text and stop strings, found none",
+                "give the stream the codec of the bundle",
+            )
         return TextStream(self._codec(), self._options.stop, self._options.min_new_tokens)
 
     def _answer(self, forward: Forward) -> Outputs:
@@ -213,20 +247,30 @@ class Stream:
         """Be the one who continues the sequence."""
         if not self._is_begun:
             self._is_begun, self._sequence.reader = True, self._ticket
-            self._before, self._length = Forwards(**vars(self._sequence.forwards)), len(self._sequence.tokens)
+            self._before, self._length = (
+                Forwards(**vars(self._sequence.forwards)),
+                len(self._sequence.tokens),
+            )
 
     def _check_usable(self) -> None:
         """Raise :class:`UsageError` where the text cannot be continued."""
         found, hint = self._broken, "continue the sequence by another stream"
-        is_other = self._is_begun and (self._sequence.reader is not self._ticket or len(self._sequence.tokens) != self._length)
+        is_other = self._is_begun and (
+            self._sequence.reader is not self._ticket or len(self._sequence.tokens) != self._length
+        )
         if found is None and is_other:
-            found, hint = f"one whose sequence was changed or continued by another after token {len(self._token_ids)}", "read one stream at a time"
+            found, hint = (
+                f"one whose sequence was changed or continued by another after token {len(self._token_ids)}",
+                "read one stream at a time",
+            )
         if found is not None:
             raise UsageError(f"expected a stream that can go on, found {found}", hint)
         self._sequence.check_open()
 
     def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
-        """The tokens up to the one that completes a stop string; the rest is forgotten before anybody has seen it."""
+        """The tokens up to the one that completes a stop string; the rest is forgotten before
+        anybody has seen it.
+        """
         for count, token in enumerate(token_ids, 1):
             watch.push([token])
             if watch.is_stopped:

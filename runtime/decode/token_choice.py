@@ -1,7 +1,9 @@
-"""Which token: what the algorithms of :mod:`trimode.runtime.decode.algorithms` ask, once by forward, and leave to this module.
+"""Which token: what the algorithms of :mod:`trimode.runtime.decode.algorithms` ask, once by
+forward, and leave to this module.
 
-:class:`GreedyChooser` hands through what the graphs return. :class:`RuledChooser` draws, penalises, forbids, forces and reports; it reads
-logits only where it must. Both take the candidates of a denoise or draft forward as arrays ``(L, 5)``, best first.
+:class:`GreedyChooser` hands through what the graphs return. :class:`RuledChooser` draws, penalises,
+forbids, forces and reports; it reads logits only where it must. Both take the candidates of a
+denoise or draft forward as arrays ``(L, 5)``, best first.
 """
 
 from __future__ import annotations
@@ -15,20 +17,31 @@ from numpy.typing import NDArray
 
 from trimode.runtime.decode.forward import Effect
 from trimode.runtime.decode.options import DecodeOptions
-from trimode.runtime.decode.sampling import Probabilities, accept_or_replace, distribution, draw, generator, log_softmax
+from trimode.runtime.decode.sampling import (
+    Probabilities,
+    accept_or_replace,
+    distribution,
+    draw,
+    generator,
+    log_softmax,
+)
 from trimode.runtime.decode.sequence import Sequence, Verification
 from trimode.runtime.sessions.base import Array, Ids
 
 LEAST_PROBABILITY = 1e-30
-"""Stands in for the 0 to which a candidate's probability may have been rounded, so that its logarithm is finite."""
+"""Stands in for the 0 to which a candidate's probability may have been rounded, so that its
+logarithm is finite.
+"""
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of a token under the model's own distribution: temperature 1, nothing penalised, forbidden or cut off.
+    """Log-probability of a token under the model's own distribution: temperature 1, nothing
+    penalised, forbidden or cut off.
 
     Attributes:
         token_id: the token.
-        logprob: None where no forward has told it: in a denoised block, a token that a thinking budget wrote, or a slot left masked.
+        logprob: None where no forward has told it: in a denoised block, a token that a thinking
+        budget wrote, or a slot left masked.
         top: the most probable tokens with theirs, best first.
     """
 
@@ -50,29 +63,45 @@ class Chooser(Protocol):
         ...
 
     def begin_block(self, block: Ids) -> None:
-        """Write tokens that are decided beforehand into a masked block to denoise, which comes after the sequence."""
+        """Write tokens that are decided beforehand into a masked block to denoise, which comes
+        after the sequence.
+        """
         ...
 
-    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
-        """For each slot of such a block the token to fill it with, and the confidence in it: ``(L,)`` each."""
+    def denoised(
+        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+    ) -> tuple[Array, Array]:
+        """For each slot of such a block the token to fill it with, and the confidence in it:
+        ``(L,)`` each.
+        """
         ...
 
-    def drafted(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
+    def drafted(
+        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+    ) -> tuple[Array, Array]:
         """Likewise for a block to verify, whose first slot is the last token of the sequence."""
         ...
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:
-        """What follows the first token of a drafted block: the accepted drafts, and one token more."""
+        """What follows the first token of a drafted block: the accepted drafts, and one token
+        more.
+        """
         ...
 
     def committed(self, token_ids: list[int]) -> None:
-        """Take note of a denoised block, or what is kept of it, before it is appended to the sequence."""
+        """Take note of a denoised block, or what is kept of it, before it is appended to the
+        sequence.
+        """
         ...
 
 
-def make_chooser(sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]) -> Chooser:
+def make_chooser(
+    sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]
+) -> Chooser:
     """The chooser for these options; it appends to ``logprobs`` where they are asked for."""
-    return GreedyChooser(sequence) if options.is_plain else RuledChooser(sequence, options, logprobs)
+    return (
+        GreedyChooser(sequence) if options.is_plain else RuledChooser(sequence, options, logprobs)
+    )
 
 
 class GreedyChooser:
@@ -90,7 +119,9 @@ class GreedyChooser:
     def begin_block(self, block: Ids) -> None:
         """Nothing is decided beforehand."""
 
-    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:  # noqa: ARG002
+    def denoised(
+        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+    ) -> tuple[Array, Array]:
         """See :class:`Chooser`."""
         return ids[:, 0], probabilities[:, 0]
 
@@ -105,13 +136,17 @@ class GreedyChooser:
 
 
 class RuledChooser:
-    """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of what the rules leave.
+    """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of
+    what the rules leave.
 
-    A token's *index* is its place among the new tokens of this run. Causal distributions are over the whole vocabulary. A denoise or draft
-    forward names five candidates for a slot, so a slot's distribution is that of the five, processed and normalised among themselves.
+    A token's *index* is its place among the new tokens of this run. Causal distributions are over
+    the whole vocabulary. A denoise or draft forward names five candidates for a slot, so a slot's
+    distribution is that of the five, processed and normalised among themselves.
     """
 
-    def __init__(self, sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]) -> None:
+    def __init__(
+        self, sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]
+    ) -> None:
         self._sequence, self._options, self._sampling = sequence, options, options.sampling
         self._start = len(sequence.tokens)
         self._ends = frozenset(options.end_tokens(sequence.model))
@@ -133,20 +168,30 @@ class RuledChooser:
         return token
 
     def begin_block(self, block: Ids) -> None:
-        """See :class:`Chooser`. The first slot has been chosen by :meth:`next`, which knows the budget."""
+        """See :class:`Chooser`. The first slot has been chosen by :meth:`next`, which knows the
+        budget.
+        """
         self._slots = _Slots()
         for slot in range(1, len(block)):
             if self._is_forced(self._index + slot):
                 block[slot] = self._end_think
 
-    def denoised(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
-        """See :class:`Chooser`. The confidence is the probability that the model gives the token, as in the reference."""
+    def denoised(
+        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+    ) -> tuple[Array, Array]:
+        """See :class:`Chooser`. The confidence is the probability that the model gives the token,
+        as in the reference.
+        """
         drawn, _ = self._draw_candidates(block, masked, self._index, ids, probabilities)
         self._slots.keep(masked, ids, probabilities)
         return _column(ids, drawn), _column(probabilities, drawn)
 
-    def drafted(self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array) -> tuple[Array, Array]:
-        """See :class:`Chooser`. The confidence is that of the slot's best candidate, whichever is drawn: see :func:`decode_linear_spec`."""
+    def drafted(
+        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+    ) -> tuple[Array, Array]:
+        """See :class:`Chooser`. The confidence is that of the slot's best candidate, whichever is
+        drawn: see :func:`decode_linear_spec`.
+        """
         drawn, q = self._draw_candidates(block, masked, self._index - 1, ids, probabilities)
         self._slots.keep(masked, ids, q)
         return _column(ids, drawn), probabilities[:, 0]
@@ -164,7 +209,9 @@ class RuledChooser:
         return out
 
     def committed(self, token_ids: list[int]) -> None:
-        """See :class:`Chooser`. The first token came from :meth:`next`, which noted it, unless that chose the mask token."""
+        """See :class:`Chooser`. The first token came from :meth:`next`, which noted it, unless that
+        chose the mask token.
+        """
         for slot, token in enumerate(token_ids):
             if slot == 0 and not self._slots.knows(0):
                 continue
@@ -181,21 +228,33 @@ class RuledChooser:
         return self._is_thinking and index == self._options.max_thinking_tokens
 
     def _pick(self, index: int, greedy: int, logits: Callable[[], NDArray[np.float32]]) -> int:
-        """A token from a causal row; ``greedy`` is its best, which mostly is all there is to know at temperature 0."""
+        """A token from a causal row; ``greedy`` is its best, which mostly is all there is to know
+        at temperature 0.
+        """
         if self._is_forced(index):
             return self._end_think
         is_forbidden = index < self._options.min_new_tokens and greedy in self._ends
-        if not self._sampling.is_random and self._sampling.repetition_penalty == 1 and not is_forbidden:
+        if (
+            not self._sampling.is_random
+            and self._sampling.repetition_penalty == 1
+            and not is_forbidden
+        ):
             return greedy
         return self._choose(self._distribution(index, logits()))
 
-    def _verify_row(self, index: int, row: int, draft: int | None, verification: Verification) -> tuple[int, bool]:
+    def _verify_row(
+        self, index: int, row: int, draft: int | None, verification: Verification
+    ) -> tuple[int, bool]:
         """The token at ``index``, and whether it is the draft."""
         if draft is None or not self._sampling.is_random or self._is_forced(index):
-            token = self._pick(index, int(verification.greedy_ids[row]), partial(verification.row, row))
+            token = self._pick(
+                index, int(verification.greedy_ids[row]), partial(verification.row, row)
+            )
             return token, token == draft
         q_ids, q = self._slots.of(row + 1)
-        return accept_or_replace(draft, self._distribution(index, verification.row(row)), q_ids, q, self._rng)
+        return accept_or_replace(
+            draft, self._distribution(index, verification.row(row)), q_ids, q, self._rng
+        )
 
     def _distribution(self, index: int, logits: NDArray[np.float32]) -> Probabilities:
         """Of a causal row ``(V,)``."""
@@ -204,13 +263,22 @@ class RuledChooser:
             scores[self._end_ids] = -np.inf
         return distribution(scores, self._sampling, self._seen)
 
-    def _draw_candidates(self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array) -> tuple[Ids, Probabilities]:
-        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``; ``first`` is the index of the first slot."""
+    def _draw_candidates(
+        self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
+    ) -> tuple[Ids, Probabilities]:
+        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``; ``first`` is
+        the index of the first slot.
+        """
         scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
-        # A slot that draws the mask token would stay undecided and be drawn again; what fills it in the end would have another distribution.
+        # A slot that draws the mask token would stay undecided and be drawn again; what fills it in
+        # the end would have another distribution.
         never = (ids == self._sequence.model.mask_token_id) & self._sampling.is_random
-        ends = np.isin(ids, self._end_ids) & (first + np.arange(len(block)) < self._options.min_new_tokens)[:, None]
-        ends &= ~(ends | never).all(-1, keepdims=True)  # something must be left; a draft that is forbidden will not be accepted
+        ends = (
+            np.isin(ids, self._end_ids)
+            & (first + np.arange(len(block)) < self._options.min_new_tokens)[:, None]
+        )
+        # something must be left; a draft that is forbidden will not be accepted
+        ends &= ~(ends | never).all(-1, keepdims=True)
         seen = self._seen[ids] | np.isin(ids, block[~masked])
         q = distribution(np.where(never | ends, -np.inf, scores), self._sampling, seen)
         return self._choose_rows(q), q
@@ -233,7 +301,9 @@ class RuledChooser:
 
 
 class _Slots:
-    """Candidates of each slot of a block and a value for each, as of the last forward in which the slot was masked: the one that filled it."""
+    """Candidates of each slot of a block and a value for each, as of the last forward in which the
+    slot was masked: the one that filled it.
+    """
 
     def __init__(self) -> None:
         self._known: NDArray[np.bool_] | None = None
@@ -242,8 +312,13 @@ class _Slots:
 
     def keep(self, masked: NDArray[np.bool_], ids: Array, values: NDArray[Any]) -> None:
         """Remember the masked slots' ``ids`` and ``values``, both ``(L, 5)``."""
-        if self._known is None or len(self._known) != len(masked):  # a block of another length is another block
-            self._known, self._ids, self._values = np.zeros(len(masked), bool), np.empty(ids.shape, np.int64), np.empty_like(values)
+        # a block of another length is another block
+        if self._known is None or len(self._known) != len(masked):
+            self._known, self._ids, self._values = (
+                np.zeros(len(masked), bool),
+                np.empty(ids.shape, np.int64),
+                np.empty_like(values),
+            )
         self._known |= masked
         self._ids[masked], self._values[masked] = ids[masked], values[masked]
 
@@ -268,9 +343,15 @@ class _Slots:
 def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogprob:
     """From the logits ``(V,)`` of a causal row."""
     values = log_softmax(logits)
-    best = np.argpartition(-values, count - 1)[:count] if 0 < count < values.size else np.arange(values.size)[: count or 0]
+    best = (
+        np.argpartition(-values, count - 1)[:count]
+        if 0 < count < values.size
+        else np.arange(values.size)[: count or 0]
+    )
     best = best[np.lexsort((best, -values[best]))]
-    return TokenLogprob(token, float(values[token]), tuple((int(i), float(values[i])) for i in best))
+    return TokenLogprob(
+        token, float(values[token]), tuple((int(i), float(values[i])) for i in best)
+    )
 
 
 def _column(table: Array, columns: Ids) -> Array:

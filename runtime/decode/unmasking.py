@@ -1,15 +1,19 @@
-"""Which masked slots of a block to fill after a denoise forward: the policies of block diffusion, one function each.
+"""Which masked slots of a block to fill after a denoise forward: the policies of block diffusion,
+one function each.
 
-============= ====================================================================================================
-``threshold`` every slot whose token has at least this probability; the most probable one in any case (the reference)
-``schedule``  ``ceil(masks left / steps left)`` slots, the most probable ones; a step a slot is serial denoising
-``margin``    every slot whose token is at least so much more probable than the next; the clearest one in any case
-``leftmost``  the first masked slot
-``learned``   every slot that a trained network scores at least so high; the one it scores highest in any case
-============= ====================================================================================================
+=============
+====================================================================================================
+``threshold`` every slot whose token has at least this probability; the most probable one in any
+case (the reference) ``schedule``  ``ceil(masks left / steps left)`` slots, the most probable ones;
+a step a slot is serial denoising ``margin``    every slot whose token is at least so much more
+probable than the next; the clearest one in any case ``leftmost``  the first masked slot ``learned``
+every slot that a trained network scores at least so high; the one it scores highest in any case
+=============
+====================================================================================================
 
-A filled slot is never masked again. ``threshold`` is the reference's rule to the letter, and may choose a slot whose token is the mask token,
-which then stays masked; the others leave such slots out, and choose none where there are no others.
+A filled slot is never masked again. ``threshold`` is the reference's rule to the letter, and may
+choose a slot whose token is the mask token, which then stays masked; the others leave such slots
+out, and choose none where there are no others.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ class Denoised:
         block: ``(L,)``, what the forward saw.
         masked: ``(L,)``, slots that are not filled yet.
         ids, probabilities: ``(L, n)``, candidates of each slot, best first.
-        tokens: ``(L,)``, what each slot would be filled with: the best candidate, unless it was drawn or a rule forbade that.
+        tokens: ``(L,)``, what each slot would be filled with: the best candidate, unless it was
+        drawn or a rule forbade that.
         confidence: ``(L,)``, the probability that the model gives it.
         mask_token_id: marks a masked slot.
         step: denoise forwards that the block has had before this one.
@@ -64,14 +69,20 @@ FillPolicy = Callable[[Denoised], Slots]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """How sure it is that the best candidate of a masked slot is right; what the learned policy asks."""
+    """How sure it is that the best candidate of a masked slot is right; what the learned policy
+    asks.
+    """
 
-    def score(self, block: Ids, masked: Slots, ids: Array, probabilities: Array) -> NDArray[np.float32]:
+    def score(
+        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+    ) -> NDArray[np.float32]:
         """From 0 to 1 for each slot ``(L,)``; the arguments are those of :class:`Denoised`."""
         ...
 
 
-def fill_policy(name: SamplerName, threshold: float, steps: int, scorer: Scorer | None) -> FillPolicy:
+def fill_policy(
+    name: SamplerName, threshold: float, steps: int, scorer: Scorer | None
+) -> FillPolicy:
     """The policy of this name.
 
     Args:
@@ -98,7 +109,9 @@ def fill_threshold(denoised: Denoised, threshold: float) -> Slots:
 
 
 def fill_schedule(denoised: Denoised, steps: int) -> Slots:
-    """See the module: so many a step that no slot is masked after ``steps`` of them; the slot further left among equals."""
+    """See the module: so many a step that no slot is masked after ``steps`` of them; the slot
+    further left among equals.
+    """
     count = -(-int(denoised.masked.sum()) // max(1, steps - denoised.step))
     ranked = np.argsort(-np.where(denoised.fillable, denoised.confidence, -np.inf), kind="stable")
     chosen = np.zeros_like(denoised.masked)
@@ -122,14 +135,18 @@ def fill_leftmost(denoised: Denoised) -> Slots:
 
 
 def fill_learned(denoised: Denoised, threshold: float, scorer: Scorer) -> Slots:
-    """See the module. A score is about the best candidate; a slot with another token has that token's probability in its place."""
+    """See the module. A score is about the best candidate; a slot with another token has that
+    token's probability in its place.
+    """
     scores = scorer.score(denoised.block, denoised.masked, denoised.ids, denoised.probabilities)
     scores = np.where(denoised.tokens == denoised.ids[:, 0], scores, denoised.confidence)
     return reaching(denoised.fillable, scores, threshold)
 
 
 def reaching(slots: Slots, values: NDArray[Any], threshold: float) -> Slots:
-    """Those of ``slots`` whose value reaches the threshold, and the one with the highest in any case."""
+    """Those of ``slots`` whose value reaches the threshold, and the one with the highest in any
+    case.
+    """
     values = np.where(slots, values, -np.inf)
     chosen: Slots = slots & (values >= threshold)
     if slots.any():

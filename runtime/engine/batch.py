@@ -1,10 +1,12 @@
 """Several texts side by side: each as if it were alone, their forwards together.
 
-A row of a batch is a :class:`~trimode.runtime.decode.sequence.Sequence` in any mode, which may begin and end at any time. Its algorithm runs until
-it needs a forward (:mod:`trimode.runtime.decode.forward`), and waits. A step chooses a kind of forward (:mod:`trimode.runtime.engine.grouping`),
-runs it once for the rows that wait for it, and lets these go on. The keys and values of all rows are in one buffer, each row's in its own part; a
-row that has not asked for a forward may lie between two that have, and is then given padding, which ends up behind its length, where its own next
-forward overwrites it.
+A row of a batch is a :class:`~trimode.runtime.decode.sequence.Sequence` in any mode, which may
+begin and end at any time. Its algorithm runs until it needs a forward
+(:mod:`trimode.runtime.decode.forward`), and waits. A step chooses a kind of forward
+(:mod:`trimode.runtime.engine.grouping`), runs it once for the rows that wait for it, and lets these
+go on. The keys and values of all rows are in one buffer, each row's in its own part; a row that has
+not asked for a forward may lie between two that have, and is then given padding, which ends up
+behind its length, where its own next forward overwrites it.
 """
 
 from __future__ import annotations
@@ -24,10 +26,20 @@ from trimode.runtime.decode.options import KINDS, MODE
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Generation, Stream
 from trimode.runtime.engine.grouping import JointForward, Waiting, choose_group, join_forwards
-from trimode.runtime.sessions.base import BatchCache, BatchSession, Ids, KVCache, SessionView, check_open, of_row
+from trimode.runtime.sessions.base import (
+    BatchCache,
+    BatchSession,
+    Ids,
+    KVCache,
+    SessionView,
+    check_open,
+    of_row,
+)
 
 OpenStream = Callable[..., Stream]
-"""A stream over a sequence: ``(sequence, mode, **options)``, as :meth:`trimode.runtime.model.TriModeModel.continue_sequence`."""
+"""A stream over a sequence: ``(sequence, mode, **options)``, as
+:meth:`trimode.runtime.model.TriModeModel.continue_sequence`.
+"""
 
 
 class BatchRequest(NamedTuple):
@@ -47,7 +59,8 @@ class BatchRow:
     """A text in a batch, from :meth:`Batch.join` to :meth:`Batch.leave`.
 
     Attributes:
-        sequence: its tokens. While the row is not at work it may be truncated, appended to, and go on with :meth:`Batch.resume`.
+        sequence: its tokens. While the row is not at work it may be truncated, appended to, and go
+        on with :meth:`Batch.resume`.
         stream: what it is doing, or did last; the batch iterates it.
     """
 
@@ -58,15 +71,18 @@ class BatchRow:
 
     @property
     def result(self) -> Generation:
-        """What the stream has generated so far; without a ``finish_reason`` where the text has not ended.
+        """What the stream has generated so far; without a ``finish_reason`` where the text has not
+        ended.
 
-        Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they were.
+        Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they
+        were.
         """
         return self.stream.so_far
 
 
 class RowSession(SessionView):
-    """One row of a batch as a :class:`~trimode.runtime.sessions.base.Session`, so that its text is a sequence as any other.
+    """One row of a batch as a :class:`~trimode.runtime.sessions.base.Session`, so that its text is
+    a sequence as any other.
 
     Attributes:
         row: where the text lies at the moment; None once it has left.
@@ -81,18 +97,40 @@ class RowSession(SessionView):
         """The batch's, of which a text in this row has one part."""
         return self._cache
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Any, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Any, ...]:
         """A forward of this row alone."""
         if self.row is None:
-            raise UsageError("expected a row that is in its batch, found one that has left", "join again with its tokens")
+            raise UsageError(
+                "expected a row that is in its batch, found one that has left",
+                "join again with its tokens",
+            )
         num_tokens = input_ids.shape[1]
         cache.reserve(past_length + slots_written(role, num_tokens))
         rows = range(self.row, self.row + 1)
-        return keep(role, self._batch.run_rows(role, cache, rows, input_ids, np.array([past_length]), np.array([num_tokens]), drafter_scale))
+        return keep(
+            role,
+            self._batch.run_rows(
+                role,
+                cache,
+                rows,
+                input_ids,
+                np.array([past_length]),
+                np.array([num_tokens]),
+                drafter_scale,
+            ),
+        )
 
 
 class Batch:
-    """Texts that run side by side; rows join, go on and leave at any time between two steps. For one thread.
+    """Texts that run side by side; rows join, go on and leave at any time between two steps. For
+    one thread.
 
     Args:
         session: loaded graphs.
@@ -103,9 +141,19 @@ class Batch:
     """
 
     def __init__(
-        self, session: BatchSession, model: ModelInfo, open_stream: OpenStream, check_prompt: Callable[[Any], list[int]], max_rows: int
+        self,
+        session: BatchSession,
+        model: ModelInfo,
+        open_stream: OpenStream,
+        check_prompt: Callable[[Any], list[int]],
+        max_rows: int,
     ) -> None:
-        self._session, self._model, self._open_stream, self._check_prompt = session, model, open_stream, check_prompt
+        self._session, self._model, self._open_stream, self._check_prompt = (
+            session,
+            model,
+            open_stream,
+            check_prompt,
+        )
         self._cache = session.new_batch_cache(max_rows)
         self._rows: list[BatchRow | None] = [None] * max_rows
         self._chunks: list[tuple[BatchRow, Chunk]] = []
@@ -140,7 +188,10 @@ class Batch:
         """
         check_open(self._session)
         if None not in self._rows:
-            raise UsageError(f"expected a free row, found all {len(self._rows)} taken", "let one leave, or make a batch of more rows")
+            raise UsageError(
+                f"expected a free row, found all {len(self._rows)} taken",
+                "let one leave, or make a batch of more rows",
+            )
         session = RowSession(self._session, self._cache, self._rows.index(None))
         sequence = Sequence(session, self._model, self._check_prompt(ids))
         row = BatchRow(session, sequence, self._open_stream(sequence, mode, **options))
@@ -149,7 +200,8 @@ class Batch:
 
     @checks_arguments(MODE, options=KINDS)
     def resume(self, row: BatchRow, mode: Mode, **options: Any) -> None:
-        """Go on from where the row's sequence stands, in any mode; what is cached is not read again. What it was doing is given up.
+        """Go on from where the row's sequence stands, in any mode; what is cached is not read
+        again. What it was doing is given up.
 
         Raises:
             UsageError: the row has left, or a value is out of its range.
@@ -173,10 +225,12 @@ class Batch:
         """Run one kind of forward, for all the rows that wait for it.
 
         Returns:
-            What was committed since the last step. A row's last chunk has a ``finish_reason``, and no tokens where there was no room for any.
+            What was committed since the last step. A row's last chunk has a ``finish_reason``, and
+                no tokens where there was no room for any.
 
         Raises:
-            UsageError: a text is longer than the cache of the target holds; its row is no longer at work, and the others go on with the next step.
+            UsageError: a text is longer than the cache of the target holds; its row is no longer at
+                work, and the others go on with the next step.
         """
         check_open(self._session)
         start = time.perf_counter()
@@ -196,7 +250,8 @@ class Batch:
             yield from self.step()
 
     def answer_all(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[int, BatchRow, Chunk]]:
-        """Answer one text after the other, as many at a time as there are free rows; each leaves when it is finished.
+        """Answer one text after the other, as many at a time as there are free rows; each leaves
+        when it is finished.
 
         Yields:
             The number of the request, its row and a chunk, as they come.
@@ -235,7 +290,9 @@ class Batch:
         try:
             step = row.stream.advance(outputs)
             if isinstance(step, Forward):
-                self._cache.reserve(step.past_length + slots_written(step.role, len(step.token_ids)))
+                self._cache.reserve(
+                    step.past_length + slots_written(step.role, len(step.token_ids))
+                )
                 row.waiting, is_going_on = Waiting(self._index(row), step, self._now), True
                 return
             chunk = step or Chunk([], row.stream.finish_reason)
@@ -247,12 +304,21 @@ class Batch:
     def _run(self, joint: JointForward) -> None:
         """Run a forward and let its members go on with what it says of them."""
         shape = (len(joint.rows), joint.num_tokens)
-        ids, past, real = np.zeros(shape, np.int64), np.array([self._length(row) for row in joint.rows]), np.ones(shape[0], np.int64)
+        ids, past, real = (
+            np.zeros(shape, np.int64),
+            np.array([self._length(row) for row in joint.rows]),
+            np.ones(shape[0], np.int64),
+        )
         for member in joint.members:
             place = joint.rows.index(member.row)
             ids[place, : member.num_tokens] = member.forward.token_ids
             past[place], real[place] = member.forward.past_length, member.num_tokens
-        outputs = keep(joint.role, self._session.run_rows(joint.role, self._cache, joint.rows, ids, past, real, joint.drafter_scale))
+        outputs = keep(
+            joint.role,
+            self._session.run_rows(
+                joint.role, self._cache, joint.rows, ids, past, real, joint.drafter_scale
+            ),
+        )
         for member in joint.members:
             row, place = self._rows[member.row], joint.rows.index(member.row)
             assert row is not None
@@ -265,13 +331,21 @@ class Batch:
         return text.sequence.cached_length
 
     def _fits(self, role: Role, past_length: int, num_tokens: int) -> bool:
-        """Whether padding stays within the cache, which must not grow for it, and within the position tables."""
-        return past_length + slots_written(role, num_tokens) <= self._cache.capacity and past_length + num_tokens <= self._model.num_positions
+        """Whether padding stays within the cache, which must not grow for it, and within the
+        position tables.
+        """
+        return (
+            past_length + slots_written(role, num_tokens) <= self._cache.capacity
+            and past_length + num_tokens <= self._model.num_positions
+        )
 
     def _close_ranks(self) -> None:
         """Move rows from the end into free ones, so that those in use are neighbours."""
         while None in self._rows[: len(self.rows)]:
-            free, last = self._rows.index(None), max(i for i, row in enumerate(self._rows) if row is not None)
+            free, last = (
+                self._rows.index(None),
+                max(i for i, row in enumerate(self._rows) if row is not None),
+            )
             row = self._rows[last]
             assert row is not None
             self._cache.move(last, free)
@@ -283,10 +357,15 @@ class Batch:
     def _index(self, row: BatchRow) -> int:
         """Where a row lies; :class:`UsageError` once it has left."""
         if row.session.row is None:
-            raise UsageError("expected a row that is in the batch, found one that has left", "join again with its tokens")
+            raise UsageError(
+                "expected a row that is in the batch, found one that has left",
+                "join again with its tokens",
+            )
         return row.session.row
 
 
 def keep(role: Role, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Outputs that other rows' forwards do not overwrite. Those of ``verify`` are large, and read before anything else runs, or never."""
+    """Outputs that other rows' forwards do not overwrite. Those of ``verify`` are large, and read
+    before anything else runs, or never.
+    """
     return outputs if role == "verify" else tuple(np.array(output) for output in outputs)

@@ -12,8 +12,10 @@ from trimode.formats.contract import Role
 from trimode.runtime.decode.forward import Forward
 
 PATIENCE = 4
-"""Steps that a row waits before its forward comes first, however many wait for another. While a row waits, the forwards of the others are smaller
-than they could be: of 1, 2, 4 and 16 the last took most forwards by far, the others hardly differed (AR of the demo, batches of 8)."""
+"""Steps that a row waits before its forward comes first, however many wait for another. While a row
+waits, the forwards of the others are smaller than they could be: of 1, 2, 4 and 16 the last took
+most forwards by far, the others hardly differed (AR of the demo, batches of 8).
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +52,14 @@ class JointForward:
 Length = Callable[[int], int]
 """Cached tokens of a row, as of now."""
 Fits = Callable[[int, int], bool]
-"""Whether a row of so many cached tokens takes a forward of so many more; it must not reach beyond the cache or the position tables."""
+"""Whether a row of so many cached tokens takes a forward of so many more; it must not reach beyond
+the cache or the position tables.
+"""
 
 
 def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
-    """The rows whose forwards come next, all of one kind: the kind that most rows wait for, of equal ones that of the row that waits longest.
+    """The rows whose forwards come next, all of one kind: the kind that most rows wait for, of
+    equal ones that of the row that waits longest.
 
     Once a row has waited for :data:`PATIENCE` steps, its kind comes first.
     """
@@ -67,39 +72,63 @@ def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
     return max(groups.values(), key=lambda group: (len(group), -min(one.since for one in group)))
 
 
-def join_forwards(group: Sequence[Waiting], length_of: Length, fits: Fits, free_tokens: int) -> Iterator[JointForward]:
+def join_forwards(
+    group: Sequence[Waiting], length_of: Length, fits: Fits, free_tokens: int
+) -> Iterator[JointForward]:
     """A group's forwards, as few as possible; each is to be run before the next is asked for.
 
-    A row between two members goes along, with padding that is written behind what it has cached, where that is harmless and costs little.
+    A row between two members goes along, with padding that is written behind what it has cached,
+    where that is harmless and costs little.
 
     Args:
         group: of one kind.
-        length_of: asked about rows that go along, some of which may have gone on with a forward before.
+        length_of: asked about rows that go along, some of which may have gone on with a forward
+        before.
         fits: whether padding has room; a member's own tokens always have.
         free_tokens: how many tokens of such rows are cheaper than a further forward.
     """
     rest = sorted(group, key=lambda one: one.row)
     while rest:
         longest = max(one.num_tokens for one in rest)
-        taken = [one for one in rest if one.num_tokens == longest or fits(one.forward.past_length, longest)]
+        taken = [
+            one
+            for one in rest
+            if one.num_tokens == longest or fits(one.forward.past_length, longest)
+        ]
         rest = [one for one in rest if one not in taken]
         for members in _stretches(taken, longest, length_of, fits, free_tokens):
             first = members[0].forward
-            yield JointForward(first.role, first.drafter_scale, longest, range(members[0].row, members[-1].row + 1), tuple(members))
+            yield JointForward(
+                first.role,
+                first.drafter_scale,
+                longest,
+                range(members[0].row, members[-1].row + 1),
+                tuple(members),
+            )
 
 
 def _kind(waiting: Waiting) -> tuple[Role, int, float]:
-    """Forwards of one kind may run together. Those of ``ar`` may differ in length, by less than a factor of two, which bounds the padding."""
+    """Forwards of one kind may run together. Those of ``ar`` may differ in length, by less than a
+    factor of two, which bounds the padding.
+    """
     forward, num_tokens = waiting.forward, waiting.num_tokens
-    return forward.role, (num_tokens - 1).bit_length() if forward.role == "ar" else num_tokens, forward.drafter_scale
+    return (
+        forward.role,
+        (num_tokens - 1).bit_length() if forward.role == "ar" else num_tokens,
+        forward.drafter_scale,
+    )
 
 
-def _stretches(group: Sequence[Waiting], num_tokens: int, length_of: Length, fits: Fits, free_tokens: int) -> Iterator[list[Waiting]]:
+def _stretches(
+    group: Sequence[Waiting], num_tokens: int, length_of: Length, fits: Fits, free_tokens: int
+) -> Iterator[list[Waiting]]:
     """Members in ascending order, cut where the rows between two of them cannot go along."""
     members: list[Waiting] = []
     for one in group:
         between = range(members[-1].row + 1, one.row) if members else range(0)
-        if len(between) * num_tokens > free_tokens or not all(fits(length_of(row), num_tokens) for row in between):
+        if len(between) * num_tokens > free_tokens or not all(
+            fits(length_of(row), num_tokens) for row in between
+        ):
             yield members
             members = []
         members.append(one)

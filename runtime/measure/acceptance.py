@@ -15,18 +15,32 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 128
 
 
-def write_texts(model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool) -> Iterator[Past]:
-    """The text after each prompt, greedy, by linear self-speculation: what became of each slot's drafts.
+def write_texts(
+    model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool
+) -> Iterator[Past]:
+    """The text after each prompt, greedy, by linear self-speculation: what became of each slot's
+    drafts.
 
     Neither the end of a block nor the end of a text counts as a rejection.
     """
     for prompt in prompts:
         tried, accepted = np.zeros((2, block_length - 1), np.int64)
-        stream = model.stream([list(prompt)], "linear_spec", max_new_tokens=MAX_NEW_TOKENS, block_length=block_length, use_drafter=use_drafter)
+        stream = model.stream(
+            [list(prompt)],
+            "linear_spec",
+            max_new_tokens=MAX_NEW_TOKENS,
+            block_length=block_length,
+            use_drafter=use_drafter,
+        )
         next(stream)  # the first token comes from the prompt's forward
         for chunk in stream:
             count = len(chunk.token_ids) - 1
             accepted[:count] += 1
             tried[: count + (chunk.finish_reason is None)] += 1
         result = stream.result
-        yield Past(prompt, tried, accepted, len(result.token_ids) if result.finish_reason == "stop" else None)
+        yield Past(
+            prompt,
+            tried,
+            accepted,
+            len(result.token_ids) if result.finish_reason == "stop" else None,
+        )

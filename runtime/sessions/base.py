@@ -34,11 +34,16 @@ class Closable:
 def check_open(session: object) -> None:
     """Raise :class:`UsageError` for what has been closed; what cannot be closed is always open."""
     if getattr(session, "is_closed", False):
-        raise UsageError("expected an open model, found it closed", "open the bundle again with TriModeModel.from_pretrained")
+        raise UsageError(
+            "expected an open model, found it closed",
+            "open the bundle again with TriModeModel.from_pretrained",
+        )
 
 
 class KVCache(Protocol):
-    """Keys and values of one sequence in slots of fixed capacity. What is valid is known by whoever holds the length, not here."""
+    """Keys and values of one sequence in slots of fixed capacity. What is valid is known by whoever
+    holds the length, not here.
+    """
 
     @property
     def capacity(self) -> int:
@@ -55,7 +60,9 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """The graphs of a bundle, loaded once, with weights shared. One that can be closed is :class:`Closable`, and refuses to run afterwards."""
+    """The graphs of a bundle, loaded once, with weights shared. One that can be closed is
+    :class:`Closable`, and refuses to run afterwards.
+    """
 
     @property
     def max_prefill_rows(self) -> int | None:
@@ -63,7 +70,9 @@ class Session(Protocol):
         ...
 
     def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
-        """Raise :class:`UsageError` for a block length that one of these graphs was not built for."""
+        """Raise :class:`UsageError` for a block length that one of these graphs was not built
+        for.
+        """
         ...
 
     def close(self) -> None:
@@ -74,18 +83,27 @@ class Session(Protocol):
         """An empty cache for one sequence."""
         ...
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
-        """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots) into slots ``past_length ..`` of the cache,
-        growing it where needed.
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
+        """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots)
+        into slots ``past_length ..`` of the cache, growing it where needed.
 
-        Returns the outputs of the role's contract as views that the next run of the same role on this cache overwrites. A session on a
-        GPU leaves ``logits`` there and returns a :class:`DeviceArray`: ``np.asarray`` copies it.
+        Returns the outputs of the role's contract as views that the next run of the same role on
+        this cache overwrites. A session on a GPU leaves ``logits`` there and returns a
+        :class:`DeviceArray`: ``np.asarray`` copies it.
         """
         ...
 
 
 class SessionView:
-    """A session that stands on another one and does something about its forwards; closing it leaves the other one open.
+    """A session that stands on another one and does something about its forwards; closing it leaves
+    the other one open.
 
     Args:
         session: the other one.
@@ -115,7 +133,14 @@ class SessionView:
         """See :class:`Session`."""
         return self._session.new_cache()
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`Session`."""
         return self._session.run(role, cache, input_ids, past_length, drafter_scale)
 
@@ -139,7 +164,9 @@ class BatchSession(Session, Protocol):
 
     @property
     def free_tokens(self) -> int:
-        """How many tokens of rows that have nothing to do may go along with a forward before a second forward is cheaper."""
+        """How many tokens of rows that have nothing to do may go along with a forward before a
+        second forward is cheaper.
+        """
         ...
 
     def new_batch_cache(self, num_rows: int) -> BatchCache:
@@ -147,7 +174,14 @@ class BatchSession(Session, Protocol):
         ...
 
     def run_rows(
-        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+        self,
+        role: Role,
+        cache: KVCache,
+        rows: range,
+        input_ids: Ids,
+        past_length: Ids,
+        input_length: Ids,
+        drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
         """Like :meth:`Session.run` for ``rows`` of a batch's cache.
 
@@ -157,17 +191,20 @@ class BatchSession(Session, Protocol):
             rows: B neighbours.
             input_ids: ``(B, T)``.
             past_length: ``(B,)``.
-            input_length: ``(B,)``, of ``ar``: tokens that are real; what follows in the row is padding.
+            input_length: ``(B,)``, of ``ar``: tokens that are real; what follows in the row is
+            padding.
             drafter_scale: of ``draft``.
 
         Returns:
-            The outputs of the role's contract; the next run of the role on this cache, for whichever rows, may overwrite them.
+            The outputs of the role's contract; the next run of the role on this cache, for
+                whichever rows, may overwrite them.
         """
         ...
 
 
 class DeviceArray:
-    """An array in GPU memory that is copied when somebody asks for its values; the next forward into the same memory changes them.
+    """An array in GPU memory that is copied when somebody asks for its values; the next forward
+    into the same memory changes them.
 
     Args:
         shape: as numpy would say.
@@ -176,14 +213,22 @@ class DeviceArray:
         fetch_row: copies one entry of the first dimension; None = only with all the others.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fetch: Callable[[], Array], fetch_row: Callable[[int], Array] | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        fetch: Callable[[], Array],
+        fetch_row: Callable[[int], Array] | None = None,
+    ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._fetch = fetch
         self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError("expected a copy to be allowed, found copy=False for an array in GPU memory")
+            raise ValueError(
+                "expected a copy to be allowed, found copy=False for an array in GPU memory"
+            )
         return np.asarray(self._fetch(), dtype)
 
     def __getitem__(self, index: Any) -> Any:

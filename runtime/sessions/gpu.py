@@ -46,7 +46,8 @@ def find_gpu() -> Gpu | NoGpu:
     except (DependencyError, ImportError):
         return NoGpu(f"cuda-bindings is not installed ({_INSTALL})", is_certain=False)
     try:
-        # The runtime library reports a missing driver and one that is too old alike; the driver's own library tells them apart.
+        # The runtime library reports a missing driver and one that is too old alike; the driver's
+        # own library tells them apart.
         driver.cuInit(0)
     except RuntimeError:
         return NoGpu("the NVIDIA driver is not installed")
@@ -56,7 +57,11 @@ def find_gpu() -> Gpu | NoGpu:
     if not count:
         return NoGpu("the NVIDIA driver shows no device")
     properties = check("cudaGetDeviceProperties", runtime.cudaGetDeviceProperties(0))
-    return Gpu(properties.name.decode().rstrip("\0"), f"{properties.major}.{properties.minor}", properties.totalGlobalMem)
+    return Gpu(
+        properties.name.decode().rstrip("\0"),
+        f"{properties.major}.{properties.minor}",
+        properties.totalGlobalMem,
+    )
 
 
 @cache
@@ -73,7 +78,8 @@ def cudart() -> Any:
 
 
 def check(call: str, result: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA runtime returned besides its status: None, the value, or a tuple of values.
+    """What a call of the CUDA runtime returned besides its status: None, the value, or a tuple of
+    values.
 
     Args:
         call: the function and what it was asked for, for the message.
@@ -84,7 +90,9 @@ def check(call: str, result: tuple[Any, ...]) -> Any:
     """
     status, *values = result
     if status != type(status)(0):
-        raise DeviceError(f"expected {call} to succeed, found: {error_text(status)}", _advice(status))
+        raise DeviceError(
+            f"expected {call} to succeed, found: {error_text(status)}", _advice(status)
+        )
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)

@@ -34,16 +34,24 @@ class OpenedSession:
     rejected: dict[str, str]
 
 
-def open_session(bundle: Bundle, target: str | None = None, num_threads: int | None = None, *, runtime_cache: Path | None = None) -> OpenedSession:
+def open_session(
+    bundle: Bundle,
+    target: str | None = None,
+    num_threads: int | None = None,
+    *,
+    runtime_cache: Path | None = None,
+) -> OpenedSession:
     """Open a target of a bundle's chosen precision.
 
     Args:
         bundle: an opened bundle.
-        target: a name, which is opened or fails. None or ``auto``: the first that runs here of TensorRT targets, ONNX Runtime on a GPU,
-            ONNX Runtime on the CPU, and the portable graphs.
+        target: a name, which is opened or fails. None or ``auto``: the first that runs here of
+            TensorRT targets, ONNX Runtime on a GPU, ONNX Runtime on the CPU, and the portable
+            graphs.
         num_threads: threads inside one operator on the CPU; None = one per physical core.
-        runtime_cache: folder for what is made for this machine while running: kernels that TensorRT-RTX compiles (None = not kept) and int4
-            weights as ONNX Runtime arranges them (None = the user's cache folder).
+        runtime_cache: folder for what is made for this machine while running: kernels that
+            TensorRT-RTX compiles (None = not kept) and int4 weights as ONNX Runtime arranges them
+            (None = the user's cache folder).
 
     Raises:
         UsageError: the precision has no target of this name, or ``num_threads`` is below 1.
@@ -53,9 +61,15 @@ def open_session(bundle: Bundle, target: str | None = None, num_threads: int | N
     """
     if target not in (None, AUTO):
         assert target is not None
-        return OpenedSession(_open(bundle, _find(bundle, target), num_threads, runtime_cache), target, {})
+        return OpenedSession(
+            _open(bundle, _find(bundle, target), num_threads, runtime_cache), target, {}
+        )
     records: dict[str, TargetRecord | None] = {**bundle.chosen.targets, PORTABLE: None}
-    gpu = find_gpu() if any(record and record.device == "cuda" for record in records.values()) else NoGpu("it was not looked for")
+    gpu = (
+        find_gpu()
+        if any(record and record.device == "cuda" for record in records.values())
+        else NoGpu("it was not looked for")
+    )
     rejected: dict[str, str] = {}
     for name in sorted(records, key=lambda name: _rank(records[name])):
         record = records[name]
@@ -81,10 +95,16 @@ def _find(bundle: Bundle, target: str) -> TargetRecord | None:
     if target == PORTABLE:
         return None
     if target not in targets:
-        others = [name for name, record in bundle.manifest.precisions.items() if target in record.targets]
-        hint = f"it is there in {', '.join(others)}: choose that precision" if others else ADD_TARGET
-        raise UsageError(f"expected a target of the bundle in {bundle.precision} ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
-                         f"{hint}, or choose one of these")  # fmt: skip
+        others = [
+            name for name, record in bundle.manifest.precisions.items() if target in record.targets
+        ]
+        hint = (
+            f"it is there in {', '.join(others)}: choose that precision" if others else ADD_TARGET
+        )
+        raise UsageError(
+            f"expected a target of the bundle in {bundle.precision} ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
+            f"{hint}, or choose one of these",
+        )
     return targets[target]
 
 
@@ -103,13 +123,19 @@ def _why_not(record: TargetRecord | None, gpu: Gpu | NoGpu) -> str | None:
         return None
     if isinstance(gpu, NoGpu):
         # ONNX Runtime brings its own way to the GPU; where we cannot look, it may still find one.
-        return f"found no GPU ({gpu.reason})" if gpu.is_certain or record.backend != "onnxruntime" else None
+        return (
+            f"found no GPU ({gpu.reason})"
+            if gpu.is_certain or record.backend != "onnxruntime"
+            else None
+        )
     if record.compute_capability not in (None, gpu.compute_capability):
         return f"found a GPU of compute capability {gpu.compute_capability} ({gpu.name}), not {record.compute_capability}"
     return None
 
 
-def _open(bundle: Bundle, record: TargetRecord | None, num_threads: int | None, runtime_cache: Path | None) -> Session:
+def _open(
+    bundle: Bundle, record: TargetRecord | None, num_threads: int | None, runtime_cache: Path | None
+) -> Session:
     # The libraries are optional extras: each is imported only where it is used.
     if record is None or record.backend == "onnxruntime":
         from trimode.runtime.sessions.ort.session import OrtSession
@@ -120,7 +146,9 @@ def _open(bundle: Bundle, record: TargetRecord | None, num_threads: int | None, 
     return TensorRTSession(bundle, record, runtime_cache=runtime_cache)
 
 
-def _report(name: str, record: TargetRecord | None, rejected: dict[str, str], bundle: Bundle) -> None:
+def _report(
+    name: str, record: TargetRecord | None, rejected: dict[str, str], bundle: Bundle
+) -> None:
     """Falling back from a GPU is worth a warning, the rest is information."""
     chosen = f"{_LIBRARIES[record.backend] if record else 'ONNX Runtime'} ({name})"
     for other, reason in rejected.items():

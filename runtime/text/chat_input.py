@@ -37,7 +37,9 @@ def plain_tools(tools: Seq[Any] | None) -> list[Any] | None:
     Raises:
         UsageError: a tool is no schema.
     """
-    return _plain_dicts(tools, "tools as JSON schemas", "write the schema of each function as a dict")
+    return _plain_dicts(
+        tools, "tools as JSON schemas", "write the schema of each function as a dict"
+    )
 
 
 def plain_documents(documents: Seq[Any] | None) -> list[Any] | None:

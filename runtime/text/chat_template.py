@@ -31,7 +31,8 @@ class ChatTemplates:
     """The templates of a folder, by name.
 
     Files count before ``chat_template`` in ``tokenizer_config.json``: ``chat_template.jinja`` is
-    the one called ``default``, those in ``additional_chat_templates`` have the names of their files.
+    the one called ``default``, those in ``additional_chat_templates`` have the names of their
+    files.
 
     Args:
         folder: where ``tokenizer.json`` lies.
@@ -110,7 +111,9 @@ class ChatTemplates:
 def _from_files(folder: Path) -> dict[str, Source]:
     file = folder / "chat_template.jinja"
     files = {_DEFAULT: file} if file.is_file() else {}
-    files |= {one.name.removesuffix(".jinja"): one for one in (folder / TEMPLATE_FOLDER).glob("*.jinja")}
+    files |= {
+        one.name.removesuffix(".jinja"): one for one in (folder / TEMPLATE_FOLDER).glob("*.jinja")
+    }
     return {name: Source(read_source(one, "a chat template"), one) for name, one in files.items()}
 
 

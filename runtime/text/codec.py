@@ -1,4 +1,6 @@
-"""Text to tokens and back: the checkpoint's tokenizer and chat template, as transformers has them."""
+"""Text to tokens and back: the checkpoint's tokenizer and chat template, as transformers has
+them.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class TextCodec:
         """The added tokens that :meth:`decode` leaves out."""
         # The library is asked: it goes by the texts that ever were special, not by the flags.
         added, decode = self._tokenizer.get_added_tokens_decoder(), self._decode_raw
-        return frozenset(one for one in added if decode([one]) != decode([one], skip_special_tokens=False))
+        return frozenset(
+            one for one in added if decode([one]) != decode([one], skip_special_tokens=False)
+        )
 
     @property
     def cleans_up(self) -> bool:
@@ -111,13 +115,13 @@ class TextCodec:
         """The text of a conversation, by the checkpoint's chat template.
 
         Args:
-            messages: each with a ``role``, a ``content`` (text, or a list of parts) and what else the
-                template knows, such as ``tool_calls``.
+            messages: each with a ``role``, a ``content`` (text, or a list of parts) and what else
+                the template knows, such as ``tool_calls``.
             enable_thinking: for the template; None: not given to it.
             tools: JSON schemas; a template called ``tool_use`` counts where they are given.
             documents: each with a ``title`` and a ``text``.
-            add_generation_prompt: whether the assistant's turn begins; None: unless the last message
-                is continued.
+            add_generation_prompt: whether the assistant's turn begins; None: unless the last
+                message is continued.
             continue_final_message: leave the last message open; a text names the field to continue.
             chat_template: the name of one of several, or a template itself.
             **template_kwargs: what else the template sees.
@@ -141,13 +145,17 @@ class TextCodec:
             "messages": chat,
             "tools": plain_tools(tools),
             "documents": plain_documents(documents),
-            "add_generation_prompt": plain(not field if add_generation_prompt is None else add_generation_prompt),
+            "add_generation_prompt": plain(
+                not field if add_generation_prompt is None else add_generation_prompt
+            ),
         }
         rendered = self._templates.render(source, variables)
         return cut_at_mark(rendered, end) if field else rendered
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, such as ``</think>``; None if there is no such token."""
+        """The id of a token of the vocabulary, such as ``</think>``; None if there is no such
+        token.
+        """
         return self._tokenizer.token_to_id(token)
 
     def decode(self, token_ids: Seq[int]) -> str:
@@ -165,11 +173,19 @@ class TextCodec:
                 "take it out, or join both halves into one character",
             ) from error
         encode = self._tokenizer.encode
-        return guarded(self._file, "a tokenizer that takes any text", lambda: encode(text, add_special_tokens=add_special_tokens).ids)
+        return guarded(
+            self._file,
+            "a tokenizer that takes any text",
+            lambda: encode(text, add_special_tokens=add_special_tokens).ids,
+        )
 
     def _decode_raw(self, token_ids: Seq[int], *, skip_special_tokens: bool = True) -> str:
         ids, decode = list(token_ids), self._tokenizer.decode
-        return guarded(self._file, "a tokenizer that takes any token ids", lambda: decode(ids, skip_special_tokens=skip_special_tokens))
+        return guarded(
+            self._file,
+            "a tokenizer that takes any token ids",
+            lambda: decode(ids, skip_special_tokens=skip_special_tokens),
+        )
 
     def _is_silent(self, token: int) -> bool:
         return token in self.special_ids or self._tokenizer.id_to_token(token) is None
@@ -187,6 +203,8 @@ def _byte_values(tokenizer: Tokenizer) -> dict[int, int]:
     if "ByteFallback" not in repr(tokenizer.decoder):
         return {}
     digits = "0123456789abcdefABCDEF"
-    values = {f"<0x{first}{second}>": int(first + second, 16) for first in digits for second in digits}
+    values = {
+        f"<0x{first}{second}>": int(first + second, 16) for first in digits for second in digits
+    }
     ids = ((tokenizer.token_to_id(name), value) for name, value in values.items())
     return {index: value for index, value in ids if index is not None}

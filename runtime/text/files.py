@@ -43,7 +43,9 @@ def check_names(folder: Path) -> None:
     """
     for path in (folder / name for name in _TEXT_FILES):
         if os.path.lexists(path) and not path.is_file():
-            raise unusable(path, "a file", "a folder" if path.is_dir() else "a link that leads nowhere")
+            raise unusable(
+                path, "a file", "a folder" if path.is_dir() else "a link that leads nowhere"
+            )
 
 
 def read_source(path: Path, what: str) -> str:
@@ -100,7 +102,8 @@ def guarded(path: Path, what: str, call: Callable[[], T]) -> T:
     """Call the tokenizers library for a file.
 
     Raises:
-        BundleError: the library failed; it raises bare ``Exception``, and ``PanicException`` where it panics.
+        BundleError: the library failed; it raises bare ``Exception``, and ``PanicException`` where
+            it panics.
     """
     try:
         return call()

@@ -21,7 +21,9 @@ _LINE_HINT = 'write {"prompt": "..."}, {"messages": [...]} or {"token_ids": [1, 
 _MESSAGES_HINT = 'write {"messages": [{"role": "user", "content": "..."}]}'
 _BASE_HINT = 'a base model takes plain text: write {"prompt": "..."}, and leave out --system and --enable-thinking'
 _OWN_KEYS = ("self", "messages", "tools", "documents", "add_generation_prompt")
-"""What ``chat_template_kwargs`` may not hold: it has a key of its own, or follows from what is asked."""
+"""What ``chat_template_kwargs`` may not hold: it has a key of its own, or follows from what is
+asked.
+"""
 _MOST_NAMED = 5
 """Bad lines that a message describes; of the rest it has the numbers."""
 _MOST_NUMBERS = 20
@@ -56,7 +58,8 @@ class PromptStyle:
     Attributes:
         is_raw: as they are, without the chat template.
         system: what a conversation begins with.
-        enable_thinking: told to the chat template; a line that says it itself goes first. None = not told.
+        enable_thinking: told to the chat template; a line that says it itself goes first. None =
+            not told.
     """
 
     is_raw: bool = False
@@ -66,16 +69,27 @@ class PromptStyle:
     @property
     def options(self) -> list[str]:
         """The command line's names of what was chosen."""
-        thinking = {True: "--enable-thinking", False: "--no-enable-thinking", None: ""}[self.enable_thinking]
-        chosen = ("--raw" if self.is_raw else "", "--system" if self.system is not None else "", thinking)
+        thinking = {True: "--enable-thinking", False: "--no-enable-thinking", None: ""}[
+            self.enable_thinking
+        ]
+        chosen = (
+            "--raw" if self.is_raw else "",
+            "--system" if self.system is not None else "",
+            thinking,
+        )
         return [name for name in chosen if name]
 
     def check(self) -> None:
-        """Raise :class:`UsageError` where the choices contradict each other, or the text is none."""
+        """Raise :class:`UsageError` where the choices contradict each other, or the text is
+        none.
+        """
         others = self.options[1:] if self.is_raw else []
         if others:
             found = f"expected --raw without {others[0]}, found both"
-            raise UsageError(found, f"leave out one of them: {others[0]} is for the chat template, which --raw goes without")
+            raise UsageError(
+                found,
+                f"leave out one of them: {others[0]} is for the chat template, which --raw goes without",
+            )
         if self.system is not None:
             check_text(self.system, "--system")
 
@@ -94,9 +108,14 @@ class BadLine(NamedTuple):
 def check_text(text: str, name: str) -> None:
     """Raise :class:`UsageError` where a text of the command line is empty or is not UTF-8."""
     if not text:
-        raise UsageError(f"expected a text with {name}, found an empty one", f"leave {name} out, or pass some text")
+        raise UsageError(
+            f"expected a text with {name}, found an empty one",
+            f"leave {name} out, or pass some text",
+        )
     if not is_whole_text(text):
-        raise UsageError(f"expected {name} to be UTF-8, found other bytes", "pass the text in UTF-8")
+        raise UsageError(
+            f"expected {name} to be UTF-8, found other bytes", "pass the text in UTF-8"
+        )
 
 
 def read_prompt_lines(path: Path, style: PromptStyle = USUAL_STYLE) -> list[Prompt | BadLine]:
@@ -108,10 +127,16 @@ def read_prompt_lines(path: Path, style: PromptStyle = USUAL_STYLE) -> list[Prom
     try:
         text = read_text(path)
     except Unreadable as error:
-        raise UsageError(f"{path}: expected a readable UTF-8 file, found: {error.reason}", "check the path and the permissions") from error
+        raise UsageError(
+            f"{path}: expected a readable UTF-8 file, found: {error.reason}",
+            "check the path and the permissions",
+        ) from error
     found = [_read_line(number, line, style) for number, line in lines_of(text)]
     if not found:
-        raise UsageError(f"{path}: expected at least one prompt, found none", 'write one JSON object a line: {"prompt": "..."}')
+        raise UsageError(
+            f"{path}: expected at least one prompt, found none",
+            'write one JSON object a line: {"prompt": "..."}',
+        )
     return found
 
 
@@ -119,14 +144,17 @@ def read_prompts_file(path: Path, style: PromptStyle = USUAL_STYLE) -> list[Prom
     """Read a file of prompts of which every one is needed.
 
     Raises:
-        UsageError: the file cannot be read or has no prompts; or lines are bad, which are all named.
+        UsageError: the file cannot be read or has no prompts; or lines are bad, which are all
+            named.
     """
     found = read_prompt_lines(path, style)
     refuse_bad_lines(path, (one for one in found if isinstance(one, BadLine)))
     return [one for one in found if isinstance(one, Prompt)]
 
 
-def encode_prompts(path: Path, prompts: Sequence[Prompt], codec: Codec, model: ModelInfo) -> list[list[int]]:
+def encode_prompts(
+    path: Path, prompts: Sequence[Prompt], codec: Codec, model: ModelInfo
+) -> list[list[int]]:
     """Token ids of the prompts of a file, of which every one is needed.
 
     Raises:
@@ -146,17 +174,21 @@ def encode_prompts(path: Path, prompts: Sequence[Prompt], codec: Codec, model: M
 
 
 def encode_checked(prompt: Prompt, codec: Codec, model: ModelInfo) -> list[int]:
-    """Token ids of a prompt; :class:`UsageError` where it has none or the model does not take it."""
+    """Token ids of a prompt; :class:`UsageError` where it has none or the model does not take
+    it.
+    """
     token_ids = encode_prompt(prompt, codec)
     check_token_ids(token_ids, model)
     return token_ids
 
 
 def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
-    """Token ids of a prompt. A text goes through the chat template, unless there is none or it is to be taken as it is.
+    """Token ids of a prompt. A text goes through the chat template, unless there is none or it is
+    to be taken as it is.
 
     Raises:
-        UsageError: there is no tokenizer, no chat template for a conversation, or the template refuses it.
+        UsageError: there is no tokenizer, no chat template for a conversation, or the template
+            refuses it.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
@@ -173,10 +205,14 @@ def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
 
 
 def check_token_ids(token_ids: Sequence[int], model: ModelInfo) -> None:
-    """Raise :class:`UsageError` where a prompt is empty, leaves no room for an answer, or has ids that the model does not have."""
+    """Raise :class:`UsageError` where a prompt is empty, leaves no room for an answer, or has ids
+    that the model does not have.
+    """
     if not 1 <= len(token_ids) < model.max_length:
         hint = "an answer has to fit behind it; leave out prompts that are longer"
-        raise UsageError(f"expected from 1 to {model.max_length - 1} tokens, found {len(token_ids)}", hint)
+        raise UsageError(
+            f"expected from 1 to {model.max_length - 1} tokens, found {len(token_ids)}", hint
+        )
     for token in token_ids:
         if isinstance(token, bool) or not 0 <= token < model.vocab_size:
             found = f"expected token ids from 0 to {model.vocab_size - 1}, found {_shown(token)}"
@@ -185,7 +221,10 @@ def check_token_ids(token_ids: Sequence[int], model: ModelInfo) -> None:
 
 def warn_of_plain_text(prompts: Iterable[Prompt], codec: Codec) -> None:
     """Say in the log, once, that texts are read without a chat template for want of one."""
-    if any(prompt.text is not None and not prompt.is_raw for prompt in prompts) and not codec().has_chat_template:
+    if (
+        any(prompt.text is not None and not prompt.is_raw for prompt in prompts)
+        and not codec().has_chat_template
+    ):
         logger.warning("there is no chat template, as in a base model: texts are taken as they are")
 
 
@@ -211,22 +250,37 @@ def parse_prompt_line(line: str) -> Prompt:
     try:
         value = parse_json(line)
     except Unreadable as error:
-        raise UsageError(f"expected a JSON object, found {_shown(line)} ({error.reason})", _LINE_HINT) from error
-    values = {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {}
+        raise UsageError(
+            f"expected a JSON object, found {_shown(line)} ({error.reason})", _LINE_HINT
+        ) from error
+    values = (
+        {key: one for key, one in value.items() if one is not None}
+        if isinstance(value, dict)
+        else {}
+    )
     text, ids, messages = (values.get(key) for key in ("prompt", "token_ids", "messages"))
     is_text = isinstance(text, str) and bool(text)
     is_ids = isinstance(ids, list) and all(isinstance(one, int) for one in ids)
-    if is_text + is_ids + isinstance(messages, list) != 1 or sum(key in values for key in ("prompt", "token_ids", "messages")) != 1:
+    if (
+        is_text + is_ids + isinstance(messages, list) != 1
+        or sum(key in values for key in ("prompt", "token_ids", "messages")) != 1
+    ):
         found = f"expected either `prompt` (a text), `messages` (a list) or `token_ids` (a list of whole numbers), found {_shown(line)}"
         raise UsageError(found, _LINE_HINT)
     if isinstance(messages, list):
         _check_messages(messages)
     template = _template_of(values)
     if is_ids and template:
-        raise UsageError(f"expected `token_ids` without `{next(iter(template))}`, found both", "token ids go through no template: leave it out")
+        raise UsageError(
+            f"expected `token_ids` without `{next(iter(template))}`, found both",
+            "token ids go through no template: leave it out",
+        )
     answers = _answers_of(values)
     if not is_whole_text(json.dumps([text, messages, template, answers], ensure_ascii=False)):
-        raise UsageError("expected whole characters, found half a surrogate pair (\\ud800 to \\udfff)", "write both halves, or leave it out")
+        raise UsageError(
+            "expected whole characters, found half a surrogate pair (\\ud800 to \\udfff)",
+            "write both halves, or leave it out",
+        )
     return Prompt(text, ids, messages, answers, template=template)
 
 
@@ -248,7 +302,9 @@ def apply_style(prompt: Prompt, style: PromptStyle) -> Prompt:
     if messages[0]["role"] in ("system", "developer"):
         found = f"expected --system or a conversation that has a {messages[0]['role']} message, found both"
         raise UsageError(found, "leave out --system, or the message")
-    return replace(prompt, text=None, messages=[{"role": "system", "content": style.system}, *messages])
+    return replace(
+        prompt, text=None, messages=[{"role": "system", "content": style.system}, *messages]
+    )
 
 
 def _read_line(number: int, line: str, style: PromptStyle) -> Prompt | BadLine:
@@ -257,13 +313,19 @@ def _read_line(number: int, line: str, style: PromptStyle) -> Prompt | BadLine:
     except UsageError as error:
         return BadLine(number, error)
     except RecursionError:
-        return BadLine(number, UsageError("expected a JSON object, found one that is nested too deep", _LINE_HINT))
+        return BadLine(
+            number,
+            UsageError("expected a JSON object, found one that is nested too deep", _LINE_HINT),
+        )
 
 
 def _taken_raw(prompt: Prompt) -> Prompt:
     found = "messages" if prompt.messages is not None else next(iter(prompt.template), None)
     if found is not None:
-        raise UsageError(f"expected a `prompt` alone with --raw, found `{found}`", f"leave out --raw, or `{found}`, which is for the chat template")
+        raise UsageError(
+            f"expected a `prompt` alone with --raw, found `{found}`",
+            f"leave out --raw, or `{found}`, which is for the chat template",
+        )
     return replace(prompt, is_raw=True)
 
 
@@ -273,36 +335,66 @@ def _check_messages(messages: list[Any]) -> None:
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or not role:
-            raise UsageError(f"message {number}: expected an object with `role` and `content`, found {_shown(message)}", _MESSAGES_HINT)
+            raise UsageError(
+                f"message {number}: expected an object with `role` and `content`, found {_shown(message)}",
+                _MESSAGES_HINT,
+            )
         content = message.get("content")
-        if not (isinstance(content, str) or _is_text_parts(content) or (content is None and message.get("tool_calls"))):
-            raise UsageError(f"message {number}: expected `content` to be a text, found {_shown(content)}", _MESSAGES_HINT)
+        if not (
+            isinstance(content, str)
+            or _is_text_parts(content)
+            or (content is None and message.get("tool_calls"))
+        ):
+            raise UsageError(
+                f"message {number}: expected `content` to be a text, found {_shown(content)}",
+                _MESSAGES_HINT,
+            )
 
 
 def _is_text_parts(content: Any) -> bool:
     parts = content if isinstance(content, list) else []
-    return bool(parts) and all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts)
+    return bool(parts) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in parts
+    )
 
 
 def _template_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a line tells the chat template besides the conversation."""
     template: dict[str, Any] = {}
-    for key, kind, words in (("enable_thinking", bool, "true or false"), ("tools", list, "a list"), ("documents", list, "a list")):
+    for key, kind, words in (
+        ("enable_thinking", bool, "true or false"),
+        ("tools", list, "a list"),
+        ("documents", list, "a list"),
+    ):
         if key in values:
             if not isinstance(values[key], kind):
-                raise UsageError(f"expected `{key}` to be {words}, found {_shown(values[key])}", f"correct it, or leave `{key}` out")
+                raise UsageError(
+                    f"expected `{key}` to be {words}, found {_shown(values[key])}",
+                    f"correct it, or leave `{key}` out",
+                )
             template[key] = values[key]
     more = values.get("chat_template_kwargs", {})
     if not isinstance(more, dict):
-        raise UsageError(f"expected `chat_template_kwargs` to be an object, found {_shown(more)}", 'write {"enable_thinking": true}, for example')
+        raise UsageError(
+            f"expected `chat_template_kwargs` to be an object, found {_shown(more)}",
+            'write {"enable_thinking": true}, for example',
+        )
     for key, value in more.items():
         if key in _OWN_KEYS:
-            raise UsageError(f"expected `chat_template_kwargs` without `{key}`, found it", "what it says is said elsewhere: leave it out")
+            raise UsageError(
+                f"expected `chat_template_kwargs` without `{key}`, found it",
+                "what it says is said elsewhere: leave it out",
+            )
         if template.setdefault(key, value) != value:
-            raise UsageError(f"expected `{key}` once, or twice the same, found `chat_template_kwargs` to differ", "leave out one of the two")
+            raise UsageError(
+                f"expected `{key}` once, or twice the same, found `chat_template_kwargs` to differ",
+                "leave out one of the two",
+            )
     if not isinstance(template.get("enable_thinking"), bool | None):
         raise UsageError(
-            f"expected `enable_thinking` to be true or false, found {_shown(template['enable_thinking'])}", "correct it, or leave it out"
+            f"expected `enable_thinking` to be true or false, found {_shown(template['enable_thinking'])}",
+            "correct it, or leave it out",
         )
     return template
 
@@ -311,7 +403,10 @@ def _answers_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     answer = values.get("answer")
     answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
     if answer == [] or not all(isinstance(one, str) for one in answers):
-        raise UsageError(f"expected `answer` to be a text or a list of texts, found {_shown(answer)}", "leave it out where it is not known")
+        raise UsageError(
+            f"expected `answer` to be a text or a list of texts, found {_shown(answer)}",
+            "leave it out where it is not known",
+        )
     return tuple(answers)
 
 

@@ -68,7 +68,9 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, Spe
     return tokenizer, tokens
 
 
-def read_special_tokens(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> SpecialTokens:
+def read_special_tokens(
+    folder: Path, config: dict[str, Any], tokenizer: Tokenizer
+) -> SpecialTokens:
     """Collect the special tokens of a folder.
 
     Raises:
@@ -143,14 +145,19 @@ def _added_before_v5(folder: Path, config: dict[str, Any]) -> list[tuple[int, Ad
     for text, index in read_object(file).items():
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
             raise unusable(file, "an id for each token", f"{index!r} for {text!r}")
-        added.append((index, AddedToken(text, normalized=text not in special, special=text in special)))
+        added.append(
+            (index, AddedToken(text, normalized=text not in special, special=text in special))
+        )
     return added
 
 
-def _collect(folder: Path, config: dict[str, Any], own: dict[str, Any], added: list[tuple[int, AddedToken]]) -> SpecialTokens:
+def _collect(
+    folder: Path, config: dict[str, Any], own: dict[str, Any], added: list[tuple[int, AddedToken]]
+) -> SpecialTokens:
     others = {name: config[name] for name in config if _is_own(name) and _is_token(config[name])}
     values = {name: config.get(name) for name in NAMES} | others | own
-    by_text = {token.content: token for _, token in added}  # those, too, whose id another one has taken
+    # those, too, whose id another one has taken
+    by_text = {token.content: token for _, token in added}
     named: dict[str, Token] = {}
     extra: list[Token] = []
     name = _EXTRA

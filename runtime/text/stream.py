@@ -26,8 +26,8 @@ class Codec(Protocol):
 class TextStream:
     """Turns tokens into text as they come, and never takes text back.
 
-    Held back is text that later tokens may change (see :mod:`trimode.runtime.text.token_window`), and text
-    that may be the beginning of a stop string. All pieces together are the decoded text.
+    Held back is text that later tokens may change (see :mod:`trimode.runtime.text.token_window`),
+    and text that may be the beginning of a stop string. All pieces together are the decoded text.
 
     Args:
         codec: the tokenizer.
@@ -105,7 +105,11 @@ def first_stop(text: str, stop: Seq[str], passed: int = 0) -> int | None:
     Returns:
         Its first character's place; None if there is none.
     """
-    found = [(begin + len(one), begin) for one in stop if (begin := text.find(one, max(0, passed - len(one) + 1))) >= 0]
+    found = [
+        (begin + len(one), begin)
+        for one in stop
+        if (begin := text.find(one, max(0, passed - len(one) + 1))) >= 0
+    ]
     return min(found)[1] if found else None
 
 

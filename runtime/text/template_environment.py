@@ -24,7 +24,9 @@ class RefusalError(TemplateError):
 @cache
 def environment() -> ImmutableSandboxedEnvironment:
     """The environment that templates are compiled in; it holds no state."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
     made.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)

@@ -1,8 +1,8 @@
 """Decodes tokens that come one after the other into text that later tokens do not change.
 
-Only a few tokens are decoded at each step: the last ones, whose text is out (for what a decoder does
-at a seam), and the new ones. So the work for a token is bounded, however long the answer is. What
-can still change is held back:
+Only a few tokens are decoded at each step: the last ones, whose text is out (for what a decoder
+does at a seam), and the new ones. So the work for a token is bounded, however long the answer is.
+What can still change is held back:
 
 - An incomplete character at the end. It has three bytes at most, and is one U+FFFD of the decoded
   text.

@@ -1,6 +1,7 @@
 """trimode: a deployment compiler for tri-mode language models.
 
-One checkpoint decodes in three ways with the same weights: autoregressive, block diffusion and self-speculation.
+One checkpoint decodes in three ways with the same weights: autoregressive, block diffusion and
+self-speculation.
 
 - ``trimode.graphs``: what the model computes
 - ``trimode.calib``: jobs that need data

@@ -8,7 +8,8 @@ TrimodeError
 ├── DeviceError           a GPU call failed, or the GPU cannot be used
 └── DependencyError       an optional package is not installed
 
-Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do next).
+Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do
+next).
 """
 
 import contextlib

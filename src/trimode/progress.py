@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Told how many more steps a stage has made; may be called from another thread than the one that began it."""
+"""Told how many more steps a stage has made; may be called from another thread than the one that
+began it.
+"""
 
 
 class Progress(Protocol):
     """Told what happens, so that the work itself draws nothing."""
 
     def stage(self, name: str, total: int) -> Advance:
-        """A stage begins that will make ``total`` steps (bytes, graphs, hundredths of engines); stages may overlap."""
+        """A stage begins that will make ``total`` steps (bytes, graphs, hundredths of engines);
+        stages may overlap.
+        """
         ...
 
 

@@ -21,7 +21,14 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def small_config() -> dict[str, Any]:
-    return {**demo_config(), "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "block_size": 8}
+    return {
+        **demo_config(),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "block_size": 8,
+    }
 
 
 @pytest.fixture

@@ -5,7 +5,15 @@ from itertools import islice
 import torch
 from tokenizers import Tokenizer
 
-from trimode.calib.demo.data import LENGTH_STEP, NUM_BLOCKS, PROMPT_WEIGHT, TAIL_WEIGHT, Chats, encode, noisy_window
+from trimode.calib.demo.data import (
+    LENGTH_STEP,
+    NUM_BLOCKS,
+    PROMPT_WEIGHT,
+    TAIL_WEIGHT,
+    Chats,
+    encode,
+    noisy_window,
+)
 from trimode.calib.demo.tasks import Example, examples
 from trimode.calib.demo.tokenizer import IM_END, SPECIAL_IDS, render_prompt
 
@@ -17,12 +25,20 @@ def some_chats(tokenizer: Tokenizer, count: int = 36) -> Chats:
 
 
 def test_a_chat_is_frame_question_answer_end(tokenizer: Tokenizer) -> None:
-    chats = encode([Example("json", "Q?", "ab", ("ab",)), Example("json", "Longer?", "abcd", ("abcd",))], tokenizer)
+    chats = encode(
+        [Example("json", "Q?", "ab", ("ab",)), Example("json", "Longer?", "abcd", ("abcd",))],
+        tokenizer,
+    )
     assert chats.ids.shape[1] % LENGTH_STEP == 0
     for row, (prompt, answer) in enumerate((("Q?", "ab"), ("Longer?", "abcd"))):
         start, end = int(chats.answer_start[row]), int(chats.end[row])
-        assert tokenizer.decode(chats.ids[row, :start].tolist(), skip_special_tokens=False) == render_prompt(prompt)
-        assert tokenizer.decode(chats.ids[row, start:end].tolist(), skip_special_tokens=False) == answer
+        assert tokenizer.decode(
+            chats.ids[row, :start].tolist(), skip_special_tokens=False
+        ) == render_prompt(prompt)
+        assert (
+            tokenizer.decode(chats.ids[row, start:end].tolist(), skip_special_tokens=False)
+            == answer
+        )
         assert chats.ids[row, end:].eq(END).all()
 
 

@@ -1,4 +1,6 @@
-"""What a step of training computes with is where the weights are, shown without a GPU: on the device ``meta``."""
+"""What a step of training computes with is where the weights are, shown without a GPU: on the
+device ``meta``.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def chats(tokenizer: Tokenizer) -> Chats:
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """Of what the objective is computed from, which selects by value and so cannot be computed on ``meta`` itself."""
+    """Of what the objective is computed from, which selects by value and so cannot be computed on
+    ``meta`` itself.
+    """
     found: list[set[str]] = []
 
     def joint_loss(*parts: Any, **_: Any) -> None:
@@ -62,11 +66,20 @@ def test_joint_stage(elsewhere: TriModeTrunk, chats: Chats, devices: list[set[st
     assert devices == [{"meta"}] * 2
 
 
-def test_refinement(elsewhere: TriModeTrunk, tokenizer: Tokenizer, tmp_path: Path, devices: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    training = RefinementTraining(elsewhere, tokenizer, Settings(batch_size=2), tmp_path / "state.pt")
+def test_refinement(
+    elsewhere: TriModeTrunk,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    devices: list[set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = RefinementTraining(
+        elsewhere, tokenizer, Settings(batch_size=2), tmp_path / "state.pt"
+    )
     training._begin(3)
     seen: list[Tensor] = []
-    # The logits go to the CPU, where it is decided what to reveal; of meta there is nothing to copy.
+    # The logits go to the CPU, where it is decided what to reveal; of meta there is nothing to
+    # copy.
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))
     monkeypatch.setattr(training, "_advance", lambda *tensors: seen.extend(tensors))
     training._loss(0.5)

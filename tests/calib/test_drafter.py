@@ -32,7 +32,9 @@ EXACT = DrafterSettings(autocast=False, noisy_slots=32)
 
 
 def chats(*rows: list[int], start: int, end: int) -> Chats:
-    return Chats(torch.tensor(rows), torch.full((len(rows), 1), start), torch.full((len(rows), 1), end))
+    return Chats(
+        torch.tensor(rows), torch.full((len(rows), 1), start), torch.full((len(rows), 1), end)
+    )
 
 
 def random_chats(seed: int = 0) -> Chats:
@@ -50,8 +52,15 @@ def base(trunk: TriModeTrunk) -> dict[str, Tensor]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(start=st.integers(0, 12), length=st.integers(2, 7), num_blocks=st.integers(1, 3), num_clean=st.integers(1, 20))
-def test_draft_mask_is_the_joint_mask_where_both_apply(start: int, length: int, num_blocks: int, num_clean: int) -> None:
+@given(
+    start=st.integers(0, 12),
+    length=st.integers(2, 7),
+    num_blocks=st.integers(1, 3),
+    num_clean=st.integers(1, 20),
+)
+def test_draft_mask_is_the_joint_mask_where_both_apply(
+    start: int, length: int, num_blocks: int, num_clean: int
+) -> None:
     starts = start + length * torch.arange(num_blocks)[None]
     noisy = start + torch.arange(num_blocks * length)[None]
     expected = joint_mask(noisy, torch.arange(num_clean)[None], start, length)
@@ -65,7 +74,9 @@ def test_overlapping_windows_do_not_see_each_other() -> None:
     assert mask[6].tolist() == [False] * 6 + [True] + [False] * 4
 
 
-def test_a_window_computes_what_a_draft_and_a_verify_forward_compute(small_trunk: TriModeTrunk) -> None:
+def test_a_window_computes_what_a_draft_and_a_verify_forward_compute(
+    small_trunk: TriModeTrunk,
+) -> None:
     texts = random_chats()
     starts = torch.tensor([[6, 13, 14]] * 4)
     forward = draft_forward(small_trunk, texts, starts, 8)
@@ -78,11 +89,21 @@ def test_a_window_computes_what_a_draft_and_a_verify_forward_compute(small_trunk
         cache.crop(start)
         block = texts.ids[:, start : start + 8].clone()
         block[:, 1:] = small_trunk.config.mask_token_id
-        drafted = small_trunk.head(small_trunk(block, texts.positions[:, start : start + 8], cache, 1.0))
-        torch.testing.assert_close(forward.draft_logits[:, window], drafted[:, 1:], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(forward.verifier_logits[:, window], causal[:, start : start + 7], atol=1e-5, rtol=1e-4)
+        drafted = small_trunk.head(
+            small_trunk(block, texts.positions[:, start : start + 8], cache, 1.0)
+        )
+        torch.testing.assert_close(
+            forward.draft_logits[:, window], drafted[:, 1:], atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            forward.verifier_logits[:, window], causal[:, start : start + 7], atol=1e-5, rtol=1e-4
+        )
         assert torch.equal(forward.written[:, window], texts.ids[:, start + 1 : start + 8])
-    assert forward.inside[2].tolist() == [[True] * 7, [True, True, *[False] * 5], [True, *[False] * 6]]
+    assert forward.inside[2].tolist() == [
+        [True] * 7,
+        [True, True, *[False] * 5],
+        [True, *[False] * 6],
+    ]
 
 
 def test_what_counts_is_the_accepted_prefix_and_the_first_rejection() -> None:
@@ -91,7 +112,13 @@ def test_what_counts_is_the_accepted_prefix_and_the_first_rejection() -> None:
 
     def count(drafted: list[int], written: list[int] | None = None, slots: int = 5) -> list[int]:
         text = verified if written is None else torch.tensor([[written]])
-        return counted_slots(torch.tensor([[drafted]]), verified, text, inside & (torch.arange(5) < slots))[0, 0].int().tolist()
+        return (
+            counted_slots(
+                torch.tensor([[drafted]]), verified, text, inside & (torch.arange(5) < slots)
+            )[0, 0]
+            .int()
+            .tolist()
+        )
 
     assert count([1, 2, 9, 4, 5]) == [1, 1, 1, 0, 0]
     assert count([9, 2, 3, 4, 5]) == [1, 0, 0, 0, 0]
@@ -104,7 +131,9 @@ def test_what_counts_is_the_accepted_prefix_and_the_first_rejection() -> None:
 def test_drafter_loss_against_float64_sums() -> None:
     torch.manual_seed(3)
     verifier_logits = torch.randn(2, 3, 4, 6)
-    draft_logits = torch.where(torch.rand(2, 3, 4, 1) < 0.7, verifier_logits, torch.randn(2, 3, 4, 6)) + 0.1 * torch.randn(2, 3, 4, 6)
+    draft_logits = torch.where(
+        torch.rand(2, 3, 4, 1) < 0.7, verifier_logits, torch.randn(2, 3, 4, 6)
+    ) + 0.1 * torch.randn(2, 3, 4, 6)
     inside = torch.tensor([True, True, True, False]).expand(2, 3, 4)
     forward = DraftForward(draft_logits, verifier_logits, verifier_logits.argmax(-1), inside)
     loss = drafter_loss(forward, token_weight=10.0, distribution_weight=2.0)
@@ -114,7 +143,10 @@ def test_drafter_loss_against_float64_sums() -> None:
     for b in range(2):
         for k in range(3):
             for slot in range(3):
-                p, q = verifier_logits[b, k, slot].double().softmax(-1), draft_logits[b, k, slot].double().softmax(-1)
+                p, q = (
+                    verifier_logits[b, k, slot].double().softmax(-1),
+                    draft_logits[b, k, slot].double().softmax(-1),
+                )
                 token -= float(q[p.argmax()].log())
                 distribution += float((p * (p / q).log()).sum())
                 count += 1
@@ -133,7 +165,13 @@ def test_only_the_adapter_learns_and_its_loss_falls(small_trunk: TriModeTrunk) -
     before, texts = base(small_trunk), random_chats()
     written = Chats(greedy_rows(small_trunk, texts.ids), texts.answer_start, texts.end)
     losses = []
-    progress = train_drafter(small_trunk, repeat(written), Budget(steps=60), EXACT, lambda p, _share: losses.append(p.loss))
+    progress = train_drafter(
+        small_trunk,
+        repeat(written),
+        Budget(steps=60),
+        EXACT,
+        lambda p, _share: losses.append(p.loss),
+    )
     assert progress.step == len(losses) == 60
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(before[name], weight) for name, weight in base(small_trunk).items())
@@ -149,11 +187,15 @@ def greedy_rows(trunk: TriModeTrunk, ids: Tensor) -> Tensor:
         for position in range(6, ids.shape[1]):
             known = ids[:, :position]
             positions = torch.arange(position).expand(known.shape)
-            ids[:, position] = trunk.head(trunk(known, positions, GrowingCacheAttention())[:, -1]).argmax(-1)
+            ids[:, position] = trunk.head(
+                trunk(known, positions, GrowingCacheAttention())[:, -1]
+            ).argmax(-1)
     return ids
 
 
-def test_training_is_deterministic_and_starts_from_a_fresh_adapter(small_trunk: TriModeTrunk) -> None:
+def test_training_is_deterministic_and_starts_from_a_fresh_adapter(
+    small_trunk: TriModeTrunk,
+) -> None:
     def run() -> dict[str, Tensor]:
         train_drafter(small_trunk, (random_chats(i) for i in range(9)), Budget(steps=3), EXACT)
         return adapters(small_trunk)
@@ -178,7 +220,9 @@ def test_a_trunk_without_adapter_is_refused(small_trunk: TriModeTrunk) -> None:
 
 def test_windows_begin_inside_the_answers() -> None:
     texts = chats(list(range(40)), list(range(40)), start=7, end=20)
-    starts = torch.cat([window_starts(texts, 50, torch.Generator().manual_seed(i)) for i in range(20)], 1)
+    starts = torch.cat(
+        [window_starts(texts, 50, torch.Generator().manual_seed(i)) for i in range(20)], 1
+    )
     assert starts[:, 0].tolist() == [7, 7]
     assert set(starts.flatten().tolist()) == set(range(7, 20))
 
@@ -199,7 +243,11 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
     def rates(shares: Iterator[int]) -> list[float]:
         return [rate_at(share / 100, warm_up=0.1, decay=0.4) for share in shares]
 
-    up, level, down = rates(iter(range(10))), rates(iter(range(10, 60))), rates(iter(range(60, 101)))
+    up, level, down = (
+        rates(iter(range(10))),
+        rates(iter(range(10, 60))),
+        rates(iter(range(60, 101))),
+    )
     assert up == sorted(up)
     assert up[0] > 0
     assert list(islice(level, 50)) == [1.0] * 50

@@ -1,4 +1,6 @@
-"""The drafter's training as a job: what it trains on, what it trains against, what it writes, and that it can be interrupted."""
+"""The drafter's training as a job: what it trains on, what it trains against, what it writes, and
+that it can be interrupted.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +59,25 @@ def model_of(folder: Path) -> ModelInfo:
 
 
 def train(
-    folder: Path, output: Path, *, resume: bool = False, calibration: Path | None = None, progress: Quiet | None = None, **changes: Any
+    folder: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    calibration: Path | None = None,
+    progress: Quiet | None = None,
+    **changes: Any,
 ) -> DrafterRecord:
     settings = DrafterJobSettings(**{**SETTINGS, **changes})
     prompts = Prompts(some_texts(), "0" * 64)
     return train_adapter(
-        open_checkpoint(folder), model_of(folder), prompts, output, settings, progress or Quiet(), calibration=calibration, resume=resume
+        open_checkpoint(folder),
+        model_of(folder),
+        prompts,
+        output,
+        settings,
+        progress or Quiet(),
+        calibration=calibration,
+        resume=resume,
     )
 
 
@@ -96,7 +111,9 @@ def test_batches_go_on_from_any_step_and_use_every_answer_equally() -> None:
     written = [Written([i], [100 + i, 11]) for i in range(7)]
     first = [batch.ids[:, 0].tolist() for batch in islice(batches(written, 3, 5, "cpu"), 7)]
     assert sorted(number for batch in first for number in batch) == sorted([*range(7)] * 3)
-    later = [batch.ids[:, 0].tolist() for batch in islice(batches(written, 3, 5, "cpu", first=4), 3)]
+    later = [
+        batch.ids[:, 0].tolist() for batch in islice(batches(written, 3, 5, "cpu", first=4), 3)
+    ]
     assert later == first[4:]
 
 
@@ -116,10 +133,14 @@ def test_a_drafter_learns_what_the_model_writes_and_changes_none_of_it(folder: P
     session, options = TorchSession(trunk), DecodeOptions(14, 8, 0.0)
     written = [Written(text, write_answer(session, model, text, 14)) for text in some_texts(4)]
     install_adapter(trunk, blank_adapter(trunk, 16, 64.0))
-    training = DrafterTraining(trunk, DrafterSettings(learning_rate=1e-2, autocast=False, block_length=8))
+    training = DrafterTraining(
+        trunk, DrafterSettings(learning_rate=1e-2, autocast=False, block_length=8)
+    )
     before = measure(session, model, written, options)
     losses: list[float] = []
-    training.run(batches(written, 4, 0, "cpu"), Budget(steps=120), lambda p, _share: losses.append(p.loss))
+    training.run(
+        batches(written, 4, 0, "cpu"), Budget(steps=120), lambda p, _share: losses.append(p.loss)
+    )
     after = measure(session, model, written, options)
     assert losses[-1] < 0.5 * losses[0]
     assert before.acceptance_length is not None
@@ -128,63 +149,103 @@ def test_a_drafter_learns_what_the_model_writes_and_changes_none_of_it(folder: P
     assert after.tokens_per_forward > 1.5 * before.tokens_per_forward
     assert before.num_unlike == after.num_unlike == 0
     assert (after.num_tokens, after.num_prompts) == (sum(len(one.answer) for one in written), 4)
-    assert after.num_forwards == 4 + 2 * after.num_cycles  # a prefill each, a draft and a verify forward a cycle
+    # a prefill each, a draft and a verify forward a cycle
+    assert after.num_forwards == 4 + 2 * after.num_cycles
 
 
 def test_the_output_has_the_layout_of_the_family(folder: Path, tmp_path: Path) -> None:
     record = train(folder, tmp_path / "out", learning_rate=0.02)
     written = lora(tmp_path / "out")
-    pattern = re.compile(r"base_model\.model\.encoder\.layers\.[01]\.self_attn\.o_proj\.lora_[AB]\.weight")
+    pattern = re.compile(
+        r"base_model\.model\.encoder\.layers\.[01]\.self_attn\.o_proj\.lora_[AB]\.weight"
+    )
     assert len(written) == 4
-    assert all(pattern.fullmatch(name) and tensor.dtype == torch.float32 for name, tensor in written.items())
+    assert all(
+        pattern.fullmatch(name) and tensor.dtype == torch.float32
+        for name, tensor in written.items()
+    )
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["o_proj"], "bias": "none"}.items() <= config.items()
+    assert {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": ["o_proj"],
+        "bias": "none",
+    }.items() <= config.items()
     opened = open_checkpoint(folder, tmp_path / "out")
     assert opened.drafter is not None
     assert (opened.drafter.rank, opened.drafter.alpha) == (4, 16.0)
     entry = opened.tensors["encoder.layers.1.self_attn.o_proj.lora_A.weight"]
     raw = np.frombuffer(b"".join(entry.chunks()), np.float32).reshape(entry.shape)
-    assert np.array_equal(raw, written["base_model.model.encoder.layers.1.self_attn.o_proj.lora_A.weight"].numpy())
+    assert np.array_equal(
+        raw, written["base_model.model.encoder.layers.1.self_attn.o_proj.lora_A.weight"].numpy()
+    )
     assert DrafterRecord.model_validate_json((tmp_path / "out" / RECORD).read_text()) == record
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert record.prompts.model_dump() | {"sha256": ""} == {"sha256": "", "num_train": 11, "num_validation": 1, "num_held_out": 3}
+    assert record.prompts.model_dump() | {"sha256": ""} == {
+        "sha256": "",
+        "num_train": 11,
+        "num_validation": 1,
+        "num_held_out": 3,
+    }
     assert record.held_out.checkpoint is not None
-    assert record.held_out.trained.num_unlike == record.held_out.no_drafter.num_unlike == record.held_out.checkpoint.num_unlike == 0
+    assert (
+        record.held_out.trained.num_unlike
+        == record.held_out.no_drafter.num_unlike
+        == record.held_out.checkpoint.num_unlike
+        == 0
+    )
 
 
-def test_where_training_does_not_help_the_adapter_is_the_one_before(folder: Path, bare: Path, tmp_path: Path) -> None:
+def test_where_training_does_not_help_the_adapter_is_the_one_before(
+    folder: Path, bare: Path, tmp_path: Path
+) -> None:
     record = train(folder, tmp_path / "own", steps=1, learning_rate=1e-9)
     assert record.kept == "checkpoint"
     assert same(lora(tmp_path / "own"), lora(folder / ADAPTER_FOLDER))
     record = train(bare, tmp_path / "fresh", steps=1, learning_rate=1e-9, rank=3, alpha=7.0)
     assert (record.kept, record.rank, record.alpha) == ("untrained", 3, 7.0)
     assert record.held_out.checkpoint is None
-    assert not any(tensor.any() for name, tensor in lora(tmp_path / "fresh").items() if "lora_B" in name)
+    assert not any(
+        tensor.any() for name, tensor in lora(tmp_path / "fresh").items() if "lora_B" in name
+    )
 
 
 def test_training_starts_from_the_adapter_or_from_scratch(folder: Path) -> None:
     trunk = served(folder).trunk
     own = adapter_of(trunk, 16.0)
     written = [Written([20, 21], [30, 31, 32])]
-    training = DrafterTraining(trunk, DrafterSettings(learning_rate=1e-9, autocast=False), from_scratch=False)
+    training = DrafterTraining(
+        trunk, DrafterSettings(learning_rate=1e-9, autocast=False), from_scratch=False
+    )
     training.run(batches(written, 1, 0, "cpu"), Budget(steps=1))
     now = adapter_of(trunk, 16.0)
-    assert all(torch.allclose(own.weights[name], now.weights[name], atol=1e-7) for name in own.weights)
+    assert all(
+        torch.allclose(own.weights[name], now.weights[name], atol=1e-7) for name in own.weights
+    )
     DrafterTraining(trunk, DrafterSettings(autocast=False))
-    assert not any(tensor.any() for name, tensor in adapter_of(trunk, 16.0).weights.items() if "lora_B" in name)
+    assert not any(
+        tensor.any() for name, tensor in adapter_of(trunk, 16.0).weights.items() if "lora_B" in name
+    )
 
 
 def test_an_adapter_of_bfloat16_numbers(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "out", dtype="bfloat16", learning_rate=0.02)
-    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in lora(tmp_path / "out").values())
+    assert all(
+        torch.equal(tensor, tensor.bfloat16().float()) for tensor in lora(tmp_path / "out").values()
+    )
     trunk = served(folder, "bfloat16").trunk
     weight = trunk.get_parameter("encoder.layers.0.mlp.up_proj.weight")
     assert torch.equal(weight, weight.bfloat16().float())
 
 
-def test_a_training_that_diverges(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_diverges(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The norms of a trunk keep a large step finite, so the loss itself is spoilt."""
-    monkeypatch.setattr(DrafterTraining, "_step", lambda *_: DrafterLoss(*[torch.tensor(float("nan"))] * 4))
+    monkeypatch.setattr(
+        DrafterTraining, "_step", lambda *_: DrafterLoss(*[torch.tensor(float("nan"))] * 4)
+    )
     with pytest.raises(BuildError, match="learning-rate"):
         train(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -211,7 +272,14 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Pat
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):
-            train(folder, tmp_path / "parts", learning_rate=0.02, from_scratch=True, resume=stage == "train", progress=Quiet(press))
+            train(
+                folder,
+                tmp_path / "parts",
+                learning_rate=0.02,
+                from_scratch=True,
+                resume=stage == "train",
+                progress=Quiet(press),
+            )
         assert not (tmp_path / "parts").exists()
     state = torch.load(state_file(tmp_path / "parts"), weights_only=True)
     assert (len(state["written"]), state["training"]["progress"]["step"]) == (15, 3)
@@ -220,11 +288,22 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Pat
     with pytest.raises(UsageError, match=r"a run with learning_rate 0\.01, found one with 0\.02"):
         train(folder, tmp_path / "parts", learning_rate=0.01, from_scratch=True, resume=True)
     progress = Quiet()
-    parts = train(folder, tmp_path / "parts", learning_rate=0.02, from_scratch=True, resume=True, progress=progress)
+    parts = train(
+        folder,
+        tmp_path / "parts",
+        learning_rate=0.02,
+        from_scratch=True,
+        resume=True,
+        progress=progress,
+    )
     assert progress.done["write answers"] == 15
-    assert (tmp_path / "parts/adapter_model.safetensors").read_bytes() == (tmp_path / "whole/adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "parts/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole/adapter_model.safetensors"
+    ).read_bytes()
     without_time = {"training": parts.training.model_copy(update={"seconds": 0.0})}
-    assert parts.model_copy(update=without_time) == whole.model_copy(update={"training": whole.training.model_copy(update={"seconds": 0.0})})
+    assert parts.model_copy(update=without_time) == whole.model_copy(
+        update={"training": whole.training.model_copy(update={"seconds": 0.0})}
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
 
 
@@ -243,9 +322,17 @@ def test_the_drafter_is_trained_against_the_quantized_weights(folder: Path, tmp_
     calibration = write_int8_calibration(folder, tmp_path / "cal")
     trunk = served(folder, "bfloat16", calibration).trunk
     name = "encoder.layers.1.self_attn.o_proj"
-    weight, scales = raw_weight(folder, f"{name}.weight").astype(np.float64), load_scales(calibration, name)
-    expected = np.clip(np.rint(weight / scales["pre"] / scales["step"][:, None]), -127, 127) * scales["step"][:, None]
-    np.testing.assert_allclose(trunk.get_parameter(f"{name}.weight").detach().numpy(), expected, rtol=1e-6)
+    weight, scales = (
+        raw_weight(folder, f"{name}.weight").astype(np.float64),
+        load_scales(calibration, name),
+    )
+    expected = (
+        np.clip(np.rint(weight / scales["pre"] / scales["step"][:, None]), -127, 127)
+        * scales["step"][:, None]
+    )
+    np.testing.assert_allclose(
+        trunk.get_parameter(f"{name}.weight").detach().numpy(), expected, rtol=1e-6
+    )
     record = train(folder, tmp_path / "out", calibration=calibration, learning_rate=0.02)
     assert record.calibration is not None
     assert (record.calibration.precision, record.calibration.name) == ("int8", "cal")
@@ -259,11 +346,20 @@ def load_scales(calibration: Path, layer: str) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file as load_numpy
 
     values = load_numpy(calibration / "scales.safetensors")
-    step = (values[f"{layer}.weight_amax"] / np.float32(127)).astype(ml_dtypes.bfloat16).astype(np.float64)
-    return {"step": step, "pre": values[f"{layer}.pre_quant_scale"].astype(ml_dtypes.bfloat16).astype(np.float64)}
+    step = (
+        (values[f"{layer}.weight_amax"] / np.float32(127))
+        .astype(ml_dtypes.bfloat16)
+        .astype(np.float64)
+    )
+    return {
+        "step": step,
+        "pre": values[f"{layer}.pre_quant_scale"].astype(ml_dtypes.bfloat16).astype(np.float64),
+    }
 
 
-def test_a_calibration_belongs_to_the_checkpoint_whatever_its_adapter(folder: Path, bare: Path, tmp_path: Path) -> None:
+def test_a_calibration_belongs_to_the_checkpoint_whatever_its_adapter(
+    folder: Path, bare: Path, tmp_path: Path
+) -> None:
     calibration = write_int8_calibration(folder, tmp_path / "cal")
     train(folder, tmp_path / "other", learning_rate=0.02)
     load_served(open_checkpoint(folder, tmp_path / "other"), 300, "float32", calibration)
@@ -281,7 +377,10 @@ def test_a_calibration_belongs_to_the_checkpoint_whatever_its_adapter(folder: Pa
     ("changes", "message"),
     [
         ({"rank": 8}, "--rank and --alpha together with --from-scratch"),
-        ({"num_held_out": 14}, "expected at least 16 different prompts, 14 of them held out, found 15"),
+        (
+            {"num_held_out": 14},
+            "expected at least 16 different prompts, 14 of them held out, found 15",
+        ),
         ({"num_samples": 13}, "expected at least 16 different prompts"),
         ({"steps": 0}, "--steps of at least 1"),
         ({"minutes": -1.0}, "--minutes above 0"),
@@ -292,13 +391,17 @@ def test_a_calibration_belongs_to_the_checkpoint_whatever_its_adapter(folder: Pa
         ({"device": "tpu"}, "--device cpu or cuda"),
     ],
 )
-def test_settings_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_used(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         train(folder, tmp_path / "out", **changes)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_device_that_is_not_here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrimodeError, match="expected a CUDA device"):
         train(folder, tmp_path / "out", device="cuda")
@@ -311,8 +414,12 @@ def test_no_adapter_and_no_rank(bare: Path, tmp_path: Path) -> None:
 
 def test_answers_that_end_at_once(tmp_path: Path) -> None:
     """Every token ends a text."""
-    folder = write_checkpoint(tmp_path / "it", config_of(**{**CONFIG, "eos_token_id": list(range(109))}), rank=4)
-    with pytest.raises(UsageError, match="at least 2 tokens to train on, found 11 that end at the first"):
+    folder = write_checkpoint(
+        tmp_path / "it", config_of(**{**CONFIG, "eos_token_id": list(range(109))}), rank=4
+    )
+    with pytest.raises(
+        UsageError, match="at least 2 tokens to train on, found 11 that end at the first"
+    ):
         train(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,6 @@
-"""The speed of light against a slow, obvious search with the independent model, and the command that reports it."""
+"""The speed of light against a slow, obvious search with the independent model, and the command
+that reports it.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ MASK = 100
 PROMPTS = [[20, 30, 40], [77], [12, 13, 14, 15, 16]]
 
 
-def ranked(it: Built, prompt: list[int], block: list[int], free: list[int]) -> list[tuple[int, int]]:
+def ranked(
+    it: Built, prompt: list[int], block: list[int], free: list[int]
+) -> list[tuple[int, int]]:
     """The free slots and their best tokens, most confident first; the whole text is recomputed."""
-    probabilities, ids = it.reference.logits(prompt + block, block=len(block))[-len(block) :].softmax(-1).max(-1)
+    probabilities, ids = (
+        it.reference.logits(prompt + block, block=len(block))[-len(block) :].softmax(-1).max(-1)
+    )
     return [(i, int(ids[i])) for i in sorted(free, key=lambda i: -float(probabilities[i]))]
 
 
@@ -41,7 +47,14 @@ def serial_block(it: Built, prompt: list[int], length: int) -> list[int]:
     return block
 
 
-def all_paths(it: Built, prompt: list[int], target: list[int], free: list[int], oracle: str, memory: dict[Any, Any]) -> list[list[int]] | None:
+def all_paths(
+    it: Built,
+    prompt: list[int],
+    target: list[int],
+    free: list[int],
+    oracle: str,
+    memory: dict[Any, Any],
+) -> list[list[int]] | None:
     """The steps of the largest safe steps first, by plain recursion."""
     end = target.index(11) if 11 in target else len(target)
     if not any(slot < end for slot in free):
@@ -57,7 +70,9 @@ def all_paths(it: Built, prompt: list[int], target: list[int], free: list[int], 
             break
     found = None
     for size in range(len(slots), 0, -1):
-        rest = all_paths(it, prompt, target, [i for i in free if i not in slots[:size]], oracle, memory)
+        rest = all_paths(
+            it, prompt, target, [i for i in free if i not in slots[:size]], oracle, memory
+        )
         if rest is not None:
             found = [slots[:size], *rest]
             break
@@ -67,7 +82,9 @@ def all_paths(it: Built, prompt: list[int], target: list[int], free: list[int], 
 
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_search_is_the_obvious_one(built: Callable[[str], Built], prompt: list[int], oracle: Any) -> None:
+def test_the_search_is_the_obvious_one(
+    built: Callable[[str], Built], prompt: list[int], oracle: Any
+) -> None:
     it, length = built("three_kv_heads"), 7
     target = serial_block(it, prompt, length)
     sequence = it.model.new_sequence([prompt])
@@ -85,7 +102,8 @@ def test_the_search_is_the_obvious_one(built: Callable[[str], Built], prompt: li
 class Scripted:
     """A model made up so that the largest step leads nowhere.
 
-    The target is 5 6 7 8. Slots 1 and 2 are right at once; with both filled and 3 not, slot 3 is wrong for good.
+    The target is 5 6 7 8. Slots 1 and 2 are right at once; with both filled and 3 not, slot 3 is
+    wrong for good.
     """
 
     def __init__(self) -> None:
@@ -126,10 +144,13 @@ def test_all_ways_over_prompts(built: Callable[[str], Built], name: str) -> None
     it, length, count = built(name), 5, 17
     prompts, serial, nfe = [], [], 0
     for first in range(20, 60):
-        # Serial denoising is the runtime's own diffusion under a threshold that nothing reaches. Where the model chooses the mask token, that one
-        # denoises the slot again; such texts are left out.
+        # Serial denoising is the runtime's own diffusion under a threshold that nothing reaches.
+        # Where the model chooses the mask token, that one denoises the slot again; such texts are
+        # left out.
         sequence, counters = it.model.new_sequence([[first, 30]]), Counters()
-        for _ in ALGORITHMS["diffusion"](sequence, DecodeOptions(count, length, math.inf), counters):
+        for _ in ALGORITHMS["diffusion"](
+            sequence, DecodeOptions(count, length, math.inf), counters
+        ):
             pass
         if counters.nfe == sequence.forwards.commit * length and len(prompts) < 3:
             prompts.append([first, 30])
@@ -145,16 +166,31 @@ def test_all_ways_over_prompts(built: Callable[[str], Built], name: str) -> None
     for way in (light, anyhow):
         assert (way.num_tokens, way.same_as_target, way.num_exhausted) == (tokens, 1.0, 0)
         assert way.tokens_per_forward == tokens / way.nfe
-        assert way.nfe - way.num_steps == ways[SERIAL].nfe - ways[SERIAL].num_steps  # a commit a block
+        # a commit a block
+        assert way.nfe - way.num_steps == ways[SERIAL].nfe - ways[SERIAL].num_steps
         assert way.nfe < ways[SERIAL].nfe
     for threshold in (0.1, 0.9):
         way = ways[f"diffusion, threshold {threshold:g}"]
-        theirs = [reference.diffusion(it.reference, prompt, count, length, threshold) for prompt in prompts]
-        assert (way.num_tokens, way.nfe) == (sum(len(t) for t, _ in theirs), sum(n for _, n in theirs))
-        assert way.same_as_target == sum(text == s for (text, _), s in zip(theirs, serial, strict=True)) / len(prompts)
-    for label, drafter in (("linear-spec", it.model.model.has_drafter), ("linear-spec, no drafter", False)):
+        theirs = [
+            reference.diffusion(it.reference, prompt, count, length, threshold)
+            for prompt in prompts
+        ]
+        assert (way.num_tokens, way.nfe) == (
+            sum(len(t) for t, _ in theirs),
+            sum(n for _, n in theirs),
+        )
+        assert way.same_as_target == sum(
+            text == s for (text, _), s in zip(theirs, serial, strict=True)
+        ) / len(prompts)
+    for label, drafter in (
+        ("linear-spec", it.model.model.has_drafter),
+        ("linear-spec, no drafter", False),
+    ):
         if label in ways:
-            theirs = [reference.linear_spec(it.reference, prompt, count, length, 0.0, drafter) for prompt in prompts]
+            theirs = [
+                reference.linear_spec(it.reference, prompt, count, length, 0.0, drafter)
+                for prompt in prompts
+            ]
             assert (ways[label].nfe, ways[label].same_as_target) == (sum(n for _, n in theirs), 1.0)
             assert ways[label].num_steps == sum((n - 1) // 2 for _, n in theirs)
     assert ("linear-spec, no drafter" in ways) == it.model.model.has_drafter
@@ -163,20 +199,44 @@ def test_all_ways_over_prompts(built: Callable[[str], Built], name: str) -> None
 
 def test_a_search_that_is_cut_short_says_so(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
-    ways = {way.name: way for way in measure_light(it.model, PROMPTS, LightSettings(9, (), 9, max_forwards=0), lambda _: None)}
+    ways = {
+        way.name: way
+        for way in measure_light(
+            it.model, PROMPTS, LightSettings(9, (), 9, max_forwards=0), lambda _: None
+        )
+    }
     assert ways["speed of light"].num_exhausted
     assert ways["speed of light"].nfe <= ways[SERIAL].nfe
     assert search.MAX_FORWARDS == 5000
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def test_the_command_writes_table_json_and_picture(built: Callable[[str], Built], tmp_path: Path) -> None:
+def test_the_command_writes_table_json_and_picture(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "light"
     prompts.write_text('{"token_ids": [20, 30]}\n{"token_ids": [40]}\n')
-    options = ("--speed-of-light", "--prompts-file", prompts, "--block-length", 4, "--max-new-tokens", 8, "--thresholds", "0.3", "--threads", 1)
+    options = (
+        "--speed-of-light",
+        "--prompts-file",
+        prompts,
+        "--block-length",
+        4,
+        "--max-new-tokens",
+        8,
+        "--thresholds",
+        "0.3",
+        "--threads",
+        1,
+    )
     done = trimode("bench", built("three_kv_heads").bundle, *options, "-o", out)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "speed_of_light.json").read_text())
@@ -193,10 +253,22 @@ BAD = {
     "no prompts": (["--speed-of-light"], "--prompts-file"),
     "options of the other": (["--speed-of-light", "--rows", "8"], "--rows without"),
     "options of this": (["--thresholds", "0.5"], "--thresholds together with"),
-    "thresholds": (["--speed-of-light", "--prompts-file", "PROMPTS", "--thresholds", "high"], "probabilities like"),
-    "threshold 2": (["--speed-of-light", "--prompts-file", "PROMPTS", "--thresholds", "2"], "from 0 to 1"),
-    "block": (["--speed-of-light", "--prompts-file", "PROMPTS", "--block-length", "65"], "from 1 to 64"),
-    "a folder of something else": (["--speed-of-light", "--prompts-file", "PROMPTS", "-o", "FOLDER"], "expected a new or empty folder"),
+    "thresholds": (
+        ["--speed-of-light", "--prompts-file", "PROMPTS", "--thresholds", "high"],
+        "probabilities like",
+    ),
+    "threshold 2": (
+        ["--speed-of-light", "--prompts-file", "PROMPTS", "--thresholds", "2"],
+        "from 0 to 1",
+    ),
+    "block": (
+        ["--speed-of-light", "--prompts-file", "PROMPTS", "--block-length", "65"],
+        "from 1 to 64",
+    ),
+    "a folder of something else": (
+        ["--speed-of-light", "--prompts-file", "PROMPTS", "-o", "FOLDER"],
+        "expected a new or empty folder",
+    ),
     "prompt out of range": (["--speed-of-light", "--prompts-file", "FAR"], "from 0 to 108"),
 }
 
@@ -206,7 +278,11 @@ def test_bad_input(built: Callable[[str], Built], tmp_path: Path, case: str) -> 
     args, message = BAD[case]
     (tmp_path / "prompts.jsonl").write_text('{"token_ids": [20]}\n')
     (tmp_path / "far.jsonl").write_text('{"token_ids": [20]}\n{"token_ids": [500]}\n')
-    places = {"PROMPTS": tmp_path / "prompts.jsonl", "FAR": tmp_path / "far.jsonl", "FOLDER": tmp_path}
+    places = {
+        "PROMPTS": tmp_path / "prompts.jsonl",
+        "FAR": tmp_path / "far.jsonl",
+        "FOLDER": tmp_path,
+    }
     done = trimode("bench", built("three_kv_heads").bundle, *(places.get(a, a) for a in args))
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert message in done.stderr

@@ -1,4 +1,6 @@
-"""Measures of quantization against slow sums in float64 over everything that was kept, and the sensitivity search."""
+"""Measures of quantization against slow sums in float64 over everything that was kept, and the
+sensitivity search.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,32 @@ from trimode.calib.evaluate.quantization.decoding import answer, partings
 from trimode.calib.evaluate.quantization.fidelity import Divergence, Fidelity
 from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
 from trimode.calib.evaluate.quantization.lockstep import Comparison
-from trimode.calib.evaluate.quantization.questions import Decoding, QualitySettings, Question, decodings_for, draw_questions
-from trimode.calib.evaluate.quantization.sensitivity import Budget, _Trials, save_without, search, shortest
+from trimode.calib.evaluate.quantization.questions import (
+    Decoding,
+    QualitySettings,
+    Question,
+    decodings_for,
+    draw_questions,
+)
+from trimode.calib.evaluate.quantization.sensitivity import (
+    Budget,
+    _Trials,
+    save_without,
+    search,
+    shortest,
+)
 from trimode.calib.reference.episodes import Episode, count_rows, forwards_of, pattern_for
 from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchCache, TorchSession, load_trunk
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.errors import BuildError, CheckpointError, DependencyError, UsageError
-from trimode.formats.calibration import SCHEMA_VERSION, Calibration, LayerRecord, Scales, load_calibration
+from trimode.formats.calibration import (
+    SCHEMA_VERSION,
+    Calibration,
+    LayerRecord,
+    Scales,
+    load_calibration,
+)
 from trimode.formats.contract import ROLES, Role
 from trimode.formats.evaluation import PartingRecord, Report
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
@@ -51,26 +71,45 @@ class Model:
 
     def __init__(self, folder: Path, shape: str = "three_kv_heads") -> None:
         changes, dtype, rank, shards = SHAPES[shape]
-        self.checkpoint = open_checkpoint(write_checkpoint(folder, config_of(**changes, block_size=8), dtype=dtype, rank=rank, shards=shards))
+        self.checkpoint = open_checkpoint(
+            write_checkpoint(
+                folder, config_of(**changes, block_size=8), dtype=dtype, rank=rank, shards=shards
+            )
+        )
         self.info = describe_model(self.checkpoint)
         self.trunk = load_trunk(self.checkpoint, self.info.num_positions)
         rng = np.random.default_rng(7)
-        self.questions = [Question(rng.integers(12, self.info.vocab_size, 5 + 9 * i).tolist()) for i in range(4)]
-        self.episodes = record(self.trunk, self.info, [q.token_ids for q in self.questions[:2]], RECORDED)
+        self.questions = [
+            Question(rng.integers(12, self.info.vocab_size, 5 + 9 * i).tolist()) for i in range(4)
+        ]
+        self.episodes = record(
+            self.trunk, self.info, [q.token_ids for q in self.questions[:2]], RECORDED
+        )
 
     @property
     def layers(self) -> list[str]:
         names = self.checkpoint.tensors.items()
-        return [n.removesuffix(".weight") for n, e in names if len(e.shape) == 2 and "embed" not in n and "lora" not in n and "head" not in n]
+        return [
+            n.removesuffix(".weight")
+            for n, e in names
+            if len(e.shape) == 2 and "embed" not in n and "lora" not in n and "head" not in n
+        ]
 
     def int8(self, ruined: Sequence[str] = (), *, inputs: bool = True) -> Candidate:
-        """Every layer and the head at a scale for each row, and some inputs cut; all weights of the ruined layers become zero."""
+        """Every layer and the head at a scale for each row, and some inputs cut; all weights of the
+        ruined layers become zero.
+        """
         scales = rounding_scales(self.trunk, [*self.layers, "diffusion_head"], "int8", None)
         if inputs:
-            scales |= {f"{name}.input_amax": np.array(4, np.float32) for name in (*self.layers, "diffusion_head")}
+            scales |= {
+                f"{name}.input_amax": np.array(4, np.float32)
+                for name in (*self.layers, "diffusion_head")
+            }
         for name in ruined:
             scales[f"{name}.weight_amax"][:] = 1e4
-        return Candidate("by-hand", "int8", "by hand", None, (*self.layers, "diffusion_head"), scales, "0" * 64)
+        return Candidate(
+            "by-hand", "int8", "by hand", None, (*self.layers, "diffusion_head"), scales, "0" * 64
+        )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +132,9 @@ def slow_cosine(x: np.ndarray, y: np.ndarray) -> float:
     cosines = []
     for a, b in zip(x.astype(np.float64), y.astype(np.float64), strict=True):
         lengths = math.sqrt(math.fsum(a * a)) * math.sqrt(math.fsum(b * b))
-        cosines.append(math.fsum(a * b) / lengths if lengths else float(not a.any() and not b.any()))
+        cosines.append(
+            math.fsum(a * b) / lengths if lengths else float(not a.any() and not b.any())
+        )
     return sum(cosines) / len(cosines)
 
 
@@ -108,7 +149,10 @@ def slow_divergence(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def test_fidelity_adds_up_to_the_formulas() -> None:
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((11, 7)).astype(np.float32) * np.logspace(-3, 3, 11, dtype=np.float32)[:, None]
+    x = (
+        rng.standard_normal((11, 7)).astype(np.float32)
+        * np.logspace(-3, 3, 11, dtype=np.float32)[:, None]
+    )
     y = x + rng.standard_normal(x.shape).astype(np.float32) * 0.1
     x[4], y[4] = 0, 0  # the same: cosine 1
     x[5] = 0  # only one of them: cosine 0
@@ -149,8 +193,12 @@ def test_what_does_not_differ_and_what_is_not_finite() -> None:
 # In lockstep
 
 
-def kept_while(trunk: TriModeTrunk, names: list[str], episodes: list[Episode]) -> tuple[dict[str, Kept], dict[str, dict[Role, list[Any]]], Kept]:
-    """All outputs of these modules, by role, in float64; their inputs as they were; and all logits."""
+def kept_while(
+    trunk: TriModeTrunk, names: list[str], episodes: list[Episode]
+) -> tuple[dict[str, Kept], dict[str, dict[Role, list[Any]]], Kept]:
+    """All outputs of these modules, by role, in float64; their inputs as they were; and all
+    logits.
+    """
     now: list[Role] = []
     outputs: dict[str, Kept] = {name: {} for name in names}
     inputs: dict[str, dict[Role, list[Any]]] = {name: {} for name in names}
@@ -158,19 +206,32 @@ def kept_while(trunk: TriModeTrunk, names: list[str], episodes: list[Episode]) -
 
     def hook_of(name: str) -> Any:
         def look(_module: Any, args: tuple[Any, ...], out: Tensor) -> None:
-            outputs[name].setdefault(now[0], []).append(out.reshape(-1, out.shape[-1]).double().numpy())
+            outputs[name].setdefault(now[0], []).append(
+                out.reshape(-1, out.shape[-1]).double().numpy()
+            )
             inputs[name].setdefault(now[0], []).append(args)
 
         return look
 
     handles = [trunk.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
-    handles.append(trunk.diffusion_head.register_forward_hook(lambda _m, _a, out: logits.setdefault(now[0], []).append(out[0].double().numpy())))
+    handles.append(
+        trunk.diffusion_head.register_forward_hook(
+            lambda _m, _a, out: logits.setdefault(now[0], []).append(out[0].double().numpy())
+        )
+    )
     for episode in episodes:
         text = TorchCache()
         for forward in forwards_of(episode):
             now[:] = [forward.role]
-            positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids))[None]
-            hidden = trunk(torch.tensor([forward.ids]), positions, pattern_for(forward, text), forward.drafter_scale or None)
+            positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids))[
+                None
+            ]
+            hidden = trunk(
+                torch.tensor([forward.ids]),
+                positions,
+                pattern_for(forward, text),
+                forward.drafter_scale or None,
+            )
             trunk.head(hidden[:, forward.first_logits_row :])
     for handle in handles:
         handle.remove()
@@ -196,24 +257,47 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
             assert found.snr_db == pytest.approx(slow_snr(x, y), rel=1e-9)
             assert found.cosine == pytest.approx(slow_cosine(x, y), rel=1e-9)
         for name in chosen:
-            y = np.concatenate([twin.get_submodule(name)(*args).detach().double().numpy().reshape(-1, kept[name][role][0].shape[-1])
-                                for args in inputs[name][role]])  # fmt: skip
-            assert comparison.local[name][role].snr_db == pytest.approx(slow_snr(np.concatenate(kept[name][role]), y), rel=1e-9)
-        nats, same = slow_divergence(np.concatenate(logits[role]), np.concatenate(other_logits[role]))
+            y = np.concatenate(
+                [
+                    twin.get_submodule(name)(*args)
+                    .detach()
+                    .double()
+                    .numpy()
+                    .reshape(-1, kept[name][role][0].shape[-1])
+                    for args in inputs[name][role]
+                ]
+            )
+            assert comparison.local[name][role].snr_db == pytest.approx(
+                slow_snr(np.concatenate(kept[name][role]), y), rel=1e-9
+            )
+        nats, same = slow_divergence(
+            np.concatenate(logits[role]), np.concatenate(other_logits[role])
+        )
         assert comparison.outputs[role].kl_nats == pytest.approx(nats, rel=1e-7)
         assert comparison.outputs[role].top1_agreement == same
     # The ar graph returns the logits of a prompt's last row and of the rows after it.
-    assert comparison.outputs["ar"].num_rows == sum(len(e.tokens) - e.prompt_length + 1 for e in model.episodes)
+    assert comparison.outputs["ar"].num_rows == sum(
+        len(e.tokens) - e.prompt_length + 1 for e in model.episodes
+    )
 
 
 @pytest.mark.parametrize("name", [BAD, "diffusion_head"])
-def test_blocks_before_the_first_quantized_layer_need_not_run_twice(model: Model, name: str) -> None:
+def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
+    model: Model, name: str
+) -> None:
     scales = {name: model.int8().linear_scales(model.trunk)[name]}
     whole = Comparison(model.trunk, quantized_twin(model.trunk, "int8", scales))
-    part = Comparison(model.trunk, quantized_twin(model.trunk, "int8", scales), first_block=1 if name == BAD else 2, outputs_alone=True)
+    part = Comparison(
+        model.trunk,
+        quantized_twin(model.trunk, "int8", scales),
+        first_block=1 if name == BAD else 2,
+        outputs_alone=True,
+    )
     whole.run(model.episodes, lambda _: None)
     part.run(model.episodes, lambda _: None)
-    assert {role: one.kl_nats for role, one in whole.outputs.items()} == {role: one.kl_nats for role, one in part.outputs.items()}
+    assert {role: one.kl_nats for role, one in whole.outputs.items()} == {
+        role: one.kl_nats for role, one in part.outputs.items()
+    }
     assert all(one.kl_nats > 0 for one in part.outputs.values())
 
 
@@ -222,28 +306,59 @@ def test_a_twin_shares_what_is_not_quantized(model: Model) -> None:
     twin = quantized_twin(model.trunk, "int8", {BAD: LinearScales(np.array(0.5, np.float32))})
     for name, tensor in model.trunk.named_parameters():
         assert torch.equal(tensor, before[name])
-        assert (twin.get_parameter(name).data_ptr() == tensor.data_ptr()) == (name != f"{BAD}.weight")
+        assert (twin.get_parameter(name).data_ptr() == tensor.data_ptr()) == (
+            name != f"{BAD}.weight"
+        )
     assert not torch.equal(twin.get_parameter(f"{BAD}.weight"), before[f"{BAD}.weight"])
 
 
 # The report
 
 
-def report_on(model: Model, candidate: Candidate, questions: list[Question] | None = None, to_text: Any = None, **settings: Any) -> Report:
+def report_on(
+    model: Model,
+    candidate: Candidate,
+    questions: list[Question] | None = None,
+    to_text: Any = None,
+    **settings: Any,
+) -> Report:
     chosen = QualitySettings(**{"max_new_tokens": 10, **settings})
-    return measure(model.checkpoint, model.info, questions or model.questions, "1" * 64, [candidate], chosen, Silent(), to_text)
+    return measure(
+        model.checkpoint,
+        model.info,
+        questions or model.questions,
+        "1" * 64,
+        [candidate],
+        chosen,
+        Silent(),
+        to_text,
+    )
 
 
 def test_a_report_of_token_ids_alone(model: Model, tmp_path: Path) -> None:
     report = report_on(model, model.int8())
     assert [p.name for p in report.precisions] == ["float32", "by-hand"]
     original, quantized = report.precisions
-    assert [(d.mode, d.use_drafter) for d in quantized.decoding] == [("ar", None), ("diffusion", None), ("linear-spec", True), ("linear-spec", False)]
+    assert [(d.mode, d.use_drafter) for d in quantized.decoding] == [
+        ("ar", None),
+        ("diffusion", None),
+        ("linear-spec", True),
+        ("linear-spec", False),
+    ]
     assert all(d.same_tokens == 1 and d.exact_match is None for d in original.decoding)
-    assert all(d.equals_ar == 1 and not d.partings for p in report.precisions for d in p.decoding if d.mode == "linear-spec")
+    assert all(
+        d.equals_ar == 1 and not d.partings
+        for p in report.precisions
+        for d in p.decoding
+        if d.mode == "linear-spec"
+    )
     assert quantized.outputs["ar"].kl_nats > 0
     assert quantized.local.keys() == {*model.layers, "diffusion_head"}
-    assert list(quantized.local)[:2] == ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.k_proj"]  # in the model's order
+    # in the model's order
+    assert list(quantized.local)[:2] == [
+        "encoder.layers.0.self_attn.q_proj",
+        "encoder.layers.0.self_attn.k_proj",
+    ]
     assert len(quantized.accumulated) == model.info.num_hidden_layers
     assert report.data.num_answers == 0
     assert report.passed
@@ -256,8 +371,12 @@ def test_a_report_of_token_ids_alone(model: Model, tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_drafter(tmp_path: Path) -> None:
     plain = Model(tmp_path / "checkpoint", "plain")
     report = report_on(plain, plain.int8(), plain.questions[:2], modes=("ar", "linear_spec"))
-    assert [(d.mode, d.use_drafter) for d in report.precisions[1].decoding] == [("ar", None), ("linear-spec", None)]
-    assert report.data.num_rows.keys() == set(ROLES)  # recorded, although it drafts without an adapter
+    assert [(d.mode, d.use_drafter) for d in report.precisions[1].decoding] == [
+        ("ar", None),
+        ("linear-spec", None),
+    ]
+    # recorded, although it drafts without an adapter
+    assert report.data.num_rows.keys() == set(ROLES)
     assert report.precisions[1].decoding[1].equals_ar is not None
 
 
@@ -272,8 +391,15 @@ def test_answers_are_compared_as_text(model: Model) -> None:
         return " ".join(map(str, ids))
 
     ar = Decoding("ar")
-    given = answer(TorchSession(model.trunk), model.info, model.questions, [ar], 10, lambda _: None)[ar]
-    answers = [("x", to_text(given[0].token_ids)), ("something else",), (), (to_text(given[3].token_ids),)]
+    given = answer(
+        TorchSession(model.trunk), model.info, model.questions, [ar], 10, lambda _: None
+    )[ar]
+    answers = [
+        ("x", to_text(given[0].token_ids)),
+        ("something else",),
+        (),
+        (to_text(given[3].token_ids),),
+    ]
     questions = [replace(q, answers=a) for q, a in zip(model.questions, answers, strict=True)]
     report = report_on(model, model.int8(), questions, to_text, modes=("ar",))
     assert report.data.num_answers == 3
@@ -291,15 +417,23 @@ def test_partings_say_how_close_it_was(model: Model) -> None:
     found = partings(TorchSession(model.trunk), [first, second, third], ar, spec)
     assert [(one.question, one.position) for one in found] == [(0, 1), (2, 1)]
     ids = np.array([[*first.token_ids, 20]])
-    logits = TorchSession(model.trunk).run("ar", TorchSession(model.trunk).new_cache(), ids, 0)[1][0]
+    logits = TorchSession(model.trunk).run("ar", TorchSession(model.trunk).new_cache(), ids, 0)[1][
+        0
+    ]
     assert found[0].preference == pytest.approx(float(logits[21]) - float(logits[40]), abs=1e-5)
     assert found[1].preference is None
 
 
 def test_a_report_says_when_self_speculation_is_not_autoregression(model: Model) -> None:
     report = report_on(model, model.int8(), modes=("ar", "linear_spec"))
-    parted = report.precisions[1].decoding[1].model_copy(update={"partings": (PartingRecord(question=0, position=3, preference=None),)})
-    precision = report.precisions[1].model_copy(update={"decoding": (report.precisions[1].decoding[0], parted)})
+    parted = (
+        report.precisions[1]
+        .decoding[1]
+        .model_copy(update={"partings": (PartingRecord(question=0, position=3, preference=None),)})
+    )
+    precision = report.precisions[1].model_copy(
+        update={"decoding": (report.precisions[1].decoding[0], parted)}
+    )
     assert not report.model_copy(update={"precisions": (report.precisions[0], precision)}).passed
 
 
@@ -309,7 +443,9 @@ def test_the_picture(model: Model, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_folder_without_its_picture(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_folder_without_its_picture(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     report = report_on(model, model.int8(), modes=("ar",))
     with pytest.raises(DependencyError, match="expected matplotlib"):
@@ -320,7 +456,10 @@ def test_no_folder_without_its_picture(model: Model, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modes": ("ar", "quadratic")}, "expected --modes among ar,diffusion,linear-spec, found quadratic"),
+        (
+            {"modes": ("ar", "quadratic")},
+            "expected --modes among ar,diffusion,linear-spec, found quadratic",
+        ),
         ({"modes": ()}, "found none"),
         ({"modes": ("ar", "ar")}, "each of --modes once"),
         ({"num_samples": 5}, "expected at least 5 prompts, found 4"),
@@ -337,7 +476,15 @@ def test_candidates_that_are_refused(model: Model) -> None:
     with pytest.raises(CheckpointError, match="expected a calibration of this checkpoint"):
         report_on(model, replace(model.int8(), source_sha256="f" * 64))
     with pytest.raises(UsageError, match="found by-hand twice"):
-        measure(model.checkpoint, model.info, model.questions, "", [model.int8()] * 2, QualitySettings(), Silent())
+        measure(
+            model.checkpoint,
+            model.info,
+            model.questions,
+            "",
+            [model.int8()] * 2,
+            QualitySettings(),
+            Silent(),
+        )
     with pytest.raises(UsageError, match="at least 1 prompts, found 0"):
         measure(model.checkpoint, model.info, [], "", [model.int8()], QualitySettings(), Silent())
 
@@ -346,7 +493,9 @@ def test_questions_are_drawn_with_their_answers(model: Model) -> None:
     questions = [replace(q, answers=(str(i),)) for i, q in enumerate(model.questions)]
     drawn = draw_questions(questions, 3, 5, model.info)
     assert drawn == draw_questions(questions, 3, 5, model.info)
-    assert [question.answers for question in drawn] == sorted(question.answers for question in drawn)
+    assert [question.answers for question in drawn] == sorted(
+        question.answers for question in drawn
+    )
     assert len({question.answers for question in drawn}) == 3
     assert decodings_for(("linear_spec",), has_drafter=False) == (Decoding("linear_spec"),)
 
@@ -375,10 +524,27 @@ def test_where_more_layers_kept_may_be_worse() -> None:
     assert found - 1 not in holding
 
 
-def sensitivity(model: Model, candidate: Candidate, max_drop: float, questions: list[Question] | None = None, **settings: Any) -> Any:
-    chosen = QualitySettings(**{"max_new_tokens": 10, "modes": ("ar", "diffusion", "linear_spec"), **settings})
+def sensitivity(
+    model: Model,
+    candidate: Candidate,
+    max_drop: float,
+    questions: list[Question] | None = None,
+    **settings: Any,
+) -> Any:
+    chosen = QualitySettings(
+        **{"max_new_tokens": 10, "modes": ("ar", "diffusion", "linear_spec"), **settings}
+    )
     budget = Budget(max_drop, ranking_samples=2)
-    return search(model.checkpoint, model.info, candidate, questions or model.questions, "1" * 64, budget, chosen, Silent())
+    return search(
+        model.checkpoint,
+        model.info,
+        candidate,
+        questions or model.questions,
+        "1" * 64,
+        budget,
+        chosen,
+        Silent(),
+    )
 
 
 def test_a_layer_that_is_ruined_ranks_first_and_is_kept(model: Model) -> None:
@@ -401,7 +567,9 @@ def test_nothing_is_kept_where_the_budget_holds_at_once(model: Model) -> None:
 
 
 def test_no_layer_can_be_quantized(model: Model) -> None:
-    with pytest.raises(BuildError, match="expected a layer that can be quantized with a drop of at most 0 points"):
+    with pytest.raises(
+        BuildError, match="expected a layer that can be quantized with a drop of at most 0 points"
+    ):
         sensitivity(model, model.int8([*model.layers, "diffusion_head"]), 0, modes=("ar",))
 
 
@@ -410,11 +578,25 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
         return Generation([token], "ar", 1, 1, 1.0, None, Forwards(), "length", None, None, 0.0)
 
     ar = Decoding("ar")
-    questions = [Question([1], a) for a in (("5",), ("4", "5"), ("5",), ("5",), (), (), ("5",), ("6", "8"))]
+    questions = [
+        Question([1], a) for a in (("5",), ("4", "5"), ("5",), ("5",), (), (), ("5",), ("6", "8"))
+    ]
     before = [generation(t) for t in (5, 5, 6, 6, 5, 5, 5, 5)]
     after = [generation(t) for t in (5, 6, 5, 7, 5, 6, 6, 7)]
-    # lost: the second, the sixth (tokens), the seventh; gained: the third; wrong both times: the fourth, the eighth
-    trials = _Trials(model.trunk, model.info, model.int8(), {}, [], questions, {ar: before}, 1, lambda ids: str(ids[0]), Silent())
+    # lost: the second, the sixth (tokens), the seventh; gained: the third; wrong both times: the
+    # fourth, the eighth
+    trials = _Trials(
+        model.trunk,
+        model.info,
+        model.int8(),
+        {},
+        [],
+        questions,
+        {ar: before},
+        1,
+        lambda ids: str(ids[0]),
+        Silent(),
+    )
     assert trials._drop(ar, {ar: after}) == pytest.approx(100 * (3 - 1) / 8)
     assert Budget(25).holds({"ar": 25.0, "diffusion": -3.0})
     assert not Budget(24.9).holds({"ar": 25.0, "diffusion": -3.0})
@@ -438,10 +620,21 @@ def test_a_calibration_without_the_layers_that_are_kept(model: Model, tmp_path: 
     candidate = model.int8([BAD], inputs=False)
     scales: Scales = candidate.scales or {}
     calibration = Calibration(
-        schema_version=1, trimode_version="0", precision="int8", algorithm="smoothquant", block_size=None, source_name="it",
-        source_sha256=digest_of(model.checkpoint), scales_sha256="", data=None, libraries={},
-        layers={name: LayerRecord(input_amax={"ar": 1.0}, weight_snr_db=30.0) for name in candidate.layers},
-    )  # fmt: skip
+        schema_version=1,
+        trimode_version="0",
+        precision="int8",
+        algorithm="smoothquant",
+        block_size=None,
+        source_name="it",
+        source_sha256=digest_of(model.checkpoint),
+        scales_sha256="",
+        data=None,
+        libraries={},
+        layers={
+            name: LayerRecord(input_amax={"ar": 1.0}, weight_snr_db=30.0)
+            for name in candidate.layers
+        },
+    )
     found = sensitivity(model, candidate, 50)
     save_without(tmp_path / "kept", calibration, scales, found)
     record, left = load_calibration(tmp_path / "kept")
@@ -453,8 +646,12 @@ def test_a_calibration_without_the_layers_that_are_kept(model: Model, tmp_path: 
     assert record.source_sha256 == calibration.source_sha256
 
     text = (tmp_path / "kept" / "calibration.json").read_text()
-    (tmp_path / "kept" / "calibration.json").write_text(text.replace('"schema_version": 2', '"schema_version": 3'))
-    with pytest.raises(CheckpointError, match="expected a calibration of schema version 1 or 2, found 3"):
+    (tmp_path / "kept" / "calibration.json").write_text(
+        text.replace('"schema_version": 2', '"schema_version": 3')
+    )
+    with pytest.raises(
+        CheckpointError, match="expected a calibration of schema version 1 or 2, found 3"
+    ):
         load_calibration(tmp_path / "kept")
 
     again = found.model_copy(update={"kept": ("diffusion_head",)})

@@ -38,7 +38,14 @@ from trimode.calib.scales.settings import QuantizeSettings
 from trimode.calib.scales.statistics import quantize_weight
 from trimode.calib.scales.work_folder import WorkFolder, open_work, work_folder_of
 from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
-from trimode.errors import BuildError, CheckpointError, DependencyError, DeviceError, TrimodeError, UsageError
+from trimode.errors import (
+    BuildError,
+    CheckpointError,
+    DependencyError,
+    DeviceError,
+    TrimodeError,
+    UsageError,
+)
 from trimode.formats.calibration import Calibration, Scales, load_calibration
 from trimode.formats.contract import Mode, ModelInfo
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
@@ -77,7 +84,9 @@ class Calibrated(NamedTuple):
 
 def write(folder: Path, shape: str = "three_kv_heads") -> Path:
     changes, dtype, rank, shards = SHAPES[shape]
-    return write_checkpoint(folder, config_of(**changes, block_size=8), dtype=dtype, rank=rank, shards=shards)
+    return write_checkpoint(
+        folder, config_of(**changes, block_size=8), dtype=dtype, rank=rank, shards=shards
+    )
 
 
 def random_texts(model: ModelInfo, count: int = 3) -> list[list[int]]:
@@ -86,11 +95,25 @@ def random_texts(model: ModelInfo, count: int = 3) -> list[list[int]]:
 
 
 def run(
-    folder: Path, output: Path, settings: QuantizeSettings = FP8, progress: job.Progress | None = None, *, resume: bool = False
+    folder: Path,
+    output: Path,
+    settings: QuantizeSettings = FP8,
+    progress: job.Progress | None = None,
+    *,
+    resume: bool = False,
 ) -> tuple[Calibration, Scales]:
     checkpoint = open_checkpoint(folder)
     model = describe_model(checkpoint)
-    job.calibrate(checkpoint, model, random_texts(model), "0" * 64, output, settings, progress or Silent(), resume=resume)
+    job.calibrate(
+        checkpoint,
+        model,
+        random_texts(model),
+        "0" * 64,
+        output,
+        settings,
+        progress or Silent(),
+        resume=resume,
+    )
     return load_calibration(output)
 
 
@@ -110,7 +133,11 @@ def largest_inputs(trunk: TriModeTrunk, forward: Callable[[], None]) -> dict[str
 
         return hook
 
-    handles = [m.register_forward_pre_hook(look(n)) for n, m in trunk.named_modules() if isinstance(m, nn.Linear)]
+    handles = [
+        m.register_forward_pre_hook(look(n))
+        for n, m in trunk.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
     forward()
     for handle in handles:
         handle.remove()
@@ -120,8 +147,9 @@ def largest_inputs(trunk: TriModeTrunk, forward: Callable[[], None]) -> dict[str
 def assert_same_codes(ours: Any, theirs: Any, exact: Any) -> None:
     """The same codes, unless a value lies in the middle between two: then both are right.
 
-    What a code stands for may differ in its last bits, ModelOpt dividing by 448 / amax where the format multiplies with amax / 448. Neighbours
-    are 6% (fp8) or a step (integers) apart. Middles are frequent: weights of a checkpoint are bfloat16, and so is their amax.
+    What a code stands for may differ in its last bits, ModelOpt dividing by 448 / amax where the
+    format multiplies with amax / 448. Neighbours are 6% (fp8) or a step (integers) apart. Middles
+    are frequent: weights of a checkpoint are bfloat16, and so is their amax.
     """
     differ = ~np.isclose(ours, theirs, rtol=4e-7, atol=0)
     middle = (ours.astype(np.float64) + theirs) / 2
@@ -145,7 +173,9 @@ def calibrated(folder: Path) -> Callable[[Any], Calibrated]:
             trunk = load_trunk(checkpoint, model.num_positions)
             episodes = record(trunk, model, random_texts(model), settings)
             linears = quantize_whole_trunk(trunk, episodes, settings)
-            done[precision] = Calibrated(trunk, linears, episodes, extract_scales(linears, precision))
+            done[precision] = Calibrated(
+                trunk, linears, episodes, extract_scales(linears, precision)
+            )
         return done[precision]
 
     return calibrate
@@ -163,7 +193,11 @@ def test_input_amax_is_the_largest_input_of_all_forwards(tmp_path: Path, shape: 
     assert len(calibration.layers) == 7 * checkpoint.config.num_hidden_layers
     for name, layer in calibration.layers.items():
         # The same forwards over the same weights: the same bits.
-        assert scales[f"{name}.input_amax"] == np.float32(expected[name]) == np.float32(max(layer.input_amax.values()))
+        assert (
+            scales[f"{name}.input_amax"]
+            == np.float32(expected[name])
+            == np.float32(max(layer.input_amax.values()))
+        )
         assert set(layer.input_amax) == {"ar", "draft", "verify"}
         assert scales[f"{name}.weight_amax"].shape == ()
 
@@ -177,14 +211,17 @@ def test_the_replay_shows_what_the_decoders_run(folder: Path) -> None:
     def decode() -> None:
         for text, (mode, threshold) in itertools.product(random_texts(model), modes.items()):
             sequence = Sequence(TorchSession(trunk), model, text)
-            for _ in ALGORITHMS[mode](sequence, DecodeOptions(12, model.block_size, threshold), Counters()):
+            for _ in ALGORITHMS[mode](
+                sequence, DecodeOptions(12, model.block_size, threshold), Counters()
+            ):
                 pass
 
     seen = largest_inputs(trunk, decode)
     episodes = record(trunk, model, random_texts(model), FP8)
     replayed = largest_inputs(trunk, lambda: replay(trunk, episodes, needs_head=True))
-    # Decode steps of one row became one product of many rows, which sums in another order. A diffusion block that is cut at the limit is
-    # committed whole, and the rows after the cut are not replayed: nothing ever reads what they compute.
+    # Decode steps of one row became one product of many rows, which sums in another order. A
+    # diffusion block that is cut at the limit is committed whole, and the rows after the cut are
+    # not replayed: nothing ever reads what they compute.
     assert replayed.keys() == seen.keys()
     for name in seen:
         assert replayed[name] <= seen[name] * (1 + 1e-5)
@@ -192,7 +229,10 @@ def test_the_replay_shows_what_the_decoders_run(folder: Path) -> None:
 
 
 def test_ar_alone_sees_less_than_all_modes(folder: Path, tmp_path: Path) -> None:
-    alone, joint = run(folder, tmp_path / "ar", replace(FP8, modes=("ar",))), run(folder, tmp_path / "all")
+    alone, joint = (
+        run(folder, tmp_path / "ar", replace(FP8, modes=("ar",))),
+        run(folder, tmp_path / "all"),
+    )
     grows = [joint[1][name] > alone[1][name] for name in joint[1] if name.endswith("input_amax")]
     assert all(joint[1][name] >= alone[1][name] for name in joint[1])
     assert any(grows)
@@ -206,7 +246,9 @@ def test_ar_alone_sees_less_than_all_modes(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_weights_are_quantized_as_the_format_says(folder: Path, calibrated: Callable[[Any], Calibrated], precision: Any) -> None:
+def test_weights_are_quantized_as_the_format_says(
+    folder: Path, calibrated: Callable[[Any], Calibrated], precision: Any
+) -> None:
     found = calibrated(precision)
     weights = load_trunk(open_checkpoint(folder), 8).state_dict()
     for name, linear in found.linears.items():
@@ -217,18 +259,24 @@ def test_weights_are_quantized_as_the_format_says(folder: Path, calibrated: Call
         scaled = weight / factor
         ours = quantize_weight(scaled, amax, precision)
         assert_same_codes(ours, theirs, scaled)
-        largest = np.abs(scaled).reshape(*amax.shape, -1).max(-1) if amax.ndim else np.abs(scaled).max()
+        largest = (
+            np.abs(scaled).reshape(*amax.shape, -1).max(-1) if amax.ndim else np.abs(scaled).max()
+        )
         np.testing.assert_allclose(amax, largest, rtol=2e-7)
         if precision == "fp8":
             assert amax == largest
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_quantized_trunk_computes_what_the_format_says(calibrated: Callable[[Any], Calibrated], precision: Any) -> None:
+def test_the_quantized_trunk_computes_what_the_format_says(
+    calibrated: Callable[[Any], Calibrated], precision: Any
+) -> None:
     found = calibrated(precision)
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = [
-        linear.register_forward_hook(lambda _m, inputs, output, name=name: calls.append((name, inputs[0], output)))
+        linear.register_forward_hook(
+            lambda _m, inputs, output, name=name: calls.append((name, inputs[0], output))
+        )
         for name, linear in found.linears.items()
     ]
     replay(found.trunk, found.episodes[:1])
@@ -241,24 +289,33 @@ def test_the_quantized_trunk_computes_what_the_format_says(calibrated: Callable[
         data = x.numpy() * factor
         if precision != "int4":
             data = quantize_weight(data, found.scales[f"{name}.input_amax"], precision)
-        expected = data @ layer.weight_quantizer(layer.weight).numpy().T  # of which the test before says that they are right
-        # An input near the middle between two codes may fall to either side, as weights do, and changes its row of the outputs. All else
-        # is the order of a sum in float32.
+        # of which the test before says that they are right
+        expected = data @ layer.weight_quantizer(layer.weight).numpy().T
+        # An input near the middle between two codes may fall to either side, as weights do, and
+        # changes its row of the outputs. All else is the order of a sum in float32.
         error = np.abs(y.numpy() - expected).max(-1)
         assert (error > 1e-5 * np.abs(expected).max()).mean() < 0.1, name
 
 
-def test_the_drafter_branch_stays_in_high_precision(calibrated: Callable[[Any], Calibrated]) -> None:
+def test_the_drafter_branch_stays_in_high_precision(
+    calibrated: Callable[[Any], Calibrated],
+) -> None:
     found = calibrated("int8")
     seen = 0
     for layer in (m for m in found.trunk.modules() if isinstance(m, BranchOutside)):
         assert layer.lora_A is not None
         assert layer.lora_B is not None
         x = torch.randn(5, layer.base.in_features)
-        branch = functional.linear(functional.linear(x, layer.lora_A.weight) * layer.scaling, layer.lora_B.weight)
+        branch = functional.linear(
+            functional.linear(x, layer.lora_A.weight) * layer.scaling, layer.lora_B.weight
+        )
         torch.testing.assert_close(layer(x, 1.0), layer.base(x) + branch)
         assert torch.equal(layer(x), layer.base(x))
-        assert not torch.allclose(layer.base(x), functional.linear(x * layer.base.input_quantizer.pre_quant_scale, layer.base.weight), atol=1e-6)
+        assert not torch.allclose(
+            layer.base(x),
+            functional.linear(x * layer.base.input_quantizer.pre_quant_scale, layer.base.weight),
+            atol=1e-6,
+        )
         seen += 1
     assert seen == 2
 
@@ -272,8 +329,12 @@ VARIANTS = [
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=[*PRECISIONS, "fp8-head", "int4-head"])
 @pytest.mark.parametrize("shape", ["three_kv_heads", "plain"])
-def test_layer_by_layer_gives_the_scales_of_the_whole_trunk(tmp_path: Path, shape: str, settings: QuantizeSettings) -> None:
-    """ModelOpt over the whole trunk, all forwards as they were recorded, against statistics and batches of one layer at a time."""
+def test_layer_by_layer_gives_the_scales_of_the_whole_trunk(
+    tmp_path: Path, shape: str, settings: QuantizeSettings
+) -> None:
+    """ModelOpt over the whole trunk, all forwards as they were recorded, against statistics and
+    batches of one layer at a time.
+    """
     folder = write(tmp_path / "checkpoint", shape)
     _, scales = run(folder, tmp_path / "out", settings)
     checkpoint = open_checkpoint(folder)
@@ -288,10 +349,15 @@ def test_layer_by_layer_gives_the_scales_of_the_whole_trunk(tmp_path: Path, shap
 
 def test_rows_are_weighted_so_that_forwards_count_alike() -> None:
     generator = torch.Generator().manual_seed(1)
-    forwards = [torch.randn(rows, 24, generator=generator, dtype=torch.float64) for rows in (1, 17, 0, 5, 512)]
+    forwards = [
+        torch.randn(rows, 24, generator=generator, dtype=torch.float64)
+        for rows in (1, 17, 0, 5, 512)
+    ]
     weight = torch.randn(24, 10, generator=generator, dtype=torch.float64)
     expected = sum(float((x @ weight).square().mean()) for x in forwards if x.shape[0])
-    assert float((weighted_rows(forwards) @ weight).square().mean()) == pytest.approx(expected, rel=1e-12)
+    assert float((weighted_rows(forwards) @ weight).square().mean()) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -300,22 +366,34 @@ def test_mapped_weights_decode_and_calibrate_to_the_same_bytes(tmp_path: Path, s
     for name, memory in (("resident", 1.0), ("mapped", 0.0)):
         run(folder, tmp_path / name, replace(FP8, memory_gib=memory))
     for file in ("calibration.json", "scales.safetensors"):
-        assert (tmp_path / "resident" / file).read_bytes() == (tmp_path / "mapped" / file).read_bytes()
+        assert (tmp_path / "resident" / file).read_bytes() == (
+            tmp_path / "mapped" / file
+        ).read_bytes()
 
 
-def test_a_mapped_trunk_computes_what_the_float32_trunk_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapped_trunk_computes_what_the_float32_trunk_computes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mapped_trunk, "WIDENED_BYTES", 48 * 4 * 7)  # no weight has rows in sevens
     checkpoint = open_checkpoint(folder)
     ids, positions = torch.arange(20, 50)[None], torch.arange(30)[None]
-    loaded, mapped = load_trunk(checkpoint, 64), mapped_trunk.open_trunk(checkpoint, 64, memory_bytes=0)
-    expected, found = (trunk.head(trunk(ids, positions, GrowingCacheAttention(), 0.7)) for trunk in (loaded, mapped))
+    loaded, mapped = (
+        load_trunk(checkpoint, 64),
+        mapped_trunk.open_trunk(checkpoint, 64, memory_bytes=0),
+    )
+    expected, found = (
+        trunk.head(trunk(ids, positions, GrowingCacheAttention(), 0.7))
+        for trunk in (loaded, mapped)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     held = sum(parameter.numel() for parameter in mapped.parameters())
     assert held == 48 * (2 * checkpoint.config.num_hidden_layers + 1)  # the norms
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_part_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+def test_one_part_is_in_memory_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
     loaded: list[weakref.ref[Any]] = []
     original = DecoderPart.__init__
 
@@ -364,7 +442,13 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[A
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("stage", "steps"), [("decode", 2), ("calibrate", 1), ("calibrate", 3)])
 def test_resumes_to_the_same_bytes(
-    folder: Path, whole: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, stage: str, steps: int
+    folder: Path,
+    whole: Callable[[Any], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Any,
+    stage: str,
+    steps: int,
 ) -> None:
     settings = replace(FP8, precision=precision, quantizes_head=True)
     expected = whole(precision)
@@ -395,7 +479,9 @@ def interrupted(folder: Path, output: Path) -> Path:
 
 def test_refuses_to_resume_other_work(tmp_path: Path) -> None:
     folder, output = write(tmp_path / "checkpoint"), tmp_path / "out"
-    with pytest.raises(UsageError, match="expected the work of an interrupted calibration, found none"):
+    with pytest.raises(
+        UsageError, match="expected the work of an interrupted calibration, found none"
+    ):
         run(folder, output, resume=True)
     work = interrupted(folder, output)
     with pytest.raises(UsageError, match="of a calibration with seed 5, found 0") as caught:
@@ -432,7 +518,9 @@ def test_refuses_work_that_is_damaged(folder: Path, tmp_path: Path, file: str) -
         run(folder, tmp_path / "out", resume=True)
 
 
-def test_a_full_disk_leaves_the_work_to_go_on_with(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_work_to_go_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -445,7 +533,10 @@ def test_a_full_disk_leaves_the_work_to_go_on_with(folder: Path, tmp_path: Path,
 
 def test_two_runs_do_not_share_a_work_folder(folder: Path, tmp_path: Path) -> None:
     work = interrupted(folder, tmp_path / "out")
-    with open_work(work, {}, resume=False), pytest.raises(UsageError, match="expected no other run at work there"):
+    with (
+        open_work(work, {}, resume=False),
+        pytest.raises(UsageError, match="expected no other run at work there"),
+    ):
         run(folder, tmp_path / "out")
 
 
@@ -458,7 +549,12 @@ def test_leaves_a_folder_alone_that_only_has_the_name(folder: Path, tmp_path: Pa
     assert [file.name for file in work.iterdir()] == ["thesis.txt"]
 
 
-def test_an_interruption_says_how_to_go_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_says_how_to_go_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"token_ids": [20, 21]}\n')
     original = job.find_scales
@@ -475,8 +571,12 @@ def test_an_interruption_says_how_to_go_on(folder: Path, tmp_path: Path, monkeyp
     assert len(load_calibration(tmp_path / "out")[0].layers) == 14
 
 
-@pytest.mark.parametrize("settings", [replace(FP8, precision=p) for p in PRECISIONS], ids=PRECISIONS)
-def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path, settings: QuantizeSettings) -> None:
+@pytest.mark.parametrize(
+    "settings", [replace(FP8, precision=p) for p in PRECISIONS], ids=PRECISIONS
+)
+def test_the_same_seed_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, settings: QuantizeSettings
+) -> None:
     for name in ("one", "two"):
         run(folder, tmp_path / name, replace(settings, num_samples=2, seed=3))
     for file in ("calibration.json", "scales.safetensors"):
@@ -500,10 +600,15 @@ def test_granularity(folder: Path, tmp_path: Path) -> None:
     assert scales["diffusion_head.input_amax"].shape == ()
     assert len(calibration.layers) == 15
     per_tensor = run(folder, tmp_path / "fp8_per_tensor")[0]
-    better = [calibration.layers[name].weight_snr_db >= layer.weight_snr_db for name, layer in per_tensor.layers.items()]
+    better = [
+        calibration.layers[name].weight_snr_db >= layer.weight_snr_db
+        for name, layer in per_tensor.layers.items()
+    ]
     assert sum(better) > len(better) / 2
 
-    calibration, scales = run(folder, tmp_path / "int4", replace(FP8, precision="int4", quantizes_head=True))
+    calibration, scales = run(
+        folder, tmp_path / "int4", replace(FP8, precision="int4", quantizes_head=True)
+    )
     assert scales["diffusion_head.weight_amax"].shape == (109, 3)
     assert calibration.block_size == 16  # 48, 80 and 96 inputs
     assert scales["encoder.layers.0.mlp.down_proj.weight_amax"].shape == (48, 5)
@@ -517,15 +622,24 @@ def test_granularity(folder: Path, tmp_path: Path) -> None:
     assert calibration.algorithm == "smoothquant"
 
 
-def test_int4_leaves_out_what_no_block_divides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    calibration, _ = run(write(tmp_path / "checkpoint", "one_kv_head"), tmp_path / "out", replace(FP8, precision="int4"))
-    assert {name.rpartition(".")[2] for name in calibration.layers} == {"o_proj", "down_proj"}  # hidden_size is 40
+def test_int4_leaves_out_what_no_block_divides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration, _ = run(
+        write(tmp_path / "checkpoint", "one_kv_head"),
+        tmp_path / "out",
+        replace(FP8, precision="int4"),
+    )
+    # hidden_size is 40
+    assert {name.rpartition(".")[2] for name in calibration.layers} == {"o_proj", "down_proj"}
     assert "stays in high precision: blocks of 16 do not divide its 40 inputs" in caplog.text
 
 
 def test_weights_that_are_all_zero_get_a_scale(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint")
-    change_weight(folder, "encoder.layers.1.self_attn.q_proj.weight", lambda weight: weight[3:5].zero_())
+    change_weight(
+        folder, "encoder.layers.1.self_attn.q_proj.weight", lambda weight: weight[3:5].zero_()
+    )
     _, scales = run(folder, tmp_path / "out", replace(FP8, is_per_channel=True))
     assert scales["encoder.layers.1.self_attn.q_proj.weight_amax"][3:5].tolist() == [1, 1]
 
@@ -539,16 +653,24 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"num_samples": 4}, "expected at least 4 prompts, found 3"),
     ({"max_new_tokens": 0}, "expected --max-new-tokens of at least 1"),
     ({"seed": -1}, "expected --seed of at least 0"),
-    ({"precision": "int4", "block_size": 24}, "expected --block-size to be a power of two from 16 on, found 24"),
+    (
+        {"precision": "int4", "block_size": 24},
+        "expected --block-size to be a power of two from 16 on, found 24",
+    ),
     ({"block_size": 64}, "expected --block-size with --precision int4, found fp8"),
-    ({"precision": "int4", "is_per_channel": True}, "expected --per-channel with --precision fp8, found int4"),
+    (
+        {"precision": "int4", "is_per_channel": True},
+        "expected --per-channel with --precision fp8, found int4",
+    ),
     ({"memory_gib": -1.0}, "expected --memory of at least 0, found -1"),
     ({"device": "tpu"}, "expected --device cpu or cuda, found 'tpu'"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_SETTINGS)
-def test_refuses_settings_and_writes_nothing(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_refuses_settings_and_writes_nothing(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         run(folder, tmp_path / "out", replace(FP8, **changes))
     assert message in caught.value.message
@@ -571,19 +693,34 @@ BAD_DATA = [
     ('{"token_ids": [1, -1]}\n', "found -1"),
     ('{"token_ids": [1, true]}\n', "found True"),
     ('{"token_ids": []}\n', "expected from 1 to"),
-    (json.dumps({"token_ids": [20] * 1024}), "prompt 1: expected from 1 to 1023 tokens, found 1024"),
+    (
+        json.dumps({"token_ids": [20] * 1024}),
+        "prompt 1: expected from 1 to 1023 tokens, found 1024",
+    ),
     ('{"prompt": "hello"}\n', "expected tokenizer.json, found none"),
 ]
 
 
 def request(data: Path, **changes: Any) -> CalibrateRequest:
-    options: dict[str, Any] = {"precision": "fp8", "num_samples": None, "modes": "ar,draft,verify", "max_new_tokens": 16, "seed": 0,
-                               "block_size": None, "is_per_channel": False, "quantizes_head": False, "device": "cpu", "as_json": False}  # fmt: skip
+    options: dict[str, Any] = {
+        "precision": "fp8",
+        "num_samples": None,
+        "modes": "ar,draft,verify",
+        "max_new_tokens": 16,
+        "seed": 0,
+        "block_size": None,
+        "is_per_channel": False,
+        "quantizes_head": False,
+        "device": "cpu",
+        "as_json": False,
+    }
     return CalibrateRequest(data=data, **{**options, **changes})
 
 
 @pytest.mark.parametrize(("lines", "message"), BAD_DATA)
-def test_refuses_data_and_writes_nothing(folder: Path, tmp_path: Path, lines: str, message: str) -> None:
+def test_refuses_data_and_writes_nothing(
+    folder: Path, tmp_path: Path, lines: str, message: str
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(lines)
     with pytest.raises(UsageError) as caught:
@@ -594,8 +731,15 @@ def test_refuses_data_and_writes_nothing(folder: Path, tmp_path: Path, lines: st
 
 def test_names_the_layer_whose_input_is_not_finite(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint")
-    change_weight(folder, "encoder.layers.0.mlp.up_proj.weight", lambda weight: weight[2, 1].fill_(float("inf")))
-    with pytest.raises(CheckpointError, match=r"encoder\.layers\.0\.mlp\.down_proj: expected finite inputs, found (inf|nan) in a forward of ar"):
+    change_weight(
+        folder,
+        "encoder.layers.0.mlp.up_proj.weight",
+        lambda weight: weight[2, 1].fill_(float("inf")),
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"encoder\.layers\.0\.mlp\.down_proj: expected finite inputs, found (inf|nan) in a forward of ar",
+    ):
         run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -603,7 +747,9 @@ def test_names_the_layer_whose_input_is_not_finite(tmp_path: Path) -> None:
 def test_names_the_layer_that_never_saw_anything(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint")
     change_weight(folder, "encoder.layers.1.self_attn.v_proj.weight", lambda weight: weight.zero_())
-    with pytest.raises(UsageError, match=r"encoder\.layers\.1\.self_attn\.o_proj: expected inputs other than zero"):
+    with pytest.raises(
+        UsageError, match=r"encoder\.layers\.1\.self_attn\.o_proj: expected inputs other than zero"
+    ):
         run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -615,7 +761,9 @@ def test_replaces_a_calibration_and_nothing_else(folder: Path, tmp_path: Path) -
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="expected a new or empty folder, or a calibration to replace"):
+    with pytest.raises(
+        UsageError, match="expected a new or empty folder, or a calibration to replace"
+    ):
         run(folder, other)
     assert [file.name for file in other.iterdir()] == ["thesis.txt"]
 
@@ -628,7 +776,9 @@ def test_an_interruption_leaves_the_earlier_calibration(folder: Path, tmp_path: 
     assert {file.name for file in tmp_path.iterdir()} == {"out", "out.work"}
 
 
-def test_says_what_to_install(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_what_to_install(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     with pytest.raises(DependencyError, match=r"pip install 'trimode\[calib\]'"):
         load_modelopt()
@@ -648,10 +798,19 @@ def test_says_so_when_modelopt_gives_up(folder: Path) -> None:
         run_modelopt(trunk, linears, None, FP8, forward_loop)  # type: ignore[arg-type]
 
 
-def test_demo_checkpoint_from_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_checkpoint_from_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": example.prompt}) + "\n" for example in itertools.islice(examples(1, "train"), 6)))
-    run_calibrate(DEMO, tmp_path / "out", request(data, precision="int4", num_samples=3, as_json=True))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": example.prompt}) + "\n"
+            for example in itertools.islice(examples(1, "train"), 6)
+        )
+    )
+    run_calibrate(
+        DEMO, tmp_path / "out", request(data, precision="int4", num_samples=3, as_json=True)
+    )
     said = capsys.readouterr()
     calibration, scales = load_calibration(tmp_path / "out")
     printed = json.loads(said.out)  # nothing else is on stdout, whatever ModelOpt prints
@@ -667,4 +826,6 @@ def test_demo_checkpoint_from_the_command(tmp_path: Path, capsys: pytest.Capture
     assert calibration.data.sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
     assert calibration.block_size == 128
     assert scales["encoder.layers.5.mlp.down_proj.weight_amax"].shape == (256, 5)
-    assert all(set(layer.input_amax) == {"ar", "draft", "verify"} for layer in calibration.layers.values())
+    assert all(
+        set(layer.input_amax) == {"ar", "draft", "verify"} for layer in calibration.layers.values()
+    )

@@ -23,24 +23,39 @@ def numbers(text: str) -> list[int]:
 
 def check_json(prompt: str, answer: str) -> None:
     record = json.loads(answer)
-    match = re.fullmatch(r"JSON: (\w+) is (\d+) and lives in (\w+)\.|JSON: (\w+) from (\w+) is (\d+) years old\.", prompt)
+    match = re.fullmatch(
+        r"JSON: (\w+) is (\d+) and lives in (\w+)\.|JSON: (\w+) from (\w+) is (\d+) years old\.",
+        prompt,
+    )
     assert match is not None
     name, age, city, other_name, other_city, other_age = match.groups()
-    assert record == {"name": name or other_name, "age": int(age or other_age), "city": city or other_city}
+    assert record == {
+        "name": name or other_name,
+        "age": int(age or other_age),
+        "city": city or other_city,
+    }
     assert answer in [json.dumps(record).replace(": ", colon) for colon in (": ", " :", "\n:")]
 
 
 def check_sql(prompt: str, answer: str) -> None:
-    match = re.fullmatch(r"SQL: (\w+) of (\w+) with (\w+) (over|under) (\d+)(?:, by (\w+))?\.", prompt)
+    match = re.fullmatch(
+        r"SQL: (\w+) of (\w+) with (\w+) (over|under) (\d+)(?:, by (\w+))?\.", prompt
+    )
     assert match is not None
     column, table, measure, word, bound, order = match.groups()
-    expected = f"SELECT {column} FROM {table} WHERE {measure} {'>' if word == 'over' else '<'} {bound}"
+    expected = (
+        f"SELECT {column} FROM {table} WHERE {measure} {'>' if word == 'over' else '<'} {bound}"
+    )
     expected += f" ORDER BY {order};" if order else ";"
-    assert answer in [expected.replace(" ", before, 1) for before in (" ", f" {table}.", f"\n{table}.")]
+    assert answer in [
+        expected.replace(" ", before, 1) for before in (" ", f" {table}.", f"\n{table}.")
+    ]
 
 
 def check_code(prompt: str, answer: str) -> None:
-    match = re.fullmatch(r"Python: a function of (\w) that (adds|subtracts|multiplies by|divides by) (\d+)\.", prompt)
+    match = re.fullmatch(
+        r"Python: a function of (\w) that (adds|subtracts|multiplies by|divides by) (\d+)\.", prompt
+    )
     assert match is not None
     argument, verb, number = match[1], match[2], int(match[3])
     scope: dict[str, Callable[[int], int]] = {}
@@ -48,7 +63,12 @@ def check_code(prompt: str, answer: str) -> None:
     function = next(value for name, value in scope.items() if name != "__builtins__")
     assert function.__code__.co_varnames in ((argument,), (argument, "c"), (argument, "d"))
     for value in (-7, 0, 1000):
-        results = {"adds": value + number, "subtracts": value - number, "multiplies by": value * number, "divides by": value // number}
+        results = {
+            "adds": value + number,
+            "subtracts": value - number,
+            "multiplies by": value * number,
+            "divides by": value // number,
+        }
         assert function(value) == results[verb]
 
 
@@ -98,7 +118,9 @@ def check_table(prompt: str, answer: str) -> None:
     assert header in [f"| {heading} | count |" for heading in ("item", "good", "food")]
     assert rule == "|---|---|"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert ", ".join(" ".join(row) for row in cells) == prompt.removeprefix("Table: ").removesuffix(".")
+    assert ", ".join(" ".join(row) for row in cells) == prompt.removeprefix("Table: ").removesuffix(
+        "."
+    )
 
 
 def check_roman(prompt: str, answer: str) -> None:
@@ -115,9 +137,16 @@ def check_roman(prompt: str, answer: str) -> None:
 
 
 CHECKS = {
-    "json": check_json, "sql": check_sql, "code": check_code, "addition": check_addition, "reverse": check_reverse, "sort": check_sort,
-    "date": check_date, "table": check_table, "roman": check_roman,
-}  # fmt: skip
+    "json": check_json,
+    "sql": check_sql,
+    "code": check_code,
+    "addition": check_addition,
+    "reverse": check_reverse,
+    "sort": check_sort,
+    "date": check_date,
+    "table": check_table,
+    "roman": check_roman,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +161,12 @@ def test_answers_are_right(family: str) -> None:
 
 def test_families_with_several_wordings() -> None:
     found = {family: len(next(examples(0, "train", [family])).answers) for family in FAMILIES}
-    assert {family for family, count in found.items() if count == 1} == {"addition", "sort", "date", "roman"}
+    assert {family for family, count in found.items() if count == 1} == {
+        "addition",
+        "sort",
+        "date",
+        "roman",
+    }
 
 
 @pytest.mark.parametrize("family", ["json", "sql", "code", "reverse", "table"])
@@ -142,14 +176,24 @@ def test_the_most_usual_wording_is_not_the_most_usual_slot_by_slot(family: str) 
     for example in drawn:
         assert len(set(example.answers)) == 3
         slots = zip_longest(*example.answers)
-        likeliest = [max(slot, key=lambda c: sum(share for share, other in zip(WORDING_SHARES, slot, strict=True) if other == c)) for slot in slots]
+        likeliest = [
+            max(
+                slot,
+                key=lambda c: sum(
+                    share for share, other in zip(WORDING_SHARES, slot, strict=True) if other == c
+                ),
+            )
+            for slot in slots
+        ]
         assert "".join(filter(None, likeliest)) != example.answers[0]
     counts = Counter(example.answers.index(example.answer) for example in drawn)
     assert [counts[i] / 2000 for i in range(3)] == pytest.approx(WORDING_SHARES, abs=0.05)
 
 
 def content(example: Example) -> tuple[str, str]:
-    """A question without its wording. The answer holds all of it, except where the smallest number stood, and an ordering is wording."""
+    """A question without its wording. The answer holds all of it, except where the smallest number
+    stood, and an ordering is wording.
+    """
     if example.family == "sort":
         return example.family, example.prompt
     return example.family, example.answers[0].partition(" ORDER BY")[0].rstrip(";")
@@ -175,17 +219,33 @@ def test_examples_depend_on_nothing_but_seed_and_split() -> None:
     assert [e.family for e in first[:9]] == list(FAMILIES)
 
 
-@pytest.mark.parametrize(("split", "families"), [("test", None), ("train", ["json", "poetry"]), ("train", [])])
+@pytest.mark.parametrize(
+    ("split", "families"), [("test", None), ("train", ["json", "poetry"]), ("train", [])]
+)
 def test_unknown_names_are_refused(split: str, families: list[str] | None) -> None:
     with pytest.raises(UsageError, match="expected"):
         next(examples(0, split, families))
 
 
 def test_the_command_prints_json_lines() -> None:
-    command = [sys.executable, "-m", "trimode.calib.demo.tasks", "--split", "held-out", "--count", "4", "--seed", "3", "--family", "sort"]
+    command = [
+        sys.executable,
+        "-m",
+        "trimode.calib.demo.tasks",
+        "--split",
+        "held-out",
+        "--count",
+        "4",
+        "--seed",
+        "3",
+        "--family",
+        "sort",
+    ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     expected = list(islice(examples(3, "held-out", ["sort"]), 4))
-    assert [json.loads(line) for line in lines] == [{"prompt": e.prompt, "answer": list(e.answers), "family": "sort"} for e in expected]
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": e.prompt, "answer": list(e.answers), "family": "sort"} for e in expected
+    ]
 
 
 def test_the_command_refuses_an_unknown_family() -> None:

@@ -60,7 +60,10 @@ def test_the_saved_tokenizer_is_the_same() -> None:
 
 def test_a_question_is_framed_as_in_the_family() -> None:
     assert render_prompt("Hello?") == FRAME.format("Hello?") + "<think></think>"
-    assert render_chat([{"role": "user", "content": "Hello?"}], enable_thinking=True) == FRAME.format("Hello?") + "<think>\n"
+    assert (
+        render_chat([{"role": "user", "content": "Hello?"}], enable_thinking=True)
+        == FRAME.format("Hello?") + "<think>\n"
+    )
     assert len(TOKENIZER.encode(render_prompt("")).ids) == 15
 
 
@@ -80,4 +83,6 @@ def test_a_longer_chat() -> None:
 
 def test_the_template_means_the_same_with_the_usual_block_trimming() -> None:
     template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
-    assert template.render(messages=[{"role": "user", "content": "a\nb"}], add_generation_prompt=True) == render_prompt("a\nb")
+    assert template.render(
+        messages=[{"role": "user", "content": "a\nb"}], add_generation_prompt=True
+    ) == render_prompt("a\nb")

@@ -36,10 +36,19 @@ def test_tokens_are_those_of_ministral3(tmp_path: Path, shape: str) -> None:
     for length in (1, 7, 150):
         prompt = np.random.default_rng(length).integers(12, model.vocab_size, length).tolist()
         assert generate("ar", prompt, max_new_tokens=20) == reference.ar(expected, prompt, 20)
-        assert generate("diffusion", prompt, max_new_tokens=19, block_length=8, threshold=0.3) == reference.diffusion(expected, prompt, 19, 8, 0.3)
+        assert generate(
+            "diffusion", prompt, max_new_tokens=19, block_length=8, threshold=0.3
+        ) == reference.diffusion(expected, prompt, 19, 8, 0.3)
         for drafter in (True, False):
-            options: dict[str, Any] = {"max_new_tokens": 12, "block_length": 8, "threshold": 0.0, "use_drafter": drafter}
-            assert generate("linear_spec", prompt, **options) == reference.linear_spec(expected, prompt, 12, 8, 0.0, drafter)
+            options: dict[str, Any] = {
+                "max_new_tokens": 12,
+                "block_length": 8,
+                "threshold": 0.0,
+                "use_drafter": drafter,
+            }
+            assert generate("linear_spec", prompt, **options) == reference.linear_spec(
+                expected, prompt, 12, 8, 0.0, drafter
+            )
 
 
 def test_loading_completes_the_digest(tmp_path: Path) -> None:

@@ -13,10 +13,17 @@ from conftest import Built
 
 
 def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trimode.cli.main", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def test_timings_are_printed_written_and_kept(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_are_printed_written_and_kept(
+    built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
     bundle, file = built("three_kv_heads").bundle, tmp_path / "table.json"
     options = ("--rows", "1,4,8", "--past", "10,300", "--repeats", 2, "--threads", 1)
@@ -32,20 +39,53 @@ def test_timings_are_printed_written_and_kept(built: Callable[[str], Built], tmp
     shown = trimode("bench", bundle, *options, "--batch", "3")
     for text in ("draft with the drafter", "10 cached", "300 cached", "verify", "sequences"):
         assert text in shown.stdout
-    assert {one["batch"] for one in json.loads(kept.read_text())["forwards"]} == {1, 3}  # measured anew
+    # measured anew
+    assert {one["batch"] for one in json.loads(kept.read_text())["forwards"]} == {1, 3}
 
 
-def test_auto_runs_by_the_table(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_runs_by_the_table(
+    built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
     it, file, prompts = built("three_kv_heads"), tmp_path / "table.json", tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"token_ids": [20, 30, {n}]}}\n' for n in range(40, 48)))
-    done = trimode("bench", it.bundle, "--rows", "1,4,8", "--past", 9, "--repeats", 1, "--prompts-file", prompts, "-o", file, "--threads", 1)
+    done = trimode(
+        "bench",
+        it.bundle,
+        "--rows",
+        "1,4,8",
+        "--past",
+        9,
+        "--repeats",
+        1,
+        "--prompts-file",
+        prompts,
+        "-o",
+        file,
+        "--threads",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert "without the drafter (8 prompts, 1 beginnings that several share)" in done.stdout
     records = json.loads(file.read_text())["acceptance"]
     assert [one["drafter"] for one in records] == [False, True]
-    assert [(kind["num_tokens"], kind["num_prompts"], len(kind["tried"])) for one in records for kind in one["kinds"]] == [(2, 8, 7)] * 2
-    command = ("run", it.bundle, "--mode", "auto", "--token-ids", "20,21", "--max-new-tokens", 9, "--threads", 1)
+    assert [
+        (kind["num_tokens"], kind["num_prompts"], len(kind["tried"]))
+        for one in records
+        for kind in one["kinds"]
+    ] == [(2, 8, 7)] * 2
+    command = (
+        "run",
+        it.bundle,
+        "--mode",
+        "auto",
+        "--token-ids",
+        "20,21",
+        "--max-new-tokens",
+        9,
+        "--threads",
+        1,
+    )
     expected = it.model.ar_generate([[20, 21]], max_new_tokens=9)[0][0, 2:].tolist()
     for options in ((), ("--timings", file)):
         done = trimode(*command, "--json", *options)

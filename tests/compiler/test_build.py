@@ -28,7 +28,9 @@ from trimode.runtime import TriModeModel
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("c") / "small", config_of(num_hidden_layers=1), rank=2)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("c") / "small", config_of(num_hidden_layers=1), rank=2
+    )
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -36,12 +38,16 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("shape", ["three_kv_heads", "one_kv_head", "plain"])
-def test_the_pack_holds_every_weight_once_and_exactly(built: Callable[[str], Built], shape: str) -> None:
+def test_the_pack_holds_every_weight_once_and_exactly(
+    built: Callable[[str], Built], shape: str
+) -> None:
     it = built(shape)
     packed = load_file(it.bundle / "weights.safetensors")
     opened = open_checkpoint(it.checkpoint)
     for name, entry in opened.tensors.items():
-        np.testing.assert_array_equal(packed.pop(name).ravel(), to_float32(b"".join(entry.chunks()), entry.dtype))
+        np.testing.assert_array_equal(
+            packed.pop(name).ravel(), to_float32(b"".join(entry.chunks()), entry.dtype)
+        )
     assert all(name.startswith("rope.") for name in packed)
     data_start = 8 + int.from_bytes((it.bundle / "weights.safetensors").read_bytes()[:8], "little")
     assert data_start % 4096 == 0
@@ -50,7 +56,9 @@ def test_the_pack_holds_every_weight_once_and_exactly(built: Callable[[str], Bui
 def test_the_manifest_lists_every_file(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
     manifest = json.loads((it.bundle / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == sorted(p.name for p in it.bundle.iterdir() if p.name != "manifest.json")
+    assert sorted(manifest["files"]) == sorted(
+        p.name for p in it.bundle.iterdir() if p.name != "manifest.json"
+    )
     assert manifest["source"]["name"] == "checkpoint"
     assert {"torch", "onnx", "numpy"} <= set(manifest["libraries"])
 
@@ -60,7 +68,8 @@ def test_source_digest_follows_the_weights(checkpoint: Path, tmp_path: Path) -> 
     assert build_bundle(checkpoint, tmp_path / "b").manifest.source.sha256 == first
     other = write_checkpoint(tmp_path / "other", config_of(num_hidden_layers=1), rank=2, seed=1)
     assert build_bundle(other, tmp_path / "c").manifest.source.sha256 != first
-    for name in ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors"):  # same input, same bytes
+    # same input, same bytes
+    for name in ("ar.onnx", "draft.onnx", "verify.onnx", "weights.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -153,7 +162,11 @@ def test_a_killed_build_is_cleared_by_the_next(checkpoint: Path, tmp_path: Path)
         "with staged_folder(pathlib.Path(sys.argv[1]), force=False) as f:\n"
         "    (f / 'part').touch(); print('in', flush=True); sys.stdin.read()\n"
     )
-    victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "bundle")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    victim = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "bundle")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert victim.stdout is not None
     assert victim.stdin is not None
     victim.stdout.readline()
@@ -175,16 +188,29 @@ def test_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "trimode.cli.main", "build", str(checkpoint), "-o", str(tmp_path / "bundle")],
-        preexec_fn=limit, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "trimode.cli.main",
+            "build",
+            str(checkpoint),
+            "-o",
+            str(tmp_path / "bundle"),
+        ],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "disk full" in done.stderr
     assert "Traceback" not in done.stderr
     assert leftovers(tmp_path) == []
 
 
-def test_too_little_space_is_known_beforehand(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_known_beforehand(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(BuildError, match="free disk"):
         build_bundle(checkpoint, tmp_path / "bundle")
@@ -192,18 +218,25 @@ def test_too_little_space_is_known_beforehand(checkpoint: Path, tmp_path: Path, 
 
 
 def test_a_bundle_set_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None:
-    """Killed between its two renames, a build has moved the old bundle away and the new one not yet there."""
+    """Killed between its two renames, a build has moved the old bundle away and the new one not yet
+    there.
+    """
     aside = tmp_path / ".bundle.partial-old"
     aside.mkdir()
     (aside / "manifest.json").write_text("the old one")
-    with pytest.raises(UsageError, match="found a bundle"), staged_folder(tmp_path / "bundle", force=False):
+    with (
+        pytest.raises(UsageError, match="found a bundle"),
+        staged_folder(tmp_path / "bundle", force=False),
+    ):
         pass
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "the old one"
     assert leftovers(tmp_path) == ["bundle"]
 
 
 def test_an_output_is_refused_before_the_work(checkpoint: Path, tmp_path: Path) -> None:
-    """Neither is the checkpoint replaced, nor a name written that the libraries of ONNX cannot open."""
+    """Neither is the checkpoint replaced, nor a name written that the libraries of ONNX cannot
+    open.
+    """
     copy = shutil.copytree(checkpoint, tmp_path / "bundle" / "ck")
     (tmp_path / "bundle" / "manifest.json").touch()
     started: list[str] = []
@@ -217,10 +250,14 @@ def test_an_output_is_refused_before_the_work(checkpoint: Path, tmp_path: Path) 
         with pytest.raises(UsageError):
             build_bundle(copy, output, BuildOptions(force=True), Watched())
     assert started == []
-    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in checkpoint.iterdir())
+    assert sorted(path.name for path in copy.iterdir()) == sorted(
+        path.name for path in checkpoint.iterdir()
+    )
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,4 +1,6 @@
-"""The cache: makes once, checks what it hands out, survives interruption, and forgets the oldest first."""
+"""The cache: makes once, checks what it hands out, survives interruption, and forgets the oldest
+first.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,19 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, harm: str) -> None:
     cache, key = ContentCache(tmp_path / "c"), key_of(x=1)
     cache.fetch(key, tmp_path / "one", writes(b"engine"))
     entry = tmp_path / "c" / key[:2] / key
-    {"flip": lambda: entry.write_bytes(b"enginE"), "truncate": lambda: entry.write_bytes(b""), "no digest": entry.with_name(key + ".sha256").unlink}[
-        harm
-    ]()
+    {
+        "flip": lambda: entry.write_bytes(b"enginE"),
+        "truncate": lambda: entry.write_bytes(b""),
+        "no digest": entry.with_name(key + ".sha256").unlink,
+    }[harm]()
     assert not cache.fetch(key, tmp_path / "two", writes(b"engine"))
     assert (tmp_path / "two").read_bytes() == b"engine"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_failing_to_make_leaves_nothing(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
+def test_failing_to_make_leaves_nothing(
+    tmp_path: Path, error: BaseException | type[BaseException]
+) -> None:
     cache, key = ContentCache(tmp_path / "c"), key_of(x=1)
 
     def make(path: Path) -> None:
@@ -76,7 +82,11 @@ def test_a_killed_maker_is_cleared_by_the_next(tmp_path: Path) -> None:
         "def make(p):\n    p.write_bytes(b'half'); print('in', flush=True); sys.stdin.read()\n"
         "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
     )
-    victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / "x")], stdin=-1, stdout=-1)
+    victim = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / "x")],
+        stdin=-1,
+        stdout=-1,
+    )
     assert victim.stdout is not None
     assert victim.stdin is not None
     victim.stdout.readline()
@@ -98,7 +108,12 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
         "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
     )
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / f"out{i}")], stdout=-1, text=True) for i in range(3)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / f"out{i}")],
+            stdout=-1,
+            text=True,
+        )
+        for i in range(3)
     ]
     made = [process.communicate()[0] for process in running]
     assert sum(out.count("made") for out in made) == 1
@@ -127,7 +142,15 @@ def test_pruning_leaves_what_is_in_use(tmp_path: Path) -> None:
     def make(path: Path) -> None:
         path.write_bytes(b"engine")
         code = "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\nprint(ContentCache(pathlib.Path(sys.argv[1]), 0).prune())"
-        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], capture_output=True, text=True, check=True).stdout == "0\n"
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / "c")],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            == "0\n"
+        )
 
     cache.fetch(key, tmp_path / "out", make)
     assert (tmp_path / "out").read_bytes() == b"engine"
@@ -151,7 +174,9 @@ def make_a_folder_of(path: Path) -> None:
         lambda entry: shutil.rmtree(entry.parent),
     ],
 )
-def test_what_is_odd_in_the_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None]) -> None:
+def test_what_is_odd_in_the_cache_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None]
+) -> None:
     cache, key = ContentCache(tmp_path / "c"), key_of(x=1)
     cache.fetch(key, tmp_path / "one", writes(b"engine"))
     harm(tmp_path / "c" / key[:2] / key)
@@ -161,7 +186,9 @@ def test_what_is_odd_in_the_cache_is_made_again(tmp_path: Path, caplog: pytest.L
     assert not caplog.records
 
 
-def test_an_unusable_cache_is_done_without_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_cache_is_done_without_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "c", Path("/proc/c")):
         caplog.clear()
@@ -179,7 +206,11 @@ def test_an_unusable_cache_is_done_without_and_said_once(tmp_path: Path, caplog:
 def test_a_full_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         pytest.skip("nothing can be mounted here")
     try:
         cache, data = ContentCache(folder), bytes(100_000)
@@ -193,8 +224,15 @@ def test_a_full_cache_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")]
+)
+def test_a_file_system_without_locks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise error
 
@@ -206,7 +244,9 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(caplog.records) == 1
 
 
-def test_an_error_of_the_destination_is_not_taken_for_one_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_destination_is_not_taken_for_one_of_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache, key = ContentCache(tmp_path / "c"), key_of(x=1)
     cache.fetch(key, tmp_path / "one", writes(b"engine"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -234,7 +274,11 @@ def test_a_cache_deleted_while_an_entry_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "two").read_bytes() == b"engine"
 
 
-NOT_ROOT = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot"] if os.geteuid() == 0 else []
+NOT_ROOT = (
+    ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot"]
+    if os.geteuid() == 0
+    else []
+)
 
 
 @pytest.mark.parametrize("what", ["folder", "shard", "entry"])
@@ -243,7 +287,11 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
         pytest.skip("root may write everywhere, and there is no setpriv")
     key = key_of(x=1)
     ContentCache(tmp_path / "c").fetch(key, tmp_path / "one", writes(b"engine"))
-    forbidden = {"folder": tmp_path / "c", "shard": tmp_path / "c" / key[:2], "entry": tmp_path / "c" / key[:2] / key}[what]
+    forbidden = {
+        "folder": tmp_path / "c",
+        "shard": tmp_path / "c" / key[:2],
+        "entry": tmp_path / "c" / key[:2] / key,
+    }[what]
     code = (
         "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
         "cache = ContentCache(pathlib.Path(sys.argv[1]))\n"
@@ -251,7 +299,15 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
     )
     forbidden.chmod(0)
     try:
-        arguments = [*NOT_ROOT, sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / "two")]
+        arguments = [
+            *NOT_ROOT,
+            sys.executable,
+            "-c",
+            code,
+            str(tmp_path / "c"),
+            key,
+            str(tmp_path / "two"),
+        ]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     finally:
         forbidden.chmod(0o755)
@@ -263,7 +319,9 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
 
 def trimode(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [*NOT_ROOT, sys.executable, "-m", "trimode.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
 def test_only_the_command_of_the_cache_fails_on_it(tmp_path: Path) -> None:
@@ -275,7 +333,11 @@ def test_only_the_command_of_the_cache_fails_on_it(tmp_path: Path) -> None:
     ContentCache(tmp_path / "kept").fetch(key_of(x=1), tmp_path / "one", writes(b"engine"))
     shard = tmp_path / "kept" / key_of(x=1)[:2]
     shard.chmod(0o555)
-    for folder, options in ((tmp_path / "file", []), (locked, []), (tmp_path / "kept", ["--clear"])):
+    for folder, options in (
+        (tmp_path / "file", []),
+        (locked, []),
+        (tmp_path / "kept", ["--clear"]),
+    ):
         done = trimode("cache", *options, TRIMODE_CACHE=str(folder))
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
@@ -284,10 +346,14 @@ def test_only_the_command_of_the_cache_fails_on_it(tmp_path: Path) -> None:
     shard.chmod(0o755)
 
 
-def test_a_build_without_a_home_or_a_place_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_a_home_or_a_place_for_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "ck", config_of(num_hidden_layers=1), rank=2)
     (tmp_path / "file").touch()
-    done = trimode("build", checkpoint, "-o", tmp_path / "one", TRIMODE_CACHE=str(tmp_path / "file"))
+    done = trimode(
+        "build", checkpoint, "-o", tmp_path / "one", TRIMODE_CACHE=str(tmp_path / "file")
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be used") == 1
 

@@ -1,4 +1,6 @@
-"""What goes wrong around a command: streams, files, arguments, memory. Always one line, a hint and an exit code, never a traceback."""
+"""What goes wrong around a command: streams, files, arguments, memory. Always one line, a hint and
+an exit code, never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,24 @@ from trimode.cli.output import print_json
 from trimode.errors import DeviceError, UsageError
 
 CLI = (sys.executable, "-m", "trimode.cli.main")
-DROP = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot") if os.geteuid() == 0 else ()
+DROP = (
+    ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--securebits=+noroot")
+    if os.geteuid() == 0
+    else ()
+)
 """What root has to give up to be refused a file."""
 
 
 def trimode(*args: object, **changes: str) -> subprocess.CompletedProcess[str]:
     command = [*CLI, *(arg if isinstance(arg, bytes) else str(arg) for arg in args)]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=os.environ | changes)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=os.environ | changes,
+    )
 
 
 def shell(script: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -65,23 +78,53 @@ def raising(error: BaseException) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, ["/x/y: No space left", "free some space"]),
-        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, ["/x/y: Permission denied", "permissions"]),
-        (FileNotFoundError(errno.ENOENT, "No such file", "a", None, "b"), 1, ["a -> b: No such file", "path"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            ["/x/y: No space left", "free some space"],
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x/y"),
+            1,
+            ["/x/y: Permission denied", "permissions"],
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "a", None, "b"),
+            1,
+            ["a -> b: No such file", "path"],
+        ),
         (OSError(errno.EMFILE, "Too many open files"), 1, ["Too many open files", "ulimit"]),
-        (OSError(errno.ENAMETOOLONG, "File name too long", b"\xff"), 1, ["File name too long", "shorter"]),
-        (OSError("a library's own words\nand more"), 1, ["a library's own words", "TRIMODE_TRACEBACK"]),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", b"\xff"),
+            1,
+            ["File name too long", "shorter"],
+        ),
+        (
+            OSError("a library's own words\nand more"),
+            1,
+            ["a library's own words", "TRIMODE_TRACEBACK"],
+        ),
         (MemoryError(), 1, ["memory"]),
         (RecursionError("maximum recursion depth"), 1, ["nested too deep"]),
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), 1, ["surrogates"]),
         (ModuleNotFoundError("No module named 'x'", name="x"), 1, ["the package x"]),
-        (ZeroDivisionError("division by zero"), 1, ["internal: ZeroDivisionError: division by zero", "TRIMODE_TRACEBACK=1"]),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            ["internal: ZeroDivisionError: division by zero", "TRIMODE_TRACEBACK=1"],
+        ),
         (BaseException("a panic"), 1, ["internal: BaseException: a panic"]),
-        (UsageError("expected a, found b\udcff", "do c"), 2, ["error: expected a, found b\\udcff", "hint: do c"]),
+        (
+            UsageError("expected a, found b\udcff", "do c"),
+            2,
+            ["error: expected a, found b\\udcff", "hint: do c"],
+        ),
         (DeviceError("expected a GPU", ""), 1, ["error: expected a GPU"]),
     ],
 )
-def test_every_exception_ends_in_a_line_and_a_hint(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: list[str]) -> None:
+def test_every_exception_ends_in_a_line_and_a_hint(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: list[str]
+) -> None:
     found, messages = guarded(raising(error), monkeypatch)
     assert found == code
     assert messages.startswith("error: ")
@@ -91,7 +134,13 @@ def test_every_exception_ends_in_a_line_and_a_hint(monkeypatch: pytest.MonkeyPat
 
 
 def test_endings_that_are_no_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ending, code in ((KeyboardInterrupt(), 130), (BrokenPipeError(), 1), (SystemExit(3), 3), (SystemExit(), 0), (SystemExit("no"), 1)):
+    for ending, code in (
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(), 1),
+        (SystemExit(3), 3),
+        (SystemExit(), 0),
+        (SystemExit("no"), 1),
+    ):
         assert guarded(raising(ending), monkeypatch) == (code, "")
     assert guarded(lambda: None, monkeypatch) == (0, "")
 
@@ -116,7 +165,9 @@ def test_unknown_errors_have_a_hint() -> None:
     assert as_error(OSError(12345, "strange")).hint
 
 
-@pytest.mark.parametrize("command", [["targets"], ["targets", "--json"], ["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "command", [["targets"], ["targets", "--json"], ["--help"], ["run", "--help"], ["--version"]]
+)
 def test_stdout_that_cannot_be_written(command: list[str]) -> None:
     assert_clean(shell('"$@" > /dev/full', *command), 1, "No space left on device")
     assert_clean(shell('"$@" >&-', *command), 1, "Bad file descriptor")
@@ -154,27 +205,47 @@ def test_json_is_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding:
 
 def test_text_in_any_encoding(demo: Path) -> None:
     for encoding in ("ascii", "latin-1", "ascii:strict"):
-        done = trimode("run", demo, "--prompt", "ü€", "--max-new-tokens", 2, PYTHONIOENCODING=encoding)
+        done = trimode(
+            "run", demo, "--prompt", "ü€", "--max-new-tokens", 2, PYTHONIOENCODING=encoding
+        )
         assert_clean(done, 0)
     assert_clean(trimode("targets", PYTHONIOENCODING="ascii"), 0)
-    assert_clean(trimode("inspect", demo, LC_ALL="C", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"), 0)
+    assert_clean(
+        trimode("inspect", demo, LC_ALL="C", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"), 0
+    )
 
 
 @pytest.mark.parametrize("name", ["--prompt", "--stop", "--system"])
 def test_arguments_that_are_not_utf8(demo: Path, name: str) -> None:
-    given = [name, b"bad \xff byte"] if name == "--prompt" else ["--prompt", "Add 1 and 2.", name, b"bad \xff byte"]
+    given = (
+        [name, b"bad \xff byte"]
+        if name == "--prompt"
+        else ["--prompt", "Add 1 and 2.", name, b"bad \xff byte"]
+    )
     assert_clean(trimode("run", demo, *given), 2, name, "UTF-8")
 
 
 @pytest.mark.parametrize(
     "args",
-    [["run", b"b\xff", "--token-ids", "1"], ["inspect", b"b\xff"], ["run", "BUNDLE", "--prompts-file", b"b\xff"],
-     ["run", "BUNDLE", "--mode", b"b\xff"],
-     ["run", "BUNDLE", "--token-ids", b"b\xff"], ["build", b"b\xff", "-o", "out"], ["b\udcff"], ["run", "BUNDLE", "--token-ids", "9" * 5000],
-     ["run", "BUNDLE", "--token-ids", "9" * 4000], ["run", "n" * 300, "--token-ids", "1"], ["run", "BUNDLE", "--prompts-file", "n" * 300],
-     ["run", "BUNDLE", "--token-ids", "1", "--precision", b"b\xff"], ["run", "BUNDLE", "--token-ids", "1", "--target", b"b\xff"]],
-)  # fmt: skip
-def test_odd_arguments(built: Callable[[str], Built], tmp_path: Path, args: list[str | bytes]) -> None:
+    [
+        ["run", b"b\xff", "--token-ids", "1"],
+        ["inspect", b"b\xff"],
+        ["run", "BUNDLE", "--prompts-file", b"b\xff"],
+        ["run", "BUNDLE", "--mode", b"b\xff"],
+        ["run", "BUNDLE", "--token-ids", b"b\xff"],
+        ["build", b"b\xff", "-o", "out"],
+        ["b\udcff"],
+        ["run", "BUNDLE", "--token-ids", "9" * 5000],
+        ["run", "BUNDLE", "--token-ids", "9" * 4000],
+        ["run", "n" * 300, "--token-ids", "1"],
+        ["run", "BUNDLE", "--prompts-file", "n" * 300],
+        ["run", "BUNDLE", "--token-ids", "1", "--precision", b"b\xff"],
+        ["run", "BUNDLE", "--token-ids", "1", "--target", b"b\xff"],
+    ],
+)
+def test_odd_arguments(
+    built: Callable[[str], Built], tmp_path: Path, args: list[str | bytes]
+) -> None:
     places = {"BUNDLE": str(built("plain").bundle), "out": str(tmp_path / "out")}
     done = trimode(*(places.get(arg, arg) if isinstance(arg, str) else arg for arg in args))
     assert done.returncode in (1, 2)
@@ -184,48 +255,108 @@ def test_odd_arguments(built: Callable[[str], Built], tmp_path: Path, args: list
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_good_lines_are_answered_beside_bad_ones(built: Callable[[str], Built], tmp_path: Path, batch: int) -> None:
+def test_good_lines_are_answered_beside_bad_ones(
+    built: Callable[[str], Built], tmp_path: Path, batch: int
+) -> None:
     it, file = built("three_kv_heads"), tmp_path / "p.jsonl"
-    lines = ['{"token_ids": [20, 21]}', "hello", "", '{"token_ids": [109]}', '{"token_ids": [30, 31, 32]}', '{"prompt": "no tokenizer here"}',
-             json.dumps({"token_ids": [20] * 1024}), '{"token_ids": [40]}', "[" * 10**5]  # fmt: skip
+    lines = [
+        '{"token_ids": [20, 21]}',
+        "hello",
+        "",
+        '{"token_ids": [109]}',
+        '{"token_ids": [30, 31, 32]}',
+        '{"prompt": "no tokenizer here"}',
+        json.dumps({"token_ids": [20] * 1024}),
+        '{"token_ids": [40]}',
+        "[" * 10**5,
+    ]
     file.write_text("\n".join(lines))
     command = ("run", it.bundle, "--prompts-file", file, "--max-new-tokens", 9, "--batch", batch)
     done = trimode(*command, "--json")
-    assert_clean(done, 2, "p.jsonl, line 2: ", "p.jsonl, line 4: ", "p.jsonl, line 6: ", "p.jsonl, line 7: ", "p.jsonl, line 9: ")
+    assert_clean(
+        done,
+        2,
+        "p.jsonl, line 2: ",
+        "p.jsonl, line 4: ",
+        "p.jsonl, line 6: ",
+        "p.jsonl, line 7: ",
+        "p.jsonl, line 9: ",
+    )
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record.get("line") for record in records] == [None, 2, 4, None, 6, 7, None, 9]
     assert "found 109" in records[2]["error"]
     assert "found 1024" in records[5]["error"]
     for record, prompt in ((records[0], [20, 21]), (records[3], [30, 31, 32]), (records[6], [40])):
-        assert record["token_ids"] == it.model.ar_generate([prompt], max_new_tokens=9)[0][0, len(prompt) :].tolist()
+        assert (
+            record["token_ids"]
+            == it.model.ar_generate([prompt], max_new_tokens=9)[0][0, len(prompt) :].tolist()
+        )
     shown = trimode(*command)
     assert shown.returncode == 2
-    assert shown.stdout.splitlines() == [",".join(map(str, records[number]["token_ids"])) for number in (0, 3, 6)]
+    assert shown.stdout.splitlines() == [
+        ",".join(map(str, records[number]["token_ids"])) for number in (0, 3, 6)
+    ]
 
 
-def test_wrong_options_are_not_taken_for_bad_lines(built: Callable[[str], Built], tmp_path: Path) -> None:
+def test_wrong_options_are_not_taken_for_bad_lines(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
     (tmp_path / "p.jsonl").write_text('{"token_ids": [20, 21]}\n' * 3)
     for batch in (1, 2):
-        done = trimode("run", built("plain").bundle, "--prompts-file", tmp_path / "p.jsonl", "--temperature", -1, "--json", "--batch", batch)
+        done = trimode(
+            "run",
+            built("plain").bundle,
+            "--prompts-file",
+            tmp_path / "p.jsonl",
+            "--temperature",
+            -1,
+            "--json",
+            "--batch",
+            batch,
+        )
         assert_clean(done, 2, "temperature")
         assert done.stdout == ""
         assert "line" not in done.stderr
 
 
-def test_measures_refuse_a_file_with_bad_lines_before_the_work(built: Callable[[str], Built], demo: Path, tmp_path: Path) -> None:
+def test_measures_refuse_a_file_with_bad_lines_before_the_work(
+    built: Callable[[str], Built], demo: Path, tmp_path: Path
+) -> None:
     it, file = built("plain"), tmp_path / "p.jsonl"
     file.write_text('{"token_ids": [20]}\nx\n{"token_ids": [21]}\n{}\n')
     ids = tmp_path / "ids.jsonl"
-    ids.write_text('{"token_ids": [20]}\n\n{"token_ids": [500]}\n{"token_ids": [21]}\n{"token_ids": []}\n')
+    ids.write_text(
+        '{"token_ids": [20]}\n\n{"token_ids": [500]}\n{"token_ids": [21]}\n{"token_ids": []}\n'
+    )
     out = tmp_path / "out"
     commands: list[tuple[object, ...]] = [
         ("bench", it.bundle, "--prompts-file", "FILE", "-o", out),
-        ("bench", it.bundle, "--speed-of-light", "--prompts-file", "FILE", "-o", out, "--no-figure"),
+        (
+            "bench",
+            it.bundle,
+            "--speed-of-light",
+            "--prompts-file",
+            "FILE",
+            "-o",
+            out,
+            "--no-figure",
+        ),
         ("verify", it.bundle, "--against", it.checkpoint, "--prompts-file", "FILE"),
         ("calibrate", it.checkpoint, "--precision", "int8", "--data", "FILE", "-o", out),
         ("calibrate", "drafter", it.checkpoint, "--data", "FILE", "-o", out, "--rank", 2),
         ("calibrate", "sampler", it.checkpoint, "--data", "FILE", "-o", out),
-        ("report", "quantization", it.checkpoint, "--calibration", "rtn-int8", "--data", "FILE", "-o", out, "--no-figure"),
+        (
+            "report",
+            "quantization",
+            it.checkpoint,
+            "--calibration",
+            "rtn-int8",
+            "--data",
+            "FILE",
+            "-o",
+            out,
+            "--no-figure",
+        ),
     ]
     for command in commands:
         done = trimode(*(file if word == "FILE" else word for word in command))
@@ -236,7 +367,9 @@ def test_measures_refuse_a_file_with_bad_lines_before_the_work(built: Callable[[
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions")
-@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "tokenizer.json", "ar.onnx"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "weights.safetensors", "tokenizer.json", "ar.onnx"]
+)
 def test_a_file_of_the_bundle_that_may_not_be_read(demo: Path, tmp_path: Path, name: str) -> None:
     bundle = tmp_path / "bundle"
     subprocess.run(["cp", "-r", str(demo), str(bundle)], check=True)
@@ -247,10 +380,25 @@ def test_a_file_of_the_bundle_that_may_not_be_read(demo: Path, tmp_path: Path, n
 
 
 BROKEN: list[bytes] = [
-    b"", b"{", b"[]", b"null", b"3", b'"a"', b"\xff\xfe\x00", b"[" * 10**5, b'{"a":' * 10**5, b'{"schema_version": ' + b"9" * 5000 + b"}",
-    b'{"schema_version": "x"}', b'{"schema_version": NaN}', b'{"schema_version": true}', b'{"schema_version": 99}', b"\xef\xbb\xbf{}",
-    b'{"schema_version": 5, "x": "\\ud83d"}', b"[]" * 3, bytes(100),
-]  # fmt: skip
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"3",
+    b'"a"',
+    b"\xff\xfe\x00",
+    b"[" * 10**5,
+    b'{"a":' * 10**5,
+    b'{"schema_version": ' + b"9" * 5000 + b"}",
+    b'{"schema_version": "x"}',
+    b'{"schema_version": NaN}',
+    b'{"schema_version": true}',
+    b'{"schema_version": 99}',
+    b"\xef\xbb\xbf{}",
+    b'{"schema_version": 5, "x": "\\ud83d"}',
+    b"[]" * 3,
+    bytes(100),
+]
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:24].decode("latin-1"))
@@ -288,6 +436,11 @@ def test_folders_in_the_place_of_records(tmp_path: Path) -> None:
 
     for name in ("manifest.json", "calibration.json", "sampler.json", "timings.json"):
         (tmp_path / name).mkdir()
-    for read in (read_manifest, load_record, load_sampler_record, lambda folder: read_timings(folder / "timings.json")):
+    for read in (
+        read_manifest,
+        load_record,
+        load_sampler_record,
+        lambda folder: read_timings(folder / "timings.json"),
+    ):
         with pytest.raises(TrimodeError, match="directory"):
             read(tmp_path)

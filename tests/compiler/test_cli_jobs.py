@@ -8,7 +8,14 @@ from typer.testing import CliRunner
 from trimode.cli.main import app
 
 
-@pytest.mark.parametrize("words", [["calibrate", "CHECKPOINT"], ["calibrate", "--precision", "fp8"], ["calibrate", "scales", "CHECKPOINT"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["calibrate", "CHECKPOINT"],
+        ["calibrate", "--precision", "fp8"],
+        ["calibrate", "scales", "CHECKPOINT"],
+    ],
+)
 def test_a_checkpoint_alone_means_scales(words: list[str]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0

@@ -20,8 +20,12 @@ TEMPLATES = {"default": "<s>{{ messages[0].content }}", "tool_use": "<s>tools"}
 
 def test_a_bundle_has_every_file_that_makes_text(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(num_hidden_layers=1))
-    Tokenizer(WordLevel({"a": 0, "tools": 1}, unk_token="a")).save(str(checkpoint / "tokenizer.json"))
-    (checkpoint / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    Tokenizer(WordLevel({"a": 0, "tools": 1}, unk_token="a")).save(
+        str(checkpoint / "tokenizer.json")
+    )
+    (checkpoint / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
     (checkpoint / "added_tokens.json").write_text(json.dumps({"</s>": 2, "<s>": 3}))
     (checkpoint / "additional_chat_templates").mkdir()
     for name, template in TEMPLATES.items():

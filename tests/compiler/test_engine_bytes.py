@@ -1,4 +1,6 @@
-"""What engines of an 8B model's shapes move beside its weights, by their plans: four layers, from a file of zeros that takes no disk."""
+"""What engines of an 8B model's shapes move beside its weights, by their plans: four layers, from a
+file of zeros that takes no disk.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,15 @@ from trimode.graphs.numerics.scales import LayerScales, Quantization
 MOST_ON_TOP = 0.05
 LONGEST = 32768
 SHAPES: dict[str, Any] = {
-    "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": LONGEST,
-}  # fmt: skip
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": LONGEST,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def graph_of(checkpoint: Checkpoint) -> Callable[[Role], ir.Model]:
-    return cache(lambda role: traced_graph(role, checkpoint, describe_model(checkpoint, LONGEST), None))
+    return cache(
+        lambda role: traced_graph(role, checkpoint, describe_model(checkpoint, LONGEST), None)
+    )
 
 
 def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantization:
@@ -64,28 +74,49 @@ def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantizatio
         if name.endswith("_proj.weight"):
             amax = np.full(() if kind == "tensor" else entry.shape[:1], 2, np.float32)
             layers[name.removesuffix(".weight")] = LayerScales(amax, None, np.array(3, np.float32))
-    return Quantization(precision, layers, CalibrationRecord(name="x", algorithm="max", block_size=None, scales_sha256=None), None)
+    return Quantization(
+        precision,
+        layers,
+        CalibrationRecord(name="x", algorithm="max", block_size=None, scales_sha256=None),
+        None,
+    )
 
 
 def fractions(
-    checkpoint: Checkpoint, graph: ir.Model, role: Role, target: str, length: int, folder: Path, quantization: Quantization | None
+    checkpoint: Checkpoint,
+    graph: ir.Model,
+    role: Role,
+    target: str,
+    length: int,
+    folder: Path,
+    quantization: Quantization | None,
 ) -> list[tuple[PlanRecord, float]]:
     """Of each profile, and the bytes on top of the layers' weights as a fraction of these."""
-    options = BuildOptions(targets=(target,), precision="bf16", max_length=length, block_lengths=(32,))
+    options = BuildOptions(
+        targets=(target,), precision="bf16", max_length=length, block_lengths=(32,)
+    )
     record: TargetRecord = make_plan(checkpoint, options).records[target]
-    layout, _ = plan_pack(checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization)
+    layout, _ = plan_pack(
+        checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
+    )
     scales = known_scales(quantization, "bfloat16") if quantization else {}
     assert scales is not None
     (folder / "m.onnx").write_bytes(to_bytes(lower_for(record, graph, layout.tensors, scales)))
     assert record.compute_capability is not None
     job = EngineJob(
-        library="tensorrt_rtx", graph=folder / "m.onnx", packs=(), output=folder / "m.engine",
-        compute_capability=record.compute_capability, profiles=record.graphs[role].profiles,
-    )  # fmt: skip
+        library="tensorrt_rtx",
+        graph=folder / "m.onnx",
+        packs=(),
+        output=folder / "m.engine",
+        compute_capability=record.compute_capability,
+        profiles=record.graphs[role].profiles,
+    )
     build_engine(job, lambda _: True)
     plans = audit_engine(folder / "m.engine", record.library, record.graphs[role].profiles)
     assert isinstance(plans, tuple), plans.reason
-    of_layers = sum(tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name)
+    of_layers = sum(
+        tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name
+    )
     return [(plan, (plan.copied + plan.activations) / of_layers) for plan in plans]
 
 
@@ -101,7 +132,14 @@ def check(found: list[tuple[PlanRecord, float]], length: int) -> None:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("length", [8192, LONGEST])
 @pytest.mark.parametrize("target", ["sm89", "sm120", "sm121"])
-def test_bf16(checkpoint: Checkpoint, graph_of: Callable[[Role], ir.Model], role: Role, length: int, target: str, tmp_path: Path) -> None:
+def test_bf16(
+    checkpoint: Checkpoint,
+    graph_of: Callable[[Role], ir.Model],
+    role: Role,
+    length: int,
+    target: str,
+    tmp_path: Path,
+) -> None:
     check(fractions(checkpoint, graph_of(role), role, target, length, tmp_path, None), length)
 
 
@@ -109,12 +147,32 @@ def test_bf16(checkpoint: Checkpoint, graph_of: Callable[[Role], ir.Model], role
 @pytest.mark.parametrize(
     ("precision", "kind", "target", "length"),
     [
-        ("fp8", "tensor", "sm89", LONGEST), ("fp8", "tensor", "sm120", 8192), ("fp8", "tensor", "sm121", 8192), ("fp8", "row", "sm89", 8192),
-        ("int8", "tensor", "sm89", 8192), ("int8", "row", "sm120", 8192), ("int8", "row", "sm121", LONGEST),
+        ("fp8", "tensor", "sm89", LONGEST),
+        ("fp8", "tensor", "sm120", 8192),
+        ("fp8", "tensor", "sm121", 8192),
+        ("fp8", "row", "sm89", 8192),
+        ("int8", "tensor", "sm89", 8192),
+        ("int8", "row", "sm120", 8192),
+        ("int8", "row", "sm121", LONGEST),
     ],
-)  # fmt: skip
+)
 def test_8_bits(
-    checkpoint: Checkpoint, graph_of: Callable[[Role], ir.Model], role: Role, precision: str, kind: str, target: str, length: int, tmp_path: Path
+    checkpoint: Checkpoint,
+    graph_of: Callable[[Role], ir.Model],
+    role: Role,
+    precision: str,
+    kind: str,
+    target: str,
+    length: int,
+    tmp_path: Path,
 ) -> None:
-    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales_for(checkpoint, precision, kind))
+    found = fractions(
+        checkpoint,
+        graph_of(role),
+        role,
+        target,
+        length,
+        tmp_path,
+        scales_for(checkpoint, precision, kind),
+    )
     check(found, length)

@@ -1,7 +1,8 @@
 """The command line over damaged files: whatever it reads, it ends well or in one line and a hint.
 
-Each case damages one file in one way and runs one command in this process. Never allowed: a traceback, an error that the boundary caught as a
-fault of ours, half an output, JSON on stdout that is not whole.
+Each case damages one file in one way and runs one command in this process. Never allowed: a
+traceback, an error that the boundary caught as a fault of ours, half an output, JSON on stdout that
+is not whole.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ MAY_END_WELL = {
     "generation_config.json": {"missing", "empty object"},
     "tokenizer.json": {"missing"},
     "tokenizer_config.json": {"missing", "empty object"},
-    "chat_template.jinja": {"missing", "empty file", "half", "a number", "null", "a list", "a string", "empty object", "deep", "long number"},
+    "chat_template.jinja": {
+        "missing",
+        "empty file",
+        "half",
+        "a number",
+        "null",
+        "a list",
+        "a string",
+        "empty object",
+        "deep",
+        "long number",
+    },
     "verification.json": {"missing"},
     "adapter_config.json": set(),
 }
@@ -67,7 +79,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty object": lambda path: path.write_text("{}"),
     "deep": lambda path: path.write_text("[" * 100_000),
     "long number": lambda path: path.write_text('{"schema_version": ' + "9" * 5000 + "}"),
-    "a pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n"),
+    "a pointer": lambda path: path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n"
+    ),
     "another encoding": lambda path: path.write_bytes('{"ü": 1}'.encode("utf-16")),
 }
 
@@ -82,7 +96,9 @@ class Done:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def command(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["trimode", *map(str, arguments)])
         code = 0
@@ -119,7 +135,20 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("fuzz") / "bundle"
-    done = subprocess.run([sys.executable, "-m", "trimode.cli.main", "build", DEMO, "-o", bundle, "--sampler", SAMPLER], check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "trimode.cli.main",
+            "build",
+            DEMO,
+            "-o",
+            bundle,
+            "--sampler",
+            SAMPLER,
+        ],
+        check=False,
+    )
     assert done.returncode == 0
     return bundle
 
@@ -133,7 +162,8 @@ def bundle(pristine: Path, tmp_path: Path) -> Path:
 
 
 def damage(file: Path, how: str) -> None:
-    if how not in ("missing", "a folder", "a dangling link"):  # a copy of its own: the bytes may be shared
+    # a copy of its own: the bytes may be shared
+    if how not in ("missing", "a folder", "a dangling link"):
         data = file.read_bytes()
         file.unlink()
         file.write_bytes(data)
@@ -141,34 +171,58 @@ def damage(file: Path, how: str) -> None:
 
 
 CHECKPOINT_FILES = [
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
-    "linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors",
-]  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "linear_spec_lora/adapter_config.json",
+    "linear_spec_lora/adapter_model.safetensors",
+]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_build_over_a_damaged_checkpoint(command: Callable[..., Done], checkpoint: Path, tmp_path: Path, name: str, how: str) -> None:
+def test_build_over_a_damaged_checkpoint(
+    command: Callable[..., Done], checkpoint: Path, tmp_path: Path, name: str, how: str
+) -> None:
     damage(checkpoint / name, how)
     output = tmp_path / "output"
     done = command("build", checkpoint, "-o", output)
     assert_clean(done, may_end_well=how in MAY_END_WELL.get(Path(name).name, ()))
     assert output.exists() is (done.code == 0)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "output"} if done.code == 0 else {"checkpoint"}
+    assert (
+        {path.name for path in tmp_path.iterdir()} == {"checkpoint", "output"}
+        if done.code == 0
+        else {"checkpoint"}
+    )
 
 
-BUNDLE_FILES = ["manifest.json", "weights.safetensors", "ar.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "sampler.onnx"]
+BUNDLE_FILES = [
+    "manifest.json",
+    "weights.safetensors",
+    "ar.onnx",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "sampler.onnx",
+]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", BUNDLE_FILES)
-def test_run_over_a_damaged_bundle(command: Callable[..., Done], bundle: Path, name: str, how: str) -> None:
+def test_run_over_a_damaged_bundle(
+    command: Callable[..., Done], bundle: Path, name: str, how: str
+) -> None:
     damage(bundle / name, how)
     assert_clean(command("run", bundle, *PROMPT), may_end_well=False)
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_inspect_and_targets_over_a_damaged_manifest(command: Callable[..., Done], bundle: Path, how: str) -> None:
+def test_inspect_and_targets_over_a_damaged_manifest(
+    command: Callable[..., Done], bundle: Path, how: str
+) -> None:
     damage(bundle / "manifest.json", how)
     assert_clean(command("inspect", bundle), may_end_well=False)
     assert_clean(command("inspect", bundle, "--json"), may_end_well=False)
@@ -176,36 +230,75 @@ def test_inspect_and_targets_over_a_damaged_manifest(command: Callable[..., Done
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_prompts_files(command: Callable[..., Done], pristine: Path, tmp_path: Path, how: str) -> None:
+def test_prompts_files(
+    command: Callable[..., Done], pristine: Path, tmp_path: Path, how: str
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Add 1 and 2."}\n{"token_ids": [12, 13]}\n')
     damage(file, how)
-    assert_clean(command("run", pristine, "--prompts-file", file, "--max-new-tokens", 2, "--json"), may_end_well=False, most_errors=3)
-    assert_clean(command("bench", pristine, "--prompts-file", file, "--repeats", 1), may_end_well=False)
-    assert_clean(command("calibrate", DEMO, "--precision", "int8", "--data", file, "-o", tmp_path / "scales"), may_end_well=False)
-    assert_clean(command("calibrate", "drafter", DEMO, "--data", file, "-o", tmp_path / "adapter"), may_end_well=False)
-    assert_clean(command("calibrate", "sampler", DEMO, "--data", file, "-o", tmp_path / "sampler"), may_end_well=False)
-    assert_clean(command("verify", pristine, "--against", DEMO, "--prompts-file", file), may_end_well=False)
-    report = ("report", "quantization", DEMO, "--calibration", "rtn-int8", "--data", file, "-o", tmp_path / "report")
+    assert_clean(
+        command("run", pristine, "--prompts-file", file, "--max-new-tokens", 2, "--json"),
+        may_end_well=False,
+        most_errors=3,
+    )
+    assert_clean(
+        command("bench", pristine, "--prompts-file", file, "--repeats", 1), may_end_well=False
+    )
+    assert_clean(
+        command(
+            "calibrate", DEMO, "--precision", "int8", "--data", file, "-o", tmp_path / "scales"
+        ),
+        may_end_well=False,
+    )
+    assert_clean(
+        command("calibrate", "drafter", DEMO, "--data", file, "-o", tmp_path / "adapter"),
+        may_end_well=False,
+    )
+    assert_clean(
+        command("calibrate", "sampler", DEMO, "--data", file, "-o", tmp_path / "sampler"),
+        may_end_well=False,
+    )
+    assert_clean(
+        command("verify", pristine, "--against", DEMO, "--prompts-file", file), may_end_well=False
+    )
+    report = (
+        "report",
+        "quantization",
+        DEMO,
+        "--calibration",
+        "rtn-int8",
+        "--data",
+        file,
+        "-o",
+        tmp_path / "report",
+    )
     assert_clean(command(*report), may_end_well=False)
     assert [path.name for path in tmp_path.iterdir()] in (["prompts.jsonl"], [])
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", ["sampler.json", "sampler.safetensors"])
-def test_build_with_a_damaged_sampler(command: Callable[..., Done], tmp_path: Path, name: str, how: str) -> None:
+def test_build_with_a_damaged_sampler(
+    command: Callable[..., Done], tmp_path: Path, name: str, how: str
+) -> None:
     sampler = shutil.copytree(SAMPLER, tmp_path / "sampler")
     damage(sampler / name, how)
-    assert_clean(command("build", DEMO, "-o", tmp_path / "output", "--sampler", sampler), may_end_well=False)
+    assert_clean(
+        command("build", DEMO, "-o", tmp_path / "output", "--sampler", sampler), may_end_well=False
+    )
     assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_timings_and_verification(command: Callable[..., Done], bundle: Path, tmp_path: Path, how: str) -> None:
+def test_timings_and_verification(
+    command: Callable[..., Done], bundle: Path, tmp_path: Path, how: str
+) -> None:
     timings = tmp_path / "timings.json"
     timings.write_text("{}")
     damage(timings, how)
-    assert_clean(command("run", bundle, "--mode", "auto", "--timings", timings, *PROMPT), may_end_well=False)
+    assert_clean(
+        command("run", bundle, "--mode", "auto", "--timings", timings, *PROMPT), may_end_well=False
+    )
     (bundle / "verification.json").write_text("{}")
     damage(bundle / "verification.json", how)
     assert_clean(command("inspect", bundle), may_end_well=True)
@@ -214,9 +307,21 @@ def test_timings_and_verification(command: Callable[..., Done], bundle: Path, tm
 VALUES = (None, True, -1, 0, 1e308, "x", "\ud83d", [], [1, "x"], {}, {"x": [None]}, 10**30)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "linear_spec_lora/adapter_config.json"])
-def test_each_field_of_a_checkpoint_with_other_values(command: Callable[..., Done], checkpoint: Path, tmp_path: Path, name: str) -> None:
-    """Sizes are left out of what may be built: a model of another size is refused by its tensors."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "linear_spec_lora/adapter_config.json",
+    ],
+)
+def test_each_field_of_a_checkpoint_with_other_values(
+    command: Callable[..., Done], checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    """Sizes are left out of what may be built: a model of another size is refused by its
+    tensors.
+    """
     file, output = checkpoint / name, tmp_path / "output"
     values = json.loads(file.read_text())
     rng = random.Random(5)
@@ -229,7 +334,9 @@ def test_each_field_of_a_checkpoint_with_other_values(command: Callable[..., Don
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_each_field_of_a_manifest_with_other_values(command: Callable[..., Done], bundle: Path, depth: int) -> None:
+def test_each_field_of_a_manifest_with_other_values(
+    command: Callable[..., Done], bundle: Path, depth: int
+) -> None:
     file = bundle / "manifest.json"
     values = json.loads(file.read_text())
     file.unlink()
@@ -245,7 +352,13 @@ def test_each_field_of_a_manifest_with_other_values(command: Callable[..., Done]
 
 
 def _paths(value: object, depth: int) -> Iterator[tuple[object, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         if depth == 1:
             yield (key,)

@@ -1,4 +1,6 @@
-"""The passes: what they change, that the lowered graph still computes the same, and that they refuse what they do not understand."""
+"""The passes: what they change, that the lowered graph still computes the same, and that they
+refuse what they do not understand.
+"""
 
 from __future__ import annotations
 
@@ -37,36 +39,59 @@ ALL_ROLES: tuple[Role, ...] = (*ROLES, "quadratic")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     changes, dtype, rank, shards = SHAPES["three_kv_heads"]
-    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("c") / "it", config_of(**changes), dtype=dtype, rank=rank, shards=shards))
+    return open_checkpoint(
+        write_checkpoint(
+            tmp_path_factory.mktemp("c") / "it",
+            config_of(**changes),
+            dtype=dtype,
+            rank=rank,
+            shards=shards,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def traced(checkpoint: Checkpoint, traced_once: TracedOnce) -> dict[Role, ir.Model]:
-    return {role: traced_once.graph(role, checkpoint, describe_model(checkpoint)) for role in ALL_ROLES}
+    return {
+        role: traced_once.graph(role, checkpoint, describe_model(checkpoint)) for role in ALL_ROLES
+    }
 
 
-def feeds(checkpoint: Checkpoint, dtype: DType, graph: ir.Model, folder: Path) -> dict[str, np.ndarray]:
+def feeds(
+    checkpoint: Checkpoint, dtype: DType, graph: ir.Model, folder: Path
+) -> dict[str, np.ndarray]:
     """Ragged rows, a cache with something in it, and every weight by its name."""
     model = describe_model(checkpoint)
     layout, _ = plan_pack(checkpoint, model.num_positions, dtype)
     write_pack(layout, folder / "pack", lambda _: None)
     pack, rng = WeightPack(folder / "pack"), np.random.default_rng(0)
     fed: dict[str, np.ndarray] = {
-        "input_ids": rng.integers(0, 100, (2, 7)), "past_length": np.array([3, 30]), "input_length": np.array([7, 4]),
+        "input_ids": rng.integers(0, 100, (2, 7)),
+        "past_length": np.array([3, 30]),
+        "input_length": np.array([7, 4]),
         "drafter_scale": np.array(1, np.float32),
-    }  # fmt: skip
+    }
     shape = (2, model.num_key_value_heads, CAPACITY, model.head_dim)
-    fed |= {spec.name: (rng.standard_normal(shape) * 0.3).astype(NUMPY[dtype]) for spec in cache_specs(model, "past_key_values")}
-    fed |= {name: pack.raw(name).view(NUMPY[entry.dtype]).reshape(entry.shape) for name, entry in pack.entries.items()}
+    fed |= {
+        spec.name: (rng.standard_normal(shape) * 0.3).astype(NUMPY[dtype])
+        for spec in cache_specs(model, "past_key_values")
+    }
+    fed |= {
+        name: pack.raw(name).view(NUMPY[entry.dtype]).reshape(entry.shape)
+        for name, entry in pack.entries.items()
+    }
     if graph.graph.name == "quadratic":
-        fed["input_ids"] = fed["input_ids"][:, :2]  # six slots of the cache; seven drafts would take 56
+        # six slots of the cache; seven drafts would take 56
+        fed["input_ids"] = fed["input_ids"][:, :2]
     return {value.name: fed[value.name] for value in graph.graph.inputs if value.name}
 
 
 def run_ort(graph: ir.Model, fed: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(to_bytes(graph), options, providers=["CPUExecutionProvider"]).run(outputs, fed)
+    return ort.InferenceSession(to_bytes(graph), options, providers=["CPUExecutionProvider"]).run(
+        outputs, fed
+    )
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)
@@ -74,49 +99,75 @@ def run_ort(graph: ir.Model, fed: dict[str, np.ndarray], outputs: list[str]) -> 
 def test_a_graph_in_sixteen_bits_computes_the_same(
     checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, dtype: DType, tmp_path: Path
 ) -> None:
-    """ONNX Runtime for fp16, ONNX's own reference evaluator for bf16, which ONNX Runtime's CPU kernels do not know."""
+    """ONNX Runtime for fp16, ONNX's own reference evaluator for bf16, which ONNX Runtime's CPU
+    kernels do not know.
+    """
     names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
     wide = lower(traced[role], WeightsToInputs())
     expected = run_ort(wide, feeds(checkpoint, "float32", wide, tmp_path), names)
-    narrow = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType(dtype), WeightsToInputs())
+    narrow = lower(
+        traced[role], StaticCacheCapacity(CAPACITY), ComputeType(dtype), WeightsToInputs()
+    )
     fed = feeds(checkpoint, dtype, narrow, tmp_path)
-    found = run_ort(narrow, fed, names) if dtype == "float16" else ReferenceEvaluator(onnx.load_from_string(to_bytes(narrow))).run(names, fed)
-    # Two layers, logits up to 12: a few dozen roundings of half a unit in the last place, 2^-11 and 2^-8 relative.
+    found = (
+        run_ort(narrow, fed, names)
+        if dtype == "float16"
+        else ReferenceEvaluator(onnx.load_from_string(to_bytes(narrow))).run(names, fed)
+    )
+    # Two layers, logits up to 12: a few dozen roundings of half a unit in the last place, 2^-11 and
+    # 2^-8 relative.
     tolerance = {"float16": 0.03, "bfloat16": 0.25}[dtype]
     for name, one, other in zip(names, expected, found, strict=True):
         assert one.dtype == other.dtype, name
         if one.dtype == np.float32:
             np.testing.assert_allclose(other, one, atol=tolerance, err_msg=name)
     for ids in (names.index(name) for name in ("top_ids", "greedy_ids") if name in names):
-        first = (expected[ids][..., 0], found[ids][..., 0]) if names[ids] == "top_ids" else (expected[ids], found[ids])
+        first = (
+            (expected[ids][..., 0], found[ids][..., 0])
+            if names[ids] == "top_ids"
+            else (expected[ids], found[ids])
+        )
         assert (first[0] == first[1]).mean() >= 0.9
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)
-def test_names_and_types_after_lowering(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role) -> None:
+def test_names_and_types_after_lowering(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role
+) -> None:
     model = describe_model(checkpoint)
     before = to_bytes(lower(traced[role], WeightsToInputs()))
-    lowered = lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
+    lowered = lower(
+        traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs()
+    )
     contract = graph_contract(role, model)
     declared = [*contract.inputs, *cache_specs(model, "past_key_values", "bfloat16", 99)]
     found = list(lowered.graph.inputs)
     assert [v.name for v in found[: len(declared)]] == [s.name for s in declared]
     for value, spec in zip(found, declared, strict=False):
         assert value.dtype is not None
-        assert value.dtype.name.lower() == {"float32": "float", "int64": "int64", "bfloat16": "bfloat16"}[spec.dtype]
+        assert (
+            value.dtype.name.lower()
+            == {"float32": "float", "int64": "int64", "bfloat16": "bfloat16"}[spec.dtype]
+        )
         assert value.shape is not None
         assert [d if isinstance(d, int) else d.value for d in value.shape] == list(spec.shape)
     names = set(checkpoint.tensors) | {"rope.cos", "rope.sin", "rope.query_scale"}
     assert {v.name for v in found[len(declared) :]} <= names
     assert {v.name: v.dtype for v in found}["rope.cos"] == ir.DataType.FLOAT  # angles stay exact
-    assert [v.name for v in lowered.graph.outputs[: len(contract.outputs)]] == [s.name for s in contract.outputs]
+    assert [v.name for v in lowered.graph.outputs[: len(contract.outputs)]] == [
+        s.name for s in contract.outputs
+    ]
     assert not weights(lowered)
     assert to_bytes(lower(traced[role], WeightsToInputs())) == before  # passes work on copies
-    assert to_bytes(lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())) == to_bytes(lowered)
+    assert to_bytes(
+        lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
+    ) == to_bytes(lowered)
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)
-def test_weights_stored_in_sixteen_bits_are_widened(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path) -> None:
+def test_weights_stored_in_sixteen_bits_are_widened(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+) -> None:
     """bf16 weights in float32 arithmetic: exactly what float32 weights of the same values give."""
     names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
     wide = lower(traced[role], WeightsToInputs())
@@ -125,17 +176,26 @@ def test_weights_stored_in_sixteen_bits_are_widened(checkpoint: Checkpoint, trac
         if name in fed:
             fed[name] = fed[name].astype(np.float16).astype(np.float32)
     stored = lower(traced[role], StoredType("float16"), WeightsToInputs())
-    narrow = {name: array.astype(np.float16) if name in checkpoint.tensors else array for name, array in fed.items()}
+    narrow = {
+        name: array.astype(np.float16) if name in checkpoint.tensors else array
+        for name, array in fed.items()
+    }
     for one, other in zip(run_ort(wide, fed, names), run_ort(stored, narrow, names), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)
-def test_queries_are_returned_and_nothing_else_changes(checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path) -> None:
+def test_queries_are_returned_and_nothing_else_changes(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+) -> None:
     model = describe_model(checkpoint)
-    names = [spec.name for spec in (*graph_contract(role, model).outputs, *cache_specs(model, "present"))]
+    names = [
+        spec.name for spec in (*graph_contract(role, model).outputs, *cache_specs(model, "present"))
+    ]
     plain = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
-    marked = lower(traced[role], StaticCacheCapacity(CAPACITY), QueriesToOutputs(), WeightsToInputs())
+    marked = lower(
+        traced[role], StaticCacheCapacity(CAPACITY), QueriesToOutputs(), WeightsToInputs()
+    )
     queries = [f"scratch.query.{layer}" for layer in range(model.num_hidden_layers)]
     assert [value.name for value in marked.graph.outputs] == [*names, *queries]
     fed = feeds(checkpoint, "float32", plain, tmp_path)
@@ -143,7 +203,12 @@ def test_queries_are_returned_and_nothing_else_changes(checkpoint: Checkpoint, t
     for one, other in zip(run_ort(plain, fed, names), found, strict=False):
         np.testing.assert_array_equal(one, other)
     rows = fed["input_ids"].shape[1]
-    shape = (2, model.num_attention_heads, rows * (rows + 1) if role == "quadratic" else rows, model.head_dim)
+    shape = (
+        2,
+        model.num_attention_heads,
+        rows * (rows + 1) if role == "quadratic" else rows,
+        model.head_dim,
+    )
     assert {query.shape for query in found[len(names) :]} == {shape}
 
 
@@ -153,13 +218,26 @@ def test_tokens_are_chosen_from_narrow_logits_and_are_the_same(
 ) -> None:
     """ONNX's reference evaluator, in bf16: every output bit for bit."""
     names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
-    wide = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), WeightsToInputs())
-    narrow = lower(traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), ChooseBeforeWidening(), WeightsToInputs())
+    wide = lower(
+        traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), WeightsToInputs()
+    )
+    narrow = lower(
+        traced[role],
+        StaticCacheCapacity(CAPACITY),
+        ComputeType("bfloat16"),
+        ChooseBeforeWidening(),
+        WeightsToInputs(),
+    )
     choosing = [node for node in narrow.graph if node.op_type in ("ArgMax", "TopK")]
     assert choosing
-    assert {node.inputs[0].dtype for node in choosing if node.inputs[0] is not None} == {ir.DataType.BFLOAT16}
+    assert {node.inputs[0].dtype for node in choosing if node.inputs[0] is not None} == {
+        ir.DataType.BFLOAT16
+    }
     fed = feeds(checkpoint, "bfloat16", wide, tmp_path)
-    one, other = (ReferenceEvaluator(onnx.load_from_string(to_bytes(graph))).run(names, fed) for graph in (wide, narrow))
+    one, other = (
+        ReferenceEvaluator(onnx.load_from_string(to_bytes(graph))).run(names, fed)
+        for graph in (wide, narrow)
+    )
     for name, expected, found in zip(names, one, other, strict=True):
         assert expected.dtype == found.dtype, name
         np.testing.assert_array_equal(found, expected, err_msg=name)
@@ -191,7 +269,9 @@ def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[Role, ir.Mod
         lower(traced["verify"], Careless())
 
 
-def test_tracing_and_lowering_are_deterministic(checkpoint: Checkpoint, traced: dict[Role, ir.Model]) -> None:
+def test_tracing_and_lowering_are_deterministic(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model]
+) -> None:
     """The cache finds an engine by the bytes of its graph."""
     again = trace_role("draft", checkpoint.config, describe_model(checkpoint), checkpoint.drafter)
     passes = (StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())

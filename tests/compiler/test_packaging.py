@@ -15,16 +15,27 @@ LINKED = ("calib", "compiler", "graphs", "runtime")
 
 
 def test_wheel_contents(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == _sources()
 
 
 def _sources() -> set[str]:
-    """The package's files as git lists them, by their names in a wheel: a new folder that the wheel's list lacks shows here."""
+    """The package's files as git lists them, by their names in a wheel: a new folder that the
+    wheel's list lacks shows here.
+    """
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "src", *LINKED], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "src", *LINKED],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     assert not [name for name in files if not name.endswith((".py", "py.typed"))]
@@ -32,9 +43,15 @@ def _sources() -> set[str]:
 
 
 def test_every_folder_is_listed() -> None:
-    folders = {path.name for path in (ROOT / "src" / "trimode").iterdir() if (path / "__init__.py").is_file()}
+    folders = {
+        path.name
+        for path in (ROOT / "src" / "trimode").iterdir()
+        if (path / "__init__.py").is_file()
+    }
     assert folders == {*LINKED, "cli", "formats", "report"}
-    assert {path.name for path in (ROOT / "src" / "trimode").iterdir() if path.is_symlink()} == set(LINKED)
+    assert {path.name for path in (ROOT / "src" / "trimode").iterdir() if path.is_symlink()} == set(
+        LINKED
+    )
 
 
 def test_public_names_exist() -> None:

@@ -1,4 +1,6 @@
-"""What engines move, read from their plans: excerpts of real ones, and engines compiled here; expected bytes are counted by hand."""
+"""What engines move, read from their plans: excerpts of real ones, and engines compiled here;
+expected bytes are counted by hand.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,33 @@ def attention_model(*, query_is_output: bool = False, batch: int | str = 1) -> M
     """Grouped-query attention over an updated cache, as the trunk exports it."""
     zero = 0 if isinstance(batch, str) else batch
     sizes = {"s4": [zero, ROWS, -1, SIZE], "sy": [zero, ROWS, HEADS * SIZE], "rows": [ROWS]}
-    constants = [helper.make_tensor(name, T.INT64, [len(size)], size) for name, size in sizes.items()]
+    constants = [
+        helper.make_tensor(name, T.INT64, [len(size)], size) for name, size in sizes.items()
+    ]
     cache = [batch, KV_HEADS, SLOTS, SIZE]
     heads = {"input_ids": HEADS, "k": KV_HEADS, "v": KV_HEADS}
-    inputs = [value(name, T.INT64, [batch, ROWS, count * SIZE]) for name, count in heads.items()]  # floats of a fixed size would be weights
+    # floats of a fixed size would be weights
+    inputs = [value(name, T.INT64, [batch, ROWS, count * SIZE]) for name, count in heads.items()]
     inputs += [value(f"past_{name}", T.BFLOAT16, cache) for name in ("k", "v")]
     nodes = []
     for name in heads:
         nodes.append(node("Cast", [name], [f"{name}_bf16"], to=T.BFLOAT16))
-        nodes += [node("Reshape", [f"{name}_bf16", "s4"], [f"{name}4"]), node("Transpose", [f"{name}4"], [f"{name}t"], perm=[0, 2, 1, 3])]
-    nodes += [node("TensorScatter", [f"past_{n}", f"{n}t", "past"], [f"present_{n}"], axis=2) for n in "kv"]
+        nodes += [
+            node("Reshape", [f"{name}_bf16", "s4"], [f"{name}4"]),
+            node("Transpose", [f"{name}4"], [f"{name}t"], perm=[0, 2, 1, 3]),
+        ]
+    nodes += [
+        node("TensorScatter", [f"past_{n}", f"{n}t", "past"], [f"present_{n}"], axis=2)
+        for n in "kv"
+    ]
     nodes += [
         node("Add", ["past", "rows"], ["length"]),
-        node("Attention", ["input_idst", "present_k", "present_v", "", "", "", "length"], ["a"], is_causal=1),
+        node(
+            "Attention",
+            ["input_idst", "present_k", "present_v", "", "", "", "length"],
+            ["a"],
+            is_causal=1,
+        ),
         node("Transpose", ["a"], ["at"], perm=[0, 2, 1, 3]),
         node("Reshape", ["at", "sy"], ["y"]),
     ]
@@ -54,7 +70,9 @@ def attention_model(*, query_is_output: bool = False, batch: int | str = 1) -> M
     outputs += [value(f"present_{name}", T.BFLOAT16, cache) for name in ("k", "v")]
     if query_is_output:
         outputs.append(value("input_idst", T.BFLOAT16, [batch, HEADS, ROWS, SIZE]))
-    graph = helper.make_graph(nodes, "g", [*inputs, value("past", T.INT64, [batch])], outputs, constants)
+    graph = helper.make_graph(
+        nodes, "g", [*inputs, value("past", T.INT64, [batch])], outputs, constants
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
 
@@ -70,25 +88,40 @@ def product_model(dtype: int, *, is_constant: bool) -> ModelProto:
     constants = []
     for name, (kind, shape, size) in tensors.items():
         if is_constant:
-            constants.append(T(name=name, data_type=kind, dims=shape, raw_data=bytes(range(64)) * int(size // 64)))
+            constants.append(
+                T(
+                    name=name,
+                    data_type=kind,
+                    dims=shape,
+                    raw_data=bytes(range(64)) * int(size // 64),
+                )
+            )
         else:
             graph_inputs.append(value(name, kind, shape))
     nodes.append(node("Gemm", ["xd", weight], ["y"], transB=1))
-    graph = helper.make_graph(nodes, "g", graph_inputs, [value("y", T.BFLOAT16, [ROWS, 512])], constants)
+    graph = helper.make_graph(
+        nodes, "g", graph_inputs, [value("y", T.BFLOAT16, [ROWS, 512])], constants
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
 
-def compile_model(folder: Path, model: ModelProto, batch: tuple[int, int, int] | None = None) -> Path:
+def compile_model(
+    folder: Path, model: ModelProto, batch: tuple[int, int, int] | None = None
+) -> Path:
     """An engine for SM89."""
     (folder / "m.onnx").write_bytes(model.SerializeToString())
     profiles = (ProfileRecord(batch=batch, rows=(1, 1, 1)),) if batch else ()
     build_engine(
         EngineJob(
-            library="tensorrt_rtx", graph=folder / "m.onnx", packs=(), output=folder / "m.engine", compute_capability="8.9",
+            library="tensorrt_rtx",
+            graph=folder / "m.onnx",
+            packs=(),
+            output=folder / "m.engine",
+            compute_capability="8.9",
             profiles=profiles,
         ),
         lambda _: True,
-    )  # fmt: skip
+    )
     return folder / "m.engine"
 
 
@@ -103,9 +136,14 @@ def test_an_excerpt_with_repeated_keys_and_values() -> None:
     assert record.keys_values == 2 * CACHE_BYTES
     assert record.weights == 0
     # Eight heads instead of two, written once and read once, of keys and of values.
-    assert causes_of(record) == {"keys and values repeated": 2 * 2 * (HEADS // KV_HEADS) * CACHE_BYTES}
+    assert causes_of(record) == {
+        "keys and values repeated": 2 * 2 * (HEADS // KV_HEADS) * CACHE_BYTES
+    }
     assert record.ratio == pytest.approx(9)
-    assert {copy.kernel for copy in record.copies} == {"__myl_ReshReplReshMoveTran", "__myl_ReshReplReshMove"}
+    assert {copy.kernel for copy in record.copies} == {
+        "__myl_ReshReplReshMoveTran",
+        "__myl_ReshReplReshMove",
+    }
 
 
 def test_sizes_that_depend_on_the_batch_are_computed() -> None:
@@ -137,7 +175,9 @@ def test_what_is_not_understood_is_said(tmp_path: Path, old: str, new: str, reas
         old, new = '"input_ids.1"', '"input_ids [profile 1].1"'
     assert old in text
     (tmp_path / "m.engine").write_text(text.replace(old, new), encoding="latin1")
-    found = audit_engine(tmp_path / "m.engine", "tensorrt_rtx 9.9", (ProfileRecord(batch=(1, 2, 4), rows=(1, 1, 1)),))
+    found = audit_engine(
+        tmp_path / "m.engine", "tensorrt_rtx 9.9", (ProfileRecord(batch=(1, 2, 4), rows=(1, 1, 1)),)
+    )
     assert isinstance(found, UnreadPlan)
     assert reason in found.reason
     (line,) = warnings_of([EnginePlan("bf16", "rtx-4090", "ar", found)])
@@ -150,7 +190,8 @@ def test_files_that_hold_no_plan(tmp_path: Path) -> None:
         (tmp_path / "m.engine").write_bytes(content)
         assert isinstance(audit_engine(tmp_path / "m.engine", "it", ONE), UnreadPlan)
     assert isinstance(audit_engine(tmp_path / "none", "it", ONE), UnreadPlan)
-    assert isinstance(audit_engine(EXCERPTS / "attention_repeats.txt", "it", ONE * 2), UnreadPlan)  # a profile is missing
+    # a profile is missing
+    assert isinstance(audit_engine(EXCERPTS / "attention_repeats.txt", "it", ONE * 2), UnreadPlan)
 
 
 def test_views_are_the_tensors_that_they_show() -> None:
@@ -170,11 +211,15 @@ def test_compiled_attention_repeats_the_cache_unless_its_query_is_an_output(tmp_
 
 def test_compiled_products_read_weights_once(tmp_path: Path) -> None:
     for is_constant in (False, True):
-        (record,) = read(compile_model(tmp_path, product_model(T.BFLOAT16, is_constant=is_constant)))
+        (record,) = read(
+            compile_model(tmp_path, product_model(T.BFLOAT16, is_constant=is_constant))
+        )
         assert (record.weights, record.copied) == (512 * 256 * 2, 0)
 
 
-def test_compiled_int4_weights_are_expanded_as_inputs_and_fused_as_constants(tmp_path: Path) -> None:
+def test_compiled_int4_weights_are_expanded_as_inputs_and_fused_as_constants(
+    tmp_path: Path,
+) -> None:
     stored = 512 * 256 // 2 + 512 * 4 * 2
     (given,) = read(compile_model(tmp_path, product_model(T.INT4, is_constant=False)))
     (held,) = read(compile_model(tmp_path, product_model(T.INT4, is_constant=True)))
@@ -186,7 +231,18 @@ def test_compiled_int4_weights_are_expanded_as_inputs_and_fused_as_constants(tmp
 
 def record_of(copied: int = 0) -> PlanRecord:
     copies = (CopyRecord(cause="weights expanded", kernel="k", num_bytes=copied),) if copied else ()
-    return PlanRecord(library="it", profile=0, batch=1, rows=8, kernels=1, weights=800, keys_values=200, activations=5000, copies=copies, scratch=0)
+    return PlanRecord(
+        library="it",
+        profile=0,
+        batch=1,
+        rows=8,
+        kernels=1,
+        weights=800,
+        keys_values=200,
+        activations=5000,
+        copies=copies,
+        scratch=0,
+    )
 
 
 def test_a_warning_says_the_cause_once_an_engine() -> None:
@@ -195,7 +251,9 @@ def test_a_warning_says_the_cause_once_an_engine() -> None:
     assert line == (
         "warning: fp8 l4 verify: a forward of 8 rows moves 1.5 times the bytes of its weights, keys and values: weights expanded (0.0 MB)"
     )
-    assert list(warnings_of([EnginePlan("fp8", "l4", "verify", (record_of(), record_of(100)))])) == []
+    assert (
+        list(warnings_of([EnginePlan("fp8", "l4", "verify", (record_of(), record_of(100)))])) == []
+    )
 
 
 def test_milliseconds_are_bytes_by_bandwidth() -> None:
@@ -211,15 +269,17 @@ def test_inspect_shows_what_engines_move(tmp_path: Path) -> None:
     build_bundle(write_checkpoint(tmp_path / "c", config), tmp_path / "b", options)
     run = CliRunner().invoke
     data = json.loads(run(app, ["inspect", str(tmp_path / "b"), "--plans", "--json"]).stdout)
-    assert [(one["target"], one["graph"]) for one in data] == [("rtx-4090", role) for role in ("ar", "draft", "verify")]
+    assert [(one["target"], one["graph"]) for one in data] == [
+        ("rtx-4090", role) for role in ("ar", "draft", "verify")
+    ]
     cache_bytes = 2 * config["num_key_value_heads"] * config["head_dim"] * 2
     for one in data:
         for profile in one["profiles"]:
             assert profile["library"].startswith("tensorrt_rtx 1.")
             assert profile["keys_values"] % cache_bytes == 0
-            assert profile["moved"] == sum(profile[part] for part in ("weights", "keys_values", "activations")) + sum(
-                copy["num_bytes"] for copy in profile["copies"]
-            )
+            assert profile["moved"] == sum(
+                profile[part] for part in ("weights", "keys_values", "activations")
+            ) + sum(copy["num_bytes"] for copy in profile["copies"])
             assert profile["predicted_ms"] == pytest.approx(profile["moved"] / 1008e6)
     table = run(app, ["inspect", str(tmp_path / "b"), "--plans", "--target", "rtx-4090"]).stdout
     assert "bf16 rtx-4090 ar" in table
@@ -233,7 +293,11 @@ def fails(*arguments: str) -> UsageError:
 
 
 def test_targets_that_hold_no_plans(tmp_path: Path) -> None:
-    build_bundle(write_checkpoint(tmp_path / "c", config_of(num_hidden_layers=1)), tmp_path / "b", BuildOptions(targets=("cpu",)))
+    build_bundle(
+        write_checkpoint(tmp_path / "c", config_of(num_hidden_layers=1)),
+        tmp_path / "b",
+        BuildOptions(targets=("cpu",)),
+    )
     bundle: Any = str(tmp_path / "b")
     assert "found cpu" in fails("inspect", bundle, "--plans").message
     assert "found l4" in fails("inspect", bundle, "--plans", "--target", "l4").message

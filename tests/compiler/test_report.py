@@ -1,4 +1,6 @@
-"""The commands that measure quantization: their sizes against real packs, their folders, what they print and what they refuse."""
+"""The commands that measure quantization: their sizes against real packs, their folders, what they
+print and what they refuse.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from typer.testing import CliRunner
 
-from trimode.calib.evaluate.quantization.candidate import COMPUTE_TYPE, ROUNDED, quantized_twin, read_candidate, weight_bytes
+from trimode.calib.evaluate.quantization.candidate import (
+    COMPUTE_TYPE,
+    ROUNDED,
+    quantized_twin,
+    read_candidate,
+    weight_bytes,
+)
 from trimode.calib.reference.torch_session import load_trunk
 from trimode.cli.calibrate.sensitivity import SensitivityRequest, run_sensitivity
 from trimode.cli.main import app
@@ -21,7 +29,12 @@ from trimode.compiler.pack.layout import plan_pack
 from trimode.compiler.pack.writer import write_pack
 from trimode.compiler.plan import make_plan
 from trimode.errors import CheckpointError, TrimodeError, UsageError
-from trimode.formats.calibration import Calibration, QuantizedPrecision, load_calibration, save_calibration
+from trimode.formats.calibration import (
+    Calibration,
+    QuantizedPrecision,
+    load_calibration,
+    save_calibration,
+)
 from trimode.formats.evaluation import Report
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest
@@ -30,7 +43,14 @@ from trimode.graphs.numerics.nvfp4 import decode
 from trimode.graphs.numerics.scales import load_quantization
 from trimode.runtime.bundle.weights import WeightPack
 
-CONFIG = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "block_size": 8}
+CONFIG = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "block_size": 8,
+}
 BAD = "encoder.layers.0.mlp.gate_proj"
 NUM_POSITIONS = 40
 BLOCK = 16
@@ -50,12 +70,23 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def calibrated(checkpoint: Path, folder: Path, precision: QuantizedPrecision, *, ruined: str | None = None, source: str | None = None) -> Path:
-    """Every layer but the head, by hand: weights at their largest magnitudes, inputs at a guess; all weights of one may become zero."""
+def calibrated(
+    checkpoint: Path,
+    folder: Path,
+    precision: QuantizedPrecision,
+    *,
+    ruined: str | None = None,
+    source: str | None = None,
+) -> Path:
+    """Every layer but the head, by hand: weights at their largest magnitudes, inputs at a guess;
+    all weights of one may become zero.
+    """
     opened, rng, scales = open_checkpoint(checkpoint), np.random.default_rng(3), {}
     digest = SourceDigest(opened)
     for name in opened.tensors:
-        weight = np.frombuffer(b"".join(digest.read(name, "float32")), np.float32).reshape(opened.tensors[name].shape)
+        weight = np.frombuffer(b"".join(digest.read(name, "float32")), np.float32).reshape(
+            opened.tensors[name].shape
+        )
         layer = name.removesuffix(".weight")
         if weight.ndim < 2 or "embed" in name or "lora" in name or "head" in name:
             continue
@@ -65,24 +96,54 @@ def calibrated(checkpoint: Path, folder: Path, precision: QuantizedPrecision, *,
             amax = np.asarray(np.abs(weight).max() if precision == "fp8" else np.abs(weight).max(1))
             scales[f"{layer}.input_amax"] = np.array(12, np.float32)
         if precision != "fp8":
-            scales[f"{layer}.pre_quant_scale"] = np.exp(rng.uniform(-0.1, 0.1, weight.shape[1])).astype(np.float32)
-        scales[f"{layer}.weight_amax"] = np.asarray(amax * (1e4 if layer == ruined else 1), np.float32)
+            scales[f"{layer}.pre_quant_scale"] = np.exp(
+                rng.uniform(-0.1, 0.1, weight.shape[1])
+            ).astype(np.float32)
+        scales[f"{layer}.weight_amax"] = np.asarray(
+            amax * (1e4 if layer == ruined else 1), np.float32
+        )
     record = Calibration(
-        schema_version=1, trimode_version="0", precision=precision, algorithm="by hand", block_size=BLOCK if precision == "int4" else None,
-        source_name="it", source_sha256=source or digest.base_hexdigest(), scales_sha256="", data=None, layers={}, libraries={},
-    )  # fmt: skip
+        schema_version=1,
+        trimode_version="0",
+        precision=precision,
+        algorithm="by hand",
+        block_size=BLOCK if precision == "int4" else None,
+        source_name="it",
+        source_sha256=source or digest.base_hexdigest(),
+        scales_sha256="",
+        data=None,
+        layers={},
+        libraries={},
+    )
     save_calibration(folder, record, scales)
     return folder
 
 
 def report_request(data: Path, *calibrations: str, **changes: Any) -> ReportRequest:
-    values = {"num_samples": None, "modes": "ar,diffusion,linear-spec", "max_new_tokens": 8, "seed": 0, "device": "cpu"}
-    return ReportRequest(calibrations, data, **{**values, "draws": False, "as_json": True, **changes})
+    values = {
+        "num_samples": None,
+        "modes": "ar,diffusion,linear-spec",
+        "max_new_tokens": 8,
+        "seed": 0,
+        "device": "cpu",
+    }
+    return ReportRequest(
+        calibrations, data, **{**values, "draws": False, "as_json": True, **changes}
+    )
 
 
 def sensitivity_request(calibration: Path, data: Path, **changes: Any) -> SensitivityRequest:
-    values = {"max_drop": 50.0, "num_samples": None, "ranking_samples": 2, "modes": "ar,linear-spec", "max_new_tokens": 8, "seed": 0}
-    return SensitivityRequest(calibration, data, **{**values, "device": "cpu", "as_json": True, **changes})
+    values = {
+        "max_drop": 50.0,
+        "num_samples": None,
+        "ranking_samples": 2,
+        "modes": "ar,linear-spec",
+        "max_new_tokens": 8,
+        "seed": 0,
+    }
+    return SensitivityRequest(
+        calibration, data, **{**values, "device": "cpu", "as_json": True, **changes}
+    )
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4", *ROUNDED])
@@ -90,50 +151,80 @@ def test_bytes_and_weights_are_those_of_a_pack(checkpoint: Path, tmp_path: Path,
     opened = open_checkpoint(checkpoint)
     spec = name if name in ROUNDED else str(calibrated(checkpoint, tmp_path / "cal", name))  # type: ignore[arg-type]
     candidate = read_candidate(spec, opened)
-    quantization = load_quantization("rtn" if name in ROUNDED else Path(spec), candidate.precision, opened)
+    quantization = load_quantization(
+        "rtn" if name in ROUNDED else Path(spec), candidate.precision, opened
+    )
     layout, _ = plan_pack(opened, NUM_POSITIONS, COMPUTE_TYPE, quantization)
     write_pack(layout, tmp_path / "pack", lambda _: None)
     pack = WeightPack(tmp_path / "pack")
 
     trunk = load_trunk(opened, NUM_POSITIONS)
     layers = candidate.linear_scales(trunk)
-    packed = sum(entry.num_bytes for tensor, entry in pack.entries.items() if not tensor.startswith("rope."))
+    packed = sum(
+        entry.num_bytes for tensor, entry in pack.entries.items() if not tensor.startswith("rope.")
+    )
     assert weight_bytes(opened, COMPUTE_TYPE, candidate.precision, layers) == packed
-    assert weight_bytes(opened, "float32") == sum(4 * np.prod(entry.shape) for entry in opened.tensors.values())
+    assert weight_bytes(opened, "float32") == sum(
+        4 * np.prod(entry.shape) for entry in opened.tensors.values()
+    )
 
     twin = quantized_twin(trunk, candidate.precision, layers)
     for layer in layers:
-        raw = np.asarray(pack.raw(f"{layer}.weight")).view(np.uint8).reshape(opened.tensors[f"{layer}.weight"].shape[0], -1)
+        raw = (
+            np.asarray(pack.raw(f"{layer}.weight"))
+            .view(np.uint8)
+            .reshape(opened.tensors[f"{layer}.weight"].shape[0], -1)
+        )
         scale = pack.entries[f"{layer}.weight_scale"]
         if candidate.precision == "nvfp4":
-            stored = decode(raw, np.asarray(pack.raw(f"{layer}.weight_scale")).reshape(scale.shape), pack.widened(f"{layer}.weight_scale_2"))
+            stored = decode(
+                raw,
+                np.asarray(pack.raw(f"{layer}.weight_scale")).reshape(scale.shape),
+                pack.widened(f"{layer}.weight_scale_2"),
+            )
         else:
-            wide = (pack.raw(f"{layer}.weight_scale").view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            wide = (pack.raw(f"{layer}.weight_scale").view(np.uint16).astype(np.uint32) << 16).view(
+                np.float32
+            )
             stored = dequantize(raw, wide.reshape(scale.shape), candidate.precision)
         np.testing.assert_array_equal(twin.get_parameter(f"{layer}.weight").numpy(), stored)
 
 
-def test_a_report_from_the_command(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_from_the_command(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calibration = calibrated(checkpoint, tmp_path / "cal", "fp8")
-    assert run_report(checkpoint, tmp_path / "out", report_request(data, str(calibration), "rtn-int4"))
+    assert run_report(
+        checkpoint, tmp_path / "out", report_request(data, str(calibration), "rtn-int4")
+    )
     said = capsys.readouterr()
     report = Report.model_validate_json(said.out)  # nothing else is on stdout
     assert report == Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert [(p.name, p.precision, p.algorithm) for p in report.precisions] == [
-        ("float32", None, None), (str(calibration), "fp8", "by hand"), ("rtn-int4", "int4", "rtn"),
-    ]  # fmt: skip
+        ("float32", None, None),
+        (str(calibration), "fp8", "by hand"),
+        ("rtn-int4", "int4", "rtn"),
+    ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
 
-    run_report(checkpoint, tmp_path / "out", report_request(data, "rtn-int8", modes="ar,linear-spec", as_json=False))
+    run_report(
+        checkpoint,
+        tmp_path / "out",
+        report_request(data, "rtn-int8", modes="ar,linear-spec", as_json=False),
+    )
     table = capsys.readouterr().out
     assert "linear-spec, no drafter" in table
     assert "rtn-int8" in table
     assert "diffusion" not in table
 
 
-def test_a_calibration_with_layers_left_out_builds(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calibration_with_layers_left_out_builds(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calibration = calibrated(checkpoint, tmp_path / "cal", "int4", ruined=BAD)
-    run_sensitivity(checkpoint, tmp_path / "cal2", sensitivity_request(calibration, data, max_drop=75))
+    run_sensitivity(
+        checkpoint, tmp_path / "cal2", sensitivity_request(calibration, data, max_drop=75)
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed["kept"][0] == BAD
     record, scales = load_calibration(tmp_path / "cal2")
@@ -148,24 +239,46 @@ def test_a_calibration_with_layers_left_out_builds(checkpoint: Path, data: Path,
     write_pack(layout, tmp_path / "pack", lambda _: None)
     assert plan.quantization is not None
     plan.quantization.check_source(digest.base_hexdigest())
-    codes = {name.removesuffix(".weight") for name, entry in WeightPack(tmp_path / "pack").entries.items() if entry.dtype == "int4"}
-    assert codes == {name.rpartition(".")[0] for name in load_calibration(calibration)[1]} - set(printed["kept"])
+    codes = {
+        name.removesuffix(".weight")
+        for name, entry in WeightPack(tmp_path / "pack").entries.items()
+        if entry.dtype == "int4"
+    }
+    assert codes == {name.rpartition(".")[0] for name in load_calibration(calibration)[1]} - set(
+        printed["kept"]
+    )
 
 
 @pytest.mark.parametrize(
     ("calibrations", "changes", "kind", "message"),
     [
-        (("rtn-fp8",), {}, UsageError, "expected a folder, rtn-int8, rtn-int4 or rtn-nvfp4, found rtn-fp8"),
+        (
+            ("rtn-fp8",),
+            {},
+            UsageError,
+            "expected a folder, rtn-int8, rtn-int4 or rtn-nvfp4, found rtn-fp8",
+        ),
         (("rtn",), {}, UsageError, "found rtn"),
         (("missing",), {}, CheckpointError, "expected a calibration with calibration.json"),
         (("rtn-int8", "rtn-int8"), {}, UsageError, "found rtn-int8 twice"),
-        (("rtn-int8",), {"modes": "ar,verify"}, UsageError, "expected --modes among ar,diffusion,linear-spec, found verify"),
+        (
+            ("rtn-int8",),
+            {"modes": "ar,verify"},
+            UsageError,
+            "expected --modes among ar,diffusion,linear-spec, found verify",
+        ),
         (("rtn-int8",), {"num_samples": 9}, UsageError, "expected at least 9 prompts, found 4"),
         (("rtn-int8",), {"max_new_tokens": 0}, UsageError, "--max-new-tokens of at least 1"),
     ],
 )
 def test_reports_that_are_refused(
-    checkpoint: Path, data: Path, tmp_path: Path, calibrations: tuple[str, ...], changes: Any, kind: type[TrimodeError], message: str
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    calibrations: tuple[str, ...],
+    changes: Any,
+    kind: type[TrimodeError],
+    message: str,
 ) -> None:
     with pytest.raises(kind, match=message):
         run_report(checkpoint, tmp_path / "out", report_request(data, *calibrations, **changes))
@@ -189,7 +302,9 @@ def test_another_checkpoint_and_no_data(checkpoint: Path, data: Path, tmp_path: 
     empty.write_text("\n")
     for call in (
         lambda path: run_report(checkpoint, tmp_path / "out", report_request(path, str(foreign))),
-        lambda path: run_sensitivity(checkpoint, tmp_path / "out", sensitivity_request(foreign, path)),
+        lambda path: run_sensitivity(
+            checkpoint, tmp_path / "out", sensitivity_request(foreign, path)
+        ),
     ):
         with pytest.raises(CheckpointError, match="expected a calibration of this checkpoint"):
             call(data)
@@ -205,8 +320,14 @@ def test_answers_take_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
         run_report(checkpoint, tmp_path / "out", report_request(data, "rtn-int8"))
 
 
-@pytest.mark.parametrize("words", [["report"], ["report", "quantization"], ["calibrate", "sensitivity"]])
+@pytest.mark.parametrize(
+    "words", [["report"], ["report", "quantization"], ["calibrate", "sensitivity"]]
+)
 def test_help_is_there(words: list[str]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0
-    assert ("quantization" in result.output) if words == ["report"] else ("--calibration" in result.output)
+    assert (
+        ("quantization" in result.output)
+        if words == ["report"]
+        else ("--calibration" in result.output)
+    )

@@ -10,11 +10,18 @@ from trimode.errors import UsageError
 
 def test_names_and_architectures() -> None:
     assert find_target("RTX-4090").compute_capability == "8.9"
-    for spelling, expected in {"sm89": "8.9", "SM_120": "12.0", "sm75": "7.5", "sm121": "12.1"}.items():
+    for spelling, expected in {
+        "sm89": "8.9",
+        "SM_120": "12.0",
+        "sm75": "7.5",
+        "sm121": "12.1",
+    }.items():
         assert find_target(spelling).compute_capability == expected
     assert find_target("sm90").backend == "tensorrt"
     assert find_target("sm86").backend == "tensorrt_rtx"
-    assert {t.backend for t in TARGETS.values() if t.compute_capability in ("9.0", "10.0")} == {"tensorrt"}
+    assert {t.backend for t in TARGETS.values() if t.compute_capability in ("9.0", "10.0")} == {
+        "tensorrt"
+    }
 
 
 @pytest.mark.parametrize("name", ["", "rtx", "sm", "sm7", "sm61", "sm1234", "4090"])
@@ -31,7 +38,13 @@ def test_a_target_named_twice_is_one() -> None:
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(("cpu",), "fp32"), (("rtx-4090",), "bf16"), (("cpu", "rtx-4090"), "bf16"), (("rtx-4090", "t4", "cpu"), "fp16"), (("cuda", "a100"), "fp16")],
+    [
+        (("cpu",), "fp32"),
+        (("rtx-4090",), "bf16"),
+        (("cpu", "rtx-4090"), "bf16"),
+        (("rtx-4090", "t4", "cpu"), "fp16"),
+        (("cuda", "a100"), "fp16"),
+    ],
 )
 def test_the_precision_all_targets_share(names: tuple[str, ...], expected: str) -> None:
     assert choose_precision(None, resolve_targets(names)) == expected
@@ -40,12 +53,28 @@ def test_the_precision_all_targets_share(names: tuple[str, ...], expected: str) 
 @pytest.mark.parametrize(
     ("asked", "names", "message"),
     [
-        ("bf16", ("rtx-4090", "t4"), r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found bf16"),
+        (
+            "bf16",
+            ("rtx-4090", "t4"),
+            r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found bf16",
+        ),
         ("fp32", ("rtx-4090",), "found fp32"),
         ("fp8", ("a100",), r"a100 \(8.0\): expected a precision it can run .*, found fp8"),
-        ("int4", ("t4",), r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found int4"),
-        ("int4", ("cuda",), r"cuda \(onnxruntime\): expected a precision it can run \(fp16, bf16\), found int4"),
-        ("nvfp4", ("rtx-5090", "l4"), r"l4 \(8\.9\): expected a precision it can run .*, found nvfp4; products of 4-bit floats begin with"),
+        (
+            "int4",
+            ("t4",),
+            r"t4 \(7.5\): expected a precision it can run \(fp16, int8\), found int4",
+        ),
+        (
+            "int4",
+            ("cuda",),
+            r"cuda \(onnxruntime\): expected a precision it can run \(fp16, bf16\), found int4",
+        ),
+        (
+            "nvfp4",
+            ("rtx-5090", "l4"),
+            r"l4 \(8\.9\): expected a precision it can run .*, found nvfp4; products of 4-bit floats begin with",
+        ),
         ("half", ("cpu",), "found 'half'"),
     ],
 )

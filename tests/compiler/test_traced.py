@@ -1,4 +1,6 @@
-"""Traced graphs and exported samplers in the cache: the same as made anew, and never those of other code, libraries, sizes or weights."""
+"""Traced graphs and exported samplers in the cache: the same as made anew, and never those of other
+code, libraries, sizes or weights.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 1}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("c") / "it", config_of(**SMALL), rank=2))
+    return open_checkpoint(
+        write_checkpoint(tmp_path_factory.mktemp("c") / "it", config_of(**SMALL), rank=2)
+    )
 
 
 @pytest.fixture
@@ -63,7 +67,10 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "data beside the code": lambda it: (it / "sub/table.json").write_text("{}"),
     "a file that went": lambda it: (it / "sub/b.py").unlink(),
     "a file that moved": lambda it: (it / "sub/b.py").rename(it / "b.py"),
-    "lines that moved to another file": lambda it: ((it / "a.py").write_text(""), (it / "sub/b.py").write_text("# a.py\n# sub/b.py\n")),
+    "lines that moved to another file": lambda it: (
+        (it / "a.py").write_text(""),
+        (it / "sub/b.py").write_text("# a.py\n# sub/b.py\n"),
+    ),
 }
 
 
@@ -88,24 +95,39 @@ def test_the_digest_sees_versions_and_not_what_python_compiles(tmp_path: Path) -
 
 def test_all_that_tracing_imports_counts() -> None:
     """Modules that tracing brings into a fresh process are among the files of the digest."""
-    code = "import sys, trimode.graphs.decoder.trace, trimode.graphs.sampler.trace\n" \
-           "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), sep='\\n')"  # fmt: skip
-    files = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import sys, trimode.graphs.decoder.trace, trimode.graphs.sampler.trace\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), sep='\\n')"
+    )
+    files = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     roots = [root for name in fingerprint.MODULES for root in fingerprint.roots_of(name)]
     assert len(files) > 10
-    assert [file for file in files if not any(Path(file).is_relative_to(root) for root in roots)] == []
+    assert [
+        file for file in files if not any(Path(file).is_relative_to(root) for root in roots)
+    ] == []
     for module in (traced, sampler, sys.modules[WeightsToInputs.__module__]):
         assert any(Path(module.__file__ or "").is_relative_to(root) for root in roots)
 
 
 @pytest.mark.parametrize("name", ["decoder/trace.py", "inside/new.py"])
 def test_a_graph_of_other_code_is_traced_again(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_fingerprint: Any, traced_once: TracedOnce, name: str
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_fingerprint: Any,
+    traced_once: TracedOnce,
+    name: str,
 ) -> None:
     model, calls = describe_model(checkpoint), list[Role]()
     graph = traced_once.graph("ar", checkpoint, model)
     monkeypatch.setattr(traced, "_trace", lambda role, *_: calls.append(role) or graph)
-    code = shutil.copytree(next(iter(trimode.graphs.__path__)), tmp_path / "graphs", ignore=shutil.ignore_patterns("__pycache__"))
+    code = shutil.copytree(
+        next(iter(trimode.graphs.__path__)),
+        tmp_path / "graphs",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     (code / "inside").mkdir()
     (code / "inside/new.py").write_text("")
     monkeypatch.setattr(trimode.graphs, "__path__", [str(code)])
@@ -127,24 +149,50 @@ def test_what_a_graph_depends_on_is_in_its_key(checkpoint: Checkpoint, tmp_path:
         "rope": ({**SMALL, "rope_parameters": None, "rope_theta": 9999.0}, 2),
         "rank": (SMALL, 3),
     }
-    keys = {"it": traced.key_of_trace("draft", checkpoint, model), "role": traced.key_of_trace("ar", checkpoint, model)}
+    keys = {
+        "it": traced.key_of_trace("draft", checkpoint, model),
+        "role": traced.key_of_trace("ar", checkpoint, model),
+    }
     for name, (changes, rank) in others.items():
         other = open_checkpoint(write_checkpoint(tmp_path / name, config_of(**changes), rank=rank))
         keys[name] = traced.key_of_trace("draft", other, describe_model(other))
-    keys["positions"] = traced.key_of_trace("draft", checkpoint, model.model_copy(update={"max_length": model.max_length - 1}))
+    keys["positions"] = traced.key_of_trace(
+        "draft", checkpoint, model.model_copy(update={"max_length": model.max_length - 1})
+    )
     assert len(set(keys.values())) == len(keys)
-    same = open_checkpoint(write_checkpoint(tmp_path / "same", config_of(**SMALL), rank=2, seed=5, dtype=torch.bfloat16))
-    assert traced.key_of_trace("draft", same, describe_model(same)) == keys["it"]  # weights do not count
+    same = open_checkpoint(
+        write_checkpoint(
+            tmp_path / "same", config_of(**SMALL), rank=2, seed=5, dtype=torch.bfloat16
+        )
+    )
+    # weights do not count
+    assert traced.key_of_trace("draft", same, describe_model(same)) == keys["it"]
 
 
-def test_a_graph_from_the_cache_is_the_graph(checkpoint: Checkpoint, traced_once: TracedOnce) -> None:
+def test_a_graph_from_the_cache_is_the_graph(
+    checkpoint: Checkpoint, traced_once: TracedOnce
+) -> None:
     model = describe_model(checkpoint)
-    anew, kept = traced_once.anew("draft", checkpoint, model), traced_once.graph("draft", checkpoint, model)
+    anew, kept = (
+        traced_once.anew("draft", checkpoint, model),
+        traced_once.graph("draft", checkpoint, model),
+    )
     assert to_bytes(lower(anew, WeightsToInputs())) == to_bytes(lower(kept, WeightsToInputs()))
-    for one, other in ((anew.graph.inputs, kept.graph.inputs), (anew.graph.outputs, kept.graph.outputs)):
-        assert [(v.name, v.dtype, str(v.shape)) for v in one] == [(v.name, v.dtype, str(v.shape)) for v in other]
-    weights = {n: (v.dtype, str(v.shape), v.const_value is None) for n, v in anew.graph.initializers.items()}
-    assert weights == {n: (v.dtype, str(v.shape), v.const_value is None) for n, v in kept.graph.initializers.items()}
+    for one, other in (
+        (anew.graph.inputs, kept.graph.inputs),
+        (anew.graph.outputs, kept.graph.outputs),
+    ):
+        assert [(v.name, v.dtype, str(v.shape)) for v in one] == [
+            (v.name, v.dtype, str(v.shape)) for v in other
+        ]
+    weights = {
+        n: (v.dtype, str(v.shape), v.const_value is None)
+        for n, v in anew.graph.initializers.items()
+    }
+    assert weights == {
+        n: (v.dtype, str(v.shape), v.const_value is None)
+        for n, v in kept.graph.initializers.items()
+    }
 
 
 SHAPE = {"d_model": 8, "num_layers": 1, "num_heads": 2, "feed_forward": 12}
@@ -158,10 +206,14 @@ def a_sampler(folder: Path, seed: int, **changes: Any) -> SamplerSource:
     shape = {**SHAPE, **changes}
     save_file(BlockSampler(SamplerShape(**shape), record.vocab_size).state_dict(), folder / WEIGHTS)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    return SamplerSource(folder, record.model_copy(update={"shape": ShapeRecord(**shape), "sampler_sha256": digest}))
+    return SamplerSource(
+        folder, record.model_copy(update={"shape": ShapeRecord(**shape), "sampler_sha256": digest})
+    )
 
 
-def test_a_sampler_is_exported_once_and_anew_for_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_fingerprint: Any) -> None:
+def test_a_sampler_is_exported_once_and_anew_for_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_fingerprint: Any
+) -> None:
     kept, export, exported = ContentCache(tmp_path / "cache"), sampler._export, list[Path]()
 
     def counted(source: SamplerSource, path: Path) -> None:
@@ -174,11 +226,13 @@ def test_a_sampler_is_exported_once_and_anew_for_other_weights(tmp_path: Path, m
     monkeypatch.setattr(sampler, "_export", counted)
     it = a_sampler(tmp_path / "it", 0)
     write_sampler(it, tmp_path / "one.onnx", kept)
-    write_sampler(replace(it, folder=tmp_path / "gone"), tmp_path / "two.onnx", kept)  # its weights are not read again
+    # its weights are not read again
+    write_sampler(replace(it, folder=tmp_path / "gone"), tmp_path / "two.onnx", kept)
     assert exported == [it.folder]
     onnx.checker.check_model(str(tmp_path / "one.onnx"), full_check=True)
     assert (tmp_path / "two.onnx").read_bytes() == (tmp_path / "one.onnx").read_bytes()
-    others = [a_sampler(tmp_path / "seed", 1), a_sampler(tmp_path / "heads", 0, num_heads=4)]  # heads leave the weights as they are
+    # heads leave the weights as they are
+    others = [a_sampler(tmp_path / "seed", 1), a_sampler(tmp_path / "heads", 0, num_heads=4)]
     others.append(replace(it, record=it.record.model_copy(update={"vocab_size": 119})))
     for other in others:
         write_sampler(other, tmp_path / "other.onnx", kept)
@@ -192,7 +246,9 @@ def test_a_sampler_is_exported_once_and_anew_for_other_weights(tmp_path: Path, m
 
 def test_a_sampler_that_fails_to_export_leaves_no_entry(tmp_path: Path) -> None:
     it, kept = a_sampler(tmp_path / "it", 0), ContentCache(tmp_path / "cache")
-    wrong = replace(it, record=it.record.model_copy(update={"shape": ShapeRecord(**{**SHAPE, "num_layers": 2})}))
+    wrong = replace(
+        it, record=it.record.model_copy(update={"shape": ShapeRecord(**{**SHAPE, "num_layers": 2})})
+    )
     with pytest.raises(CheckpointError, match="expected the tensors that"):
         write_sampler(wrong, tmp_path / "out.onnx", kept)
     assert kept.usage() == (0, 0)

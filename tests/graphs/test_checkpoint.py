@@ -31,7 +31,10 @@ def test_entries_hold_the_bytes(good: Path) -> None:
     assert len([n for n in opened.tensors if "lora" not in n]) == 9 * 2 + 3
     for name, tensor in truth.items():
         raw = b"".join(opened.tensors[name].chunks(chunk_bytes=1000))
-        np.testing.assert_array_equal(to_float32(raw, opened.tensors[name].dtype).reshape(tensor.shape), tensor.float().numpy())
+        np.testing.assert_array_equal(
+            to_float32(raw, opened.tensors[name].dtype).reshape(tensor.shape),
+            tensor.float().numpy(),
+        )
     assert opened.drafter is not None
     assert (opened.drafter.rank, opened.drafter.alpha) == (4, 16.0)
 
@@ -80,19 +83,43 @@ def truncate(name: str, keep: float) -> Callable[[Path], None]:
 NORM = "encoder.norm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "checkpoint folder"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: expected a file"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        r"model\.safetensors: expected a file",
+    ),
     "truncated weights": (truncate("model.safetensors", 0.9), "bytes"),
     "truncated header": (truncate("model.safetensors", 0.001), "header"),
     "empty weights": (truncate("model.safetensors", 0), "header"),
-    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 400), "safetensors"),
+    "not safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 400),
+        "safetensors",
+    ),
     "a tensor missing": (edit_weights(lambda t: t.pop(NORM)), f"{NORM} is missing"),
-    "a tensor too many": (edit_weights(lambda t: t.update(extra=torch.ones(1))), "extra is not part"),
-    "a wrong shape": (edit_weights(lambda t: t.update({NORM: torch.ones(7)})), rf"{NORM} of shape \[48\], found \[7\]"),
-    "a wrong type": (edit_weights(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int64)})), "I64"),
+    "a tensor too many": (
+        edit_weights(lambda t: t.update(extra=torch.ones(1))),
+        "extra is not part",
+    ),
+    "a wrong shape": (
+        edit_weights(lambda t: t.update({NORM: torch.ones(7)})),
+        rf"{NORM} of shape \[48\], found \[7\]",
+    ),
+    "a wrong type": (
+        edit_weights(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int64)})),
+        "I64",
+    ),
     "another config": (edit_json("config.json", num_hidden_layers=3), "layers.2"),
-    "adapter weights missing": (lambda f: (f / "linear_spec_lora/adapter_model.safetensors").unlink(), "adapter_model"),
-    "adapter of another kind": (edit_json("linear_spec_lora/adapter_config.json", peft_type="IA3"), "IA3"),
-    "adapter elsewhere": (edit_json("linear_spec_lora/adapter_config.json", target_modules=["q_proj"]), "q_proj"),
+    "adapter weights missing": (
+        lambda f: (f / "linear_spec_lora/adapter_model.safetensors").unlink(),
+        "adapter_model",
+    ),
+    "adapter of another kind": (
+        edit_json("linear_spec_lora/adapter_config.json", peft_type="IA3"),
+        "IA3",
+    ),
+    "adapter elsewhere": (
+        edit_json("linear_spec_lora/adapter_config.json", target_modules=["q_proj"]),
+        "q_proj",
+    ),
     "adapter of another rank": (edit_json("linear_spec_lora/adapter_config.json", r=5), "lora_A"),
 }
 
@@ -111,7 +138,9 @@ def test_index_that_lies(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", config_of(), shards=2)
     index = folder / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    values["weight_map"][NORM] = next(f for f in values["weight_map"].values() if f != values["weight_map"][NORM])
+    values["weight_map"][NORM] = next(
+        f for f in values["weight_map"].values() if f != values["weight_map"][NORM]
+    )
     index.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=NORM):
         open_checkpoint(folder)
@@ -125,14 +154,20 @@ ROTARY = "encoder.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-@pytest.mark.parametrize("name", [ROTARY, "encoder.rotary_emb.original_inv_freq", "rotary_emb.cos_cached"])
-def test_stored_rotary_buffers_are_skipped(good: Path, copy: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "name", [ROTARY, "encoder.rotary_emb.original_inv_freq", "rotary_emb.cos_cached"]
+)
+def test_stored_rotary_buffers_are_skipped(
+    good: Path, copy: Path, name: str, dtype: torch.dtype
+) -> None:
     edit_weights(lambda tensors: tensors.update({name: torch.ones(8).to(dtype)}))(copy)
     assert list(open_checkpoint(copy).tensors) == list(open_checkpoint(good).tensors)
 
 
 def test_a_second_output_matrix_is_refused(copy: Path) -> None:
-    edit_weights(lambda tensors: tensors.update({"lm_head.weight": tensors["diffusion_head.weight"].clone()}))(copy)
+    edit_weights(
+        lambda tensors: tensors.update({"lm_head.weight": tensors["diffusion_head.weight"].clone()})
+    )(copy)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is not part") as raised:
         open_checkpoint(copy)
     assert "diffusion_head" in raised.value.hint
@@ -168,12 +203,19 @@ def folder_at(name: str) -> Callable[[Path], None]:
     return damage
 
 
-FILES = ["config.json", "model.safetensors", "linear_spec_lora/adapter_config.json", "linear_spec_lora/adapter_model.safetensors"]
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "linear_spec_lora/adapter_config.json",
+    "linear_spec_lora/adapter_model.safetensors",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [gone, folder_at])
-def test_what_lies_in_place_of_a_file_is_named(copy: Path, name: str, damage: Callable[[str], Callable[[Path], None]]) -> None:
+def test_what_lies_in_place_of_a_file_is_named(
+    copy: Path, name: str, damage: Callable[[str], Callable[[Path], None]]
+) -> None:
     damage(name)(copy)
     with pytest.raises(CheckpointError, match=name) as raised:
         open_checkpoint(copy)

@@ -20,15 +20,28 @@ def test_fields_are_read_literally() -> None:
 
 def test_missing_fields_take_the_family_defaults() -> None:
     config = parse_config({"architectures": ["NemotronLabsDiffusionModel"], "mask_token_id": 100})
-    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size, config.head_dim) == (34, 4096, 131072, 128)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size, config.head_dim) == (
+        34,
+        4096,
+        131072,
+        128,
+    )
     assert config.eos_token_ids == (2,)
 
 
 def test_old_style_rope_scaling() -> None:
-    values = config_of(rope_theta=1e9, rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})
+    values = config_of(
+        rope_theta=1e9,
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    )
     del values["rope_parameters"]
     rope = parse_config(values).rope
-    assert (rope.rope_type, rope.theta, rope.factor, rope.query_scale_beta) == ("yarn", 1e9, 4.0, None)
+    assert (rope.rope_type, rope.theta, rope.factor, rope.query_scale_beta) == (
+        "yarn",
+        1e9,
+        4.0,
+        None,
+    )
 
 
 def test_generation_config_decides_the_end_tokens(tmp_path: Path) -> None:
@@ -93,7 +106,9 @@ def test_what_would_change_the_model_is_refused(changes: dict[str, Any], names: 
 
 
 def test_end_tokens_may_be_in_generation_config_alone(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config_of(eos_token_id=None, bos_token_id=None)))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config_of(eos_token_id=None, bos_token_id=None))
+    )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [11]}')
     config = load_config(tmp_path)
     assert (config.eos_token_ids, config.bos_token_id) == ((11,), None)
@@ -114,15 +129,30 @@ def test_wrong_end_tokens_of_generation_config(tmp_path: Path, ids: Any) -> None
 def test_what_lies_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of()))
     (tmp_path / "generation_config.json").symlink_to(tmp_path / "gone")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a file, found a link to a file that is not there"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"generation_config\.json: expected a file, found a link to a file that is not there",
+    ):
         load_config(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected a JSON file.*directory"):
+    with pytest.raises(
+        CheckpointError, match=r"generation_config\.json: expected a JSON file.*directory"
+    ):
         load_config(tmp_path)
 
 
-UNREADABLE = ["", "[]", "{", "\xff", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}"]
+UNREADABLE = [
+    "",
+    "[]",
+    "{",
+    "\xff",
+    '{"a": NaN}',
+    '{"a": 1, "a": 2}',
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    '{"a": ' + "9" * 5000 + "}",
+]
 
 
 @pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))

@@ -30,7 +30,11 @@ def test_the_first_one_is_found(dtype: str, wrong: float) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_number_of_16_bits_is_judged_as_numpy_judges_it(dtype: str) -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
-    values = (every.astype(np.uint32) << 16).view(np.float32) if dtype == "F32" else every.view(TYPES[dtype])
+    values = (
+        (every.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "F32"
+        else every.view(TYPES[dtype])
+    )
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(values.astype(np.float32))
     assert first_not_finite(values[finite].tobytes(), dtype) is None
@@ -55,7 +59,9 @@ def test_places_are_counted_over_pieces() -> None:
     raw = values.tobytes()
     assert check.pass_by(raw[:10]) == raw[:10]
     assert check.pass_by(raw[10:20]) == raw[10:20]
-    with pytest.raises(CheckpointError, match=r"a\.weight: expected finite weights, found NaN at \[2, 3\]") as raised:
+    with pytest.raises(
+        CheckpointError, match=r"a\.weight: expected finite weights, found NaN at \[2, 3\]"
+    ) as raised:
         check.pass_by(raw[20:])
     assert raised.value.hint
 
@@ -64,8 +70,23 @@ def test_comparisons_that_nan_does_not_slip_through() -> None:
     nan, inf = float("nan"), float("inf")
     assert is_within(1.0, 1.0)
     assert not is_within(1.1, 1.0)
-    assert not any(is_within(value, bound) for value, bound in ((nan, 1.0), (0.0, nan), (None, 1.0), (0.0, inf), (inf, inf), (-inf, 1.0)))
+    assert not any(
+        is_within(value, bound)
+        for value, bound in (
+            (nan, 1.0),
+            (0.0, nan),
+            (None, 1.0),
+            (0.0, inf),
+            (inf, inf),
+            (-inf, 1.0),
+        )
+    )
     assert largest([]) == 0
     assert largest([0.0, 2.0, 1.0]) == 2
     assert np.isnan(largest([0.0, nan])) == np.isnan(largest([nan, 0.0])) == True  # noqa: E712
-    assert (finite_or(None, nan), finite_or(0.0, inf), finite_or(0.0, None), finite_or(None, 0.5)) == (None, 0.0, 0.0, 0.5)
+    assert (
+        finite_or(None, nan),
+        finite_or(0.0, inf),
+        finite_or(0.0, None),
+        finite_or(None, 0.5),
+    ) == (None, 0.0, 0.0, 0.5)

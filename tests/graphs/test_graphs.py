@@ -1,4 +1,6 @@
-"""The exported graphs themselves, run raw in ONNX Runtime on ragged batches, against Ministral3 in float64."""
+"""The exported graphs themselves, run raw in ONNX Runtime on ragged batches, against Ministral3 in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PAST = (0, 9, 200)
 def run(built: Built, role: Role, feeds: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(built.bundle / f"{role}.onnx", options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        built.bundle / f"{role}.onnx", options, providers=["CPUExecutionProvider"]
+    )
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, {**feeds, **cache}), strict=True))
 
@@ -33,11 +37,18 @@ def empty_cache(built: Built, batch: int) -> dict[str, Any]:
     model = built.model.model
     shape = (batch, model.num_key_value_heads, CAPACITY, model.head_dim)
     rng = np.random.default_rng(0)  # garbage, not zeros: slots that are not valid must not matter
-    return {spec.name: rng.standard_normal(shape).astype(np.float32) for spec in cache_specs(model, "past_key_values")}
+    return {
+        spec.name: rng.standard_normal(shape).astype(np.float32)
+        for spec in cache_specs(model, "past_key_values")
+    }
 
 
 def as_past(outputs: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("present", "past_key_values"): value for name, value in outputs.items() if name.startswith("present")}
+    return {
+        name.replace("present", "past_key_values"): value
+        for name, value in outputs.items()
+        if name.startswith("present")
+    }
 
 
 def prefilled(built: Built) -> tuple[list[list[int]], dict[str, Any]]:
@@ -47,7 +58,12 @@ def prefilled(built: Built) -> tuple[list[list[int]], dict[str, Any]]:
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = text
     zeros = np.zeros(len(PAST), np.int64)
-    out = run(built, "ar", {"input_ids": ids, "past_length": zeros, "input_length": np.maximum(PAST, 1)}, empty_cache(built, len(PAST)))
+    out = run(
+        built,
+        "ar",
+        {"input_ids": ids, "past_length": zeros, "input_length": np.maximum(PAST, 1)},
+        empty_cache(built, len(PAST)),
+    )
     reference = Reference(built.checkpoint, torch.float64)
     for i, text in enumerate(texts):
         if text:
@@ -73,7 +89,11 @@ def test_roles_on_a_ragged_batch(built: Callable[[str], Built], shape: str, rows
     draft = run(it, "draft", {**feeds, **scale}, cache)
     verify = run(it, "verify", feeds, cache)
     for i, text in enumerate(texts):
-        expected = reference.logits(text + block[i].tolist(), block=rows, drafter=True)[-rows:].softmax(-1).topk(5)
+        expected = (
+            reference.logits(text + block[i].tolist(), block=rows, drafter=True)[-rows:]
+            .softmax(-1)
+            .topk(5)
+        )
         np.testing.assert_array_equal(draft["top_ids"][i], expected.indices.numpy())
         close(draft["top_probabilities"][i], expected.values)
         logits = reference.logits(text + block[i].tolist())[-rows:]
@@ -82,13 +102,17 @@ def test_roles_on_a_ragged_batch(built: Callable[[str], Built], shape: str, rows
 
 
 @pytest.mark.parametrize("agreeing", [0, 1, 5, 7])
-def test_accepted_length_counts_the_leading_agreement(built: Callable[[str], Built], agreeing: int) -> None:
+def test_accepted_length_counts_the_leading_agreement(
+    built: Callable[[str], Built], agreeing: int
+) -> None:
     it = built("three_kv_heads")
     _texts, cache = prefilled(it)
     block = np.full((len(PAST), 8), 20)
     past = np.array(PAST)
     for slot in range(7):  # grow a block that agrees everywhere, one slot at a time
-        block[:, slot + 1] = run(it, "verify", {"input_ids": block, "past_length": past}, cache)["greedy_ids"][:, slot]
+        block[:, slot + 1] = run(it, "verify", {"input_ids": block, "past_length": past}, cache)[
+            "greedy_ids"
+        ][:, slot]
     if agreeing < 7:
         block[:, agreeing + 1] = (block[:, agreeing + 1] + 1) % 100
     out = run(it, "verify", {"input_ids": block, "past_length": past}, cache)
@@ -113,11 +137,18 @@ def test_only_the_new_slots_of_the_cache_change(built: Callable[[str], Built], r
 
 
 def test_deeper_layers_need_the_causal_commit(built: Callable[[str], Built]) -> None:
-    """Layer 0 has the same K/V in both attention modes, deeper layers do not: why a denoised block must be committed."""
+    """Layer 0 has the same K/V in both attention modes, deeper layers do not: why a denoised block
+    must be committed.
+    """
     it = built("one_kv_head")
-    feeds: dict[str, Any] = {"input_ids": np.arange(20, 28)[None], "past_length": np.zeros(1, np.int64)}
+    feeds: dict[str, Any] = {
+        "input_ids": np.arange(20, 28)[None],
+        "past_length": np.zeros(1, np.int64),
+    }
     causal = run(it, "verify", feeds, empty_cache(it, 1))
-    both_ways = run(it, "draft", {**feeds, "drafter_scale": np.array(0, np.float32)}, empty_cache(it, 1))
+    both_ways = run(
+        it, "draft", {**feeds, "drafter_scale": np.array(0, np.float32)}, empty_cache(it, 1)
+    )
     np.testing.assert_allclose(causal["present.0.key"], both_ways["present.0.key"], atol=1e-6)
     assert np.abs(causal["present.1.key"] - both_ways["present.1.key"]).max() > 1e-2
 
@@ -128,7 +159,9 @@ def test_graphs_are_standard_and_hold_no_weight(built: Callable[[str], Built], r
     model = onnx.load(it.bundle / f"{role}.onnx", load_external_data=False)
     assert {o.domain for o in model.opset_import} == {""}
     assert {n.domain for n in model.graph.node} == {""}
-    outside = {i.name for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+    outside = {
+        i.name for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL
+    }
     inside = [i for i in model.graph.initializer if i.name not in outside]
     assert all(np.prod(i.dims, dtype=int) < 64 for i in inside)
     weights = {n for n in outside if not n.startswith("rope.")}
@@ -151,5 +184,7 @@ def test_no_transposed_weights(built: Callable[[str], Built]) -> None:
 def test_external_data_names_the_pack(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
     model = onnx.load(Path(it.bundle) / "draft.onnx", load_external_data=False)
-    locations = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
+    locations = {
+        e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"
+    }
     assert locations == {"weights.safetensors"}

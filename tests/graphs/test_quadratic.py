@@ -1,4 +1,6 @@
-"""The graph of quadratic self-speculation, raw in ONNX Runtime on ragged batches, against separate forwards of Ministral3 in float64."""
+"""The graph of quadratic self-speculation, raw in ONNX Runtime on ragged batches, against separate
+forwards of Ministral3 in float64.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from conftest import Built
 from reference import Reference
 
 from trimode.formats.contract import cache_specs
-from trimode.graphs.decoder.quadratic import drafted_rows, quadratic_mask, quadratic_positions, quadratic_tokens
+from trimode.graphs.decoder.quadratic import (
+    drafted_rows,
+    quadratic_mask,
+    quadratic_positions,
+    quadratic_tokens,
+)
 
 PAST = (0, 9, 150)  # behind 150 tokens, all positions are beyond the rope's original length of 64
 CAPACITY = 512
@@ -31,15 +38,24 @@ def run(path: Path, feeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def cached(it: Built) -> tuple[list[list[int]], dict[str, Any]]:
-    """Three texts of different length, and a cache that holds them, with noise in all other slots."""
+    """Three texts of different length, and a cache that holds them, with noise in all other
+    slots.
+    """
     model, rng = it.model.model, np.random.default_rng(0)
     texts = [np.random.default_rng(n).integers(12, 100, n).tolist() for n in PAST]
     shape = (len(PAST), model.num_key_value_heads, CAPACITY, model.head_dim)
-    cache = {spec.name: rng.standard_normal(shape).astype(np.float32) for spec in cache_specs(model, "past_key_values")}
+    cache = {
+        spec.name: rng.standard_normal(shape).astype(np.float32)
+        for spec in cache_specs(model, "past_key_values")
+    }
     ids = np.full((len(PAST), max(PAST)), 5)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = text
-    feeds = {"input_ids": ids, "past_length": np.zeros(len(PAST), np.int64), "input_length": np.maximum(PAST, 1)}
+    feeds = {
+        "input_ids": ids,
+        "past_length": np.zeros(len(PAST), np.int64),
+        "input_length": np.maximum(PAST, 1),
+    }
     out = run(it.bundle / "ar.onnx", {**feeds, **cache})
     return texts, {name: out[name.replace("past_key_values", "present")] for name in cache}
 
@@ -50,8 +66,12 @@ def close(got: Any, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_acceptance_drafts_as_separate_forwards_do(quadratic: Callable[[str], Built], shape: str, rows: int) -> None:
-    """Each token of the draft in turn is the last that is right; what follows it is one causal and one bidirectional forward."""
+def test_each_acceptance_drafts_as_separate_forwards_do(
+    quadratic: Callable[[str], Built], shape: str, rows: int
+) -> None:
+    """Each token of the draft in turn is the last that is right; what follows it is one causal and
+    one bidirectional forward.
+    """
     it = quadratic(shape)
     reference = Reference(it.checkpoint, torch.float64)
     texts, cache = cached(it)
@@ -61,14 +81,21 @@ def test_each_acceptance_drafts_as_separate_forwards_do(quadratic: Callable[[str
             for slot in range(last):
                 row[slot + 1] = reference.logits(text + row[: slot + 1].tolist())[-1].argmax()
             if last + 1 < rows:  # certainly wrong
-                row[last + 1] = (reference.logits(text + row[: last + 1].tolist())[-1].argmax() + 1) % 100
-        out = run(it.bundle / "quadratic.onnx", {"input_ids": draft, "past_length": np.array(PAST), **cache})
+                row[last + 1] = (
+                    reference.logits(text + row[: last + 1].tolist())[-1].argmax() + 1
+                ) % 100
+        out = run(
+            it.bundle / "quadratic.onnx",
+            {"input_ids": draft, "past_length": np.array(PAST), **cache},
+        )
         assert out["accepted_length"].tolist() == [last] * len(PAST)
         for i, (text, row) in enumerate(zip(texts, draft.tolist(), strict=True)):
             causal = reference.logits(text + row)[-rows:]
             close(out["logits"][i], causal)
             np.testing.assert_array_equal(out["greedy_ids"][i], causal.argmax(-1).numpy())
-            masked = reference.logits(text + row[: last + 1] + [reference.mask_token_id] * rows, block=rows)[-rows:]
+            masked = reference.logits(
+                text + row[: last + 1] + [reference.mask_token_id] * rows, block=rows
+            )[-rows:]
             masked[0] = causal[last]
             best = masked.softmax(-1).topk(5)
             np.testing.assert_array_equal(out["top_ids"][i], best.indices.numpy())
@@ -76,11 +103,20 @@ def test_each_acceptance_drafts_as_separate_forwards_do(quadratic: Callable[[str
 
 
 def test_the_tokens_keys_and_values_are_those_of_verify(quadratic: Callable[[str], Built]) -> None:
-    """And what is written behind them ends where the contract says; nothing else of the cache changes."""
+    """And what is written behind them ends where the contract says; nothing else of the cache
+    changes.
+    """
     it, rows = quadratic("one_kv_head"), 5
     _, cache = cached(it)
-    feeds = {"input_ids": np.random.default_rng(3).integers(12, 100, (len(PAST), rows)), "past_length": np.array(PAST), **cache}
-    found, verified = run(it.bundle / "quadratic.onnx", feeds), run(it.bundle / "verify.onnx", feeds)
+    feeds = {
+        "input_ids": np.random.default_rng(3).integers(12, 100, (len(PAST), rows)),
+        "past_length": np.array(PAST),
+        **cache,
+    }
+    found, verified = (
+        run(it.bundle / "quadratic.onnx", feeds),
+        run(it.bundle / "verify.onnx", feeds),
+    )
     for name, before in cache.items():
         after = found[name.replace("past_key_values", "present")]
         for i, n in enumerate(PAST):
@@ -91,11 +127,16 @@ def test_the_tokens_keys_and_values_are_those_of_verify(quadratic: Callable[[str
 
 
 def test_the_layout_of_three() -> None:
-    """By hand: d0 d1 d2, then three masks for each, behind two cached tokens in a cache of 16 slots."""
+    """By hand: d0 d1 d2, then three masks for each, behind two cached tokens in a cache of 16
+    slots.
+    """
     past = torch.tensor([2])
     assert quadratic_tokens(torch.tensor([[7, 8, 9]]), 100)[0].tolist() == [7, 8, 9] + [100] * 9
     assert quadratic_positions(past, 3)[0].tolist() == [2, 3, 4, 3, 4, 5, 4, 5, 6, 5, 6, 7]
-    seen = ["".join("x" if s else "." for s in row) for row in quadratic_mask(past, 3, 16)[0, 0].tolist()]
+    seen = [
+        "".join("x" if s else "." for s in row)
+        for row in quadratic_mask(past, 3, 16)[0, 0].tolist()
+    ]
     assert seen == [
         "xxx.............",
         "xxxx............",
@@ -111,9 +152,14 @@ def test_the_graph_is_standard_and_holds_no_weight(quadratic: Callable[[str], Bu
     it = quadratic("three_kv_heads")
     model = onnx.load(it.bundle / "quadratic.onnx", load_external_data=False)
     assert {o.domain for o in model.opset_import} == {n.domain for n in model.graph.node} == {""}
-    outside = {i.name for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
-    assert all(np.prod(i.dims, dtype=int) < 64 for i in model.graph.initializer if i.name not in outside)
-    assert len({n for n in outside if not n.startswith("rope.")}) == 9 * 2 + 3  # the adapter is not in it
+    outside = {
+        i.name for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL
+    }
+    assert all(
+        np.prod(i.dims, dtype=int) < 64 for i in model.graph.initializer if i.name not in outside
+    )
+    # the adapter is not in it
+    assert len({n for n in outside if not n.startswith("rope.")}) == 9 * 2 + 3
     heads = [n for n in model.graph.node if "diffusion_head.weight" in n.input]
     assert [n.op_type for n in heads] == ["Gemm", "Gemm"]
     assert not [n for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in outside]

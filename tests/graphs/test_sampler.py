@@ -1,4 +1,6 @@
-"""The learned sampler's features, network and graph against float64 NumPy, written from the definitions."""
+"""The learned sampler's features, network and graph against float64 NumPy, written from the
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,22 @@ def slow_features(block: Any, masked: Any, ids: Any, p: Any, table: Floats) -> F
     num_masked = sum(map(bool, masked))
     for i in range(length):
         q = [float(x) for x in p[i]]
-        row = [*q, q[0], q[0] - q[1], q[0] + q[1] + q[2], -sum(x * math.log(max(x, 1e-10)) for x in q), float(masked[i]), 0.0, num_masked / length]
-        row += [math.log(max(q[0], 1e-10)), 1 - sum(x * x for x in q), i / length, math.log(num_masked + 1)]
+        row = [
+            *q,
+            q[0],
+            q[0] - q[1],
+            q[0] + q[1] + q[2],
+            -sum(x * math.log(max(x, 1e-10)) for x in q),
+            float(masked[i]),
+            0.0,
+            num_masked / length,
+        ]
+        row += [
+            math.log(max(q[0], 1e-10)),
+            1 - sum(x * x for x in q),
+            i / length,
+            math.log(num_masked + 1),
+        ]
         for token in (block[i], *ids[i][:3]):
             row += table[token].tolist()
         rows.append(row)
@@ -60,7 +76,10 @@ def slow_features(block: Any, masked: Any, ids: Any, p: Any, table: Floats) -> F
 
 def layer_norm(x: Floats, weights: dict[str, Floats], name: str) -> Floats:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weights[f"{name}.weight"]
+        + weights[f"{name}.bias"]
+    )
 
 
 def linear(x: Floats, weights: dict[str, Floats], name: str) -> Floats:
@@ -79,10 +98,17 @@ def rotated(x: Floats) -> Floats:
 
 def slow_scores(sampler: BlockSampler, block: Any, masked: Any, ids: Any, p: Any) -> Floats:
     w = {name: tensor.double().numpy() for name, tensor in sampler.state_dict().items()}
-    x = linear((slow_features(block, masked, ids, p, w["token_table"]) - w["feature_mean"]) / w["feature_std"], w, "embed")
+    x = linear(
+        (slow_features(block, masked, ids, p, w["token_table"]) - w["feature_mean"])
+        / w["feature_std"],
+        w,
+        "embed",
+    )
     size = SHAPE.d_model // SHAPE.num_heads
     for n in range(SHAPE.num_layers):
-        query, key, value = np.split(linear(layer_norm(x, w, f"layers.{n}.attention_norm"), w, f"layers.{n}.qkv"), 3, axis=1)
+        query, key, value = np.split(
+            linear(layer_norm(x, w, f"layers.{n}.attention_norm"), w, f"layers.{n}.qkv"), 3, axis=1
+        )
         heads = []
         for h in range(SHAPE.num_heads):
             part = slice(h * size, (h + 1) * size)
@@ -92,9 +118,13 @@ def slow_scores(sampler: BlockSampler, block: Any, masked: Any, ids: Any, p: Any
             heads.append(weights / weights.sum(1, keepdims=True) @ value[:, part])
         x = x + linear(np.concatenate(heads, 1), w, f"layers.{n}.output")
         up = linear(layer_norm(x, w, f"layers.{n}.mlp_norm"), w, f"layers.{n}.up")
-        x = x + linear(up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2))), w, f"layers.{n}.down")
+        x = x + linear(
+            up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2))), w, f"layers.{n}.down"
+        )
     confidence = np.clip(p[:, 0].astype(np.float64), 1e-6, 1 - 1e-6)
-    logits = np.log(confidence / (1 - confidence)) + linear(layer_norm(x, w, "norm"), w, "head")[:, 0]
+    logits = (
+        np.log(confidence / (1 - confidence)) + linear(layer_norm(x, w, "norm"), w, "head")[:, 0]
+    )
     return 1 / (1 + np.exp(-logits))
 
 
@@ -108,14 +138,20 @@ def test_features_and_scores_are_their_definition(sampler: BlockSampler, length:
     features = sampler.features(*as_batch(block))[0]
     assert features.shape == (length, 144)
     table = sampler.token_table.double().numpy()
-    np.testing.assert_allclose(features.double(), slow_features(*block, table), rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(sampler(*as_batch(block))[0], slow_scores(sampler, *block), atol=2e-5)
+    np.testing.assert_allclose(
+        features.double(), slow_features(*block, table), rtol=1e-5, atol=2e-6
+    )
+    np.testing.assert_allclose(
+        sampler(*as_batch(block))[0], slow_scores(sampler, *block), atol=2e-5
+    )
 
 
 def test_an_untrained_network_scores_by_the_probability() -> None:
     fresh = BlockSampler(SHAPE, VOCABULARY).eval()
     block = a_block(9, 1)
-    np.testing.assert_allclose(fresh(*as_batch(block))[0].detach(), np.clip(block[3][:, 0], 1e-6, 1 - 1e-6), atol=1e-6)
+    np.testing.assert_allclose(
+        fresh(*as_batch(block))[0].detach(), np.clip(block[3][:, 0], 1e-6, 1 - 1e-6), atol=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +177,21 @@ def test_the_graph_is_standard_and_as_declared(graph: Path) -> None:
     for values, specs in ((model.graph.input, inputs), (model.graph.output, outputs)):
         for value, spec in zip(values, specs, strict=True):
             kind = value.type.tensor_type
-            assert (value.name, tuple(d.dim_param or d.dim_value for d in kind.shape.dim)) == (spec.name, spec.shape)
-            assert onnx.TensorProto.DataType.Name(kind.elem_type) == {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT"}[spec.dtype]
+            assert (value.name, tuple(d.dim_param or d.dim_value for d in kind.shape.dim)) == (
+                spec.name,
+                spec.shape,
+            )
+            assert (
+                onnx.TensorProto.DataType.Name(kind.elem_type)
+                == {"int64": "INT64", "bool": "BOOL", "float32": "FLOAT"}[spec.dtype]
+            )
 
 
 def test_a_batch_is_its_blocks(sampler: BlockSampler) -> None:
     blocks = [a_block(6, seed) for seed in range(4)]
-    together = sampler(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*blocks, strict=True)))
+    together = sampler(
+        *(torch.from_numpy(np.stack(arrays)) for arrays in zip(*blocks, strict=True))
+    )
     for row, block in zip(together, blocks, strict=True):
         torch.testing.assert_close(row, sampler(*as_batch(block))[0])
 
@@ -159,7 +203,9 @@ def test_token_semantics_are_principal_components() -> None:
     assert table.dtype == np.float64
     centred = embeddings - embeddings.mean(0)
     left, values, right = np.linalg.svd(centred, full_matrices=False)
-    expected = left[:, :32] * values[:32] * np.sign(right[np.arange(32), np.abs(right[:32]).argmax(1)])
+    expected = (
+        left[:, :32] * values[:32] * np.sign(right[np.arange(32), np.abs(right[:32]).argmax(1)])
+    )
     expected /= np.sqrt((expected**2).mean())
     np.testing.assert_allclose(table, expected, atol=4e-3)
     assert (np.diff((table**2).mean(0)) < 0).all()
@@ -174,7 +220,9 @@ def test_semantics_of_few_tokens_or_narrow_embeddings(shape: tuple[int, int]) ->
     assert not table[:, min(shape) :].any()
     distances = torch.cdist(table[:, : min(shape)].double(), table[:, : min(shape)].double())
     expected = torch.cdist(embeddings.double(), embeddings.double())
-    torch.testing.assert_close(distances / distances.max(), expected / expected.max(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        distances / distances.max(), expected / expected.max(), atol=2e-3, rtol=0
+    )
 
 
 def test_equal_embeddings_give_zeros() -> None:

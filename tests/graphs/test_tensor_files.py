@@ -1,4 +1,6 @@
-"""Safetensors headers: what the reference implementation reads is read alike, what it refuses is refused."""
+"""Safetensors headers: what the reference implementation reads is read alike, what it refuses is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from safetensors.torch import save, save_file
 from trimode.errors import CheckpointError
 from trimode.formats.safetensors import read_safetensors_header
 
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "empty": torch.ones(0, 3)}
+TENSORS = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b": torch.ones(4, dtype=torch.bfloat16),
+    "empty": torch.ones(0, 3),
+}
 
 
 def rewritten(change: Callable[[dict[str, Any]], object], extra: bytes = b"") -> bytes:
@@ -26,7 +32,10 @@ def rewritten(change: Callable[[dict[str, Any]], object], extra: bytes = b"") ->
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     changed = change(header)
-    return with_header(json.dumps(changed if isinstance(changed, dict | list) else header), raw[8 + length :] + extra)
+    return with_header(
+        json.dumps(changed if isinstance(changed, dict | list) else header),
+        raw[8 + length :] + extra,
+    )
 
 
 def with_header(text: str, data: bytes = b"") -> bytes:
@@ -42,16 +51,39 @@ def at(name: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
 def test_types_of_the_format_are_listed(tmp_path: Path) -> None:
     tensors = {
         str(dtype): torch.ones(2, 4).to(dtype)
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-                      torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.uint16, torch.uint32, torch.uint64)
-    }  # fmt: skip
+        for dtype in (
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.complex64,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+        )
+    }
     save_file(tensors, tmp_path / "f")
-    assert {name: entry.shape for name, entry in read_safetensors_header(tmp_path / "f").items()} == dict.fromkeys(tensors, (2, 4))
+    assert {
+        name: entry.shape for name, entry in read_safetensors_header(tmp_path / "f").items()
+    } == dict.fromkeys(tensors, (2, 4))
 
 
 DAMAGES: dict[str, bytes] = {
     "an overlap": rewritten(at("b", data_offsets=[16, 24])),
-    "a gap": rewritten(lambda h: h["a"].update(data_offsets=[h["a"]["data_offsets"][0] + 4, h["a"]["data_offsets"][1] + 4]), bytes(4)),
+    "a gap": rewritten(
+        lambda h: h["a"].update(
+            data_offsets=[h["a"]["data_offsets"][0] + 4, h["a"]["data_offsets"][1] + 4]
+        ),
+        bytes(4),
+    ),
     "bytes at the end": rewritten(dict, bytes(4)),
     "places beyond the end": rewritten(lambda h: h["a"].update(data_offsets=[10**6, 10**6 + 24])),
     "places before the start": rewritten(at("a", data_offsets=[-24, 0])),
@@ -70,12 +102,22 @@ DAMAGES: dict[str, bytes] = {
     "a tensor that is a list": rewritten(lambda h: h.update(a=[])),
     "a header that is a list": rewritten(lambda h: [h]),
     "a header that is not JSON": with_header("{"),
-    "a name twice": with_header('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
-    "numbers that are none": with_header('{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}'),
+    "a name twice": with_header(
+        '{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    ),
+    "numbers that are none": with_header(
+        '{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}'
+    ),
     "a deep header": with_header('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
-    "a number of many digits": with_header('{"a":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,0]}}'),
-    "a name in no UTF-8": with_header('{"\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,4]}}'),
-    "a name in two lines": with_header(r'{"a\nb":{"dtype":"F32","shape":[0],"data_offsets":[0,4]}}'),
+    "a number of many digits": with_header(
+        '{"a":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,0]}}'
+    ),
+    "a name in no UTF-8": with_header(
+        '{"\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,4]}}'
+    ),
+    "a name in two lines": with_header(
+        r'{"a\nb":{"dtype":"F32","shape":[0],"data_offsets":[0,4]}}'
+    ),
     "a header longer than the file": (10**9).to_bytes(8, "little") + b"{}",
     "seven bytes": bytes(7),
     "nothing": b"",
@@ -96,7 +138,12 @@ def test_damage_is_one_error_that_names_the_file(tmp_path: Path, damage: str) ->
 def test_what_lies_there_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    for name, found in (("folder", "a folder"), ("link", "a link to a file that is not there"), ("none", "none"), ("n" * 300, "cannot be read")):
+    for name, found in (
+        ("folder", "a folder"),
+        ("link", "a link to a file that is not there"),
+        ("none", "none"),
+        ("n" * 300, "cannot be read"),
+    ):
         with pytest.raises(CheckpointError, match=found):
             read_safetensors_header(tmp_path / name)
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -105,7 +152,9 @@ def test_what_lies_there_is_no_file(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_one_changed_byte_is_read_as_the_reference_reads_it(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_one_changed_byte_is_read_as_the_reference_reads_it(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     raw = bytearray(save(TENSORS, {"format": "pt"}))
     length = int.from_bytes(raw[:8], "little")
     raw[data.draw(st.integers(0, 8 + length - 1))] = data.draw(st.integers(0, 255))

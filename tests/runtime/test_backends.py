@@ -24,12 +24,24 @@ NO_DRIVER = NoGpu("the NVIDIA driver is not installed")
 UNKNOWN = NoGpu("cuda-bindings is not installed", is_certain=False)
 
 
-def record(backend: Any, device: Any, capability: str | None, placement: Any = "shared") -> TargetRecord:
+def record(
+    backend: Any, device: Any, capability: str | None, placement: Any = "shared"
+) -> TargetRecord:
     return TargetRecord(
-        backend=backend, device=device, compute_capability=capability, compute_dtype="float32", placement=placement, capacity=None,
-        workspace_mib=None, library=f"{backend} 1.0",
-        graphs={"ar": EngineRecord(file="ar.onnx"), "draft": EngineRecord(file="draft.onnx"), "verify": EngineRecord(file="verify.onnx")},
-    )  # fmt: skip
+        backend=backend,
+        device=device,
+        compute_capability=capability,
+        compute_dtype="float32",
+        placement=placement,
+        capacity=None,
+        workspace_mib=None,
+        library=f"{backend} 1.0",
+        graphs={
+            "ar": EngineRecord(file="ar.onnx"),
+            "draft": EngineRecord(file="draft.onnx"),
+            "verify": EngineRecord(file="verify.onnx"),
+        },
+    )
 
 
 TARGETS = {
@@ -47,12 +59,19 @@ def bundle(built: Callable[[str], Built]) -> Bundle:
 
 
 def without(bundle: Bundle, *names: str) -> Bundle:
-    return with_targets(bundle, {name: target for name, target in bundle.chosen.targets.items() if name not in names})
+    return with_targets(
+        bundle,
+        {name: target for name, target in bundle.chosen.targets.items() if name not in names},
+    )
 
 
 def with_targets(bundle: Bundle, targets: dict[str, TargetRecord]) -> Bundle:
     record = bundle.chosen.model_copy(update={"targets": targets})
-    return Bundle(bundle.path, bundle.manifest.model_copy(update={"precisions": {bundle.precision: record}}), bundle.precision)
+    return Bundle(
+        bundle.path,
+        bundle.manifest.model_copy(update={"precisions": {bundle.precision: record}}),
+        bundle.precision,
+    )
 
 
 @pytest.fixture
@@ -78,7 +97,9 @@ def choose(bundle: Bundle, target: str | None = None) -> tuple[str, list[str]]:
 
 
 OLD = BundleError("expected tensorrt_rtx 1.0, which compiled the engines, found tensorrt_rtx 2.0")
-NO_PROVIDER = DependencyError("expected an ONNX Runtime with the CUDA provider, found 1.31 without it")
+NO_PROVIDER = DependencyError(
+    "expected an ONNX Runtime with the CUDA provider, found 1.31 without it"
+)
 
 
 def test_the_best_that_runs_is_chosen(bundle: Bundle, machine: Callable[..., None]) -> None:
@@ -96,14 +117,18 @@ def test_the_best_that_runs_is_chosen(bundle: Bundle, machine: Callable[..., Non
     assert choose(without(bundle, *TARGETS)) == (PORTABLE, [])
 
 
-def test_onnxruntime_may_find_a_gpu_that_we_cannot_see(bundle: Bundle, machine: Callable[..., None]) -> None:
+def test_onnxruntime_may_find_a_gpu_that_we_cannot_see(
+    bundle: Bundle, machine: Callable[..., None]
+) -> None:
     machine(UNKNOWN)
     assert choose(bundle) == ("cuda", ["h100", "rtx-4090"])
     machine(UNKNOWN, onnxruntime_cuda=NO_PROVIDER)
     assert choose(bundle) == ("cpu", ["h100", "rtx-4090", "cuda"])
 
 
-def test_what_was_chosen_and_why_is_logged(bundle: Bundle, machine: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_chosen_and_why_is_logged(
+    bundle: Bundle, machine: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     def logged(of: Bundle) -> list[tuple[str, str]]:
         caplog.clear()
         with caplog.at_level(logging.INFO, "trimode.runtime"):
@@ -112,29 +137,46 @@ def test_what_was_chosen_and_why_is_logged(bundle: Bundle, machine: Callable[...
 
     machine(NO_DRIVER)
     assert logged(without(bundle, "cuda", "h100")) == [
-        ("WARNING", "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX Runtime (cpu)")
+        (
+            "WARNING",
+            "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX Runtime (cpu)",
+        )
     ]
-    assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [("INFO", "running on ONNX Runtime (cpu)")]
+    assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [
+        ("INFO", "running on ONNX Runtime (cpu)")
+    ]
     machine(HOPPER)
     assert logged(bundle) == [("INFO", "running on TensorRT (h100)")]
     machine(ADA, tensorrt_rtx_cuda=OLD)
     assert logged(bundle) == [
-        ("WARNING", "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on ONNX Runtime (cuda)"),
+        (
+            "WARNING",
+            "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on ONNX Runtime (cuda)",
+        ),
         ("WARNING", f"target rtx-4090: {OLD.message}; running on ONNX Runtime (cuda)"),
     ]
     machine(ADA, onnxruntime_cpu=BundleError("ar.onnx is damaged"))
-    assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [("INFO", "target cpu: ar.onnx is damaged; running on ONNX Runtime (portable)")]
+    assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [
+        ("INFO", "target cpu: ar.onnx is damaged; running on ONNX Runtime (portable)")
+    ]
 
 
 def test_a_named_target_runs_or_fails(bundle: Bundle, machine: Callable[..., None]) -> None:
-    machine(NO_DRIVER, tensorrt_rtx_cuda=DeviceError("expected a GPU, found none"), onnxruntime_cuda=NO_PROVIDER)
+    machine(
+        NO_DRIVER,
+        tensorrt_rtx_cuda=DeviceError("expected a GPU, found none"),
+        onnxruntime_cuda=NO_PROVIDER,
+    )
     assert choose(bundle, "cpu") == ("cpu", [])
     assert choose(bundle, PORTABLE) == (PORTABLE, [])
     with pytest.raises(DeviceError, match="expected a GPU"):
         choose(bundle, "rtx-4090")
     with pytest.raises(DependencyError, match="CUDA provider"):
         choose(bundle, "cuda")
-    with pytest.raises(UsageError, match=r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'"):
+    with pytest.raises(
+        UsageError,
+        match=r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'",
+    ):
         choose(bundle, "tpu")
 
 
@@ -142,12 +184,18 @@ def test_errors_that_no_fallback_helps(bundle: Bundle, machine: Callable[..., No
     machine(NO_DRIVER, onnxruntime_cpu=UsageError("expected at least 1 thread"))
     with pytest.raises(UsageError):
         choose(bundle)
-    machine(NO_DRIVER, onnxruntime_cpu=NO_PROVIDER, portable=DependencyError("expected ONNX Runtime, found it not installed"))
+    machine(
+        NO_DRIVER,
+        onnxruntime_cpu=NO_PROVIDER,
+        portable=DependencyError("expected ONNX Runtime, found it not installed"),
+    )
     with pytest.raises(DependencyError, match="not installed"):
         choose(bundle)
 
 
-def test_no_gpu_is_looked_for_where_none_is_needed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_is_looked_for_where_none_is_needed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backends, "find_gpu", lambda: pytest.fail("nobody asked"))
     opened = open_session(without(bundle, "cuda", "h100", "rtx-4090"), num_threads=1)
     assert opened.target == "cpu"
@@ -158,9 +206,14 @@ def test_from_pretrained(built: Callable[[str], Built], tmp_path: Path) -> None:
     path = built(SHAPE).bundle
     chosen = TriModeModel.from_pretrained(path, num_threads=1)
     assert chosen.target == "cpu"
-    with TriModeModel.from_pretrained(path, target=PORTABLE, num_threads=1, verify=False, runtime_cache=tmp_path) as portable:
+    with TriModeModel.from_pretrained(
+        path, target=PORTABLE, num_threads=1, verify=False, runtime_cache=tmp_path
+    ) as portable:
         assert portable.target == PORTABLE
-        assert portable.ar_generate([[20, 30]])[0].tolist() == chosen.ar_generate([[20, 30]])[0].tolist()
+        assert (
+            portable.ar_generate([[20, 30]])[0].tolist()
+            == chosen.ar_generate([[20, 30]])[0].tolist()
+        )
     with pytest.raises(UsageError, match="found 'rtx-4090'"):
         TriModeModel.from_pretrained(path, target="rtx-4090")
     with pytest.raises(UsageError, match="at least 1 thread"):

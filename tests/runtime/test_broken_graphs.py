@@ -1,4 +1,6 @@
-"""A graph that returns NaN is an error that names it and the position, in every mode, alone and in a batch."""
+"""A graph that returns NaN is an error that names it and the position, in every mode, alone and in
+a batch.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_every_mode_says_so(opened: Callable[[str], TriModeModel]) -> None:
     modes: tuple[Any, ...] = ("ar", "diffusion", "linear_spec", "auto")
     for mode in modes:
         stream = model.stream([PROMPT], mode, **FREE)
-        with pytest.raises(NotFiniteError, match="graph ar: expected finite logits, found NaN at position 3") as raised:
+        with pytest.raises(
+            NotFiniteError, match="graph ar: expected finite logits, found NaN at position 3"
+        ) as raised:
             stream.finish()
         assert raised.value.hint
         batch = model.new_batch(2)
@@ -63,14 +67,20 @@ def test_every_mode_says_so(opened: Callable[[str], TriModeModel]) -> None:
 def test_a_drafter_that_is_broken_is_named(opened: Callable[[str], TriModeModel]) -> None:
     model = opened("encoder.layers.1.self_attn.o_proj.lora_A.weight")
     assert len(model.ar_generate([PROMPT], max_new_tokens=5)[0][0]) == 9
-    with pytest.raises(NotFiniteError, match="graph draft: expected finite probabilities, found NaN at position 4"):
+    with pytest.raises(
+        NotFiniteError, match="graph draft: expected finite probabilities, found NaN at position 4"
+    ):
         model.linear_spec_generate([PROMPT])
 
 
 class Poisoned(SessionView):
-    """The real session; the last row of one graph's numbers is infinite from one forward on. On a GPU logits stay there."""
+    """The real session; the last row of one graph's numbers is infinite from one forward on. On a
+    GPU logits stay there.
+    """
 
-    def __init__(self, session: Any, role: str, output: int, first: int = 1, is_gpu: bool = False) -> None:
+    def __init__(
+        self, session: Any, role: str, output: int, first: int = 1, is_gpu: bool = False
+    ) -> None:
         super().__init__(session)
         self._role, self._output, self._left, self._is_gpu = role, output, first, is_gpu
         self.num_copied = 0
@@ -80,7 +90,9 @@ class Poisoned(SessionView):
         self._left -= role == self._role
         if role == self._role and self._left <= 0:
             outputs[self._output].reshape(-1)[-1] = np.inf
-        return tuple(self._on_gpu(one) if self._is_gpu and one.shape[-1] > 5 else one for one in outputs)
+        return tuple(
+            self._on_gpu(one) if self._is_gpu and one.shape[-1] > 5 else one for one in outputs
+        )
 
     def _on_gpu(self, values: np.ndarray) -> Any:
         def fetch() -> np.ndarray:
@@ -92,14 +104,24 @@ class Poisoned(SessionView):
 
 @pytest.mark.parametrize(
     ("mode", "role", "output", "position"),
-    [("ar", "ar", 1, 3), ("diffusion", "draft", 1, 4 + 7), ("linear_spec", "verify", 2, 4 + 7), ("quadratic_spec", "quadratic", 2, 4 + 7),
-     ("quadratic_spec", "quadratic", 4, 4 + 7)],
-)  # fmt: skip
-def test_each_graph_is_looked_at(quadratic: Callable[[str], Built], mode: Any, role: str, output: int, position: int) -> None:
+    [
+        ("ar", "ar", 1, 3),
+        ("diffusion", "draft", 1, 4 + 7),
+        ("linear_spec", "verify", 2, 4 + 7),
+        ("quadratic_spec", "quadratic", 2, 4 + 7),
+        ("quadratic_spec", "quadratic", 4, 4 + 7),
+    ],
+)
+def test_each_graph_is_looked_at(
+    quadratic: Callable[[str], Built], mode: Any, role: str, output: int, position: int
+) -> None:
     whole = quadratic("three_kv_heads").model
     model = TriModeModel(whole.bundle, Poisoned(whole.session, role, output))
     stream = model.stream([PROMPT], mode, block_length=8, **FREE)
-    with pytest.raises(NotFiniteError, match=rf"graph {role}: expected finite \w+, found inf at position {position}"):
+    with pytest.raises(
+        NotFiniteError,
+        match=rf"graph {role}: expected finite \w+, found inf at position {position}",
+    ):
         stream.finish()
     for read in (lambda: next(stream), stream.finish, lambda: stream.result, lambda: list(stream)):
         with pytest.raises(UsageError, match=f"an error has ended: graph {role}"):
@@ -107,14 +129,20 @@ def test_each_graph_is_looked_at(quadratic: Callable[[str], Built], mode: Any, r
     assert stream.so_far.finish_reason is None
 
 
-def test_logits_on_a_gpu_are_looked_at_once_a_text_and_when_they_are_read(built: Callable[[str], Built]) -> None:
+def test_logits_on_a_gpu_are_looked_at_once_a_text_and_when_they_are_read(
+    built: Callable[[str], Built],
+) -> None:
     whole = built("three_kv_heads").model
     session = Poisoned(whole.session, "ar", 1, first=3, is_gpu=True)
     model = TriModeModel(whole.bundle, session)
     assert len(model.stream([PROMPT], "ar", **FREE).finish().token_ids) == 20
     assert session.num_copied == 1
-    with pytest.raises(NotFiniteError, match="graph ar: expected finite logits, found inf at position 5"):
-        TriModeModel(whole.bundle, Poisoned(whole.session, "ar", 1, 3, True)).stream([PROMPT], "ar", logprobs=1, **FREE).finish()
+    with pytest.raises(
+        NotFiniteError, match="graph ar: expected finite logits, found inf at position 5"
+    ):
+        TriModeModel(whole.bundle, Poisoned(whole.session, "ar", 1, 3, True)).stream(
+            [PROMPT], "ar", logprobs=1, **FREE
+        ).finish()
     for first in (1, 2):
         again = TriModeModel(whole.bundle, Poisoned(whole.session, "verify", 2, first, True))
         with pytest.raises(NotFiniteError, match="graph verify"):
@@ -126,13 +154,31 @@ def test_reports_hold_finite_numbers_or_none(built: Callable[[str], Built], mode
     """With tokens forbidden, penalised beyond all measure, and cut off."""
     model = built("three_kv_heads").model
     extremes: tuple[dict[str, Any], ...] = (
-        {"temperature": 1e-300}, {"temperature": 1.0, "repetition_penalty": 1e308}, {"temperature": 1.0, "repetition_penalty": 1e-308},
-        {"repetition_penalty": 1e-308}, {"temperature": 1e308, "top_k": 2}, {"temperature": 1.0, "top_p": 1e-300, "min_p": 1.0},
-    )  # fmt: skip
+        {"temperature": 1e-300},
+        {"temperature": 1.0, "repetition_penalty": 1e308},
+        {"temperature": 1.0, "repetition_penalty": 1e-308},
+        {"repetition_penalty": 1e-308},
+        {"temperature": 1e308, "top_k": 2},
+        {"temperature": 1.0, "top_p": 1e-300, "min_p": 1.0},
+    )
     for extreme in extremes:
-        result = model.stream([PROMPT], mode, logprobs=5, min_new_tokens=4, max_new_tokens=12, seed=1, eos_token_ids=(1, 2), **extreme).finish()
+        result = model.stream(
+            [PROMPT],
+            mode,
+            logprobs=5,
+            min_new_tokens=4,
+            max_new_tokens=12,
+            seed=1,
+            eos_token_ids=(1, 2),
+            **extreme,
+        ).finish()
         assert result.logprobs is not None
-        values = [value for one in result.logprobs for value in (one.logprob, *(v for _, v in one.top)) if value is not None]
+        values = [
+            value
+            for one in result.logprobs
+            for value in (one.logprob, *(v for _, v in one.top))
+            if value is not None
+        ]
         assert np.isfinite(values).all(), extreme
         assert all(0 <= token < 109 for token in result.token_ids)
         json.dumps({"logprobs": result.logprobs, "elapsed_s": result.elapsed_s}, allow_nan=False)
@@ -141,19 +187,45 @@ def test_reports_hold_finite_numbers_or_none(built: Callable[[str], Built], mode
 def test_a_sampler_that_returns_nan(tmp_path: Path) -> None:
     """sqrt(p - 0.5) of the best candidate: no number where that is improbable."""
     h, t = onnx.helper, onnx.TensorProto
-    inputs = [h.make_tensor_value_info(name, kind, shape) for name, kind, shape in (
-        ("input_ids", t.INT64, ("b", "r")), ("masked", t.BOOL, ("b", "r")), ("top_ids", t.INT64, ("b", "r", 5)),
-        ("top_probabilities", t.FLOAT, ("b", "r", 5)))]  # fmt: skip
-    nodes = [h.make_node("Gather", ["top_probabilities", "zero"], ["best"], axis=2), h.make_node("Sub", ["best", "half"], ["rest"]),
-             h.make_node("Sqrt", ["rest"], ["scores"])]  # fmt: skip
-    constants = [onnx.numpy_helper.from_array(np.array(0), "zero"), onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half")]
-    graph = h.make_graph(nodes, "sampler", inputs, [h.make_tensor_value_info("scores", t.FLOAT, ("b", "r"))], constants)
-    onnx.save(h.make_model(graph, ir_version=10, opset_imports=[h.make_opsetid("", 20)]), tmp_path / "sampler.onnx")
+    inputs = [
+        h.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("input_ids", t.INT64, ("b", "r")),
+            ("masked", t.BOOL, ("b", "r")),
+            ("top_ids", t.INT64, ("b", "r", 5)),
+            ("top_probabilities", t.FLOAT, ("b", "r", 5)),
+        )
+    ]
+    nodes = [
+        h.make_node("Gather", ["top_probabilities", "zero"], ["best"], axis=2),
+        h.make_node("Sub", ["best", "half"], ["rest"]),
+        h.make_node("Sqrt", ["rest"], ["scores"]),
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(np.array(0), "zero"),
+        onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half"),
+    ]
+    graph = h.make_graph(
+        nodes,
+        "sampler",
+        inputs,
+        [h.make_tensor_value_info("scores", t.FLOAT, ("b", "r"))],
+        constants,
+    )
+    onnx.save(
+        h.make_model(graph, ir_version=10, opset_imports=[h.make_opsetid("", 20)]),
+        tmp_path / "sampler.onnx",
+    )
     scorer = LearnedScorer(tmp_path / "sampler.onnx", 1)
     ids, probabilities = np.zeros((3, 5), np.int64), np.full((3, 5), 0.75, np.float32)
     masked = np.array([False, True, True])
     probabilities[0] = 0  # of a slot that is decided: means nothing
-    assert scorer.score(np.zeros(3, np.int64), masked, ids, probabilities)[1:].tolist() == [0.5, 0.5]
+    assert scorer.score(np.zeros(3, np.int64), masked, ids, probabilities)[1:].tolist() == [
+        0.5,
+        0.5,
+    ]
     probabilities[2] = 0.25
-    with pytest.raises(NotFiniteError, match="graph sampler: expected finite scores, found NaN at slot 2"):
+    with pytest.raises(
+        NotFiniteError, match="graph sampler: expected finite scores, found NaN at slot 2"
+    ):
         scorer.score(np.zeros(3, np.int64), masked, ids, probabilities)

@@ -100,7 +100,9 @@ def test_the_runtime_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"some bytes"])
-def test_digests_without_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def test_digests_without_mappings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, "No such device")
 

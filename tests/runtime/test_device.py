@@ -31,16 +31,27 @@ def test_a_gpu(cuda: HostCuda) -> None:
 
 
 def test_a_driver_without_a_gpu(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cudaError_t.cudaSuccess, 0), raising=False)
+    monkeypatch.setattr(
+        cuda, "cudaGetDeviceCount", lambda: (cudaError_t.cudaSuccess, 0), raising=False
+    )
     assert find_gpu() == NoGpu("the NVIDIA driver shows no device")
-    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cudaError_t.cudaErrorMemoryAllocation, None), raising=False)
+    monkeypatch.setattr(
+        cuda,
+        "cudaGetDeviceCount",
+        lambda: (cudaError_t.cudaErrorMemoryAllocation, None),
+        raising=False,
+    )
     assert find_gpu() == NoGpu("cudaErrorMemoryAllocation (cudaErrorMemoryAllocation)")
 
 
 @pytest.mark.parametrize("missing", ["runtime", "driver"])
-def test_without_the_bindings(cuda: HostCuda, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_bindings(
+    cuda: HostCuda, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, f"cuda.bindings.{missing}", None)
-    assert find_gpu() == NoGpu('cuda-bindings is not installed (pip install "trimode[rtx]")', is_certain=False)
+    assert find_gpu() == NoGpu(
+        'cuda-bindings is not installed (pip install "trimode[rtx]")', is_certain=False
+    )
 
 
 def test_calls_without_the_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +65,10 @@ def test_check(cuda: HostCuda) -> None:
     assert check("a call", (ok,)) is None
     assert check("a call", (ok, 3)) == 3
     assert check("a call", (ok, 3, 4)) == (3, 4)
-    with pytest.raises(DeviceError, match=r"expected cudaMalloc of 5 bytes to succeed, found: .*cudaErrorMemoryAllocation") as raised:
+    with pytest.raises(
+        DeviceError,
+        match=r"expected cudaMalloc of 5 bytes to succeed, found: .*cudaErrorMemoryAllocation",
+    ) as raised:
         check("cudaMalloc of 5 bytes", (cudaError_t.cudaErrorMemoryAllocation, None))
     assert "nvidia-smi" in raised.value.hint
     with pytest.raises(DeviceError, match="a call"):
@@ -62,7 +76,9 @@ def test_check(cuda: HostCuda) -> None:
 
 
 def test_the_installed_bindings_on_this_machine() -> None:
-    """Whatever is here, it is either found or explained, and a failing call is reported in CUDA's words."""
+    """Whatever is here, it is either found or explained, and a failing call is reported in CUDA's
+    words.
+    """
     runtime = pytest.importorskip("cuda.bindings.runtime")
     found = find_gpu()
     if isinstance(found, Gpu):
@@ -75,7 +91,9 @@ def test_the_installed_bindings_on_this_machine() -> None:
         check("cudaMalloc", runtime.cudaMalloc(16))
 
 
-def test_the_driver_is_told_from_its_library(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_is_told_from_its_library(
+    cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(_flags: int) -> None:
         raise RuntimeError("libcuda.so.1 not found")
 

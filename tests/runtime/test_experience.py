@@ -1,4 +1,6 @@
-"""What texts with a like prompt have shown: kinds of prompts, lengths, and how much a text's own past counts."""
+"""What texts with a like prompt have shown: kinds of prompts, lengths, and how much a text's own
+past counts.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,41 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from trimode.runtime.auto.prior import GREATEST_WEIGHT, KIND_TRIALS, LEAST_PROMPTS, LEAST_WEIGHT, Experience, Past, ends_of, tell_apart
+from trimode.runtime.auto.prior import (
+    GREATEST_WEIGHT,
+    KIND_TRIALS,
+    LEAST_PROMPTS,
+    LEAST_WEIGHT,
+    Experience,
+    Past,
+    ends_of,
+    tell_apart,
+)
 
 
-def text(prompt: list[int], tried: list[int], accepted: list[int], length: int | None = None) -> Past:
+def text(
+    prompt: list[int], tried: list[int], accepted: list[int], length: int | None = None
+) -> Past:
     return Past(prompt, np.array(tried), np.array(accepted), length)
 
 
 def test_kinds_are_the_beginnings_that_enough_prompts_share() -> None:
-    """Against every beginning of every prompt: the longest one that a set of prompts shares stands for the set."""
+    """Against every beginning of every prompt: the longest one that a set of prompts shares stands
+    for the set.
+    """
     rng = np.random.default_rng(0)
     texts = []
     for number in range(300):
         prompt = [7, *rng.integers(0, 2, 3), *rng.integers(0, 5, rng.integers(0, 4))]
         tried = rng.integers(0, 5, 3)
-        texts.append(Past([int(i) for i in prompt], tried, rng.integers(0, tried + 1), number if number % 3 else None))
+        texts.append(
+            Past(
+                [int(i) for i in prompt],
+                tried,
+                rng.integers(0, tried + 1),
+                number if number % 3 else None,
+            )
+        )
     members: dict[tuple[int, ...], tuple[int, ...]] = {}
     for one in texts:
         for count in range(len(one.prompt) + 1):
@@ -49,11 +71,17 @@ def test_a_kind_takes_a_hundredth_of_the_prompts() -> None:
 
 
 def test_each_kind_corrects_the_one_that_contains_it() -> None:
-    texts = [text([5, 6], [9, 4], [9, 0]) for _ in range(10)] + [text([5, 8], [3, 0], [0, 0]) for _ in range(10)]
+    texts = [text([5, 6], [9, 4], [9, 0]) for _ in range(10)] + [
+        text([5, 8], [3, 0], [0, 0]) for _ in range(10)
+    ]
     experience = Experience(0.9, tell_apart(texts))
     whole = (90 + 0 + KIND_TRIALS * 0.9) / (90 + 30 + KIND_TRIALS)
     for prompt, first, second in (
-        ([5, 6, 7], (90 + KIND_TRIALS * whole) / (90 + KIND_TRIALS), KIND_TRIALS * (KIND_TRIALS * 0.9 / (40 + KIND_TRIALS)) / (40 + KIND_TRIALS)),
+        (
+            [5, 6, 7],
+            (90 + KIND_TRIALS * whole) / (90 + KIND_TRIALS),
+            KIND_TRIALS * (KIND_TRIALS * 0.9 / (40 + KIND_TRIALS)) / (40 + KIND_TRIALS),
+        ),
         ([5, 8], KIND_TRIALS * whole / (30 + KIND_TRIALS), KIND_TRIALS * 0.9 / (40 + KIND_TRIALS)),
         ([5, 9], whole, KIND_TRIALS * 0.9 / (40 + KIND_TRIALS)),
         ([4], 0.9, 0.9),
@@ -73,7 +101,9 @@ def test_a_prompt_that_differs_in_the_middle_is_of_no_such_kind() -> None:
 
 @pytest.mark.parametrize("shape", [0.7, 2.0])
 def test_a_kind_weighs_the_less_the_more_its_texts_differ(shape: float) -> None:
-    """Rejections of a Poisson process whose rate is drawn anew for each text: the estimate finds the shape that it was drawn with."""
+    """Rejections of a Poisson process whose rate is drawn anew for each text: the estimate finds
+    the shape that it was drawn with.
+    """
     rng, texts = np.random.default_rng(3), []
     for _ in range(4000):
         rejections = rng.poisson(6 * rng.gamma(shape) / shape, 4)
@@ -122,7 +152,13 @@ def test_nothing_known_of_lengths() -> None:
 
 def test_many_kinds_are_found_fast_enough_to_ask_before_each_text() -> None:
     """Each length of beginnings is looked up once, whatever the number of kinds."""
-    prompts = [[*a, *b] for a, b in itertools.product(itertools.product(range(5), repeat=2), itertools.product(range(8), repeat=1)) for _ in range(9)]
+    prompts = [
+        [*a, *b]
+        for a, b in itertools.product(
+            itertools.product(range(5), repeat=2), itertools.product(range(8), repeat=1)
+        )
+        for _ in range(9)
+    ]
     experience = Experience(kinds=tell_apart([text(list(p), [1], [1]) for p in prompts[:700]]))
     assert len(experience._by_length) <= 4
     assert len(experience.kinds) > 50

@@ -10,7 +10,9 @@ from trimode.runtime.sessions.ort.onnx_file import change_external_data, operato
 
 
 def external(name: str, **entries: str) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[70_000, 3], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT, dims=[70_000, 3], data_location=TensorProto.EXTERNAL
+    )
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
@@ -24,8 +26,14 @@ def model() -> onnx.ModelProto:
         helper.make_node("MatMulNBits", ["y", "a", "b"], ["z"], domain="com.microsoft", K=1 << 40),
         helper.make_node("Add", ["z", "z"], ["out"], doc_string="ü" * 200),
     ]
-    tensors = [inside, external("a", location="a.bin", offset="0", length="840000"), external("b", location="b.bin", prepacked_0="k|1;2;0|3;4;0")]
-    graph = helper.make_graph(nodes, "it", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])], [], tensors)
+    tensors = [
+        inside,
+        external("a", location="a.bin", offset="0", length="840000"),
+        external("b", location="b.bin", prepacked_0="k|1;2;0|3;4;0"),
+    ]
+    graph = helper.make_graph(
+        nodes, "it", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])], [], tensors
+    )
     return helper.make_model(graph, ir_version=10, producer_name="p" * 300)
 
 
@@ -42,7 +50,10 @@ def test_external_data_changes_and_nothing_else(model: onnx.ModelProto) -> None:
         return {**entries, "location": "é" * 90, "more": ""}
 
     changed = onnx.load_from_string(change_external_data(model.SerializeToString(), change))
-    assert seen == [{"location": "a.bin", "offset": "0", "length": "840000"}, {"location": "b.bin", "prepacked_0": "k|1;2;0|3;4;0"}]
+    assert seen == [
+        {"location": "a.bin", "offset": "0", "length": "840000"},
+        {"location": "b.bin", "prepacked_0": "k|1;2;0|3;4;0"},
+    ]
     for tensor in model.graph.initializer[1:]:
         tensor.external_data[0].value = "é" * 90
         tensor.external_data.add(key="more", value="")

@@ -1,4 +1,6 @@
-"""One file of arranged int4 weights under all graphs: right, made once, made again when damaged, and done without where there is no place."""
+"""One file of arranged int4 weights under all graphs: right, made once, made again when damaged,
+and done without where there is no place.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,24 @@ Outputs = list[np.ndarray]
 
 @pytest.fixture(scope="module", params=["cpu", "cpu sm86"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Two layers; where a GPU is among the targets, all that is not int4 is bfloat16 in the pack."""
+    """Two layers; where a GPU is among the targets, all that is not int4 is bfloat16 in the
+    pack.
+    """
     folder = tmp_path_factory.mktemp("int4")
-    changes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    changes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     checkpoint = write_checkpoint(folder / "checkpoint", config_of(**changes), rank=2)
-    options = BuildOptions(tuple(request.param.split()), precision="int4", calibration="rtn", block_lengths=(8,), quadratic=True)
+    options = BuildOptions(
+        tuple(request.param.split()),
+        precision="int4",
+        calibration="rtn",
+        block_lengths=(8,),
+        quadratic=True,
+    )
     build_bundle(checkpoint, folder / "bundle", options)
     return open_bundle(folder / "bundle")
 
@@ -46,7 +61,12 @@ def no_private(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(session: OrtSession) -> Outputs:
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
-    return [np.array(x) for role in session.contracts for rows in (1, 4, 9) for x in session.run(role, cache, IDS[:, :rows] + 1, 5, 1.0)]
+    return [
+        np.array(x)
+        for role in session.contracts
+        for rows in (1, 4, 9)
+        for x in session.run(role, cache, IDS[:, :rows] + 1, 5, 1.0)
+    ]
 
 
 def assert_same(found: Outputs, expected: Outputs) -> None:
@@ -74,14 +94,24 @@ def spoil(entry: Path, how: str) -> None:
 
 
 def test_bit_for_bit_the_same_and_held_once(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     alone = run(OrtSession(bundle, None, 1, runtime_cache=tmp_path))
     assert list(tmp_path.iterdir()) == []  # a small pack is not worth it
     monkeypatch.setattr(ort_session, "PRIVATE_WEIGHTS_BYTES", 0)
     assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), alone)
     entry = entry_in(tmp_path)
-    assert sorted(path.name for path in entry.iterdir()) == ["ar.onnx", "contents.json", "draft.onnx", "quadratic.onnx", "verify.onnx", "weights.bin"]
+    assert sorted(path.name for path in entry.iterdir()) == [
+        "ar.onnx",
+        "contents.json",
+        "draft.onnx",
+        "quadratic.onnx",
+        "verify.onnx",
+        "weights.bin",
+    ]
     made = (entry / "weights.bin").stat()
     assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), alone)
     assert (entry / "weights.bin").stat().st_ino == made.st_ino
@@ -109,7 +139,9 @@ def test_damage_is_repaired(bundle: Bundle, tmp_path: Path, no_private: None, ho
     assert (entry / "draft.onnx").is_file()
 
 
-def test_digests_are_the_price_of_verifying(bundle: Bundle, tmp_path: Path, no_private: None) -> None:
+def test_digests_are_the_price_of_verifying(
+    bundle: Bundle, tmp_path: Path, no_private: None
+) -> None:
     """A bundle that is opened by sizes alone opens its entry so."""
     run(OrtSession(bundle, None, 1, runtime_cache=tmp_path))
     entry, quick = entry_in(tmp_path), open_bundle(bundle.path, verify=False)
@@ -123,7 +155,9 @@ def test_digests_are_the_price_of_verifying(bundle: Bundle, tmp_path: Path, no_p
     assert (entry / "weights.bin").read_bytes() != spoiled
 
 
-def test_two_at_once_make_it_once(bundle: Bundle, tmp_path: Path, no_private: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_make_it_once(
+    bundle: Bundle, tmp_path: Path, no_private: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Locks of two open files exclude each other, in two processes as in two threads."""
     made = []
     optimize = ort_prepacked._optimize
@@ -135,24 +169,35 @@ def test_two_at_once_make_it_once(bundle: Bundle, tmp_path: Path, no_private: No
     monkeypatch.setattr(ort_prepacked, "_optimize", counted)
     (tmp_path / "prepacked").mkdir()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), range(2)))
+        found = list(
+            pool.map(lambda _: run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), range(2))
+        )
     assert_same(*found)
     assert sorted(made) == ["ar.onnx", "draft.onnx", "quadratic.onnx", "verify.onnx"]
 
 
-def test_nothing_is_left_of_a_failure(bundle: Bundle, tmp_path: Path, no_private: None, caplog: pytest.LogCaptureFixture) -> None:
-    """A run that was killed, one that finds no place, and one whose optimized graph is not to be had."""
+def test_nothing_is_left_of_a_failure(
+    bundle: Bundle, tmp_path: Path, no_private: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was killed, one that finds no place, and one whose optimized graph is not to be
+    had.
+    """
     expected = run(OrtSession(bundle, None, 1, runtime_cache=tmp_path))
     entry = entry_in(tmp_path)
     entry.rename(tmp_path / "prepacked" / f"{entry.name}.partial-killed")
     assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), expected)
-    assert sorted(path.name for path in (tmp_path / "prepacked").iterdir()) == [entry.name, f"{entry.name}.lock"]
+    assert sorted(path.name for path in (tmp_path / "prepacked").iterdir()) == [
+        entry.name,
+        f"{entry.name}.lock",
+    ]
     assert not caplog.records
     (tmp_path / "file").write_text("in the way")
     assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path / "file")), expected)
     assert "cannot share their int4 weights" in caplog.text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ort_prepacked, "sha256_of", lambda _: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(
+            ort_prepacked, "sha256_of", lambda _: (_ for _ in ()).throw(OSError("no space"))
+        )
         assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path / "full")), expected)
     assert "no space" in caplog.text
     assert [path.suffix for path in (tmp_path / "full" / "prepacked").iterdir()] == [".lock"]
@@ -191,11 +236,15 @@ def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_batches(bundle: Bundle, no_private: None, tmp_path: Path) -> None:
-    """Rows of a batch equal their single runs over int4 weights, too, whose kernel for one token is another one."""
+    """Rows of a batch equal their single runs over int4 weights, too, whose kernel for one token is
+    another one.
+    """
     model = TriModeModel(bundle, OrtSession(bundle, None, 1, runtime_cache=tmp_path))
     prompts = [np.random.default_rng(n).integers(12, 99, n).tolist() for n in (1, 300, 7, 40, 2)]
     for mode in ("ar", "diffusion", "linear_spec", "quadratic_spec"):
         options: dict[str, Any] = {"max_new_tokens": 20, "block_length": 8, "eos_token_ids": ()}
         found = model.generate_batch(prompts, mode, max_rows=3, **options)  # type: ignore[arg-type]
         alone = [model.stream([prompt], mode, **options).finish() for prompt in prompts]  # type: ignore[arg-type]
-        assert [(one.token_ids, one.nfe, one.acceptance_length) for one in found] == [(a.token_ids, a.nfe, a.acceptance_length) for a in alone]
+        assert [(one.token_ids, one.nfe, one.acceptance_length) for one in found] == [
+            (a.token_ids, a.nfe, a.acceptance_length) for a in alone
+        ]

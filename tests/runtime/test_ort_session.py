@@ -1,4 +1,6 @@
-"""ONNX Runtime with the weights as inputs: on the CPU, and on a GPU that is acted out by copies in host memory."""
+"""ONNX Runtime with the weights as inputs: on the CPU, and on a GPU that is acted out by copies in
+host memory.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SHAPE = "three_kv_heads"
 def half(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A float16 pack with targets for the CPU (float32) and for a GPU (float16)."""
     folder = tmp_path_factory.mktemp("half") / "bundle"
-    build_bundle(built(SHAPE).checkpoint, folder, BuildOptions(targets=("cpu", "cuda"), precision="fp16"))
+    build_bundle(
+        built(SHAPE).checkpoint, folder, BuildOptions(targets=("cpu", "cuda"), precision="fp16")
+    )
     return open_bundle(folder)
 
 
@@ -38,14 +42,25 @@ def tokens(model: TriModeModel, length: int) -> list[Any]:
     prompt = [np.random.default_rng(length).integers(12, 100, length).tolist()]
     return [
         call(prompt, max_new_tokens=30, **options)[0].tolist()
-        for call, options in ((model.ar_generate, {}), (model.generate, {"block_length": 8}), (model.linear_spec_generate, {"block_length": 8}))
+        for call, options in (
+            (model.ar_generate, {}),
+            (model.generate, {"block_length": 8}),
+            (model.linear_spec_generate, {"block_length": 8}),
+        )
     ]
 
 
 def test_shared_weights_on_the_cpu(half: Bundle) -> None:
     record = half.chosen.targets["cpu"]
-    assert (record.placement, record.compute_dtype, half.manifest.dtype) == ("shared", "float32", "float16")
-    shared, portable = TriModeModel(half, OrtSession(half, record, 1)), TriModeModel(half, OrtSession(half, None, 1))
+    assert (record.placement, record.compute_dtype, half.manifest.dtype) == (
+        "shared",
+        "float32",
+        "float16",
+    )
+    shared, portable = (
+        TriModeModel(half, OrtSession(half, record, 1)),
+        TriModeModel(half, OrtSession(half, None, 1)),
+    )
     for length in (1, 40, 300):
         assert tokens(shared, length) == tokens(portable, length)
 
@@ -53,23 +68,29 @@ def test_shared_weights_on_the_cpu(half: Bundle) -> None:
 def test_every_graph_reads_the_same_memory(half: Bundle) -> None:
     session = OrtSession(half, half.chosen.targets["cpu"], 1)
     for name in session._read_by["ar"]:
-        assert {session._read_by[role][name].value.data_ptr() for role in ROLES if name in session._read_by[role]} == {
-            session._weights[name].value.data_ptr()
-        }
+        assert {
+            session._read_by[role][name].value.data_ptr()
+            for role in ROLES
+            if name in session._read_by[role]
+        } == {session._weights[name].value.data_ptr()}
     session.close()
     assert not session.sessions
 
 
 @dataclass(frozen=True)
 class Binding:
-    """An IO binding on which ``cuda`` is host memory, and binding an array copies it, as it does on a GPU."""
+    """An IO binding on which ``cuda`` is host memory, and binding an array copies it, as it does on
+    a GPU.
+    """
 
     real: Any
     on_gpu: dict[int, Any]
 
     def is_on_gpu(self, address: int) -> bool:
         """Rows of a batch begin inside of what was allocated."""
-        return any(begin <= address < begin + value.numpy().nbytes for begin, value in self.on_gpu.items())
+        return any(
+            begin <= address < begin + value.numpy().nbytes for begin, value in self.on_gpu.items()
+        )
 
     def bind_input(self, name: str, device: str, *rest: Any) -> None:
         assert (device == "cuda") == self.is_on_gpu(rest[-1])
@@ -101,7 +122,8 @@ def act_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         if device != "cuda":
             return value
         copies[value.data_ptr()] = value
-        return SimpleNamespace(data_ptr=value.data_ptr, numpy=lambda: value.numpy().copy())  # from a GPU it is a copy, here a view
+        # from a GPU it is a copy, here a view
+        return SimpleNamespace(data_ptr=value.data_ptr, numpy=lambda: value.numpy().copy())
 
     class Session:
         def __init__(self, *args: Any, **_: Any) -> None:
@@ -118,9 +140,12 @@ def act_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             return [ort_library.CUDA_PROVIDER, "CPUExecutionProvider"]
 
     acted = SimpleNamespace(
-        OrtValue=SimpleNamespace(ortvalue_from_numpy=from_numpy), InferenceSession=Session, SessionOptions=ort.SessionOptions,
-        get_available_providers=lambda: [ort_library.CUDA_PROVIDER], __version__=ort.__version__,
-    )  # fmt: skip
+        OrtValue=SimpleNamespace(ortvalue_from_numpy=from_numpy),
+        InferenceSession=Session,
+        SessionOptions=ort.SessionOptions,
+        get_available_providers=lambda: [ort_library.CUDA_PROVIDER],
+        __version__=ort.__version__,
+    )
 
     def act() -> None:
         monkeypatch.setattr(ort_memory, "ort", acted)
@@ -130,7 +155,9 @@ def act_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
-    """The float16 graphs over acted-out GPU memory give what they give over plain memory; the cache grows on the way."""
+    """The float16 graphs over acted-out GPU memory give what they give over plain memory; the cache
+    grows on the way.
+    """
     record = half.chosen.targets["cuda"]
     plain = TriModeModel(half, OrtSession(half, record.model_copy(update={"device": "cpu"}), 1))
     act_gpu()
@@ -138,16 +165,21 @@ def test_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
     for length in (1, 40, 250):
         assert tokens(on_gpu, length) == tokens(plain, length)
     caches = [model.session.new_cache() for model in (on_gpu, plain)]
-    outputs = [model.session.run("verify", cache, np.arange(8)[None] + 20, 0) for model, cache in zip((on_gpu, plain), caches, strict=True)]
+    outputs = [
+        model.session.run("verify", cache, np.arange(8)[None] + 20, 0)
+        for model, cache in zip((on_gpu, plain), caches, strict=True)
+    ]
     assert type(outputs[0][2]) is not np.ndarray
     assert outputs[0][2].shape == outputs[1][2].shape
     np.testing.assert_array_equal(np.asarray(outputs[0][2]), outputs[1][2])
 
 
 def test_batches_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
-    """Forwards over some rows, rows that move, a cache that grows, and logits that are read after other rows' forwards.
+    """Forwards over some rows, rows that move, a cache that grows, and logits that are read after
+    other rows' forwards.
 
-    The same over plain memory runs forwards of the same shapes: float16 rounds otherwise in others, by more than a draw forgives.
+    The same over plain memory runs forwards of the same shapes: float16 rounds otherwise in others,
+    by more than a draw forgives.
     """
     record = half.chosen.targets["cuda"]
     plain = TriModeModel(half, OrtSession(half, record.model_copy(update={"device": "cpu"}), 1))
@@ -160,17 +192,33 @@ def test_batches_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
     assert results[0] == results[1]
     for mode in ("ar", "diffusion", "linear_spec"):
         assert batch_of(on_gpu, mode, 0.0) == [
-            plain.stream([prompt], mode, max_new_tokens=limit, block_length=8, eos_token_ids=()).finish().token_ids for prompt, limit in TEXTS[1:]
+            plain.stream([prompt], mode, max_new_tokens=limit, block_length=8, eos_token_ids=())
+            .finish()
+            .token_ids
+            for prompt, limit in TEXTS[1:]
         ]
 
 
-TEXTS = [(np.random.default_rng(n).integers(12, 100, n).tolist(), 20 + n % 10) for n in (3, 240, 40, 41)]
+TEXTS = [
+    (np.random.default_rng(n).integers(12, 100, n).tolist(), 20 + n % 10) for n in (3, 240, 40, 41)
+]
 
 
 def batch_of(model: TriModeModel, mode: Any, temperature: float) -> list[list[int]]:
     """Answers of all but the first, which leaves, so that the last takes its place."""
     batch = model.new_batch(4)
-    rows = [batch.join(p, mode, max_new_tokens=n, block_length=8, temperature=temperature, seed=3, eos_token_ids=()) for p, n in TEXTS]
+    rows = [
+        batch.join(
+            p,
+            mode,
+            max_new_tokens=n,
+            block_length=8,
+            temperature=temperature,
+            seed=3,
+            eos_token_ids=(),
+        )
+        for p, n in TEXTS
+    ]
     for _ in range(4):
         batch.step()
     batch.leave(rows.pop(0))
@@ -190,15 +238,25 @@ def test_a_pack_that_does_not_fit(half: Bundle, tmp_path: Any) -> None:
     pack = half.weights()
     name, entry = next(iter(pack.entries.items()))
     shape = list(entry.shape)
-    cases = (("missing", "float", [3]), (name, "float", [*shape, 1]), (name, "bfloat16", shape), (name, "int4", shape))
+    cases = (
+        ("missing", "float", [3]),
+        (name, "float", [*shape, 1]),
+        (name, "bfloat16", shape),
+        (name, "int4", shape),
+    )
     for other, kind, declared in cases:
         with pytest.raises(BundleError, match=f"{other}: expected tensor"):
-            place_weights(pack, [{other: SimpleNamespace(type=f"tensor({kind})", shape=declared)}], "cpu")
+            place_weights(
+                pack, [{other: SimpleNamespace(type=f"tensor({kind})", shape=declared)}], "cpu"
+            )
 
 
 def test_bfloat16_bits_are_kept() -> None:
     bits = np.array([[0x3F80, 0x7FC1, 0xFF80, 0x0001]], np.uint16)
-    assert place(bits.view(np.float16), "bfloat16", "cpu").numpy().view(np.uint16).tolist() == bits.tolist()
+    assert (
+        place(bits.view(np.float16), "bfloat16", "cpu").numpy().view(np.uint16).tolist()
+        == bits.tolist()
+    )
     assert zeros((2, 3), "bfloat16", "cpu").numpy().tolist() == [[0] * 3] * 2
 
 

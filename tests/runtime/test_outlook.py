@@ -41,16 +41,23 @@ def test_the_least_time_where_the_end_is_known(surplus: float) -> None:
             wanted = min(length, left)
             shares = outcomes(wanted)
             tokens = sum(share * (k + 1) for k, share in enumerate(shares))
-            found.append(cycle_ms(number, tokens, surplus) + sum(share * least(left - k - 1) for k, share in enumerate(shares)))
+            found.append(
+                cycle_ms(number, tokens, surplus)
+                + sum(share * least(left - k - 1) for k, share in enumerate(shares))
+            )
         return min(found)
 
     outlook = outlook_of(surplus)
     assert outlook._until_end == pytest.approx([least(n) for n in range(11)])
-    assert outlook.worth_until(4) == pytest.approx([least(4) - least(3), least(3) - least(2), least(2) - least(1), least(1), 0.0])
+    assert outlook.worth_until(4) == pytest.approx(
+        [least(4) - least(3), least(3) - least(2), least(2) - least(1), least(1), 0.0]
+    )
 
 
 def test_the_least_time_where_only_the_distribution_of_lengths_is_known() -> None:
-    """In a text that may end after any token, and of which only this is known, that it has not yet."""
+    """In a text that may end after any token, and of which only this is known, that it has not
+    yet.
+    """
     lengths = (4, 6, 7, 7, 9)
     ends, surplus = ends_of(lengths, 5), 0.3
     outlook = outlook_of(surplus, lengths)
@@ -75,13 +82,18 @@ def test_the_least_time_where_only_the_distribution_of_lengths_is_known() -> Non
                 useful += alive * float(np.prod(RATES[: k - 1]))
                 alive *= 1 - ends_at(written + k)
             shares = outcomes(length)
-            found.append(cycle_ms(number, useful, surplus) + sum(share * behind(k + 1) for k, share in enumerate(shares)))
+            found.append(
+                cycle_ms(number, useful, surplus)
+                + sum(share * behind(k + 1) for k, share in enumerate(shares))
+            )
         return min(found)
 
     for written in range(len(ends) + 3):
         assert outlook._rest_from(written) == pytest.approx(least(written))
     goes_on = outlook.goes_on(3)
-    assert goes_on == pytest.approx(np.cumprod([1.0, *(1 - ends_at(4 + k) for k in range(5))]).tolist())
+    assert goes_on == pytest.approx(
+        np.cumprod([1.0, *(1 - ends_at(4 + k) for k in range(5))]).tolist()
+    )
     rest = np.array([least(3 + k) for k in range(6)]) * np.array(goes_on)
     assert outlook.worth(3, 1000) == pytest.approx((-np.diff(rest)).tolist())
 
@@ -89,7 +101,10 @@ def test_the_least_time_where_only_the_distribution_of_lengths_is_known() -> Non
 def test_in_the_middle_of_a_text_of_unknown_length_all_tokens_are_worth_the_same() -> None:
     outlook = outlook_of(0.3)
     tokens = np.cumsum([1.0, *np.cumprod(RATES)])
-    cycles = [cycle_ms(number, float(tokens[length - 1]), 0.3) / float(tokens[length - 1]) for number, length in enumerate(LENGTHS)]
+    cycles = [
+        cycle_ms(number, float(tokens[length - 1]), 0.3) / float(tokens[length - 1])
+        for number, length in enumerate(LENGTHS)
+    ]
     assert outlook.ms_per_token == pytest.approx(min(1.0, *cycles))
     assert outlook.worth(7, 1000) == pytest.approx([min(1.0, *cycles)] * 5)
 

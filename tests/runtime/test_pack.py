@@ -19,15 +19,31 @@ from trimode.formats.safetensors import PackEntry, widen
 from trimode.runtime.bundle.weights import WeightPack
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SPECIALS = (0.0, -0.0, 1.0, -1.5, float("inf"), float("-inf"), float("nan"), 65504.0, 2.0**-24, 2.0**-126, 3.3e38, 1e-40)
+SPECIALS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.5,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    65504.0,
+    2.0**-24,
+    2.0**-126,
+    3.3e38,
+    1e-40,
+)
 
 
 @pytest.fixture
 def pack(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     shapes = ((), (1,), (3,), (0,), (5, 0, 2), (7, 3), (2, 3, 5), (1, 1, 129))
-    tensors = {f"{name}.{i}": torch.randn(shape, generator=generator).to(dtype)
-               for name, dtype in TYPES.items() for i, shape in enumerate(shapes)}  # fmt: skip
+    tensors = {
+        f"{name}.{i}": torch.randn(shape, generator=generator).to(dtype)
+        for name, dtype in TYPES.items()
+        for i, shape in enumerate(shapes)
+    }
     save_file(tensors, tmp_path / "odd.safetensors", {"format": "pt"})
     return tmp_path / "odd.safetensors"
 
@@ -37,7 +53,11 @@ def test_odd_shapes(pack: Path) -> None:
     assert set(opened.entries) == set(expected)
     for name, tensor in expected.items():
         entry = opened.entries[name]
-        assert (entry.dtype, entry.shape, entry.num_bytes) == (name.split(".")[0], tuple(tensor.shape), tensor.nbytes)
+        assert (entry.dtype, entry.shape, entry.num_bytes) == (
+            name.split(".")[0],
+            tuple(tensor.shape),
+            tensor.nbytes,
+        )
         assert opened.raw(name).tobytes() == tensor.flatten().view(torch.uint8).numpy().tobytes()
         wide = opened.widened(name)
         assert wide.dtype == np.float32
@@ -69,7 +89,9 @@ def test_every_bit_pattern(dtype: Any) -> None:
 @given(st.lists(st.floats(width=16), max_size=20))
 def test_halves(values: list[float]) -> None:
     narrow = np.array(values, np.float16)
-    np.testing.assert_array_equal(widen(narrow.view(np.uint8), "float16"), narrow.astype(np.float32))
+    np.testing.assert_array_equal(
+        widen(narrow.view(np.uint8), "float16"), narrow.astype(np.float32)
+    )
 
 
 def header(**entries: Any) -> bytes:
@@ -110,7 +132,10 @@ BROKEN = {
 def test_broken_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / "pack.safetensors"
     path.write_bytes(BROKEN[name])
-    with pytest.raises(BundleError, match=r"pack\.safetensors: expected a weight pack, found one that cannot be read") as raised:
+    with pytest.raises(
+        BundleError,
+        match=r"pack\.safetensors: expected a weight pack, found one that cannot be read",
+    ) as raised:
         WeightPack(path)
     assert raised.value.hint
 
@@ -123,7 +148,9 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_whole_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "pack.safetensors"
-    path.write_bytes(header(__metadata__={"format": "pt"}, a=entry()) + np.array([1, 2], "<f4").tobytes())
+    path.write_bytes(
+        header(__metadata__={"format": "pt"}, a=entry()) + np.array([1, 2], "<f4").tobytes()
+    )
     opened = WeightPack(path)
     assert opened.entries == {"a": PackEntry("float32", (2,), path.stat().st_size - 8)}
     assert opened.widened("a").tolist() == [1, 2]

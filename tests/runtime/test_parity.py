@@ -33,12 +33,16 @@ def test_ar_equals_ministral3(built: Callable[[str], Built], shape: str, length:
 @pytest.mark.parametrize("threshold", [0.3, 0.9])
 @pytest.mark.parametrize("block_length", [1, 2, 8, 32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_diffusion_equals_reference(built: Callable[[str], Built], shape: str, block_length: int, threshold: float) -> None:
+def test_diffusion_equals_reference(
+    built: Callable[[str], Built], shape: str, block_length: int, threshold: float
+) -> None:
     it = built(shape)
     for length in PROMPT_LENGTHS:
         prompt = prompt_of(length, it.model.model.vocab_size)
         expected, nfe = reference.diffusion(it.reference, prompt, 37, block_length, threshold)
-        out, got_nfe = it.model.generate([prompt], max_new_tokens=37, block_length=block_length, threshold=threshold)
+        out, got_nfe = it.model.generate(
+            [prompt], max_new_tokens=37, block_length=block_length, threshold=threshold
+        )
         assert out.tolist() == [prompt + expected]
         assert got_nfe == nfe
 
@@ -48,13 +52,24 @@ def test_diffusion_equals_reference(built: Callable[[str], Built], shape: str, b
 @pytest.mark.parametrize("block_length", [1, 2, 8, 32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_spec_equals_reference_and_ar(
-    built: Callable[[str], Built], shape: str, block_length: int, threshold: float, use_drafter: bool
+    built: Callable[[str], Built],
+    shape: str,
+    block_length: int,
+    threshold: float,
+    use_drafter: bool,
 ) -> None:
     it = built(shape)
     for length in PROMPT_LENGTHS[1:]:
         prompt = prompt_of(length, it.model.model.vocab_size)
-        expected, nfe = reference.linear_spec(it.reference, prompt, 20, block_length, threshold, use_drafter)
-        options = {"max_new_tokens": 20, "block_length": block_length, "threshold": threshold, "use_drafter": use_drafter}
+        expected, nfe = reference.linear_spec(
+            it.reference, prompt, 20, block_length, threshold, use_drafter
+        )
+        options = {
+            "max_new_tokens": 20,
+            "block_length": block_length,
+            "threshold": threshold,
+            "use_drafter": use_drafter,
+        }
         out, got_nfe = it.model.linear_spec_generate([prompt], **options)
         assert out.tolist() == [prompt + expected]
         assert got_nfe == nfe
@@ -62,7 +77,9 @@ def test_linear_spec_equals_reference_and_ar(
 
 
 def test_drafter_changes_drafts(built: Callable[[str], Built]) -> None:
-    """The branch is really there: the same block drafts differently with it, and as the reference says."""
+    """The branch is really there: the same block drafts differently with it, and as the reference
+    says.
+    """
     it = built("three_kv_heads")
     prompt = prompt_of(50, it.model.model.vocab_size)
     sequence = it.model.new_sequence([prompt])
@@ -72,7 +89,11 @@ def test_drafter_changes_drafts(built: Callable[[str], Built]) -> None:
     on = [a.copy() for a in sequence.run(sequence.draft(block, use_drafter=True))]
     off = [a.copy() for a in sequence.run(sequence.draft(block, use_drafter=False))]
     for got, drafter in ((on, True), (off, False)):
-        expected = it.reference.logits(prompt + block.tolist(), block=8, drafter=drafter)[-8:].softmax(-1).topk(5)
+        expected = (
+            it.reference.logits(prompt + block.tolist(), block=8, drafter=drafter)[-8:]
+            .softmax(-1)
+            .topk(5)
+        )
         np.testing.assert_array_equal(got[0], expected.indices.numpy())
         np.testing.assert_allclose(got[1], expected.values.numpy(), rtol=1e-4, atol=1e-6)
     assert np.abs(on[1] - off[1]).max() > 1e-3

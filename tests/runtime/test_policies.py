@@ -1,4 +1,6 @@
-"""Which slots a forward fills: each policy against its definition in plain lists, and the decoder under each of them."""
+"""Which slots a forward fills: each policy against its definition in plain lists, and the decoder
+under each of them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Oracle:
 
 @st.composite
 def denoised(draw: st.DrawFn) -> tuple[Denoised, list[float]]:
-    """A block of 1 to 9 slots; probabilities of few values, so that ties come up, and drawn tokens that are not the best candidate."""
+    """A block of 1 to 9 slots; probabilities of few values, so that ties come up, and drawn tokens
+    that are not the best candidate.
+    """
     length, rng = draw(st.integers(1, 9)), np.random.default_rng(draw(st.integers(0, 9999)))
     masked = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
     ids = np.stack([rng.permutation(np.arange(MASK - 4, MASK + 4))[:5] for _ in range(length)])
@@ -41,17 +45,30 @@ def denoised(draw: st.DrawFn) -> tuple[Denoised, list[float]]:
     column = rng.integers(0, 5, length) if draw(st.booleans()) else np.zeros(length, int)
     rows = np.arange(length)
     block = np.where(masked, MASK, 7)
-    one = Denoised(block, masked, ids, probabilities, ids[rows, column], probabilities[rows, column], MASK, draw(st.integers(0, 3)))
+    one = Denoised(
+        block,
+        masked,
+        ids,
+        probabilities,
+        ids[rows, column],
+        probabilities[rows, column],
+        MASK,
+        draw(st.integers(0, 3)),
+    )
     return one, (rng.integers(0, 5, length) / 4).tolist()
 
 
 def best_or_above(slots: list[int], values: list[float], threshold: float) -> set[int]:
     if not slots:
         return set()
-    return {max(slots, key=lambda i: (values[i], -i))} | {i for i in slots if values[i] >= threshold}
+    return {max(slots, key=lambda i: (values[i], -i))} | {
+        i for i in slots if values[i] >= threshold
+    }
 
 
-def expected(name: str, one: Denoised, threshold: float, steps: int, scores: list[float]) -> set[int]:
+def expected(
+    name: str, one: Denoised, threshold: float, steps: int, scores: list[float]
+) -> set[int]:
     """By the table of the module, a slot at a time."""
     masked = [i for i, is_masked in enumerate(one.masked.tolist()) if is_masked]
     open_ = [i for i in masked if one.tokens[i] != MASK]
@@ -65,18 +82,26 @@ def expected(name: str, one: Denoised, threshold: float, steps: int, scores: lis
     if name == "margin":
         margins = []
         for i, row in enumerate(one.probabilities.tolist()):
-            margins.append(confidence[i] - max(p for token, p in zip(one.ids[i], row, strict=True) if token != one.tokens[i]))
+            margins.append(
+                confidence[i]
+                - max(p for token, p in zip(one.ids[i], row, strict=True) if token != one.tokens[i])
+            )
         return best_or_above(open_, margins, threshold)
     if name == "leftmost":
         return {i for i in masked[:1] if i in open_}
-    judged = [scores[i] if one.tokens[i] == one.ids[i][0] else confidence[i] for i in range(len(confidence))]
+    judged = [
+        scores[i] if one.tokens[i] == one.ids[i][0] else confidence[i]
+        for i in range(len(confidence))
+    ]
     return best_or_above(open_, judged, threshold)
 
 
 @settings(max_examples=300, deadline=None)
 @given(case=denoised(), threshold=st.sampled_from([0.0, 0.25, 0.5, 1.0]), steps=st.integers(1, 9))
 @pytest.mark.parametrize("name", ["threshold", "schedule", "margin", "leftmost", "learned"])
-def test_a_policy_is_its_definition(name: Any, case: tuple[Denoised, list[float]], threshold: float, steps: int) -> None:
+def test_a_policy_is_its_definition(
+    name: Any, case: tuple[Denoised, list[float]], threshold: float, steps: int
+) -> None:
     one, scores = case
     chosen = fill_policy(name, threshold, steps, Oracle(scores))(one)
     assert chosen.dtype == bool
@@ -93,7 +118,9 @@ class ByConfidence:
         return np.asarray(probabilities[:, 0] ** 2, np.float32)
 
 
-def slow_text(it: Built, length: int, count: int, name: str, threshold: float, steps: int) -> tuple[list[int], int]:
+def slow_text(
+    it: Built, length: int, count: int, name: str, threshold: float, steps: int
+) -> tuple[list[int], int]:
     """Block diffusion over the independent model, slot by slot in Python; end tokens are 11."""
     out: list[int] = []
     nfe = 0
@@ -103,7 +130,11 @@ def slow_text(it: Built, length: int, count: int, name: str, threshold: float, s
             if MASK not in block:
                 break
             nfe += 1
-            best = it.reference.logits(PROMPT + out + block, block=length)[-length:].softmax(-1).topk(5)
+            best = (
+                it.reference.logits(PROMPT + out + block, block=length)[-length:]
+                .softmax(-1)
+                .topk(5)
+            )
             p, ids = best.values.double().numpy(), best.indices.numpy()
             masked = np.array([token == MASK for token in block])
             one = Denoised(np.array(block), masked, ids, p, ids[:, 0], p[:, 0], MASK, step)
@@ -120,9 +151,19 @@ def slow_text(it: Built, length: int, count: int, name: str, threshold: float, s
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 32])
-@pytest.mark.parametrize(("name", "threshold", "steps"), [("schedule", 0, 3), ("schedule", 0, None), ("margin", 0.2, None), ("leftmost", 0, None),
-                                                          ("learned", 0.1, None)])  # fmt: skip
-def test_the_decoder_follows_it(built: Callable[[str], Built], name: Any, threshold: float, steps: int | None, length: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "threshold", "steps"),
+    [
+        ("schedule", 0, 3),
+        ("schedule", 0, None),
+        ("margin", 0.2, None),
+        ("leftmost", 0, None),
+        ("learned", 0.1, None),
+    ],
+)
+def test_the_decoder_follows_it(
+    built: Callable[[str], Built], name: Any, threshold: float, steps: int | None, length: int
+) -> None:
     it = built("three_kv_heads")
     steps = None if steps is None else min(steps, length)
     options = DecodeOptions(21, length, threshold, sampler=name, steps=steps, scorer=ByConfidence())
@@ -131,48 +172,113 @@ def test_the_decoder_follows_it(built: Callable[[str], Built], name: Any, thresh
     assert (tokens, counters.nfe) == slow_text(it, length, 21, name, threshold, steps or length)
 
 
-def test_a_schedule_keeps_to_its_steps_and_a_step_a_slot_is_serial(built: Callable[[str], Built]) -> None:
+def test_a_schedule_keeps_to_its_steps_and_a_step_a_slot_is_serial(
+    built: Callable[[str], Built],
+) -> None:
     model = built("plain").model  # whose text below has neither end nor mask token
     for steps in (1, 2, 5):
-        result = model.stream([PROMPT], "diffusion", max_new_tokens=16, block_length=8, sampler="schedule", steps=steps, eos_token_ids=()).finish()
-        assert (len(result.token_ids), result.forwards.denoise, result.forwards.commit) == (16, 2 * steps, 2)
-    serial = model.stream([PROMPT], "diffusion", max_new_tokens=16, block_length=8, sampler="schedule", eos_token_ids=()).finish()
+        result = model.stream(
+            [PROMPT],
+            "diffusion",
+            max_new_tokens=16,
+            block_length=8,
+            sampler="schedule",
+            steps=steps,
+            eos_token_ids=(),
+        ).finish()
+        assert (len(result.token_ids), result.forwards.denoise, result.forwards.commit) == (
+            16,
+            2 * steps,
+            2,
+        )
+    serial = model.stream(
+        [PROMPT],
+        "diffusion",
+        max_new_tokens=16,
+        block_length=8,
+        sampler="schedule",
+        eos_token_ids=(),
+    ).finish()
     unreachable = DecodeOptions(16, 8, 2.0, eos_token_ids=())  # a probability is 1 at most
     sequence, counters = model.new_sequence([PROMPT]), Counters()
-    assert [t for kept in decode_diffusion(sequence, unreachable, counters) for t in kept] == serial.token_ids
+    assert [
+        t for kept in decode_diffusion(sequence, unreachable, counters) for t in kept
+    ] == serial.token_ids
     assert counters.nfe == serial.nfe == 16
 
 
 def test_generate_takes_a_sampler(built: Callable[[str], Built]) -> None:
     model = built("plain").model
-    chosen = model.stream([PROMPT], "diffusion", max_new_tokens=20, block_length=8, sampler="leftmost").finish()
+    chosen = model.stream(
+        [PROMPT], "diffusion", max_new_tokens=20, block_length=8, sampler="leftmost"
+    ).finish()
     tokens, nfe = model.generate([PROMPT], max_new_tokens=20, block_length=8, sampler="leftmost")
     assert (tokens[0, 2:].tolist(), nfe) == (chosen.token_ids, chosen.nfe)
     usual = model.generate([PROMPT], max_new_tokens=20, block_length=8)
-    assert np.array_equal(usual[0], model.generate([PROMPT], max_new_tokens=20, block_length=8, threshold=0.9)[0])
+    assert np.array_equal(
+        usual[0], model.generate([PROMPT], max_new_tokens=20, block_length=8, threshold=0.9)[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["schedule", "margin", "leftmost"])
 def test_rules_and_draws_go_with_every_policy(built: Callable[[str], Built], name: Any) -> None:
-    options = {"max_new_tokens": 24, "block_length": 8, "sampler": name, "temperature": 1.0, "seed": 5, "min_new_tokens": 20, "logprobs": 2}
-    first, again = (built("plain").model.stream([PROMPT], "diffusion", **options).finish() for _ in range(2))
+    options = {
+        "max_new_tokens": 24,
+        "block_length": 8,
+        "sampler": name,
+        "temperature": 1.0,
+        "seed": 5,
+        "min_new_tokens": 20,
+        "logprobs": 2,
+    }
+    first, again = (
+        built("plain").model.stream([PROMPT], "diffusion", **options).finish() for _ in range(2)
+    )
     assert first.token_ids == again.token_ids
     assert 20 <= len(first.token_ids) <= 24
     assert MASK not in first.token_ids[:20]
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown": ("diffusion", {"sampler": "best"}, "a sampler among threshold, schedule, margin, leftmost, learned, found 'best'"),
+    "unknown": (
+        "diffusion",
+        {"sampler": "best"},
+        "a sampler among threshold, schedule, margin, leftmost, learned, found 'best'",
+    ),
     "no sampler in the bundle": ("diffusion", {"sampler": "learned"}, "trimode calibrate sampler"),
-    "other mode": ("linear_spec", {"sampler": "margin"}, "in mode diffusion, found mode linear-spec"),
+    "other mode": (
+        "linear_spec",
+        {"sampler": "margin"},
+        "in mode diffusion, found mode linear-spec",
+    ),
     "learned in another mode": ("ar", {"sampler": "learned"}, "in mode diffusion, found mode ar"),
     "steps alone": ("diffusion", {"steps": 3}, "steps together with the sampler schedule"),
-    "steps of another": ("diffusion", {"sampler": "margin", "steps": 3}, "steps together with the sampler schedule"),
+    "steps of another": (
+        "diffusion",
+        {"sampler": "margin", "steps": 3},
+        "steps together with the sampler schedule",
+    ),
     "no steps": ("diffusion", {"sampler": "schedule", "steps": 0}, "from 1 to 8 steps"),
-    "more steps than slots": ("diffusion", {"sampler": "schedule", "steps": 9}, "from 1 to 8 steps"),
-    "threshold for a schedule": ("diffusion", {"sampler": "schedule", "threshold": 0.5}, "no threshold with the sampler schedule"),
-    "threshold for leftmost": ("diffusion", {"sampler": "leftmost", "threshold": 0.5}, "no threshold with the sampler leftmost"),
-    "threshold of a margin": ("diffusion", {"sampler": "margin", "threshold": 1.5}, "a threshold from 0 to 1"),
+    "more steps than slots": (
+        "diffusion",
+        {"sampler": "schedule", "steps": 9},
+        "from 1 to 8 steps",
+    ),
+    "threshold for a schedule": (
+        "diffusion",
+        {"sampler": "schedule", "threshold": 0.5},
+        "no threshold with the sampler schedule",
+    ),
+    "threshold for leftmost": (
+        "diffusion",
+        {"sampler": "leftmost", "threshold": 0.5},
+        "no threshold with the sampler leftmost",
+    ),
+    "threshold of a margin": (
+        "diffusion",
+        {"sampler": "margin", "threshold": 1.5},
+        "a threshold from 0 to 1",
+    ),
 }
 
 

@@ -49,7 +49,9 @@ def info(**changes: Any) -> ModelInfo:
     return ModelInfo.model_construct(**{**values, "vocab_size": 100, "max_length": 10, **changes})
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\\u000b", "\\f", "\\u001c", "\\r"])
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\x85", "\\u000b", "\\f", "\\u001c", "\\r"]
+)
 def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_bytes(f'\ufeff{{"prompt": "a{separator}b"}}\r\n\r\n{{"token_ids": [1]}}'.encode())
@@ -59,20 +61,56 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
 
 
 BAD_LINES = [
-    "hello", "{", "[1]", "null", "3", '"text"', "{}", '{"prompt": ""}', '{"prompt": 5}', '{"prompt": ["a"]}', '{"text": "a"}',
-    '{"prompt": "a", "token_ids": [1]}', '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', '{"prompt": "a", "token_ids": "x"}',
-    '{"token_ids": ["a"]}', '{"token_ids": [1.0]}', '{"token_ids": [NaN]}', '{"token_ids": [Infinity]}', '{"token_ids": "1,2"}',
-    '{"token_ids": [[1]]}', '{"token_ids": [' + "9" * 5000 + "]}", "[" * 100000, '{"a":' * 100000, '{"prompt": "half \\ud83d"}',
-    '{"prompt": "half \\udc00"}', '{"prompt": "a", "answer": "\\ud83d"}', '{"prompt": "a", "answer": 5}', '{"prompt": "a", "answer": []}',
-    '{"prompt": "a", "answer": ["a", null]}', '{"messages": []}', '{"messages": {}}', '{"messages": ["a"]}', '{"messages": [{}]}',
-    '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "", "content": "a"}]}', '{"messages": [{"role": 1, "content": "a"}]}',
-    '{"messages": [{"role": "user", "content": 1}]}', '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
-    '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', '{"prompt": "a", "enable_thinking": 1}',
-    '{"prompt": "a", "enable_thinking": "yes"}', '{"prompt": "a", "tools": {}}', '{"prompt": "a", "chat_template_kwargs": []}',
-    '{"prompt": "a", "chat_template_kwargs": {"messages": []}}', '{"prompt": "a", "chat_template_kwargs": {"self": 1}}',
-    '{"prompt": "a", "chat_template_kwargs": {"enable_thinking": 1}}', '{"token_ids": [1], "enable_thinking": true}',
-    '{"prompt": "a", "enable_thinking": true, "chat_template_kwargs": {"enable_thinking": false}}', '{"prompt": "a"} {"prompt": "b"}',
-]  # fmt: skip
+    "hello",
+    "{",
+    "[1]",
+    "null",
+    "3",
+    '"text"',
+    "{}",
+    '{"prompt": ""}',
+    '{"prompt": 5}',
+    '{"prompt": ["a"]}',
+    '{"text": "a"}',
+    '{"prompt": "a", "token_ids": [1]}',
+    '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}',
+    '{"prompt": "a", "token_ids": "x"}',
+    '{"token_ids": ["a"]}',
+    '{"token_ids": [1.0]}',
+    '{"token_ids": [NaN]}',
+    '{"token_ids": [Infinity]}',
+    '{"token_ids": "1,2"}',
+    '{"token_ids": [[1]]}',
+    '{"token_ids": [' + "9" * 5000 + "]}",
+    "[" * 100000,
+    '{"a":' * 100000,
+    '{"prompt": "half \\ud83d"}',
+    '{"prompt": "half \\udc00"}',
+    '{"prompt": "a", "answer": "\\ud83d"}',
+    '{"prompt": "a", "answer": 5}',
+    '{"prompt": "a", "answer": []}',
+    '{"prompt": "a", "answer": ["a", null]}',
+    '{"messages": []}',
+    '{"messages": {}}',
+    '{"messages": ["a"]}',
+    '{"messages": [{}]}',
+    '{"messages": [{"role": "user"}]}',
+    '{"messages": [{"role": "", "content": "a"}]}',
+    '{"messages": [{"role": 1, "content": "a"}]}',
+    '{"messages": [{"role": "user", "content": 1}]}',
+    '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+    '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
+    '{"prompt": "a", "enable_thinking": 1}',
+    '{"prompt": "a", "enable_thinking": "yes"}',
+    '{"prompt": "a", "tools": {}}',
+    '{"prompt": "a", "chat_template_kwargs": []}',
+    '{"prompt": "a", "chat_template_kwargs": {"messages": []}}',
+    '{"prompt": "a", "chat_template_kwargs": {"self": 1}}',
+    '{"prompt": "a", "chat_template_kwargs": {"enable_thinking": 1}}',
+    '{"token_ids": [1], "enable_thinking": true}',
+    '{"prompt": "a", "enable_thinking": true, "chat_template_kwargs": {"enable_thinking": false}}',
+    '{"prompt": "a"} {"prompt": "b"}',
+]
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
@@ -94,10 +132,20 @@ def test_a_line_that_is_just_not_too_deep_for_the_parser(tmp_path: Path) -> None
 
 
 def test_good_lines_and_keys_of_data_sets() -> None:
-    prompt = parse_prompt_line('{"prompt": "a", "token_ids": null, "id": 7, "source": "\\ud83d", "answer": ["b", "c"]}')
+    prompt = parse_prompt_line(
+        '{"prompt": "a", "token_ids": null, "id": 7, "source": "\\ud83d", "answer": ["b", "c"]}'
+    )
     assert (prompt.text, prompt.token_ids, prompt.answers) == ("a", None, ("b", "c"))
     tools = [{"type": "function", "function": {"name": "f"}}]
-    prompt = parse_prompt_line(json.dumps({"messages": [USER], "tools": tools, "chat_template_kwargs": {"enable_thinking": True, "x": 1}}))
+    prompt = parse_prompt_line(
+        json.dumps(
+            {
+                "messages": [USER],
+                "tools": tools,
+                "chat_template_kwargs": {"enable_thinking": True, "x": 1},
+            }
+        )
+    )
     assert prompt.messages == [USER]
     assert prompt.template == {"tools": tools, "enable_thinking": True, "x": 1}
 
@@ -108,7 +156,10 @@ def test_every_bad_line_of_a_file_is_named(tmp_path: Path) -> None:
     found = read_prompt_lines(file)
     assert [one.line for one in found] == [1, 2, 4, *range(5, 35)]
     assert [isinstance(one, BadLine) for one in found] == [False, True, False, *[True] * 30]
-    with pytest.raises(UsageError, match=r"p\.jsonl, line 2: .*line 5: .*line 8: .*and 26 more bad lines: 9, 10, .*28, \.\.\."):
+    with pytest.raises(
+        UsageError,
+        match=r"p\.jsonl, line 2: .*line 5: .*line 8: .*and 26 more bad lines: 9, 10, .*28, \.\.\.",
+    ):
         read_prompts_file(file)
 
 
@@ -118,8 +169,14 @@ def test_what_the_model_refuses_is_named_by_its_line(tmp_path: Path, base: TextC
     file.write_text("\n\n".join(json.dumps({"token_ids": ids}) for ids in lines))
     with pytest.raises(UsageError) as raised:
         encode_prompts(file, read_prompts_file(file), lambda: base, info())
-    for text in ("line 3: prompt 2: expected token ids from 0 to 99, found 100", "line 5", "line 7", "found True", "found -1",
-                 "and 1 more bad lines: 13"):  # fmt: skip
+    for text in (
+        "line 3: prompt 2: expected token ids from 0 to 99, found 100",
+        "line 5",
+        "line 7",
+        "found True",
+        "found -1",
+        "and 1 more bad lines: 13",
+    ):
         assert text in raised.value.message
     for ids in lines[1:-1]:
         with pytest.raises(UsageError):
@@ -148,7 +205,9 @@ def test_texts_go_through_the_template_or_not(chat: TextCodec, base: TextCodec) 
     assert encode_prompt(prompt, lambda: base) == plain
     raw = apply_style(prompt, PromptStyle(is_raw=True))
     assert encode_prompt(raw, lambda: chat) == encode_prompt(raw, lambda: base) == plain
-    assert encode_prompt(Prompt(messages=[{"role": "user", "content": text}]), lambda: chat) == wrapped
+    assert (
+        encode_prompt(Prompt(messages=[{"role": "user", "content": text}]), lambda: chat) == wrapped
+    )
     assert encode_prompt(Prompt(token_ids=[1, 2]), no_codec) == [1, 2]
 
 
@@ -166,10 +225,14 @@ def test_a_base_model_takes_no_conversation(base: TextCodec) -> None:
         with pytest.raises(UsageError, match="expected a chat template") as raised:
             encode_prompt(prompt, lambda: base)
         assert "plain text" in raised.value.hint
-    assert encode_prompt(apply_style(Prompt(text="a"), PromptStyle(enable_thinking=False)), lambda: base) == base.encode("a")
+    assert encode_prompt(
+        apply_style(Prompt(text="a"), PromptStyle(enable_thinking=False)), lambda: base
+    ) == base.encode("a")
 
 
-def test_it_is_said_once_that_texts_are_plain(tmp_path: Path, base: TextCodec, chat: TextCodec, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_said_once_that_texts_are_plain(
+    tmp_path: Path, base: TextCodec, chat: TextCodec, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n' * 3)
     model = info(vocab_size=10**6, max_length=100)
@@ -178,14 +241,21 @@ def test_it_is_said_once_that_texts_are_plain(tmp_path: Path, base: TextCodec, c
     assert caplog.records == []
     with caplog.at_level(logging.WARNING, "trimode.runtime"):
         encode_prompts(file, read_prompts_file(file), lambda: base, model)
-    assert [record.getMessage() for record in caplog.records] == ["there is no chat template, as in a base model: texts are taken as they are"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "there is no chat template, as in a base model: texts are taken as they are"
+    ]
 
 
 def test_styles() -> None:
     system = PromptStyle(system="Be brief.", enable_thinking=True)
     message = {"role": "system", "content": "Be brief."}
     found = apply_style(Prompt(text="Add 1 and 2.", answers=("3",)), system)
-    assert (found.text, found.messages, found.answers, found.template) == (None, [message, USER], ("3",), {"enable_thinking": True})
+    assert (found.text, found.messages, found.answers, found.template) == (
+        None,
+        [message, USER],
+        ("3",),
+        {"enable_thinking": True},
+    )
     assert apply_style(Prompt(messages=[USER]), system).messages == [message, USER]
     own = parse_prompt_line('{"prompt": "a", "enable_thinking": false}')
     assert apply_style(own, system).template == {"enable_thinking": False}
@@ -209,7 +279,12 @@ def test_contradictions(prompt: Prompt, style: PromptStyle) -> None:
 
 @pytest.mark.parametrize(
     "style",
-    [PromptStyle(is_raw=True, system="a"), PromptStyle(is_raw=True, enable_thinking=False), PromptStyle(system=""), PromptStyle(system="\udcff")],
+    [
+        PromptStyle(is_raw=True, system="a"),
+        PromptStyle(is_raw=True, enable_thinking=False),
+        PromptStyle(system=""),
+        PromptStyle(system="\udcff"),
+    ],
 )
 def test_styles_that_cannot_be(style: PromptStyle) -> None:
     with pytest.raises(UsageError):

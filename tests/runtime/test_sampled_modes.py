@@ -1,6 +1,8 @@
-"""Sampled decoding has the distribution it should have, counted against exact probabilities of the independent model.
+"""Sampled decoding has the distribution it should have, counted against exact probabilities of the
+independent model.
 
-The algorithms run over that model itself, every forward of which is remembered: thousands of texts in seconds.
+The algorithms run over that model itself, every forward of which is remembered: thousands of texts
+in seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from conftest import Built
 from reference import Reference
-from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, exact_match, with_transformers
+from sampling_reference import (
+    FALSE_ALARM,
+    WRONG_RULES,
+    chi_squared_p_value,
+    exact_match,
+    with_transformers,
+)
 
 from trimode.calib.reference.torch_session import accepted_lengths
 from trimode.formats.contract import Mode, ModelInfo, Role
@@ -49,7 +57,14 @@ class RememberedSession:
     def new_cache(self) -> Cache:
         return Cache()
 
-    def run(self, role: Role, cache: Cache, input_ids: np.ndarray, past_length: int, drafter_scale: float = 0.0) -> tuple[np.ndarray, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: Cache,
+        input_ids: np.ndarray,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[np.ndarray, ...]:
         assert past_length <= len(cache)
         rows = input_ids[0].tolist()
         tokens = cache[:past_length] + rows
@@ -60,36 +75,66 @@ class RememberedSession:
             self.forwards[key] = self._forward(role, tokens, len(rows), drafter_scale)
         return self.forwards[key]
 
-    def _forward(self, role: Role, tokens: list[int], rows: int, scale: float) -> tuple[np.ndarray, ...]:
-        logits = self.model.logits(tokens, rows if role == "draft" else 0, drafter=scale != 0)[-rows:]
+    def _forward(
+        self, role: Role, tokens: list[int], rows: int, scale: float
+    ) -> tuple[np.ndarray, ...]:
+        logits = self.model.logits(tokens, rows if role == "draft" else 0, drafter=scale != 0)[
+            -rows:
+        ]
         if role == "ar":
             return logits[-1:].argmax(-1).numpy(), logits[-1:].numpy()
         if role == "verify":
             greedy = logits.argmax(-1)[None].numpy()
-            return greedy, accepted_lengths(greedy, np.array([tokens[-rows:]])), logits[None].numpy()
+            return (
+                greedy,
+                accepted_lengths(greedy, np.array([tokens[-rows:]])),
+                logits[None].numpy(),
+            )
         best = logits.softmax(-1).topk(5)
         return best.indices[None].numpy(), best.values[None].numpy()
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> RememberedSession:
-    config = config_of(vocab_size=VOCABULARY, mask_token_id=MASK, eos_token_id=2, num_hidden_layers=1)
-    return RememberedSession(Reference(write_checkpoint(tmp_path_factory.mktemp("small"), config, rank=4, seed=2)))
+    config = config_of(
+        vocab_size=VOCABULARY, mask_token_id=MASK, eos_token_id=2, num_hidden_layers=1
+    )
+    return RememberedSession(
+        Reference(write_checkpoint(tmp_path_factory.mktemp("small"), config, rank=4, seed=2))
+    )
 
 
 MODEL = ModelInfo(
-    vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, head_dim=16, mask_token_id=MASK,
-    bos_token_id=1, eos_token_ids=(2,), block_size=4, max_length=64, max_block_length=16, has_drafter=True,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=16,
+    mask_token_id=MASK,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    block_size=4,
+    max_length=64,
+    max_block_length=16,
+    has_drafter=True,
+)
 
 
 def texts(
-    session: RememberedSession, mode: Mode, count: int = TEXTS, most: int = 3, ends: tuple[int, ...] = (), **options: Any
+    session: RememberedSession,
+    mode: Mode,
+    count: int = TEXTS,
+    most: int = 3,
+    ends: tuple[int, ...] = (),
+    **options: Any,
 ) -> Iterator[tuple[list[int], Counters]]:
     """Sampled texts of three tokens, or up to one of ``ends``, one a seed."""
     for seed in range(count):
         sequence, counters = Sequence(cast("Session", session), MODEL, PROMPT), Counters()
-        chosen = make_options(max_new_tokens=most, block_length=3, eos_token_ids=ends, seed=seed, **options)
+        chosen = make_options(
+            max_new_tokens=most, block_length=3, eos_token_ids=ends, seed=seed, **options
+        )
         for _ in MODES[mode](sequence, chosen, counters):
             pass
         yield sequence.tokens[len(PROMPT) :], counters
@@ -105,7 +150,9 @@ def count_texts(session: RememberedSession, mode: Mode, **options: Any) -> tuple
 
 
 def exact_ar(model: Reference, sampling: SamplingOptions) -> np.ndarray:
-    """Probability of each text under autoregression ``(V, V, V)``, with transformers' processors."""
+    """Probability of each text under autoregression ``(V, V, V)``, with transformers'
+    processors.
+    """
     table = np.zeros((VOCABULARY,) * 3)
     conditional: dict[tuple[int, ...], np.ndarray] = {}
     for text in product(range(VOCABULARY), repeat=3):
@@ -114,7 +161,9 @@ def exact_ar(model: Reference, sampling: SamplingOptions) -> np.ndarray:
             prefix = text[:i]
             if prefix not in conditional:
                 seen = np.isin(np.arange(VOCABULARY), [*PROMPT, *prefix])
-                conditional[prefix] = with_transformers(model.logits([*PROMPT, *prefix])[-1].double().numpy(), sampling, seen)
+                conditional[prefix] = with_transformers(
+                    model.logits([*PROMPT, *prefix])[-1].double().numpy(), sampling, seen
+                )
             value *= conditional[prefix][token]
         table[text] = value
     return table
@@ -123,7 +172,14 @@ def exact_ar(model: Reference, sampling: SamplingOptions) -> np.ndarray:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"temperature": TEMPERATURE, "threshold": 0.0},
     "several draft forwards": {"temperature": TEMPERATURE, "threshold": 1.0},
-    "every processor": {"temperature": TEMPERATURE, "threshold": 0.0, "top_k": 7, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.5},
+    "every processor": {
+        "temperature": TEMPERATURE,
+        "threshold": 0.0,
+        "top_k": 7,
+        "top_p": 0.95,
+        "min_p": 0.02,
+        "repetition_penalty": 1.5,
+    },
 }
 
 
@@ -131,17 +187,27 @@ CASES: dict[str, dict[str, Any]] = {
 def test_linear_spec_has_the_distribution_of_ar(session: RememberedSession, case: str) -> None:
     options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "linear_spec", **CASES[case])
-    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+    assert (
+        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
+        > FALSE_ALARM
+    )
 
 
 def test_ar_has_the_distribution_of_ar(session: RememberedSession) -> None:
-    options = {name: value for name, value in CASES["every processor"].items() if name != "threshold"}
+    options = {
+        name: value for name, value in CASES["every processor"].items() if name != "threshold"
+    }
     counts, _ = count_texts(session, "ar", **options)
-    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+    assert (
+        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
+        > FALSE_ALARM
+    )
 
 
 class ByTheLastStep:
-    """The wildest policy there can be: every choice depends on what was accepted before, and verification stops at what is wanted."""
+    """The wildest policy there can be: every choice depends on what was accepted before, and
+    verification stops at what is wanted.
+    """
 
     def __init__(self, cut: int = 0) -> None:
         self._last, self._length, self._cut = 1, 1, cut
@@ -159,20 +225,31 @@ class ByTheLastStep:
 
 
 @pytest.mark.parametrize("case", ["plain", "every processor"])
-def test_auto_has_the_distribution_of_ar(session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_has_the_distribution_of_ar(
+    session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep())
     options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "auto", **CASES[case])
-    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options))) > FALSE_ALARM
+    assert (
+        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
+        > FALSE_ALARM
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(session: RememberedSession, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which token was drawn decides how much is verified; that this is no bias holds for an end that is verified itself, and only then."""
+def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(
+    session: RememberedSession, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which token was drawn decides how much is verified; that this is no bias holds for an end
+    that is verified itself, and only then.
+    """
     monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep(cut))
     ends = (2, 4, 7)
     counts = np.zeros((VOCABULARY,) * 3, int)
-    for text, _ in texts(session, "auto", 2 * TEXTS, most=5, temperature=TEMPERATURE, threshold=0.0, ends=ends):
+    for text, _ in texts(
+        session, "auto", 2 * TEXTS, most=5, temperature=TEMPERATURE, threshold=0.0, ends=ends
+    ):
         counts[tuple((text + [MASK] * 3)[:3])] += 1
     expected = exact_ar(session.model, SamplingOptions(TEMPERATURE))
     for first in range(VOCABULARY):
@@ -186,25 +263,38 @@ def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(session: Remem
 
 
 @pytest.mark.parametrize("rule", WRONG_RULES)
-def test_a_wrong_rule_is_told(session: RememberedSession, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rule_is_told(
+    session: RememberedSession, rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chooser, "accept_or_replace", rule)
     counts, _ = count_texts(session, "linear_spec", **CASES["plain"])
     assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE))) < 1e-6
 
 
-def test_more_is_accepted_than_by_exact_match(session: RememberedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_is_accepted_than_by_exact_match(
+    session: RememberedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, ours = count_texts(session, "linear_spec", **CASES["plain"])
     monkeypatch.setattr(chooser, "accept_or_replace", exact_match)
     counts, theirs = count_texts(session, "linear_spec", **CASES["plain"])
-    assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE))) > FALSE_ALARM
+    assert (
+        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE)))
+        > FALSE_ALARM
+    )
     assert ours - 1 > 1.5 * (theirs - 1)  # one token a cycle comes without a draft
 
 
 def test_diffusion_draws_from_the_candidates(session: RememberedSession) -> None:
-    """Two slots: the first from the causal row, the second from the five candidates, processed and normalised, without the mask token."""
+    """Two slots: the first from the causal row, the second from the five candidates, processed and
+    normalised, without the mask token.
+    """
     sampling = {"temperature": 2.0, "top_p": 0.9}
     counts, _ = count_texts(session, "diffusion", threshold=0.0, **sampling)
-    first = with_transformers(session.model.logits(PROMPT)[-1].double().numpy(), SamplingOptions(**sampling), np.zeros(VOCABULARY, bool))
+    first = with_transformers(
+        session.model.logits(PROMPT)[-1].double().numpy(),
+        SamplingOptions(**sampling),
+        np.zeros(VOCABULARY, bool),
+    )
     expected = np.zeros((VOCABULARY,) * 3)
     for a in range(VOCABULARY):
         rows = session.model.logits([*PROMPT, a, MASK, MASK], block=3)[-2:].double().softmax(-1)
@@ -212,9 +302,12 @@ def test_diffusion_draws_from_the_candidates(session: RememberedSession) -> None
         for row in rows:
             ids = [i for i in row.topk(5).indices.tolist() if i != MASK]
             slots.append(np.zeros(VOCABULARY))
-            slots[-1][ids] = with_transformers(row[ids].log().numpy(), SamplingOptions(**sampling), np.zeros(len(ids), bool))
+            slots[-1][ids] = with_transformers(
+                row[ids].log().numpy(), SamplingOptions(**sampling), np.zeros(len(ids), bool)
+            )
         expected[a] = first[a] * slots[0][:, None] * slots[1]
-    keep = np.arange(VOCABULARY) != MASK  # a first token that is the mask token leaves its slot to the denoiser
+    # a first token that is the mask token leaves its slot to the denoiser
+    keep = np.arange(VOCABULARY) != MASK
     assert counts[keep].sum() > 0.8 * TEXTS
     assert chi_squared_p_value(counts[keep], expected[keep] / expected[keep].sum()) > FALSE_ALARM
 
@@ -228,22 +321,31 @@ def test_a_seed_reproduces_a_text_and_is_reported(built: Callable[[str], Built],
     again = model.stream([[20, 30]], mode, seed=drawn.seed, **options).finish()
     other = model.stream([[20, 30]], mode, seed=drawn.seed + 1, **options).finish()
     assert drawn.token_ids == again.token_ids != other.token_ids
-    assert model.stream([[20, 30]], mode, seed=3, max_new_tokens=3).finish().seed is None  # greedy: nothing is drawn
+    # greedy: nothing is drawn
+    assert model.stream([[20, 30]], mode, seed=3, max_new_tokens=3).finish().seed is None
 
 
 def test_the_end_of_sampling_is_greedy(built: Callable[[str], Built]) -> None:
-    """top_k 1 takes the most probable token by way of sampling; so does a temperature close to 0."""
+    """top_k 1 takes the most probable token by way of sampling; so does a temperature close to
+    0.
+    """
     model = built("one_kv_head").model
     for mode in ("ar", "linear_spec"):
         greedy = model.stream([[20, 30]], mode, max_new_tokens=25, eos_token_ids=()).finish()  # type: ignore[arg-type]
         for options in ({"temperature": 1.0, "top_k": 1}, {"temperature": 1e-6}):
-            result = model.stream([[20, 30]], mode, max_new_tokens=25, eos_token_ids=(), **options).finish()  # type: ignore[arg-type]
+            result = model.stream(
+                [[20, 30]], mode, max_new_tokens=25, eos_token_ids=(), **options
+            ).finish()  # type: ignore[arg-type]
             assert result.token_ids == greedy.token_ids
 
 
 def test_drawn_drafts_are_filled_from_the_left() -> None:
     masked = np.array([False, True, True, True, True])
-    for confidence, slots in (([0, 0.1, 0.9, 0.9, 0.2], [1, 2, 3]), ([0, 0.9, 0.1, 0.9, 0.9], [1]), ([0, 0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4])):
+    for confidence, slots in (
+        ([0, 0.1, 0.9, 0.9, 0.2], [1, 2, 3]),
+        ([0, 0.9, 0.1, 0.9, 0.9], [1]),
+        ([0, 0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4]),
+    ):
         assert np.flatnonzero(decode._leading(masked, np.array(confidence), 0.5)).tolist() == slots
     assert not decode._leading(np.zeros(3, bool), np.ones(3), 0.5).any()
 

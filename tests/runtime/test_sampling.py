@@ -1,4 +1,6 @@
-"""Distributions against transformers' own processors; draws and the acceptance rule against exact probabilities."""
+"""Distributions against transformers' own processors; draws and the acceptance rule against exact
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_reference import FALSE_ALARM, WRONG_RULES, chi_squared_p_value, exact_match, with_transformers
+from sampling_reference import (
+    FALSE_ALARM,
+    WRONG_RULES,
+    chi_squared_p_value,
+    exact_match,
+    with_transformers,
+)
 
 from trimode.errors import UsageError
-from trimode.runtime.decode.sampling import SamplingOptions, accept_or_replace, check_sampling, distribution, draw, generator, log_softmax
+from trimode.runtime.decode.sampling import (
+    SamplingOptions,
+    accept_or_replace,
+    check_sampling,
+    distribution,
+    draw,
+    generator,
+    log_softmax,
+)
 
 P = np.array([0.3, 0.05, 0.25, 0.1, 0.0, 0.2, 0.1])
 Q_IDS = np.array([1, 0, 4, 2, 6])
@@ -30,19 +46,34 @@ SAMPLING = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(sampling=SAMPLING, size=st.sampled_from([1, 2, 5, 109, 3001]), spread=st.sampled_from([0.01, 1.0, 8.0]), seed=st.integers(0, 999))
-def test_distributions_are_those_of_transformers(sampling: SamplingOptions, size: int, spread: float, seed: int) -> None:
+@given(
+    sampling=SAMPLING,
+    size=st.sampled_from([1, 2, 5, 109, 3001]),
+    spread=st.sampled_from([0.01, 1.0, 8.0]),
+    seed=st.integers(0, 999),
+)
+def test_distributions_are_those_of_transformers(
+    sampling: SamplingOptions, size: int, spread: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     logits, seen = rng.normal(size=size) * spread, rng.random(size) < 0.2
     if size > 1 and seed % 3 == 0:
         logits[rng.integers(1, size)] = -np.inf  # forbidden
-    np.testing.assert_allclose(distribution(logits, sampling, seen), with_transformers(logits, sampling, seen), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        distribution(logits, sampling, seen),
+        with_transformers(logits, sampling, seen),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def test_rows_are_processed_one_by_one() -> None:
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=(4, 3, 5)) * 2, rng.random((4, 3, 5)) < 0.3
-    for sampling in (SamplingOptions(0.8, 3, 0.8, 0.1, 1.2), SamplingOptions(0.0, repetition_penalty=2.0)):
+    for sampling in (
+        SamplingOptions(0.8, 3, 0.8, 0.1, 1.2),
+        SamplingOptions(0.0, repetition_penalty=2.0),
+    ):
         together = distribution(logits, sampling, seen)
         for i in np.ndindex(4, 3):
             np.testing.assert_array_equal(together[i], distribution(logits[i], sampling, seen[i]))
@@ -51,10 +82,16 @@ def test_rows_are_processed_one_by_one() -> None:
 def test_temperature_zero_and_the_limit_towards_it() -> None:
     logits = np.array([2.0, 5.0, 4.999, -1e4])
     np.testing.assert_array_equal(distribution(logits, SamplingOptions()), [0, 1, 0, 0])
-    np.testing.assert_allclose(distribution(logits, SamplingOptions(1e-308)), [0, 1, 0, 0], atol=1e-12)
-    penalised = distribution(logits, SamplingOptions(repetition_penalty=2.0), np.array([False, True, False, True]))
+    np.testing.assert_allclose(
+        distribution(logits, SamplingOptions(1e-308)), [0, 1, 0, 0], atol=1e-12
+    )
+    penalised = distribution(
+        logits, SamplingOptions(repetition_penalty=2.0), np.array([False, True, False, True])
+    )
     np.testing.assert_array_equal(penalised, [0, 0, 1, 0])
-    np.testing.assert_allclose(log_softmax(logits), torch.from_numpy(logits).log_softmax(-1).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(
+        log_softmax(logits), torch.from_numpy(logits).log_softmax(-1).numpy(), rtol=1e-12
+    )
 
 
 def test_draws_have_their_probabilities() -> None:
@@ -62,7 +99,9 @@ def test_draws_have_their_probabilities() -> None:
     table = np.stack([P, P[::-1]])
     drawn = draw(np.broadcast_to(table, (20000, 2, 7)), rng)
     for row in (0, 1):
-        assert chi_squared_p_value(np.bincount(drawn[:, row], minlength=7), table[row]) > FALSE_ALARM
+        assert (
+            chi_squared_p_value(np.bincount(drawn[:, row], minlength=7), table[row]) > FALSE_ALARM
+        )
     assert not np.isin(drawn[:, 0], 4).any()  # probability 0
 
 
@@ -115,9 +154,12 @@ def test_the_test_tells_a_wrong_rule(rule: Any) -> None:
 
 
 def test_filling_out_of_order_would_bias() -> None:
-    """Two slots, two tokens, all sums exact: the rule keeps AR's distribution if the left slot is drawn first, and not if the right one is."""
+    """Two slots, two tokens, all sums exact: the rule keeps AR's distribution if the left slot is
+    drawn first, and not if the right one is.
+    """
     p1, p2 = np.array([0.5, 0.5]), np.array([[0.7, 0.3], [0.4, 0.6]])  # p2[first]
-    q_first, q_second = np.array([0.5, 0.5]), np.array([[0.9, 0.1], [0.2, 0.8]])  # q_second[what was drawn before]
+    # q_second[what was drawn before]
+    q_first, q_second = np.array([0.5, 0.5]), np.array([[0.9, 0.1], [0.2, 0.8]])
 
     def accepted_pairs(is_left_first: bool) -> np.ndarray:
         pairs = np.zeros((2, 2))
@@ -143,9 +185,20 @@ def test_filling_out_of_order_would_bias() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -0.1}, {"temperature": float("inf")}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
-     {"min_p": -0.1}, {"min_p": 1.5}, {"repetition_penalty": 0.0}, {"repetition_penalty": float("nan")}, {"seed": -1}],
-)  # fmt: skip
+    [
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"seed": -1},
+    ],
+)
 def test_values_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as raised:
         check_sampling(SamplingOptions(**wrong))
@@ -154,8 +207,12 @@ def test_values_out_of_range(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("penalty", [1e-308, 1e-320, 1e308])
 @pytest.mark.parametrize("temperature", [0.0, 1e-308, 1.0, 1e308])
-def test_a_penalty_beyond_all_measure_leaves_a_distribution(penalty: float, temperature: float) -> None:
-    """Whatever overflows; what must not be drawn is not, even among tokens that are all penalised."""
+def test_a_penalty_beyond_all_measure_leaves_a_distribution(
+    penalty: float, temperature: float
+) -> None:
+    """Whatever overflows; what must not be drawn is not, even among tokens that are all
+    penalised.
+    """
     sampling = SamplingOptions(temperature, repetition_penalty=penalty)
     for seen in ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]):
         for logits in ([3.0, 2.0, -np.inf, -1.0], [-3.0, -2.0, -np.inf, -1.0]):

@@ -14,16 +14,26 @@ from hypothesis import strategies as st
 from trimode.errors import UsageError
 
 MODES = ("ar", "diffusion", "linear_spec")
-STEP = st.tuples(st.sampled_from(MODES), st.integers(1, 40), st.sampled_from([1, 2, 8, 32]), st.booleans())
+STEP = st.tuples(
+    st.sampled_from(MODES), st.integers(1, 40), st.sampled_from([1, 2, 8, 32]), st.booleans()
+)
 
 
 def finish(stream: Any) -> list[int]:
     return [token for chunk in stream for token in chunk.token_ids]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEP, min_size=2, max_size=6), turn=st.lists(st.integers(12, 99), max_size=4), cut=st.integers(0, 30))
-def test_any_series_of_modes_equals_fresh_starts(built: Callable[[str], Built], steps: list[Any], turn: list[int], cut: int) -> None:
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    steps=st.lists(STEP, min_size=2, max_size=6),
+    turn=st.lists(st.integers(12, 99), max_size=4),
+    cut=st.integers(0, 30),
+)
+def test_any_series_of_modes_equals_fresh_starts(
+    built: Callable[[str], Built], steps: list[Any], turn: list[int], cut: int
+) -> None:
     model = built("one_kv_head").model
     sequence = model.new_sequence([[20, 30, 40]])
     for i, (mode, count, block_length, use_drafter) in enumerate(steps):
@@ -31,7 +41,12 @@ def test_any_series_of_modes_equals_fresh_starts(built: Callable[[str], Built], 
             sequence.append(turn)
         if i == 2:
             sequence.truncate(max(1, len(sequence.tokens) - cut))
-        options = {"max_new_tokens": count, "block_length": block_length, "use_drafter": use_drafter, "eos_token_ids": (7, 50)}
+        options = {
+            "max_new_tokens": count,
+            "block_length": block_length,
+            "use_drafter": use_drafter,
+            "eos_token_ids": (7, 50),
+        }
         before = list(sequence.tokens)
         got = finish(model.continue_sequence(sequence, mode, **options))
         assert got == finish(model.stream([before], mode, **options))
@@ -96,7 +111,9 @@ def test_a_text_ends_with_its_end_token(built: Callable[[str], Built], mode: Any
 
 def test_counts(built: Callable[[str], Built]) -> None:
     model = built("three_kv_heads").model
-    stream = model.stream([[20, 21]], "linear_spec", max_new_tokens=30, block_length=8, eos_token_ids=())
+    stream = model.stream(
+        [[20, 21]], "linear_spec", max_new_tokens=30, block_length=8, eos_token_ids=()
+    )
     finish(stream)
     result = stream.result
     assert result.nfe == 1 + result.forwards.draft + result.forwards.verify
@@ -111,13 +128,33 @@ def test_threshold_extremes(built: Callable[[str], Built]) -> None:
     """A threshold no probability reaches fills one slot a forward; threshold 0 fills all in one."""
     model = built("plain").model
     for threshold, denoise in ((1.0, 7), (0.0, 1)):
-        stream = model.stream([[20, 21]], "diffusion", max_new_tokens=8, block_length=8, threshold=threshold, eos_token_ids=())
+        stream = model.stream(
+            [[20, 21]],
+            "diffusion",
+            max_new_tokens=8,
+            block_length=8,
+            threshold=threshold,
+            eos_token_ids=(),
+        )
         finish(stream)
         assert (stream.result.forwards.denoise, stream.result.nfe) == (denoise, denoise + 1)
 
 
 @pytest.mark.parametrize(
-    "ids", [[[]], [1, 2], [[1], [2]], [[1], [2, 3]], [[-1]], [[109]], [[1.5]], [[True]], [list(range(20)) * 60], [[[1]]]], ids=lambda i: str(i)[:20]
+    "ids",
+    [
+        [[]],
+        [1, 2],
+        [[1], [2]],
+        [[1], [2, 3]],
+        [[-1]],
+        [[109]],
+        [[1.5]],
+        [[True]],
+        [list(range(20)) * 60],
+        [[[1]]],
+    ],
+    ids=lambda i: str(i)[:20],
 )
 def test_bad_ids(built: Callable[[str], Built], ids: Any) -> None:
     model = built("three_kv_heads").model
@@ -128,7 +165,14 @@ def test_bad_ids(built: Callable[[str], Built], ids: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"block_length": 0}, {"block_length": 65}, {"threshold": -0.1}, {"threshold": 1.1}, {"threshold": float("nan")}, {"max_new_tokens": 0}],
+    [
+        {"block_length": 0},
+        {"block_length": 65},
+        {"threshold": -0.1},
+        {"threshold": 1.1},
+        {"threshold": float("nan")},
+        {"max_new_tokens": 0},
+    ],
 )
 def test_bad_options(built: Callable[[str], Built], options: dict[str, Any]) -> None:
     model = built("three_kv_heads").model
@@ -146,5 +190,9 @@ def test_threads_do_not_disturb_each_other(built: Callable[[str], Built]) -> Non
     prompts = [[[20 + i, 30, 40]] for i in range(8)]
     alone = [model.linear_spec_generate(p, max_new_tokens=40)[0].tolist() for p in prompts]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda p: model.linear_spec_generate(p, max_new_tokens=40)[0].tolist(), prompts))
+        together = list(
+            pool.map(
+                lambda p: model.linear_spec_generate(p, max_new_tokens=40)[0].tolist(), prompts
+            )
+        )
     assert together == alone

@@ -59,7 +59,13 @@ def test_a_model_closed_in_the_middle(model: TriModeModel, mode: Any) -> None:
         stream = model.stream([PROMPT], mode, **FREE)
         pieces = iter(stream)
         first = next(pieces)
-    for read in (lambda: next(pieces), stream.finish, lambda: stream.result, lambda: list(stream), lambda: next(unread)):
+    for read in (
+        lambda: next(pieces),
+        stream.finish,
+        lambda: stream.result,
+        lambda: list(stream),
+        lambda: next(unread),
+    ):
         with pytest.raises(UsageError, match="closed"):
             read()
     assert stream.so_far.token_ids == first.token_ids
@@ -69,11 +75,19 @@ def test_a_model_closed_in_the_middle(model: TriModeModel, mode: Any) -> None:
 
 def test_a_batch_of_a_model_closed_in_the_middle(model: TriModeModel) -> None:
     batch = model.new_batch(3)
-    done, row = batch.join(PROMPT, "ar", max_new_tokens=1, eos_token_ids=()), batch.join(PROMPT, "ar", **FREE)
+    done, row = (
+        batch.join(PROMPT, "ar", max_new_tokens=1, eos_token_ids=()),
+        batch.join(PROMPT, "ar", **FREE),
+    )
     batch.step()
     assert not done.is_at_work
     model.close()
-    for call in (batch.step, lambda: list(batch), lambda: batch.join(PROMPT, "ar"), lambda: batch.resume(done, "ar")):
+    for call in (
+        batch.step,
+        lambda: list(batch),
+        lambda: batch.join(PROMPT, "ar"),
+        lambda: batch.resume(done, "ar"),
+    ):
         with pytest.raises(UsageError, match="closed"):
             call()
     assert (done.result.finish_reason, row.result.finish_reason) == ("length", None)
@@ -89,11 +103,15 @@ def test_a_stream_that_is_half_read(model: TriModeModel, mode: Any) -> None:
     seen = list(next(stream).token_ids)
     with pytest.raises(UsageError, match=f"read up to token {len(seen)}"):
         stream.result  # noqa: B018
-    with pytest.raises(UsageError, match=f"nobody has read, found one that was read up to token {len(seen)}"):
+    with pytest.raises(
+        UsageError, match=f"nobody has read, found one that was read up to token {len(seen)}"
+    ):
         stream.text()
     for chunk in stream:  # a loop may go on where another was left
         seen += chunk.token_ids
-    assert stream.result.token_ids == seen == model.stream([PROMPT], mode, **FREE).finish().token_ids
+    assert (
+        stream.result.token_ids == seen == model.stream([PROMPT], mode, **FREE).finish().token_ids
+    )
     assert stream.finish() == stream.result
     assert next(stream, None) is None
     with pytest.raises(UsageError, match="read to its end"):
@@ -130,7 +148,10 @@ def test_a_sequence_that_another_stream_continues(model: TriModeModel) -> None:
 
 def test_two_streams_one_after_the_other(model: TriModeModel) -> None:
     sequence = model.new_sequence([PROMPT])
-    streams = [model.continue_sequence(sequence, "ar", max_new_tokens=5, eos_token_ids=()) for _ in range(2)]
+    streams = [
+        model.continue_sequence(sequence, "ar", max_new_tokens=5, eos_token_ids=())
+        for _ in range(2)
+    ]
     results = [stream.finish() for stream in streams]
     assert [result.nfe for result in results] == [5, 5]
     assert [result.forwards.prefill + result.forwards.decode for result in results] == [5, 5]
@@ -138,7 +159,9 @@ def test_two_streams_one_after_the_other(model: TriModeModel) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda s: s.append([20]), lambda s: s.truncate(3)])
-def test_a_sequence_that_is_changed_under_its_stream(model: TriModeModel, change: Callable[[Any], None]) -> None:
+def test_a_sequence_that_is_changed_under_its_stream(
+    model: TriModeModel, change: Callable[[Any], None]
+) -> None:
     sequence = model.new_sequence([PROMPT])
     stream = model.continue_sequence(sequence, "ar", **FREE)
     next(stream)

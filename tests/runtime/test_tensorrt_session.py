@@ -1,4 +1,6 @@
-"""The TensorRT session: its plans, its calls against the installed libraries, and the whole of it over a GPU acted out in host memory."""
+"""The TensorRT session: its plans, its calls against the installed libraries, and the whole of it
+over a GPU acted out in host memory.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,12 @@ SHAPE = "three_kv_heads"
 ALL_ROLES: tuple[Role, ...] = (*ROLES, "quadratic")
 
 
-def profiles(*ranges: tuple[int, int, int], batch: tuple[int, int, int] = (1, 1, 4)) -> EngineRecord:
-    return EngineRecord(file="x", profiles=tuple(ProfileRecord(batch=batch, rows=rows) for rows in ranges))
+def profiles(
+    *ranges: tuple[int, int, int], batch: tuple[int, int, int] = (1, 1, 4)
+) -> EngineRecord:
+    return EngineRecord(
+        file="x", profiles=tuple(ProfileRecord(batch=batch, rows=rows) for rows in ranges)
+    )
 
 
 BLOCKS = profiles(*((n, n, n) for n in BLOCK_LENGTHS))
@@ -76,12 +82,27 @@ PROFILES = {
 }
 
 
-def record_of(backend: Any = "tensorrt_rtx", dtype: Any = "float32", placement: Any = "shared", **changes: Any) -> TargetRecord:
-    graphs = {role: EngineRecord(file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles) for role in ALL_ROLES}
+def record_of(
+    backend: Any = "tensorrt_rtx", dtype: Any = "float32", placement: Any = "shared", **changes: Any
+) -> TargetRecord:
+    graphs = {
+        role: EngineRecord(
+            file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles
+        )
+        for role in ALL_ROLES
+    }
     values = {
-        "backend": backend, "device": "cuda", "compute_capability": "8.9", "compute_dtype": dtype, "placement": placement, "capacity": 1088,
-        "workspace_mib": None, "library": f"{backend} {VERSION}", "graphs": graphs, **changes,
-    }  # fmt: skip
+        "backend": backend,
+        "device": "cuda",
+        "compute_capability": "8.9",
+        "compute_dtype": dtype,
+        "placement": placement,
+        "capacity": 1088,
+        "workspace_mib": None,
+        "library": f"{backend} {VERSION}",
+        "graphs": graphs,
+        **changes,
+    }
     return TargetRecord(**values)
 
 
@@ -101,30 +122,50 @@ class Host:
         return TriModeModel(self.bundles[record.compute_dtype], self.session(record, **options))
 
     def contexts(self, record: TargetRecord) -> list[Any]:
-        return [context for engine in self.libraries[record.backend].engines for context in engine.contexts]
+        return [
+            context
+            for engine in self.libraries[record.backend].engines
+            for context in engine.contexts
+        ]
 
 
 @pytest.fixture(scope="session")
 def graphs(quadratic: Callable[[str], Built], traced_once: TracedOnce) -> dict[Role, Any]:
     """As traced."""
     opened = open_checkpoint(quadratic(SHAPE).checkpoint)
-    return {role: traced_once.graph(role, opened, quadratic(SHAPE).model.model) for role in ALL_ROLES}
+    return {
+        role: traced_once.graph(role, opened, quadratic(SHAPE).model.model) for role in ALL_ROLES
+    }
 
 
 @pytest.fixture(scope="session")
-def bundles(quadratic: Callable[[str], Built], graphs: dict[Role, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+def bundles(
+    quadratic: Callable[[str], Built],
+    graphs: dict[Role, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Bundle]:
     """The engines of every kind of target, in one bundle for each type of the weights."""
     folder = tmp_path_factory.mktemp("engines")
     for dtype in ("float32", "float16"):
         shutil.copytree(quadratic(SHAPE).bundle, folder / dtype)
-    narrow = {n: t if n.startswith("rope.") else t.half() for n, t in load_file(folder / "float16" / "weights.safetensors").items()}
+    narrow = {
+        n: t if n.startswith("rope.") else t.half()
+        for n, t in load_file(folder / "float16" / "weights.safetensors").items()
+    }
     save_file(narrow, folder / "float16" / "weights.safetensors")
     for role, graph in graphs.items():
         for record in (record_of(), record_of(dtype="float16"), record_of("tensorrt")):
-            (folder / record.compute_dtype / record.graphs[role].file).write_bytes(MAGIC + to_bytes(lower_for(record, graph)))
+            (folder / record.compute_dtype / record.graphs[role].file).write_bytes(
+                MAGIC + to_bytes(lower_for(record, graph))
+            )
         baked = record_of(placement="baked").graphs[role].file
-        (folder / "float32" / baked).write_bytes(MAGIC + with_weights(folder / "float32" / f"{role}.onnx"))
-    return {dtype: Bundle(folder / dtype, read_manifest(folder / dtype), "fp32") for dtype in ("float32", "float16")}
+        (folder / "float32" / baked).write_bytes(
+            MAGIC + with_weights(folder / "float32" / f"{role}.onnx")
+        )
+    return {
+        dtype: Bundle(folder / dtype, read_manifest(folder / dtype), "fp32")
+        for dtype in ("float32", "float16")
+    }
 
 
 def with_weights(path: Path) -> bytes:
@@ -141,7 +182,15 @@ def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str,
     """The same graphs in ONNX Runtime."""
     bundle = bundles["float16"]
     files = {role: EngineRecord(file=f"{role}.reference") for role in ALL_ROLES}
-    half = record_of("onnxruntime", "float16", device="cpu", compute_capability=None, capacity=None, library="any", graphs=files)
+    half = record_of(
+        "onnxruntime",
+        "float16",
+        device="cpu",
+        compute_capability=None,
+        capacity=None,
+        library="any",
+        graphs=files,
+    )
     for role, graph in graphs.items():
         (bundle.path / files[role].file).write_bytes(to_bytes(lower_for(half, graph)))
     return {
@@ -151,10 +200,16 @@ def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str,
 
 
 @pytest.fixture
-def host(bundles: dict[str, Bundle], references: dict[str, TriModeModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+def host(
+    bundles: dict[str, Bundle], references: dict[str, TriModeModel], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Host]:
     cuda = HostCuda()
     libraries = {name: host_tensorrt(cuda, name, VERSION) for name in ("tensorrt_rtx", "tensorrt")}
-    for name, module in {"cuda.bindings.runtime": cuda, "cuda.bindings.driver": HostDriver(), **libraries}.items():
+    for name, module in {
+        "cuda.bindings.runtime": cuda,
+        "cuda.bindings.driver": HostDriver(),
+        **libraries,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     device.cudart.cache_clear()
     yield Host(cuda, libraries, bundles, references)
@@ -166,8 +221,11 @@ def host(bundles: dict[str, Bundle], references: dict[str, TriModeModel], monkey
 
 
 RECORDS = {
-    "rtx": record_of(), "rtx half": record_of(dtype="float16"), "full": record_of("tensorrt"), "baked": record_of(placement="baked"),
-}  # fmt: skip
+    "rtx": record_of(),
+    "rtx half": record_of(dtype="float16"),
+    "full": record_of("tensorrt"),
+    "baked": record_of(placement="baked"),
+}
 
 
 def prompt_of(length: int) -> list[list[int]]:
@@ -179,12 +237,22 @@ def test_tokens_are_those_of_onnx_runtime(host: Host, kind: str) -> None:
     ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
     for length in (1, 7, 350):
         prompt = prompt_of(length)
-        assert np.array_equal(ours.ar_generate(prompt, max_new_tokens=20)[0], reference.ar_generate(prompt, max_new_tokens=20)[0])
+        assert np.array_equal(
+            ours.ar_generate(prompt, max_new_tokens=20)[0],
+            reference.ar_generate(prompt, max_new_tokens=20)[0],
+        )
         for block_length in BLOCK_LENGTHS:
             for threshold in (0.0, 0.9):
-                options: dict[str, Any] = {"max_new_tokens": 20, "block_length": block_length, "threshold": threshold}
+                options: dict[str, Any] = {
+                    "max_new_tokens": 20,
+                    "block_length": block_length,
+                    "threshold": threshold,
+                }
                 for name in ("generate", "linear_spec_generate"):
-                    (got, nfe), (expected, expected_nfe) = getattr(ours, name)(prompt, **options), getattr(reference, name)(prompt, **options)
+                    (got, nfe), (expected, expected_nfe) = (
+                        getattr(ours, name)(prompt, **options),
+                        getattr(reference, name)(prompt, **options),
+                    )
                     assert (got.tolist(), nfe) == (expected.tolist(), expected_nfe)
     ours.close()
 
@@ -194,11 +262,15 @@ def test_quadratic_tokens_are_those_of_onnx_runtime(host: Host, kind: str) -> No
     ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
     for length in (1, 350):
         for block_length in BLOCK_LENGTHS[:-1]:
-            got, expected = (model.self_spec_generate(prompt_of(length), 20, block_length) for model in (ours, reference))
+            got, expected = (
+                model.self_spec_generate(prompt_of(length), 20, block_length)
+                for model in (ours, reference)
+            )
             assert (got[0].tolist(), got[1]) == (expected[0].tolist(), expected[1])
     with pytest.raises(UsageError, match=r"built for \(1, 2, 8\), found 32"):
         ours.self_spec_generate(prompt_of(3), 20, 32)
-    with pytest.raises(UsageError, match="at most 1088 tokens"):  # a text of 1024 leaves too few slots behind it
+    # a text of 1024 leaves too few slots behind it
+    with pytest.raises(UsageError, match="at most 1088 tokens"):
         ours.self_spec_generate(prompt_of(1020), 3, 8)
     ours.close()
 
@@ -213,7 +285,10 @@ def test_prompt_chunks_fit_the_largest_profile(host: Host) -> None:
 
 def test_logits_stay_until_asked_for(host: Host) -> None:
     outputs = {}
-    for name, model in (("ours", host.model(RECORDS["rtx"])), ("reference", host.references["float32"])):
+    for name, model in (
+        ("ours", host.model(RECORDS["rtx"])),
+        ("reference", host.references["float32"]),
+    ):
         cache = model.session.new_cache()
         model.session.run("ar", cache, np.array(prompt_of(40)), 0)
         outputs[name] = model.session.run("verify", cache, np.array(prompt_of(8)), 40)
@@ -230,12 +305,19 @@ def test_logits_stay_until_asked_for(host: Host) -> None:
 
 def test_full_tensorrt_replays_recorded_blocks(host: Host) -> None:
     model = host.model(RECORDS["full"])
-    first = model.linear_spec_generate(prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108)[0]
+    first = model.linear_spec_generate(
+        prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108
+    )[0]
     replayed = host.cuda.num_replayed
     assert replayed > 4
     contexts = len(host.contexts(RECORDS["full"]))
     # The next sequence takes over the memory of the first, and what was recorded over it.
-    assert np.array_equal(model.linear_spec_generate(prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108)[0], first)
+    assert np.array_equal(
+        model.linear_spec_generate(
+            prompt_of(7), max_new_tokens=60, block_length=8, eos_token_id=108
+        )[0],
+        first,
+    )
     assert len(host.contexts(RECORDS["full"])) == contexts
     assert host.cuda.num_replayed > 2 * replayed
 
@@ -244,7 +326,10 @@ def test_what_cannot_be_recorded_runs_step_by_step(host: Host) -> None:
     host.cuda.refuses_recording = True
     ours = host.model(RECORDS["full"]).generate(prompt_of(7), max_new_tokens=20, block_length=8)[0]
     assert host.cuda.num_replayed == 0
-    assert np.array_equal(ours, host.references["float32"].generate(prompt_of(7), max_new_tokens=20, block_length=8)[0])
+    assert np.array_equal(
+        ours,
+        host.references["float32"].generate(prompt_of(7), max_new_tokens=20, block_length=8)[0],
+    )
 
 
 def test_profiles_are_switched_only_when_they_change(host: Host) -> None:
@@ -258,7 +343,10 @@ def test_profiles_are_switched_only_when_they_change(host: Host) -> None:
 def test_sequences_in_turns_and_in_threads(host: Host) -> None:
     model, reference = host.model(RECORDS["full"]), host.references["float32"]
     prompts = [[[20 + i, 30, 40]] for i in range(6)]
-    alone = [reference.linear_spec_generate(p, max_new_tokens=40, block_length=8)[0].tolist() for p in prompts]
+    alone = [
+        reference.linear_spec_generate(p, max_new_tokens=40, block_length=8)[0].tolist()
+        for p in prompts
+    ]
     streams = [model.stream(p, "linear_spec", max_new_tokens=40, block_length=8) for p in prompts]
     tokens = [list(p[0]) for p in prompts]
     for _ in range(41):
@@ -268,7 +356,17 @@ def test_sequences_in_turns_and_in_threads(host: Host) -> None:
     del streams, stream
     gc.collect()
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda p: model.linear_spec_generate(p, max_new_tokens=40, block_length=8)[0].tolist(), prompts)) == alone
+        assert (
+            list(
+                pool.map(
+                    lambda p: model.linear_spec_generate(p, max_new_tokens=40, block_length=8)[
+                        0
+                    ].tolist(),
+                    prompts,
+                )
+            )
+            == alone
+        )
 
 
 def test_memory_of_finished_sequences_is_used_again(host: Host) -> None:
@@ -287,20 +385,31 @@ def test_memory_of_finished_sequences_is_used_again(host: Host) -> None:
 
 @pytest.mark.parametrize("kind", RECORDS)
 def test_rows_of_a_batch_equal_single_runs(host: Host, kind: str) -> None:
-    """Ragged rows in all modes, which leave and are replaced; forwards over all of them, some, and some with idle ones between."""
+    """Ragged rows in all modes, which leave and are replaced; forwards over all of them, some, and
+    some with idle ones between.
+    """
     ours, reference = host.model(RECORDS[kind]), host.references[RECORDS[kind].compute_dtype]
     modes: list[Any] = ["ar", "diffusion", "linear_spec", "quadratic_spec"] * 2
     lengths = [1, 350, 7, 40, 2, 100, 90, 8]
     options: dict[str, Any] = {"block_length": 8, "eos_token_ids": ()}
     batch = ours.new_batch(4)
     found: dict[int, Any] = {}
-    requests = [BatchRequest(prompt_of(n)[0], m, {**options, "max_new_tokens": 12 + n % 30}) for n, m in zip(lengths, modes, strict=True)]
+    requests = [
+        BatchRequest(prompt_of(n)[0], m, {**options, "max_new_tokens": 12 + n % 30})
+        for n, m in zip(lengths, modes, strict=True)
+    ]
     for number, row, _ in batch.answer_all(requests):
         found[number] = row
     for number, (length, mode) in enumerate(zip(lengths, modes, strict=True)):
-        alone = reference.stream(prompt_of(length), mode, **options, max_new_tokens=12 + length % 30).finish()
+        alone = reference.stream(
+            prompt_of(length), mode, **options, max_new_tokens=12 + length % 30
+        ).finish()
         result = found[number].result
-        assert (result.token_ids, result.nfe, result.acceptance_length) == (alone.token_ids, alone.nfe, alone.acceptance_length)
+        assert (result.token_ids, result.nfe, result.acceptance_length) == (
+            alone.token_ids,
+            alone.nfe,
+            alone.acceptance_length,
+        )
     del batch, row, found
     ours.close()
 
@@ -310,9 +419,18 @@ def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
     """Behind a longer row than theirs, after other rows' forwards, and after they have moved."""
     ours, reference = host.model(RECORDS[kind]), host.references["float32"]
     for mode in ("ar", "diffusion", "linear_spec"):
-        options: dict[str, Any] = {"block_length": 8, "eos_token_ids": (), "temperature": 1.0, "max_new_tokens": 25, "logprobs": 2}
+        options: dict[str, Any] = {
+            "block_length": 8,
+            "eos_token_ids": (),
+            "temperature": 1.0,
+            "max_new_tokens": 25,
+            "logprobs": 2,
+        }
         batch = ours.new_batch(4)
-        rows = {seed: batch.join(prompt_of(3 * seed + 4)[0], mode, seed=seed, **options) for seed in range(4)}  # type: ignore[arg-type]
+        rows = {
+            seed: batch.join(prompt_of(3 * seed + 4)[0], mode, seed=seed, **options)
+            for seed in range(4)
+        }  # type: ignore[arg-type]
         for _ in range(5):
             batch.step()
         batch.leave(rows.pop(1))
@@ -322,7 +440,9 @@ def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
             assert row.result.token_ids == alone.token_ids
             for one, other in zip(row.result.logprobs or (), alone.logprobs or (), strict=True):
                 assert [token for token, _ in one.top] == [token for token, _ in other.top]
-                assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=1e-4))
+                assert one.logprob == (
+                    None if other.logprob is None else pytest.approx(other.logprob, abs=1e-4)
+                )
     del batch, rows, row
     ours.close()
 
@@ -348,7 +468,9 @@ def test_a_batch_larger_than_was_built_for(host: Host) -> None:
 
 
 def test_sequences_begin_where_tensors_may(host: Host) -> None:
-    model = host.references["float32"].model.model_copy(update={"num_key_value_heads": 1, "head_dim": 24})
+    model = host.references["float32"].model.model_copy(
+        update={"num_key_value_heads": 1, "head_dim": 24}
+    )
     for capacity in (1088, 1089):
         assert lay_out_cache(model, "float16", capacity, 1).batch == 1
     layout = lay_out_cache(model, "float16", 1088, 3)
@@ -361,10 +483,13 @@ def test_sequences_begin_where_tensors_may(host: Host) -> None:
 
 
 def test_weights_travel_in_pieces(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_memory, "CHUNK_BYTES", 1000)  # several pieces a tensor, the last one short
+    # several pieces a tensor, the last one short
+    monkeypatch.setattr(tensorrt_memory, "CHUNK_BYTES", 1000)
     model = host.model(RECORDS["rtx"])
     assert host.cuda.largest_copy == 1000
-    assert np.array_equal(model.ar_generate(prompt_of(7))[0], host.references["float32"].ar_generate(prompt_of(7))[0])
+    assert np.array_equal(
+        model.ar_generate(prompt_of(7))[0], host.references["float32"].ar_generate(prompt_of(7))[0]
+    )
 
 
 def test_baked_engines_take_no_weights(host: Host) -> None:
@@ -413,14 +538,22 @@ def test_a_text_longer_than_the_cache(host: Host) -> None:
         cache.reserve(1089)
 
 
-def test_errors_before_and_on_the_gpu(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_before_and_on_the_gpu(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = RECORDS["rtx"]
     with pytest.raises(DeviceError, match=r"compute capability 12\.0, found HOST 4090 of 8\.9"):
         host.session(record_of(compute_capability="12.0"))
-    with pytest.raises(BundleError, match=r"expected tensorrt_rtx 1\.6, which compiled the engines, found tensorrt_rtx 1\.7\.1\.116"):
+    with pytest.raises(
+        BundleError,
+        match=r"expected tensorrt_rtx 1\.6, which compiled the engines, found tensorrt_rtx 1\.7\.1\.116",
+    ):
         host.session(record_of(library="tensorrt_rtx 1.6"))
     short = host.bundles["float32"].path / "short"
-    graphs = {**record.graphs, "draft": EngineRecord(file="short", profiles=record.graphs["draft"].profiles)}
+    graphs = {
+        **record.graphs,
+        "draft": EngineRecord(file="short", profiles=record.graphs["draft"].profiles),
+    }
     for content, message in (
         (b"", "begins with b''"),
         (b"ONNX" * 9, "begins with b'ONNX'"),
@@ -439,7 +572,10 @@ def test_errors_before_and_on_the_gpu(host: Host, tmp_path: Path, monkeypatch: p
     host.cuda.properties.totalGlobalMem = needed.total
     session = host.session(record)
     kept = [session.new_cache()]
-    with pytest.raises(DeviceError, match=r"cudaMalloc of \d+ bytes for the cache of a sequence.*cudaErrorMemoryAllocation") as raised:
+    with pytest.raises(
+        DeviceError,
+        match=r"cudaMalloc of \d+ bytes for the cache of a sequence.*cudaErrorMemoryAllocation",
+    ) as raised:
         kept.extend(iter(session.new_cache, None))
     assert "free memory" in raised.value.hint
     monkeypatch.setattr(host_gpu.IExecutionContext, "execute_async_v3", lambda *_: False)
@@ -472,7 +608,9 @@ def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> Non
         for spec in contract.outputs:
             begin = io.layout.offsets[spec.name]
             assert begin >= (io.copied_end if spec.name == "logits" else io.inputs_end)
-            assert begin + tensor_bytes(spec, 32) <= (io.layout.num_bytes if spec.name == "logits" else io.copied_end)
+            assert begin + tensor_bytes(spec, 32) <= (
+                io.layout.num_bytes if spec.name == "logits" else io.copied_end
+            )
 
 
 def test_queries_share_room_behind_all_else(host: Host) -> None:
@@ -484,7 +622,9 @@ def test_queries_share_room_behind_all_else(host: Host) -> None:
             layout = session._prepared.lay_out(3)[1][role].layout
             size = query_bytes(model, RECORDS[kind].compute_dtype, role, rows, 3)
             slots = rows * (rows + 1) if role == "quadratic" else rows
-            assert size == 3 * slots * model.num_attention_heads * model.head_dim * (2 if "half" in kind else 4)
+            assert size == 3 * slots * model.num_attention_heads * model.head_dim * (
+                2 if "half" in kind else 4
+            )
             assert layout.offsets["scratch"] + size <= layout.num_bytes
             assert all(offset <= layout.offsets["scratch"] for offset in layout.offsets.values())
         session.close()
@@ -500,15 +640,30 @@ def test_the_narrowest_profile_is_chosen() -> None:
             choose_profile(bad, 9)
 
 
-def tensors_of(role: Role, bundle: Bundle, weights: list[str]) -> tuple[dict[str, EngineTensor], TensorSpec]:
+def tensors_of(
+    role: Role, bundle: Bundle, weights: list[str]
+) -> tuple[dict[str, EngineTensor], TensorSpec]:
     model, pack = bundle.manifest.model, WeightPack(bundle.path / "weights.safetensors")
     cache = cache_specs(model, "past_key_values", "float32", 64)[0]
     contract = graph_contract(role, model)
-    found = [EngineTensor(s.name, s in contract.inputs, s.dtype, tuple(-1 if isinstance(d, str) else d for d in s.shape))
-             for s in (*contract.inputs, *contract.outputs)]  # fmt: skip
+    found = [
+        EngineTensor(
+            s.name,
+            s in contract.inputs,
+            s.dtype,
+            tuple(-1 if isinstance(d, str) else d for d in s.shape),
+        )
+        for s in (*contract.inputs, *contract.outputs)
+    ]
     for prefix in ("past_key_values", "present"):
-        found += [EngineTensor(s.name, prefix != "present", "float32", (-1, *cache.shape[1:])) for s in cache_specs(model, prefix)]  # type: ignore[arg-type]
-    found += [EngineTensor(name, True, pack.entries[name].dtype, pack.entries[name].shape) for name in weights]
+        found += [
+            EngineTensor(s.name, prefix != "present", "float32", (-1, *cache.shape[1:]))
+            for s in cache_specs(model, prefix)
+        ]  # type: ignore[arg-type]
+    found += [
+        EngineTensor(name, True, pack.entries[name].dtype, pack.entries[name].shape)
+        for name in weights
+    ]
     return {tensor.name: tensor for tensor in found}, cache
 
 
@@ -519,31 +674,60 @@ def test_bindings(built: Callable[[str], Built]) -> None:
     for role in ROLES:
         tensors, cache = tensors_of(role, bundle, weights)
 
-        def plan(changed: dict[str, EngineTensor], role: Role = role, cache: TensorSpec = cache) -> Any:
-            return plan_bindings(role, changed.values(), graph_contract(role, model), model, cache, pack.entries)
+        def plan(
+            changed: dict[str, EngineTensor], role: Role = role, cache: TensorSpec = cache
+        ) -> Any:
+            return plan_bindings(
+                role, changed.values(), graph_contract(role, model), model, cache, pack.entries
+            )
 
         bindings = plan(tensors)
         assert set(bindings.weights) == set(weights)
-        assert bindings.caches["past_key_values.1.value"] == bindings.caches["present.1.value"] == ".1.value"
-        assert plan({n: t for n, t in tensors.items() if n != "past_length"}).inputs == tuple(n for n in bindings.inputs if n != "past_length")
-        query = EngineTensor("scratch.query.1", False, "float32", (-1, model.num_attention_heads, -1, model.head_dim))
+        assert (
+            bindings.caches["past_key_values.1.value"]
+            == bindings.caches["present.1.value"]
+            == ".1.value"
+        )
+        assert plan({n: t for n, t in tensors.items() if n != "past_length"}).inputs == tuple(
+            n for n in bindings.inputs if n != "past_length"
+        )
+        query = EngineTensor(
+            "scratch.query.1", False, "float32", (-1, model.num_attention_heads, -1, model.head_dim)
+        )
         assert plan({**tensors, query.name: query}).scratch == (query.name,)
-        for change in ({"dtype": "float16"}, {"shape": (-1, model.num_attention_heads + 1, -1, model.head_dim)}):
+        for change in (
+            {"dtype": "float16"},
+            {"shape": (-1, model.num_attention_heads + 1, -1, model.head_dim)},
+        ):
             with pytest.raises(BundleError, match=r"expected scratch\.query\.1 to be"):
                 plan({**tensors, query.name: EngineTensor(**{**vars(query), **change})})
         for name in ("present.0.key", graph_contract(role, model).outputs[0].name):
-            with pytest.raises(BundleError, match=f"{role} engine: expected a tensor {name}, found none"):
+            with pytest.raises(
+                BundleError, match=f"{role} engine: expected a tensor {name}, found none"
+            ):
                 plan({n: t for n, t in tensors.items() if n != name})
         changes: dict[str, tuple[dict[str, Any], ...]] = {
             "input_ids": ({"dtype": "float32"}, {"shape": (-1,)}),
-            graph_contract(role, model).outputs[0].name: ({"dtype": "float32"}, {"shape": (-1, -1, -1, 7)}),
-            "past_key_values.0.key": ({"dtype": "float16"}, {"shape": (*cache.shape, 1)}, {"shape": (-1, 3, 65, 16)}),
+            graph_contract(role, model).outputs[0].name: (
+                {"dtype": "float32"},
+                {"shape": (-1, -1, -1, 7)},
+            ),
+            "past_key_values.0.key": (
+                {"dtype": "float16"},
+                {"shape": (*cache.shape, 1)},
+                {"shape": (-1, 3, 65, 16)},
+            ),
             "rope.cos": ({"dtype": "float16"}, {"shape": (5, 5)}),
         }
-        for name, change in ((name, change) for name, several in changes.items() for change in several):
+        for name, change in (
+            (name, change) for name, several in changes.items() for change in several
+        ):
             with pytest.raises(BundleError, match=f"expected {name} to be"):
                 plan({**tensors, name: EngineTensor(**{**vars(tensors[name]), **change})})
-        for extra in (EngineTensor("scale", True, "float32", ()), EngineTensor("rope.sin", False, "float32", pack.entries["rope.sin"].shape)):
+        for extra in (
+            EngineTensor("scale", True, "float32", ()),
+            EngineTensor("rope.sin", False, "float32", pack.entries["rope.sin"].shape),
+        ):
             with pytest.raises(BundleError, match=f"found {extra.name}"):
                 plan({**tensors, extra.name: extra})
 
@@ -551,11 +735,16 @@ def test_bindings(built: Callable[[str], Built]) -> None:
 def test_checks_without_a_gpu() -> None:
     gpu = Gpu("RTX", "8.9", 1 << 30)
     assert check_gpu(record_of(compute_capability=None), gpu) is gpu
-    with pytest.raises(DeviceError, match=r"compute capability 8\.9, found no GPU \(none\)") as raised:
+    with pytest.raises(
+        DeviceError, match=r"compute capability 8\.9, found no GPU \(none\)"
+    ) as raised:
         check_gpu(record_of(), NoGpu("none"))
     assert "in order" in raised.value.hint
     check_memory(MemoryPlan(1, 2, 3, 4), gpu)
-    with pytest.raises(DeviceError, match=r"at least 1\.50 GiB of GPU memory \(weights 1\.00, engines 0\.00, cache 0\.50"):
+    with pytest.raises(
+        DeviceError,
+        match=r"at least 1\.50 GiB of GPU memory \(weights 1\.00, engines 0\.00, cache 0\.50",
+    ):
         check_memory(MemoryPlan(0, 1 << 30, 1 << 29, 0), gpu)
 
 
@@ -589,20 +778,36 @@ def test_on_a_machine_without_gpu_all_else_is_checked(bundles: dict[str, Bundle]
 
 RUNTIME = Path(tensorrt_memory.__file__).parent
 CALLED_ON = {
-    "trt": "", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig", "_runtime": "Runtime",
-}  # fmt: skip
+    "trt": "",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "config": "IRuntimeConfig",
+    "_runtime": "Runtime",
+}
 
 
 def attributes(file: str) -> set[tuple[str, str]]:
-    """(last name of what it is taken from, attribute) of every attribute in a module of the runtime."""
-    nodes = [n for n in ast.walk(ast.parse((RUNTIME / file).read_text())) if isinstance(n, ast.Attribute)]
+    """(last name of what it is taken from, attribute) of every attribute in a module of the
+    runtime.
+    """
+    nodes = [
+        n for n in ast.walk(ast.parse((RUNTIME / file).read_text())) if isinstance(n, ast.Attribute)
+    ]
     owner = {ast.Name: lambda n: n.id, ast.Attribute: lambda n: n.attr}
     return {(owner.get(type(n.value), lambda _: "")(n.value), n.attr) for n in nodes}
 
 
 def test_every_cuda_name_exists() -> None:
-    runtime, driver = pytest.importorskip("cuda.bindings.runtime"), importlib.import_module("cuda.bindings.driver")
-    names = {a for file in ("device.py", "tensorrt_memory.py") for _, a in attributes(file) if a.startswith(("cuda", "cu")) and a != "cudart"}
+    runtime, driver = (
+        pytest.importorskip("cuda.bindings.runtime"),
+        importlib.import_module("cuda.bindings.driver"),
+    )
+    names = {
+        a
+        for file in ("device.py", "tensorrt_memory.py")
+        for _, a in attributes(file)
+        if a.startswith(("cuda", "cu")) and a != "cudart"
+    }
     enums = (runtime.cudaError_t, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
     assert len(names) > 20
     for name in names:

@@ -43,8 +43,13 @@ def folder(tmp_path: Path) -> Path:
 def test_chat_and_plain_text(folder: Path) -> None:
     codec = TextCodec(folder)
     assert codec.render_chat([{"role": "user", "content": "hi"}]) == "<|user|>hi<|assistant|>"
-    assert codec.render_chat([{"role": "user", "content": "hi"}], enable_thinking=True).endswith("<think>")
-    assert codec.decode(codec.encode_chat([{"role": "user", "content": "hé"}])) == "<|user|>hé<|assistant|>"
+    assert codec.render_chat([{"role": "user", "content": "hi"}], enable_thinking=True).endswith(
+        "<think>"
+    )
+    assert (
+        codec.decode(codec.encode_chat([{"role": "user", "content": "hé"}]))
+        == "<|user|>hé<|assistant|>"
+    )
     assert codec.decode([256, *codec.encode("plain")]) == "plain"
 
 
@@ -62,7 +67,12 @@ def test_stream_holds_back_incomplete_characters(folder: Path) -> None:
 def test_template_in_the_config(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}})
+        json.dumps(
+            {
+                "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+                "bos_token": {"content": "<s>"},
+            }
+        )
     )
     assert TextCodec(folder).encode_chat([{"role": "user", "content": "a"}])[0] == 256
 
@@ -95,7 +105,11 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", [b"{", b"\xe9", LFS.encode(), DEEP.encode(), b"[]", b'"a"', b"9" * 5000, b""], ids=range(8))
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xe9", LFS.encode(), DEEP.encode(), b"[]", b'"a"', b"9" * 5000, b""],
+    ids=range(8),
+)
 def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(BundleError, match=name) as raised:
@@ -118,7 +132,10 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, content: b
         ("tokenizer_config.json", {"added_tokens_decoder": []}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": 3}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "a", "lstrip": "no"}}}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"1": {"content": "a", "lstrip": "no"}}},
+        ),
         ("added_tokens.json", {"<x>": "1"}),
         ("added_tokens.json", {"<x>": -1}),
     ],
@@ -129,7 +146,9 @@ def test_tokens_of_another_form_are_refused(folder: Path, name: str, content: An
         TextCodec(folder)
 
 
-@pytest.mark.parametrize("value", [3, ["a"], [{"name": "default"}], {"default": 3}, [{"name": 1, "template": "a"}]])
+@pytest.mark.parametrize(
+    "value", [3, ["a"], [{"name": "default"}], {"default": 3}, [{"name": 1, "template": "a"}]]
+)
 def test_templates_of_another_form_are_refused(folder: Path, value: Any) -> None:
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
@@ -148,10 +167,19 @@ def test_a_byte_order_mark_is_refused(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{% if %}", "{{", "{% generation %}", "{% for %}", "{{ '" + "(" * 3 + " }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-     "".join("{% if a %}" for _ in range(150)) + "{% endif %}" * 150, "{% include 'a' %}{% unknown %}", "{{ a | nofilter }}"],
+    [
+        "{% if %}",
+        "{{",
+        "{% generation %}",
+        "{% for %}",
+        "{{ '" + "(" * 3 + " }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "".join("{% if a %}" for _ in range(150)) + "{% endif %}" * 150,
+        "{% include 'a' %}{% unknown %}",
+        "{{ a | nofilter }}",
+    ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_a_template_that_does_not_compile_is_named(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     codec = TextCodec(folder)
@@ -182,10 +210,15 @@ def test_a_template_that_does_not_compile_is_named(folder: Path, template: str) 
         ("{{ '%d' % 'a' }}", "TypeError"),
         ("{{ [] | first | tojson }}", "TypeError"),
         ("{{ messages | map(attribute='content') | sum }}", "TypeError"),
-        ("{% for i in range(90000) %}{% for j in range(90000) %}12345678{% endfor %}{% endfor %}", "OverflowError"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}12345678{% endfor %}{% endfor %}",
+            "OverflowError",
+        ),
     ],
 )
-def test_a_template_that_fails_is_one_clean_error(folder: Path, template: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_fails_is_one_clean_error(
+    folder: Path, template: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 100_000)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(UsageError, match=r"chat_template\.jinja.*" + found) as raised:
@@ -208,7 +241,11 @@ def test_templates_without_a_default_are_listed(folder: Path) -> None:
     assert codec.render_chat(USER, chat_template="{{ messages[0].role }}") == "user"
 
 
-@pytest.mark.parametrize("messages", [[], None, 3, "a", [3], ["a"], [None], [["a"]], [{"role": "user", "content": "\ud83d"}]], ids=range(9))
+@pytest.mark.parametrize(
+    "messages",
+    [[], None, 3, "a", [3], ["a"], [None], [["a"]], [{"role": "user", "content": "\ud83d"}]],
+    ids=range(9),
+)
 def test_what_is_no_conversation_is_refused(folder: Path, messages: Any) -> None:
     with pytest.raises(UsageError) as raised:
         TextCodec(folder).encode_chat(messages)
@@ -223,8 +260,16 @@ def test_half_a_surrogate_pair_is_named(folder: Path) -> None:
         codec.encode_chat([{"role": "user", "content": "\udc00"}])
 
 
-@pytest.mark.parametrize("options", [{"tools": [print]}, {"documents": ["a"]}, {"continue_final_message": True, "add_generation_prompt": True},
-    {"continue_final_message": "reasoning"}, {"continue_final_message": "no_such_field"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [print]},
+        {"documents": ["a"]},
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"continue_final_message": "reasoning"},
+        {"continue_final_message": "no_such_field"},
+    ],
+)
 def test_options_that_cannot_be_used(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as raised:
         TextCodec(folder).render_chat(USER, **options)
@@ -237,7 +282,9 @@ def test_a_template_sees_plain_values_only(folder: Path) -> None:
 
     (folder / "chat_template.jinja").write_text("{{ messages | tojson }}{{ more | tojson }}")
     codec = TextCodec(folder)
-    text = codec.render_chat([{"role": Role.USER, "content": ("a", np.int64(3), folder)}], more={"x": np.float64(0.5)})
+    text = codec.render_chat(
+        [{"role": Role.USER, "content": ("a", np.int64(3), folder)}], more={"x": np.float64(0.5)}
+    )
     assert text == '[{"role": "user", "content": ["a", 3, "<PosixPath>"]}]{"x": 0.5}'
 
 
@@ -271,7 +318,9 @@ def test_a_build_is_checked(folder: Path) -> None:
     check_text(folder, 257)
     with pytest.raises(BundleError, match="below 200"):
         check_text(folder, 200)
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('only with a system message') }}")
+    (folder / "chat_template.jinja").write_text(
+        "{{ raise_exception('only with a system message') }}"
+    )
     check_text(folder, 257)
     (folder / "chat_template.jinja").write_text("<s>")
     with pytest.raises(BundleError, match="found 256"):

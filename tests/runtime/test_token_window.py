@@ -20,7 +20,23 @@ from trimode.runtime.text.stream import TextStream, first_stop
 from trimode.runtime.text.token_window import Decoding
 
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
-WORDS = ["a", "b", "\u2581", "\u2581a", "\u2581\u2581", " ", ".", " .", "##s", "x</w>", "\ufffd", "n't", "é", "</s>", "<pad>"]
+WORDS = [
+    "a",
+    "b",
+    "\u2581",
+    "\u2581a",
+    "\u2581\u2581",
+    " ",
+    ".",
+    " .",
+    "##s",
+    "x</w>",
+    "\ufffd",
+    "n't",
+    "é",
+    "</s>",
+    "<pad>",
+]
 
 
 def _byte_level() -> Tokenizer:
@@ -33,7 +49,9 @@ def _byte_level() -> Tokenizer:
 
 def _words(decoder: decoders.Decoder | None) -> Callable[[], Tokenizer]:
     def build() -> Tokenizer:
-        tokenizer = Tokenizer(WordLevel(BYTES | {w: 256 + i for i, w in enumerate(WORDS)}, unk_token="a"))
+        tokenizer = Tokenizer(
+            WordLevel(BYTES | {w: 256 + i for i, w in enumerate(WORDS)}, unk_token="a")
+        )
         if decoder is not None:
             tokenizer.decoder = decoder
         tokenizer.add_special_tokens(["</s>", "<pad>"])
@@ -43,7 +61,9 @@ def _words(decoder: decoders.Decoder | None) -> Callable[[], Tokenizer]:
 
 
 def _llama(*after: decoders.Decoder) -> decoders.Decoder:
-    return decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *after])
+    return decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
 
 
 TOKENIZERS = {
@@ -77,9 +97,13 @@ def _tokens(codec: TextCodec) -> st.SearchStrategy[list[int]]:
     size = codec._tokenizer.get_vocab_size()
     ids = st.integers(0, size) | st.integers(max(0, size - len(WORDS)), size)
     if codec.decoding.byte_values or size > 256:
-        spelled = st.text("aé漢🙂\ufffd ", min_size=1, max_size=3).map(lambda text: _spell(codec, text))
+        spelled = st.text("aé漢🙂\ufffd ", min_size=1, max_size=3).map(
+            lambda text: _spell(codec, text)
+        )
         pieces = st.one_of(ids.map(lambda one: [one]), spelled, spelled.map(lambda all_: all_[:-1]))
-        return st.lists(pieces, max_size=14).map(lambda lists: [one for ids in lists for one in ids])
+        return st.lists(pieces, max_size=14).map(
+            lambda lists: [one for ids in lists for one in ids]
+        )
     return st.lists(ids, max_size=30)
 
 
@@ -89,7 +113,12 @@ def _spell(codec: TextCodec, text: str) -> list[int]:
     return [
         index
         for byte in text.encode()
-        if (index := codec.token_id(f"<0x{byte:02X}>" if codec.token_id("<0x00>") is not None else names[byte])) is not None
+        if (
+            index := codec.token_id(
+                f"<0x{byte:02X}>" if codec.token_id("<0x00>") is not None else names[byte]
+            )
+        )
+        is not None
     ]
 
 
@@ -100,10 +129,14 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-@pytest.mark.parametrize("name", [name + end for name in TOKENIZERS for end in ("", ", cleaned up")])
+@pytest.mark.parametrize(
+    "name", [name + end for name in TOKENIZERS for end in ("", ", cleaned up")]
+)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_all_pieces_are_the_decoded_text(codecs: dict[str, TextCodec], name: str, data: st.DataObject) -> None:
+def test_all_pieces_are_the_decoded_text(
+    codecs: dict[str, TextCodec], name: str, data: st.DataObject
+) -> None:
     codec = codecs[name]
     tokens = data.draw(_tokens(codec))
     stream, out, begin = TextStream(codec), "", 0
@@ -117,7 +150,9 @@ def test_all_pieces_are_the_decoded_text(codecs: dict[str, TextCodec], name: str
 @pytest.mark.parametrize("name", ["byte level", "byte fallback", "metaspace", "no decoder"])
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_a_stop_string_ends_the_text_where_the_decoded_text_has_it(codecs: dict[str, TextCodec], name: str, data: st.DataObject) -> None:
+def test_a_stop_string_ends_the_text_where_the_decoded_text_has_it(
+    codecs: dict[str, TextCodec], name: str, data: st.DataObject
+) -> None:
     """Against the slow, obvious way: all tokens are decoded anew at each step."""
     codec = codecs[name]
     tokens = data.draw(_tokens(codec))
@@ -138,22 +173,38 @@ def test_a_stop_string_ends_the_text_where_the_decoded_text_has_it(codecs: dict[
 @pytest.mark.parametrize(
     ("name", "text", "shown_at_once"),
     [
-        ("byte level", b"\xff", 0.99), ("byte level", b"\x80", 0.99), ("byte level", b"\xe6\xbc", 0.49), ("byte level", b"\xf0\x9f\x99", 0.33),
-        ("byte level", "\ufffd".encode(), 0.33), ("byte fallback", b"\xff", 0.99), ("byte fallback", b"\xe6\xbc", 0.99),
-        ("byte fallback", "漢".encode(), 0.0), ("byte fallback", b"a", 0.0),
+        ("byte level", b"\xff", 0.99),
+        ("byte level", b"\x80", 0.99),
+        ("byte level", b"\xe6\xbc", 0.49),
+        ("byte level", b"\xf0\x9f\x99", 0.33),
+        ("byte level", "\ufffd".encode(), 0.33),
+        ("byte fallback", b"\xff", 0.99),
+        ("byte fallback", b"\xe6\xbc", 0.99),
+        ("byte fallback", "漢".encode(), 0.0),
+        ("byte fallback", b"a", 0.0),
     ],
-)  # fmt: skip
-def test_a_long_run_of_bytes_is_linear_and_shown(codecs: dict[str, TextCodec], name: str, text: bytes, shown_at_once: float, watched: bool) -> None:
+)
+def test_a_long_run_of_bytes_is_linear_and_shown(
+    codecs: dict[str, TextCodec], name: str, text: bytes, shown_at_once: float, watched: bool
+) -> None:
     codec = codecs[name]
-    names = [f"<0x{byte:02X}>" for byte in text] if name == "byte fallback" else [_byte_characters()[byte] for byte in text]
+    names = (
+        [f"<0x{byte:02X}>" for byte in text]
+        if name == "byte fallback"
+        else [_byte_characters()[byte] for byte in text]
+    )
     ids = [codec.token_id(one) for one in names]
-    _count_work(codec, [one for one in ids if one is not None] * (1200 // len(ids)), shown_at_once, watched)
+    _count_work(
+        codec, [one for one in ids if one is not None] * (1200 // len(ids)), shown_at_once, watched
+    )
 
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("token", ["</s>", "a", "\u2581", None])
-def test_a_long_run_of_one_token_is_linear(codecs: dict[str, TextCodec], name: str, token: str | None, watched: bool) -> None:
+def test_a_long_run_of_one_token_is_linear(
+    codecs: dict[str, TextCodec], name: str, token: str | None, watched: bool
+) -> None:
     codec = codecs[name]
     index = 100_000 if token is None else codec.token_id(token)
     if index is not None:
@@ -183,10 +234,14 @@ def _count_work(codec: TextCodec, tokens: list[int], shown_at_once: float, watch
 
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback"])
-def test_pieces_come_no_later_than_those_of_the_library(codecs: dict[str, TextCodec], name: str) -> None:
+def test_pieces_come_no_later_than_those_of_the_library(
+    codecs: dict[str, TextCodec], name: str
+) -> None:
     """For text of whole characters, against ``DecodeStream`` of tokenizers."""
     codec = codecs[name]
-    tokens = _spell(codec, "ab é漢🙂 b.") if name == "byte level" else [256, 259, 257, 258, 256, 262]
+    tokens = (
+        _spell(codec, "ab é漢🙂 b.") if name == "byte level" else [256, 259, 257, 258, 256, 262]
+    )
     stream, library = TextStream(codec), DecodeStream(skip_special_tokens=True)
     for token in tokens:
         assert stream.push([token]) == (library.step(codec._tokenizer, token) or "")
@@ -219,5 +274,10 @@ def test_what_can_change_is_held_back(tmp_path: Path) -> None:
     codec = TextCodec(tmp_path)
     broken, whole = TextStream(codec), TextStream(codec)
     # A byte that is not UTF-8 makes U+FFFD of the whole run, also of what was a character.
-    assert [broken.push([token]) for token in (0xC3, 0xA9, 0xFF, 0x41)] == ["", "", "\ufffd" * 3, "\ufffd"]
+    assert [broken.push([token]) for token in (0xC3, 0xA9, 0xFF, 0x41)] == [
+        "",
+        "",
+        "\ufffd" * 3,
+        "\ufffd",
+    ]
     assert [whole.push([token]) for token in (0xC3, 0xA9, 256)] == ["", "", "éa"]

@@ -27,7 +27,11 @@ from trimode.graphs.numerics.scales import RTN, Quantization, load_quantization
 COMPUTE_TYPE: DType = "bfloat16"
 """What GPUs compute in: the type of scales, and of weights that are not quantized."""
 
-ROUNDED: dict[str, QuantizedPrecision] = {"rtn-int8": "int8", "rtn-int4": "int4", "rtn-nvfp4": "nvfp4"}
+ROUNDED: dict[str, QuantizedPrecision] = {
+    "rtn-int8": "int8",
+    "rtn-int4": "int4",
+    "rtn-nvfp4": "nvfp4",
+}
 """Weights rounded to nearest, in the place of a calibration."""
 
 
@@ -40,7 +44,8 @@ class Candidate:
         algorithm: that found the scales.
         block_size: inputs that share a scale; None where blocks are not used.
         layers: to quantize, by the checkpoint's names without ``.weight``.
-        scales: of a calibration; None = weights are rounded to nearest, each scale being its own weights' largest magnitude.
+        scales: of a calibration; None = weights are rounded to nearest, each scale being its own
+        weights' largest magnitude.
         scales_sha256: of the calibration's scales.
         source_sha256: digest of the checkpoint that was calibrated.
     """
@@ -55,10 +60,14 @@ class Candidate:
     source_sha256: str | None = None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where the checkpoint is not the one that was calibrated."""
+        """Raise :class:`CheckpointError` where the checkpoint is not the one that was
+        calibrated.
+        """
         check_source(self.name, self.source_sha256, sha256)
 
-    def linear_scales(self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()) -> dict[str, LinearScales]:
+    def linear_scales(
+        self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()
+    ) -> dict[str, LinearScales]:
         """Scales by layer, rounded to :data:`COMPUTE_TYPE` as a pack for GPUs holds them.
 
         Args:
@@ -68,16 +77,30 @@ class Candidate:
         Raises:
             BuildError: a scale is too large.
         """
-        scales = self.scales if self.scales is not None else rounding_scales(trunk, self.layers, self.precision, self.block_size)
+        scales = (
+            self.scales
+            if self.scales is not None
+            else rounding_scales(trunk, self.layers, self.precision, self.block_size)
+        )
         return linear_scales(scales, self.precision, COMPUTE_TYPE, leave_out)
 
 
-def rounding_scales(trunk: TriModeTrunk, layers: Iterable[str], precision: QuantizedPrecision, block_size: int | None) -> Scales:
+def rounding_scales(
+    trunk: TriModeTrunk,
+    layers: Iterable[str],
+    precision: QuantizedPrecision,
+    block_size: int | None,
+) -> Scales:
     """``weight_amax`` of each layer as round-to-nearest takes it from the weights themselves."""
-    return {f"{layer}.weight_amax": largest_magnitudes(_weight_of(trunk, layer), precision, block_size) for layer in layers}
+    return {
+        f"{layer}.weight_amax": largest_magnitudes(_weight_of(trunk, layer), precision, block_size)
+        for layer in layers
+    }
 
 
-def quantized_twin(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]) -> TriModeTrunk:
+def quantized_twin(
+    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
+) -> TriModeTrunk:
     """A second trunk in which these layers are quantized; everything else is the same memory.
 
     Raises:
@@ -91,9 +114,13 @@ def quantized_twin(trunk: TriModeTrunk, precision: QuantizedPrecision, layers: M
 
 
 def weight_bytes(
-    checkpoint: Checkpoint, stored: DType, precision: QuantizedPrecision | None = None, layers: Mapping[str, LinearScales] | None = None
+    checkpoint: Checkpoint,
+    stored: DType,
+    precision: QuantizedPrecision | None = None,
+    layers: Mapping[str, LinearScales] | None = None,
 ) -> int:
-    """Bytes that the weights take in a pack: codes, scales, and all else in ``stored``; without the position tables, which never change.
+    """Bytes that the weights take in a pack: codes, scales, and all else in ``stored``; without the
+    position tables, which never change.
 
     Args:
         checkpoint: whose weights.
@@ -107,23 +134,36 @@ def weight_bytes(
         if precision is None or scales is None:
             total += stored_bytes(stored, math.prod(entry.shape))
             continue
-        total += stored_bytes(FORMATS[precision].dtype, math.prod(entry.shape)) + _scale_bytes(scales, entry.shape, stored, precision)
+        total += stored_bytes(FORMATS[precision].dtype, math.prod(entry.shape)) + _scale_bytes(
+            scales, entry.shape, stored, precision
+        )
     return total
 
 
-def _scale_bytes(scales: LinearScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision) -> int:
-    numbers = sum(values.size for values in (scales.weight, scales.input, scales.pre_quant) if values is not None)
+def _scale_bytes(
+    scales: LinearScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision
+) -> int:
+    numbers = sum(
+        values.size
+        for values in (scales.weight, scales.input, scales.pre_quant)
+        if values is not None
+    )
     if precision != "nvfp4":
         return stored_bytes(stored, numbers)
-    return stored_bytes("float32", numbers) + stored_bytes("float8e4m3fn", math.prod(shape) // BLOCK_SIZE)
+    return stored_bytes("float32", numbers) + stored_bytes(
+        "float8e4m3fn", math.prod(shape) // BLOCK_SIZE
+    )
 
 
 def _weight_of(trunk: TriModeTrunk, layer: str) -> Floats:
-    return np.asarray(trunk.get_parameter(f"{layer}.weight").detach().float().numpy(force=True), np.float32)
+    return np.asarray(
+        trunk.get_parameter(f"{layer}.weight").detach().float().numpy(force=True), np.float32
+    )
 
 
 def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
-    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build checks it.
+    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build
+    checks it.
 
     Raises:
         UsageError: a rounding that does not exist, or that the checkpoint's shapes rule out.
@@ -141,9 +181,15 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
         scales = _scales(quantization)
     record = quantization.record
     return Candidate(
-        whole_text(name), quantization.precision, record.algorithm, record.block_size, tuple(quantization.layers), scales, record.scales_sha256,
+        whole_text(name),
+        quantization.precision,
+        record.algorithm,
+        record.block_size,
+        tuple(quantization.layers),
+        scales,
+        record.scales_sha256,
         quantization.source_sha256,
-    )  # fmt: skip
+    )
 
 
 def _scales(quantization: Quantization) -> Scales:

@@ -1,4 +1,6 @@
-"""Every mode's answers, by the runtime's own algorithms over a trunk, and how two trunks' answers compare."""
+"""Every mode's answers, by the runtime's own algorithms over a trunk, and how two trunks' answers
+compare.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ class Parting:
     Attributes:
         question: counted from 0, among those that were drawn.
         position: of the first token that differs, counted from 0 in the answer.
-        preference: what the trunk's logit of AR's token is above that of the other one, AR's text before them being read in one forward; a
-            difference of rounding error says that the two are as good as equal. None where one text ends before the other.
+        preference: what the trunk's logit of AR's token is above that of the other one, AR's text
+            before them being read in one forward; a difference of rounding error says that the two
+            are as good as equal. None where one text ends before the other.
     """
 
     question: int
@@ -38,7 +41,12 @@ class Parting:
 
 
 def answer(
-    session: TorchSession, model: ModelInfo, questions: Sequence[Question], decodings: Sequence[Decoding], max_new_tokens: int, advance: Advance
+    session: TorchSession,
+    model: ModelInfo,
+    questions: Sequence[Question],
+    decodings: Sequence[Decoding],
+    max_new_tokens: int,
+    advance: Advance,
 ) -> Answers:
     """Answer each question in each way; ``advance(1)`` after each answer."""
     answers: Answers = {decoding: [] for decoding in decodings}
@@ -50,16 +58,21 @@ def answer(
 
 
 def answer_and_record(
-    trunk: TriModeTrunk, model: ModelInfo, questions: Sequence[Question], recorded: Mapping[Decoding, Sequence[Role]], max_new_tokens: int,
+    trunk: TriModeTrunk,
+    model: ModelInfo,
+    questions: Sequence[Question],
+    recorded: Mapping[Decoding, Sequence[Role]],
+    max_new_tokens: int,
     advance: Advance,
-) -> tuple[Answers, list[list[Episode]]]:  # fmt: skip
+) -> tuple[Answers, list[list[Episode]]]:
     """Like :func:`answer`, and what was run on the way, question by question, for a replay.
 
     Args:
         trunk: the model.
         model: the facts that decoding needs.
         questions: to answer.
-        recorded: ways to answer them, each with the roles whose blocks are kept; none = the answer's text is not kept either.
+        recorded: ways to answer them, each with the roles whose blocks are kept; none = the
+        answer's text is not kept either.
         max_new_tokens: of each answer.
         advance: told of each answer.
     """
@@ -72,16 +85,26 @@ def answer_and_record(
             generation = _generate(session, model, question, decoding, max_new_tokens)
             answers[decoding].append(generation)
             if roles:
-                found.append(Episode([*question.token_ids, *generation.token_ids], len(question.token_ids), session.take()))
+                found.append(
+                    Episode(
+                        [*question.token_ids, *generation.token_ids],
+                        len(question.token_ids),
+                        session.take(),
+                    )
+                )
             advance(1)
         episodes.append(merged(found))
     return answers, episodes
 
 
-def right_answers(questions: Sequence[Question], generations: Sequence[Generation], to_text: ToText | None) -> list[bool | None]:
+def right_answers(
+    questions: Sequence[Question], generations: Sequence[Generation], to_text: ToText | None
+) -> list[bool | None]:
     """Whether each answer is, character by character, a right one; None where that is not known."""
     return [
-        None if not question.answers or to_text is None else to_text(generation.token_ids) in question.answers
+        None
+        if not question.answers or to_text is None
+        else to_text(generation.token_ids) in question.answers
         for question, generation in zip(questions, generations, strict=True)
     ]
 
@@ -92,15 +115,22 @@ def same_tokens(first: Sequence[Generation], second: Sequence[Generation]) -> li
 
 
 def partings(
-    session: TorchSession, questions: Sequence[Question], autoregressive: Sequence[Generation], speculative: Sequence[Generation]
+    session: TorchSession,
+    questions: Sequence[Question],
+    autoregressive: Sequence[Generation],
+    speculative: Sequence[Generation],
 ) -> list[Parting]:
     """Where answers of self-speculation differ from those of autoregression over the same trunk."""
     found = []
-    for number, (question, ar, other) in enumerate(zip(questions, autoregressive, speculative, strict=True)):
+    for number, (question, ar, other) in enumerate(
+        zip(questions, autoregressive, speculative, strict=True)
+    ):
         if ar.token_ids == other.token_ids:
             continue
         shorter = min(len(ar.token_ids), len(other.token_ids))
-        position = next((i for i in range(shorter) if ar.token_ids[i] != other.token_ids[i]), shorter)
+        position = next(
+            (i for i in range(shorter) if ar.token_ids[i] != other.token_ids[i]), shorter
+        )
         preference = None
         if position < shorter:
             text = np.array([[*question.token_ids, *ar.token_ids[:position]]], np.int64)
@@ -110,8 +140,16 @@ def partings(
     return found
 
 
-def _generate(session: TorchSession, model: ModelInfo, question: Question, decoding: Decoding, max_new_tokens: int) -> Generation:
-    options = DecodeOptions(max_new_tokens, model.block_size, decoding.threshold, decoding.use_drafter)
+def _generate(
+    session: TorchSession,
+    model: ModelInfo,
+    question: Question,
+    decoding: Decoding,
+    max_new_tokens: int,
+) -> Generation:
+    options = DecodeOptions(
+        max_new_tokens, model.block_size, decoding.threshold, decoding.use_drafter
+    )
     stream = Stream(DecodedSequence(session, model, question.token_ids), decoding.mode, options)
     for _ in stream:
         pass

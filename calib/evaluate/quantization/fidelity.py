@@ -1,11 +1,14 @@
-"""How far a quantized computation is from the original one. Sums in float64, added to as rows come; no row is kept.
+"""How far a quantized computation is from the original one. Sums in float64, added to as rows come;
+no row is kept.
 
 The formulas, over all rows ``x`` of the original and ``y`` of the other:
 
-- signal-to-noise ratio ``10 log10(sum |x|^2 / sum |x - y|^2)`` in decibels: one ratio of sums, so large rows weigh more
-- cosine, the mean over rows of ``x . y / (|x| |y|)``: every row weighs alike; 1 where both are zero, 0 where one is
-- divergence of Kullback and Leibler (1951), the mean over rows of ``sum_v p_v (ln p_v - ln q_v)`` in nats, ``p`` and ``q`` the softmax of
-  the original's logits and of the other's
+- signal-to-noise ratio ``10 log10(sum |x|^2 / sum |x - y|^2)`` in decibels: one ratio of sums, so
+  large rows weigh more
+- cosine, the mean over rows of ``x . y / (|x| |y|)``: every row weighs alike; 1 where both are
+  zero, 0 where one is
+- divergence of Kullback and Leibler (1951), the mean over rows of ``sum_v p_v (ln p_v - ln q_v)``
+  in nats, ``p`` and ``q`` the softmax of the original's logits and of the other's
 - top-1 agreement, the share of rows whose largest logit is of the same token
 """
 
@@ -43,7 +46,8 @@ class Fidelity:
 
     @property
     def snr_db(self) -> float:
-        """At most :data:`~trimode.calib.scales.statistics.LOSSLESS_DB`, which is also said where nothing differs.
+        """At most :data:`~trimode.calib.scales.statistics.LOSSLESS_DB`, which is also said where
+        nothing differs.
 
         Raises:
             CheckpointError: something is not finite.
@@ -69,7 +73,10 @@ class Divergence:
 
     def add(self, original: Tensor, other: Tensor) -> None:
         """Logits ``(..., vocab_size)`` of both."""
-        for p, q in zip(*(torch.split(logits.flatten(0, -2), _ROWS_AT_A_TIME) for logits in (original, other)), strict=True):
+        for p, q in zip(
+            *(torch.split(logits.flatten(0, -2), _ROWS_AT_A_TIME) for logits in (original, other)),
+            strict=True,
+        ):
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             # Never negative but by rounding.
             self._nats += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).sum())
@@ -89,6 +96,8 @@ class Divergence:
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise CheckpointError("expected finite hidden states and logits, found infinite ones or NaN",
-                              "weights or scales are damaged: download the checkpoint, or calibrate it, again")  # fmt: skip
+        raise CheckpointError(
+            "expected finite hidden states and logits, found infinite ones or NaN",
+            "weights or scales are damaged: download the checkpoint, or calibrate it, again",
+        )
     return value

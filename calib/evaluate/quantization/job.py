@@ -9,11 +9,31 @@ from pathlib import Path
 from typing import cast
 
 import trimode
-from trimode.calib.evaluate.quantization.candidate import COMPUTE_TYPE, Candidate, quantized_twin, weight_bytes
-from trimode.calib.evaluate.quantization.decoding import Answers, answer, answer_and_record, partings, right_answers, same_tokens
+from trimode.calib.evaluate.quantization.candidate import (
+    COMPUTE_TYPE,
+    Candidate,
+    quantized_twin,
+    weight_bytes,
+)
+from trimode.calib.evaluate.quantization.decoding import (
+    Answers,
+    answer,
+    answer_and_record,
+    partings,
+    right_answers,
+    same_tokens,
+)
 from trimode.calib.evaluate.quantization.fidelity import Fidelity
 from trimode.calib.evaluate.quantization.lockstep import ByRole, Comparison
-from trimode.calib.evaluate.quantization.questions import Decoding, QualitySettings, Question, ToText, decodings_for, draw_questions, roles_for
+from trimode.calib.evaluate.quantization.questions import (
+    Decoding,
+    QualitySettings,
+    Question,
+    ToText,
+    decodings_for,
+    draw_questions,
+    roles_for,
+)
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
@@ -57,8 +77,9 @@ def measure(
 ) -> Report:
     """Measure what each candidate loses against the checkpoint in float32.
 
-    The original's answers are recorded and replayed, as calibration does it (:mod:`trimode.calib.reference.episodes`). Memory: eight bytes a
-    parameter, of the original and of one candidate at a time.
+    The original's answers are recorded and replayed, as calibration does it
+    (:mod:`trimode.calib.reference.episodes`). Memory: eight bytes a parameter, of the original and
+    of one candidate at a time.
 
     Args:
         checkpoint: the original.
@@ -72,7 +93,8 @@ def measure(
 
     Raises:
         UsageError: a setting or a question cannot be used, or two candidates have one name.
-        CheckpointError: the checkpoint cannot be read, a candidate is of another one or does not fit it, or numbers are not finite.
+        CheckpointError: the checkpoint cannot be read, a candidate is of another one or does not
+        fit it, or numbers are not finite.
         BuildError: a scale is too large for the compute type.
         DeviceError: the device is not here.
     """
@@ -83,8 +105,19 @@ def measure(
     trunk, digest = read_original(checkpoint, model, candidates, settings.device, progress)
     decodings = decodings_for(settings.modes, has_drafter=model.has_drafter)
     advance = progress.stage("answer", len(drawn) * len(decodings))
-    answers, episodes = answer_and_record(trunk, model, drawn, _recorded(decodings), settings.max_new_tokens, advance)
-    bench = _Bench(trunk, model, drawn, answers, [episode for one in episodes for episode in one], settings, progress, to_text)
+    answers, episodes = answer_and_record(
+        trunk, model, drawn, _recorded(decodings), settings.max_new_tokens, advance
+    )
+    bench = _Bench(
+        trunk,
+        model,
+        drawn,
+        answers,
+        [episode for one in episodes for episode in one],
+        settings,
+        progress,
+        to_text,
+    )
     measured = [_measure_candidate(bench, candidate, checkpoint) for candidate in candidates]
     thresholds = {_name(decoding.mode): decoding.threshold for decoding in decodings}
     return Report(
@@ -93,8 +126,11 @@ def measure(
         source_name=name_of(checkpoint.path),
         source_sha256=digest,
         data=DataRecord(
-            sha256=questions_sha256, num_questions=len(drawn), num_answers=sum(bool(question.answers) for question in drawn),
-            seed=settings.seed, num_rows=count_rows(bench.episodes),
+            sha256=questions_sha256,
+            num_questions=len(drawn),
+            num_answers=sum(bool(question.answers) for question in drawn),
+            seed=settings.seed,
+            num_rows=count_rows(bench.episodes),
         ),
         modes=tuple(map(_name, settings.modes)),
         max_new_tokens=settings.max_new_tokens,
@@ -103,8 +139,11 @@ def measure(
         compute_type=COMPUTE_TYPE,
         dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
         precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
-        libraries={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-    )  # fmt: skip
+        libraries={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        },
+    )
 
 
 def save_report(output: Path, report: Report, *, draws: bool) -> None:
@@ -130,9 +169,15 @@ def check_output(output: Path) -> None:
 
 
 def read_original(
-    checkpoint: Checkpoint, model: ModelInfo, candidates: Sequence[Candidate], device: str, progress: Progress
+    checkpoint: Checkpoint,
+    model: ModelInfo,
+    candidates: Sequence[Candidate],
+    device: str,
+    progress: Progress,
 ) -> tuple[TriModeTrunk, str]:
-    """The trunk in float32 and the checkpoint's digest; raises :class:`CheckpointError` where a candidate is of another checkpoint."""
+    """The trunk in float32 and the checkpoint's digest; raises :class:`CheckpointError` where a
+    candidate is of another checkpoint.
+    """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
     trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
@@ -146,22 +191,50 @@ class _Bench:
     """The original with its answers: what every candidate is held against."""
 
     def __init__(
-        self, trunk: TriModeTrunk, model: ModelInfo, questions: Sequence[Question], answers: Answers, episodes: Sequence[Episode],
-        settings: QualitySettings, progress: Progress, to_text: ToText | None,
-    ) -> None:  # fmt: skip
-        self.trunk, self.model, self.questions, self.answers, self.episodes = trunk, model, questions, answers, episodes
+        self,
+        trunk: TriModeTrunk,
+        model: ModelInfo,
+        questions: Sequence[Question],
+        answers: Answers,
+        episodes: Sequence[Episode],
+        settings: QualitySettings,
+        progress: Progress,
+        to_text: ToText | None,
+    ) -> None:
+        self.trunk, self.model, self.questions, self.answers, self.episodes = (
+            trunk,
+            model,
+            questions,
+            answers,
+            episodes,
+        )
         self.settings, self.progress, self._to_text = settings, progress, to_text
 
     def decoding_records(self, trunk: TriModeTrunk, answers: Answers) -> tuple[DecodingRecord, ...]:
-        """How ``answers`` of ``trunk``, in every way of decoding, compare with the original's and with each other."""
+        """How ``answers`` of ``trunk``, in every way of decoding, compare with the original's and
+        with each other.
+        """
         return tuple(self._decoding_record(trunk, answers, decoding) for decoding in answers)
 
-    def _decoding_record(self, trunk: TriModeTrunk, answers: Answers, decoding: Decoding) -> DecodingRecord:
+    def _decoding_record(
+        self, trunk: TriModeTrunk, answers: Answers, decoding: Decoding
+    ) -> DecodingRecord:
         generations, autoregressive = answers[decoding], answers.get(Decoding("ar"))
-        right = [known for known in right_answers(self.questions, generations, self._to_text) if known is not None]
+        right = [
+            known
+            for known in right_answers(self.questions, generations, self._to_text)
+            if known is not None
+        ]
         speculates = decoding.mode == "linear_spec"
-        parted = partings(TorchSession(trunk), self.questions, autoregressive, generations) if speculates and autoregressive else []
-        num_tokens, nfe = sum(len(one.token_ids) for one in generations), sum(one.nfe for one in generations)
+        parted = (
+            partings(TorchSession(trunk), self.questions, autoregressive, generations)
+            if speculates and autoregressive
+            else []
+        )
+        num_tokens, nfe = (
+            sum(len(one.token_ids) for one in generations),
+            sum(one.nfe for one in generations),
+        )
         cycles = sum(one.forwards.verify for one in generations)
         accepted = sum((one.acceptance_length or 0) * one.forwards.verify for one in generations)
         return DecodingRecord(
@@ -174,19 +247,39 @@ class _Bench:
             tokens_per_forward=num_tokens / nfe,
             acceptance_length=accepted / cycles if cycles else None,
             equals_ar=1 - len(parted) / len(generations) if speculates and autoregressive else None,
-            partings=tuple(PartingRecord(question=one.question, position=one.position, preference=one.preference) for one in parted),
+            partings=tuple(
+                PartingRecord(
+                    question=one.question, position=one.position, preference=one.preference
+                )
+                for one in parted
+            ),
         )
 
 
-def _measure_candidate(bench: _Bench, candidate: Candidate, checkpoint: Checkpoint) -> PrecisionRecord:
+def _measure_candidate(
+    bench: _Bench, candidate: Candidate, checkpoint: Checkpoint
+) -> PrecisionRecord:
     layers = candidate.linear_scales(bench.trunk)
     twin = quantized_twin(bench.trunk, candidate.precision, layers)
-    advance = bench.progress.stage(f"{candidate.name}: answer", len(bench.questions) * len(bench.answers))
-    answers = answer(TorchSession(twin), bench.model, bench.questions, tuple(bench.answers), bench.settings.max_new_tokens, advance)
+    advance = bench.progress.stage(
+        f"{candidate.name}: answer", len(bench.questions) * len(bench.answers)
+    )
+    answers = answer(
+        TorchSession(twin),
+        bench.model,
+        bench.questions,
+        tuple(bench.answers),
+        bench.settings.max_new_tokens,
+        advance,
+    )
     decoding = bench.decoding_records(twin, answers)
-    names = [name for name, _ in bench.trunk.named_modules() if name in layers]  # in the model's order
-    comparison = Comparison(bench.trunk, twin, names)  # numbers the twin's layers anew: after it has answered
-    comparison.run(bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes)))
+    # in the model's order
+    names = [name for name, _ in bench.trunk.named_modules() if name in layers]
+    # numbers the twin's layers anew: after it has answered
+    comparison = Comparison(bench.trunk, twin, names)
+    comparison.run(
+        bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes))
+    )
     return PrecisionRecord(
         name=candidate.name,
         precision=candidate.precision,
@@ -197,28 +290,47 @@ def _measure_candidate(bench: _Bench, candidate: Candidate, checkpoint: Checkpoi
         local={name: _fidelity(by_role) for name, by_role in comparison.local.items()},
         accumulated=tuple(_fidelity(by_role) for by_role in comparison.accumulated),
         outputs={
-            role: OutputRecord(num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement)
+            role: OutputRecord(
+                num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement
+            )
             for role, one in comparison.outputs.items()
         },
         decoding=decoding,
     )
 
 
-def _original_record(bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord) -> PrecisionRecord:
-    """The original beside itself: its answers are measured, and nothing else differs. ``other`` says which rows there are."""
+def _original_record(
+    bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord
+) -> PrecisionRecord:
+    """The original beside itself: its answers are measured, and nothing else differs. ``other``
+    says which rows there are.
+    """
     return PrecisionRecord(
-        name="float32", precision=None, algorithm=None, scales_sha256=None, num_quantized=0, weight_bytes=weight_bytes(checkpoint, "float32"),
-        local={}, accumulated=tuple(dict.fromkeys(by_role, _LOSSLESS) for by_role in other.accumulated),
-        outputs={role: OutputRecord(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0) for role, one in other.outputs.items()},
+        name="float32",
+        precision=None,
+        algorithm=None,
+        scales_sha256=None,
+        num_quantized=0,
+        weight_bytes=weight_bytes(checkpoint, "float32"),
+        local={},
+        accumulated=tuple(dict.fromkeys(by_role, _LOSSLESS) for by_role in other.accumulated),
+        outputs={
+            role: OutputRecord(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0)
+            for role, one in other.outputs.items()
+        },
         decoding=bench.decoding_records(bench.trunk, bench.answers),
-    )  # fmt: skip
+    )
 
 
 def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
-    """The rows that calibration looks at: self-speculation without the drafter, where there is one, is answered and not recorded."""
+    """The rows that calibration looks at: self-speculation without the drafter, where there is one,
+    is answered and not recorded.
+    """
     with_drafter = any(decoding.use_drafter for decoding in decodings)
     spare = Decoding("linear_spec") if with_drafter else None
-    return {decoding: () if decoding == spare else roles_for([decoding.mode]) for decoding in decodings}
+    return {
+        decoding: () if decoding == spare else roles_for([decoding.mode]) for decoding in decodings
+    }
 
 
 def _fidelity(by_role: ByRole) -> dict[Role, FidelityRecord]:
@@ -233,8 +345,10 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
     names = [candidate.name for candidate in candidates]
     twice = [name for name in names if names.count(name) > 1 or name == "float32"]
     if twice or not names:
-        raise UsageError(f"expected calibrations with names of their own, found {twice[0] + ' twice' if twice else 'none'}",
-                         "pass --calibration once for each")  # fmt: skip
+        raise UsageError(
+            f"expected calibrations with names of their own, found {twice[0] + ' twice' if twice else 'none'}",
+            "pass --calibration once for each",
+        )
 
 
 def _share(holds: Sequence[bool]) -> float:

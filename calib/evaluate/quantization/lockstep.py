@@ -1,7 +1,8 @@
-"""The original and a quantized trunk run the same forwards side by side, so that nothing has to be kept to compare them.
+"""The original and a quantized trunk run the same forwards side by side, so that nothing has to be
+kept to compare them.
 
-Both read the same tokens; each attends to the keys and values that it computed itself. They share one cache object: the second trunk's
-layers are numbered behind the first one's.
+Both read the same tokens; each attends to the keys and values that it computed itself. They share
+one cache object: the second trunk's layers are numbered behind the first one's.
 """
 
 from __future__ import annotations
@@ -29,23 +30,38 @@ class Comparison(nn.Module):
 
     Args:
         original: the trunk in float32.
-        twin: its :func:`~trimode.calib.evaluate.quantization.candidate.quantized_twin`; changed in that its layers are numbered anew.
-        layers: quantized layers whose own error is measured: the output given the *original's* input, against the original's output.
-        first_block: the first decoder block with a quantized layer; those before it are run once for both.
+        twin: its :func:`~trimode.calib.evaluate.quantization.candidate.quantized_twin`; changed in
+        that its layers are numbered anew.
+        layers: quantized layers whose own error is measured: the output given the *original's*
+        input, against the original's output.
+        first_block: the first decoder block with a quantized layer; those before it are run once
+        for both.
         outputs_alone: leave hidden states out.
 
     Attributes:
         local: by layer; the output is what the layer returns, in drafts with the adapter's branch.
-        accumulated: of the hidden states after each decoder block, everything before being quantized.
+        accumulated: of the hidden states after each decoder block, everything before being
+        quantized.
         outputs: of the probabilities, over the rows whose logits a graph returns.
     """
 
     def __init__(
-        self, original: TriModeTrunk, twin: TriModeTrunk, layers: Sequence[str] = (), *, first_block: int = 0, outputs_alone: bool = False
+        self,
+        original: TriModeTrunk,
+        twin: TriModeTrunk,
+        layers: Sequence[str] = (),
+        *,
+        first_block: int = 0,
+        outputs_alone: bool = False,
     ) -> None:
         super().__init__()
         self._outputs_alone = outputs_alone
-        self._original, self._twin, self._layers, self._first_block = original, twin, layers, first_block
+        self._original, self._twin, self._layers, self._first_block = (
+            original,
+            twin,
+            layers,
+            first_block,
+        )
         self._role: Role | None = None
         blocks = len(original.encoder.layers)
         for index, block in enumerate(twin.encoder.layers):
@@ -67,11 +83,24 @@ class Comparison(nn.Module):
     def _run(self, forward: Forward, attend: TorchCache) -> None:
         device = self._original.diffusion_head.weight.device
         self._role = forward.role
-        positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids), device=device)[None]
-        hidden = self(torch.tensor([forward.ids], device=device), positions, attend, forward.drafter_scale or None)
+        positions = torch.arange(
+            forward.past_length, forward.past_length + len(forward.ids), device=device
+        )[None]
+        hidden = self(
+            torch.tensor([forward.ids], device=device),
+            positions,
+            attend,
+            forward.drafter_scale or None,
+        )
         self.head(hidden[:, forward.first_logits_row :])
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: AttentionPattern, drafter_scale: float | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: AttentionPattern,
+        drafter_scale: float | None = None,
+    ) -> Tensor:
         """Hidden states of both, side by side: ``(B, T, 2 * hidden_size)``."""
         rotation = self._original.rope(positions)
         x = y = self._original.encoder.embed_tokens(input_ids).flatten(0, 1)
@@ -95,7 +124,10 @@ class Comparison(nn.Module):
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        handles = [self._original.get_submodule(name).register_forward_hook(self._hook_of(name)) for name in self._layers]
+        handles = [
+            self._original.get_submodule(name).register_forward_hook(self._hook_of(name))
+            for name in self._layers
+        ]
         try:
             yield
         finally:

@@ -29,7 +29,9 @@ class Question:
 
 
 class Decoding(NamedTuple):
-    """A mode, with the drafter's adapter or without it; outside of self-speculation the adapter is not used."""
+    """A mode, with the drafter's adapter or without it; outside of self-speculation the adapter is
+    not used.
+    """
 
     mode: Mode
     use_drafter: bool = False
@@ -41,7 +43,9 @@ class Decoding(NamedTuple):
 
 
 MODES: tuple[Mode, ...] = ("ar", "diffusion", "linear_spec")
-"""Modes that are measured. Quadratic self-speculation is not: its tokens are those of ar, and no calibration has rows of it."""
+"""Modes that are measured. Quadratic self-speculation is not: its tokens are those of ar, and no
+calibration has rows of it.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,29 @@ class QualitySettings:
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown or not self.modes:
             found = unknown[0].replace("_", "-") if unknown else "none"
-            raise UsageError(f"expected --modes among {','.join(known)}, found {found}", "separate them by commas")
+            raise UsageError(
+                f"expected --modes among {','.join(known)}, found {found}",
+                "separate them by commas",
+            )
         if len(set(self.modes)) < len(self.modes):
-            raise UsageError(f"expected each of --modes once, found {','.join(self.modes).replace('_', '-')}", "leave out what is there twice")
-        check_at_least((("samples", self.num_samples, 1), ("max-new-tokens", self.max_new_tokens, 1), ("seed", self.seed, 0)))
+            raise UsageError(
+                f"expected each of --modes once, found {','.join(self.modes).replace('_', '-')}",
+                "leave out what is there twice",
+            )
+        check_at_least(
+            (
+                ("samples", self.num_samples, 1),
+                ("max-new-tokens", self.max_new_tokens, 1),
+                ("seed", self.seed, 0),
+            )
+        )
         check_device_name(self.device)
 
 
 def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding, ...]:
-    """What is run for these modes: self-speculation with the drafter, where there is one, and without."""
+    """What is run for these modes: self-speculation with the drafter, where there is one, and
+    without.
+    """
     chosen: list[Decoding] = []
     for mode in modes:
         if mode == "linear_spec" and has_drafter:
@@ -95,25 +113,37 @@ def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def draw_questions(questions: Sequence[Question], num_samples: int | None, seed: int, model: ModelInfo) -> list[Question]:
-    """``num_samples`` of the questions without repetition, in their order; all of them where it is None.
+def draw_questions(
+    questions: Sequence[Question], num_samples: int | None, seed: int, model: ModelInfo
+) -> list[Question]:
+    """``num_samples`` of the questions without repetition, in their order; all of them where it is
+    None.
 
     Raises:
-        UsageError: too few; a prompt that is empty, has no room for an answer, or has ids that the model does not have.
+        UsageError: too few; a prompt that is empty, has no room for an answer, or has ids that the
+            model does not have.
     """
-    draw_texts([question.token_ids for question in questions], num_samples, seed, model)  # checks them
+    # checks them
+    draw_texts([question.token_ids for question in questions], num_samples, seed, model)
     if num_samples is None:
         return list(questions)
-    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), num_samples))]
+    return [
+        questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), num_samples))
+    ]
 
 
-def read_questions(data: Path, style: PromptStyle, checkpoint_path: Path, model: ModelInfo) -> tuple[list[Question], ToText | None]:
+def read_questions(
+    data: Path, style: PromptStyle, checkpoint_path: Path, model: ModelInfo
+) -> tuple[list[Question], ToText | None]:
     """The prompts of a file, and the tokenizer's decoder where an answer is known.
 
     Raises:
-        UsageError: the file cannot be read or is empty, or has lines that the checkpoint's tokenizer and template, or the model, do not take.
+        UsageError: the file cannot be read or is empty, or has lines that the checkpoint's
+            tokenizer and template, or the model, do not take.
     """
     prompts, codec = read_prompts_file(data, style), cache(partial(TextCodec, checkpoint_path))
     texts = encode_prompts(data, prompts, codec, model)
     to_text = codec().decode if any(prompt.answers for prompt in prompts) else None
-    return [Question(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)], to_text
+    return [
+        Question(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True)
+    ], to_text

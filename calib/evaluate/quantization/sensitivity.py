@@ -1,7 +1,8 @@
 """Which layers have to stay in high precision, for a budget on exact match to hold.
 
-Layers are ranked by what quantizing one of them alone does to the probabilities, and the shortest head of that ranking is sought with which
-the budget holds: by bisection, for every trial answers all questions in every mode.
+Layers are ranked by what quantizing one of them alone does to the probabilities, and the shortest
+head of that ranking is sought with which the budget holds: by bisection, for every trial answers
+all questions in every mode.
 """
 
 from __future__ import annotations
@@ -12,16 +13,35 @@ from pathlib import Path
 
 import trimode
 from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_twin
-from trimode.calib.evaluate.quantization.decoding import Answers, answer, answer_and_record, right_answers, same_tokens
+from trimode.calib.evaluate.quantization.decoding import (
+    Answers,
+    answer,
+    answer_and_record,
+    right_answers,
+    same_tokens,
+)
 from trimode.calib.evaluate.quantization.job import read_original
 from trimode.calib.evaluate.quantization.lockstep import Comparison
-from trimode.calib.evaluate.quantization.questions import Decoding, QualitySettings, Question, ToText, draw_questions
+from trimode.calib.evaluate.quantization.questions import (
+    Decoding,
+    QualitySettings,
+    Question,
+    ToText,
+    draw_questions,
+)
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
 from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchSession
 from trimode.errors import BuildError, UsageError
-from trimode.formats.calibration import SCHEMA_VERSION, Calibration, DataRecord, Scales, SensitivityRecord, save_calibration
+from trimode.formats.calibration import (
+    SCHEMA_VERSION,
+    Calibration,
+    DataRecord,
+    Scales,
+    SensitivityRecord,
+    save_calibration,
+)
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
@@ -29,17 +49,24 @@ from trimode.progress import Progress
 
 DEFAULT_RANKING_SAMPLES = 8
 SUFFIX = "+sensitivity"
-DECIDING_ROLES: dict[Mode, tuple[Role, ...]] = {"ar": ("ar",), "diffusion": ("ar", "draft"), "linear_spec": ("ar", "verify")}
-"""The graphs whose rows decide a mode's tokens. What self-speculation drafts decides its speed and no token."""
+DECIDING_ROLES: dict[Mode, tuple[Role, ...]] = {
+    "ar": ("ar",),
+    "diffusion": ("ar", "draft"),
+    "linear_spec": ("ar", "verify"),
+}
+"""The graphs whose rows decide a mode's tokens. What self-speculation drafts decides its speed and
+no token.
+"""
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much exact match may be lost.
 
-    A question counts as matched where its answer is known and the text is exactly that, or where it is not known and the tokens are those
-    of the checkpoint in float32. A mode's drop is 100 times the share that float32 matches minus the share that the quantized model does,
-    over the same questions; a question lost and another one gained cancel.
+    A question counts as matched where its answer is known and the text is exactly that, or where it
+    is not known and the tokens are those of the checkpoint in float32. A mode's drop is 100 times
+    the share that float32 matches minus the share that the quantized model does, over the same
+    questions; a question lost and another one gained cancel.
 
     Attributes:
         max_drop: points, 0 to 100, that any of the modes may drop.
@@ -52,9 +79,15 @@ class Budget:
     def check(self) -> None:
         """Raise :class:`UsageError` for a value that cannot be used."""
         if not 0 <= self.max_drop <= 100:  # nor NaN
-            raise UsageError(f"expected --max-drop from 0 to 100 points, found {self.max_drop}", "1 allows one question in a hundred to be lost")
+            raise UsageError(
+                f"expected --max-drop from 0 to 100 points, found {self.max_drop}",
+                "1 allows one question in a hundred to be lost",
+            )
         if self.ranking_samples < 1:
-            raise UsageError(f"expected --ranking-samples of at least 1, found {self.ranking_samples}", "leave it out for the default")
+            raise UsageError(
+                f"expected --ranking-samples of at least 1, found {self.ranking_samples}",
+                "leave it out for the default",
+            )
 
     def holds(self, drops: dict[Mode, float]) -> bool:
         """Whether no mode drops more."""
@@ -74,8 +107,9 @@ def search(
 ) -> SensitivityRecord:
     """Find layers to keep in high precision, as few as the ranking allows.
 
-    Match is not monotonic in what is kept, so bisection finds *a* length with which the budget was measured to hold and with one less to
-    fail, not always the least. Memory: eight bytes a parameter.
+    Match is not monotonic in what is kept, so bisection finds *a* length with which the budget was
+    measured to hold and with one less to fail, not always the least. Memory: eight bytes a
+    parameter.
 
     Args:
         checkpoint: the original.
@@ -90,7 +124,8 @@ def search(
 
     Raises:
         UsageError: a setting or a question cannot be used.
-        CheckpointError: the checkpoint cannot be read, the calibration is of another one or does not fit it, or numbers are not finite.
+        CheckpointError: the checkpoint cannot be read, the calibration is of another one or does
+        not fit it, or numbers are not finite.
         BuildError: no layer can be quantized within the budget.
         DeviceError: the device is not here.
     """
@@ -99,33 +134,65 @@ def search(
     check_device(settings.device)
     drawn = draw_questions(questions, settings.num_samples, settings.seed, model)
     trunk, _ = read_original(checkpoint, model, [candidate], settings.device, progress)
-    recorded: dict[Decoding, Sequence[Role]] = {decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes}
+    recorded: dict[Decoding, Sequence[Role]] = {
+        decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes
+    }
     advance = progress.stage("answer", len(drawn) * len(recorded))
-    answers, episodes = answer_and_record(trunk, model, drawn, recorded, settings.max_new_tokens, advance)
+    answers, episodes = answer_and_record(
+        trunk, model, drawn, recorded, settings.max_new_tokens, advance
+    )
     rows = [episode for one in episodes[: budget.ranking_samples] for episode in one]
     layers = candidate.linear_scales(trunk)
     ranking = rank_layers(trunk, candidate, layers, rows, progress)
-    trials = _Trials(trunk, model, candidate, layers, list(ranking), drawn, answers, settings.max_new_tokens, to_text, progress)
+    trials = _Trials(
+        trunk,
+        model,
+        candidate,
+        layers,
+        list(ranking),
+        drawn,
+        answers,
+        settings.max_new_tokens,
+        to_text,
+        progress,
+    )
     num_kept = shortest(len(ranking), lambda kept: budget.holds(trials.drops(kept)))
     if num_kept == len(ranking):
-        raise BuildError(f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} points, found none in {len(ranking)}",
-                         "allow a larger --max-drop, or build without quantization")  # fmt: skip
-    data = DataRecord(sha256=questions_sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=count_rows(rows))
+        raise BuildError(
+            f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} points, found none in {len(ranking)}",
+            "allow a larger --max-drop, or build without quantization",
+        )
+    data = DataRecord(
+        sha256=questions_sha256,
+        num_samples=len(drawn),
+        seed=settings.seed,
+        num_tokens=count_rows(rows),
+    )
     return SensitivityRecord(
-        kept=tuple(ranking)[:num_kept], ranking=ranking, max_drop=budget.max_drop, drops=_named(trials.drops(num_kept)),
-        drops_if_none_kept=_named(trials.drops(0)), data=data, max_new_tokens=settings.max_new_tokens,
+        kept=tuple(ranking)[:num_kept],
+        ranking=ranking,
+        max_drop=budget.max_drop,
+        drops=_named(trials.drops(num_kept)),
+        drops_if_none_kept=_named(trials.drops(0)),
+        data=data,
+        max_new_tokens=settings.max_new_tokens,
         scales_sha256=candidate.scales_sha256 or "",
-    )  # fmt: skip
+    )
 
 
 def rank_layers(
-    trunk: TriModeTrunk, candidate: Candidate, layers: dict[str, LinearScales], episodes: Sequence[Episode], progress: Progress
+    trunk: TriModeTrunk,
+    candidate: Candidate,
+    layers: dict[str, LinearScales],
+    episodes: Sequence[Episode],
+    progress: Progress,
 ) -> dict[str, float]:
     """Each layer's sensitivity, the most sensitive first.
 
-    It is the divergence (nats a row) of the probabilities when that layer alone is quantized, over the same with all of them quantized,
-    role by role, and the largest of these: roles differ in scale by orders of magnitude, and the budget is for each mode. Unlike an error at
-    the layer's own output it knows what the rest of the model makes of it. The cost is a replay a layer.
+    It is the divergence (nats a row) of the probabilities when that layer alone is quantized, over
+    the same with all of them quantized, role by role, and the largest of these: roles differ in
+    scale by orders of magnitude, and the budget is for each mode. Unlike an error at the layer's
+    own output it knows what the rest of the model makes of it. The cost is a replay a layer.
     """
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
@@ -145,7 +212,9 @@ def rank_layers(
 
 
 def shortest(most: int, holds: Callable[[int], bool]) -> int:
-    """A number from 0 to ``most`` that holds while the one before it does not, by bisection; ``most`` is known to hold and not tried."""
+    """A number from 0 to ``most`` that holds while the one before it does not, by bisection;
+    ``most`` is known to hold and not tried.
+    """
     if most == 0 or holds(0):
         return 0
     failed, held = 0, most
@@ -155,8 +224,12 @@ def shortest(most: int, holds: Callable[[int], bool]) -> int:
     return held
 
 
-def save_without(output: Path, calibration: Calibration, scales: Scales, found: SensitivityRecord) -> Calibration:
-    """Write the calibration without the scales of the layers that are kept; they are added to those of an earlier search."""
+def save_without(
+    output: Path, calibration: Calibration, scales: Scales, found: SensitivityRecord
+) -> Calibration:
+    """Write the calibration without the scales of the layers that are kept; they are added to those
+    of an earlier search.
+    """
     earlier = calibration.sensitivity.kept if calibration.sensitivity is not None else ()
     kept = set(found.kept)
     record = calibration.model_copy(
@@ -164,11 +237,17 @@ def save_without(output: Path, calibration: Calibration, scales: Scales, found: 
             "schema_version": SCHEMA_VERSION,
             "trimode_version": trimode.__version__,
             "algorithm": calibration.algorithm.removesuffix(SUFFIX) + SUFFIX,
-            "layers": {name: layer for name, layer in calibration.layers.items() if name not in kept},
+            "layers": {
+                name: layer for name, layer in calibration.layers.items() if name not in kept
+            },
             "sensitivity": found.model_copy(update={"kept": (*earlier, *found.kept)}),
         }
     )
-    save_calibration(output, record, {name: values for name, values in scales.items() if name.rpartition(".")[0] not in kept})
+    save_calibration(
+        output,
+        record,
+        {name: values for name, values in scales.items() if name.rpartition(".")[0] not in kept},
+    )
     return record
 
 
@@ -181,10 +260,25 @@ class _Trials:
     """What is lost with so many layers kept, each number measured once."""
 
     def __init__(
-        self, trunk: TriModeTrunk, model: ModelInfo, candidate: Candidate, layers: dict[str, LinearScales], ranking: Sequence[str],
-        questions: Sequence[Question], answers: Answers, max_new_tokens: int, to_text: ToText | None, progress: Progress,
-    ) -> None:  # fmt: skip
-        self._trunk, self._model, self._candidate, self._layers, self._ranking = trunk, model, candidate, layers, ranking
+        self,
+        trunk: TriModeTrunk,
+        model: ModelInfo,
+        candidate: Candidate,
+        layers: dict[str, LinearScales],
+        ranking: Sequence[str],
+        questions: Sequence[Question],
+        answers: Answers,
+        max_new_tokens: int,
+        to_text: ToText | None,
+        progress: Progress,
+    ) -> None:
+        self._trunk, self._model, self._candidate, self._layers, self._ranking = (
+            trunk,
+            model,
+            candidate,
+            layers,
+            ranking,
+        )
         self._questions, self._answers, self._max_new_tokens = questions, answers, max_new_tokens
         self._to_text, self._progress = to_text, progress
         self._drops: dict[int, dict[Mode, float]] = {}
@@ -198,8 +292,17 @@ class _Trials:
     def _measure(self, num_kept: int) -> dict[Mode, float]:
         quantized = {name: self._layers[name] for name in self._ranking[num_kept:]}
         twin = quantized_twin(self._trunk, self._candidate.precision, quantized)
-        advance = self._progress.stage(f"{num_kept} layers kept", len(self._questions) * len(self._answers))
-        found = answer(TorchSession(twin), self._model, self._questions, tuple(self._answers), self._max_new_tokens, advance)
+        advance = self._progress.stage(
+            f"{num_kept} layers kept", len(self._questions) * len(self._answers)
+        )
+        found = answer(
+            TorchSession(twin),
+            self._model,
+            self._questions,
+            tuple(self._answers),
+            self._max_new_tokens,
+            advance,
+        )
         return {decoding.mode: self._drop(decoding, found) for decoding in self._answers}
 
     def _drop(self, decoding: Decoding, found: Answers) -> float:
@@ -207,7 +310,8 @@ class _Trials:
         after = right_answers(self._questions, found[decoding], self._to_text)
         same = same_tokens(self._answers[decoding], found[decoding])
         lost = sum(
-            (True if one is None else one) - (is_same if other is None else other) for one, other, is_same in zip(before, after, same, strict=True)
+            (True if one is None else one) - (is_same if other is None else other)
+            for one, other, is_same in zip(before, after, same, strict=True)
         )
         return 100 * lost / len(self._questions)
 

@@ -63,14 +63,24 @@ class Way:
         """All of it, beside the texts it is meant to reproduce."""
         tokens = sum(map(len, self.texts))
         return WayRecord(
-            name=self.name, target=self.target, num_tokens=tokens, nfe=self.nfe, tokens_per_forward=tokens / self.nfe, num_steps=self.steps,
+            name=self.name,
+            target=self.target,
+            num_tokens=tokens,
+            nfe=self.nfe,
+            tokens_per_forward=tokens / self.nfe,
+            num_steps=self.steps,
             tokens_per_step=self.stepped_tokens / self.steps if self.steps else math.nan,
-            same_as_target=sum(a == b for a, b in zip(self.texts, targets, strict=True)) / len(targets), num_exhausted=self.exhausted,
-        )  # fmt: skip
+            same_as_target=sum(a == b for a, b in zip(self.texts, targets, strict=True))
+            / len(targets),
+            num_exhausted=self.exhausted,
+        )
 
 
 def measure_light(
-    model: TriModeModel, prompts: Sequence[list[int]], settings: LightSettings, advance: Callable[[int], None]
+    model: TriModeModel,
+    prompts: Sequence[list[int]],
+    settings: LightSettings,
+    advance: Callable[[int], None],
 ) -> tuple[WayRecord, ...]:
     """Answer each prompt in every way; ``advance(1)`` after each.
 
@@ -78,9 +88,13 @@ def measure_light(
         UsageError: a value of the settings, or a prompt, that the model does not take.
     """
     length = settings.block_length or model.model.block_size
-    diffusion: dict[str, Way] = {SERIAL: Way(SERIAL, SERIAL), **{name: Way(_oracle_name(name), SERIAL, exhausted=0) for name in ORACLES}}
+    diffusion: dict[str, Way] = {
+        SERIAL: Way(SERIAL, SERIAL),
+        **{name: Way(_oracle_name(name), SERIAL, exhausted=0) for name in ORACLES},
+    }
     streamed = list(_streamed_ways(model, settings, length))
-    for options, way in streamed:  # a value out of its range shows before the search, which takes long
+    # a value out of its range shows before the search, which takes long
+    for options, way in streamed:
         model.stream([prompts[0]], max_new_tokens=settings.max_new_tokens, **options)
         assert not way.texts
     for prompt in prompts:
@@ -89,22 +103,31 @@ def measure_light(
             _answer(model, prompt, {"max_new_tokens": settings.max_new_tokens, **options}, way)
         advance(1)
     targets = {SERIAL: diffusion[SERIAL].texts, "ar": streamed[0][1].texts}
-    return tuple(way.record(targets[way.target]) for way in (*diffusion.values(), *(way for _, way in streamed)))
+    return tuple(
+        way.record(targets[way.target])
+        for way in (*diffusion.values(), *(way for _, way in streamed))
+    )
 
 
 def _oracle_name(oracle: str) -> str:
     return {"prefix": "speed of light", "any": "speed of light, slots in any order"}[oracle]
 
 
-def _streamed_ways(model: TriModeModel, settings: LightSettings, length: int) -> list[tuple[dict[str, Any], Way]]:
-    """AR first, then thresholds, then the bundle's sampler, then every other algorithm that it can run, with the drafter where that matters."""
+def _streamed_ways(
+    model: TriModeModel, settings: LightSettings, length: int
+) -> list[tuple[dict[str, Any], Way]]:
+    """AR first, then thresholds, then the bundle's sampler, then every other algorithm that it can
+    run, with the drafter where that matters.
+    """
     ways: list[tuple[dict[str, Any], Way]] = [({"mode": "ar"}, Way("ar", "ar"))]
     for threshold in settings.thresholds:
         options = {"mode": "diffusion", "threshold": threshold, "block_length": length}
         ways.append((options, Way(f"diffusion, threshold {threshold:g}", SERIAL)))
     if (sampler := model.bundle.manifest.sampler) is not None:
         options = {"mode": "diffusion", "sampler": "learned", "block_length": length}
-        ways.append((options, Way(f"diffusion, learned sampler from {sampler.threshold:g}", SERIAL)))
+        ways.append(
+            (options, Way(f"diffusion, learned sampler from {sampler.threshold:g}", SERIAL))
+        )
     for mode in ALGORITHMS:
         if mode in ("ar", "diffusion"):
             continue
@@ -115,7 +138,9 @@ def _streamed_ways(model: TriModeModel, settings: LightSettings, length: int) ->
                 options["block_length"] = length  # the others have lengths of their own
             elif not _can_run(model, mode):
                 continue
-            name = mode.replace("_", "-") + ("" if use_drafter or len(drafters) == 1 else ", no drafter")
+            name = mode.replace("_", "-") + (
+                "" if use_drafter or len(drafters) == 1 else ", no drafter"
+            )
             ways.append((options, Way(name, "ar")))
     return ways
 
@@ -133,15 +158,27 @@ def _answer(model: TriModeModel, prompt: list[int], options: dict[str, Any], way
     result = model.stream([prompt], **options).finish()
     if result.acceptance_length is not None:
         cycles = sum(vars(result.forwards).get(phase, 0) for phase in _CYCLE_PHASES)
-        way.add(result.token_ids, nfe=result.nfe, steps=cycles, stepped_tokens=round(result.acceptance_length * cycles))
+        way.add(
+            result.token_ids,
+            nfe=result.nfe,
+            steps=cycles,
+            stepped_tokens=round(result.acceptance_length * cycles),
+        )
     else:
         steps = result.forwards.denoise or result.nfe
         way.add(result.token_ids, nfe=result.nfe, steps=steps, stepped_tokens=len(result.token_ids))
 
 
-def _denoise_by_oracles(model: TriModeModel, prompt: list[int], length: int, settings: LightSettings, ways: dict[str, Way]) -> None:
-    """The serial answer, block by block as :func:`~trimode.runtime.decode.algorithms.decode_diffusion` makes it, and each oracle's steps to each
-    block.
+def _denoise_by_oracles(
+    model: TriModeModel,
+    prompt: list[int],
+    length: int,
+    settings: LightSettings,
+    ways: dict[str, Way],
+) -> None:
+    """The serial answer, block by block as
+    :func:`~trimode.runtime.decode.algorithms.decode_diffusion` makes it, and each oracle's steps to
+    each block.
     """
     sequence, facts = model.new_sequence([prompt]), model.model
     left = min(settings.max_new_tokens, sequence.room)
@@ -150,8 +187,16 @@ def _denoise_by_oracles(model: TriModeModel, prompt: list[int], length: int, set
     while left > 0 and not (text and text[-1] in facts.eos_token_ids):
         block = np.full(length, facts.mask_token_id, np.int64)
         block[0] = sequence.run(sequence.predict())
-        oracle = BlockOracle(lambda slots: sequence.run(sequence.denoise(slots)), block, facts.mask_token_id, facts.eos_token_ids)
-        paths: dict[str, Path] = {SERIAL: oracle.serial, **{name: oracle.fewest(name, settings.max_forwards) for name in ORACLES}}
+        oracle = BlockOracle(
+            lambda slots: sequence.run(sequence.denoise(slots)),
+            block,
+            facts.mask_token_id,
+            facts.eos_token_ids,
+        )
+        paths: dict[str, Path] = {
+            SERIAL: oracle.serial,
+            **{name: oracle.fewest(name, settings.max_forwards) for name in ORACLES},
+        }
         for name, path in paths.items():
             steps[name] += len(path.steps)
             if ways[name].exhausted is not None:

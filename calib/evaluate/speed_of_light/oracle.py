@@ -1,21 +1,26 @@
-"""How few forwards could denoise a block and give the tokens of serial denoising: an oracle's search.
+"""How few forwards could denoise a block and give the tokens of serial denoising: an oracle's
+search.
 
-*Serial* denoising fills one slot a forward, the most probable of the masked ones: what a threshold that nothing reaches does. It takes as many
-forwards as there are masked slots, and its tokens are the *target*. An oracle that knows the target fills several slots a forward, each with what
-is at that moment its most probable token, and only where that is the target's. Such a step is *safe* if from what it leaves the target can still
-be reached in such steps.
+*Serial* denoising fills one slot a forward, the most probable of the masked ones: what a threshold
+that nothing reaches does. It takes as many forwards as there are masked slots, and its tokens are
+the *target*. An oracle that knows the target fills several slots a forward, each with what is at
+that moment its most probable token, and only where that is the target's. Such a step is *safe* if
+from what it leaves the target can still be reached in such steps.
 
 Two oracles, which differ in what they may fill together:
 
-- ``prefix``: the slots in the order of their confidence, up to the first whose token is not the target's. No confidence threshold, set for each
-  forward by somebody who knows the target, can fill others. It is what the Nemotron-Labs-Diffusion report (arXiv 2607.05722, section 4) calls the
+- ``prefix``: the slots in the order of their confidence, up to the first whose token is not the
+  target's. No confidence threshold, set for each forward by somebody who knows the target, can fill
+  others. It is what the Nemotron-Labs-Diffusion report (arXiv 2607.05722, section 4) calls the
   speed of light.
-- ``any``: whichever slots have the target's token, also behind one that has not. What a learned sampler that judges every slot by itself could
-  do at best.
+- ``any``: whichever slots have the target's token, also behind one that has not. What a learned
+  sampler that judges every slot by itself could do at best.
 
-Both take the largest safe step: all the slots they may fill, else all but the least confident of these, and so on, found by depth-first search
-over sets of filled slots, each denoised once. It never takes more forwards than serial denoising. That the largest first step leads to the fewest
-forwards of all is likely, and not proven: every step fills as much as it can, and more that is known seldom makes a right token wrong.
+Both take the largest safe step: all the slots they may fill, else all but the least confident of
+these, and so on, found by depth-first search over sets of filled slots, each denoised once. It
+never takes more forwards than serial denoising. That the largest first step leads to the fewest
+forwards of all is likely, and not proven: every step fills as much as it can, and more that is
+known seldom makes a right token wrong.
 
 A slot whose token is the mask token itself counts as filled.
 """
@@ -46,7 +51,8 @@ class Path:
 
     Attributes:
         steps: slots filled by each forward.
-        is_exhausted: whether the search ended at its limit of forwards; the steps are then those of serial denoising.
+        is_exhausted: whether the search ended at its limit of forwards; the steps are then those of
+            serial denoising.
     """
 
     steps: tuple[tuple[int, ...], ...]
@@ -60,17 +66,22 @@ class BlockOracle:
         denoise: a forward over the block; must give the same for the same block.
         block: ``(L,)``, some slots masked.
         mask_token_id: marks these.
-        eos: tokens that end a text. A block is done when no slot up to the first of them is masked: what follows cannot matter.
+        eos: tokens that end a text. A block is done when no slot up to the first of them is masked:
+            what follows cannot matter.
     """
 
-    def __init__(self, denoise: Denoise, block: Ids, mask_token_id: int, eos: tuple[int, ...]) -> None:
+    def __init__(
+        self, denoise: Denoise, block: Ids, mask_token_id: int, eos: tuple[int, ...]
+    ) -> None:
         self._denoise, self._block, self._mask, self._eos = denoise, block, mask_token_id, eos
         self._masked = tuple(np.flatnonzero(block == mask_token_id).tolist())
         self._seen: dict[frozenset[int], tuple[Ids, NDArray[np.float64]]] = {}
         self.target, self.serial = self._fill_serially()
 
     def fewest(self, oracle: Oracle, max_forwards: int = MAX_FORWARDS) -> Path:
-        """The oracle's path to the target; forwards that were done before are not counted towards the limit."""
+        """The oracle's path to the target; forwards that were done before are not counted towards
+        the limit.
+        """
         search = _Search(self, oracle, len(self._seen) + max_forwards)
         try:
             steps = search.run(frozenset())
@@ -81,27 +92,41 @@ class BlockOracle:
 
     def is_done(self, filled: frozenset[int]) -> bool:
         """Whether every slot that matters is filled."""
-        ends = np.isin(self.target, self._eos) & (self._is_given() | _members(filled, len(self.target)))
+        ends = np.isin(self.target, self._eos) & (
+            self._is_given() | _members(filled, len(self.target))
+        )
         last = int(ends.argmax()) if ends.any() else len(self.target)
         return not any(slot < last and slot not in filled for slot in self._masked)
 
     def candidates(self, filled: frozenset[int], oracle: Oracle) -> list[int]:
         """The slots that an oracle may fill next, most confident first."""
         tokens, confidence = self.look(filled)
-        ranked = sorted((slot for slot in self._masked if slot not in filled), key=lambda slot: (-confidence[slot], slot))
+        ranked = sorted(
+            (slot for slot in self._masked if slot not in filled),
+            key=lambda slot: (-confidence[slot], slot),
+        )
         right = [slot for slot in ranked if tokens[slot] == self.target[slot]]
         if oracle == "any":
             return right
-        first_wrong = next((i for i, slot in enumerate(ranked) if tokens[slot] != self.target[slot]), len(ranked))
+        first_wrong = next(
+            (i for i, slot in enumerate(ranked) if tokens[slot] != self.target[slot]), len(ranked)
+        )
         return ranked[:first_wrong]
 
-    def look(self, filled: frozenset[int], target: Ids | None = None) -> tuple[Ids, NDArray[np.float64]]:
-        """Best token and its probability of each slot ``(L,)``, where ``filled`` ones have the target's token; once for each set."""
+    def look(
+        self, filled: frozenset[int], target: Ids | None = None
+    ) -> tuple[Ids, NDArray[np.float64]]:
+        """Best token and its probability of each slot ``(L,)``, where ``filled`` ones have the
+        target's token; once for each set.
+        """
         if filled not in self._seen:
             block, slots = self._block.copy(), list(filled)
             block[slots] = (self.target if target is None else target)[slots]
             ids, probabilities = self._denoise(block)
-            self._seen[filled] = (ids[:, 0].astype(np.int64), probabilities[:, 0].astype(np.float64))
+            self._seen[filled] = (
+                ids[:, 0].astype(np.int64),
+                probabilities[:, 0].astype(np.float64),
+            )
         return self._seen[filled]
 
     @property
@@ -119,7 +144,9 @@ class BlockOracle:
         order: list[int] = []
         for _ in self._masked:
             tokens, confidence = self.look(frozenset(order), target)
-            slot = min((s for s in self._masked if s not in order), key=lambda s: (-confidence[s], s))
+            slot = min(
+                (s for s in self._masked if s not in order), key=lambda s: (-confidence[s], s)
+            )
             target[slot] = tokens[slot]
             order.append(slot)
         self.target = target
@@ -132,7 +159,9 @@ class _OutOfForwardsError(Exception):
 
 
 class _Search:
-    """Depth-first, the largest step first; a set of filled slots from which the target cannot be reached is not visited twice."""
+    """Depth-first, the largest step first; a set of filled slots from which the target cannot be
+    reached is not visited twice.
+    """
 
     def __init__(self, block: BlockOracle, oracle: Oracle, max_forwards: int) -> None:
         self._block, self._oracle, self._max = block, oracle, max_forwards

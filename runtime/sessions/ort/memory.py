@@ -1,6 +1,7 @@
 """Tensors in ONNX Runtime's memory, on the CPU or a GPU, bound to graphs by address.
 
-Numpy has no bfloat16, so such a tensor is moved as float16: the same two bytes. What they mean is said when it is bound.
+Numpy has no bfloat16, so such a tensor is moved as float16: the same two bytes. What they mean is
+said when it is bound.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ GRAPH_TYPES: dict[str, DType] = {
 }
 """How ONNX Runtime names the types of a graph's inputs."""
 
-_STORAGE: dict[DType, type[np.generic]] = {"float32": np.float32, "int64": np.int64, "float16": np.float16, "bfloat16": np.float16}
+_STORAGE: dict[DType, type[np.generic]] = {
+    "float32": np.float32,
+    "int64": np.int64,
+    "float16": np.float16,
+    "bfloat16": np.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -57,24 +63,36 @@ class Buffer:
         if rows == range(self.shape[0]):
             return self
         array = None if self.array is None else self.array[rows.start : rows.stop]
-        return replace(self, array=array, shape=(len(rows), *self.shape[1:]), first=self.first + rows.start, is_whole=False)
+        return replace(
+            self,
+            array=array,
+            shape=(len(rows), *self.shape[1:]),
+            first=self.first + rows.start,
+            is_whole=False,
+        )
 
     def bind_input(self, binding: Any, name: str) -> None:
         """Let a graph read this memory as ``name``. The buffer must outlive the binding."""
         if self._is_value:
             binding.bind_ortvalue_input(name, self.value)
         else:
-            binding.bind_input(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address)
+            binding.bind_input(
+                name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address
+            )
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Let a graph write ``name`` into this memory. The buffer must outlive the binding."""
         if self._is_value:
             binding.bind_ortvalue_output(name, self.value)
         else:
-            binding.bind_output(name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address)
+            binding.bind_output(
+                name, self.device, 0, ONNX_TYPES[self.dtype], self.shape, self._address
+            )
 
     def numpy(self) -> Array:
-        """The values in host memory, bfloat16 as float16: the memory itself on the CPU, a copy on a GPU."""
+        """The values in host memory, bfloat16 as float16: the memory itself on the CPU, a copy on a
+        GPU.
+        """
         if self.array is not None:
             return self.array
         whole: Array = self.value.numpy()
@@ -82,7 +100,9 @@ class Buffer:
 
     @property
     def _is_value(self) -> bool:
-        """Whether it is all of an OrtValue on the CPU, under its own type: binding that takes a fraction of the time that an address takes."""
+        """Whether it is all of an OrtValue on the CPU, under its own type: binding that takes a
+        fraction of the time that an address takes.
+        """
         return self.device == "cpu" and self.dtype != "bfloat16" and self.is_whole
 
     @property
@@ -97,22 +117,29 @@ def zeros(shape: tuple[int, ...], dtype: DType, device: Device) -> Buffer:
 
 
 def place(array: Array, dtype: DType, device: Device) -> Buffer:
-    """A buffer with the values of ``array``: on the CPU its own memory, where it is contiguous and aligned; on a GPU a copy."""
+    """A buffer with the values of ``array``: on the CPU its own memory, where it is contiguous and
+    aligned; on a GPU a copy.
+    """
     array = np.require(array, _STORAGE[dtype], ["C_CONTIGUOUS", "ALIGNED"])
     value = ort.OrtValue.ortvalue_from_numpy(array, device, 0)
     return Buffer(value, array if device == "cpu" else None, dtype, array.shape, device)
 
 
-def place_weights(pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device) -> dict[str, Buffer]:
-    """One buffer for every tensor of the pack that a graph reads; what the pack stores narrower than a graph reads it is widened.
+def place_weights(
+    pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device
+) -> dict[str, Buffer]:
+    """One buffer for every tensor of the pack that a graph reads; what the pack stores narrower
+    than a graph reads it is widened.
 
     Args:
         pack: the weights.
-        graphs: for each graph its weight inputs by name, as ``InferenceSession.get_inputs`` describes them.
+        graphs: for each graph its weight inputs by name, as ``InferenceSession.get_inputs``
+        describes them.
         device: where to put them.
 
     Raises:
-        BundleError: a graph reads a tensor that is not in the pack, or has another shape or type there.
+        BundleError: a graph reads a tensor that is not in the pack, or has another shape or type
+            there.
     """
     placed: dict[str, Buffer] = {}
     for graph in graphs:
@@ -123,8 +150,10 @@ def place_weights(pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], d
             found = placed.get(name)
             if found is None or found.dtype != dtype or found.shape != tuple(declared.shape):
                 held = f"{found.dtype} {found.shape}" if found else "none"
-                raise BundleError(f"{name}: expected {declared.type} of shape {tuple(declared.shape)} in the weight pack, found {held}",
-                                  REBUILD)  # fmt: skip
+                raise BundleError(
+                    f"{name}: expected {declared.type} of shape {tuple(declared.shape)} in the weight pack, found {held}",
+                    REBUILD,
+                )
     return placed
 
 

@@ -1,7 +1,9 @@
-"""The little of an ONNX file that concerns the runtime, without the onnx package: its operators, and where its tensors lie.
+"""The little of an ONNX file that concerns the runtime, without the onnx package: its operators,
+and where its tensors lie.
 
-ONNX is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a row of fields, each a number and a value. Fields that are
-not looked at are copied as they are. Field numbers are those of ``onnx.proto``.
+ONNX is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a row of fields,
+each a number and a value. Fields that are not looked at are copied as they are. Field numbers are
+those of ``onnx.proto``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def operators(model: bytes) -> set[str]:
     Raises:
         ValueError: the bytes are no protobuf message.
     """
-    nodes = (node for graph in _messages(model, _MODEL_GRAPH) for node in _messages(graph, _GRAPH_NODE))
+    nodes = (
+        node for graph in _messages(model, _MODEL_GRAPH) for node in _messages(graph, _GRAPH_NODE)
+    )
     return {name.decode() for node in nodes for name in _messages(node, _NODE_OP_TYPE)}
 
 
@@ -32,7 +36,8 @@ def change_external_data(model: bytes, change: Callable[[dict[str, str]], dict[s
 
     Args:
         model: a serialized ``ModelProto``.
-        change: from the entries of one initializer (``location``, ``offset``, ...) to those that take their place.
+        change: from the entries of one initializer (``location``, ``offset``, ...) to those that
+            take their place.
 
     Raises:
         ValueError: the bytes are no protobuf message.
@@ -42,10 +47,19 @@ def change_external_data(model: bytes, change: Callable[[dict[str, str]], dict[s
         old = dict(_entry(entry) for entry in _messages(tensor, _TENSOR_EXTERNAL_DATA))
         if not old:
             return tensor
-        kept = b"".join(tensor[begin:end] for number, begin, _, end, _ in _fields(tensor) if number != _TENSOR_EXTERNAL_DATA)
-        return kept + b"".join(_encode(_TENSOR_EXTERNAL_DATA, _encode_entry(key, value)) for key, value in change(old).items())
+        kept = b"".join(
+            tensor[begin:end]
+            for number, begin, _, end, _ in _fields(tensor)
+            if number != _TENSOR_EXTERNAL_DATA
+        )
+        return kept + b"".join(
+            _encode(_TENSOR_EXTERNAL_DATA, _encode_entry(key, value))
+            for key, value in change(old).items()
+        )
 
-    return _replace(model, _MODEL_GRAPH, lambda graph: _replace(graph, _GRAPH_INITIALIZER, change_tensor))
+    return _replace(
+        model, _MODEL_GRAPH, lambda graph: _replace(graph, _GRAPH_INITIALIZER, change_tensor)
+    )
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
@@ -72,13 +86,19 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
 
 def _messages(message: bytes, number: int) -> list[bytes]:
     """The values of the fields of that number, which are messages or strings."""
-    return [message[value:end] for found, _, value, end, wire in _fields(message) if found == number and wire == _LENGTH]
+    return [
+        message[value:end]
+        for found, _, value, end, wire in _fields(message)
+        if found == number and wire == _LENGTH
+    ]
 
 
 def _replace(message: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:
     """The message with ``change`` applied to the value of each field of that number."""
     parts = (
-        _encode(number, change(message[value:end])) if found == number and wire == _LENGTH else message[begin:end]
+        _encode(number, change(message[value:end]))
+        if found == number and wire == _LENGTH
+        else message[begin:end]
         for found, begin, value, end, wire in _fields(message)
     )
     return b"".join(parts)
@@ -98,7 +118,9 @@ def _encode(number: int, value: bytes) -> bytes:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """The number that begins at ``position``, seven bits a byte and the lowest first, and where it ends."""
+    """The number that begins at ``position``, seven bits a byte and the lowest first, and where it
+    ends.
+    """
     value = shift = 0
     while position < len(message):
         byte = message[position]

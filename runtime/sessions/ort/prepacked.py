@@ -1,12 +1,15 @@
 """Weights that ONNX Runtime has arranged for this processor, kept in one file that all graphs map.
 
-Kernels for int4 are only fast over weights in an arrangement of their own, which depends on the processor and on the version of ONNX Runtime.
-By default each session makes one for itself: so many graphs, so many copies. A session can also write its optimized graph with the arranged weights
-beside it (https://github.com/microsoft/onnxruntime/pull/23069), and a session over such a graph maps them. Each graph gets a file of its own that
-way; here the files become one in which equal tensors lie once, and the graphs are made to point there.
+Kernels for int4 are only fast over weights in an arrangement of their own, which depends on the
+processor and on the version of ONNX Runtime. By default each session makes one for itself: so many
+graphs, so many copies. A session can also write its optimized graph with the arranged weights
+beside it (https://github.com/microsoft/onnxruntime/pull/23069), and a session over such a graph
+maps them. Each graph gets a file of its own that way; here the files become one in which equal
+tensors lie once, and the graphs are made to point there.
 
-An entry of the cache is a folder: the graphs, ``weights.bin`` and ``contents.json`` with their digests. Its name is the digest of all that it
-depends on, so that it is right or absent, never stale; it appears by renaming, and is made again where a digest differs.
+An entry of the cache is a folder: the graphs, ``weights.bin`` and ``contents.json`` with their
+digests. Its name is the digest of all that it depends on, so that it is right or absent, never
+stale; it appears by renaming, and is made again where a digest differs.
 """
 
 from __future__ import annotations
@@ -45,8 +48,11 @@ _UNUSED_SECONDS = 90 * 86400
 logger = logging.getLogger("trimode.runtime")
 
 
-def prepacked_graphs(bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any], cache: Path | None) -> dict[Role, Path]:
-    """The bundle's graphs over one file of arranged weights, made where the cache does not have them.
+def prepacked_graphs(
+    bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any], cache: Path | None
+) -> dict[Role, Path]:
+    """The bundle's graphs over one file of arranged weights, made where the cache does not have
+    them.
 
     Args:
         bundle: an opened bundle.
@@ -64,18 +70,22 @@ def prepacked_graphs(bundle: Bundle, graphs: Mapping[Role, str], make_options: C
         _have(entry, bundle, graphs, make_options)
     except OSError as error:
         raise OSError(error.errno, f"{folder}: {what_is_wrong(error, folder)}") from error
-    with contextlib.suppress(OSError):  # only of use to pruning, and the folder may be somebody else's
+    # only of use to pruning, and the folder may be somebody else's
+    with contextlib.suppress(OSError):
         os.utime(entry)
     return {role: entry / f"{role}.onnx" for role in graphs}
 
 
-def _have(entry: Path, bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any]) -> None:
+def _have(
+    entry: Path, bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any]
+) -> None:
     """Make the entry where it is not whole."""
     if _is_whole(entry, graphs, bundle.is_verified):
         return
     entry.parent.mkdir(parents=True, exist_ok=True)
     with _locked(entry.with_name(f"{entry.name}.lock")):
-        if not _is_whole(entry, graphs, bundle.is_verified):  # another process may have made it meanwhile
+        # another process may have made it meanwhile
+        if not _is_whole(entry, graphs, bundle.is_verified):
             _make(entry, {role: bundle.path / file for role, file in graphs.items()}, make_options)
             _prune(entry.parent)
 
@@ -84,32 +94,60 @@ def _key(bundle: Bundle, graphs: Mapping[Role, str]) -> str:
     """Digest of everything an entry depends on."""
     manifest = bundle.manifest
     facts = {
-        "version": _VERSION, "weights": [manifest.files[pack].sha256 for pack in bundle.chosen.packs],
+        "version": _VERSION,
+        "weights": [manifest.files[pack].sha256 for pack in bundle.chosen.packs],
         "graphs": {role: manifest.files[file].sha256 for role, file in graphs.items()},
-        "onnxruntime": [ort.__version__, ort.get_build_info()], "processor": _processor(),
-    }  # fmt: skip
+        "onnxruntime": [ort.__version__, ort.get_build_info()],
+        "processor": _processor(),
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _processor() -> list[str]:
     """What tells kinds of processors apart: name, model and instructions."""
-    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part")
+    names = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "model name",
+        "flags",
+        "Features",
+        "CPU implementer",
+        "CPU architecture",
+        "CPU variant",
+        "CPU part",
+    )
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    return [platform.machine(), platform.processor(), *(line for line in lines if line.partition(":")[0].strip() in names)]
+    return [
+        platform.machine(),
+        platform.processor(),
+        *(line for line in lines if line.partition(":")[0].strip() in names),
+    ]
 
 
 def _is_whole(entry: Path, roles: Iterable[Role], is_verified: bool) -> bool:
-    """Whether the entry is there, with the sizes, and if asked for the digests, that were written down."""
+    """Whether the entry is there, with the sizes, and if asked for the digests, that were written
+    down.
+    """
     try:
         contents = read_json(entry / _CONTENTS)
         return contents.keys() >= {_WEIGHTS, *(f"{role}.onnx" for role in roles)} and all(
-            (entry / name).stat().st_size == size and (not is_verified or sha256_of(entry / name) == digest)
+            (entry / name).stat().st_size == size
+            and (not is_verified or sha256_of(entry / name) == digest)
             for name, (size, digest) in contents.items()
         )
-    except (Unreadable, FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, AttributeError):
+    except (
+        Unreadable,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):
         return False
 
 
@@ -125,7 +163,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], Any]) -> None:
     logger.info("arranging the weights for this processor, once: %s", entry)
-    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):  # of a process that was killed: nobody else has the lock
+    # of a process that was killed: nobody else has the lock
+    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staged = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
     staged.mkdir()
@@ -138,7 +177,8 @@ def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], A
         files = sorted(staged.iterdir())
         contents = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
         (staged / _CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)  # damaged: processes that have it open keep what they have
+        # damaged: processes that have it open keep what they have
+        shutil.rmtree(entry, ignore_errors=True)
         if entry.is_file():
             entry.unlink()
         staged.rename(entry)
@@ -147,10 +187,16 @@ def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], A
 
 
 def _optimize(graph: Path, output: Path, options: Any) -> Path:
-    """Let ONNX Runtime write the graph as it runs it here, its weights beside it in ``<output>.bin``."""
+    """Let ONNX Runtime write the graph as it runs it here, its weights beside it in
+    ``<output>.bin``.
+    """
     options.optimized_model_filepath = str(output)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{output.name}.bin")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES))
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{output.name}.bin"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES)
+    )
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     load_graph(graph, options, ["CPUExecutionProvider"])
     return output
@@ -166,30 +212,56 @@ class _SharedWeights:
     def take_over(self, graph: Path) -> bytes:
         """Move the tensors beside a graph into this file; returns the graph over this file."""
         source = graph.with_name(f"{graph.name}.bin")
-        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            changed = change_external_data(graph.read_bytes(), lambda entries: self._move(entries, view))
+        with (
+            source.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            memoryview(data) as view,
+        ):
+            changed = change_external_data(
+                graph.read_bytes(), lambda entries: self._move(entries, view)
+            )
         source.unlink()
         return changed
 
     def _move(self, entries: dict[str, str], source: memoryview) -> dict[str, str]:
-        """ONNX Runtime writes arranged weights as ``key|offset;length;checksum|...``, under names that begin with ``prepacked``."""
+        """ONNX Runtime writes arranged weights as ``key|offset;length;checksum|...``, under names
+        that begin with ``prepacked``.
+        """
         if not {"location", "offset", "length"} <= entries.keys():
-            raise OSError(f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({', '.join(entries)})")
-        moved = {"location": _WEIGHTS, "offset": self._place(source, entries["offset"], entries["length"]), "length": entries["length"]}
+            raise OSError(
+                f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({', '.join(entries)})"
+            )
+        moved = {
+            "location": _WEIGHTS,
+            "offset": self._place(source, entries["offset"], entries["length"]),
+            "length": entries["length"],
+        }
         for name, value in entries.items():
             if name.startswith("prepacked"):
                 key, *pieces = value.split("|")
                 fields = [piece.split(";") for piece in pieces]
-                moved[name] = "|".join([key, *(f"{self._place(source, offset, length)};{length};{check}" for offset, length, check in fields)])
+                moved[name] = "|".join(
+                    [
+                        key,
+                        *(
+                            f"{self._place(source, offset, length)};{length};{check}"
+                            for offset, length, check in fields
+                        ),
+                    ]
+                )
             elif name not in ("location", "offset", "length"):
-                raise OSError(f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({name})")
+                raise OSError(
+                    f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({name})"
+                )
         return moved
 
     def _place(self, source: memoryview, offset: str, length: str) -> str:
         """Where in this file a piece of the source lies, as ONNX writes it."""
         piece = source[int(offset) : int(offset) + int(length)]
         if len(piece) != int(length):
-            raise OSError(f"expected {length} bytes at {offset} in what ONNX Runtime wrote, found {len(piece)}")
+            raise OSError(
+                f"expected {length} bytes at {offset} in what ONNX Runtime wrote, found {len(piece)}"
+            )
         digest = hashlib.sha256(piece).digest()
         if digest not in self._offsets:
             self._stream.write(bytes(-self._stream.tell() % _ALIGNMENT))
@@ -199,8 +271,13 @@ class _SharedWeights:
 
 
 def _prune(folder: Path) -> None:
-    """Delete the entries that have not been opened for long. A process that has one open keeps what it has mapped."""
+    """Delete the entries that have not been opened for long. A process that has one open keeps what
+    it has mapped.
+    """
     for entry in folder.glob("*"):
         with contextlib.suppress(OSError):
-            if len(entry.name) == hashlib.sha256().digest_size * 2 and time.time() - entry.stat().st_mtime > _UNUSED_SECONDS:
+            if (
+                len(entry.name) == hashlib.sha256().digest_size * 2
+                and time.time() - entry.stat().st_mtime > _UNUSED_SECONDS
+            ):
                 shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""ONNX Runtime behind :class:`trimode.runtime.sessions.base.Session`: IO binding, the cache updated in place, weights held once."""
+"""ONNX Runtime behind :class:`trimode.runtime.sessions.base.Session`: IO binding, the cache updated
+in place, weights held once.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,36 @@ from typing import Any, cast
 import numpy as np
 
 from trimode.errors import BundleError, UsageError
-from trimode.formats.contract import ROLES, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
+from trimode.formats.contract import (
+    ROLES,
+    DType,
+    GraphContract,
+    ModelInfo,
+    Role,
+    TensorSpec,
+    cache_specs,
+    slots_written,
+)
 from trimode.formats.hints import REBUILD
 from trimode.formats.manifest import TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache, bucket
-from trimode.runtime.sessions.ort.library import PRIVATE_WEIGHTS_BYTES, Device, choose_providers, load_graph, session_options
+from trimode.runtime.sessions.ort.library import (
+    PRIVATE_WEIGHTS_BYTES,
+    Device,
+    choose_providers,
+    load_graph,
+    session_options,
+)
 from trimode.runtime.sessions.ort.memory import Buffer, place, place_weights, zeros
 from trimode.runtime.sessions.ort.onnx_file import operators
 from trimode.runtime.sessions.ort.prepacked import prepacked_graphs
 
 _ONE_ROW = range(1)
 _FREE_TOKENS: dict[Device, int] = {"cpu": 8, "cuda": 64}
-"""On a CPU a forward over a few tokens waits for the weights, and further ones soon cost time of their own; on a GPU much later."""
+"""On a CPU a forward over a few tokens waits for the weights, and further ones soon cost time of
+their own; on a GPU much later.
+"""
 
 logger = logging.getLogger("trimode.runtime")
 
@@ -34,8 +53,9 @@ class OrtSession(Closable):
         bundle: an opened bundle, whose chosen precision runs.
         target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
         num_threads: threads inside one operator; None = one per physical core.
-        runtime_cache: folder for int4 weights that ONNX Runtime has arranged for this processor; None = the user's cache folder. Where it cannot
-            be written, each graph arranges a copy of its own, and a warning says so.
+        runtime_cache: folder for int4 weights that ONNX Runtime has arranged for this processor;
+            None = the user's cache folder. Where it cannot be written, each graph arranges a copy
+            of its own, and a warning says so.
 
     Raises:
         UsageError: ``num_threads`` is below 1.
@@ -48,10 +68,18 @@ class OrtSession(Closable):
     max_batch = None
 
     def __init__(
-        self, bundle: Bundle, target: TargetRecord | None = None, num_threads: int | None = None, *, runtime_cache: Path | None = None
+        self,
+        bundle: Bundle,
+        target: TargetRecord | None = None,
+        num_threads: int | None = None,
+        *,
+        runtime_cache: Path | None = None,
     ) -> None:
         if num_threads is not None and num_threads < 1:
-            raise UsageError(f"expected at least 1 thread, found {num_threads}", "leave --threads out to use every core")
+            raise UsageError(
+                f"expected at least 1 thread, found {num_threads}",
+                "leave --threads out to use every core",
+            )
         manifest = bundle.manifest
         self.model = manifest.model
         self.contracts: dict[Role, GraphContract] = dict(manifest.contracts)
@@ -62,17 +90,32 @@ class OrtSession(Closable):
         providers = choose_providers(self._device)
         portable = target is None or target.placement == "external"
         mapped_bytes = bundle.chosen.weight_bytes if portable else 0
-        files = {role: bundle.chosen.graphs[role] if portable or target is None else target.graphs[role].file for role in self.contracts}
+        files = {
+            role: bundle.chosen.graphs[role]
+            if portable or target is None
+            else target.graphs[role].file
+            for role in self.contracts
+        }
         found = _operators(bundle.path / file for file in files.values())
         self.sessions: dict[Role, Any]
         if "MatMulNBits" in found:
             self.sessions = _load_int4(bundle, files, mapped_bytes, num_threads, runtime_cache)
         else:
-            options = session_options(mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found)
-            self.sessions = {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
-        wanted = {role: _weight_inputs(self.sessions[role], self.contracts[role], self.model) for role in files}
+            options = session_options(
+                mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found
+            )
+            self.sessions = {
+                role: load_graph(bundle.path / file, options, providers)
+                for role, file in files.items()
+            }
+        wanted = {
+            role: _weight_inputs(self.sessions[role], self.contracts[role], self.model)
+            for role in files
+        }
         self._weights = place_weights(bundle.weights(), wanted.values(), self._device)
-        self._read_by: dict[Role, dict[str, Buffer]] = {role: {name: self._weights[name] for name in wanted[role]} for role in files}
+        self._read_by: dict[Role, dict[str, Buffer]] = {
+            role: {name: self._weights[name] for name in wanted[role]} for role in files
+        }
 
     def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
         """Any will do."""
@@ -93,24 +136,57 @@ class OrtSession(Closable):
         self.check_open()
         return OrtCache(self.model, self._dtype, self._device, self._capacity, num_rows)
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         end = past_length + slots_written(role, input_ids.shape[1])
         if end > cache.capacity:
             cache.reserve(end)
-        return self._run(role, cast("OrtCache", cache), _ONE_ROW, input_ids, past_length, input_ids.shape[1], drafter_scale)
+        return self._run(
+            role,
+            cast("OrtCache", cache),
+            _ONE_ROW,
+            input_ids,
+            past_length,
+            input_ids.shape[1],
+            drafter_scale,
+        )
 
     def run_rows(
-        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+        self,
+        role: Role,
+        cache: KVCache,
+        rows: range,
+        input_ids: Ids,
+        past_length: Ids,
+        input_length: Ids,
+        drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.BatchSession`."""
-        return self._run(role, cast("OrtCache", cache), rows, input_ids, past_length, input_length, drafter_scale)
+        return self._run(
+            role, cast("OrtCache", cache), rows, input_ids, past_length, input_length, drafter_scale
+        )
 
     def _run(
-        self, role: Role, cache: OrtCache, rows: range, input_ids: Ids, past_length: Ids | int, input_length: Ids | int, drafter_scale: float
+        self,
+        role: Role,
+        cache: OrtCache,
+        rows: range,
+        input_ids: Ids,
+        past_length: Ids | int,
+        input_length: Ids | int,
+        drafter_scale: float,
     ) -> tuple[Array, ...]:
         self.check_open()
-        bound = cache.bound.get((role, rows, input_ids.shape[1])) or self._bind(role, cache, rows, input_ids.shape[1])
+        bound = cache.bound.get((role, rows, input_ids.shape[1])) or self._bind(
+            role, cache, rows, input_ids.shape[1]
+        )
         bound.input_ids[:] = input_ids
         bound.past_length[:] = past_length
         if bound.input_length is not None:
@@ -124,7 +200,9 @@ class OrtSession(Closable):
     def _bind(self, role: Role, cache: OrtCache, rows: range, num_tokens: int) -> BoundGraph:
         contract, is_kept = self.contracts[role], num_tokens <= self.model.max_block_length
         num_rows = cache.num_rows if is_kept else len(rows)
-        io = cache.io.get((role, num_tokens)) or GraphBuffers(contract, num_rows, num_tokens, cache.device)
+        io = cache.io.get((role, num_tokens)) or GraphBuffers(
+            contract, num_rows, num_tokens, cache.device
+        )
         bound = BoundGraph(self.sessions[role], cache, rows, io, self._read_by[role])
         if is_kept:  # prompt chunks come in any size and once: not worth keeping
             cache.io[role, num_tokens] = io
@@ -133,14 +211,16 @@ class OrtSession(Closable):
 
 
 class OrtCache:
-    """Keys and values as one buffer each per layer; grows by copying into buffers of the next bucket.
+    """Keys and values as one buffer each per layer; grows by copying into buffers of the next
+    bucket.
 
     Args:
         model: sizes.
         dtype: type of keys and values.
         device: where they are.
         fixed_capacity: the only capacity that the graphs accept; None = any.
-        num_rows: texts. On the CPU, rows that nobody has written yet take no memory until the buffers grow.
+        num_rows: texts. On the CPU, rows that nobody has written yet take no memory until the
+            buffers grow.
 
     Attributes:
         bound: graphs over neighbouring rows and a number of tokens.
@@ -148,12 +228,20 @@ class OrtCache:
     """
 
     def __init__(
-        self, model: ModelInfo, dtype: DType = "float32", device: Device = "cpu", fixed_capacity: int | None = None, num_rows: int = 1
+        self,
+        model: ModelInfo,
+        dtype: DType = "float32",
+        device: Device = "cpu",
+        fixed_capacity: int | None = None,
+        num_rows: int = 1,
     ) -> None:
         self._model, self._dtype, self._fixed = model, dtype, fixed_capacity
         self.device: Device = device
         self.num_rows = num_rows
-        self._names = [spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values")]
+        self._names = [
+            spec.name.removeprefix("past_key_values")
+            for spec in cache_specs(model, "past_key_values")
+        ]
         self.values: dict[str, Buffer] = {}
         self.bound: dict[tuple[Role, range, int], BoundGraph] = {}
         self.io: dict[tuple[Role, int], GraphBuffers] = {}
@@ -164,8 +252,10 @@ class OrtCache:
         if length <= self.capacity:
             return
         if self._fixed is not None and length > self._fixed:
-            raise UsageError(f"expected at most {self._fixed} tokens, which the cache of this target holds, found {length}",
-                             "shorten the text, or build with a larger --max-length")  # fmt: skip
+            raise UsageError(
+                f"expected at most {self._fixed} tokens, which the cache of this target holds, found {length}",
+                "shorten the text, or build with a larger --max-length",
+            )
         self.bound.clear()
         self.capacity = self._fixed or bucket(length)
         # One after the other, so that never more than one buffer exists twice.
@@ -183,10 +273,15 @@ class OrtCache:
                 self.values[name] = place(values, self._dtype, self.device)
 
     def _grown(self, old: Buffer | None) -> Buffer:
-        new = zeros((self.num_rows, self._model.num_key_value_heads, self.capacity, self._model.head_dim), self._dtype, self.device)
+        new = zeros(
+            (self.num_rows, self._model.num_key_value_heads, self.capacity, self._model.head_dim),
+            self._dtype,
+            self.device,
+        )
         if old is None:
             return new
-        grown = new.numpy()  # on a GPU the copy goes through the host: rare, and ONNX Runtime copies whole tensors only
+        # on a GPU the copy goes through the host: rare, and ONNX Runtime copies whole tensors only
+        grown = new.numpy()
         grown[:, :, : old.shape[2]] = old.numpy()
         return place(grown, self._dtype, self.device)
 
@@ -194,14 +289,20 @@ class OrtCache:
 class GraphBuffers:
     """Inputs and outputs of a graph for a number of rows and of tokens a row."""
 
-    def __init__(self, contract: GraphContract, num_rows: int, num_tokens: int, device: Device) -> None:
+    def __init__(
+        self, contract: GraphContract, num_rows: int, num_tokens: int, device: Device
+    ) -> None:
         sizes = {"batch": num_rows, "rows": num_tokens}
         self.inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
-        self.outputs = {spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, device)) for spec in contract.outputs}
+        self.outputs = {
+            spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, device))
+            for spec in contract.outputs
+        }
 
 
 class BoundGraph:
-    """One graph bound to neighbouring rows of one cache; a step writes the inputs in place, binds them and runs.
+    """One graph bound to neighbouring rows of one cache; a step writes the inputs in place, binds
+    them and runs.
 
     Args:
         session: the graph.
@@ -211,28 +312,43 @@ class BoundGraph:
         weights: what the graph takes as further inputs.
     """
 
-    def __init__(self, session: Any, cache: OrtCache, rows: range, io: GraphBuffers, weights: Mapping[str, Buffer]) -> None:
+    def __init__(
+        self,
+        session: Any,
+        cache: OrtCache,
+        rows: range,
+        io: GraphBuffers,
+        weights: Mapping[str, Buffer],
+    ) -> None:
         self.binding = session.io_binding()
         first = range(len(rows))
         self._weights = dict(weights)  # kept alive, as all of it: the binding knows addresses only
         self._cache = {name: buffer.part(rows) for name, buffer in cache.values.items()}
-        self._inputs = {name: array[: len(rows)] if array.ndim else array for name, array in io.inputs.items()}
+        self._inputs = {
+            name: array[: len(rows)] if array.ndim else array for name, array in io.inputs.items()
+        }
         self._buffers = tuple(buffer.part(first) for buffer in io.outputs.values())
         for name, buffer in zip(io.outputs, self._buffers, strict=True):
             buffer.bind_output(self.binding, name)
         for name, buffer in self._weights.items():
             buffer.bind_input(self.binding, name)
         for name, buffer in self._cache.items():
-            # The same memory as past and present: TensorScatter then writes the new rows and copies nothing.
+            # The same memory as past and present: TensorScatter then writes the new rows and copies
+            # nothing.
             buffer.bind_input(self.binding, f"past_key_values{name}")
             buffer.bind_output(self.binding, f"present{name}")
         self.bind_inputs()
         self.input_ids, self.past_length = self._inputs["input_ids"], self._inputs["past_length"]
-        self.input_length, self.drafter_scale = self._inputs.get("input_length"), self._inputs.get("drafter_scale")
+        self.input_length, self.drafter_scale = (
+            self._inputs.get("input_length"),
+            self._inputs.get("drafter_scale"),
+        )
         self.outputs = tuple(_as_array(buffer) for buffer in self._buffers)
 
     def bind_inputs(self) -> None:
-        """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it there."""
+        """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it
+        there.
+        """
         for name, array in self._inputs.items():
             self.binding.bind_cpu_input(name, array)
 
@@ -244,13 +360,22 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
         try:
             found |= operators(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise BundleError(f"{path}: expected an ONNX graph, found one that cannot be read ({error})",
-                              REBUILD) from error  # fmt: skip
+            raise BundleError(
+                f"{path}: expected an ONNX graph, found one that cannot be read ({error})", REBUILD
+            ) from error
     return found
 
 
-def _load_int4(bundle: Bundle, files: Mapping[Role, str], mapped_bytes: int, num_threads: int | None, cache: Path | None) -> dict[Role, Any]:
-    """The portable graphs of int4 products: over one file of arranged weights, or where they are few each over a copy of its own."""
+def _load_int4(
+    bundle: Bundle,
+    files: Mapping[Role, str],
+    mapped_bytes: int,
+    num_threads: int | None,
+    cache: Path | None,
+) -> dict[Role, Any]:
+    """The portable graphs of int4 products: over one file of arranged weights, or where they are
+    few each over a copy of its own.
+    """
     providers = choose_providers("cpu")
     if mapped_bytes > PRIVATE_WEIGHTS_BYTES:
         try:
@@ -259,9 +384,14 @@ def _load_int4(bundle: Bundle, files: Mapping[Role, str], mapped_bytes: int, num
             return {role: load_graph(path, options, providers) for role, path in graphs.items()}
         except (OSError, ValueError, BundleError) as error:
             reason = error.message if isinstance(error, BundleError) else error
-            logger.warning("the graphs cannot share their int4 weights, each keeps a copy of its own: %s", reason)
+            logger.warning(
+                "the graphs cannot share their int4 weights, each keeps a copy of its own: %s",
+                reason,
+            )
     options = session_options(0, num_threads)
-    return {role: load_graph(bundle.path / file, options, providers) for role, file in files.items()}
+    return {
+        role: load_graph(bundle.path / file, options, providers) for role, file in files.items()
+    }
 
 
 def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -286,4 +416,6 @@ def _as_array(buffer: Buffer) -> Any:
 def _weight_inputs(session: Any, contract: GraphContract, model: ModelInfo) -> dict[str, Any]:
     """The inputs that are neither the contract's nor the cache: weights, by name."""
     known = {spec.name for spec in (*contract.inputs, *cache_specs(model, "past_key_values"))}
-    return {declared.name: declared for declared in session.get_inputs() if declared.name not in known}
+    return {
+        declared.name: declared for declared in session.get_inputs() if declared.name not in known
+    }

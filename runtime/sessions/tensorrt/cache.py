@@ -1,4 +1,6 @@
-"""What a sequence, or several side by side, occupy on the GPU, and how the next ones take it over."""
+"""What a sequence, or several side by side, occupy on the GPU, and how the next ones take it
+over.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,17 @@ from trimode.runtime.sessions.tensorrt.target import Prepared
 
 
 class TensorRTCache:
-    """Keys and values of sequences in slots whose number the engines fix; the memory goes to the next ones when this is dropped."""
+    """Keys and values of sequences in slots whose number the engines fix; the memory goes to the
+    next ones when this is dropped.
+    """
 
-    def __init__(self, memory: SequenceMemory, spec: TensorSpec, free: list[SequenceMemory], lock: threading.Lock) -> None:
+    def __init__(
+        self,
+        memory: SequenceMemory,
+        spec: TensorSpec,
+        free: list[SequenceMemory],
+        lock: threading.Lock,
+    ) -> None:
         self.memory, self._lock = memory, lock
         self.capacity = cast("int", spec.shape[2])
         weakref.finalize(self, free.append, memory).atexit = False
@@ -24,8 +34,10 @@ class TensorRTCache:
     def reserve(self, length: int) -> None:
         """See :class:`trimode.runtime.sessions.base.KVCache`."""
         if length > self.capacity:
-            raise UsageError(f"expected at most {self.capacity} tokens, which the cache of this target holds, found {length}",
-                             "shorten the text, or build with a larger --max-length")  # fmt: skip
+            raise UsageError(
+                f"expected at most {self.capacity} tokens, which the cache of this target holds, found {length}",
+                "shorten the text, or build with a larger --max-length",
+            )
 
     def move(self, source: int, destination: int) -> None:
         """See :class:`trimode.runtime.sessions.base.BatchCache`."""
@@ -50,7 +62,8 @@ class RecordedForward:
 
 
 class SequenceMemory:
-    """What ``batch`` sequences occupy on the GPU: keys and values, inputs and outputs, and the forwards recorded over them.
+    """What ``batch`` sequences occupy on the GPU: keys and values, inputs and outputs, and the
+    forwards recorded over them.
 
     Attributes:
         cache: where keys and values lie in ``keys_values``.
@@ -64,13 +77,19 @@ class SequenceMemory:
         self._stream = stream
         self._io: dict[Role, DeviceMemory] = {}
         self.recorded: dict[tuple[Role, int], Launchable] = {}
-        self.keys_values = DeviceMemory(self.cache.layout.num_bytes, f"the cache of {batch} sequences" if batch > 1 else "the cache of a sequence")
-        self.keys_values.clear(stream)  # slots that are not valid yet must hold numbers: attention multiplies them by 0
+        self.keys_values = DeviceMemory(
+            self.cache.layout.num_bytes,
+            f"the cache of {batch} sequences" if batch > 1 else "the cache of a sequence",
+        )
+        # slots that are not valid yet must hold numbers: attention multiplies them by 0
+        self.keys_values.clear(stream)
 
     def io(self, role: Role) -> DeviceMemory:
         """Inputs and outputs of a role; there from the first time it is asked for."""
         if role not in self._io:
-            self._io[role] = DeviceMemory(self.layouts[role].layout.num_bytes, f"inputs and outputs of {role}")
+            self._io[role] = DeviceMemory(
+                self.layouts[role].layout.num_bytes, f"inputs and outputs of {role}"
+            )
         return self._io[role]
 
     def move(self, source: int, destination: int) -> None:

@@ -1,4 +1,6 @@
-"""One engine loaded, and execution contexts on it that are told only what changed since the last forward."""
+"""One engine loaded, and execution contexts on it that are told only what changed since the last
+forward.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,19 @@ from typing import Any, Protocol
 from trimode.formats.contract import SCRATCH, DType, ModelInfo, Role, TensorSpec
 from trimode.formats.manifest import EngineRecord
 from trimode.formats.safetensors import PackEntry
-from trimode.runtime.sessions.tensorrt.library import EngineLibrary, load_runtime_cache, save_runtime_cache
+from trimode.runtime.sessions.tensorrt.library import (
+    EngineLibrary,
+    load_runtime_cache,
+    save_runtime_cache,
+)
 from trimode.runtime.sessions.tensorrt.memory import DeviceMemory, Stream
-from trimode.runtime.sessions.tensorrt.plan import CacheLayout, EngineTensor, IoLayout, plan_bindings, tensor_shape
+from trimode.runtime.sessions.tensorrt.plan import (
+    CacheLayout,
+    EngineTensor,
+    IoLayout,
+    plan_bindings,
+    tensor_shape,
+)
 
 _DTYPES: dict[str, DType] = {
     "FLOAT": "float32",
@@ -56,12 +68,23 @@ class LoadedGraph:
     """
 
     def __init__(
-        self, library: EngineLibrary, role: Role, record: EngineRecord, path: Path, *, io: IoLayout, cache: TensorSpec,
-        model: ModelInfo, pack: Mapping[str, PackEntry], runtime_cache: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        library: EngineLibrary,
+        role: Role,
+        record: EngineRecord,
+        path: Path,
+        *,
+        io: IoLayout,
+        cache: TensorSpec,
+        model: ModelInfo,
+        pack: Mapping[str, PackEntry],
+        runtime_cache: Path | None = None,
+    ) -> None:
         self.library, self.role, self.record, self.io = library, role, record, io
         self.engine = library.load(path)
-        self.bindings = plan_bindings(role, read_tensors(library.trt, self.engine), io.contract, model, cache, pack)
+        self.bindings = plan_bindings(
+            role, read_tensors(library.trt, self.engine), io.contract, model, cache, pack
+        )
         self._kernels_path = runtime_cache
         self._config, self._kernels = self._configure()
 
@@ -71,15 +94,23 @@ class LoadedGraph:
         return hasattr(self.library.trt, "CudaGraphStrategy")
 
     def new_context(self) -> Any:
-        """An execution context that shares the engine; its scratch memory is that of the largest profile."""
+        """An execution context that shares the engine; its scratch memory is that of the largest
+        profile.
+        """
         if self._config is None:
-            return self.library.accept(self.engine.create_execution_context(), f"create a context for {self.role}")
-        return self.library.accept(self.engine.create_execution_context(self._config), f"create a context for {self.role}")
+            return self.library.accept(
+                self.engine.create_execution_context(), f"create a context for {self.role}"
+            )
+        return self.library.accept(
+            self.engine.create_execution_context(self._config), f"create a context for {self.role}"
+        )
 
     def new_recorded_context(self) -> Any:
         """An execution context for one profile, with scratch memory for that one only."""
         strategy = self.library.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        return self.library.accept(self.engine.create_execution_context(strategy), f"create a context for {self.role}")
+        return self.library.accept(
+            self.engine.create_execution_context(strategy), f"create a context for {self.role}"
+        )
 
     def save_kernels(self) -> None:
         """Write the kernels that were compiled while running, where they are kept."""
@@ -87,7 +118,8 @@ class LoadedGraph:
             save_runtime_cache(self._kernels, self._kernels_path)
 
     def addresses(self, memory: Places, first: int, weights: Mapping[str, int]) -> dict[str, int]:
-        """Where every tensor of the engine lies: past and present of the cache in the same place, which updates it there.
+        """Where every tensor of the engine lies: past and present of the cache in the same place,
+        which updates it there.
 
         Args:
             memory: of sequences.
@@ -96,17 +128,28 @@ class LoadedGraph:
         """
         io, offsets = memory.io(self.role).address, memory.layouts[self.role].layout.offsets
         keys_values = memory.keys_values.address + first * memory.cache.sequence_bytes
-        named = {name: io + offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)}
-        caches = {name: keys_values + memory.cache.layout.offsets[tensor] for name, tensor in self.bindings.caches.items()}
+        named = {
+            name: io + offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)
+        }
+        caches = {
+            name: keys_values + memory.cache.layout.offsets[tensor]
+            for name, tensor in self.bindings.caches.items()
+        }
         scratch = dict.fromkeys(self.bindings.scratch, io + offsets[SCRATCH])
         return named | caches | scratch | {name: weights[name] for name in self.bindings.weights}
 
     def shapes(self, rows: int, batch: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs that have no fixed one, for ``batch`` sequences of ``rows`` rows."""
         specs = {spec.name: spec for spec in self.io.contract.inputs}
-        named = {name: tensor_shape(specs[name], rows, batch) for name in self.bindings.inputs if any(isinstance(d, str) for d in specs[name].shape)}
+        named = {
+            name: tensor_shape(specs[name], rows, batch)
+            for name in self.bindings.inputs
+            if any(isinstance(d, str) for d in specs[name].shape)
+        }
         caches = (name for name in self.bindings.caches if name.startswith("past_key_values"))
-        return named | {name: (batch, *tuple(self.engine.get_tensor_shape(name))[1:]) for name in caches}
+        return named | {
+            name: (batch, *tuple(self.engine.get_tensor_shape(name))[1:]) for name in caches
+        }
 
     def _configure(self) -> tuple[Any, Any]:
         if not hasattr(self.engine, "create_runtime_config"):
@@ -114,7 +157,9 @@ class LoadedGraph:
         config = self.engine.create_runtime_config()
         if self.replays_itself:
             config.cuda_graph_strategy = self.library.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return config, load_runtime_cache(config, self._kernels_path) if self._kernels_path else None
+        return config, load_runtime_cache(
+            config, self._kernels_path
+        ) if self._kernels_path else None
 
 
 class Runner:
@@ -127,7 +172,9 @@ class Runner:
         stream: where forwards go.
     """
 
-    def __init__(self, graph: LoadedGraph, context: Any, weights: Mapping[str, int], stream: Stream) -> None:
+    def __init__(
+        self, graph: LoadedGraph, context: Any, weights: Mapping[str, int], stream: Stream
+    ) -> None:
         self._graph, self._context, self._weights, self._stream = graph, context, weights, stream
         self._profile: int | None = None
         self._sizes = (0, 0)
@@ -138,20 +185,29 @@ class Runner:
         """Choose the profile, the shapes and the memory of the next forwards."""
         context, accept, role = self._context, self._graph.library.accept, self._graph.role
         if profile != self._profile:
-            accept(context.set_optimization_profile_async(profile, self._stream.handle), f"choose profile {profile} of {role}")
+            accept(
+                context.set_optimization_profile_async(profile, self._stream.handle),
+                f"choose profile {profile} of {role}",
+            )
             self._profile, self._sizes, self._memory = profile, (0, 0), None
         if (rows, len(sequences)) != self._sizes:
             for name, shape in self._graph.shapes(rows, len(sequences)).items():
-                accept(context.set_input_shape(name, shape), f"take {name} of shape {shape} in {role}")
+                accept(
+                    context.set_input_shape(name, shape), f"take {name} of shape {shape} in {role}"
+                )
             self._sizes = (rows, len(sequences))
         if memory is not self._memory or sequences.start != self._first:
-            for name, address in self._graph.addresses(memory, sequences.start, self._weights).items():
+            for name, address in self._graph.addresses(
+                memory, sequences.start, self._weights
+            ).items():
                 accept(context.set_tensor_address(name, address), f"bind {name} of {role}")
             self._memory, self._first = memory, sequences.start
 
     def launch(self) -> None:
         """Queue a forward."""
-        self._graph.library.accept(self._context.execute_async_v3(self._stream.handle), f"run {self._graph.role}")
+        self._graph.library.accept(
+            self._context.execute_async_v3(self._stream.handle), f"run {self._graph.role}"
+        )
 
 
 def read_tensors(trt: Any, engine: Any) -> list[EngineTensor]:
@@ -163,4 +219,9 @@ def read_tensors(trt: Any, engine: Any) -> list[EngineTensor]:
 def _read_tensor(trt: Any, engine: Any, name: str) -> EngineTensor:
     library_type = engine.get_tensor_dtype(name).name
     dtype = _DTYPES.get(library_type, library_type.lower())
-    return EngineTensor(name, engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT, dtype, tuple(engine.get_tensor_shape(name)))
+    return EngineTensor(
+        name,
+        engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+        dtype,
+        tuple(engine.get_tensor_shape(name)),
+    )

@@ -1,4 +1,6 @@
-"""The tensorrt and tensorrt_rtx packages: the same Python interface twice, so the rest takes the package as a value."""
+"""The tensorrt and tensorrt_rtx packages: the same Python interface twice, so the rest takes the
+package as a value.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,20 @@ def import_library(backend: str) -> Any:
     try:
         return importlib.import_module(backend)
     except (ImportError, OSError) as error:
-        found = "it not installed" if isinstance(error, ModuleNotFoundError) and error.name == backend else str(error).splitlines()[0]
-        raise DependencyError(f"expected the package {backend}, found {found}", f"pip install 'trimode[{_EXTRAS[backend]}]'") from error
+        found = (
+            "it not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == backend
+            else str(error).splitlines()[0]
+        )
+        raise DependencyError(
+            f"expected the package {backend}, found {found}",
+            f"pip install 'trimode[{_EXTRAS[backend]}]'",
+        ) from error
 
 
 class EngineLibrary:
-    """A loaded library with its logger: engines are read through it, and what it says about a failure is kept.
+    """A loaded library with its logger: engines are read through it, and what it says about a
+    failure is kept.
 
     Args:
         trt: the package.
@@ -50,7 +60,10 @@ class EngineLibrary:
             BundleError: the library refuses it.
         """
         self._logger.errors.clear()
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(
@@ -66,7 +79,10 @@ class EngineLibrary:
             DeviceError: it is; names ``what`` was attempted.
         """
         if result is None or result is False:
-            raise DeviceError(f"expected {self.trt.__name__} to {what}, found: {self.last_error}", "nvidia-smi shows the state of the GPU")
+            raise DeviceError(
+                f"expected {self.trt.__name__} to {what}, found: {self.last_error}",
+                "nvidia-smi shows the state of the GPU",
+            )
         return result
 
     @property
@@ -94,7 +110,8 @@ def make_logger(trt: Any) -> Any:
 
 
 def load_runtime_cache(config: Any, path: Path) -> Any:
-    """Give a runtime configuration a cache of compiled kernels, filled from ``path`` where that fits this machine.
+    """Give a runtime configuration a cache of compiled kernels, filled from ``path`` where that
+    fits this machine.
 
     Returns:
         The cache, or None where the library has none (it then compiles no kernels while running).
@@ -113,15 +130,26 @@ def _fill_runtime_cache(cache: Any, path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        logger.warning("%s: the kernels kept there cannot be used, they are compiled again: %s", path.parent, what_is_wrong(error, path))
+        logger.warning(
+            "%s: the kernels kept there cannot be used, they are compiled again: %s",
+            path.parent,
+            what_is_wrong(error, path),
+        )
         return
     if not cache.deserialize(kernels):
-        logger.info("%s: kernels were compiled for another GPU, driver or library version; they are compiled again", path)
+        logger.info(
+            "%s: kernels were compiled for another GPU, driver or library version; they are compiled again",
+            path,
+        )
 
 
 def save_runtime_cache(cache: Any, path: Path) -> None:
-    """Write a cache of compiled kernels; readers see the old file or the new one, never a part. A place that cannot be written costs a warning."""
+    """Write a cache of compiled kernels; readers see the old file or the new one, never a part. A
+    place that cannot be written costs a warning.
+    """
     try:
         replace_bytes(path, bytes(memoryview(cache.serialize())))
     except OSError as error:
-        logger.warning("%s: the compiled kernels cannot be kept: %s", path.parent, what_is_wrong(error, path))
+        logger.warning(
+            "%s: the compiled kernels cannot be kept: %s", path.parent, what_is_wrong(error, path)
+        )

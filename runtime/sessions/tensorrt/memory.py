@@ -1,4 +1,6 @@
-"""Memory, streams and recorded work on the GPU; each frees what it holds when it is no longer used."""
+"""Memory, streams and recorded work on the GPU; each frees what it holds when it is no longer
+used.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from trimode.runtime.sessions.gpu import check, cudart
 Bytes = NDArray[np.uint8]
 
 CHUNK_BYTES = 16 << 20
-"""Weights travel through two page-locked buffers of this size: one is filled while the other is sent."""
+"""Weights travel through two page-locked buffers of this size: one is filled while the other is
+sent.
+"""
 
 
 class Stream:
@@ -24,7 +28,12 @@ class Stream:
 
     def __init__(self) -> None:
         cuda = cudart()
-        self.handle = int(check("cudaStreamCreateWithFlags", cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
+        self.handle = int(
+            check(
+                "cudaStreamCreateWithFlags",
+                cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking),
+            )
+        )
         self.close = _release_with(self, cuda.cudaStreamDestroy, self.handle)
 
     def synchronize(self) -> None:
@@ -34,17 +43,26 @@ class Stream:
     def copy_in(self, destination: int, source: int, num_bytes: int) -> None:
         """Queue a copy from host to GPU; the host memory must stay as it is until it is done."""
         kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
-        check(f"a copy of {num_bytes} bytes to the GPU", cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle))
+        check(
+            f"a copy of {num_bytes} bytes to the GPU",
+            cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle),
+        )
 
     def copy_out(self, destination: int, source: int, num_bytes: int) -> None:
         """Queue a copy from GPU to host."""
         kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
-        check(f"a copy of {num_bytes} bytes from the GPU", cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle))
+        check(
+            f"a copy of {num_bytes} bytes from the GPU",
+            cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle),
+        )
 
     def copy_over(self, destination: int, source: int, num_bytes: int) -> None:
         """Queue a copy from GPU to GPU."""
         kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        check(f"a copy of {num_bytes} bytes on the GPU", cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle))
+        check(
+            f"a copy of {num_bytes} bytes on the GPU",
+            cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle),
+        )
 
 
 class DeviceMemory:
@@ -57,21 +75,38 @@ class DeviceMemory:
 
     def __init__(self, num_bytes: int, what: str) -> None:
         self.num_bytes = num_bytes
-        self.address = int(check(f"cudaMalloc of {num_bytes} bytes for {what}", cudart().cudaMalloc(max(num_bytes, 1))))
+        self.address = int(
+            check(
+                f"cudaMalloc of {num_bytes} bytes for {what}",
+                cudart().cudaMalloc(max(num_bytes, 1)),
+            )
+        )
         self.close = _release_with(self, cudart().cudaFree, self.address)
 
     def clear(self, stream: Stream) -> None:
         """Queue setting every byte to zero."""
-        check(f"clearing {self.num_bytes} bytes", cudart().cudaMemsetAsync(self.address, 0, self.num_bytes, stream.handle))
+        check(
+            f"clearing {self.num_bytes} bytes",
+            cudart().cudaMemsetAsync(self.address, 0, self.num_bytes, stream.handle),
+        )
 
 
 class PinnedMemory:
-    """Page-locked host memory, which the GPU reads and writes without a detour; ``bytes`` is a view of it."""
+    """Page-locked host memory, which the GPU reads and writes without a detour; ``bytes`` is a view
+    of it.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         cuda = cudart()
-        self.address = int(check(f"cudaHostAlloc of {num_bytes} bytes", cuda.cudaHostAlloc(max(num_bytes, 1), cuda.cudaHostAllocDefault)))
-        self.bytes: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(num_bytes, 1)).from_address(self.address))
+        self.address = int(
+            check(
+                f"cudaHostAlloc of {num_bytes} bytes",
+                cuda.cudaHostAlloc(max(num_bytes, 1), cuda.cudaHostAllocDefault),
+            )
+        )
+        self.bytes: Bytes = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * max(num_bytes, 1)).from_address(self.address)
+        )
         self.close = _release_with(self, cuda.cudaFreeHost, self.address)
 
 
@@ -90,7 +125,8 @@ class RecordedWork:
         try:
             enqueue()
         except BaseException:
-            cuda.cudaStreamEndCapture(stream.handle)  # leaves the stream usable; what it returns is of no use
+            # leaves the stream usable; what it returns is of no use
+            cuda.cudaStreamEndCapture(stream.handle)
             raise
         graph = check("cudaStreamEndCapture", cuda.cudaStreamEndCapture(stream.handle))
         try:
@@ -105,11 +141,20 @@ class RecordedWork:
         check("cudaGraphLaunch", cudart().cudaGraphLaunch(self._executable, self._stream.handle))
 
 
-def upload(weights: PrecisionWeights, offsets: Mapping[str, int], memory: DeviceMemory, stream: Stream) -> None:
-    """Copy tensors to ``offsets`` of ``memory``, piece by piece: host memory stays constant whatever their size."""
+def upload(
+    weights: PrecisionWeights, offsets: Mapping[str, int], memory: DeviceMemory, stream: Stream
+) -> None:
+    """Copy tensors to ``offsets`` of ``memory``, piece by piece: host memory stays constant
+    whatever their size.
+    """
     cuda = cudart()
     halves = [PinnedMemory(CHUNK_BYTES) for _ in range(2)]
-    sent = [check("cudaEventCreateWithFlags", cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)) for _ in halves]
+    sent = [
+        check(
+            "cudaEventCreateWithFlags", cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)
+        )
+        for _ in halves
+    ]
     turn = 0
     try:
         for name, offset in offsets.items():
@@ -128,8 +173,12 @@ def upload(weights: PrecisionWeights, offsets: Mapping[str, int], memory: Device
             half.close()
 
 
-def _release_with(owner: object, release: Callable[[Any], object], handle: Any) -> Callable[[], object]:
-    """Release ``handle`` once: when the returned function is called, or ``owner`` is no longer used. A process that ends releases all."""
+def _release_with(
+    owner: object, release: Callable[[Any], object], handle: Any
+) -> Callable[[], object]:
+    """Release ``handle`` once: when the returned function is called, or ``owner`` is no longer
+    used. A process that ends releases all.
+    """
     finalizer = weakref.finalize(owner, release, handle)
     finalizer.atexit = False
     return finalizer

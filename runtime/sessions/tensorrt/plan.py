@@ -1,4 +1,6 @@
-"""What a TensorRT session can decide without a GPU: where tensors lie, which profile a forward runs under, and what is bound to what."""
+"""What a TensorRT session can decide without a GPU: where tensors lie, which profile a forward runs
+under, and what is bound to what.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import SCRATCH, DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs, slots_written
+from trimode.formats.contract import (
+    SCRATCH,
+    DType,
+    GraphContract,
+    ModelInfo,
+    Role,
+    TensorSpec,
+    cache_specs,
+    slots_written,
+)
 from trimode.formats.hints import REBUILD_TARGET
 from trimode.formats.manifest import EngineRecord, ProfileRecord
 from trimode.formats.safetensors import NUMBER_BYTES, PackEntry
@@ -29,7 +40,9 @@ class Layout:
 
 
 def lay_out(sizes: Mapping[str, int]) -> Layout:
-    """Place tensors of these sizes in bytes one after the other, each at a multiple of :data:`ALIGNMENT`."""
+    """Place tensors of these sizes in bytes one after the other, each at a multiple of
+    :data:`ALIGNMENT`.
+    """
     offsets, end = {}, 0
     for name, size in sizes.items():
         offsets[name] = end
@@ -39,7 +52,8 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Keys and values of ``batch`` sequences: each tensor has them one after the other, ``sequence_bytes`` each.
+    """Keys and values of ``batch`` sequences: each tensor has them one after the other,
+    ``sequence_bytes`` each.
 
     Names are those of the cache tensors without ``past_key_values`` or ``present``.
     """
@@ -57,15 +71,20 @@ def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int, batch: int = 1)
     """
     size = model.num_key_value_heads * capacity * model.head_dim * NUMBER_BYTES[dtype]
     if batch > 1 and size % ALIGNMENT:
-        raise UsageError(f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in the cache, found {size} (capacity {capacity})",
-                         REBUILD_TARGET)  # fmt: skip
-    names = (spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values"))
+        raise UsageError(
+            f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in the cache, found {size} (capacity {capacity})",
+            REBUILD_TARGET,
+        )
+    names = (
+        spec.name.removeprefix("past_key_values") for spec in cache_specs(model, "past_key_values")
+    )
     return CacheLayout(lay_out(dict.fromkeys(names, size * batch)), size, batch)
 
 
 @dataclass(frozen=True)
 class IoLayout:
-    """Inputs and outputs of one graph in one piece of memory: inputs, then what is copied back, then what stays.
+    """Inputs and outputs of one graph in one piece of memory: inputs, then what is copied back,
+    then what stays.
 
     Attributes:
         layout: where each begins.
@@ -79,17 +98,32 @@ class IoLayout:
     copied_end: int
 
 
-def lay_out_io(contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0) -> IoLayout:
-    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins where the longest would.
+def lay_out_io(
+    contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0
+) -> IoLayout:
+    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins
+    where the longest would.
 
-    ``scratch_bytes`` are for outputs that nobody reads (:func:`query_bytes`). All of them share one place: a layer's query is computed from
-    what the layers before it gave, and so is written only after theirs have been read.
+    ``scratch_bytes`` are for outputs that nobody reads (:func:`query_bytes`). All of them share one
+    place: a layer's query is computed from what the layers before it gave, and so is written only
+    after theirs have been read.
     """
     inputs = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.inputs}
-    copied = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name not in DEVICE_OUTPUTS}
-    kept = {spec.name: tensor_bytes(spec, rows, batch) for spec in contract.outputs if spec.name in DEVICE_OUTPUTS}
+    copied = {
+        spec.name: tensor_bytes(spec, rows, batch)
+        for spec in contract.outputs
+        if spec.name not in DEVICE_OUTPUTS
+    }
+    kept = {
+        spec.name: tensor_bytes(spec, rows, batch)
+        for spec in contract.outputs
+        if spec.name in DEVICE_OUTPUTS
+    }
     return IoLayout(
-        contract, lay_out(inputs | copied | kept | {SCRATCH: scratch_bytes}), lay_out(inputs).num_bytes, lay_out(inputs | copied).num_bytes
+        contract,
+        lay_out(inputs | copied | kept | {SCRATCH: scratch_bytes}),
+        lay_out(inputs).num_bytes,
+        lay_out(inputs | copied).num_bytes,
     )
 
 
@@ -106,7 +140,13 @@ def tensor_bytes(spec: TensorSpec, rows: int, batch: int = 1) -> int:
 
 def query_bytes(model: ModelInfo, dtype: DType, role: Role, rows: int, batch: int = 1) -> int:
     """Size of one layer's queries, ``(batch, heads, rows, head size)``, in a forward of a role."""
-    return batch * model.num_attention_heads * slots_written(role, rows) * model.head_dim * NUMBER_BYTES[dtype]
+    return (
+        batch
+        * model.num_attention_heads
+        * slots_written(role, rows)
+        * model.head_dim
+        * NUMBER_BYTES[dtype]
+    )
 
 
 def max_rows(record: EngineRecord) -> int:
@@ -120,26 +160,33 @@ def max_batch(records: Iterable[EngineRecord]) -> int:
 
 
 def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
-    """Index of the profile under which ``batch`` sequences of ``rows`` rows run: of those that hold them, the narrowest.
+    """Index of the profile under which ``batch`` sequences of ``rows`` rows run: of those that hold
+    them, the narrowest.
 
     Raises:
         UsageError: none holds it.
     """
     fitting = [i for i, profile in enumerate(record.profiles) if profile.holds(batch, rows)]
     if not fitting:
-        raise UsageError(f"expected a block of a length that the engine was built for ({describe_rows(record)}), found {rows}",
-                         "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip
+        raise UsageError(
+            f"expected a block of a length that the engine was built for ({describe_rows(record)}), found {rows}",
+            "choose one of these lengths, or build the target with --block-lengths",
+        )
     return min(fitting, key=lambda i: _width(record.profiles[i]))
 
 
 def describe_rows(record: EngineRecord) -> str:
     """The numbers of rows that an engine takes, for messages: ``8, 32`` or ``1, 1 to 512``."""
-    ranges = sorted({(profile.rows[0], profile.rows[2]) for profile in record.profiles if profile.batch[0] <= 1})
+    ranges = sorted(
+        {(profile.rows[0], profile.rows[2]) for profile in record.profiles if profile.batch[0] <= 1}
+    )
     return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in ranges)
 
 
 def recurs(profile: ProfileRecord, rows: int, model: ModelInfo) -> bool:
-    """Whether forwards of this size come again and again, so that recording one is worth while: decoding and blocks, not prompt chunks."""
+    """Whether forwards of this size come again and again, so that recording one is worth while:
+    decoding and blocks, not prompt chunks.
+    """
     return rows == profile.rows[1] and rows <= model.max_block_length
 
 
@@ -149,7 +196,9 @@ def _width(profile: ProfileRecord) -> int:
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """One input or output of an engine; ``dtype`` in the contract's words, or the library's where the contract has none."""
+    """One input or output of an engine; ``dtype`` in the contract's words, or the library's where
+    the contract has none.
+    """
 
     name: str
     is_input: bool
@@ -177,7 +226,12 @@ class BindingPlan:
 
 
 def plan_bindings(
-    role: Role, tensors: Iterable[EngineTensor], contract: GraphContract, model: ModelInfo, cache: TensorSpec, pack: Mapping[str, PackEntry]
+    role: Role,
+    tensors: Iterable[EngineTensor],
+    contract: GraphContract,
+    model: ModelInfo,
+    cache: TensorSpec,
+    pack: Mapping[str, PackEntry],
 ) -> BindingPlan:
     """Sort the tensors of an engine, and check each against the contract or the weight pack.
 
@@ -190,15 +244,22 @@ def plan_bindings(
         pack: the precision's tensors.
 
     Raises:
-        BundleError: the engine lacks an output or a cache tensor, or has a tensor that is not as expected or that nothing can be bound to.
+        BundleError: the engine lacks an output or a cache tensor, or has a tensor that is not as
+            expected or that nothing can be bound to.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    caches = {spec.name: spec.name.removeprefix(prefix) for prefix in ("past_key_values", "present") for spec in cache_specs(model, prefix)}
+    caches = {
+        spec.name: spec.name.removeprefix(prefix)
+        for prefix in ("past_key_values", "present")
+        for spec in cache_specs(model, prefix)
+    }
     inputs = {spec.name: spec for spec in contract.inputs}
     outputs = {spec.name: spec for spec in contract.outputs}
     for name in (*outputs, *caches):
         if name not in by_name:
-            raise BundleError(f"{role} engine: expected a tensor {name}, found none", REBUILD_TARGET)
+            raise BundleError(
+                f"{role} engine: expected a tensor {name}, found none", REBUILD_TARGET
+            )
     weights, scratch = [], []
     for name, tensor in by_name.items():
         if name in caches:
@@ -207,26 +268,49 @@ def plan_bindings(
             spec = inputs.get(name) or outputs[name]
             _check_tensor(role, tensor, spec.dtype, spec.shape)
         elif not tensor.is_input and name.startswith(f"{SCRATCH}."):
-            _check_tensor(role, tensor, cache.dtype, ("batch", model.num_attention_heads, "query_rows", model.head_dim))
+            _check_tensor(
+                role,
+                tensor,
+                cache.dtype,
+                ("batch", model.num_attention_heads, "query_rows", model.head_dim),
+            )
             scratch.append(name)
         elif tensor.is_input and name in pack:
             _check_tensor(role, tensor, pack[name].dtype, pack[name].shape)
             weights.append(name)
         else:
-            raise BundleError(f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}", REBUILD_TARGET)
-    return BindingPlan(tuple(n for n in inputs if n in by_name), tuple(outputs), caches, tuple(weights), tuple(scratch))
+            raise BundleError(
+                f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}",
+                REBUILD_TARGET,
+            )
+    return BindingPlan(
+        tuple(n for n in inputs if n in by_name),
+        tuple(outputs),
+        caches,
+        tuple(weights),
+        tuple(scratch),
+    )
 
 
-def _check_tensor(role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]) -> None:
-    same = len(tensor.shape) == len(shape) and all(isinstance(w, str) or g in (-1, w) for g, w in zip(tensor.shape, shape, strict=True))
+def _check_tensor(
+    role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]
+) -> None:
+    same = len(tensor.shape) == len(shape) and all(
+        isinstance(w, str) or g in (-1, w) for g, w in zip(tensor.shape, shape, strict=True)
+    )
     if not same or tensor.dtype != dtype:
         wanted = tuple(-1 if isinstance(d, str) else d for d in shape)
-        raise BundleError(f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}", REBUILD_TARGET)
+        raise BundleError(
+            f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}",
+            REBUILD_TARGET,
+        )
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the GPU for one sequence; scratch memory of the engines is known only once they are loaded."""
+    """Bytes on the GPU for one sequence; scratch memory of the engines is known only once they are
+    loaded.
+    """
 
     engines: int
     weights: int
@@ -243,8 +327,10 @@ def check_memory(plan: MemoryPlan, gpu: Gpu) -> None:
     """Raise :class:`DeviceError` where the GPU is too small whatever else runs on it."""
     if plan.total > gpu.memory_bytes:
         parts = f"weights {_gib(plan.weights)}, engines {_gib(plan.engines)}, cache {_gib(plan.cache)}, inputs and outputs {_gib(plan.io)}"
-        raise DeviceError(f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), found {_gib(gpu.memory_bytes)} on {gpu.name}",
-                          "build with a smaller --max-length, or choose the target cpu")  # fmt: skip
+        raise DeviceError(
+            f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), found {_gib(gpu.memory_bytes)} on {gpu.name}",
+            "build with a smaller --max-length, or choose the target cpu",
+        )
 
 
 def _gib(num_bytes: int) -> str:

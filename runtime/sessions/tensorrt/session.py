@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX behind :class:`trimode.runtime.sessions.base.Session`.
 
-The weights are uploaded once and bound by address to all engines; keys and values are updated in place; a step copies token ids
-to the GPU and ids, probabilities and counts back, and nothing else. Everything that needs no GPU is checked before the first call to one.
+The weights are uploaded once and bound by address to all engines; keys and values are updated in
+place; a step copies token ids to the GPU and ids, probabilities and counts back, and nothing else.
+Everything that needs no GPU is checked before the first call to one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from trimode.formats.manifest import TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
-from trimode.runtime.sessions.tensorrt.cache import Launchable, RecordedForward, SequenceMemory, TensorRTCache
+from trimode.runtime.sessions.tensorrt.cache import (
+    Launchable,
+    RecordedForward,
+    SequenceMemory,
+    TensorRTCache,
+)
 from trimode.runtime.sessions.tensorrt.graph import LoadedGraph, Runner
 from trimode.runtime.sessions.tensorrt.library import EngineLibrary
-from trimode.runtime.sessions.tensorrt.memory import DeviceMemory, PinnedMemory, RecordedWork, Stream, upload
+from trimode.runtime.sessions.tensorrt.memory import (
+    DeviceMemory,
+    PinnedMemory,
+    RecordedWork,
+    Stream,
+    upload,
+)
 from trimode.runtime.sessions.tensorrt.plan import (
     DEVICE_OUTPUTS,
     IoLayout,
@@ -42,15 +54,17 @@ logger = logging.getLogger("trimode.runtime")
 
 
 class TensorRTSession(Closable):
-    """Engines over one upload of the weights. One forward runs at a time; threads wait for each other.
+    """Engines over one upload of the weights. One forward runs at a time; threads wait for each
+    other.
 
-    ``rows`` are those of a graph, the tokens of a sequence; the rows of a batch are called sequences here.
+    ``rows`` are those of a graph, the tokens of a sequence; the rows of a batch are called
+    sequences here.
 
     Args:
         bundle: an opened bundle, whose chosen precision runs.
         target: what was built for this GPU.
-        runtime_cache: folder where kernels that TensorRT-RTX compiles while running are kept from one process to the next; written by
-            :meth:`close`. None = compile them anew.
+        runtime_cache: folder where kernels that TensorRT-RTX compiles while running are kept from
+            one process to the next; written by :meth:`close`. None = compile them anew.
 
     Raises:
         DependencyError: the library is not installed.
@@ -60,7 +74,9 @@ class TensorRTSession(Closable):
 
     free_tokens = 64
 
-    def __init__(self, bundle: Bundle, target: TargetRecord, *, runtime_cache: Path | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, target: TargetRecord, *, runtime_cache: Path | None = None
+    ) -> None:
         prepared = prepare(bundle, target)
         check_memory(prepared.memory, check_gpu(target, find_gpu()))
         self._target, self._prepared, self._model = target, prepared, bundle.manifest.model
@@ -68,13 +84,23 @@ class TensorRTSession(Closable):
         library = EngineLibrary(prepared.trt)
         self._graphs: dict[Role, LoadedGraph] = {
             role: LoadedGraph(
-                library, role, target.graphs[role], prepared.engines[role], io=prepared.io[role], cache=prepared.cache,
-                model=self._model, pack=prepared.weights.entries, runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
+                library,
+                role,
+                target.graphs[role],
+                prepared.engines[role],
+                io=prepared.io[role],
+                cache=prepared.cache,
+                model=self._model,
+                pack=prepared.weights.entries,
+                runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
             )
             for role in prepared.engines
-        }  # fmt: skip
+        }
         self._weights, self._addresses = self._upload_weights()
-        self._runners = {role: Runner(graph, graph.new_context(), self._addresses, self._stream) for role, graph in self._graphs.items()}
+        self._runners = {
+            role: Runner(graph, graph.new_context(), self._addresses, self._stream)
+            for role, graph in self._graphs.items()
+        }
         self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
         self._free: dict[int, list[SequenceMemory]] = {}
         self._lock = threading.Lock()
@@ -94,51 +120,96 @@ class TensorRTSession(Closable):
         check_block_length(self._target, block_length, roles)
 
     def new_cache(self) -> TensorRTCache:
-        """See :class:`trimode.runtime.sessions.base.Session`. Takes the memory of a sequence that nobody uses any more, where there is one."""
+        """See :class:`trimode.runtime.sessions.base.Session`. Takes the memory of a sequence that
+        nobody uses any more, where there is one.
+        """
         return self.new_batch_cache(1)
 
     def new_batch_cache(self, num_rows: int) -> TensorRTCache:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`. Takes the memory of as many sequences that nobody uses any more, where there is
-        some.
+        """See :class:`trimode.runtime.sessions.base.BatchSession`. Takes the memory of as many
+        sequences that nobody uses any more, where there is some.
         """
         self.check_open()
         free = self._free.setdefault(num_rows, [])
-        with self._lock:  # what is queued on the stream while a forward is recorded would be recorded with it
+        # what is queued on the stream while a forward is recorded would be recorded with it
+        with self._lock:
             memory = free.pop() if free else SequenceMemory(self._prepared, self._stream, num_rows)
         return TensorRTCache(memory, self._prepared.cache, free, self._lock)
 
-    def run(self, role: Role, cache: KVCache, input_ids: Ids, past_length: int, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+    def run(
+        self,
+        role: Role,
+        cache: KVCache,
+        input_ids: Ids,
+        past_length: int,
+        drafter_scale: float = 0.0,
+    ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         rows = input_ids.shape[1]
         cache.reserve(past_length + slots_written(role, rows))
-        values = {"input_ids": input_ids, "past_length": past_length, "input_length": rows, "drafter_scale": drafter_scale}
+        values = {
+            "input_ids": input_ids,
+            "past_length": past_length,
+            "input_length": rows,
+            "drafter_scale": drafter_scale,
+        }
         return self._run(role, cast("TensorRTCache", cache).memory, range(1), rows, values)
 
     def run_rows(
-        self, role: Role, cache: KVCache, rows: range, input_ids: Ids, past_length: Ids, input_length: Ids, drafter_scale: float = 0.0
+        self,
+        role: Role,
+        cache: KVCache,
+        rows: range,
+        input_ids: Ids,
+        past_length: Ids,
+        input_length: Ids,
+        drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.BatchSession`."""
-        values = {"input_ids": input_ids, "past_length": past_length, "input_length": input_length, "drafter_scale": drafter_scale}
-        return self._run(role, cast("TensorRTCache", cache).memory, rows, input_ids.shape[1], values)
+        values = {
+            "input_ids": input_ids,
+            "past_length": past_length,
+            "input_length": input_length,
+            "drafter_scale": drafter_scale,
+        }
+        return self._run(
+            role, cast("TensorRTCache", cache).memory, rows, input_ids.shape[1], values
+        )
 
-    def _run(self, role: Role, memory: SequenceMemory, sequences: range, rows: int, values: dict[str, Any]) -> tuple[Array, ...]:
+    def _run(
+        self,
+        role: Role,
+        memory: SequenceMemory,
+        sequences: range,
+        rows: int,
+        values: dict[str, Any],
+    ) -> tuple[Array, ...]:
         self.check_open()
-        profile, batch = choose_profile(self._target.graphs[role], rows, len(sequences)), len(sequences)
+        profile, batch = (
+            choose_profile(self._target.graphs[role], rows, len(sequences)),
+            len(sequences),
+        )
         io = memory.layouts[role]
         with self._lock:
             self.check_open()  # again: another thread may have closed it meanwhile
-            if io.copied_end > self._pinned.bytes.size:  # a batch's; nothing is on its way between two forwards
+            # a batch's; nothing is on its way between two forwards
+            if io.copied_end > self._pinned.bytes.size:
                 self._pinned.close()
                 self._pinned = PinnedMemory(io.copied_end)
             write_inputs(io, self._pinned.bytes, values)
             address, returned = memory.io(role).address, io.copied_end - io.inputs_end
             self._stream.copy_in(address, self._pinned.address, io.inputs_end)
             self._forward(role, memory, sequences, profile, rows)
-            self._stream.copy_out(self._pinned.address + io.inputs_end, address + io.inputs_end, returned)
+            self._stream.copy_out(
+                self._pinned.address + io.inputs_end, address + io.inputs_end, returned
+            )
             self._stream.synchronize()
             copied = read_outputs(io, self._pinned.bytes, rows, batch)
         outputs = (spec.name for spec in io.contract.outputs)
-        return tuple(copied[name] if name in copied else self._on_device(role, memory, name, rows, batch) for name in outputs)
+        return tuple(
+            copied[name] if name in copied else self._on_device(role, memory, name, rows, batch)
+            for name in outputs
+        )
 
     def close(self) -> None:
         """Save compiled kernels where they are kept, and give the GPU's memory back."""
@@ -164,22 +235,31 @@ class TensorRTSession(Closable):
         upload(self._prepared.weights, layout.offsets, memory, self._stream)
         return memory, {name: memory.address + offset for name, offset in layout.offsets.items()}
 
-    def _forward(self, role: Role, memory: SequenceMemory, sequences: range, profile: int, rows: int) -> None:
-        """Queue a forward: as recorded before, or step by step, and then record it where that is possible.
+    def _forward(
+        self, role: Role, memory: SequenceMemory, sequences: range, profile: int, rows: int
+    ) -> None:
+        """Queue a forward: as recorded before, or step by step, and then record it where that is
+        possible.
 
-        Of a batch, forwards of all its sequences are recorded: there are many ways to take some of them, and each would need a context.
+        Of a batch, forwards of all its sequences are recorded: there are many ways to take some of
+        them, and each would need a context.
         """
         graph, is_whole = self._graphs[role], len(sequences) == memory.batch
         recorded = memory.recorded.get((role, rows)) if is_whole else None
         if recorded is not None:
             recorded.launch()
-        elif graph.replays_itself or not is_whole or not recurs(graph.record.profiles[profile], rows, self._model):
+        elif (
+            graph.replays_itself
+            or not is_whole
+            or not recurs(graph.record.profiles[profile], rows, self._model)
+        ):
             runner = self._runners[role]
             runner.prepare(memory, sequences, profile, rows)
             runner.launch()
         else:
-            # A recorded forward holds only as long as its context is left alone, so it gets one of its own. The first forward on it is
-            # executed step by step: it settles what depends on the shapes, which must not be recorded.
+            # A recorded forward holds only as long as its context is left alone, so it gets one of
+            # its own. The first forward on it is executed step by step: it settles what depends on
+            # the shapes, which must not be recorded.
             runner = Runner(graph, graph.new_recorded_context(), self._addresses, self._stream)
             runner.prepare(memory, sequences, profile, rows)
             runner.launch()
@@ -193,14 +273,18 @@ class TensorRTSession(Closable):
             logger.info("forwards are queued step by step: %s", error.message)
             return runner
 
-    def _on_device(self, role: Role, memory: SequenceMemory, name: str, rows: int, batch: int) -> Any:
+    def _on_device(
+        self, role: Role, memory: SequenceMemory, name: str, rows: int, batch: int
+    ) -> Any:
         io = memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
         shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
 
         def fetch(first: int, count: int) -> Array:
             values = np.empty((count, *shape[1:]), dtype)
-            address = memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
+            address = (
+                memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
+            )
             with self._lock:
                 self.check_open()
                 self._stream.copy_out(values.ctypes.data, address, values.nbytes)
@@ -213,17 +297,23 @@ class TensorRTSession(Closable):
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:
     """Write the inputs of a forward into host memory that is laid out like a sequence's."""
     for spec in io.contract.inputs:
-        data = np.ascontiguousarray(values[spec.name], np.dtype(spec.dtype)).reshape(-1).view(np.uint8)
+        data = (
+            np.ascontiguousarray(values[spec.name], np.dtype(spec.dtype)).reshape(-1).view(np.uint8)
+        )
         begin = io.layout.offsets[spec.name]
         memory[begin : begin + data.size] = data
 
 
 def read_outputs(io: IoLayout, memory: Any, rows: int, batch: int = 1) -> dict[str, Array]:
-    """Copies of the outputs that a forward of ``batch`` sequences of ``rows`` rows has left in host memory."""
+    """Copies of the outputs that a forward of ``batch`` sequences of ``rows`` rows has left in host
+    memory.
+    """
     outputs = {}
     for spec in io.contract.outputs:
         if spec.name not in DEVICE_OUTPUTS:
             begin = io.layout.offsets[spec.name]
             data = memory[begin : begin + tensor_bytes(spec, rows, batch)].copy()
-            outputs[spec.name] = data.view(np.dtype(spec.dtype)).reshape(tensor_shape(spec, rows, batch))
+            outputs[spec.name] = data.view(np.dtype(spec.dtype)).reshape(
+                tensor_shape(spec, rows, batch)
+            )
     return outputs

@@ -16,7 +16,16 @@ from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
 from trimode.runtime.sessions.tensorrt.library import import_library
-from trimode.runtime.sessions.tensorrt.plan import CacheLayout, IoLayout, MemoryPlan, describe_rows, lay_out_cache, lay_out_io, max_rows, query_bytes
+from trimode.runtime.sessions.tensorrt.plan import (
+    CacheLayout,
+    IoLayout,
+    MemoryPlan,
+    describe_rows,
+    lay_out_cache,
+    lay_out_io,
+    max_rows,
+    query_bytes,
+)
 
 _MAGIC = (b"vtrt", b"ftrt")
 """How the engine files of TensorRT-RTX and of TensorRT begin."""
@@ -31,7 +40,8 @@ class Prepared:
         engines: engine file of each role.
         io: inputs and outputs of each role, for one sequence.
         cache: type and shape of every cache tensor.
-        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs of each role.
+        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
+            of each role.
     """
 
     trt: Any
@@ -44,7 +54,8 @@ class Prepared:
 
 
 def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
-    """Check what can be checked without a GPU: the library's version, the engine files, the weight packs, and the memory they need.
+    """Check what can be checked without a GPU: the library's version, the engine files, the weight
+    packs, and the memory they need.
 
     Raises:
         DependencyError: the library is not installed.
@@ -64,25 +75,42 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
         return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
 
     cache_layout, io = lay_out(1)
-    bound = [entry for name, entry in weights.entries.items() if target.placement == "shared" or name.startswith("rope.")]
+    bound = [
+        entry
+        for name, entry in weights.entries.items()
+        if target.placement == "shared" or name.startswith("rope.")
+    ]
     io_bytes = sum(one.layout.num_bytes for one in io.values())
-    memory = MemoryPlan(engine_bytes, sum(entry.num_bytes for entry in bound), cache_layout.layout.num_bytes, io_bytes)
+    memory = MemoryPlan(
+        engine_bytes,
+        sum(entry.num_bytes for entry in bound),
+        cache_layout.layout.num_bytes,
+        io_bytes,
+    )
     return Prepared(trt, engines, weights, io, cache, lay_out, memory)
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
     rows = max_rows(target.graphs[role])
-    scratch = query_bytes(manifest.model, target.compute_dtype, role, rows, batch) if target.backend == "tensorrt_rtx" else 0
+    scratch = (
+        query_bytes(manifest.model, target.compute_dtype, role, rows, batch)
+        if target.backend == "tensorrt_rtx"
+        else 0
+    )
     return lay_out_io(manifest.contracts[role], rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:
-    """Raise :class:`BundleError` unless the library is the one, to the version, that compiled the engines."""
+    """Raise :class:`BundleError` unless the library is the one, to the version, that compiled the
+    engines.
+    """
     found = f"{target.backend} {trt.__version__}"
     if found != target.library:
         name, _, version = target.library.partition(" ")
-        raise BundleError(f"expected {target.library}, which compiled the engines, found {found}",
-                          f"{ADD_TARGET}, or pip install {name.replace('_', '-')}=={version}")  # fmt: skip
+        raise BundleError(
+            f"expected {target.library}, which compiled the engines, found {found}",
+            f"{ADD_TARGET}, or pip install {name.replace('_', '-')}=={version}",
+        )
 
 
 def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
@@ -91,12 +119,21 @@ def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
     Raises:
         DeviceError: it is another, or there is none.
     """
-    wanted = f"a GPU of compute capability {target.compute_capability}" if target.compute_capability else "a GPU"
+    wanted = (
+        f"a GPU of compute capability {target.compute_capability}"
+        if target.compute_capability
+        else "a GPU"
+    )
     if isinstance(gpu, NoGpu):
-        raise DeviceError(f"expected {wanted}, found no GPU ({gpu.reason})", "the rest of the target is in order; run it where there is such a GPU")
+        raise DeviceError(
+            f"expected {wanted}, found no GPU ({gpu.reason})",
+            "the rest of the target is in order; run it where there is such a GPU",
+        )
     if target.compute_capability not in (None, gpu.compute_capability):
-        raise DeviceError(f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
-                          f"add a target for this GPU: {BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`")  # fmt: skip
+        raise DeviceError(
+            f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
+            f"add a target for this GPU: {BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`",
+        )
     return gpu
 
 
@@ -116,10 +153,14 @@ def check_engine_file(path: Path) -> int:
     return size
 
 
-def check_block_length(target: TargetRecord, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+def check_block_length(
+    target: TargetRecord, block_length: int, roles: tuple[Role, ...] = ROLES
+) -> None:
     """Raise :class:`UsageError` unless these engines of a target take blocks of this length."""
     for role in roles:
         record = target.graphs[role]
         if not any(profile.holds(1, block_length) for profile in record.profiles):
-            raise UsageError(f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",
-                             "choose one of these lengths, or build the target with --block-lengths")  # fmt: skip
+            raise UsageError(
+                f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",
+                "choose one of these lengths, or build the target with --block-lengths",
+            )

@@ -43,7 +43,9 @@ class _Text:
         return None if self.stream is None else "".join([*self.pieces, self.stream.finish()])
 
 
-def answer_side_by_side(batch: Batch, questions: Sequence[BatchQuestion], mode: Mode, options: dict[str, Any]) -> Iterator[BatchAnswer | UsageError]:
+def answer_side_by_side(
+    batch: Batch, questions: Sequence[BatchQuestion], mode: Mode, options: dict[str, Any]
+) -> Iterator[BatchAnswer | UsageError]:
     """Yield the questions' answers in their order, each once those before it are there.
 
     A text that the target cannot go on with comes out as its error, and the others go on.
@@ -75,8 +77,12 @@ def _as_they_come(
         yield from _step(batch, texts)
 
 
-def _step(batch: Batch, texts: dict[BatchRow, _Text]) -> Iterator[tuple[int, BatchAnswer | UsageError]]:
-    """Go on by one step; a row that fails in it is at work no more, and what the others committed comes with the next step."""
+def _step(
+    batch: Batch, texts: dict[BatchRow, _Text]
+) -> Iterator[tuple[int, BatchAnswer | UsageError]]:
+    """Go on by one step; a row that fails in it is at work no more, and what the others committed
+    comes with the next step.
+    """
     chunks, failure = _next_chunks(batch)
     for row, chunk in chunks:
         texts[row].push(chunk.token_ids)

@@ -1,6 +1,8 @@
-"""The outermost frame of the command line: whatever goes wrong inside ends in one line, a hint and an exit code.
+"""The outermost frame of the command line: whatever goes wrong inside ends in one line, a hint and
+an exit code.
 
-Nothing that a command does or meets may end in a traceback. ``TRIMODE_TRACEBACK=1`` shows it all the same.
+Nothing that a command does or meets may end in a traceback. ``TRIMODE_TRACEBACK=1`` shows it all
+the same.
 """
 
 from __future__ import annotations
@@ -52,9 +54,13 @@ def as_error(error: BaseException) -> TrimodeError:
         return TrimodeError(_in_words(error), _HINTS.get(error.errno or 0, _bug_hint()))
     if isinstance(error, MemoryError):
         detail = f" ({error})" if str(error) else ""
-        return TrimodeError(f"expected enough memory, found too little{detail}", _HINTS[errno.ENOMEM])
+        return TrimodeError(
+            f"expected enough memory, found too little{detail}", _HINTS[errno.ENOMEM]
+        )
     if isinstance(error, RecursionError):
-        return TrimodeError("expected data of ordinary depth, found it nested too deep", _bug_hint())
+        return TrimodeError(
+            "expected data of ordinary depth, found it nested too deep", _bug_hint()
+        )
     if isinstance(error, UnicodeError):
         found = f"expected names and texts in UTF-8, found others: {reason_of(error)}"
         return TrimodeError(found, "rename the file, or write the text in UTF-8")
@@ -101,19 +107,24 @@ def _flushed(code: int) -> int:
 
 
 def _discard_stdout() -> None:
-    """Let Python, when it ends, write the rest to nowhere: a second failure would be a traceback."""
+    """Let Python, when it ends, write the rest to nowhere: a second failure would be a
+    traceback.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
 def _prepare_streams() -> None:
-    """Make the standard streams take any text, and keep files off their numbers where they are closed."""
+    """Make the standard streams take any text, and keep files off their numbers where they are
+    closed.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # stdout is opened for reading, so that writing to it fails as it should
-            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)  # the lowest free number
+            # the lowest free number
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  (a number, not a path)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -140,7 +151,11 @@ def _lossy_stderr(given: io.TextIOBase | object | None) -> io.TextIOWrapper:
 
 def _in_words(error: OSError) -> str:
     names = [_name(name) for name in (error.filename, error.filename2) if name is not None]
-    return f"{' -> '.join(names)}: {reason_of(error)}" if names else f"the system says: {reason_of(error)}"
+    return (
+        f"{' -> '.join(names)}: {reason_of(error)}"
+        if names
+        else f"the system says: {reason_of(error)}"
+    )
 
 
 def _name(value: object) -> str:

@@ -18,47 +18,114 @@ if TYPE_CHECKING:
 
 def build(
     checkpoint: CheckpointPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="Folder to write, or a bundle of this checkpoint to add to.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="BUNDLE",
+            help="Folder to write, or a bundle of this checkpoint to add to.",
+        ),
+    ],
     target: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Where the bundle will run, repeatable; `trimode targets` lists them. [default: cpu]")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where the bundle will run, repeatable; `trimode targets` lists them. [default: cpu]",
+        ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, fp8, int8, int4 or nvfp4; if left out the bundle's first, for a new one what its targets prefer."),
+        typer.Option(
+            help="fp32, fp16, bf16, fp8, int8, int4 or nvfp4; if left out the bundle's first, for a new one what its targets prefer."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="Scales for fp8, int8, int4 or nvfp4; rtn rounds int8, int4 or nvfp4 weights to nearest, without calibration."
+            metavar="FOLDER",
+            help="Scales for fp8, int8, int4 or nvfp4; rtn rounds int8, int4 or nvfp4 weights to nearest, without calibration.",
         ),
     ] = None,
     drafter: Annotated[
-        Path | None, typer.Option(metavar="ADAPTER", help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).")
+        Path | None,
+        typer.Option(
+            metavar="ADAPTER",
+            help="Drafter adapter in place of the checkpoint's own (`trimode calibrate drafter`).",
+        ),
     ] = None,
-    sampler: Annotated[Path | None, typer.Option(metavar="SAMPLER", help="Learned sampler of block diffusion (`trimode calibrate sampler`).")] = None,
+    sampler: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SAMPLER",
+            help="Learned sampler of block diffusion (`trimode calibrate sampler`).",
+        ),
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768.")
+        int | None,
+        typer.Option(
+            help="Most tokens of prompt and answer together; if left out the model's limit, at most 32768."
+        ),
     ] = None,
     block_lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Block lengths to compile engines for; if left out 8, 16, 32 and the model's own.")
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Block lengths to compile engines for; if left out 8, 16, 32 and the model's own.",
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Most sequences in one forward of an engine.")] = 1,
-    quadratic: Annotated[bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")] = False,
-    weights: Annotated[str, typer.Option(help="Engines share the one pack (shared), or each holds its own copy (baked).")] = "shared",
-    workspace: Annotated[int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(metavar="FILE", help="Timing cache of TensorRT (TensorRT-RTX has none).")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Engines compiled at a time; one a core if left out.")] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor fill the cache of traced graphs and engines.")] = False,
+    quadratic: Annotated[
+        bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")
+    ] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Engines share the one pack (shared), or each holds its own copy (baked)."
+        ),
+    ] = "shared",
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Timing cache of TensorRT (TensorRT-RTX has none)."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Engines compiled at a time; one a core if left out.")
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache", help="Neither use nor fill the cache of traced graphs and engines."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, for one target or several; add targets, or a precision, to a bundle that exists."""
+    """Compile a checkpoint into a bundle, for one target or several; add targets, or a precision,
+    to a bundle that exists.
+    """
     need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock")
 
     request = BuildRequest(
-        tuple(target or ("cpu",)), precision, calibration, drafter, sampler, max_length, block_lengths, max_batch, quadratic, weights, workspace,
-        timing_cache, jobs, no_cache, force, as_json,
-    )  # fmt: skip
+        tuple(target or ("cpu",)),
+        precision,
+        calibration,
+        drafter,
+        sampler,
+        max_length,
+        block_lengths,
+        max_batch,
+        quadratic,
+        weights,
+        workspace,
+        timing_cache,
+        jobs,
+        no_cache,
+        force,
+        as_json,
+    )
     run_build(checkpoint, output, request)
 
 
@@ -99,7 +166,9 @@ def run_build(checkpoint: Path, output: Path, request: BuildRequest) -> None:
         drafter=request.drafter,
         sampler=request.sampler,
         max_length=request.max_length,
-        block_lengths=None if request.block_lengths is None else tuple(parse_ints(request.block_lengths)),
+        block_lengths=None
+        if request.block_lengths is None
+        else tuple(parse_ints(request.block_lengths)),
         max_batch=request.max_batch,
         quadratic=request.quadratic,
         weights=request.weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
@@ -121,7 +190,9 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
     """What the plans of the engines that were built now give reason to say."""
     from trimode.compiler.plans.report import read_plans, warnings_of
 
-    targets = {name: record for name, record in result.record.targets.items() if name in result.built}
+    targets = {
+        name: record for name, record in result.record.targets.items() if name in result.built
+    }
     built = result.record.model_copy(update={"targets": targets})
     return list(warnings_of(read_plans(output, {result.precision: built})))
 

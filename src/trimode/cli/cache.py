@@ -18,10 +18,15 @@ from trimode.errors import UsageError
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete every entry that nobody is making; timings stay.")] = False,
+    clear: Annotated[
+        bool,
+        typer.Option("--clear", help="Delete every entry that nobody is making; timings stay."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show, or clear, the cache: traced graphs and engines, weights arranged for this processor, timings."""
+    """Show, or clear, the cache: traced graphs and engines, weights arranged for this processor,
+    timings.
+    """
     need("the compiler", "compile", "filelock")
 
     show_cache(clear=clear, as_json=as_json)
@@ -39,18 +44,32 @@ def show_cache(*, clear: bool, as_json: bool) -> None:
     folder, deleted, kinds = _look(clear=clear)
     count, num_bytes = (sum(of_kind) for of_kind in zip(*kinds.values(), strict=True))
     if as_json:
-        by_kind = {kind.replace(" ", "_"): {"entries": n, "num_bytes": b} for kind, (n, b) in kinds.items()}
-        facts = {"folder": str(folder), "entries": count, "num_bytes": num_bytes, "kinds": by_kind, "deleted": deleted}
+        by_kind = {
+            kind.replace(" ", "_"): {"entries": n, "num_bytes": b} for kind, (n, b) in kinds.items()
+        }
+        facts = {
+            "folder": str(folder),
+            "entries": count,
+            "num_bytes": num_bytes,
+            "kinds": by_kind,
+            "deleted": deleted,
+        }
         print_json(facts)
         return
-    sys.stdout.write(f"{whole_text(str(folder))}: {_in_words(count, num_bytes)}" + (f", {deleted} deleted" if clear else "") + "\n")
+    sys.stdout.write(
+        f"{whole_text(str(folder))}: {_in_words(count, num_bytes)}"
+        + (f", {deleted} deleted" if clear else "")
+        + "\n"
+    )
     for kind, usage in kinds.items():
         if usage[0]:
             sys.stdout.write(f"  {kind}: {_in_words(*usage)}\n")
 
 
 def _look(*, clear: bool) -> tuple[Path, int, dict[str, tuple[int, int]]]:
-    """The folder, how many entries were deleted, and number and bytes of those that are there, by kind."""
+    """The folder, how many entries were deleted, and number and bytes of those that are there, by
+    kind.
+    """
     from trimode.compiler.store.cache import ContentCache
     from trimode.formats.texts import reason_of
     from trimode.runtime.bundle.cache_folder import TIMINGS, default_folder
@@ -68,18 +87,27 @@ def _look(*, clear: bool) -> tuple[Path, int, dict[str, tuple[int, int]]]:
             "timings": _usage((folder / TIMINGS).glob("*.json")),
         }
     except (OSError, NotImplementedError) as error:
-        found = f"{place}: expected a folder that can be read and written, found: {reason_of(error)}"
-        raise UsageError(found, "check its permissions, or name another folder by TRIMODE_CACHE") from error
+        found = (
+            f"{place}: expected a folder that can be read and written, found: {reason_of(error)}"
+        )
+        raise UsageError(
+            found, "check its permissions, or name another folder by TRIMODE_CACHE"
+        ) from error
     return folder, deleted, kinds
 
 
 def _clear(folder: Path) -> int:
-    """Delete all but timings, which take minutes of a quiet machine and hardly a byte; returns how many entries."""
+    """Delete all but timings, which take minutes of a quiet machine and hardly a byte; returns how
+    many entries.
+    """
     from trimode.compiler.store.cache import ContentCache
 
     deleted = ContentCache(folder).clear()
     for entry in list(_arranged(folder)):
-        with contextlib.suppress(Timeout), FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
+        with (
+            contextlib.suppress(Timeout),
+            FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0),
+        ):
             shutil.rmtree(entry)  # processes that have it open keep what they have mapped
             deleted += 1
     return deleted
@@ -93,7 +121,10 @@ def _arranged(folder: Path) -> Iterable[Path]:
 
 def _usage(entries: Iterable[Path]) -> tuple[int, int]:
     """Number of entries, files or folders of files, and their bytes."""
-    sizes = [sum(path.stat().st_size for path in (entry, *entry.glob("*")) if path.is_file()) for entry in entries]
+    sizes = [
+        sum(path.stat().st_size for path in (entry, *entry.glob("*")) if path.is_file())
+        for entry in entries
+    ]
     return len(sizes), sum(sizes)
 
 

@@ -19,14 +19,24 @@ class RichProgress:
         console = Console(stderr=True)
         self._plain = not console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console, disable=self._plain
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=self._plain,
         )
 
     def __enter__(self) -> RichProgress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> Advance:

@@ -13,18 +13,34 @@ from trimode.cli.options import BundlePath, Json
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
-    from trimode.formats.manifest import CalibrationRecord, Manifest, PrecisionName, PrecisionRecord, ProfileRecord, TargetRecord
+    from trimode.formats.manifest import (
+        CalibrationRecord,
+        Manifest,
+        PrecisionName,
+        PrecisionRecord,
+        ProfileRecord,
+        TargetRecord,
+    )
 
 
 def inspect(
     bundle: BundlePath,
-    plans: Annotated[bool, typer.Option("--plans", help="Show what a forward of each TensorRT-RTX engine moves on the GPU.")] = False,
-    target: Annotated[str | None, typer.Option(metavar="NAME", help="With --plans: engines of this target alone.")] = None,
+    plans: Annotated[
+        bool,
+        typer.Option(
+            "--plans", help="Show what a forward of each TensorRT-RTX engine moves on the GPU."
+        ),
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --plans: engines of this target alone.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a bundle holds: model, graphs, files, sizes, versions."""
     if target is not None and not plans:
-        raise UsageError("expected --target with --plans, found it alone", "add --plans, or leave --target out")
+        raise UsageError(
+            "expected --target with --plans, found it alone", "add --plans, or leave --target out"
+        )
     if plans:
         from trimode.cli.plans import inspect_plans
 
@@ -48,27 +64,56 @@ def inspect_bundle(path: Path, *, as_json: bool) -> None:
 
 
 def sharing(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the packs, how many compiled graphs read them, and the bytes that a copy in each of these would take on top."""
-    pack_bytes = sum(manifest.files[name].num_bytes for name in {pack for record in manifest.precisions.values() for pack in record.packs})
+    """Bytes of the packs, how many compiled graphs read them, and the bytes that a copy in each of
+    these would take on top.
+    """
+    pack_bytes = sum(
+        manifest.files[name].num_bytes
+        for name in {pack for record in manifest.precisions.values() for pack in record.packs}
+    )
     users = {name: _readers(record) for name, record in manifest.precisions.items()}
     copies = sum(manifest.precisions[name].weight_bytes * count for name, count in users.items())
-    return {"pack_bytes": pack_bytes, "graphs": sum(users.values()), "bytes_saved": max(copies - pack_bytes, 0)}
+    return {
+        "pack_bytes": pack_bytes,
+        "graphs": sum(users.values()),
+        "bytes_saved": max(copies - pack_bytes, 0),
+    }
 
 
 def _readers(record: PrecisionRecord) -> int:
     """Compiled graphs that read the packs."""
-    return sum(len(target.graphs) for target in record.targets.values() if target.placement != "baked")
+    return sum(
+        len(target.graphs) for target in record.targets.values() if target.placement != "baked"
+    )
 
 
 def describe(manifest: Manifest) -> list[str]:
     """The manifest in lines for people."""
-    precisions = [line for name, record in manifest.precisions.items() for line in ("", *_precision(manifest, name, record))]
-    return [*_model(manifest), "", *_graphs(manifest), *precisions, "", *_sharing(manifest), "", *_files(manifest), "", *_versions(manifest)]
+    precisions = [
+        line
+        for name, record in manifest.precisions.items()
+        for line in ("", *_precision(manifest, name, record))
+    ]
+    return [
+        *_model(manifest),
+        "",
+        *_graphs(manifest),
+        *precisions,
+        "",
+        *_sharing(manifest),
+        "",
+        *_files(manifest),
+        "",
+        *_versions(manifest),
+    ]
 
 
 def _model(manifest: Manifest) -> Iterator[str]:
     model = manifest.model
-    size, heads = manifest.source.num_parameters / 1e6, f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}"
+    size, heads = (
+        manifest.source.num_parameters / 1e6,
+        f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}",
+    )
     yield f"model      {manifest.source.name}, {size:.1f} M parameters, {', '.join(manifest.precisions)}"
     yield f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}"
     yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
@@ -82,21 +127,38 @@ def _model(manifest: Manifest) -> Iterator[str]:
 
 def _calibration(record: CalibrationRecord) -> str:
     blocks = f", blocks of {record.block_size}" if record.block_size else ""
-    return f"{record.algorithm}{blocks}, scales of {record.name}" if record.scales_sha256 else f"rounded to nearest{blocks}"
+    return (
+        f"{record.algorithm}{blocks}, scales of {record.name}"
+        if record.scales_sha256
+        else f"rounded to nearest{blocks}"
+    )
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:
     for role, contract in manifest.contracts.items():
         yield f"{role:<9} {contract.attention}"
         for kind, specs in (("in", contract.inputs), ("out", contract.outputs)):
-            yield from (f"          {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]" for s in specs)
+            yield from (
+                f"          {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]"
+                for s in specs
+            )
 
 
 def _precision(manifest: Manifest, name: PrecisionName, record: PrecisionRecord) -> Iterator[str]:
-    kind = f"{_calibration(record.calibration)}; the rest in {manifest.dtype}" if record.calibration else f"all in {manifest.dtype}"
-    first = ", runs where none is asked for" if name == manifest.first_precision and len(manifest.precisions) > 1 else ""
+    kind = (
+        f"{_calibration(record.calibration)}; the rest in {manifest.dtype}"
+        if record.calibration
+        else f"all in {manifest.dtype}"
+    )
+    first = (
+        ", runs where none is asked for"
+        if name == manifest.first_precision and len(manifest.precisions) > 1
+        else ""
+    )
     yield f"{name:<14} {kind}{first}"
-    packs = ", ".join(f"{pack} ({manifest.files[pack].num_bytes / 1e6:.1f} MB)" for pack in record.packs)
+    packs = ", ".join(
+        f"{pack} ({manifest.files[pack].num_bytes / 1e6:.1f} MB)" for pack in record.packs
+    )
     yield f"               {record.weight_bytes / 1e6:.1f} MB of weights, in {packs}"
     yield f"               portable graphs {', '.join(record.graphs.values())}"
     yield from _targets(record)
@@ -104,16 +166,26 @@ def _precision(manifest: Manifest, name: PrecisionName, record: PrecisionRecord)
 
 def _targets(precision: PrecisionRecord) -> Iterator[str]:
     for name, record in precision.targets.items():
-        where = f"compute capability {record.compute_capability}" if record.compute_capability else record.device
+        where = (
+            f"compute capability {record.compute_capability}"
+            if record.compute_capability
+            else record.device
+        )
         yield f"  {name:<12} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
         if record.capacity is not None:
             yield f"               K/V cache of {record.capacity} slots"
-            yield from (f"               {role:<9} {_profiles(engine.profiles)}" for role, engine in record.graphs.items())
+            yield from (
+                f"               {role:<9} {_profiles(engine.profiles)}"
+                for role, engine in record.graphs.items()
+            )
     yield from _baked(precision.targets)
 
 
 def _sharing(manifest: Manifest) -> Iterator[str]:
-    facts, count = sharing(manifest), len({pack for record in manifest.precisions.values() for pack in record.packs})
+    facts, count = (
+        sharing(manifest),
+        len({pack for record in manifest.precisions.values() for pack in record.packs}),
+    )
     packs = "one pack" if count == 1 else f"{count} packs"
     yield (
         f"weights        {packs} of {facts['pack_bytes'] / 1e6:.1f} MB serve{'s' if count == 1 else ''} {facts['graphs']} compiled graphs: "
@@ -141,4 +213,6 @@ def _files(manifest: Manifest) -> Iterator[str]:
 
 
 def _versions(manifest: Manifest) -> Iterator[str]:
-    yield "built with " + ", ".join(f"{k} {v}" for k, v in (("trimode", manifest.trimode_version), *manifest.libraries.items()))
+    yield "built with " + ", ".join(
+        f"{k} {v}" for k, v in (("trimode", manifest.trimode_version), *manifest.libraries.items())
+    )

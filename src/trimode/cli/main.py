@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands: ``trimode --help`` must feel instant.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ app = typer.Typer(
 
 
 class _Jobs(TyperGroup):
-    """Commands of which one may go unnamed: ``trimode calibrate CHECKPOINT`` is ``trimode calibrate scales CHECKPOINT``."""
+    """Commands of which one may go unnamed: ``trimode calibrate CHECKPOINT`` is ``trimode calibrate
+    scales CHECKPOINT``.
+    """
 
     unnamed = "scales"
 
@@ -46,7 +49,11 @@ class _Jobs(TyperGroup):
         return list(super().parse_args(ctx, args))
 
 
-calibrate = typer.Typer(cls=_Jobs, no_args_is_help=True, help="Find what a build needs from data; without the name of a job: scales.")
+calibrate = typer.Typer(
+    cls=_Jobs,
+    no_args_is_help=True,
+    help="Find what a build needs from data; without the name of a job: scales.",
+)
 app.add_typer(calibrate, name="calibrate")
 report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
 app.add_typer(report, name="report")
@@ -64,7 +71,11 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 

@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 
 
 def need(what: str, extra: str, *modules: str) -> None:
-    """Raise :class:`DependencyError` where a library is missing that ``what`` needs; ``extra`` brings it."""
+    """Raise :class:`DependencyError` where a library is missing that ``what`` needs; ``extra``
+    brings it.
+    """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise DependencyError(f"expected {', '.join(missing)} for {what}, found not installed", f"pip install 'trimode[{extra}]'")
+        raise DependencyError(
+            f"expected {', '.join(missing)} for {what}, found not installed",
+            f"pip install 'trimode[{extra}]'",
+        )
 
 
 def parse_optional_ints(text: str | None) -> tuple[int, ...] | None:
@@ -28,19 +33,29 @@ def parse_ints(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise UsageError(f"expected whole numbers like 1,2,3, found {text!r}", "separate them by commas") from error
+        raise UsageError(
+            f"expected whole numbers like 1,2,3, found {text!r}", "separate them by commas"
+        ) from error
 
 
 def parse_modes(text: str) -> tuple[Mode, ...]:
     """``ar,linear-spec`` -> modes; unknown ones are left for :meth:`QualitySettings.check`."""
-    return cast("tuple[Mode, ...]", tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip()))
+    return cast(
+        "tuple[Mode, ...]",
+        tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip()),
+    )
 
 
 def parse_mode(text: str) -> Mode:
-    """``linear-spec`` -> ``linear_spec``; raises :class:`UsageError` for anything that is no mode."""
+    """``linear-spec`` -> ``linear_spec``; raises :class:`UsageError` for anything that is no
+    mode.
+    """
     from trimode.runtime.decode.algorithms import MODES
 
     for mode in MODES:
         if text == mode.replace("_", "-"):
             return mode
-    raise UsageError(f"expected --mode {', '.join(m.replace('_', '-') for m in MODES)}, found {text!r}", "choose one of these")
+    raise UsageError(
+        f"expected --mode {', '.join(m.replace('_', '-') for m in MODES)}, found {text!r}",
+        "choose one of these",
+    )

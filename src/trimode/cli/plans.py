@@ -11,12 +11,29 @@ from rich.table import Table
 
 from trimode.cli.output import print_json
 from trimode.compiler.plans.records import PlanRecord, UnreadPlan
-from trimode.compiler.plans.report import EnginePlan, carries_plans, causes_of, predict_ms, read_plans
+from trimode.compiler.plans.report import (
+    EnginePlan,
+    carries_plans,
+    causes_of,
+    predict_ms,
+    read_plans,
+)
 from trimode.errors import UsageError
 from trimode.formats.manifest import Manifest
 from trimode.runtime.bundle.open import open_bundle
 
-_COLUMNS = ("engine", "rows", "kernels", "weights", "keys, values", "activations", "copies", "scratch", "of floor", "ms")
+_COLUMNS = (
+    "engine",
+    "rows",
+    "kernels",
+    "weights",
+    "keys, values",
+    "activations",
+    "copies",
+    "scratch",
+    "of floor",
+    "ms",
+)
 _NOTE = (
     "Computed from the plans, not measured. MB that one forward of one sequence moves; keys and values over the whole capacity; "
     "ms is bytes by the GPU's bandwidth; the floor is weights, keys and values once each."
@@ -43,14 +60,22 @@ def inspect_plans(path: Path, target: str | None, *, as_json: bool) -> None:
 
 
 def _check_target(path: Path, manifest: Manifest, target: str | None) -> None:
-    records = {name: record for one in manifest.precisions.values() for name, record in one.targets.items()}
+    records = {
+        name: record for one in manifest.precisions.values() for name, record in one.targets.items()
+    }
     able = sorted(name for name, record in records.items() if carries_plans(record))
     if target is not None and target not in able:
-        raise UsageError(f"{path}: expected a target whose engines hold their plans, found {target}",
-                         f"pass --target {able[0]}" if able else "build a target of TensorRT-RTX (see `trimode targets`)")  # fmt: skip
+        raise UsageError(
+            f"{path}: expected a target whose engines hold their plans, found {target}",
+            f"pass --target {able[0]}"
+            if able
+            else "build a target of TensorRT-RTX (see `trimode targets`)",
+        )
     if not able:
-        raise UsageError(f"{path}: expected engines of TensorRT-RTX, which hold their plans, found {', '.join(records) or 'no target'}",
-                         "build such a target (see `trimode targets`)")  # fmt: skip
+        raise UsageError(
+            f"{path}: expected engines of TensorRT-RTX, which hold their plans, found {', '.join(records) or 'no target'}",
+            "build such a target (see `trimode targets`)",
+        )
 
 
 def _table(plans: list[EnginePlan]) -> Table:
@@ -70,7 +95,14 @@ def _cells(engine: EnginePlan, record: PlanRecord) -> tuple[str, ...]:
     sizes = (record.weights, record.keys_values, record.activations, record.copied, record.scratch)
     predicted = predict_ms(record, engine.target)
     ms = "" if predicted is None else f"{predicted:.2f}"
-    return engine.name, str(record.rows), str(record.kernels), *(f"{size / 1e6:.1f}" for size in sizes), f"{record.ratio:.2f}", ms
+    return (
+        engine.name,
+        str(record.rows),
+        str(record.kernels),
+        *(f"{size / 1e6:.1f}" for size in sizes),
+        f"{record.ratio:.2f}",
+        ms,
+    )
 
 
 def _notes(plans: list[EnginePlan]) -> Iterator[str]:
@@ -80,5 +112,7 @@ def _notes(plans: list[EnginePlan]) -> Iterator[str]:
             continue
         for record in engine.plan:
             for cause, size in causes_of(record).items():
-                kernels = dict.fromkeys(copy.kernel for copy in record.copies if copy.cause == cause)
+                kernels = dict.fromkeys(
+                    copy.kernel for copy in record.copies if copy.cause == cause
+                )
                 yield f"{engine.name}, {record.rows} rows: {cause}, {size / 1e6:.1f} MB, by {', '.join(kernels)}"

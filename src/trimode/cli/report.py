@@ -1,4 +1,6 @@
-"""``trimode report quantization``: a checkpoint, calibrations and questions in; what each precision costs, as tables, JSON and a picture, out."""
+"""``trimode report quantization``: a checkpoint, calibrations and questions in; what each precision
+costs, as tables, JSON and a picture, out.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +27,65 @@ _WORST = 3
 
 def quantization(
     checkpoint: CheckpointPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace.")],
-    calibration: Annotated[
-        list[str], typer.Option(metavar="FOLDER", help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.")
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace."
+        ),
     ],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.")],
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
-    modes: Annotated[str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")] = "ar,diffusion,linear-spec",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FOLDER",
+            help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.",
+        ),
+    ],
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")
+    ] = "ar,diffusion,linear-spec",
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
+    ] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    no_figure: Annotated[bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")] = False,
+    no_figure: Annotated[
+        bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantization costs in each mode; exit code 1 if self-speculation does not give autoregression's tokens."""
+    """Measure what quantization costs in each mode; exit code 1 if self-speculation does not give
+    autoregression's tokens.
+    """
     need("the report", "compile", "torch", "safetensors", "ml_dtypes")
     if not no_figure:
         need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
     from trimode.runtime.text.prompts import PromptStyle
 
     request = ReportRequest(
-        tuple(calibration), data, samples, modes, max_new_tokens, seed, device, not no_figure, as_json, PromptStyle(raw, system, enable_thinking)
+        tuple(calibration),
+        data,
+        samples,
+        modes,
+        max_new_tokens,
+        seed,
+        device,
+        not no_figure,
+        as_json,
+        PromptStyle(raw, system, enable_thinking),
     )
     if not run_report(checkpoint, output, request):
         raise typer.Exit(1)
@@ -71,7 +108,8 @@ class ReportRequest:
 
 
 def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> bool:
-    """Measure, write the folder, print tables or JSON; returns whether self-speculation gave autoregression's tokens throughout.
+    """Measure, write the folder, print tables or JSON; returns whether self-speculation gave
+    autoregression's tokens throughout.
 
     Errors are raised before anything is written.
     """
@@ -84,11 +122,22 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     from trimode.graphs.checkpoint import describe_model, open_checkpoint
     from trimode.report.quantization_figure import load_matplotlib
 
-    settings = QualitySettings(parse_modes(request.modes), request.num_samples, request.max_new_tokens, request.seed, request.device)
+    settings = QualitySettings(
+        parse_modes(request.modes),
+        request.num_samples,
+        request.max_new_tokens,
+        request.seed,
+        request.device,
+    )
     settings.check()
     request.style.check()
     check_output(output)
-    check_apart(output, checkpoint_path, request.data, *(Path(name) for name in request.calibrations if name not in ROUNDED))
+    check_apart(
+        output,
+        checkpoint_path,
+        request.data,
+        *(Path(name) for name in request.calibrations if name not in ROUNDED),
+    )
     if request.draws:
         load_matplotlib()  # it takes minutes to need it, and no time to miss it
     checkpoint = open_checkpoint(checkpoint_path)
@@ -97,7 +146,9 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
-        report = measure(checkpoint, model, questions, sha256, candidates, settings, progress, to_text)
+        report = measure(
+            checkpoint, model, questions, sha256, candidates, settings, progress, to_text
+        )
     save_report(output, report, draws=request.draws)
     if request.as_json:
         print_json(report, indent=1)
@@ -105,7 +156,9 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
         _show(report)
     sys.stderr.write(f"wrote {output}\n")
     if not report.passed:
-        sys.stderr.write("FAILED: self-speculation does not give the tokens of autoregression everywhere; see `partings` in the report\n")
+        sys.stderr.write(
+            "FAILED: self-speculation does not give the tokens of autoregression everywhere; see `partings` in the report\n"
+        )
     return report.passed
 
 
@@ -115,15 +168,19 @@ def _show(report: Report) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
-    console.print(f"{report.source_name}: {report.data.num_questions} questions, {report.data.num_answers} with known answers; "
-                  f"dense in {report.compute_type} {report.dense_bytes / 1e6:.1f} MB")  # fmt: skip
+    console.print(
+        f"{report.source_name}: {report.data.num_questions} questions, {report.data.num_answers} with known answers; "
+        f"dense in {report.compute_type} {report.dense_bytes / 1e6:.1f} MB"
+    )
     console.print(_size_table(report))
     console.print(_decoding_table(report))
     console.print(_layer_table(report))
 
 
 def _size_table(report: Report) -> Table:
-    table = _table("precisions: divergence of the probabilities from float32's, and the same token first")
+    table = _table(
+        "precisions: divergence of the probabilities from float32's, and the same token first"
+    )
     table.add_column("")
     for heading in ("weights", "layers"):
         table.add_column(heading, justify="right")
@@ -132,8 +189,20 @@ def _size_table(report: Report) -> Table:
         table.add_column(f"{role} KL, nats", justify="right")
         table.add_column(f"{role} top-1", justify="right")
     for precision in report.precisions:
-        cells = [cell for role in roles for cell in (f"{precision.outputs[role].kl_nats:.2e}", _percent(precision.outputs[role].top1_agreement))]
-        table.add_row(precision.name, f"{precision.weight_bytes / 1e6:.1f} MB", str(precision.num_quantized), *cells)
+        cells = [
+            cell
+            for role in roles
+            for cell in (
+                f"{precision.outputs[role].kl_nats:.2e}",
+                _percent(precision.outputs[role].top1_agreement),
+            )
+        ]
+        table.add_row(
+            precision.name,
+            f"{precision.weight_bytes / 1e6:.1f} MB",
+            str(precision.num_quantized),
+            *cells,
+        )
     return table
 
 
@@ -143,19 +212,32 @@ def _decoding_table(report: Report) -> Table:
     table = _table("decoding")
     for heading in ("", "mode"):
         table.add_column(heading)
-    for heading in ("answered right", "float32's tokens", "AR's tokens", "tokens per forward", "acceptance length"):
+    for heading in (
+        "answered right",
+        "float32's tokens",
+        "AR's tokens",
+        "tokens per forward",
+        "acceptance length",
+    ):
         table.add_column(heading, justify="right")
     for precision in report.precisions:
         for index, one in enumerate(precision.decoding):
             table.add_row(
-                "" if index else precision.name, decoding_name(one), _percent(one.exact_match), _percent(one.same_tokens), _equality(one),
-                f"{one.tokens_per_forward:.2f}", "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}",
-            )  # fmt: skip
+                "" if index else precision.name,
+                decoding_name(one),
+                _percent(one.exact_match),
+                _percent(one.same_tokens),
+                _equality(one),
+                f"{one.tokens_per_forward:.2f}",
+                "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}",
+            )
     return table
 
 
 def _layer_table(report: Report) -> Table:
-    table = _table(f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} worst layers alone")
+    table = _table(
+        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} worst layers alone"
+    )
     for heading in ("", "role"):
         table.add_column(heading)
     table.add_column("last block", justify="right")
@@ -169,7 +251,9 @@ def _layer_table(report: Report) -> Table:
 
 def _worst_layers(precision: PrecisionRecord, role: Role) -> Sequence[tuple[float, str]]:
     local: Iterable[tuple[str, Mapping[Role, FidelityRecord]]] = precision.local.items()
-    return sorted((by_role[role].snr_db, name) for name, by_role in local if role in by_role)[:_WORST]
+    return sorted((by_role[role].snr_db, name) for name, by_role in local if role in by_role)[
+        :_WORST
+    ]
 
 
 def _table(title: str) -> Table:
@@ -183,4 +267,8 @@ def _percent(share: float | None) -> str:
 
 
 def _equality(one: DecodingRecord) -> str:
-    return f"[bold red]{_percent(one.equals_ar)}[/bold red]" if one.partings else _percent(one.equals_ar)
+    return (
+        f"[bold red]{_percent(one.equals_ar)}[/bold red]"
+        if one.partings
+        else _percent(one.equals_ar)
+    )

@@ -29,13 +29,29 @@ def list_targets(*, as_json: bool) -> None:
         print_json(facts, indent=1)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("target", "GPU", "compiled by", "precisions", "memory", "builds here", "runs here"):
+    for title in (
+        "target",
+        "GPU",
+        "compiled by",
+        "precisions",
+        "memory",
+        "builds here",
+        "runs here",
+    ):
         table.add_column(title, no_wrap=True)
     reasons: list[str] = []
     for row in facts:
         memory = f"{row['memory_gb']} GB" if row["memory_gb"] else ""
-        cells = (row["target"], row["compute_capability"] or "any", row["backend"], " ".join(row["precisions"]), memory)
-        table.add_row(*cells, _answer(row["why_not_build"], reasons), _answer(row["why_not_run"], reasons))
+        cells = (
+            row["target"],
+            row["compute_capability"] or "any",
+            row["backend"],
+            " ".join(row["precisions"]),
+            memory,
+        )
+        table.add_row(
+            *cells, _answer(row["why_not_build"], reasons), _answer(row["why_not_run"], reasons)
+        )
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
@@ -48,7 +64,10 @@ def _what_is_built() -> str:
     """Which precisions, and where each of them."""
     from trimode.compiler.targets import BUILT_PRECISIONS, TARGETS
 
-    where = {precision: [t.name for t in TARGETS.values() if precision in t.precisions] for precision in BUILT_PRECISIONS}
+    where = {
+        precision: [t.name for t in TARGETS.values() if precision in t.precisions]
+        for precision in BUILT_PRECISIONS
+    }
     named = "; ".join(f"{precision} for {_names(names)}" for precision, names in where.items())
     return f"This version builds {named}. What is quantized takes --calibration."
 

@@ -1,4 +1,6 @@
-"""``trimode verify``: a bundle against the checkpoint it came from, graph by graph and token by token."""
+"""``trimode verify``: a bundle against the checkpoint it came from, graph by graph and token by
+token.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +25,67 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from.")],
+    against: Annotated[
+        Path,
+        typer.Option(
+            metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from."
+        ),
+    ],
     precision: RunPrecision = None,
-    target: Annotated[str | None, typer.Option(metavar="NAME", help="One of the bundle's targets, or portable; what runs here if left out.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Compare the scales with this calibration's, too; those of rtn are always compared.")
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the bundle's targets, or portable; what runs here if left out.",
+        ),
     ] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`, `messages` or `token_ids`; random tokens if left out.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Compare the scales with this calibration's, too; those of rtn are always compared.",
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with `prompt`, `messages` or `token_ids`; random tokens if left out."
+        ),
+    ] = None,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    drafter: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The one that the bundle was built with, if not the checkpoint's.")] = None,
-    sampler: Annotated[Path | None, typer.Option(metavar="SAMPLER", help="The one that the bundle was built with; else it is not compared.")] = None,
+    drafter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ADAPTER",
+            help="The one that the bundle was built with, if not the checkpoint's.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SAMPLER",
+            help="The one that the bundle was built with; else it is not compared.",
+        ),
+    ] = None,
     long: Annotated[
-        int | None, typer.Option(metavar="N", help="Position of the long comparisons; if left out past the rope's original length, where affordable.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Position of the long comparisons; if left out past the rope's original length, where affordable.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each generation.")] = 64,
-    threads: Annotated[int | None, typer.Option(help="Threads inside one operator; every core if left out.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads inside one operator; every core if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code 1 if they differ."""
+    """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code
+    1 if they differ.
+    """
     need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify.run import VerifyRequest
     from trimode.runtime.text.prompts import PromptStyle
@@ -71,10 +113,11 @@ def run_verify(bundle: Path, request: VerifyRequest) -> bool:
     """Verify, write ``verification.json``, print what was found; returns whether all of it passed.
 
     Raises:
-        UsageError: an option is out of range, the bundle has no such precision or target, or another calibration; or the checkpoint is of
-            another shape.
+        UsageError: an option is out of range, the bundle has no such precision or target, or
+            another calibration; or the checkpoint is of another shape.
         CheckpointError: the checkpoint or the calibration cannot be read.
-        BundleError, DeviceError, DependencyError: the target cannot run here. An earlier ``verification.json`` stays as it is.
+        BundleError, DeviceError, DependencyError: the target cannot run here. An earlier
+            ``verification.json`` stays as it is.
     """
     from trimode.cli.console import RichProgress
     from trimode.cli.output import print_json
@@ -103,9 +146,15 @@ def _check_request(request: VerifyRequest) -> None:
     from trimode.cli.prompt_options import check_prompt_options
 
     if request.max_new_tokens < 1:
-        raise UsageError(f"expected --max-new-tokens of at least 1, found {request.max_new_tokens}", "64 is usual")
+        raise UsageError(
+            f"expected --max-new-tokens of at least 1, found {request.max_new_tokens}",
+            "64 is usual",
+        )
     if request.seed < 0:
-        raise UsageError(f"expected --seed of at least 0, found {request.seed}", "any whole number from 0 on will do")
+        raise UsageError(
+            f"expected --seed of at least 0, found {request.seed}",
+            "any whole number from 0 on will do",
+        )
     check_prompt_options(request.prompts_file, request.style)
 
 
@@ -114,14 +163,19 @@ def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
     from trimode.runtime.sessions.select import PORTABLE
 
     try:
-        model = TriModeModel.from_pretrained(bundle, precision=request.precision, target=request.target, num_threads=request.threads)
+        model = TriModeModel.from_pretrained(
+            bundle, precision=request.precision, target=request.target, num_threads=request.threads
+        )
     except (BundleError, DeviceError, DependencyError) as error:
         raise type(error)(f"nothing was verified: {error.message}", error.hint) from error
     names = model.bundle.chosen.targets
     if model.target == PORTABLE and request.target != PORTABLE and names:
-        # Generating may fall back to the portable graphs; saying that a GPU's engines are right because these are may not.
-        raise DeviceError(f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
-                          "verify on the machine with the GPU, or pass --target portable for the portable graphs alone")  # fmt: skip
+        # Generating may fall back to the portable graphs; saying that a GPU's engines are right
+        # because these are may not.
+        raise DeviceError(
+            f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
+            "verify on the machine with the GPU, or pass --target portable for the portable graphs alone",
+        )
     return model
 
 
@@ -132,7 +186,9 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
-    source = "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
+    source = (
+        "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
+    )
     what = f"{verification.precision} on {verification.target} ({verification.backend}, {verification.compute_dtype})"
     console.print(f"{what} against {request.checkpoint}, {source}")
     for line in _quantized_lines(verification):
@@ -145,24 +201,40 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     for note in verification.notes:
         console.print(f"note: {note}")
     graphs, tokens = len(verification.graphs), len(verification.tokens)
-    records = (*verification.graphs, *verification.tokens, verification.weights, verification.scales, verification.sampler)
+    records = (
+        *verification.graphs,
+        *verification.tokens,
+        verification.weights,
+        verification.scales,
+        verification.sampler,
+    )
     num_failed = sum(not record.passed for record in records if record is not None)
-    console.print(f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed")
+    console.print(
+        f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed"
+    )
 
 
 def _quantized_lines(verification: Verification) -> Iterator[str]:
     """What is said of quantized weights, their scales and quantized inputs."""
     weights, scales = verification.weights, verification.scales
     if weights is not None:
-        differing = "".join(f"; {count} differ in {layer}" for layer, count in weights.differs.items())
+        differing = "".join(
+            f"; {count} differ in {layer}" for layer, count in weights.differs.items()
+        )
         yield f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} layers, bit for bit{differing}  {_word(weights.passed)}"
     if scales is not None:
         differing = "".join(f"; {name} differs" for name in scales.differs)
         yield f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  {_word(scales.passed)}"
     codes = [record.codes for record in verification.graphs if record.codes is not None]
     if codes:
-        refused = {layer: sum(record.refused.get(layer, 0) for record in codes) for record in codes for layer in record.refused}
-        unexplained = "".join(f"; {count} unexplained in {layer}" for layer, count in refused.items())
+        refused = {
+            layer: sum(record.refused.get(layer, 0) for record in codes)
+            for record in codes
+            for layer in record.refused
+        }
+        unexplained = "".join(
+            f"; {count} unexplained in {layer}" for layer, count in refused.items()
+        )
         counts = f"{sum(record.num_compared for record in codes)}, {sum(record.num_other for record in codes)} on the other side of a border"
         yield f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
 
@@ -171,38 +243,92 @@ def _graph_table(records: Sequence[GraphParity]) -> Table:
     """A line an output; portable graphs are marked."""
     from rich.table import Table
 
-    table = Table("graph", "of", "in cache", "rows", "drafter", "output", "max error", "allowed", "mean error", "allowed", "same id", "",
-                  title="graphs against the torch trunk", title_justify="left", box=None, header_style="bold")  # fmt: skip
+    table = Table(
+        "graph",
+        "of",
+        "in cache",
+        "rows",
+        "drafter",
+        "output",
+        "max error",
+        "allowed",
+        "mean error",
+        "allowed",
+        "same id",
+        "",
+        title="graphs against the torch trunk",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+    )
     for record in records:
         same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
         for index, output in enumerate(record.outputs):
-            where = (record.graph, record.subject, ",".join(map(str, record.positions)), str(record.rows), _switch(record.use_drafter))
+            where = (
+                record.graph,
+                record.subject,
+                ",".join(map(str, record.positions)),
+                str(record.rows),
+                _switch(record.use_drafter),
+            )
             # The first line of a comparison speaks for its ids too.
             passed = output.passed if index else output.passed and _ids_passed(record)
-            table.add_row(*where, output.name, *_figures(output), "" if index else same, _word(passed))
+            table.add_row(
+                *where, output.name, *_figures(output), "" if index else same, _word(passed)
+            )
     return table
 
 
 def _token_table(records: Sequence[TokenParity]) -> Table:
     from rich.table import Table
 
-    table = Table("mode", "drafter", "against", "prompt", "same tokens", "parts at", "preferred by", "allowed", "nfe", "other nfe", "",
-                  title="tokens", title_justify="left", box=None, header_style="bold")  # fmt: skip
+    table = Table(
+        "mode",
+        "drafter",
+        "against",
+        "prompt",
+        "same tokens",
+        "parts at",
+        "preferred by",
+        "allowed",
+        "nfe",
+        "other nfe",
+        "",
+        title="tokens",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+    )
     for record in records:
         table.add_row(
-            record.mode.replace("_", "-"), _switch(record.use_drafter), record.against, f"{record.prompt_length} tokens",
-            f"{record.num_equal}/{record.num_tokens}", _number(record.first_divergence), _number(record.preference), _number(record.tolerance),
-            str(record.nfe), str(record.other_nfe), _word(record.passed),
-        )  # fmt: skip
+            record.mode.replace("_", "-"),
+            _switch(record.use_drafter),
+            record.against,
+            f"{record.prompt_length} tokens",
+            f"{record.num_equal}/{record.num_tokens}",
+            _number(record.first_divergence),
+            _number(record.preference),
+            _number(record.tolerance),
+            str(record.nfe),
+            str(record.other_nfe),
+            _word(record.passed),
+        )
     return table
 
 
 def _figures(output: OutputRecord) -> tuple[str, ...]:
-    return tuple(_number(value) for value in (output.max_error, output.tolerance, output.mean_error, output.mean_tolerance))
+    return tuple(
+        _number(value)
+        for value in (output.max_error, output.tolerance, output.mean_error, output.mean_tolerance)
+    )
 
 
 def _ids_passed(record: GraphParity) -> bool:
-    return all(ids.passed for ids in record.ids) and record.has_accepted_length is not False and (record.codes is None or record.codes.passed)
+    return (
+        all(ids.passed for ids in record.ids)
+        and record.has_accepted_length is not False
+        and (record.codes is None or record.codes.passed)
+    )
 
 
 def _switch(use_drafter: bool | None) -> str:

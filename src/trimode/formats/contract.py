@@ -1,10 +1,12 @@
-"""The tensor contract: what each graph takes and returns, as data that the compiler writes and the runtime reads.
+"""The tensor contract: what each graph takes and returns, as data that the compiler writes and the
+runtime reads.
 
-Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new tokens, ``C`` cache capacity,
-``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph also takes ``past_key_values.{i}.key|value`` and returns
-``present.{i}.key|value``, ``(B, G, C, D)``, which may be the same memory. K/V land in the :func:`slots_written` slots from ``past_length``
-on: one a row, and for ``quadratic`` T * T more behind the tokens'. Nothing else of the cache changes, so rolling back is not advancing
-``past_length``.
+Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new
+tokens, ``C`` cache capacity, ``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph
+also takes ``past_key_values.{i}.key|value`` and returns ``present.{i}.key|value``, ``(B, G, C,
+D)``, which may be the same memory. K/V land in the :func:`slots_written` slots from ``past_length``
+on: one a row, and for ``quadratic`` T * T more behind the tokens'. Nothing else of the cache
+changes, so rolling back is not advancing ``past_length``.
 
 This module imports neither torch nor onnx.
 """
@@ -20,17 +22,25 @@ ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
 """What every bundle has."""
 
 TOP_K = 5
-"""Candidates a draft graph returns per slot: what the confidence policies and the learned sampler read."""
+"""Candidates a draft graph returns per slot: what the confidence policies and the learned sampler
+read.
+"""
 
 SCRATCH = "scratch"
-"""How the names of outputs begin that a compiled graph has beside the contract's, and that nobody reads."""
+"""How the names of outputs begin that a compiled graph has beside the contract's, and that nobody
+reads.
+"""
 
 MAX_BLOCK_LENGTH = 64
 """Slots of the longest block that a bundle takes."""
 
 Dimension = int | str
-DType = Literal["int64", "bool", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"]
-"""Element types; bool only of the sampler's flags, the last four only of quantized weights, and float8e4m3fn of the scales of float4e2m1."""
+DType = Literal[
+    "int64", "bool", "float32", "float16", "bfloat16", "float8e4m3fn", "int8", "int4", "float4e2m1"
+]
+"""Element types; bool only of the sampler's flags, the last four only of quantized weights, and
+float8e4m3fn of the scales of float4e2m1.
+"""
 
 DEFAULT_MAX_LENGTH = 32768
 
@@ -48,7 +58,8 @@ class ModelInfo(_Record):
         eos_token_ids: any of them ends a text.
         block_size: the block length the model was trained with; the default block length.
         max_length: most tokens of prompt and answer together.
-        max_block_length: longest block; the position tables reach ``max_length + max_block_length``.
+        max_block_length: longest block; the position tables reach ``max_length +
+        max_block_length``.
         has_drafter: whether the draft graph has the adapter's branch and takes ``drafter_scale``.
     """
 
@@ -68,22 +79,29 @@ class ModelInfo(_Record):
 
     @property
     def num_positions(self) -> int:
-        """Rows of the position tables: a block that begins at the last token still has positions for all its slots."""
+        """Rows of the position tables: a block that begins at the last token still has positions
+        for all its slots.
+        """
         return self.max_length + self.max_block_length
 
     @property
     def max_quadratic_length(self) -> int:
         """Longest block of ``quadratic``.
 
-        The slots behind its last token reach nearly two blocks beyond what is cached, and ONNX Runtime refuses to rotate more rows than the position
-        tables have.
+        The slots behind its last token reach nearly two blocks beyond what is cached, and ONNX
+        Runtime refuses to rotate more rows than the position tables have.
         """
         most = self.max_block_length // 2
-        return max((n for n in range(1, most + 1) if slots_written("quadratic", n) <= self.num_positions), default=0)
+        return max(
+            (n for n in range(1, most + 1) if slots_written("quadratic", n) <= self.num_positions),
+            default=0,
+        )
 
 
 class TensorSpec(_Record):
-    """Name, element type and shape of one graph input or output; a text in the shape is a dynamic dimension."""
+    """Name, element type and shape of one graph input or output; a text in the shape is a dynamic
+    dimension.
+    """
 
     name: str
     dtype: DType
@@ -104,58 +122,85 @@ def slots_written(role: Role, rows: int) -> int:
     return rows * (rows + 1) if role == "quadratic" else rows
 
 
-def cache_specs(model: ModelInfo, prefix: str, dtype: DType = "float32", capacity: Dimension = "capacity") -> tuple[TensorSpec, ...]:
+def cache_specs(
+    model: ModelInfo, prefix: str, dtype: DType = "float32", capacity: Dimension = "capacity"
+) -> tuple[TensorSpec, ...]:
     """Cache tensors in graph order, ``prefix`` being ``past_key_values`` or ``present``.
 
-    ``dtype`` is what the graph computes in; ``capacity`` is a number in graphs for TensorRT, whose cache update wants it constant.
+    ``dtype`` is what the graph computes in; ``capacity`` is a number in graphs for TensorRT, whose
+    cache update wants it constant.
     """
     shape = ("batch", model.num_key_value_heads, capacity, model.head_dim)
-    names = (f"{prefix}.{i}.{part}" for i in range(model.num_hidden_layers) for part in ("key", "value"))
+    names = (
+        f"{prefix}.{i}.{part}" for i in range(model.num_hidden_layers) for part in ("key", "value")
+    )
     return tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name in names)
 
 
 def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
     """The contract of one role.
 
-    ``ar`` (causal): a prompt chunk or one token; ``input_length`` says how many of its rows are real (ragged batches are padded on the
-    right), and logits and the greedy id are those of the last real row.
-    ``draft`` (bidirectional in the block): per slot the five most probable ids of *that* slot, best first, and their probabilities under
-    the full softmax. ``drafter_scale`` 1 switches the adapter on, 0 off.
-    ``verify`` (causal): per row the greedy id and the logits of the *next* token; ``accepted_length`` counts the leading drafts
-    ``input_ids[:, 1:]`` that equal the greedy ids before them.
-    ``quadratic`` (:mod:`trimode.graphs.decoder.quadratic`): ``verify`` and ``draft`` at once, without the adapter. ``input_ids`` are drafts of which
-    the first is right; besides what ``verify`` returns, the candidates of the ``T`` tokens behind the last accepted one, the first of them
-    its causal prediction.
+    ``ar`` (causal): a prompt chunk or one token; ``input_length`` says how many of its rows are
+    real (ragged batches are padded on the right), and logits and the greedy id are those of the
+    last real row. ``draft`` (bidirectional in the block): per slot the five most probable ids of
+    *that* slot, best first, and their probabilities under the full softmax. ``drafter_scale`` 1
+    switches the adapter on, 0 off. ``verify`` (causal): per row the greedy id and the logits of the
+    *next* token; ``accepted_length`` counts the leading drafts ``input_ids[:, 1:]`` that equal the
+    greedy ids before them. ``quadratic`` (:mod:`trimode.graphs.decoder.quadratic`): ``verify`` and
+    ``draft`` at once, without the adapter. ``input_ids`` are drafts of which the first is right;
+    besides what ``verify`` returns, the candidates of the ``T`` tokens behind the last accepted
+    one, the first of them its causal prediction.
     """
     ids = _spec("input_ids", "int64", "batch", "rows")
     past = _spec("past_length", "int64", "batch")
     if role == "ar":
         return GraphContract(
-            role=role, attention="causal",
+            role=role,
+            attention="causal",
             inputs=(ids, past, _spec("input_length", "int64", "batch")),
-            outputs=(_spec("greedy_ids", "int64", "batch"), _spec("logits", "float32", "batch", model.vocab_size)),
-        )  # fmt: skip
+            outputs=(
+                _spec("greedy_ids", "int64", "batch"),
+                _spec("logits", "float32", "batch", model.vocab_size),
+            ),
+        )
     top_k = min(TOP_K, model.vocab_size)
-    candidates = (_spec("top_ids", "int64", "batch", "rows", top_k), _spec("top_probabilities", "float32", "batch", "rows", top_k))
+    candidates = (
+        _spec("top_ids", "int64", "batch", "rows", top_k),
+        _spec("top_probabilities", "float32", "batch", "rows", top_k),
+    )
     if role == "draft":
         return GraphContract(
-            role=role, attention="bidirectional",
-            inputs=(ids, past, *((_spec("drafter_scale", "float32"),) if model.has_drafter else ())),
+            role=role,
+            attention="bidirectional",
+            inputs=(
+                ids,
+                past,
+                *((_spec("drafter_scale", "float32"),) if model.has_drafter else ()),
+            ),
             outputs=candidates,
-        )  # fmt: skip
-    verified = (_spec("greedy_ids", "int64", "batch", "rows"), _spec("accepted_length", "int64", "batch"),
-                _spec("logits", "float32", "batch", "rows", model.vocab_size))  # fmt: skip
+        )
+    verified = (
+        _spec("greedy_ids", "int64", "batch", "rows"),
+        _spec("accepted_length", "int64", "batch"),
+        _spec("logits", "float32", "batch", "rows", model.vocab_size),
+    )
     if role == "verify":
         return GraphContract(role=role, attention="causal", inputs=(ids, past), outputs=verified)
-    return GraphContract(role=role, attention="quadratic", inputs=(ids, past), outputs=(*verified, *candidates))
+    return GraphContract(
+        role=role, attention="quadratic", inputs=(ids, past), outputs=(*verified, *candidates)
+    )
 
 
 def sampler_contract() -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of the learned sampler's graph, which has no cache: a block, its masked slots, and what a denoise forward said of it."""
+    """Inputs and outputs of the learned sampler's graph, which has no cache: a block, its masked
+    slots, and what a denoise forward said of it.
+    """
     inputs = (
-        _spec("input_ids", "int64", "batch", "rows"), _spec("masked", "bool", "batch", "rows"),
-        _spec("top_ids", "int64", "batch", "rows", TOP_K), _spec("top_probabilities", "float32", "batch", "rows", TOP_K),
-    )  # fmt: skip
+        _spec("input_ids", "int64", "batch", "rows"),
+        _spec("masked", "bool", "batch", "rows"),
+        _spec("top_ids", "int64", "batch", "rows", TOP_K),
+        _spec("top_probabilities", "float32", "batch", "rows", TOP_K),
+    )
     return inputs, (_spec("scores", "float32", "batch", "rows"),)
 
 

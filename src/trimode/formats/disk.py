@@ -48,7 +48,8 @@ def what_is_wrong(error: OSError, place: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turn what the system says of files into :class:`BuildError`; ``place`` is what is being written.
+    """Turn what the system says of files into :class:`BuildError`; ``place`` is what is being
+    written.
 
     Raises:
         BuildError: a file cannot be read or written, or the disk is full; it is named.
@@ -72,5 +73,6 @@ def _as_build_error(error: OSError, place: Path) -> BuildError:
 
 
 def _place_in(error: OSError, place: Path) -> Path:
-    named = error.filename2 if is_full(error) and error.filename2 else error.filename  # a copy names its source first
+    # a copy names its source first
+    named = error.filename2 if is_full(error) and error.filename2 else error.filename
     return Path(os.fsdecode(named)) if isinstance(named, str | bytes) else place

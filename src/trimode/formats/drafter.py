@@ -1,4 +1,6 @@
-"""``drafter.json``: where an adapter comes from and what it is worth, in the folder beside it. PEFT and the build ignore it."""
+"""``drafter.json``: where an adapter comes from and what it is worth, in the folder beside it. PEFT
+and the build ignore it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class _Record(BaseModel):
 
 
 class TrainingRecord(_Record):
-    """What the training did; losses are running means, ``accepted`` the mean slots a window would get accepted."""
+    """What the training did; losses are running means, ``accepted`` the mean slots a window would
+    get accepted.
+    """
 
     steps: int
     seconds: float
@@ -33,9 +37,10 @@ class Drafting(BaseModel):
 
     Attributes:
         acceptance_length: tokens a draft-and-verify cycle yields; None where there was no cycle.
-        tokens_per_forward: new tokens over forwards, which are counted as the reference does: the prefill is one, too.
-        num_unlike: answers that differ from the autoregressive ones; a draft cannot change a token, but the rounding of a forward over
-            many rows can, where two tokens are equally probable.
+        tokens_per_forward: new tokens over forwards, which are counted as the reference does: the
+        prefill is one, too.
+        num_unlike: answers that differ from the autoregressive ones; a draft cannot change a token,
+            but the rounding of a forward over many rows can, where two tokens are equally probable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +55,9 @@ class Drafting(BaseModel):
 
 
 class Comparison(_Record):
-    """Self-speculation over the same prompts without an adapter, with the checkpoint's where it has one, and with the trained one."""
+    """Self-speculation over the same prompts without an adapter, with the checkpoint's where it has
+    one, and with the trained one.
+    """
 
     no_drafter: Drafting
     checkpoint: Drafting | None
@@ -69,8 +76,9 @@ class DrafterRecord(_Record):
         prompts: counted are those whose answers were long enough to be used.
         held_out: on prompts that nothing was decided by.
         validation: on those that decided which adapter is kept.
-        kept: the adapter in this folder: the trained one if it drafts better than the one before, else that one: the checkpoint's, or where
-            it has none an untrained one, which changes nothing.
+        kept: the adapter in this folder: the trained one if it drafts better than the one before,
+            else that one: the checkpoint's, or where it has none an untrained one, which changes
+            nothing.
         adapter_sha256: of ``adapter_model.safetensors``.
     """
 

@@ -40,7 +40,8 @@ class PartingRecord(_Record):
     Attributes:
         question: counted from 0, among those that were drawn.
         position: of the first token that differs, counted from 0.
-        preference: AR's logit above the other's there; next to nothing where rounding decided. None where one text ends first.
+        preference: AR's logit above the other's there; next to nothing where rounding decided. None
+            where one text ends first.
     """
 
     question: int
@@ -54,12 +55,14 @@ class DecodingRecord(_Record):
     Attributes:
         use_drafter: None where there is no choice.
         same_tokens: share of questions with the tokens that the original gives in this mode.
-        exact_match: share of questions with a known answer that are answered with exactly this text; None where none is known.
+        exact_match: share of questions with a known answer that are answered with exactly this
+        text; None where none is known.
         num_tokens: that were generated.
         nfe: forward passes as the reference counts them.
         tokens_per_forward: ``num_tokens / nfe``.
         acceptance_length: tokens of a draft-and-verify cycle, mean over all cycles.
-        equals_ar: self-speculation: share of questions with the tokens of ``ar`` over the same weights; None where ``ar`` was not asked for.
+        equals_ar: self-speculation: share of questions with the tokens of ``ar`` over the same
+        weights; None where ``ar`` was not asked for.
         partings: the other questions.
     """
 
@@ -84,10 +87,11 @@ class PrecisionRecord(_Record):
         algorithm: that found the scales.
         scales_sha256: of the calibration; None for ``rtn`` and float32.
         num_quantized: layers.
-        weight_bytes: codes, scales, and what stays in high precision in ``report.compute_type``; of float32 four bytes a weight.
-            Without position tables, which are the same for all.
+        weight_bytes: codes, scales, and what stays in high precision in ``report.compute_type``; of
+            float32 four bytes a weight. Without position tables, which are the same for all.
         local: by layer and role, of the layer's output given the original's input.
-        accumulated: by decoder block and role, of the hidden states after it, everything before being quantized.
+        accumulated: by decoder block and role, of the hidden states after it, everything before
+        being quantized.
         outputs: by role.
         decoding: by mode.
     """
@@ -111,7 +115,8 @@ class DataRecord(_Record):
         sha256: of the file.
         num_questions: that were drawn.
         num_answers: of these, whose answer is known.
-        num_rows: that were compared, by role; ``ar`` rows are those of whole texts, prompt and answer.
+        num_rows: that were compared, by role; ``ar`` rows are those of whole texts, prompt and
+            answer.
     """
 
     sha256: str
@@ -125,8 +130,10 @@ class Report(_Record):
     """The contents of ``report.json``.
 
     Attributes:
-        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.identity.SourceDigest` takes it.
-        compute_type: of scales and dense weights in ``weight_bytes`` and, scales alone, in what was measured. Products are in float32.
+        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.identity.SourceDigest`
+        takes it.
+        compute_type: of scales and dense weights in ``weight_bytes`` and, scales alone, in what was
+        measured. Products are in float32.
         dense_bytes: the weights in that type, nothing being quantized.
         thresholds: by mode.
         precisions: float32 first.
@@ -149,7 +156,9 @@ class Report(_Record):
     @property
     def passed(self) -> bool:
         """Whether self-speculation gives autoregression's tokens in every precision."""
-        return not any(record.partings for precision in self.precisions for record in precision.decoding)
+        return not any(
+            record.partings for precision in self.precisions for record in precision.decoding
+        )
 
 
 def decoding_name(record: DecodingRecord) -> str:

@@ -1,7 +1,8 @@
 """Exchanges the contents of a folder that cannot itself be renamed, one entry at a time.
 
-The marker, the file by which a folder counts as whole, leaves first and comes last. So a run that is
-killed in between leaves a folder without it, and from the names within the next run sees how to go on.
+The marker, the file by which a folder counts as whole, leaves first and comes last. So a run that
+is killed in between leaves a folder without it, and from the names within the next run sees how to
+go on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _COMING = f"{PARTIAL}coming"
 
 
 def exchange(staged: Path, folder: Path, marker: str) -> None:
-    """Put the entries of ``staged`` in place of those of ``folder``, which is made where there is none.
+    """Put the entries of ``staged`` in place of those of ``folder``, which is made where there is
+    none.
 
     Raises:
         OSError: an entry cannot be moved; then the old ones are back.
@@ -42,7 +44,9 @@ def is_interrupted(folder: Path) -> bool:
 
 
 def finish_exchange(folder: Path, marker: str) -> None:
-    """Bring a folder to its old contents, or to the new ones where those are all there, and clear what else was left."""
+    """Bring a folder to its old contents, or to the new ones where those are all there, and clear
+    what else was left.
+    """
     leaving, coming = folder / _LEAVING, folder / _COMING
     is_whole = coming.exists() and (folder / marker).exists()
     if leaving.is_dir() and not is_whole:
@@ -68,7 +72,8 @@ def _move_in_and_out(staged: Path, folder: Path, marker: str) -> None:
 
 def _put_back(old: Path, folder: Path, marker: str) -> None:
     for entry in _marker_last(list(old.iterdir()), marker):
-        if not (folder / entry.name).exists():  # else it is a copy, made by a move that failed half-way
+        # else it is a copy, made by a move that failed half-way
+        if not (folder / entry.name).exists():
             _move(entry, folder / entry.name)
 
 

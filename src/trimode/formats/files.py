@@ -15,7 +15,13 @@ from pathlib import Path
 from trimode.errors import UsageError
 from trimode.formats.disk import disk_errors
 from trimode.formats.exchange import exchange, finish_exchange, is_interrupted
-from trimode.formats.places import find_place, nearest_folder, partial_prefix, resolved, visible_entries
+from trimode.formats.places import (
+    find_place,
+    nearest_folder,
+    partial_prefix,
+    resolved,
+    visible_entries,
+)
 
 
 def check_replaceable(folder: Path, marker: str, what: str) -> None:
@@ -39,7 +45,8 @@ def check_replaceable(folder: Path, marker: str, what: str) -> None:
 
 
 def check_apart(output: Path, source: Path | None, *others: Path | None) -> None:
-    """Check that replacing ``output`` deletes nothing that is read, and that nothing is written into ``source``.
+    """Check that replacing ``output`` deletes nothing that is read, and that nothing is written
+    into ``source``.
 
     Args:
         output: a folder that will be written.
@@ -51,7 +58,10 @@ def check_apart(output: Path, source: Path | None, *others: Path | None) -> None
     """
     place = resolved(output)
     if source is not None and place.is_relative_to(resolved(source)):
-        raise UsageError(f"{output}: expected a folder outside {source}, which is read, found one in it", "name another output")
+        raise UsageError(
+            f"{output}: expected a folder outside {source}, which is read, found one in it",
+            "name another output",
+        )
     for path in (source, *others):
         if path is not None and resolved(path).is_relative_to(place):
             found = f"{output}: expected a folder without what is read, found that it holds {path}"
@@ -72,7 +82,9 @@ def check_file_place(path: Path) -> None:
         if _is_special(place):
             return
         try:
-            with tempfile.NamedTemporaryFile(prefix=partial_prefix(place), dir=nearest_folder(place)) as stream:
+            with tempfile.NamedTemporaryFile(
+                prefix=partial_prefix(place), dir=nearest_folder(place)
+            ) as stream:
                 stream.write(b"x")
         except OSError:
             if not place.exists():
@@ -83,13 +95,16 @@ def check_file_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_replacement(destination: Path, marker: str) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``destination`` when the block ends well and vanishes when it does not.
+    """Yield an empty folder that takes the place of ``destination`` when the block ends well and
+    vanishes when it does not.
 
     The caller sees to it that nobody else is writing the same destination.
 
     Args:
-        destination: a new folder, an empty one, or one that may be replaced; where it is a link, what that points to.
-        marker: the file by which the result is known to be whole: it comes last where a rename cannot bring all at once.
+        destination: a new folder, an empty one, or one that may be replaced; where it is a link,
+        what that points to.
+        marker: the file by which the result is known to be whole: it comes last where a rename
+            cannot bring all at once.
 
     Raises:
         UsageError: ``destination`` is a file.
@@ -119,9 +134,11 @@ def replace_text(destination: Path, text: str) -> None:
 
 
 def replace_bytes(destination: Path, data: bytes) -> None:
-    """Write a file, or leave the one that is there as it is. Makes the folder. Where it is a link, writes what that points to.
+    """Write a file, or leave the one that is there as it is. Makes the folder. Where it is a link,
+    writes what that points to.
 
-    A file that cannot be exchanged (a mount point, a file in a read-only folder) is written in place; so is a device or pipe.
+    A file that cannot be exchanged (a mount point, a file in a read-only folder) is written in
+    place; so is a device or pipe.
 
     Raises:
         OSError: it cannot be written.
@@ -140,14 +157,18 @@ def replace_bytes(destination: Path, data: bytes) -> None:
 
 
 def recover(destination: Path, marker: str) -> None:
-    """Clear what a killed run left behind; where it was killed amid the exchange of old and new, put the old back."""
+    """Clear what a killed run left behind; where it was killed amid the exchange of old and new,
+    put the old back.
+    """
     old = _set_aside(destination)
     if old.exists() and not destination.exists():
         old.rename(destination)
     if not destination.parent.is_dir():
         return
     prefix = partial_prefix(destination)
-    for leftover in list(destination.parent.iterdir()) if os.access(destination.parent, os.R_OK) else []:
+    for leftover in (
+        list(destination.parent.iterdir()) if os.access(destination.parent, os.R_OK) else []
+    ):
         if leftover.name.startswith(prefix):
             shutil.rmtree(leftover, ignore_errors=True)
     if destination.is_dir() and _is_replaceable(destination, marker):
@@ -195,7 +216,9 @@ def _set_aside(destination: Path) -> Path:
 
 
 def _swap(staged: Path, folder: Path) -> bool:
-    """Exchange by two renames; False where the file system refuses them, and then all is as before."""
+    """Exchange by two renames; False where the file system refuses them, and then all is as
+    before.
+    """
     old = _set_aside(folder)
     try:
         if folder.exists():
@@ -230,7 +253,9 @@ def _umask() -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it next, or where there are no mappings as a stream."""
+    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it
+    next, or where there are no mappings as a stream.
+    """
     with path.open("rb") as stream:
         try:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -20,19 +20,28 @@ T = TypeVar("T")
 
 _EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 """The bits of the exponent, by the safetensors name of the type."""
-_INTEGERS: dict[int, tuple[np.dtype[Any], np.dtype[Any]]] = {2: (np.dtype("<i2"), np.dtype("<u2")), 4: (np.dtype("<i4"), np.dtype("<u4"))}
+_INTEGERS: dict[int, tuple[np.dtype[Any], np.dtype[Any]]] = {
+    2: (np.dtype("<i2"), np.dtype("<u2")),
+    4: (np.dtype("<i4"), np.dtype("<u4")),
+}
 _HINT = "download the checkpoint again, or train it again where it diverged"
 
 
 class NotFinite(NamedTuple):
-    """The first number that is not finite: its place in the flat array, and ``NaN``, ``inf`` or ``-inf``."""
+    """The first number that is not finite: its place in the flat array, and ``NaN``, ``inf`` or
+    ``-inf``.
+    """
 
     offset: int
     value: str
 
     def at(self, shape: tuple[int, ...]) -> str:
-        """``NaN at [3, 17]``, of an array of this shape; without the place where it is a single number."""
-        place = ", ".join(str(int(i)) for i in np.unravel_index(self.offset, shape)) if shape else ""
+        """``NaN at [3, 17]``, of an array of this shape; without the place where it is a single
+        number.
+        """
+        place = (
+            ", ".join(str(int(i)) for i in np.unravel_index(self.offset, shape)) if shape else ""
+        )
         return f"{self.value} at [{place}]" if place else self.value
 
 
@@ -90,7 +99,9 @@ def finite_or(other: T, value: float | None) -> float | T:
 
 
 def largest(values: Sequence[float]) -> float:
-    """The largest of some numbers, 0 of none; NaN where one of them is, which ``max`` would forget."""
+    """The largest of some numbers, 0 of none; NaN where one of them is, which ``max`` would
+    forget.
+    """
     return float(np.max(values)) if len(values) else 0.0
 
 

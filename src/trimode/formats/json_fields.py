@@ -1,4 +1,5 @@
-"""Reads the JSON files of a checkpoint: objects whose every key is accounted for, fields whose type is checked.
+"""Reads the JSON files of a checkpoint: objects whose every key is accounted for, fields whose type
+is checked.
 
 A table has one entry a key. The key is *understood* (other code reads it), *neutral* (it cannot
 change what is computed here), or refused unless it has one value. What no table knows is refused,
@@ -52,7 +53,10 @@ def neutral(reason: str, *names: str) -> dict[str, Key]:
 
 def only(reason: str, **allowed: Any) -> dict[str, Key]:
     """Entries of keys that may have one value, or one of a tuple."""
-    return {name: Key("only", reason, value if isinstance(value, tuple) else (value,)) for name, value in allowed.items()}
+    return {
+        name: Key("only", reason, value if isinstance(value, tuple) else (value,))
+        for name, value in allowed.items()
+    }
 
 
 def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: str) -> None:
@@ -94,7 +98,9 @@ class Fields:
         self.where = where
         self.advice = advice
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = MOST_INTEGER) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MOST_INTEGER
+    ) -> int:
         """A whole number written as one: neither ``true`` nor ``32.0``."""
         value = self.values.get(name, default)
         if not is_integer(value) or not least <= value <= most:
@@ -129,7 +135,9 @@ class Fields:
     def wrong(self, name: str, expected: str, found: Any) -> CheckpointError:
         """The error for a field with a wrong value."""
         text = "nothing" if found is None else shown(found)
-        return CheckpointError(f"{self.where}: expected {name} to be {expected}, found {text}", self.advice)
+        return CheckpointError(
+            f"{self.where}: expected {name} to be {expected}, found {text}", self.advice
+        )
 
 
 def is_integer(value: Any) -> bool:
@@ -156,7 +164,9 @@ def shown(value: Any) -> str:
 
 
 def named(name: str) -> str:
-    """A name from a file for a message: as it is, or as JSON where a terminal could not show it in one line."""
+    """A name from a file for a message: as it is, or as JSON where a terminal could not show it in
+    one line.
+    """
     return name if name.isprintable() and len(name) <= _MOST_NAME else shown(name)
 
 
@@ -170,7 +180,9 @@ def read_object(path: Path, missing_hint: str) -> dict[str, Any]:
         values = read_json(path, unique=True)
     except Unreadable as error:
         if error.is_missing:
-            raise CheckpointError(f"{path}: expected a file, found {nothing_at(path)}", missing_hint) from error
+            raise CheckpointError(
+                f"{path}: expected a file, found {nothing_at(path)}", missing_hint
+            ) from error
         raise CheckpointError(
             f"{path}: expected a JSON file, found one that cannot be read ({error.reason})",
             "download the file again",

@@ -12,13 +12,15 @@ A bundle is a folder::
     tokenizer.json ...                 copied from the checkpoint
     verification.json                  written by ``trimode verify``; not part of the manifest
 
-These are the files of the precision that was built first. One that was added has its own beside them, with its name in theirs::
+These are the files of the precision that was built first. One that was added has its own beside
+them, with its name in theirs::
 
     ar-fp8.onnx ...                    its portable graphs
     weights-fp8.safetensors            what the packs before it do not hold: its quantized weights and their scales
     engines/<target>-fp8/...           its targets
 
-Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file name that leaves the folder.
+Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file
+name that leaves the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
 
@@ -62,8 +71,10 @@ class SourceRecord(_Record):
 
     Attributes:
         name: the checkpoint folder's name.
-        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and the drafter's alpha.
-        stamp: digest over name, size and modification time of the checkpoint's files; equal stamps spare comparing the bytes.
+        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and
+        the drafter's alpha.
+        stamp: digest over name, size and modification time of the checkpoint's files; equal stamps
+            spare comparing the bytes.
     """
 
     name: str
@@ -76,7 +87,8 @@ class CalibrationRecord(_Record):
     """Where the scales of a quantized precision come from.
 
     Attributes:
-        name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest magnitude.
+        name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest
+        magnitude.
         algorithm: that found them.
         block_size: inputs that share a scale; None where a whole row or tensor does.
         scales_sha256: of the calibration's scales; None for ``rtn``.
@@ -100,7 +112,9 @@ class ProfileRecord(_Record):
 
 
 class EngineRecord(_Record):
-    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are free (ONNX Runtime)."""
+    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are
+    free (ONNX Runtime).
+    """
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
@@ -112,13 +126,15 @@ class TargetRecord(_Record):
     Attributes:
         backend: the library that runs it.
         device: where it runs.
-        compute_capability: the GPU architecture the engines are for, as ``8.9``; None where any will do.
+        compute_capability: the GPU architecture the engines are for, as ``8.9``; None where any
+        will do.
         compute_dtype: type of activations and of the K/V cache.
-        placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT engines hold their own copy;
-            ``external``: the portable graphs, which map the pack.
+        placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT
+            engines hold their own copy; ``external``: the portable graphs, which map the pack.
         capacity: slots of the K/V cache where the engines fix it.
         workspace_mib: limit on an engine's scratch memory that was asked for.
-        library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs only under that version.
+        library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
+        only under that version.
         graphs: one for each graph of the bundle.
     """
 
@@ -138,8 +154,9 @@ class PrecisionRecord(_Record):
 
     Attributes:
         calibration: of quantized precisions, and only of these.
-        packs: where its tensors lie. The first is its own, all of it. Of the others, which belong to other precisions, it reads what these
-            have in common: tensors that are neither quantized nor scales.
+        packs: where its tensors lie. The first is its own, all of it. Of the others, which belong
+            to other precisions, it reads what these have in common: tensors that are neither
+            quantized nor scales.
         weight_bytes: size of its tensors.
         graphs: the portable graph of each role of the bundle.
         targets: what was built, by name.
@@ -176,11 +193,14 @@ class Manifest(_Record):
     """The contents of ``manifest.json``.
 
     Attributes:
-        dtype: of every tensor in every pack but the position tables, which are float32, and weights that are quantized; GPUs compute in it.
-        contracts: what each graph takes and returns, whatever the precision: one for each of :data:`trimode.formats.contract.ROLES`, and for
-            ``quadratic`` where it was asked for.
-        precisions: in the order they were built; the first is the one that runs where none is asked for.
-        sampler: None = block diffusion goes by rules alone. The file then has no such field, and readers of the schema that know none take it.
+        dtype: of every tensor in every pack but the position tables, which are float32, and weights
+        that are quantized; GPUs compute in it.
+        contracts: what each graph takes and returns, whatever the precision: one for each of
+            :data:`trimode.formats.contract.ROLES`, and for ``quadratic`` where it was asked for.
+        precisions: in the order they were built; the first is the one that runs where none is asked
+        for.
+        sampler: None = block diffusion goes by rules alone. The file then has no such field, and
+            readers of the schema that know none take it.
     """
 
     schema_version: int

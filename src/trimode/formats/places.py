@@ -1,8 +1,9 @@
 """Where an output goes, and where it can be filled before it appears.
 
 A new folder is filled beside its place and renamed. That is not possible where the folder is there
-already and cannot be renamed: a mount point, a folder in a parent that is read-only, the folder that
-the command runs in. Such a folder is filled within, out of sight, and its contents are exchanged.
+already and cannot be renamed: a mount point, a folder in a parent that is read-only, the folder
+that the command runs in. Such a folder is filled within, out of sight, and its contents are
+exchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from trimode.formats.disk import disk_errors
 PARTIAL = ".partial-"
 """How the names of what is being written begin within a folder."""
 KEPT = ".trimode"
-"""How the names begin of what belongs to an output and lies within it for want of a place beside."""
+"""How the names begin of what belongs to an output and lies within it for want of a place
+beside.
+"""
 _FOREIGN = "lost+found"  # a fresh file system has it
 _RESERVE = 32  # letters that are added to a name: `.partial`, a random part
 _USUAL_NAME_MAX = 255
@@ -51,7 +54,8 @@ class Place:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path with links followed, the last one too: what is written replaces what a link points to.
+    """The absolute path with links followed, the last one too: what is written replaces what a link
+    points to.
 
     Raises:
         UsageError: links lead in a circle, or the path is none.
@@ -62,9 +66,14 @@ def resolved(path: Path) -> Path:
             found = Path(os.path.realpath(path))
             is_circle = found.is_symlink()
     except ValueError as error:  # a NUL byte
-        raise UsageError(f"expected a path, found {str(path)!r}: {error}", "name another place") from error
+        raise UsageError(
+            f"expected a path, found {str(path)!r}: {error}", "name another place"
+        ) from error
     if is_circle:
-        raise UsageError(f"{path}: expected a place to write, found links that lead in a circle", "name another place")
+        raise UsageError(
+            f"{path}: expected a place to write, found links that lead in a circle",
+            "name another place",
+        )
     return found
 
 
@@ -81,7 +90,9 @@ def find_place(output: Path) -> Place:
             _try_to_write(nearest_folder(folder))
             return Place(folder, is_beside=True)
         if not folder.is_dir():
-            raise UsageError(f"{output}: expected a folder, found something else", "name another folder")
+            raise UsageError(
+                f"{output}: expected a folder, found something else", "name another folder"
+            )
         if visible_entries(folder) and not _holds_cwd(folder) and _can_be_renamed(folder):
             return Place(folder, is_beside=True)
         _try_to_write(folder)
@@ -104,7 +115,8 @@ def partial_prefix(path: Path) -> str:
 
 
 def companion(output: Path, suffix: str, *, is_hidden: bool = False) -> Path:
-    """Where something lies that belongs to an output (its lock, the state of a run) and is no part of it.
+    """Where something lies that belongs to an output (its lock, the state of a run) and is no part
+    of it.
 
     Beside the output; within it where that is a mount point or its parent is read-only.
     """
@@ -112,11 +124,15 @@ def companion(output: Path, suffix: str, *, is_hidden: bool = False) -> Path:
     with disk_errors(folder):
         if folder.is_dir() and not _has_room_beside(folder):
             return folder / f"{KEPT}{suffix}"
-        return folder.with_name(short_name(folder.parent, f"{'.' if is_hidden else ''}{folder.name}", suffix))
+        return folder.with_name(
+            short_name(folder.parent, f"{'.' if is_hidden else ''}{folder.name}", suffix)
+        )
 
 
 def short_name(parent: Path, name: str, suffix: str) -> str:
-    """``name`` and ``suffix``; a digest takes the place of the end of a name that would be too long for the file system."""
+    """``name`` and ``suffix``; a digest takes the place of the end of a name that would be too long
+    for the file system.
+    """
     limit = _name_max(parent) - _RESERVE
     if len(os.fsencode(f"{name}{suffix}")) <= limit:
         return f"{name}{suffix}"
@@ -127,7 +143,9 @@ def short_name(parent: Path, name: str, suffix: str) -> str:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The nearest of the folders above ``path`` that exists; :class:`NotADirectoryError` where that is a file."""
+    """The nearest of the folders above ``path`` that exists; :class:`NotADirectoryError` where that
+    is a file.
+    """
     above = path.parent
     while not above.exists() and above != above.parent:
         above = above.parent
@@ -160,7 +178,9 @@ def _holds_cwd(folder: Path) -> bool:
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Try to rename an empty folder over it: one that is not empty refuses, and how it does tells a mount point apart."""
+    """Try to rename an empty folder over it: one that is not empty refuses, and how it does tells a
+    mount point apart.
+    """
     try:
         probe = tempfile.mkdtemp(prefix=partial_prefix(folder), dir=folder.parent)
     except OSError:

@@ -1,7 +1,8 @@
 """Reads the headers of safetensors files: names, types, shapes and places.
 
-The layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, the data. A checkpoint has floating-point
-tensors; a weight pack has quantized ones too, and says in its metadata what its bytes stand for.
+The layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
+header, the data. A checkpoint has floating-point tensors; a weight pack has quantized ones too, and
+says in its metadata what its bytes stand for.
 """
 
 from __future__ import annotations
@@ -25,10 +26,29 @@ ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 DOWNLOAD_HINT = "download the checkpoint again; the file is incomplete or was changed"
 # Of every type in the format: others than ITEM_SIZES can be skipped, not read.
 _BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
-    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 
 SAFETENSORS_NAMES: dict[DType, str] = {
@@ -37,14 +57,31 @@ SAFETENSORS_NAMES: dict[DType, str] = {
     "bfloat16": "BF16",
     "float8e4m3fn": "F8_E4M3",
     "int8": "I8",
-    "int4": "U8",  # safetensors has no such type: two of them along the last axis are one byte, the first in the low four bits
+    # safetensors has no such type: two of them along the last axis are one byte, the first in the
+    # low four bits
+    "int4": "U8",
     "float4e2m1": "U8",  # likewise; the header says which of the two it is
 }
 
-SAFETENSORS_DTYPES: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8e4m3fn", "I8": "int8"}
+SAFETENSORS_DTYPES: dict[str, DType] = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8e4m3fn",
+    "I8": "int8",
+}
 PACKED_DTYPES: tuple[DType, ...] = ("int4", "float4e2m1")
-"""Two numbers to a byte, ``U8`` to safetensors. A pack has one of them at most, and its metadata says under ``U8`` which; int4 where it does not."""
-NUMBER_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float8e4m3fn": 1, "int8": 1}
+"""Two numbers to a byte, ``U8`` to safetensors. A pack has one of them at most, and its metadata
+says under ``U8`` which; int4 where it does not.
+"""
+NUMBER_BYTES: dict[DType, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "float8e4m3fn": 1,
+    "int8": 1,
+}
 """Bytes of one number, of types that are not packed."""
 
 
@@ -76,7 +113,10 @@ class TensorEntry:
                 while left:
                     data = stream.read(min(left, chunk_bytes))
                     if not data:
-                        raise CheckpointError(f"{self.file}: expected {left} more bytes, found the end of the file", DOWNLOAD_HINT)
+                        raise CheckpointError(
+                            f"{self.file}: expected {left} more bytes, found the end of the file",
+                            DOWNLOAD_HINT,
+                        )
                     left -= len(data)
                     yield data
         except OSError as error:
@@ -86,7 +126,9 @@ class TensorEntry:
             ) from error
 
 
-def read_safetensors_header(path: Path, missing_hint: str = "download the missing file into the checkpoint folder") -> dict[str, TensorEntry]:
+def read_safetensors_header(
+    path: Path, missing_hint: str = "download the missing file into the checkpoint folder"
+) -> dict[str, TensorEntry]:
     """Read a safetensors header and check that the file holds exactly the bytes it promises.
 
     Entries may have any type of the format: see :func:`check_readable`.
@@ -98,11 +140,16 @@ def read_safetensors_header(path: Path, missing_hint: str = "download the missin
         with path.open("rb") as stream:
             return _read_entries(path, stream)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path}: expected a file, found {nothing_at(path)}", missing_hint) from error
+        raise CheckpointError(
+            f"{path}: expected a file, found {nothing_at(path)}", missing_hint
+        ) from error
     except IsADirectoryError as error:
         raise CheckpointError(f"{path}: expected a file, found a folder", missing_hint) from error
     except (OSError, ValueError, Unreadable) as error:  # ValueError: a name with a NUL byte
-        raise CheckpointError(f"{path}: expected a safetensors file, found one that cannot be read ({reason_of(error)})", DOWNLOAD_HINT) from error
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, found one that cannot be read ({reason_of(error)})",
+            DOWNLOAD_HINT,
+        ) from error
 
 
 def check_readable(name: str, entry: TensorEntry) -> None:
@@ -119,7 +166,9 @@ def check_readable(name: str, entry: TensorEntry) -> None:
 
 
 def to_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    """Raw bytes of a ``F32``, ``F16`` or ``BF16`` tensor as float32; each of these values is exact in float32."""
+    """Raw bytes of a ``F32``, ``F16`` or ``BF16`` tensor as float32; each of these values is exact
+    in float32.
+    """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
     if dtype == "F16":
@@ -131,11 +180,21 @@ def _read_entries(path: Path, stream: BinaryIO) -> dict[str, TensorEntry]:
     size = _size_of(path)
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(f"{path}: expected a safetensors header of {length} bytes, found a file of {size} bytes", DOWNLOAD_HINT)
+        raise CheckpointError(
+            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} bytes",
+            DOWNLOAD_HINT,
+        )
     header = parse_json(decode_text(stream.read(length)), unique=True)
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}", DOWNLOAD_HINT)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items() if name != "__metadata__"}
+        raise CheckpointError(
+            f"{path}: expected a JSON object as header, found {type(header).__name__}",
+            DOWNLOAD_HINT,
+        )
+    entries = {
+        name: _entry(path, name, value, 8 + length)
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
     _check_layout(path, entries, 8 + length, size)
     return entries
 
@@ -150,15 +209,28 @@ def _size_of(path: Path) -> int:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_lengths(shape) or not _are_lengths(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path}: expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}", DOWNLOAD_HINT)
+    if (
+        not isinstance(dtype, str)
+        or not _are_lengths(shape)
+        or not _are_lengths(offsets)
+        or len(offsets) != 2
+    ):
+        raise CheckpointError(
+            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}",
+            DOWNLOAD_HINT,
+        )
     if dtype not in _BITS:
         raise CheckpointError(
-            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}", "start from the published 16-bit checkpoint"
+            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}",
+            "start from the published 16-bit checkpoint",
         )
     begin, end = offsets
-    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:  # Python's numbers: no shape overflows them
-        raise CheckpointError(f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, found {end - begin}", DOWNLOAD_HINT)
+    # Python's numbers: no shape overflows them
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise CheckpointError(
+            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, found {end - begin}",
+            DOWNLOAD_HINT,
+        )
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -167,11 +239,18 @@ def _are_lengths(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors in the order of their places: each begins where the one before ends, the last ends the file."""
+    """Tensors in the order of their places: each begins where the one before ends, the last ends
+    the file.
+    """
     end = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
+    ):
         if entry.offset != end:
-            raise CheckpointError(f"{path}: expected {named(name)} to begin at byte {end}, found {entry.offset}", DOWNLOAD_HINT)
+            raise CheckpointError(
+                f"{path}: expected {named(name)} to begin at byte {end}, found {entry.offset}",
+                DOWNLOAD_HINT,
+            )
         end += entry.num_bytes
     if end != size:
         raise CheckpointError(f"{path}: expected {end} bytes, found {size}", DOWNLOAD_HINT)
@@ -181,7 +260,8 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size:
 class PackEntry:
     """One tensor of the pack; ``offset`` is in bytes from the start of the file.
 
-    A packed type lies in the file as bytes of two numbers each, along the last axis, the first in the low four bits; ``shape`` counts numbers.
+    A packed type lies in the file as bytes of two numbers each, along the last axis, the first in
+    the low four bits; ``shape`` counts numbers.
     """
 
     dtype: DType
@@ -213,7 +293,9 @@ def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
 
 
 def read_pack_header(path: Path) -> dict[str, PackEntry]:
-    """Where each tensor of a weight pack lies; raises ValueError, KeyError or TypeError for what is none."""
+    """Where each tensor of a weight pack lies; raises ValueError, KeyError or TypeError for what is
+    none.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -221,7 +303,11 @@ def read_pack_header(path: Path) -> dict[str, PackEntry]:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = parse_json(decode_text(stream.read(length)))
     dtypes = {**SAFETENSORS_DTYPES, "U8": _packed_dtype(header.get("__metadata__", {}))}
-    return {name: _read_pack_entry(name, value, dtypes, 8 + length, size) for name, value in header.items() if name != "__metadata__"}
+    return {
+        name: _read_pack_entry(name, value, dtypes, 8 + length, size)
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _packed_dtype(metadata: Mapping[str, str]) -> DType:
@@ -233,14 +319,24 @@ def _packed_dtype(metadata: Mapping[str, str]) -> DType:
     raise ValueError(f"U8 stands for {named!r}")
 
 
-def _read_pack_entry(name: str, value: Any, dtypes: Mapping[str, DType], base: int, size: int) -> PackEntry:
+def _read_pack_entry(
+    name: str, value: Any, dtypes: Mapping[str, DType], base: int, size: int
+) -> PackEntry:
     if value["dtype"] not in dtypes:
         raise ValueError(f"{name} has type {value['dtype']!r}")
     begin, end = value["data_offsets"]
     if any(type(number) is not int for number in (begin, end, *value["shape"])):
         raise ValueError(f"{name} of shape {value['shape']} at bytes {begin} to {end}")
     dtype, shape = dtypes[value["dtype"]], tuple(value["shape"])
-    entry = PackEntry(dtype, (*shape[:-1], shape[-1] * 2) if dtype in PACKED_DTYPES else shape, base + begin)
-    if min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes or not 0 <= begin <= end <= size - base:
-        raise ValueError(f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}")
+    entry = PackEntry(
+        dtype, (*shape[:-1], shape[-1] * 2) if dtype in PACKED_DTYPES else shape, base + begin
+    )
+    if (
+        min(entry.shape, default=0) < 0
+        or end - begin != entry.num_bytes
+        or not 0 <= begin <= end <= size - base
+    ):
+        raise ValueError(
+            f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}"
+        )
     return entry

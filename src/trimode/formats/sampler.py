@@ -1,6 +1,8 @@
-"""What the training of a sampler hands to the compiler: ``sampler.json`` and ``sampler.safetensors`` in one folder.
+"""What the training of a sampler hands to the compiler: ``sampler.json`` and
+``sampler.safetensors`` in one folder.
 
-The tensors are those of :class:`trimode.graphs.sampler.network.BlockSampler`, by its names; ``token_table`` is float16, the rest float32.
+The tensors are those of :class:`trimode.graphs.sampler.network.BlockSampler`, by its names;
+``token_table`` is float16, the rest float32.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ class TrainingRecord(_Record):
 
     Attributes:
         num_states: that it was trained on.
-        first_loss, loss: binary cross-entropy, means over a hundred steps, or all where there were fewer.
-        untrained_loss, best_loss: on the validation prompts, of the untrained network, which scores by the probability, and of the one that is kept.
+        first_loss, loss: binary cross-entropy, means over a hundred steps, or all where there were
+        fewer.
+        untrained_loss, best_loss: on the validation prompts, of the untrained network, which scores
+        by the probability, and of the one that is kept.
         best_step: steps after which that was.
     """
 
@@ -62,10 +66,13 @@ class ScoresRecord(_Record):
     Attributes:
         block_length: of the states.
         share_right: of the slots whose best candidate is the target.
-        auc: probability that a right slot has a higher score than a wrong one; None where all slots are the one or the other.
+        auc: probability that a right slot has a higher score than a wrong one; None where all slots
+        are the one or the other.
         loss: binary cross-entropy, nats a slot.
-        calibration_error: mean distance of the score from the share that is right, in ten bins of equal width, weighted by their slots.
-        confidence_auc, confidence_loss, confidence_calibration_error: the same of the best candidate's probability, what thresholds go by.
+        calibration_error: mean distance of the score from the share that is right, in ten bins of
+        equal width, weighted by their slots.
+        confidence_auc, confidence_loss, confidence_calibration_error: the same of the best
+            candidate's probability, what thresholds go by.
     """
 
     block_length: int
@@ -84,8 +91,8 @@ class DenoisingRecord(_Record):
 
     Attributes:
         same_as_target: share of the texts that are the target's.
-        exact_match: share of the texts that are right: one of the prompt's answers or, for a prompt without any, the target's text; None
-            where no prompt has any.
+        exact_match: share of the texts that are right: one of the prompt's answers or, for a prompt
+            without any, the target's text; None where no prompt has any.
         tokens_per_forward: new tokens over denoise and commit forwards.
     """
 
@@ -104,12 +111,16 @@ class SamplerFile(_Record):
     """The contents of ``sampler.json``.
 
     Attributes:
-        source_sha256: digest of the checkpoint without its adapter, :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
+        source_sha256: digest of the checkpoint without its adapter,
+        :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
         calibration: what its weights were quantized with; None = they were not.
         dtype: what its weights were rounded to.
-        target: whose tokens are right: those of denoising one slot a forward, the most probable or the leftmost one, or the model's own.
-        threshold: score from which a slot is filled, where nobody says otherwise; decided on the validation prompts.
-        held_out, validation: how texts come out under thresholds on the probability and on the score.
+        target: whose tokens are right: those of denoising one slot a forward, the most probable or
+        the leftmost one, or the model's own.
+        threshold: score from which a slot is filled, where nobody says otherwise; decided on the
+        validation prompts.
+        held_out, validation: how texts come out under thresholds on the probability and on the
+        score.
         scores: of the states of held-out texts.
         sampler_sha256: of ``sampler.safetensors``.
     """
@@ -147,19 +158,33 @@ def load_sampler_record(folder: Path) -> SamplerFile:
         record = read_record(folder / RECORD, SamplerFile, (SCHEMA_VERSION,))
         digest = hashlib.sha256(read_bytes(folder / WEIGHTS)).hexdigest()
     except OtherVersion as error:
-        raise CheckpointError(f"{folder}: {error.reason.replace('expected', 'expected a sampler of', 1)}", TRAIN_SAMPLER) from error
+        raise CheckpointError(
+            f"{folder}: {error.reason.replace('expected', 'expected a sampler of', 1)}",
+            TRAIN_SAMPLER,
+        ) from error
     except Unreadable as error:
         if error.is_missing:
-            raise CheckpointError(f"{folder}: expected a sampler with {RECORD} and {WEIGHTS}, found none", TRAIN_SAMPLER) from error
-        raise CheckpointError(f"{folder}: expected a sampler that can be read, found: {error.reason}", TRAIN_SAMPLER) from error
+            raise CheckpointError(
+                f"{folder}: expected a sampler with {RECORD} and {WEIGHTS}, found none",
+                TRAIN_SAMPLER,
+            ) from error
+        raise CheckpointError(
+            f"{folder}: expected a sampler that can be read, found: {error.reason}", TRAIN_SAMPLER
+        ) from error
     if digest != record.sampler_sha256:
-        raise CheckpointError(f"{folder / WEIGHTS}: expected the file that {RECORD} describes, found another", TRAIN_SAMPLER)
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: expected the file that {RECORD} describes, found another",
+            TRAIN_SAMPLER,
+        )
     return record
 
 
 def check_sampler_source(name: str, trained_sha256: str, sha256: str) -> None:
-    """Raise :class:`CheckpointError` where a sampler was trained for another checkpoint than the one with this digest (without its adapter)."""
+    """Raise :class:`CheckpointError` where a sampler was trained for another checkpoint than the
+    one with this digest (without its adapter).
+    """
     if trained_sha256 != sha256:
         raise CheckpointError(
-            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)", TRAIN_SAMPLER
+            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)",
+            TRAIN_SAMPLER,
         )

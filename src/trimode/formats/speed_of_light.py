@@ -21,12 +21,16 @@ class WayRecord(_Record):
         name: of the way.
         target: what it is meant to reproduce: the tokens of serial denoising, or of greedy AR.
         num_tokens: that came out.
-        nfe: forwards, counted as the reference counts them: in diffusion denoise and commit forwards, in speculation the prefill too.
+        nfe: forwards, counted as the reference counts them: in diffusion denoise and commit
+        forwards, in speculation the prefill too.
         tokens_per_forward: ``num_tokens / nfe``.
-        num_steps: of ``nfe``, the denoise forwards of diffusion (what the report counts), the cycles of self-speculation, and all of AR's.
-        tokens_per_step: ``num_tokens / num_steps``; of self-speculation the acceptance length, which knows no limit on new tokens.
+        num_steps: of ``nfe``, the denoise forwards of diffusion (what the report counts), the
+        cycles of self-speculation, and all of AR's.
+        tokens_per_step: ``num_tokens / num_steps``; of self-speculation the acceptance length,
+        which knows no limit on new tokens.
         same_as_target: share of the prompts whose tokens are the target's.
-        num_exhausted: blocks whose search ended at its limit, and which count as denoised serially; None where nothing is searched.
+        num_exhausted: blocks whose search ended at its limit, and which count as denoised serially;
+            None where nothing is searched.
     """
 
     name: str

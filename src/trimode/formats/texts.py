@@ -1,7 +1,9 @@
-"""Reads the text files and JSON that others wrote, and writes JSON that others read: one check at every border.
+"""Reads the text files and JSON that others wrote, and writes JSON that others read: one check at
+every border.
 
-Whatever is wrong with a file (absent, unreadable, not UTF-8, nested too deep, a number of thousands of digits) comes out as one kind of
-exception, :class:`Unreadable`, whose text is a reason in one line. The caller knows what the file is for, and says the rest.
+Whatever is wrong with a file (absent, unreadable, not UTF-8, nested too deep, a number of thousands
+of digits) comes out as one kind of exception, :class:`Unreadable`, whose text is a reason in one
+line. The caller knows what the file is for, and says the rest.
 """
 
 from __future__ import annotations
@@ -76,13 +78,18 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
 
     Args:
         text: JSON.
-        unique: whether a name that an object has twice is refused too; otherwise its last value counts.
+        unique: whether a name that an object has twice is refused too; otherwise its last value
+            counts.
 
     Raises:
         Unreadable: the text is not JSON, or Python's parser gives it up.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names if unique else None)
+        return json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique_names if unique else None,
+        )
     except RecursionError as error:
         raise Unreadable("it is nested too deep") from error
     except json.JSONDecodeError as error:
@@ -94,7 +101,8 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
     r"""Number and text of each line that is not blank, counted from 1.
 
-    Only ``\n`` ends a line: JSON may hold U+2028, U+0085 and their like as they are (https://jsonlines.org).
+    Only ``\n`` ends a line: JSON may hold U+2028, U+0085 and their like as they are
+    (https://jsonlines.org).
     """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -104,9 +112,12 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 def dump_json(value: Any, *, indent: int | None = None) -> str:
     """Write a value as JSON that any parser reads.
 
-    What is no finite number becomes null, and half a surrogate pair becomes U+FFFD, as it does in UTF-8 decoders.
+    What is no finite number becomes null, and half a surrogate pair becomes U+FFFD, as it does in
+    UTF-8 decoders.
     """
-    return whole_text(json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False))
+    return whole_text(
+        json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    )
 
 
 def is_whole_text(text: str) -> bool:
@@ -120,12 +131,16 @@ def whole_text(text: str) -> str:
 
 
 def name_of(path: Path) -> str:
-    """The last part of a path, links followed, as a record may hold it: with U+FFFD where it is not UTF-8."""
+    """The last part of a path, links followed, as a record may hold it: with U+FFFD where it is not
+    UTF-8.
+    """
     return whole_text(path.resolve().name)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one line: the system's words for an :class:`OSError`, else its first line."""
+    """What an exception says, in one line: the system's words for an :class:`OSError`, else its
+    first line.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _first_line(error)

@@ -1,4 +1,6 @@
-"""The records of ``verification.json``: what was compared with what, by how much it differed, and whether that is allowed."""
+"""The records of ``verification.json``: what was compared with what, by how much it differed, and
+whether that is allowed.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ class BoundsRecord(_Record):
 
     Attributes:
         dtype: the compute type the bound follows from.
-        relative: largest error of logits, keys and values over the largest reference value; the mean error may be a sixth of it.
+        relative: largest error of logits, keys and values over the largest reference value; the
+            mean error may be a sixth of it.
     """
 
     dtype: DType
@@ -57,9 +60,11 @@ class OutputRecord(_Judged):
     """One output of a graph in one comparison.
 
     Attributes:
-        max_error: largest absolute error; None where there is no such number: another shape, NaN, infinity.
+        max_error: largest absolute error; None where there is no such number: another shape, NaN,
+        infinity.
         mean_error: mean absolute error, likewise.
-        scale: the largest absolute reference value; for probabilities, the largest reference logit at this place.
+        scale: the largest absolute reference value; for probabilities, the largest reference logit
+        at this place.
         tolerance: what ``max_error`` may be.
         mean_tolerance: what ``mean_error`` may be.
 
@@ -80,8 +85,9 @@ class IdsRecord(_Judged):
     Attributes:
         num_compared: ids.
         num_equal: of these, equal to the reference's.
-        largest_preference: by how much the reference prefers its own id where they differ, in logits (``greedy_ids``) or in probability
-            (``top_ids``); None where all are equal, or an id is no id.
+        largest_preference: by how much the reference prefers its own id where they differ, in
+            logits (``greedy_ids``) or in probability (``top_ids``); None where all are equal, or an
+            id is no id.
         tolerance: what that may be.
     """
 
@@ -107,7 +113,8 @@ class CodesRecord(_Judged):
 
 
 class WeightsParity(_Judged):
-    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's scales.
+    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's
+    scales.
 
     Attributes:
         num_compared: numbers.
@@ -136,12 +143,14 @@ class GraphParity(_Judged):
     """One forward of one graph, compared with the reference.
 
     Attributes:
-        subject: ``target``: the target's session; ``portable``: the portable graph on a ragged batch, in ONNX Runtime on the CPU.
+        subject: ``target``: the target's session; ``portable``: the portable graph on a ragged
+        batch, in ONNX Runtime on the CPU.
         positions: tokens in the cache, per sequence of the batch.
         rows: new tokens.
         use_drafter: whether the adapter is on; None for graphs without one.
         codes: of quantized inputs, where they can be seen; the reference has taken them over.
-        has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids; None for graphs without it.
+        has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids;
+            None for graphs without it.
     """
 
     subject: Subject
@@ -159,12 +168,13 @@ class TokenParity(_Judged):
     """One generation, compared with another over the same prompt.
 
     Attributes:
-        against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar mode.
+        against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar
+        mode.
         num_tokens: of the longer of the two.
         num_equal: places where both have the same token.
         first_divergence: place of the first token that differs, from 0; None where all are equal.
-        preference: at that place, by how much the reference prefers its own choice, in logits, or in probability for a diffusion slot;
-            None where all are equal or it cannot be told.
+        preference: at that place, by how much the reference prefers its own choice, in logits, or
+            in probability for a diffusion slot; None where all are equal or it cannot be told.
         tolerance: what ``preference`` may be; None where tokens must be equal.
         nfe, other_nfe: forward passes of the two.
     """
@@ -204,11 +214,14 @@ class Verification(_Judged):
 
     Attributes:
         date: UTC, ISO 8601.
-        manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than the one verified.
+        manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than
+        the one verified.
         long_position: the position of the long comparisons.
         original_length: the rope's length before scaling; None where it is not scaled.
-        weight_dtype: the type of the bundle's weights that are not quantized; the reference's are rounded to it, too.
-        weights, scales: of a quantized precision; ``scales`` None where there was nothing to compare them with.
+        weight_dtype: the type of the bundle's weights that are not quantized; the reference's are
+        rounded to it, too.
+        weights, scales: of a quantized precision; ``scales`` None where there was nothing to
+        compare them with.
         sampler: None where the bundle has none, or it was not named.
         notes: what was not compared, and why.
     """
@@ -243,12 +256,17 @@ class Verifications(_Record):
 
     def replaced(self, new: Verification) -> Verifications:
         """With a new one in place of that of the same target and precision."""
-        others = (old for old in self.verifications if (old.precision, old.target) != (new.precision, new.target))
+        others = (
+            old
+            for old in self.verifications
+            if (old.precision, old.target) != (new.precision, new.target)
+        )
         return Verifications(verifications=(*others, new))
 
 
 def read_verifications(bundle: Path) -> Verifications:
-    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of another schema.
+    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of
+    another schema.
 
     Raises:
         BundleError: it may not be read.
@@ -259,7 +277,10 @@ def read_verifications(bundle: Path) -> Verifications:
     except Unreadable as error:
         if error.is_missing:
             return Verifications(verifications=())
-        raise BundleError(f"{path}: expected a file that can be read, found: {error.reason}", "delete it, or check its permissions") from error
+        raise BundleError(
+            f"{path}: expected a file that can be read, found: {error.reason}",
+            "delete it, or check its permissions",
+        ) from error
     try:
         return Verifications.model_validate_json(data)
     except ValidationError:
@@ -267,14 +288,17 @@ def read_verifications(bundle: Path) -> Verifications:
 
 
 def write_verification(verification: Verification, bundle: Path) -> Path:
-    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same target, whole or not at all.
+    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same
+    target, whole or not at all.
 
     Raises:
         BundleError: the bundle cannot be written to.
     """
     path = bundle / VERIFICATION
     try:
-        replace_text(path, read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n")
+        replace_text(
+            path, read_verifications(bundle).replaced(verification).model_dump_json(indent=1) + "\n"
+        )
     except OSError as error:
         found = f"{path}: expected to be able to write, found: {what_is_wrong(error, path)}"
         raise BundleError(found, _COPY) from error

@@ -30,7 +30,8 @@ def load_matplotlib() -> ModuleType:
         return importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise DependencyError(
-            "expected matplotlib for the picture, found not installed", "pip install 'trimode[calib]', or pass --no-figure"
+            "expected matplotlib for the picture, found not installed",
+            "pip install 'trimode[calib]', or pass --no-figure",
         ) from error
 
 
@@ -45,7 +46,9 @@ def draw(report: Report, path: Path) -> None:
         DependencyError: matplotlib is not installed.
     """
     figure = load_matplotlib().Figure(figsize=(15, 11), layout="constrained")
-    figure.suptitle(f"{report.source_name}: {report.data.num_questions} questions, {report.source_sha256[:12]}")
+    figure.suptitle(
+        f"{report.source_name}: {report.data.num_questions} questions, {report.source_sha256[:12]}"
+    )
     axes = figure.subplots(3, 3)
     quantized = report.precisions[1:]
     for column, role in enumerate(ROLES):
@@ -64,19 +67,39 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> None:
-    """A line a precision over its layers, sorted by their error: which layers they are is in the JSON."""
-    axes.set(title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB")
+    """A line a precision over its layers, sorted by their error: which layers they are is in the
+    JSON.
+    """
+    axes.set(
+        title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB"
+    )
     for number, precision in enumerate(precisions, 1):
-        values = sorted(by_role[role].snr_db for by_role in precision.local.values() if role in by_role)
-        axes.plot(range(1, len(values) + 1), values, **_line(number), marker=".", label=precision.name)
+        values = sorted(
+            by_role[role].snr_db for by_role in precision.local.values() if role in by_role
+        )
+        axes.plot(
+            range(1, len(values) + 1), values, **_line(number), marker=".", label=precision.name
+        )
     axes.grid(visible=True, alpha=0.3)
 
 
 def _accumulated(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> None:
-    axes.set(title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB")
+    axes.set(
+        title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB"
+    )
     for number, precision in enumerate(precisions, 1):
-        points = [(index, by_role[role].snr_db) for index, by_role in enumerate(precision.accumulated) if role in by_role]
-        axes.plot([x for x, _ in points], [y for _, y in points], **_line(number), marker=".", label=precision.name)
+        points = [
+            (index, by_role[role].snr_db)
+            for index, by_role in enumerate(precision.accumulated)
+            if role in by_role
+        ]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            **_line(number),
+            marker=".",
+            label=precision.name,
+        )
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -91,15 +114,21 @@ def _bar(number: int) -> dict[str, Any]:
 
 def _divergence(axes: Axes, report: Report) -> None:
     values: dict[str, dict[str, float]] = {
-        precision.name: {role: one.kl_nats for role, one in precision.outputs.items()} for precision in report.precisions[1:]
+        precision.name: {role: one.kl_nats for role, one in precision.outputs.items()}
+        for precision in report.precisions[1:]
     }
     _bars(axes, "divergence of the probabilities, nats a row", values, first_colour=1)
     if all(value > 0 for by_role in values.values() for value in by_role.values()):
         axes.set_yscale("log")
 
 
-def _decodings(report: Report, figure_of: Callable[[DecodingRecord], float]) -> dict[str, dict[str, float]]:
-    return {precision.name: {decoding_name(one): figure_of(one) for one in precision.decoding} for precision in report.precisions}
+def _decodings(
+    report: Report, figure_of: Callable[[DecodingRecord], float]
+) -> dict[str, dict[str, float]]:
+    return {
+        precision.name: {decoding_name(one): figure_of(one) for one in precision.decoding}
+        for precision in report.precisions
+    }
 
 
 def _match_title(report: Report) -> str:
@@ -110,12 +139,20 @@ def _match(one: DecodingRecord) -> float:
     return one.same_tokens if one.exact_match is None else one.exact_match
 
 
-def _bars(axes: Axes, title: str, values: Mapping[str, Mapping[str, float]], first_colour: int = 0) -> None:
+def _bars(
+    axes: Axes, title: str, values: Mapping[str, Mapping[str, float]], first_colour: int = 0
+) -> None:
     """Groups of bars: ``values`` by precision, each by group."""
     groups = list(next(iter(values.values())))
     width = _GROUP / len(values)
     for number, (name, by_group) in enumerate(values.items()):
         left = [index - _GROUP / 2 + (number + 0.5) * width for index in range(len(groups))]
-        axes.bar(left, [by_group[group] for group in groups], width, **_bar(number + first_colour), label=name)
+        axes.bar(
+            left,
+            [by_group[group] for group in groups],
+            width,
+            **_bar(number + first_colour),
+            label=name,
+        )
     axes.set_xticks(range(len(groups)), [group.replace(", ", ",\n") for group in groups])
     axes.set_title(title)

@@ -1,4 +1,6 @@
-"""``trimode calibrate sampler``: prompts through a checkpoint to a sampler, and what to say about it."""
+"""``trimode calibrate sampler``: prompts through a checkpoint to a sampler, and what to say about
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,25 +36,52 @@ if TYPE_CHECKING:
 
 def sampler(
     checkpoint: CheckpointPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="SAMPLER", help="Folder to write, or a trained sampler to replace.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="SAMPLER",
+            help="Folder to write, or a trained sampler to replace.",
+        ),
+    ],
     data: TrainingData,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Scales of the bundle that the sampler is for; if left out nothing is quantized.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Scales of the bundle that the sampler is for; if left out nothing is quantized.",
+        ),
     ] = None,
     dtype: ServedDtype = "float32",
-    steps: Annotated[int | None, typer.Option(help="Steps of training; 2000 if neither this nor --minutes is given.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for the training, without writing states and measuring.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of training; 2000 if neither this nor --minutes is given."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time for the training, without writing states and measuring."),
+    ] = None,
     samples: TrainingSamples = None,
     held_out: HeldOut = None,
-    target: Annotated[str, typer.Option(help="What is right: the tokens of serial or of leftmost denoising, or the model's own (ar).")] = "serial",
-    block_length: Annotated[str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")] = "8,32",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is right: the tokens of serial or of leftmost denoising, or the model's own (ar)."
+        ),
+    ] = "serial",
+    block_length: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")
+    ] = "8,32",
     d_model: Annotated[int, typer.Option(help="Width of the network.")] = 192,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Its attention heads.")] = 8,
     feed_forward: Annotated[int, typer.Option(help="Width of its feed-forward layers.")] = 384,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Slots in a step.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draw, of the network and of what is trained on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the draw, of the network and of what is trained on.")
+    ] = 0,
     max_new_tokens: AnswerLength = 256,
     raw: Raw = False,
     system: System = None,
@@ -61,21 +90,48 @@ def sampler(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a sampler for block diffusion on the states that its denoising passes through; for `trimode build --sampler`."""
+    """Train a sampler for block diffusion on the states that its denoising passes through; for
+    `trimode build --sampler`.
+    """
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.sampler.settings import SamplerJobSettings
     from trimode.cli.calibrate.training import TrainingRequest
     from trimode.runtime.text.prompts import PromptStyle
 
     settings = SamplerJobSettings(
-        dtype, steps, minutes, samples, held_out, target, tuple(parse_ints(block_length)), d_model, layers, heads, feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
-        learning_rate, batch_size, seed, max_new_tokens, device,
-    )  # fmt: skip
-    run_sampler(checkpoint, output, TrainingRequest(data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)), settings)
+        dtype,
+        steps,
+        minutes,
+        samples,
+        held_out,
+        target,
+        tuple(parse_ints(block_length)),
+        d_model,
+        layers,
+        heads,
+        feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
+        learning_rate,
+        batch_size,
+        seed,
+        max_new_tokens,
+        device,
+    )
+    run_sampler(
+        checkpoint,
+        output,
+        TrainingRequest(
+            data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)
+        ),
+        settings,
+    )
 
 
-def run_sampler(checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings) -> None:
-    """Train, with progress on stderr; print the comparison. Errors are raised before anything is written."""
+def run_sampler(
+    checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings
+) -> None:
+    """Train, with progress on stderr; print the comparison. Errors are raised before anything is
+    written.
+    """
     from trimode.calib.sampler.job import check_output, train_sampler
     from trimode.calib.training.run_state import check_state, state_file
     from trimode.cli.calibrate.training import train_on_prompts
@@ -94,15 +150,28 @@ def run_sampler(checkpoint_path: Path, output: Path, request: TrainingRequest, s
         print_json(record)
     else:
         _show(record)
-    sys.stderr.write("\n".join([f"wrote {output}: fills slots from a score of {record.threshold:g}", *map(_in_words, _compared(record))]) + "\n")
+    sys.stderr.write(
+        "\n".join(
+            [
+                f"wrote {output}: fills slots from a score of {record.threshold:g}",
+                *map(_in_words, _compared(record)),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecord]]:
-    """For each block length the held-out texts under the usual confidence threshold and under the sampler's own."""
+    """For each block length the held-out texts under the usual confidence threshold and under the
+    sampler's own.
+    """
     from trimode.calib.sampler.measure import USUAL_CONFIDENCE
 
     rows = {(row.block_length, row.sampler, row.threshold): row for row in record.held_out}
-    return [(rows[length, "threshold", USUAL_CONFIDENCE], rows[length, "learned", record.threshold]) for length in record.block_lengths]
+    return [
+        (rows[length, "threshold", USUAL_CONFIDENCE], rows[length, "learned", record.threshold])
+        for length in record.block_lengths
+    ]
 
 
 def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
@@ -110,12 +179,23 @@ def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
     from trimode.calib.sampler.measure import share_right
 
     rule, learned = pair
-    faster, as_good = learned.tokens_per_forward > rule.tokens_per_forward, share_right(learned) >= share_right(rule)
-    verdict = "better" if faster and as_good else "NOT better: no faster" if as_good else "NOT better: fewer texts are right"
+    faster, as_good = (
+        learned.tokens_per_forward > rule.tokens_per_forward,
+        share_right(learned) >= share_right(rule),
+    )
+    verdict = (
+        "better"
+        if faster and as_good
+        else "NOT better: no faster"
+        if as_good
+        else "NOT better: fewer texts are right"
+    )
     what = "like the target" if rule.exact_match is None else "answered right"
-    return (f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
-            f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; {verdict} than a threshold of "
-            f"{rule.threshold:g} on the probability")  # fmt: skip
+    return (
+        f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
+        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; {verdict} than a threshold of "
+        f"{rule.threshold:g} on the probability"
+    )
 
 
 def _show(record: SamplerFile) -> None:
@@ -132,14 +212,27 @@ def _show(record: SamplerFile) -> None:
         f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
     )
     console.print(_scores_table(record.scores))
-    headings = ("block", "fills by", "from", "like the target", "answered right", "tokens per forward", "forwards")
+    headings = (
+        "block",
+        "fills by",
+        "from",
+        "like the target",
+        "answered right",
+        "tokens per forward",
+        "forwards",
+    )
     table = Table(*headings, title="held-out texts", box=None, header_style="bold")
     for row in record.held_out:
         what = "score" if row.sampler == "learned" else "probability"
         table.add_row(
-            str(row.block_length), what, f"{row.threshold:g}", _share(row.same_as_target), _share(row.exact_match), f"{row.tokens_per_forward:.2f}",
+            str(row.block_length),
+            what,
+            f"{row.threshold:g}",
+            _share(row.same_as_target),
+            _share(row.exact_match),
+            f"{row.tokens_per_forward:.2f}",
             str(row.num_forwards),
-        )  # fmt: skip
+        )
     console.print(table)
 
 
@@ -150,8 +243,16 @@ def _scores_table(scores: tuple[ScoresRecord, ...]) -> Table:
     table = Table(*headings, title="held-out states", box=None, header_style="bold")
     for row in scores:
         common = (str(row.block_length), str(row.num_slots), _share(row.share_right))
-        table.add_row(*common, "probability", _number(row.confidence_auc), f"{row.confidence_loss:.4f}", f"{row.confidence_calibration_error:.4f}")
-        table.add_row(*common, "score", _number(row.auc), f"{row.loss:.4f}", f"{row.calibration_error:.4f}")
+        table.add_row(
+            *common,
+            "probability",
+            _number(row.confidence_auc),
+            f"{row.confidence_loss:.4f}",
+            f"{row.confidence_calibration_error:.4f}",
+        )
+        table.add_row(
+            *common, "score", _number(row.auc), f"{row.loss:.4f}", f"{row.calibration_error:.4f}"
+        )
     return table
 
 

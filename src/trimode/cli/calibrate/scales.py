@@ -21,16 +21,46 @@ if TYPE_CHECKING:
 
 def scales(
     checkpoint: CheckpointPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="CALIBRATION",
+            help="Folder to write, or a calibration to replace.",
+        ),
+    ],
     precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`.")],
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
-    modes: Annotated[str, typer.Option(metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify.")] = "ar,draft,verify",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`."),
+    ],
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
+    ] = None,
+    modes: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify."
+        ),
+    ] = "ar,draft,verify",
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
+    ] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    block_size: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")] = None,
-    per_channel: Annotated[bool, typer.Option("--per-channel", help="fp8: a scale for each row of a weight, instead of one.")] = False,
-    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head too.")] = False,
+    block_size: Annotated[
+        int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")
+    ] = None,
+    per_channel: Annotated[
+        bool,
+        typer.Option(
+            "--per-channel", help="fp8: a scale for each row of a weight, instead of one."
+        ),
+    ] = False,
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Quantize the output head too.")
+    ] = False,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
@@ -38,12 +68,16 @@ def scales(
     memory: Annotated[
         float | None,
         typer.Option(
-            metavar="GIB", help="Decode with float32 weights in memory if they fit into this, else from the files; half of what is free if left out."
+            metavar="GIB",
+            help="Decode with float32 weights in memory if they fit into this, else from the files; half of what is free if left out.",
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on where the same command was interrupted; without it, what that left in CALIBRATION.work is deleted."),
+        typer.Option(
+            "--resume",
+            help="Go on where the same command was interrupted; without it, what that left in CALIBRATION.work is deleted.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +126,9 @@ class CalibrateRequest:
 
 
 def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
-    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. ``output`` is written whole or not at all."""
+    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. ``output``
+    is written whole or not at all.
+    """
     from trimode.calib.scales.job import calibrate, check_output
     from trimode.calib.scales.settings import QuantizeSettings
     from trimode.calib.scales.work_folder import check_work_folder, work_folder_of
@@ -105,7 +141,10 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
 
     settings = QuantizeSettings(
         precision=cast("QuantizedPrecision", request.precision),
-        modes=cast("tuple[Role, ...]", tuple(part.strip() for part in request.modes.split(",") if part.strip())),
+        modes=cast(
+            "tuple[Role, ...]",
+            tuple(part.strip() for part in request.modes.split(",") if part.strip()),
+        ),
         num_samples=request.num_samples,
         max_new_tokens=request.max_new_tokens,
         seed=request.seed,
@@ -126,10 +165,21 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
     data_sha256 = sha256_of(request.data)
     try:
         with RichProgress() as progress:
-            calibration = calibrate(checkpoint, model, texts, data_sha256, output, settings, progress, resume=request.resume)
+            calibration = calibrate(
+                checkpoint,
+                model,
+                texts,
+                data_sha256,
+                output,
+                settings,
+                progress,
+                resume=request.resume,
+            )
     except KeyboardInterrupt:
         if work_folder_of(output).exists():
-            sys.stderr.write(f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n")
+            sys.stderr.write(
+                f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n"
+            )
         raise
     if request.as_json:
         print_json(_as_data(output, calibration))

@@ -1,4 +1,6 @@
-"""``trimode calibrate sensitivity``: a calibration and a budget in; a calibration that leaves the worst layers in high precision out."""
+"""``trimode calibrate sensitivity``: a calibration and a budget in; a calibration that leaves the
+worst layers in high precision out.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,50 @@ if TYPE_CHECKING:
 
 def sensitivity(
     checkpoint: CheckpointPath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="CALIBRATION", help="Folder to write, or a calibration to replace.")],
-    calibration: Annotated[Path, typer.Option(metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.")],
-    max_drop: Annotated[float, typer.Option(metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100.")],
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out.")] = None,
-    ranking_samples: Annotated[int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")] = 8,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="CALIBRATION",
+            help="Folder to write, or a calibration to replace.",
+        ),
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out."
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.",
+        ),
+    ],
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100."
+        ),
+    ],
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
+    ] = None,
+    ranking_samples: Annotated[
+        int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")
+    ] = 8,
     modes: Annotated[
-        str, typer.Option(metavar="MODE,...", help="That have to hold the budget: ar, diffusion, linear-spec.")
+        str,
+        typer.Option(
+            metavar="MODE,...", help="That have to hold the budget: ar, diffusion, linear-spec."
+        ),
     ] = "ar,diffusion,linear-spec",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt in each mode.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
+    ] = 128,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     raw: Raw = False,
     system: System = None,
@@ -36,12 +72,24 @@ def sensitivity(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Leave the most sensitive layers in high precision, as many as a budget on exact match asks for."""
+    """Leave the most sensitive layers in high precision, as many as a budget on exact match asks
+    for.
+    """
     need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.runtime.text.prompts import PromptStyle
 
     request = SensitivityRequest(
-        calibration, data, max_drop, samples, ranking_samples, modes, max_new_tokens, seed, device, as_json, PromptStyle(raw, system, enable_thinking)
+        calibration,
+        data,
+        max_drop,
+        samples,
+        ranking_samples,
+        modes,
+        max_new_tokens,
+        seed,
+        device,
+        as_json,
+        PromptStyle(raw, system, enable_thinking),
     )
     run_sensitivity(checkpoint, output, request)
 
@@ -64,7 +112,9 @@ class SensitivityRequest:
 
 
 def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityRequest) -> None:
-    """Search, write the calibration, say what was kept. Errors are raised before anything is written."""
+    """Search, write the calibration, say what was kept. Errors are raised before anything is
+    written.
+    """
     from trimode.calib.evaluate.quantization.candidate import read_candidate
     from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
     from trimode.calib.evaluate.quantization.sensitivity import Budget, save_without, search
@@ -75,7 +125,13 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     from trimode.formats.files import check_apart, sha256_of
     from trimode.graphs.checkpoint import describe_model, open_checkpoint
 
-    settings = QualitySettings(parse_modes(request.modes), request.num_samples, request.max_new_tokens, request.seed, request.device)
+    settings = QualitySettings(
+        parse_modes(request.modes),
+        request.num_samples,
+        request.max_new_tokens,
+        request.seed,
+        request.device,
+    )
     budget = Budget(request.max_drop, request.ranking_samples)
     settings.check()
     request.style.check()
@@ -89,7 +145,9 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
-        found = search(checkpoint, model, candidate, questions, sha256, budget, settings, progress, to_text)
+        found = search(
+            checkpoint, model, candidate, questions, sha256, budget, settings, progress, to_text
+        )
     record = save_without(output, calibration, scales, found)
     if request.as_json:
         print_json(_as_data(output, record.algorithm, found))
@@ -104,8 +162,10 @@ def _as_data(output: Path, algorithm: str, found: SensitivityRecord) -> dict[str
 
 def _in_words(output: Path, found: SensitivityRecord) -> str:
     count = found.data.num_samples
-    words = (f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high precision; over {count} questions exact match drops by "
-             f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer quantized")  # fmt: skip
+    words = (
+        f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high precision; over {count} questions exact match drops by "
+        f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer quantized"
+    )
     if 0 < found.max_drop < 100 / count:
         words += f"\nnote: one of {count} questions is {100 / count:.2g} points, so a budget of {found.max_drop:g} allows none to be lost"
     return words

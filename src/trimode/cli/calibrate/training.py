@@ -1,4 +1,6 @@
-"""What the commands that train on a checkpoint's own answers have in common: `calibrate drafter` and `calibrate sampler`."""
+"""What the commands that train on a checkpoint's own answers have in common: `calibrate drafter`
+and `calibrate sampler`.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,56 @@ class TrainingJob(Protocol[S_contra, R_co]):
     """Trains, and writes the folder ``output``; returns its record."""
 
     def __call__(
-        self, checkpoint: Checkpoint, model: ModelInfo, prompts: Prompts, output: Path, settings: S_contra, progress: Progress, *,
-        calibration: Path | None = None, resume: bool = False,
-    ) -> R_co:  # fmt: skip
-        """See :func:`trimode.calib.drafter.job.train_adapter` and :func:`trimode.calib.sampler.job.train_sampler`."""
+        self,
+        checkpoint: Checkpoint,
+        model: ModelInfo,
+        prompts: Prompts,
+        output: Path,
+        settings: S_contra,
+        progress: Progress,
+        *,
+        calibration: Path | None = None,
+        resume: bool = False,
+    ) -> R_co:
+        """See :func:`trimode.calib.drafter.job.train_adapter` and
+        :func:`trimode.calib.sampler.job.train_sampler`.
+        """
         ...
 
 
-def train_on_prompts(train: TrainingJob[S, R], checkpoint: Checkpoint, output: Path, request: TrainingRequest, settings: S) -> R:
-    """Run the job over the prompts of a file, with progress on stderr, where it is also said how an interrupted run goes on."""
+def train_on_prompts(
+    train: TrainingJob[S, R],
+    checkpoint: Checkpoint,
+    output: Path,
+    request: TrainingRequest,
+    settings: S,
+) -> R:
+    """Run the job over the prompts of a file, with progress on stderr, where it is also said how an
+    interrupted run goes on.
+    """
     model = describe_model(checkpoint)
     questions, to_text = read_questions(request.data, request.style, checkpoint.path, model)
-    answers = {tuple(question.token_ids): question.answers for question in questions if question.answers}
-    prompts = Prompts([question.token_ids for question in questions], sha256_of(request.data), answers, to_text)
+    answers = {
+        tuple(question.token_ids): question.answers for question in questions if question.answers
+    }
+    prompts = Prompts(
+        [question.token_ids for question in questions], sha256_of(request.data), answers, to_text
+    )
     try:
         with RichProgress() as progress:
-            return train(checkpoint, model, prompts, output, settings, progress, calibration=request.calibration, resume=request.resume)
+            return train(
+                checkpoint,
+                model,
+                prompts,
+                output,
+                settings,
+                progress,
+                calibration=request.calibration,
+                resume=request.resume,
+            )
     except KeyboardInterrupt:
         if state_file(output).is_file():
-            sys.stderr.write(f"interrupted; the same command with --resume goes on from {state_file(output)}\n")
+            sys.stderr.write(
+                f"interrupted; the same command with --resume goes on from {state_file(output)}\n"
+            )
         raise
