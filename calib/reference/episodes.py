@@ -18,6 +18,7 @@ from trimode.calib.reference.torch_session import TorchCache, TorchSession
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
+from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
@@ -60,12 +61,17 @@ class Episode:
 
 
 class RecordingSession(TorchSession):
-    """Remembers the blocks that it ran in some of the roles."""
+    """Remembers the blocks that it ran in some of the roles.
+
+    Attributes:
+        failure: First error of numbers that were not finite; the text ends there.
+    """
 
     def __init__(self, trunk: TriModeTrunk, roles: Sequence[Role]) -> None:
         super().__init__(trunk)
         self._roles = roles
         self._blocks: list[Block] = []
+        self.failure: NotFiniteError | None = None
 
     def run(
         self,
@@ -112,8 +118,11 @@ def answer(
         options = DecodeOptions(
             max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode]
         )
-        for _ in ALGORITHMS[mode](sequence, options, Counters()):
-            pass
+        try:
+            for _ in ALGORITHMS[mode](sequence, options, Counters()):
+                pass
+        except NotFiniteError as error:  # the replay of what there is names the layer
+            session.failure = session.failure or error
         episodes.append(Episode(sequence.tokens, len(text), session.take()))
     return episodes
 

@@ -65,6 +65,7 @@ from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
 from trimode.graphs.identity import SourceDigest, stamp_of
 from trimode.progress import Progress
+from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.text.prompts import Text
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,8 @@ def calibrate(
         try:
             episodes = job.decode(work, drawn)
             scales, records = job.calibrate_parts(work, episodes)
+            if job.failures:
+                raise CheckpointError(job.failures[0].message, job.failures[0].hint)
         except (UsageError, CheckpointError):
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -159,6 +162,7 @@ class _Job:
     layers: Shapes
     block_size: int | None
     progress: Progress
+    failures: list[NotFiniteError] = field(default_factory=list)
 
     def decode(self, work: WorkFolder, texts: Sequence[Text]) -> list[Episode]:
         """Answer the texts that are not answered yet."""
@@ -179,6 +183,9 @@ class _Job:
                         session, self.model, text, self.settings.modes, self.settings.max_new_tokens
                     )
                 )
+                if session.failure is not None:  # the replay names the layer
+                    self.failures.append(session.failure)
+                    break
                 work.append_episodes(done[-1])
                 advance(1)
         return merged([episode for answers in done for episode in answers])

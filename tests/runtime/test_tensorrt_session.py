@@ -804,7 +804,7 @@ def test_every_cuda_name_exists() -> None:
     )
     names = {
         a
-        for file in ("device.py", "tensorrt_memory.py")
+        for file in ("../gpu.py", "memory.py")
         for _, a in attributes(file)
         if a.startswith(("cuda", "cu")) and a != "cudart"
     }
@@ -819,7 +819,7 @@ def test_every_cuda_name_exists() -> None:
 def test_every_tensorrt_name_exists() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     seen = set()
-    for file in ("tensorrt_graph.py", "tensorrt_library.py"):
+    for file in ("graph.py", "library.py"):
         for base, name in attributes(file):
             if base in CALLED_ON:
                 owner = getattr(trt, CALLED_ON[base]) if CALLED_ON[base] else trt

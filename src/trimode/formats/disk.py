@@ -57,8 +57,8 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or isinstance(error, BrokenPipeError):
-            raise
+        if error.errno is None or isinstance(error, BrokenPipeError | FileNotFoundError):
+            raise  # nothing that a disk or its permissions are to blame for
         raise _as_build_error(error, place) from error
 
 
