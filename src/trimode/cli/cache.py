@@ -12,21 +12,20 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
-from trimode.cli.options import Json
+from trimode.cli.options.shared import Json
 from trimode.cli.parse import need
 from trimode.errors import UsageError
 
 
 def cache(
+    *,
     clear: Annotated[
         bool,
-        typer.Option("--clear", help="Delete every entry that nobody is making; timings stay."),
+        typer.Option("--clear", help="Delete all entries but timings and those being made."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show, or clear, the cache: traced graphs and engines, weights arranged for this processor,
-    timings.
-    """
+    """Show or clear the cache of graphs, engines, arranged weights and timings."""
     need("the compiler", "compile", "filelock")
 
     show_cache(clear=clear, as_json=as_json)

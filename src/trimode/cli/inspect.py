@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimode.cli.options import BundlePath, Json
+from trimode.cli.options.shared import BundlePath, Json
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 def inspect(
     bundle: BundlePath,
+    *,
     plans: Annotated[
         bool,
         typer.Option(
-            "--plans", help="Show what a forward of each TensorRT-RTX engine moves on the GPU."
+            "--plans", help="Show the memory traffic of a forward, for each TensorRT-RTX engine."
         ),
     ] = False,
     target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --plans: engines of this target alone.")
+        str | None,
+        typer.Option(metavar="NAME", help="Target whose engines --plans shows; default: all."),
     ] = None,
     as_json: Json = False,
 ) -> None:

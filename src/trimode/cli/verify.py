@@ -7,12 +7,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from trimode.cli.options import BundlePath, Json, Raw, RunPrecision, System, Thinking
+from trimode.cli.options import verify as options
+from trimode.cli.options.shared import (
+    BundlePath,
+    Json,
+    Raw,
+    RunPrecision,
+    RunTarget,
+    System,
+    Thinking,
+    Threads,
+)
 from trimode.cli.parse import need
+from trimode.cli.prompt_options import prompt_style
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -25,85 +36,41 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    against: Annotated[
-        Path,
-        typer.Option(
-            metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from."
-        ),
-    ],
+    *,
+    against: options.Against,
     precision: RunPrecision = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One of the bundle's targets, or portable; what runs here if left out.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Compare the scales with this calibration's, too; those of rtn are always compared.",
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines with `prompt`, `messages` or `token_ids`; random tokens if left out."
-        ),
-    ] = None,
+    target: RunTarget = None,
+    calibration: options.Calibration = None,
+    prompts_file: options.PromptsFile = None,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    drafter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="ADAPTER",
-            help="The one that the bundle was built with, if not the checkpoint's.",
-        ),
-    ] = None,
-    sampler: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="SAMPLER",
-            help="The one that the bundle was built with; else it is not compared.",
-        ),
-    ] = None,
-    long: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Position of the long comparisons; if left out past the rope's original length, where affordable.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each generation.")] = 64,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads inside one operator; every core if left out.")
-    ] = None,
+    seed: options.Seed = 0,
+    drafter: options.Drafter = None,
+    sampler: options.Sampler = None,
+    long: options.Long = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code
-    1 if they differ.
-    """
+    """Compare a bundle with its checkpoint in PyTorch; exit code 1 if they differ."""
     need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify.run import VerifyRequest
-    from trimode.runtime.text.prompts import PromptStyle
 
     request = VerifyRequest(
-        against,
-        precision,
-        target,
-        calibration,
-        prompts_file,
-        seed,
-        long,
-        max_new_tokens,
-        threads,
-        as_json,
-        drafter,
-        sampler,
-        PromptStyle(raw, system, enable_thinking),
+        checkpoint=against,
+        precision=precision,
+        target=target,
+        calibration=calibration,
+        prompts_file=prompts_file,
+        seed=seed,
+        long=long,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        as_json=as_json,
+        drafter=drafter,
+        sampler=sampler,
+        style=prompt_style(raw, system, enable_thinking),
     )
     if not run_verify(bundle, request):
         raise typer.Exit(1)

@@ -6,25 +6,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from trimode.cli.options import (
-    AnswerLength,
+from trimode.cli.options import calibrate, training
+from trimode.cli.options.shared import (
     CheckpointPath,
     Device,
-    HeldOut,
     Json,
     Raw,
-    Resume,
-    ServedDtype,
     System,
     Thinking,
-    TrainingData,
-    TrainingSamples,
 )
 from trimode.cli.parse import need
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from trimode.calib.drafter.settings import DrafterJobSettings
@@ -34,101 +28,54 @@ if TYPE_CHECKING:
 
 def drafter(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="ADAPTER",
-            help="Folder to write, or a trained adapter to replace.",
-        ),
-    ],
-    data: TrainingData,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Scales of the bundle that the drafter is for; if left out nothing is quantized.",
-        ),
-    ] = None,
-    dtype: ServedDtype = "float32",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of training; 300 if neither this nor --minutes is given."),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Time for the training, without writing answers and measuring."),
-    ] = None,
-    samples: TrainingSamples = None,
-    held_out: HeldOut = None,
-    block_length: Annotated[
-        int | None,
-        typer.Option(help="Slots of a block that will be drafted; the model's if left out."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a fresh adapter, whose branch is scaled by alpha / rank; 4 times the rank if left out."
-        ),
-    ] = None,
-    from_scratch: Annotated[
-        bool,
-        typer.Option(
-            "--from-scratch", help="Begin with a fresh adapter, not with the checkpoint's."
-        ),
-    ] = False,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
-    seed: Annotated[
-        int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")
-    ] = 0,
-    max_new_tokens: AnswerLength = 256,
+    *,
+    output: calibrate.AdapterOutput,
+    data: calibrate.TrainingPrompts,
+    calibration: calibrate.DrafterCalibration = None,
+    dtype: calibrate.ServedDtype = "float32",
+    steps: training.DrafterSteps = None,
+    minutes: training.DrafterMinutes = None,
+    samples: calibrate.TrainingSamples = None,
+    held_out: calibrate.HeldOut = None,
+    block_length: training.BlockLength = None,
+    rank: training.Rank = None,
+    alpha: training.Alpha = None,
+    from_scratch: training.FromScratch = False,
+    learning_rate: training.DrafterLearningRate = None,
+    batch_size: training.TextBatch = 8,
+    seed: calibrate.DrafterSeed = 0,
+    max_new_tokens: calibrate.AnswerLength = 256,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    resume: Resume = False,
+    resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train the drafter's adapter on what the model itself answers, quantized if it will be; for
-    `trimode build --drafter`.
-    """
+    """Train a drafter adapter on the model's own answers, for `trimode build --drafter`."""
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.drafter.settings import DrafterJobSettings
     from trimode.cli.calibrate.training import TrainingRequest
-    from trimode.runtime.text.prompts import PromptStyle
 
     settings = DrafterJobSettings(
-        dtype,
-        steps,
-        minutes,
-        samples,
-        held_out,
-        block_length,
-        rank,
-        alpha,
-        from_scratch,
-        learning_rate,
-        batch_size,
-        seed,
-        max_new_tokens,
-        device,  # type: ignore[arg-type]  # its check refuses any other type
+        dtype=dtype,  # type: ignore[arg-type]  # its check refuses any other type
+        steps=steps,
+        minutes=minutes,
+        num_samples=samples,
+        num_held_out=held_out,
+        block_length=block_length,
+        rank=rank,
+        alpha=alpha,
+        from_scratch=from_scratch,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        device=device,
     )
-    run_drafter(
-        checkpoint,
-        output,
-        TrainingRequest(
-            data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)
-        ),
-        settings,
-    )
+    style = prompt_style(raw, system, enable_thinking)
+    request = TrainingRequest(data, calibration, resume, as_json, style)
+    run_drafter(checkpoint, output, request, settings)
 
 
 def run_drafter(
