@@ -1,7 +1,7 @@
 """Every error that trimode raises on purpose.
 
 TrimodeError
-├── UsageError            a value the caller passed is out of range             (command line: exit 2)
+├── UsageError            a value the caller passed is out of range (command line: exit 2)
 ├── CheckpointError       a Hugging Face checkpoint is incomplete or not of this family
 ├── BuildError            a bundle could not be built or written
 ├── BundleError           a bundle is missing, damaged or of an unknown schema

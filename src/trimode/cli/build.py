@@ -115,10 +115,20 @@ def _in_words(output: Path, result: BuildResult) -> str:
     manifest = result.manifest
     size = sum(record.num_bytes for record in manifest.files.values()) / 1e6
     if not result.built and result.has_new_sampler:
-        return f"added a sampler to {output}: {result.manifest.files[SAMPLER_FILE].num_bytes / 1e6:.1f} MB, {size:.1f} MB with all else"
+        return (
+            f"added a sampler to {output}: "
+            f"{result.manifest.files[SAMPLER_FILE].num_bytes / 1e6:.1f} MB, {size:.1f} MB "
+            "with all else"
+        )
     if not result.built:
-        return f"{output} is up to date: {', '.join(result.record.targets)} in {result.precision}, {size:.1f} MB"
+        return (
+            f"{output} is up to date: {', '.join(result.record.targets)} in "
+            f"{result.precision}, {size:.1f} MB"
+        )
     others = [name for name in manifest.precisions if name != result.precision]
     beside = f" beside {', '.join(others)}" if others else ""
     cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
-    return f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} MB{cached}"
+    return (
+        f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} "
+        f"MB{cached}"
+    )

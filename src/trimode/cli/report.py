@@ -139,7 +139,8 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     sys.stderr.write(f"wrote {output}\n")
     if not report.passed:
         sys.stderr.write(
-            "FAILED: self-speculation does not give the tokens of autoregression everywhere; see `partings` in the report\n"
+            "FAILED: self-speculation does not give the tokens of autoregression everywhere; "
+            "see `partings` in the report\n"
         )
     return report.passed
 
@@ -151,7 +152,8 @@ def _show(report: Report) -> None:
     if not console.is_terminal:
         console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
     console.print(
-        f"{report.source_name}: {report.data.num_questions} questions, {report.data.num_answers} with known answers; "
+        f"{report.source_name}: {report.data.num_questions} questions, "
+        f"{report.data.num_answers} with known answers; "
         f"dense in {report.compute_type} {report.dense_bytes / 1e6:.1f} MB"
     )
     console.print(_size_table(report))
@@ -218,7 +220,8 @@ def _decoding_table(report: Report) -> Table:
 
 def _layer_table(report: Report) -> Table:
     table = _table(
-        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} worst layers alone"
+        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} "
+        "worst layers alone"
     )
     for heading in ("", "role"):
         table.add_column(heading)

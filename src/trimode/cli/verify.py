@@ -140,8 +140,10 @@ def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
         # Generating may fall back to the portable graphs; saying that a GPU's engines are right
         # because these are may not.
         raise DeviceError(
-            f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
-            "verify on the machine with the GPU, or pass --target portable for the portable graphs alone",
+            "nothing was verified: expected one of the bundle's targets to run here "
+            f"({', '.join(names)}), found that none does",
+            "verify on the machine with the GPU, or pass --target portable for the portable "
+            "graphs alone",
         )
     return model
 
@@ -156,14 +158,21 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     source = (
         "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
     )
-    what = f"{verification.precision} on {verification.target} ({verification.backend}, {verification.compute_dtype})"
+    what = (
+        f"{verification.precision} on {verification.target} ({verification.backend}, "
+        f"{verification.compute_dtype})"
+    )
     console.print(f"{what} against {request.checkpoint}, {source}")
     for line in _quantized_lines(verification):
         console.print(line)
     console.print(_graph_table(verification.graphs))
     console.print(_token_table(verification.tokens))
     if (sampler := verification.sampler) is not None:
-        figures = f"{sampler.num_scores} scores, largest error {_number(sampler.max_error) or 'no number'}, allowed {_number(sampler.tolerance)}"
+        figures = (
+            f"{sampler.num_scores} scores, largest error "
+            f"{_number(sampler.max_error) or 'no number'}, allowed "
+            f"{_number(sampler.tolerance)}"
+        )
         console.print(f"learned sampler against {sampler.name}: {figures}  {_word(sampler.passed)}")
     for note in verification.notes:
         console.print(f"note: {note}")
@@ -177,7 +186,8 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     )
     num_failed = sum(not record.passed for record in records if record is not None)
     console.print(
-        f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed"
+        f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and "
+        f"{tokens} generations, {num_failed} failed"
     )
 
 
@@ -188,10 +198,16 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
         differing = "".join(
             f"; {count} differ in {layer}" for layer, count in weights.differs.items()
         )
-        yield f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} layers, bit for bit{differing}  {_word(weights.passed)}"
+        yield (
+            f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} "
+            f"layers, bit for bit{differing}  {_word(weights.passed)}"
+        )
     if scales is not None:
         differing = "".join(f"; {name} differs" for name in scales.differs)
-        yield f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  {_word(scales.passed)}"
+        yield (
+            f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  "
+            f"{_word(scales.passed)}"
+        )
     codes = [record.codes for record in verification.graphs if record.codes is not None]
     if codes:
         refused = {
@@ -202,8 +218,13 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
         unexplained = "".join(
             f"; {count} unexplained in {layer}" for layer, count in refused.items()
         )
-        counts = f"{sum(record.num_compared for record in codes)}, {sum(record.num_other for record in codes)} on the other side of a border"
-        yield f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
+        counts = (
+            f"{sum(record.num_compared for record in codes)}, "
+            f"{sum(record.num_other for record in codes)} on the other side of a border"
+        )
+        yield (
+            f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
+        )
 
 
 def _graph_table(records: Sequence[GraphParity]) -> Table:

@@ -198,7 +198,8 @@ def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
     for name, values in scales.items():
         if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
             raise CheckpointError(
-                f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others",
+                f"{folder / SCALES}: expected {name} to be positive float32 numbers, found "
+                f"{values.dtype} with others",
                 _HINT,
             )
     return record, scales
@@ -214,7 +215,8 @@ def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
     """
     if calibrated_sha256 not in (None, sha256):
         raise CheckpointError(
-            f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
+            f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one "
+            "of another "
             f"({(calibrated_sha256 or '')[:16]}…)",
             f"calibrate this checkpoint: {CALIBRATE}",
         )

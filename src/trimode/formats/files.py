@@ -39,7 +39,10 @@ def check_replaceable(folder: Path, marker: str, what: str) -> None:
     place = resolved(folder)
     with disk_errors(place):
         if place.exists() and not _is_replaceable(place, marker):
-            found = f"{folder}: expected a new or empty folder, or {what} to replace, found something else"
+            found = (
+                f"{folder}: expected a new or empty folder, or {what} to replace, found "
+                "something else"
+            )
             raise UsageError(found, "name another folder")
     find_place(folder)
 

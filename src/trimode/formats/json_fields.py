@@ -80,7 +80,8 @@ def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: s
         if key is None:
             raise CheckpointError(
                 f"{where}: expected keys that trimode knows, found {named(name)}",
-                "remove the key if it does not change what the model computes; else use a newer trimode",
+                "remove the key if it does not change what the model computes; else use a "
+                "newer trimode",
             )
         if key.kind == "only" and not any(_same(value, one) for one in key.allowed):
             expected = " or ".join(map(shown, key.allowed)) or "null"

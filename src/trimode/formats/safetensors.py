@@ -147,7 +147,8 @@ def read_safetensors_header(
         raise CheckpointError(f"{path}: expected a file, found a folder", missing_hint) from error
     except (OSError, ValueError, Unreadable) as error:  # ValueError: a name with a NUL byte
         raise CheckpointError(
-            f"{path}: expected a safetensors file, found one that cannot be read ({reason_of(error)})",
+            f"{path}: expected a safetensors file, found one that cannot be read "
+            f"({reason_of(error)})",
             DOWNLOAD_HINT,
         ) from error
 
@@ -160,7 +161,8 @@ def check_readable(name: str, entry: TensorEntry) -> None:
     """
     if entry.dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{entry.file}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {entry.dtype}",
+            f"{entry.file}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, "
+            f"found {entry.dtype}",
             "start from the published 16-bit checkpoint; quantization is a step of its own",
         )
 
@@ -181,7 +183,8 @@ def _read_entries(path: Path, stream: BinaryIO) -> dict[str, TensorEntry]:
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} bytes",
+            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} "
+            "bytes",
             DOWNLOAD_HINT,
         )
     header = parse_json(decode_text(stream.read(length)), unique=True)
@@ -216,19 +219,22 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         or len(offsets) != 2
     ):
         raise CheckpointError(
-            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}",
+            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found "
+            f"{shown(value)}",
             DOWNLOAD_HINT,
         )
     if dtype not in _BITS:
         raise CheckpointError(
-            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}",
+            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found "
+            f"{shown(dtype)}",
             "start from the published 16-bit checkpoint",
         )
     begin, end = offsets
     # Python's numbers: no shape overflows them
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
         raise CheckpointError(
-            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, found {end - begin}",
+            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, "
+            f"found {end - begin}",
             DOWNLOAD_HINT,
         )
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)

@@ -185,6 +185,7 @@ def check_sampler_source(name: str, trained_sha256: str, sha256: str) -> None:
     """
     if trained_sha256 != sha256:
         raise CheckpointError(
-            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)",
+            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of "
+            f"another ({trained_sha256[:16]}…)",
             TRAIN_SAMPLER,
         )

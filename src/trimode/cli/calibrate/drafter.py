@@ -110,7 +110,10 @@ def in_words(output: Path, record: DrafterRecord) -> str:
     """What was written, and whether it is any better than what was there before."""
     before, name = _before(record.held_out)
     trained = record.held_out.trained
-    change = f"{_number(before.acceptance_length)} -> {_number(trained.acceptance_length)} tokens a cycle on {trained.num_prompts} held-out prompts"
+    change = (
+        f"{_number(before.acceptance_length)} -> {_number(trained.acceptance_length)} tokens "
+        f"a cycle on {trained.num_prompts} held-out prompts"
+    )
     if record.kept != "trained":
         which = (
             "a copy of the checkpoint's adapter"
@@ -118,12 +121,14 @@ def in_words(output: Path, record: DrafterRecord) -> str:
             else "an untrained adapter, which changes nothing"
         )
         lines = [
-            f"training did NOT help: the trained adapter drafts no better than {name} on the validation prompts ({change})",
+            f"training did NOT help: the trained adapter drafts no better than {name} on the "
+            f"validation prompts ({change})",
             f"wrote {output}: {which}",
         ]
     elif (trained.acceptance_length or 0) <= (before.acceptance_length or 0):
         lines = [
-            f"wrote {output}: the trained adapter, better than {name} on the validation prompts but NOT on those held out ({change})"
+            f"wrote {output}: the trained adapter, better than {name} on the validation "
+            f"prompts but NOT on those held out ({change})"
         ]
     else:
         lines = [f"wrote {output}: the trained adapter, better than {name} ({change})"]
@@ -134,7 +139,8 @@ def in_words(output: Path, record: DrafterRecord) -> str:
     )
     if unlike:
         lines.append(
-            f"{unlike} answers of self-speculation differ from the autoregressive ones: rounding decided between equal tokens"
+            f"{unlike} answers of self-speculation differ from the autoregressive ones: "
+            "rounding decided between equal tokens"
         )
     return "\n".join(lines)
 
@@ -159,8 +165,10 @@ def _show(record: DrafterRecord) -> None:
         else "not quantized"
     )
     console.print(
-        f"{record.source_name}, {scales}, {record.dtype}; block {record.block_length}; {record.training.steps} steps on "
-        f"{record.prompts.num_train} prompts, loss {record.training.first_loss:.3f} -> {record.training.loss:.3f}"
+        f"{record.source_name}, {scales}, {record.dtype}; block {record.block_length}; "
+        f"{record.training.steps} steps on "
+        f"{record.prompts.num_train} prompts, loss {record.training.first_loss:.3f} -> "
+        f"{record.training.loss:.3f}"
     )
     table = Table(
         "prompts",

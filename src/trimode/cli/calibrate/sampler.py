@@ -150,8 +150,10 @@ def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
     )
     what = "like the target" if rule.exact_match is None else "answered right"
     return (
-        f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
-        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; {verdict} than a threshold of "
+        f"block {rule.block_length}, {rule.num_texts} held-out prompts: "
+        f"{rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
+        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; "
+        f"{verdict} than a threshold of "
         f"{rule.threshold:g} on the probability"
     )
 
@@ -165,8 +167,10 @@ def _show(record: SamplerFile) -> None:
         console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
     training = record.training
     console.print(
-        f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target {record.target}; {training.steps} steps on "
-        f"{training.num_states} states of {record.prompts.num_train} prompts; loss on {record.prompts.num_validation} others "
+        f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target "
+        f"{record.target}; {training.steps} steps on "
+        f"{training.num_states} states of {record.prompts.num_train} prompts; loss on "
+        f"{record.prompts.num_validation} others "
         f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
     )
     console.print(_scores_table(record.scores))

@@ -143,7 +143,8 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
     except KeyboardInterrupt:
         if work_folder_of(output).exists():
             sys.stderr.write(
-                f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n"
+                "interrupted; repeat the command with --resume to go on, the work so far is "
+                f"in {work_folder_of(output)}\n"
             )
         raise
     if request.as_json:
@@ -170,6 +171,8 @@ def _in_words(output: Path, calibration: Calibration) -> str:
     rows = ", ".join(f"{count} {role}" for role, count in calibration.data.num_tokens.items())
     worst = min(calibration.layers, key=lambda name: calibration.layers[name].weight_snr_db)
     return (
-        f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of {len(calibration.layers)} layers "
-        f"from {calibration.data.num_samples} prompts ({rows} rows); lowest weight SNR {calibration.layers[worst].weight_snr_db:.1f} dB, {worst}"
+        f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of "
+        f"{len(calibration.layers)} layers "
+        f"from {calibration.data.num_samples} prompts ({rows} rows); lowest weight SNR "
+        f"{calibration.layers[worst].weight_snr_db:.1f} dB, {worst}"
     )

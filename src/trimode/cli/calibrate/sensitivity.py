@@ -132,11 +132,16 @@ def _as_data(output: Path, algorithm: str, found: SensitivityRecord) -> dict[str
 def _in_words(output: Path, found: SensitivityRecord) -> str:
     count = found.data.num_samples
     words = (
-        f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high precision; over {count} questions exact match drops by "
-        f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer quantized"
+        f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high "
+        f"precision; over {count} questions exact match drops by "
+        f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer "
+        "quantized"
     )
     if 0 < found.max_drop < 100 / count:
-        words += f"\nnote: one of {count} questions is {100 / count:.2g} points, so a budget of {found.max_drop:g} allows none to be lost"
+        words += (
+            f"\nnote: one of {count} questions is {100 / count:.2g} points, so a budget of "
+            f"{found.max_drop:g} allows none to be lost"
+        )
     return words
 
 

@@ -10,7 +10,8 @@ import typer
 Mode = Annotated[
     str,
     typer.Option(
-        help="Decoding mode: ar, diffusion, linear-spec, or auto (the faster of ar and linear-spec)."
+        help="Decoding mode: ar, diffusion, linear-spec, or auto (the faster of ar and "
+        "linear-spec)."
     ),
 ]
 PromptText = Annotated[
