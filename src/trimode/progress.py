@@ -15,8 +15,9 @@ class Progress(Protocol):
     """Told what happens, so that the work itself draws nothing."""
 
     def stage(self, name: str, total: int) -> Advance:
-        """A stage begins that will make ``total`` steps (bytes, graphs, hundredths of engines);
-        stages may overlap.
+        """Begin a stage of ``total`` steps; stages may overlap.
+
+        A step is a byte, a graph, or a hundredth of an engine.
         """
         ...
 

@@ -66,8 +66,9 @@ def inspect_bundle(path: Path, *, as_json: bool) -> None:
 
 
 def sharing(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the packs, how many compiled graphs read them, and the bytes that a copy in each of
-    these would take on top.
+    """Count the packs' bytes, their readers, and the bytes that sharing saves.
+
+    Without sharing, each compiled graph would hold a copy.
     """
     pack_bytes = sum(
         manifest.files[name].num_bytes

@@ -1,5 +1,6 @@
-"""``trimode report quantization``: a checkpoint, calibrations and questions in; what each precision
-costs, as tables, JSON and a picture, out.
+"""``trimode report quantization``: measures the cost of each precision.
+
+The results are tables, JSON and a figure.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ class ReportRequest:
 
 
 def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> bool:
-    """Measure, write the folder, print tables or JSON; returns whether self-speculation gave
-    autoregression's tokens throughout.
+    """Measure, write the folder, and print tables or JSON.
+
+    Returns whether self-speculation gave autoregression's tokens throughout.
 
     Errors are raised before anything is written.
     """

@@ -1,5 +1,6 @@
-"""``trimode verify``: a bundle against the checkpoint it came from, graph by graph and token by
-token.
+"""``trimode verify``: compares a bundle with its checkpoint.
+
+Graphs are compared output by output, generations token by token.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What calibration hands to the compiler: ``calibration.json`` and ``scales.safetensors`` in one
-folder.
+"""Reads and writes calibrations for the compiler.
+
+A calibration is a folder with ``calibration.json`` and ``scales.safetensors``.
 
 For each quantized linear layer, named as in the checkpoint without ``.weight``
 (``encoder.layers.0.mlp.gate_proj``), float32 tensors:
@@ -155,8 +156,9 @@ class PromptsRecord(_Record):
 
 
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
-    """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier
-    calibration in ``folder``.
+    """Write both files, all or nothing; fill in ``scales_sha256``.
+
+    Replaces an earlier calibration in ``folder``.
     """
     with staged_replacement(folder, RECORD) as staged:
         data = save(scales)

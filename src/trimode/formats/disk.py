@@ -48,8 +48,9 @@ def what_is_wrong(error: OSError, place: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turn what the system says of files into :class:`BuildError`; ``place`` is what is being
-    written.
+    """Turn file system errors into :class:`BuildError`.
+
+    ``place`` is what is being written.
 
     Raises:
         BuildError: a file cannot be read or written, or the disk is full; it is named.

@@ -1,5 +1,6 @@
-"""``drafter.json``: where an adapter comes from and what it is worth, in the folder beside it. PEFT
-and the build ignore it.
+"""Reads and writes ``drafter.json``: origin and quality of an adapter.
+
+It lies beside the adapter. PEFT and the build ignore it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class _Record(BaseModel):
 
 
 class TrainingRecord(_Record):
-    """What the training did; losses are running means, ``accepted`` the mean slots a window would
-    get accepted.
+    """Holds what the training did.
+
+    Losses are running means. ``accepted`` is the mean number of accepted slots in a window.
     """
 
     steps: int
@@ -55,8 +57,9 @@ class Drafting(BaseModel):
 
 
 class Comparison(_Record):
-    """Self-speculation over the same prompts without an adapter, with the checkpoint's where it has
-    one, and with the trained one.
+    """Compares self-speculation with different adapters over the same prompts.
+
+    They are none, the checkpoint's if it has one, and the trained one.
     """
 
     no_drafter: Drafting

@@ -18,7 +18,9 @@ class _Record(BaseModel):
 
 
 class FidelityRecord(_Record):
-    """Signal-to-noise ratio in decibels (200 where nothing differs) and mean cosine; formulas in
+    """Holds signal-to-noise ratio and mean cosine.
+
+    The ratio is in decibels, 200 where nothing differs. Formulas are in
     :mod:`trimode.calib.evaluate.quantization.fidelity`.
     """
 

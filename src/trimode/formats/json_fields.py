@@ -1,5 +1,6 @@
-"""Reads the JSON files of a checkpoint: objects whose every key is accounted for, fields whose type
-is checked.
+"""Reads the JSON files of a checkpoint.
+
+Every key is accounted for, and the type of each field is checked.
 
 A table has one entry a key. The key is *understood* (other code reads it), *neutral* (it cannot
 change what is computed here), or refused unless it has one value. What no table knows is refused,
@@ -165,8 +166,9 @@ def shown(value: Any) -> str:
 
 
 def named(name: str) -> str:
-    """A name from a file for a message: as it is, or as JSON where a terminal could not show it in
-    one line.
+    """Show a name from a file in a message.
+
+    It is written as JSON if a terminal could not show it in one line.
     """
     return name if name.isprintable() and len(name) <= _MOST_NAME else shown(name)
 

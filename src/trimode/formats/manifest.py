@@ -112,8 +112,9 @@ class ProfileRecord(_Record):
 
 
 class EngineRecord(_Record):
-    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are
-    free (ONNX Runtime).
+    """Holds one compiled graph of a target.
+
+    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
     """
 
     file: FileName

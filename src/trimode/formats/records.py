@@ -1,5 +1,6 @@
-"""Reads records, JSON files of a declared form, whoever wrote them last and whatever became of them
-since.
+"""Reads records: JSON files of a declared form.
+
+Anyone may have changed or damaged them since.
 """
 
 from __future__ import annotations

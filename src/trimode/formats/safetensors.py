@@ -168,8 +168,9 @@ def check_readable(name: str, entry: TensorEntry) -> None:
 
 
 def to_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    """Raw bytes of a ``F32``, ``F16`` or ``BF16`` tensor as float32; each of these values is exact
-    in float32.
+    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor.
+
+    Each of these values is exact in float32.
     """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
@@ -245,8 +246,9 @@ def _are_lengths(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors in the order of their places: each begins where the one before ends, the last ends
-    the file.
+    """Check that tensors follow each other without gaps.
+
+    The first begins at ``start``, and the last ends the file.
     """
     end = start
     for name, entry in sorted(
@@ -299,8 +301,9 @@ def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
 
 
 def read_pack_header(path: Path) -> dict[str, PackEntry]:
-    """Where each tensor of a weight pack lies; raises ValueError, KeyError or TypeError for what is
-    none.
+    """Read the place of each tensor in a weight pack.
+
+    Raises ValueError, KeyError or TypeError if it is no pack.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:

@@ -1,5 +1,6 @@
-"""What the training of a sampler hands to the compiler: ``sampler.json`` and
-``sampler.safetensors`` in one folder.
+"""Reads and writes trained samplers for the compiler.
+
+A sampler is a folder with ``sampler.json`` and ``sampler.safetensors``.
 
 The tensors are those of :class:`trimode.graphs.sampler.network.BlockSampler`, by its names;
 ``token_table`` is float16, the rest float32.
@@ -180,8 +181,9 @@ def load_sampler_record(folder: Path) -> SamplerFile:
 
 
 def check_sampler_source(name: str, trained_sha256: str, sha256: str) -> None:
-    """Raise :class:`CheckpointError` where a sampler was trained for another checkpoint than the
-    one with this digest (without its adapter).
+    """Raise :class:`CheckpointError` for a sampler of another checkpoint.
+
+    The digest is that of the checkpoint without its adapter.
     """
     if trained_sha256 != sha256:
         raise CheckpointError(

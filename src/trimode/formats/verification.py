@@ -1,5 +1,6 @@
-"""The records of ``verification.json``: what was compared with what, by how much it differed, and
-whether that is allowed.
+"""Declares the records of ``verification.json``.
+
+They say what was compared, how much it differed, and whether that is allowed.
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ class CodesRecord(_Judged):
 
 
 class WeightsParity(_Judged):
-    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's
-    scales.
+    """Compares the bundle's quantized weights with the checkpoint's.
+
+    The checkpoint's are quantized by the bundle's scales.
 
     Attributes:
         num_compared: numbers.
@@ -265,8 +267,9 @@ class Verifications(_Record):
 
 
 def read_verifications(bundle: Path) -> Verifications:
-    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of
-    another schema.
+    """Read ``verification.json`` of a bundle.
+
+    Empty if it is missing, damaged, or of another schema.
 
     Raises:
         BundleError: it may not be read.
@@ -288,8 +291,9 @@ def read_verifications(bundle: Path) -> Verifications:
 
 
 def write_verification(verification: Verification, bundle: Path) -> Path:
-    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same
-    target, whole or not at all.
+    """Write a result into ``verification.json`` of a bundle.
+
+    Replaces an earlier one for the same target, whole or not at all.
 
     Raises:
         BundleError: the bundle cannot be written to.

@@ -1,6 +1,4 @@
-"""``trimode calibrate drafter``: prompts through a checkpoint to an adapter, and what to say about
-it.
-"""
+"""``trimode calibrate drafter``: trains a drafter adapter from prompts."""
 
 from __future__ import annotations
 
@@ -81,8 +79,9 @@ def drafter(
 def run_drafter(
     checkpoint_path: Path, output: Path, request: TrainingRequest, settings: DrafterJobSettings
 ) -> None:
-    """Train, with progress on stderr; print the comparison. Errors are raised before anything is
-    written.
+    """Train with progress on stderr, and print the comparison.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.drafter.job import check_output, train_adapter
     from trimode.calib.training.run_state import check_state, state_file

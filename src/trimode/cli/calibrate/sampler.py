@@ -1,6 +1,4 @@
-"""``trimode calibrate sampler``: prompts through a checkpoint to a sampler, and what to say about
-it.
-"""
+"""``trimode calibrate sampler``: trains a sampler from prompts."""
 
 from __future__ import annotations
 
@@ -87,8 +85,9 @@ def sampler(
 def run_sampler(
     checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings
 ) -> None:
-    """Train, with progress on stderr; print the comparison. Errors are raised before anything is
-    written.
+    """Train with progress on stderr, and print the comparison.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.sampler.job import check_output, train_sampler
     from trimode.calib.training.run_state import check_state, state_file
@@ -120,8 +119,9 @@ def run_sampler(
 
 
 def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecord]]:
-    """For each block length the held-out texts under the usual confidence threshold and under the
-    sampler's own.
+    """Pair the usual confidence threshold with the sampler's own, by block length.
+
+    Both are measured over the held-out texts.
     """
     from trimode.calib.sampler.measure import USUAL_CONFIDENCE
 

@@ -91,8 +91,9 @@ class CalibrateRequest:
 
 
 def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
-    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. ``output``
-    is written whole or not at all.
+    """Calibrate with progress on stderr; report there or as JSON on stdout.
+
+    ``output`` is written whole or not at all.
     """
     from trimode.calib.scales.job import calibrate, check_output
     from trimode.calib.scales.settings import QuantizeSettings

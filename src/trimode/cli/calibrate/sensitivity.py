@@ -1,6 +1,4 @@
-"""``trimode calibrate sensitivity``: a calibration and a budget in; a calibration that leaves the
-worst layers in high precision out.
-"""
+"""``trimode calibrate sensitivity``: keeps the worst layers in high precision."""
 
 from __future__ import annotations
 
@@ -81,8 +79,9 @@ class SensitivityRequest:
 
 
 def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityRequest) -> None:
-    """Search, write the calibration, say what was kept. Errors are raised before anything is
-    written.
+    """Search, write the calibration, and name the kept layers.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.evaluate.quantization.candidate import read_candidate
     from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
