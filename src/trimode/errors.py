@@ -18,11 +18,11 @@ from typing import NoReturn
 
 
 class TrimodeError(Exception):
-    """Base of all errors raised on purpose.
+    """Carries the message and the hint of an error raised on purpose.
 
     Attributes:
-        message: what was expected and what was found, in one line.
-        hint: what to do next, in one line; may be empty.
+        message: Expected and found values, in one line.
+        hint: Next step for the user, in one line; may be empty.
     """
 
     exit_code = 1

@@ -67,7 +67,7 @@ class DataRecord(_Record):
     """The texts that were run.
 
     Attributes:
-        sha256: of the data file.
+        sha256: Digest of the data file.
         num_tokens: rows that the layers saw, by mode.
     """
 
@@ -85,7 +85,7 @@ class LayerRecord(_Record):
 
 
 class SensitivityRecord(_Record):
-    """What a sensitivity search decided, and on which measurements.
+    """Holds the decisions of a sensitivity search, and its measurements.
 
     Attributes:
         kept: layers without scales, the most sensitive first.
@@ -95,10 +95,10 @@ class SensitivityRecord(_Record):
         drops: points that it loses with ``kept`` in high precision, by mode; negative where it
         gains.
         drops_if_none_kept: the same with every layer quantized.
-        data: of the prompts that were answered; ``num_tokens`` counts the rows that ranked the
+        data: Prompts that were answered; ``num_tokens`` counts the rows that ranked the
         layers.
-        max_new_tokens: of each answer.
-        scales_sha256: of the scales that the search began with.
+        max_new_tokens: Most tokens of each answer.
+        scales_sha256: Digest of the scales that the search began with.
     """
 
     kept: tuple[str, ...]
@@ -120,8 +120,8 @@ class Calibration(_Record):
         block_size: inputs that share a scale; None where blocks are not used.
         source_sha256: digest of the checkpoint without its adapter,
         :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
-        scales_sha256: of ``scales.safetensors``.
-        sensitivity: of the search that left layers out; None = there was none.
+        scales_sha256: Digest of ``scales.safetensors``.
+        sensitivity: Record of the search that left layers out, if any.
     """
 
     schema_version: int
@@ -211,7 +211,7 @@ def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
     """Raise :class:`CheckpointError` where a calibration is of another checkpoint.
 
     Args:
-        name: of the calibration, for the message.
+        name: Name of the calibration, for the message.
         calibrated_sha256: digest of the checkpoint that was calibrated; None = any will do.
         sha256: digest of the checkpoint at hand.
     """

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 Role = Literal["ar", "draft", "verify", "quadratic"]
 ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
-"""What every bundle has."""
+"""Graphs that every bundle has."""
 
 TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler

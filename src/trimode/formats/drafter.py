@@ -74,7 +74,7 @@ class DrafterRecord(_Record):
         source_sha256: digest of the checkpoint without its adapter.
         checkpoint_sha256: the same with it.
         calibration: None = the weights were not quantized.
-        dtype: what weights, scales and the adapter are rounded to.
+        dtype: Data type of weights, scales and the adapter.
         settings: as given.
         prompts: counted are those whose answers were long enough to be used.
         held_out: on prompts that nothing was decided by.
@@ -82,7 +82,7 @@ class DrafterRecord(_Record):
         kept: the adapter in this folder: the trained one if it drafts better than the one before,
             else that one: the checkpoint's, or where it has none an untrained one, which changes
             nothing.
-        adapter_sha256: of ``adapter_model.safetensors``.
+        adapter_sha256: Digest of ``adapter_model.safetensors``.
     """
 
     schema_version: int

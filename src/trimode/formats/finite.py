@@ -72,8 +72,8 @@ class FiniteCheck:
     """Checks a tensor's bytes as they pass by.
 
     Args:
-        name: of the tensor, for the message.
-        shape: of the tensor.
+        name: Name of the tensor, for the message.
+        shape: Shape of the tensor.
         dtype: ``F32``, ``F16`` or ``BF16``.
     """
 

@@ -101,7 +101,7 @@ def find_place(output: Path) -> Place:
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What lies in a folder, but for what belongs to a run or to the file system."""
+    """List a folder, without entries of a run or the file system."""
     return [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
 
 

@@ -40,7 +40,7 @@ class ShapeRecord(_Record):
 
 
 class TrainingRecord(_Record):
-    """What the training did.
+    """Holds the figures of the training.
 
     Attributes:
         num_states: that it was trained on.
@@ -65,8 +65,8 @@ class ScoresRecord(_Record):
     """How good scores are, over the masked slots of states of held-out texts.
 
     Attributes:
-        block_length: of the states.
-        share_right: of the slots whose best candidate is the target.
+        block_length: Block length of the states.
+        share_right: Share of the slots whose best candidate is the target.
         auc: probability that a right slot has a higher score than a wrong one; None where all slots
         are the one or the other.
         loss: binary cross-entropy, nats a slot.
@@ -114,16 +114,16 @@ class SamplerFile(_Record):
     Attributes:
         source_sha256: digest of the checkpoint without its adapter,
         :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
-        calibration: what its weights were quantized with; None = they were not.
-        dtype: what its weights were rounded to.
+        calibration: Calibration of the quantized weights; None without.
+        dtype: Data type that its weights were rounded to.
         target: whose tokens are right: those of denoising one slot a forward, the most probable or
         the leftmost one, or the model's own.
         threshold: score from which a slot is filled, where nobody says otherwise; decided on the
         validation prompts.
-        held_out, validation: how texts come out under thresholds on the probability and on the
+        held_out, validation: Quality of texts under thresholds on the probability and on the
         score.
-        scores: of the states of held-out texts.
-        sampler_sha256: of ``sampler.safetensors``.
+        scores: Quality of scores on states of held-out texts.
+        sampler_sha256: Digest of ``sampler.safetensors``.
     """
 
     schema_version: int

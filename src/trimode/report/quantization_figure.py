@@ -39,7 +39,7 @@ def draw(report: Report, path: Path) -> None:
     """Draw local and accumulated errors by role, divergence, and what comes out at the end.
 
     Args:
-        report: what was measured.
+        report: Measurements to draw.
         path: PNG file to write.
 
     Raises:

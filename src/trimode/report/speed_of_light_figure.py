@@ -16,7 +16,7 @@ def draw(report: LightReport, path: Path) -> None:
     For diffusion they are drawn against the share of texts equal to the serial one.
 
     Args:
-        report: what was measured.
+        report: Measurements to draw.
         path: PNG file to write.
 
     Raises:
