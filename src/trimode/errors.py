@@ -1,7 +1,7 @@
 """Every error that trimode raises on purpose.
 
 TrimodeError
-├── UsageError            a value the caller passed is out of range             (command line: exit 2)
+├── UsageError            a value the caller passed is out of range (command line: exit 2)
 ├── CheckpointError       a Hugging Face checkpoint is incomplete or not of this family
 ├── BuildError            a bundle could not be built or written
 ├── BundleError           a bundle is missing, damaged or of an unknown schema
@@ -18,11 +18,11 @@ from typing import NoReturn
 
 
 class TrimodeError(Exception):
-    """Base of all errors raised on purpose.
+    """Carries the message and the hint of an error raised on purpose.
 
     Attributes:
-        message: what was expected and what was found, in one line.
-        hint: what to do next, in one line; may be empty.
+        message: Expected and found values, in one line.
+        hint: Next step for the user, in one line; may be empty.
     """
 
     exit_code = 1

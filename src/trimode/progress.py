@@ -1,4 +1,4 @@
-"""How long work tells what it does."""
+"""Declares how long work reports its progress."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from collections.abc import Callable
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Told how many more steps a stage has made; may be called from another thread than the one that
-began it.
-"""
+"""Takes the number of further steps of a stage; callable from any thread."""
 
 
 class Progress(Protocol):
-    """Told what happens, so that the work itself draws nothing."""
+    """Receives the progress of work, which draws nothing itself."""
 
     def stage(self, name: str, total: int) -> Advance:
-        """A stage begins that will make ``total`` steps (bytes, graphs, hundredths of engines);
-        stages may overlap.
+        """Begin a stage of ``total`` steps; stages may overlap.
+
+        A step is a byte, a graph, or a hundredth of an engine.
         """
         ...
 
 
 class Silent:
-    """A :class:`Progress` that shows nothing."""
+    """Ignores all progress."""
 
     def stage(self, name: str, total: int) -> Advance:  # noqa: ARG002
-        """See :class:`Progress`."""
         return lambda _: None

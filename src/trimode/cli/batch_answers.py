@@ -80,8 +80,9 @@ def _as_they_come(
 def _step(
     batch: Batch, texts: dict[BatchRow, _Text]
 ) -> Iterator[tuple[int, BatchAnswer | UsageError]]:
-    """Go on by one step; a row that fails in it is at work no more, and what the others committed
-    comes with the next step.
+    """Go on by one step.
+
+    A row that fails leaves the batch. What the others commit comes with the next step.
     """
     chunks, failure = _next_chunks(batch)
     for row, chunk in chunks:

@@ -1,5 +1,4 @@
-"""The outermost frame of the command line: whatever goes wrong inside ends in one line, a hint and
-an exit code.
+"""Ends every command with one line, a hint and an exit code.
 
 Nothing that a command does or meets may end in a traceback. ``TRIMODE_TRACEBACK=1`` shows it all
 the same.
@@ -107,8 +106,9 @@ def _flushed(code: int) -> int:
 
 
 def _discard_stdout() -> None:
-    """Let Python, when it ends, write the rest to nowhere: a second failure would be a
-    traceback.
+    """Send the rest of stdout nowhere when Python ends.
+
+    A second failure would be a traceback.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -116,8 +116,9 @@ def _discard_stdout() -> None:
 
 
 def _prepare_streams() -> None:
-    """Make the standard streams take any text, and keep files off their numbers where they are
-    closed.
+    """Make the standard streams take any text.
+
+    Where they are closed, files are kept off their numbers.
     """
     for number in range(3):
         try:

@@ -12,21 +12,20 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
-from trimode.cli.options import Json
+from trimode.cli.options.shared import Json
 from trimode.cli.parse import need
 from trimode.errors import UsageError
 
 
 def cache(
+    *,
     clear: Annotated[
         bool,
-        typer.Option("--clear", help="Delete every entry that nobody is making; timings stay."),
+        typer.Option("--clear", help="Delete all entries but timings and those being made."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show, or clear, the cache: traced graphs and engines, weights arranged for this processor,
-    timings.
-    """
+    """Show or clear the cache of graphs, engines, arranged weights and timings."""
     need("the compiler", "compile", "filelock")
 
     show_cache(clear=clear, as_json=as_json)
@@ -67,8 +66,9 @@ def show_cache(*, clear: bool, as_json: bool) -> None:
 
 
 def _look(*, clear: bool) -> tuple[Path, int, dict[str, tuple[int, int]]]:
-    """The folder, how many entries were deleted, and number and bytes of those that are there, by
-    kind.
+    """Return the folder, the number of deleted entries, and usage by kind.
+
+    The usage of a kind is its number of entries and their bytes.
     """
     from trimode.compiler.store.cache import ContentCache
     from trimode.formats.texts import reason_of
@@ -97,8 +97,9 @@ def _look(*, clear: bool) -> tuple[Path, int, dict[str, tuple[int, int]]]:
 
 
 def _clear(folder: Path) -> int:
-    """Delete all but timings, which take minutes of a quiet machine and hardly a byte; returns how
-    many entries.
+    """Delete all but timings; return the number of entries.
+
+    Timings take minutes of a quiet machine and hardly a byte.
     """
     from trimode.compiler.store.cache import ContentCache
 

@@ -40,7 +40,6 @@ class RichProgress:
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> Advance:
-        """See :class:`~trimode.progress.Progress`."""
         if self._plain:
             sys.stderr.write(f"{name} ...\n")
         return partial(self._bars.advance, self._bars.add_task(name, total=total))

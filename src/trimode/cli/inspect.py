@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimode.cli.options import BundlePath, Json
+from trimode.cli.options.shared import BundlePath, Json
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 def inspect(
     bundle: BundlePath,
+    *,
     plans: Annotated[
         bool,
         typer.Option(
-            "--plans", help="Show what a forward of each TensorRT-RTX engine moves on the GPU."
+            "--plans", help="Show the memory traffic of a forward, for each TensorRT-RTX engine."
         ),
     ] = False,
     target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --plans: engines of this target alone.")
+        str | None,
+        typer.Option(metavar="NAME", help="Target whose engines --plans shows; default: all."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -64,8 +66,9 @@ def inspect_bundle(path: Path, *, as_json: bool) -> None:
 
 
 def sharing(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the packs, how many compiled graphs read them, and the bytes that a copy in each of
-    these would take on top.
+    """Count the packs' bytes, their readers, and the bytes that sharing saves.
+
+    Without sharing, each compiled graph would hold a copy.
     """
     pack_bytes = sum(
         manifest.files[name].num_bytes
@@ -114,15 +117,30 @@ def _model(manifest: Manifest) -> Iterator[str]:
         manifest.source.num_parameters / 1e6,
         f"{model.num_attention_heads}/{model.num_key_value_heads} of {model.head_dim}",
     )
-    yield f"model      {manifest.source.name}, {size:.1f} M parameters, {', '.join(manifest.precisions)}"
+    yield (
+        f"model      {manifest.source.name}, {size:.1f} M parameters, "
+        f"{', '.join(manifest.precisions)}"
+    )
     yield f"layers     {model.num_hidden_layers}, hidden {model.hidden_size}, heads {heads}"
-    yield f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end {', '.join(map(str, model.eos_token_ids))}"
-    yield f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most {model.max_block_length})"
+    yield (
+        f"tokens     vocabulary {model.vocab_size}, mask {model.mask_token_id}, end "
+        f"{', '.join(map(str, model.eos_token_ids))}"
+    )
+    yield (
+        f"lengths    prompt and answer {model.max_length}, block {model.block_size} (at most "
+        f"{model.max_block_length})"
+    )
     yield f"drafter    {'adapter on o_proj' if model.has_drafter else 'none'}"
     if manifest.sampler is not None:
         sampler, lengths = manifest.sampler, ", ".join(map(str, manifest.sampler.block_lengths))
-        weight = f"{sampler.num_parameters / 1e6:.2f} M parameters, {manifest.files[sampler.file].num_bytes / 1e6:.1f} MB"
-        yield f"sampler    {sampler.name}, {weight}, trained on blocks of {lengths}, fills from a score of {sampler.threshold:g}"
+        weight = (
+            f"{sampler.num_parameters / 1e6:.2f} M parameters, "
+            f"{manifest.files[sampler.file].num_bytes / 1e6:.1f} MB"
+        )
+        yield (
+            f"sampler    {sampler.name}, {weight}, trained on blocks of {lengths}, fills from "
+            f"a score of {sampler.threshold:g}"
+        )
 
 
 def _calibration(record: CalibrationRecord) -> str:
@@ -171,7 +189,10 @@ def _targets(precision: PrecisionRecord) -> Iterator[str]:
             if record.compute_capability
             else record.device
         )
-        yield f"  {name:<12} {record.library}, {where}, computes in {record.compute_dtype}, weights {record.placement}"
+        yield (
+            f"  {name:<12} {record.library}, {where}, computes in {record.compute_dtype}, "
+            f"weights {record.placement}"
+        )
         if record.capacity is not None:
             yield f"               K/V cache of {record.capacity} slots"
             yield from (
@@ -188,7 +209,8 @@ def _sharing(manifest: Manifest) -> Iterator[str]:
     )
     packs = "one pack" if count == 1 else f"{count} packs"
     yield (
-        f"weights        {packs} of {facts['pack_bytes'] / 1e6:.1f} MB serve{'s' if count == 1 else ''} {facts['graphs']} compiled graphs: "
+        f"weights        {packs} of {facts['pack_bytes'] / 1e6:.1f} MB "
+        f"serve{'s' if count == 1 else ''} {facts['graphs']} compiled graphs: "
         f"{facts['bytes_saved'] / 1e6:.1f} MB less than a copy in each"
     )
 

@@ -1,4 +1,6 @@
-"""The command line. Heavy imports happen inside the commands: ``trimode --help`` must feel instant.
+"""The command line.
+
+Heavy imports happen inside the commands, so that ``trimode --help`` feels instant.
 
 Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
 130 interrupted.
@@ -29,7 +31,8 @@ from trimode.cli.verify import verify
 
 app = typer.Typer(
     name="trimode",
-    help="Compile a tri-mode language model once; decode autoregressively, by block diffusion or by self-speculation.",
+    help="Compile a tri-mode language model once; decode autoregressively, by block diffusion "
+    "or by self-speculation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,8 +40,9 @@ app = typer.Typer(
 
 
 class _Jobs(TyperGroup):
-    """Commands of which one may go unnamed: ``trimode calibrate CHECKPOINT`` is ``trimode calibrate
-    scales CHECKPOINT``.
+    """Runs the job ``scales`` where none is named.
+
+    ``trimode calibrate CHECKPOINT`` is ``trimode calibrate scales CHECKPOINT``.
     """
 
     unnamed = "scales"
@@ -52,15 +56,15 @@ class _Jobs(TyperGroup):
 calibrate = typer.Typer(
     cls=_Jobs,
     no_args_is_help=True,
-    help="Find what a build needs from data; without the name of a job: scales.",
+    help="Compute from data what a build needs; scales unless another job is named.",
 )
 app.add_typer(calibrate, name="calibrate")
-report = typer.Typer(no_args_is_help=True, help="Measure what a choice costs.")
+report = typer.Typer(no_args_is_help=True, help="Measure the cost of quantization.")
 app.add_typer(report, name="report")
 
 
 def main() -> None:
-    """Entry point: whatever goes wrong ends in one line and a hint."""
+    """Run the command line; a failure ends in one line and a hint."""
     run_guarded(app)
 
 

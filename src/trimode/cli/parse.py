@@ -1,9 +1,9 @@
-"""Reads the values of options that are lists or names, and says which library a command lacks."""
+"""Parses option values, and says which library a command lacks."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from trimode.errors import DependencyError, UsageError
 
@@ -12,8 +12,12 @@ if TYPE_CHECKING:
 
 
 def need(what: str, extra: str, *modules: str) -> None:
-    """Raise :class:`DependencyError` where a library is missing that ``what`` needs; ``extra``
-    brings it.
+    """Raise :class:`DependencyError` if a library is missing.
+
+    Args:
+        what: Thing that needs the libraries, for the message.
+        extra: Extra of the package that installs them.
+        modules: Names of the modules.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -23,13 +27,18 @@ def need(what: str, extra: str, *modules: str) -> None:
         )
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """Return the options that were given: those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def parse_optional_ints(text: str | None) -> tuple[int, ...] | None:
-    """As :func:`parse_ints`; None stays None."""
+    """Parse as :func:`parse_ints`; None stays None."""
     return None if text is None else tuple(parse_ints(text))
 
 
 def parse_ints(text: str) -> list[int]:
-    """``"1,2,3"`` -> ``[1, 2, 3]``."""
+    """Parse ``"1,2,3"`` into ``[1, 2, 3]``."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
@@ -39,7 +48,7 @@ def parse_ints(text: str) -> list[int]:
 
 
 def parse_modes(text: str) -> tuple[Mode, ...]:
-    """``ar,linear-spec`` -> modes; unknown ones are left for :meth:`QualitySettings.check`."""
+    """Parse ``ar,linear-spec``; :meth:`QualitySettings.check` refuses unknown modes."""
     return cast(
         "tuple[Mode, ...]",
         tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip()),
@@ -47,8 +56,10 @@ def parse_modes(text: str) -> tuple[Mode, ...]:
 
 
 def parse_mode(text: str) -> Mode:
-    """``linear-spec`` -> ``linear_spec``; raises :class:`UsageError` for anything that is no
-    mode.
+    """Parse ``linear-spec`` into ``linear_spec``.
+
+    Raises:
+        UsageError: the text names no mode.
     """
     from trimode.runtime.decode.algorithms import MODES
 

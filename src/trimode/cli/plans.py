@@ -35,7 +35,8 @@ _COLUMNS = (
     "ms",
 )
 _NOTE = (
-    "Computed from the plans, not measured. MB that one forward of one sequence moves; keys and values over the whole capacity; "
+    "Computed from the plans, not measured. MB that one forward of one sequence moves; keys "
+    "and values over the whole capacity; "
     "ms is bytes by the GPU's bandwidth; the floor is weights, keys and values once each."
 )
 
@@ -73,7 +74,8 @@ def _check_target(path: Path, manifest: Manifest, target: str | None) -> None:
         )
     if not able:
         raise UsageError(
-            f"{path}: expected engines of TensorRT-RTX, which hold their plans, found {', '.join(records) or 'no target'}",
+            f"{path}: expected engines of TensorRT-RTX, which hold their plans, found "
+            f"{', '.join(records) or 'no target'}",
             "build such a target (see `trimode targets`)",
         )
 
@@ -108,11 +110,16 @@ def _cells(engine: EnginePlan, record: PlanRecord) -> tuple[str, ...]:
 def _notes(plans: list[EnginePlan]) -> Iterator[str]:
     for engine in plans:
         if isinstance(engine.plan, UnreadPlan):
-            yield f"{engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
+            yield (
+                f"{engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
+            )
             continue
         for record in engine.plan:
             for cause, size in causes_of(record).items():
                 kernels = dict.fromkeys(
                     copy.kernel for copy in record.copies if copy.cause == cause
                 )
-                yield f"{engine.name}, {record.rows} rows: {cause}, {size / 1e6:.1f} MB, by {', '.join(kernels)}"
+                yield (
+                    f"{engine.name}, {record.rows} rows: {cause}, {size / 1e6:.1f} MB, by "
+                    f"{', '.join(kernels)}"
+                )

@@ -1,19 +1,25 @@
-"""Checks of the options that say how prompts reach the model: ``--raw``, ``--system``,
-``--enable-thinking``.
-"""
+"""Options for the form of prompts: ``--raw``, ``--system`` and ``--enable-thinking``."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from trimode.errors import UsageError
-from trimode.runtime.text.prompts import PromptStyle
+
+if TYPE_CHECKING:
+    from trimode.runtime.text.prompts import PromptStyle
+
+
+class Questions(NamedTuple):
+    """Names a file of prompts and the form in which they reach the model."""
+
+    file: Path | None
+    style: PromptStyle
 
 
 def check_prompt_options(prompts_file: Path | None, style: PromptStyle) -> None:
-    """Raise :class:`UsageError` where the options contradict each other, or no file is given that
-    they are about.
-    """
+    """Raise :class:`UsageError` if the options contradict each other or lack a file."""
     style.check()
     if style.options and prompts_file is None:
         name = style.options[0]
@@ -21,3 +27,10 @@ def check_prompt_options(prompts_file: Path | None, style: PromptStyle) -> None:
             f"expected {name} together with --prompts-file, found it alone",
             f"leave {name} out, or add --prompts-file",
         )
+
+
+def prompt_style(raw: bool, system: str | None, enable_thinking: bool | None) -> PromptStyle:
+    """Return the style that the options describe."""
+    from trimode.runtime.text.prompts import PromptStyle
+
+    return PromptStyle(is_raw=raw, system=system, enable_thinking=enable_thinking)

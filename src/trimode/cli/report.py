@@ -1,5 +1,6 @@
-"""``trimode report quantization``: a checkpoint, calibrations and questions in; what each precision
-costs, as tables, JSON and a picture, out.
+"""``trimode report quantization``: measures the cost of each precision.
+
+The results are tables, JSON and a figure.
 """
 
 from __future__ import annotations
@@ -8,12 +9,23 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from trimode.cli.options import CheckpointPath, Device, Json, Raw, System, Thinking, usual_style
+from trimode.cli.options import calibrate as options
+from trimode.cli.options.shared import (
+    CheckpointPath,
+    Device,
+    Json,
+    NoFigure,
+    Raw,
+    System,
+    Thinking,
+    usual_style,
+)
 from trimode.cli.parse import need, parse_modes
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,65 +39,36 @@ _WORST = 3
 
 def quantization(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="REPORT", help="Folder to write, or a report to replace."
-        ),
-    ],
-    calibration: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FOLDER",
-            help="Scales to measure, repeatable; rtn-int8, rtn-int4 and rtn-nvfp4 round to nearest.",
-        ),
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.",
-        ),
-    ],
-    samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
-    ] = None,
-    modes: Annotated[
-        str, typer.Option(metavar="MODE,...", help="To answer in: ar, diffusion, linear-spec.")
-    ] = "ar,diffusion,linear-spec",
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
-    ] = 128,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    *,
+    output: options.ReportOutput,
+    calibration: options.Calibrations,
+    data: options.Questions,
+    samples: options.Samples = None,
+    modes: options.AnswerModes = "ar,diffusion,linear-spec",
+    max_new_tokens: options.DecodedTokens = 128,
+    seed: options.SamplingSeed = 0,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    no_figure: Annotated[
-        bool, typer.Option("--no-figure", help="Leave out the picture, which takes matplotlib.")
-    ] = False,
+    no_figure: NoFigure = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantization costs in each mode; exit code 1 if self-speculation does not give
-    autoregression's tokens.
-    """
+    """Measure what quantization costs; exit code 1 if self-speculation differs from AR."""
     need("the report", "compile", "torch", "safetensors", "ml_dtypes")
     if not no_figure:
         need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
-    from trimode.runtime.text.prompts import PromptStyle
-
     request = ReportRequest(
-        tuple(calibration),
-        data,
-        samples,
-        modes,
-        max_new_tokens,
-        seed,
-        device,
-        not no_figure,
-        as_json,
-        PromptStyle(raw, system, enable_thinking),
+        calibrations=tuple(calibration),
+        data=data,
+        num_samples=samples,
+        modes=modes,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=device,
+        draws=not no_figure,
+        as_json=as_json,
+        style=prompt_style(raw, system, enable_thinking),
     )
     if not run_report(checkpoint, output, request):
         raise typer.Exit(1)
@@ -93,7 +76,7 @@ def quantization(
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """The command line's options, in its order."""
+    """Holds what a user asks of ``trimode report quantization``."""
 
     calibrations: tuple[str, ...]
     data: Path
@@ -108,8 +91,9 @@ class ReportRequest:
 
 
 def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> bool:
-    """Measure, write the folder, print tables or JSON; returns whether self-speculation gave
-    autoregression's tokens throughout.
+    """Measure, write the folder, and print tables or JSON.
+
+    Returns whether self-speculation gave autoregression's tokens throughout.
 
     Errors are raised before anything is written.
     """
@@ -157,7 +141,8 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     sys.stderr.write(f"wrote {output}\n")
     if not report.passed:
         sys.stderr.write(
-            "FAILED: self-speculation does not give the tokens of autoregression everywhere; see `partings` in the report\n"
+            "FAILED: self-speculation does not give the tokens of autoregression everywhere; "
+            "see `partings` in the report\n"
         )
     return report.passed
 
@@ -169,7 +154,8 @@ def _show(report: Report) -> None:
     if not console.is_terminal:
         console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
     console.print(
-        f"{report.source_name}: {report.data.num_questions} questions, {report.data.num_answers} with known answers; "
+        f"{report.source_name}: {report.data.num_questions} questions, "
+        f"{report.data.num_answers} with known answers; "
         f"dense in {report.compute_type} {report.dense_bytes / 1e6:.1f} MB"
     )
     console.print(_size_table(report))
@@ -236,7 +222,8 @@ def _decoding_table(report: Report) -> Table:
 
 def _layer_table(report: Report) -> Table:
     table = _table(
-        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} worst layers alone"
+        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} "
+        "worst layers alone"
     )
     for heading in ("", "role"):
         table.add_column(heading)

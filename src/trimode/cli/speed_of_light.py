@@ -1,12 +1,12 @@
-"""``trimode bench --speed-of-light``: the fewest forwards that reproduce the serial text, and what
-the modes take.
-"""
+"""``trimode bench --speed-of-light``: fewest forwards possible, and forwards of each mode."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,82 +19,61 @@ from trimode.calib.evaluate.speed_of_light.measure import (
 )
 from trimode.cli.console import RichProgress
 from trimode.cli.output import command_line, print_json
+from trimode.cli.prompt_options import Questions
 from trimode.errors import UsageError
 from trimode.formats.files import check_apart, check_replaceable, sha256_of, staged_replacement
 from trimode.formats.speed_of_light import REPORT, LightReport, WayRecord
 from trimode.report.quantization_figure import load_matplotlib
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.text.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
+from trimode.runtime.text.prompts import encode_prompts, read_prompts_file
 
 PICTURE = "speed_of_light.png"
 
 
 @dataclass(frozen=True)
 class LightRequest:
-    """The options of the command, as given."""
+    """Holds what a user asks of ``trimode bench --speed-of-light``.
 
-    precision: str | None
-    target: str | None
-    prompts_file: Path | None
-    block_length: int | None
-    thresholds: str | None
-    max_new_tokens: int | None
-    threads: int | None
-    runtime_cache: Path | None
+    Attributes:
+        model: Keywords for :meth:`trimode.runtime.model.TriModeModel.from_pretrained`.
+        settings: Blocks and thresholds to try.
+        questions: Prompts to answer; a file is required.
+        output: Folder to write, if any.
+        draws: Whether a figure is written too.
+        as_json: Whether the report is printed as JSON.
+    """
+
+    model: Mapping[str, Any]
+    settings: LightSettings
+    questions: Questions
     output: Path | None
     draws: bool
     as_json: bool
-    style: PromptStyle = USUAL_STYLE
+
+
+def light_settings(
+    *, block_length: int | None, thresholds: str | None, max_new_tokens: int | None
+) -> LightSettings:
+    """Parse the options of the measurement; the values are checked with the model later."""
+    return LightSettings(
+        block_length=block_length,
+        thresholds=parse_probabilities(thresholds),
+        max_new_tokens=max_new_tokens or LightSettings.max_new_tokens,
+    )
 
 
 def run_light(bundle: Path, request: LightRequest) -> None:
-    """Measure, write the folder if one was named, print a table or JSON. Errors are raised before
-    anything is written.
+    """Measure, write the folder if one was named, and print a table or JSON.
+
+    Errors are raised before anything is written.
     """
-    if request.prompts_file is None:
-        raise UsageError(
-            "expected --prompts-file together with --speed-of-light, found none",
-            "name a file of prompts, one JSON object a line",
-        )
-    if request.output is not None:
-        check_replaceable(request.output, REPORT, "a report")
-        check_apart(request.output, None, request.prompts_file)
-        if request.draws:
-            load_matplotlib()  # it takes minutes to need it, and no time to miss it
-    settings = LightSettings(
-        request.block_length,
-        parse_probabilities(request.thresholds),
-        request.max_new_tokens or LightSettings.max_new_tokens,
-    )
-    request.style.check()
-    questions = read_prompts_file(request.prompts_file, request.style)
-    with TriModeModel.from_pretrained(
-        bundle,
-        precision=request.precision,
-        target=request.target,
-        num_threads=request.threads,
-        runtime_cache=request.runtime_cache,
-    ) as model:
+    prompts_file = _checked_prompts(request)
+    request.questions.style.check()
+    questions = read_prompts_file(prompts_file, request.questions.style)
+    with TriModeModel.from_pretrained(bundle, **request.model) as model:
         # A prompt that the model does not take shows before minutes of measuring.
-        prompts = encode_prompts(request.prompts_file, questions, lambda: model.codec, model.model)
-        with RichProgress() as progress:
-            ways = measure_light(
-                model, prompts, settings, progress.stage("answer prompts", len(prompts))
-            )
-        source = model.bundle.manifest.source
-        report = LightReport(
-            trimode_version=trimode.__version__,
-            command=command_line(),
-            source_name=source.name,
-            source_sha256=source.sha256,
-            precision=model.bundle.precision,
-            runs_on=model.target,
-            prompts_sha256=sha256_of(request.prompts_file),
-            num_prompts=len(prompts),
-            block_length=settings.block_length or model.model.block_size,
-            max_new_tokens=settings.max_new_tokens,
-            ways=ways,
-        )
+        prompts = encode_prompts(prompts_file, questions, lambda: model.codec, model.model)
+        report = _measure(model, prompts, sha256_of(prompts_file), request.settings)
     if request.output is not None:
         _save(report, request.output, draws=request.draws)
         sys.stderr.write(f"wrote {request.output}\n")
@@ -104,9 +83,47 @@ def run_light(bundle: Path, request: LightRequest) -> None:
         _show(report)
 
 
+def _checked_prompts(request: LightRequest) -> Path:
+    """Return the file of prompts, once it and the output are fit for use."""
+    if request.questions.file is None:
+        raise UsageError(
+            "expected --prompts-file together with --speed-of-light, found none",
+            "name a file of prompts, one JSON object a line",
+        )
+    if request.output is not None:
+        check_replaceable(request.output, REPORT, "a report")
+        check_apart(request.output, None, request.questions.file)
+        if request.draws:
+            load_matplotlib()  # it takes minutes to need it, and no time to miss it
+    return request.questions.file
+
+
+def _measure(
+    model: TriModeModel, prompts: list[list[int]], sha256: str, settings: LightSettings
+) -> LightReport:
+    with RichProgress() as progress:
+        advance = progress.stage("answer prompts", len(prompts))
+        ways = measure_light(model, prompts, settings, advance)
+    source = model.bundle.manifest.source
+    return LightReport(
+        trimode_version=trimode.__version__,
+        command=command_line(),
+        source_name=source.name,
+        source_sha256=source.sha256,
+        precision=model.bundle.precision,
+        runs_on=model.target,
+        prompts_sha256=sha256,
+        num_prompts=len(prompts),
+        block_length=settings.block_length or model.model.block_size,
+        max_new_tokens=settings.max_new_tokens,
+        ways=ways,
+    )
+
+
 def parse_probabilities(text: str | None) -> tuple[float, ...]:
-    """``"0.5,0.9"`` -> ``(0.5, 0.9)``; the usual thresholds for None. Whether they are
-    probabilities is checked with the other options.
+    """Parse ``"0.5,0.9"`` into ``(0.5, 0.9)``; None means the usual thresholds.
+
+    The settings check later that they are probabilities.
     """
     if text is None:
         return DEFAULT_THRESHOLDS
@@ -132,7 +149,8 @@ def _show(report: LightReport) -> None:
     if not console.is_terminal:
         console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
     console.print(
-        f"{report.source_name} in {report.precision} on {report.runs_on}: {report.num_prompts} prompts, block length "
+        f"{report.source_name} in {report.precision} on {report.runs_on}: "
+        f"{report.num_prompts} prompts, block length "
         f"{report.block_length}, at most {report.max_new_tokens} new tokens"
     )
     table = Table(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from trimode.cli.options import Json
+from trimode.cli.options.shared import Json
 
 if TYPE_CHECKING:
     from trimode.compiler.targets import Target
 
 
-def targets(as_json: Json = False) -> None:
-    """List where bundles can run, and what this machine can compile for and run now."""
+def targets(*, as_json: Json = False) -> None:
+    """List the targets, and those that this machine can build and run."""
     list_targets(as_json=as_json)
 
 

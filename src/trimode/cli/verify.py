@@ -1,5 +1,6 @@
-"""``trimode verify``: a bundle against the checkpoint it came from, graph by graph and token by
-token.
+"""``trimode verify``: compares a bundle with its checkpoint.
+
+Graphs are compared output by output, generations token by token.
 """
 
 from __future__ import annotations
@@ -7,12 +8,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from trimode.cli.options import BundlePath, Json, Raw, RunPrecision, System, Thinking
+from trimode.cli.options import verify as options
+from trimode.cli.options.shared import (
+    BundlePath,
+    Json,
+    Raw,
+    RunPrecision,
+    RunTarget,
+    System,
+    Thinking,
+    Threads,
+)
 from trimode.cli.parse import need
+from trimode.cli.prompt_options import prompt_style
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -25,85 +37,41 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    against: Annotated[
-        Path,
-        typer.Option(
-            metavar="CHECKPOINT", help="Folder of the checkpoint the bundle was built from."
-        ),
-    ],
+    *,
+    against: options.Against,
     precision: RunPrecision = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One of the bundle's targets, or portable; what runs here if left out.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Compare the scales with this calibration's, too; those of rtn are always compared.",
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines with `prompt`, `messages` or `token_ids`; random tokens if left out."
-        ),
-    ] = None,
+    target: RunTarget = None,
+    calibration: options.Calibration = None,
+    prompts_file: options.PromptsFile = None,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    drafter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="ADAPTER",
-            help="The one that the bundle was built with, if not the checkpoint's.",
-        ),
-    ] = None,
-    sampler: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="SAMPLER",
-            help="The one that the bundle was built with; else it is not compared.",
-        ),
-    ] = None,
-    long: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Position of the long comparisons; if left out past the rope's original length, where affordable.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each generation.")] = 64,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads inside one operator; every core if left out.")
-    ] = None,
+    seed: options.Seed = 0,
+    drafter: options.Drafter = None,
+    sampler: options.Sampler = None,
+    long: options.Long = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with its checkpoint in PyTorch, graph by graph and token by token; exit code
-    1 if they differ.
-    """
+    """Compare a bundle with its checkpoint in PyTorch; exit code 1 if they differ."""
     need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     from trimode.compiler.verify.run import VerifyRequest
-    from trimode.runtime.text.prompts import PromptStyle
 
     request = VerifyRequest(
-        against,
-        precision,
-        target,
-        calibration,
-        prompts_file,
-        seed,
-        long,
-        max_new_tokens,
-        threads,
-        as_json,
-        drafter,
-        sampler,
-        PromptStyle(raw, system, enable_thinking),
+        checkpoint=against,
+        precision=precision,
+        target=target,
+        calibration=calibration,
+        prompts_file=prompts_file,
+        seed=seed,
+        long=long,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        as_json=as_json,
+        drafter=drafter,
+        sampler=sampler,
+        style=prompt_style(raw, system, enable_thinking),
     )
     if not run_verify(bundle, request):
         raise typer.Exit(1)
@@ -173,8 +141,10 @@ def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
         # Generating may fall back to the portable graphs; saying that a GPU's engines are right
         # because these are may not.
         raise DeviceError(
-            f"nothing was verified: expected one of the bundle's targets to run here ({', '.join(names)}), found that none does",
-            "verify on the machine with the GPU, or pass --target portable for the portable graphs alone",
+            "nothing was verified: expected one of the bundle's targets to run here "
+            f"({', '.join(names)}), found that none does",
+            "verify on the machine with the GPU, or pass --target portable for the portable "
+            "graphs alone",
         )
     return model
 
@@ -189,14 +159,21 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     source = (
         "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
     )
-    what = f"{verification.precision} on {verification.target} ({verification.backend}, {verification.compute_dtype})"
+    what = (
+        f"{verification.precision} on {verification.target} ({verification.backend}, "
+        f"{verification.compute_dtype})"
+    )
     console.print(f"{what} against {request.checkpoint}, {source}")
     for line in _quantized_lines(verification):
         console.print(line)
     console.print(_graph_table(verification.graphs))
     console.print(_token_table(verification.tokens))
     if (sampler := verification.sampler) is not None:
-        figures = f"{sampler.num_scores} scores, largest error {_number(sampler.max_error) or 'no number'}, allowed {_number(sampler.tolerance)}"
+        figures = (
+            f"{sampler.num_scores} scores, largest error "
+            f"{_number(sampler.max_error) or 'no number'}, allowed "
+            f"{_number(sampler.tolerance)}"
+        )
         console.print(f"learned sampler against {sampler.name}: {figures}  {_word(sampler.passed)}")
     for note in verification.notes:
         console.print(f"note: {note}")
@@ -210,7 +187,8 @@ def _show(verification: Verification, request: VerifyRequest) -> None:
     )
     num_failed = sum(not record.passed for record in records if record is not None)
     console.print(
-        f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and {tokens} generations, {num_failed} failed"
+        f"{'passed' if verification.passed else 'FAILED'}: {graphs} graph comparisons and "
+        f"{tokens} generations, {num_failed} failed"
     )
 
 
@@ -221,10 +199,16 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
         differing = "".join(
             f"; {count} differ in {layer}" for layer, count in weights.differs.items()
         )
-        yield f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} layers, bit for bit{differing}  {_word(weights.passed)}"
+        yield (
+            f"quantized weights: {weights.num_compared} numbers in {weights.num_layers} "
+            f"layers, bit for bit{differing}  {_word(weights.passed)}"
+        )
     if scales is not None:
         differing = "".join(f"; {name} differs" for name in scales.differs)
-        yield f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  {_word(scales.passed)}"
+        yield (
+            f"scales against {scales.calibration}: {scales.num_layers} layers{differing}  "
+            f"{_word(scales.passed)}"
+        )
     codes = [record.codes for record in verification.graphs if record.codes is not None]
     if codes:
         refused = {
@@ -235,8 +219,13 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
         unexplained = "".join(
             f"; {count} unexplained in {layer}" for layer, count in refused.items()
         )
-        counts = f"{sum(record.num_compared for record in codes)}, {sum(record.num_other for record in codes)} on the other side of a border"
-        yield f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
+        counts = (
+            f"{sum(record.num_compared for record in codes)}, "
+            f"{sum(record.num_other for record in codes)} on the other side of a border"
+        )
+        yield (
+            f"quantized inputs of the portable graphs: {counts}{unexplained}  {_word(not refused)}"
+        )
 
 
 def _graph_table(records: Sequence[GraphParity]) -> Table:

@@ -1,3 +1,4 @@
-"""What outlives a process: the schemas of files, and how files are read and written. Nothing is
-imported here.
+"""Reads and writes files, and declares their schemas.
+
+Nothing is imported here.
 """

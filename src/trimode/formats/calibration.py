@@ -1,5 +1,6 @@
-"""What calibration hands to the compiler: ``calibration.json`` and ``scales.safetensors`` in one
-folder.
+"""Reads and writes calibrations for the compiler.
+
+A calibration is a folder with ``calibration.json`` and ``scales.safetensors``.
 
 For each quantized linear layer, named as in the checkpoint without ``.weight``
 (``encoder.layers.0.mlp.gate_proj``), float32 tensors:
@@ -66,7 +67,7 @@ class DataRecord(_Record):
     """The texts that were run.
 
     Attributes:
-        sha256: of the data file.
+        sha256: Digest of the data file.
         num_tokens: rows that the layers saw, by mode.
     """
 
@@ -84,7 +85,7 @@ class LayerRecord(_Record):
 
 
 class SensitivityRecord(_Record):
-    """What a sensitivity search decided, and on which measurements.
+    """Holds the decisions of a sensitivity search, and its measurements.
 
     Attributes:
         kept: layers without scales, the most sensitive first.
@@ -94,10 +95,10 @@ class SensitivityRecord(_Record):
         drops: points that it loses with ``kept`` in high precision, by mode; negative where it
         gains.
         drops_if_none_kept: the same with every layer quantized.
-        data: of the prompts that were answered; ``num_tokens`` counts the rows that ranked the
+        data: Prompts that were answered; ``num_tokens`` counts the rows that ranked the
         layers.
-        max_new_tokens: of each answer.
-        scales_sha256: of the scales that the search began with.
+        max_new_tokens: Most tokens of each answer.
+        scales_sha256: Digest of the scales that the search began with.
     """
 
     kept: tuple[str, ...]
@@ -119,8 +120,8 @@ class Calibration(_Record):
         block_size: inputs that share a scale; None where blocks are not used.
         source_sha256: digest of the checkpoint without its adapter,
         :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
-        scales_sha256: of ``scales.safetensors``.
-        sensitivity: of the search that left layers out; None = there was none.
+        scales_sha256: Digest of ``scales.safetensors``.
+        sensitivity: Record of the search that left layers out, if any.
     """
 
     schema_version: int
@@ -155,8 +156,9 @@ class PromptsRecord(_Record):
 
 
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
-    """Write both files, all or nothing; ``scales_sha256`` is filled in. Replaces an earlier
-    calibration in ``folder``.
+    """Write both files, all or nothing; fill in ``scales_sha256``.
+
+    Replaces an earlier calibration in ``folder``.
     """
     with staged_replacement(folder, RECORD) as staged:
         data = save(scales)
@@ -198,7 +200,8 @@ def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
     for name, values in scales.items():
         if values.dtype != np.float32 or not np.isfinite(values).all() or (values <= 0).any():
             raise CheckpointError(
-                f"{folder / SCALES}: expected {name} to be positive float32 numbers, found {values.dtype} with others",
+                f"{folder / SCALES}: expected {name} to be positive float32 numbers, found "
+                f"{values.dtype} with others",
                 _HINT,
             )
     return record, scales
@@ -208,13 +211,14 @@ def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
     """Raise :class:`CheckpointError` where a calibration is of another checkpoint.
 
     Args:
-        name: of the calibration, for the message.
+        name: Name of the calibration, for the message.
         calibrated_sha256: digest of the checkpoint that was calibrated; None = any will do.
         sha256: digest of the checkpoint at hand.
     """
     if calibrated_sha256 not in (None, sha256):
         raise CheckpointError(
-            f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one of another "
+            f"{name}: expected a calibration of this checkpoint ({sha256[:16]}…), found one "
+            "of another "
             f"({(calibrated_sha256 or '')[:16]}…)",
             f"calibrate this checkpoint: {CALIBRATE}",
         )

@@ -1,5 +1,6 @@
-"""The tensor contract: what each graph takes and returns, as data that the compiler writes and the
-runtime reads.
+"""Declares the tensor contract: inputs and outputs of each graph.
+
+The compiler writes it and the runtime reads it.
 
 Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new
 tokens, ``C`` cache capacity, ``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 Role = Literal["ar", "draft", "verify", "quadratic"]
 ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
-"""What every bundle has."""
+"""Graphs that every bundle has."""
 
 TOP_K = 5
 """Candidates a draft graph returns per slot: what the confidence policies and the learned sampler
@@ -79,8 +80,9 @@ class ModelInfo(_Record):
 
     @property
     def num_positions(self) -> int:
-        """Rows of the position tables: a block that begins at the last token still has positions
-        for all its slots.
+        """Return the number of rows of the position tables.
+
+        A block that begins at the last token still has positions for all its slots.
         """
         return self.max_length + self.max_block_length
 
@@ -99,8 +101,9 @@ class ModelInfo(_Record):
 
 
 class TensorSpec(_Record):
-    """Name, element type and shape of one graph input or output; a text in the shape is a dynamic
-    dimension.
+    """Holds name, element type and shape of a graph input or output.
+
+    A text in the shape is a dynamic dimension.
     """
 
     name: str
@@ -192,8 +195,9 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
 
 
 def sampler_contract() -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of the learned sampler's graph, which has no cache: a block, its masked
-    slots, and what a denoise forward said of it.
+    """Return the contract of the learned sampler's graph.
+
+    Inputs are a block, its masked slots, and the outputs of a denoising forward. It has no cache.
     """
     inputs = (
         _spec("input_ids", "int64", "batch", "rows"),

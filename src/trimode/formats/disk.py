@@ -12,7 +12,7 @@ from trimode.errors import BuildError
 from trimode.formats.texts import reason_of
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-"""What a file system without locks answers."""
+"""Error numbers of file systems without locks."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -38,8 +38,8 @@ def what_is_wrong(error: OSError, place: Path) -> str:
     """The reason of an error in a few words; where a disk is full, with the name of that disk.
 
     Args:
-        error: what the system said.
-        place: what was being written, in case the error does not name it.
+        error: Error of the system.
+        place: File or folder being written, in case the error does not name it.
     """
     if not is_full(error):
         return reason_of(error)
@@ -48,8 +48,9 @@ def what_is_wrong(error: OSError, place: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turn what the system says of files into :class:`BuildError`; ``place`` is what is being
-    written.
+    """Turn file system errors into :class:`BuildError`.
+
+    ``place`` is what is being written.
 
     Raises:
         BuildError: a file cannot be read or written, or the disk is full; it is named.

@@ -1,5 +1,6 @@
-"""``drafter.json``: where an adapter comes from and what it is worth, in the folder beside it. PEFT
-and the build ignore it.
+"""Reads and writes ``drafter.json``: origin and quality of an adapter.
+
+It lies beside the adapter. PEFT and the build ignore it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class _Record(BaseModel):
 
 
 class TrainingRecord(_Record):
-    """What the training did; losses are running means, ``accepted`` the mean slots a window would
-    get accepted.
+    """Holds what the training did.
+
+    Losses are running means. ``accepted`` is the mean number of accepted slots in a window.
     """
 
     steps: int
@@ -55,8 +57,9 @@ class Drafting(BaseModel):
 
 
 class Comparison(_Record):
-    """Self-speculation over the same prompts without an adapter, with the checkpoint's where it has
-    one, and with the trained one.
+    """Compares self-speculation with different adapters over the same prompts.
+
+    They are none, the checkpoint's if it has one, and the trained one.
     """
 
     no_drafter: Drafting
@@ -71,7 +74,7 @@ class DrafterRecord(_Record):
         source_sha256: digest of the checkpoint without its adapter.
         checkpoint_sha256: the same with it.
         calibration: None = the weights were not quantized.
-        dtype: what weights, scales and the adapter are rounded to.
+        dtype: Data type of weights, scales and the adapter.
         settings: as given.
         prompts: counted are those whose answers were long enough to be used.
         held_out: on prompts that nothing was decided by.
@@ -79,7 +82,7 @@ class DrafterRecord(_Record):
         kept: the adapter in this folder: the trained one if it drafts better than the one before,
             else that one: the checkpoint's, or where it has none an untrained one, which changes
             nothing.
-        adapter_sha256: of ``adapter_model.safetensors``.
+        adapter_sha256: Digest of ``adapter_model.safetensors``.
     """
 
     schema_version: int

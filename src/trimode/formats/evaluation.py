@@ -18,7 +18,9 @@ class _Record(BaseModel):
 
 
 class FidelityRecord(_Record):
-    """Signal-to-noise ratio in decibels (200 where nothing differs) and mean cosine; formulas in
+    """Holds signal-to-noise ratio and mean cosine.
+
+    The ratio is in decibels, 200 where nothing differs. Formulas are in
     :mod:`trimode.calib.evaluate.quantization.fidelity`.
     """
 
@@ -39,7 +41,7 @@ class PartingRecord(_Record):
 
     Attributes:
         question: counted from 0, among those that were drawn.
-        position: of the first token that differs, counted from 0.
+        position: Position of the first token that differs, counted from 0.
         preference: AR's logit above the other's there; next to nothing where rounding decided. None
             where one text ends first.
     """
@@ -85,7 +87,7 @@ class PrecisionRecord(_Record):
         name: ``float32``, or the calibration as it was named.
         precision: None = float32.
         algorithm: that found the scales.
-        scales_sha256: of the calibration; None for ``rtn`` and float32.
+        scales_sha256: Digest of the calibration's scales; None for ``rtn`` and float32.
         num_quantized: layers.
         weight_bytes: codes, scales, and what stays in high precision in ``report.compute_type``; of
             float32 four bytes a weight. Without position tables, which are the same for all.
@@ -112,9 +114,9 @@ class DataRecord(_Record):
     """The questions.
 
     Attributes:
-        sha256: of the file.
+        sha256: Digest of the file.
         num_questions: that were drawn.
-        num_answers: of these, whose answer is known.
+        num_answers: Questions with a known answer.
         num_rows: that were compared, by role; ``ar`` rows are those of whole texts, prompt and
             answer.
     """
@@ -132,8 +134,8 @@ class Report(_Record):
     Attributes:
         source_sha256: the checkpoint's digest, as :class:`trimode.graphs.identity.SourceDigest`
         takes it.
-        compute_type: of scales and dense weights in ``weight_bytes`` and, scales alone, in what was
-        measured. Products are in float32.
+        compute_type: Type of scales and dense weights in ``weight_bytes`` and, scales alone, in
+            what was measured. Products are in float32.
         dense_bytes: the weights in that type, nothing being quantized.
         thresholds: by mode.
         precisions: float32 first.

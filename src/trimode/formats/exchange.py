@@ -20,8 +20,9 @@ _COMING = f"{PARTIAL}coming"
 
 
 def exchange(staged: Path, folder: Path, marker: str) -> None:
-    """Put the entries of ``staged`` in place of those of ``folder``, which is made where there is
-    none.
+    """Replace the entries of ``folder`` by those of ``staged``.
+
+    The folder is made if it is missing.
 
     Raises:
         OSError: an entry cannot be moved; then the old ones are back.
@@ -44,8 +45,9 @@ def is_interrupted(folder: Path) -> bool:
 
 
 def finish_exchange(folder: Path, marker: str) -> None:
-    """Bring a folder to its old contents, or to the new ones where those are all there, and clear
-    what else was left.
+    """Finish an interrupted exchange, or undo it.
+
+    The new contents win if they are all there. Anything else that was left is cleared.
     """
     leaving, coming = folder / _LEAVING, folder / _COMING
     is_whole = coming.exists() and (folder / marker).exists()

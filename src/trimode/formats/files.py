@@ -39,14 +39,18 @@ def check_replaceable(folder: Path, marker: str, what: str) -> None:
     place = resolved(folder)
     with disk_errors(place):
         if place.exists() and not _is_replaceable(place, marker):
-            found = f"{folder}: expected a new or empty folder, or {what} to replace, found something else"
+            found = (
+                f"{folder}: expected a new or empty folder, or {what} to replace, found "
+                "something else"
+            )
             raise UsageError(found, "name another folder")
     find_place(folder)
 
 
 def check_apart(output: Path, source: Path | None, *others: Path | None) -> None:
-    """Check that replacing ``output`` deletes nothing that is read, and that nothing is written
-    into ``source``.
+    """Check that ``output`` overlaps no file that is read.
+
+    Replacing it deletes nothing that is read, and nothing is written into ``source``.
 
     Args:
         output: a folder that will be written.
@@ -95,8 +99,9 @@ def check_file_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_replacement(destination: Path, marker: str) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``destination`` when the block ends well and
-    vanishes when it does not.
+    """Yield an empty folder that replaces ``destination`` at the end.
+
+    It vanishes if the block fails.
 
     The caller sees to it that nobody else is writing the same destination.
 
@@ -134,8 +139,9 @@ def replace_text(destination: Path, text: str) -> None:
 
 
 def replace_bytes(destination: Path, data: bytes) -> None:
-    """Write a file, or leave the one that is there as it is. Makes the folder. Where it is a link,
-    writes what that points to.
+    """Write a file whole, or leave the old one as it is.
+
+    Makes the folder. If the file is a link, writes what that points to.
 
     A file that cannot be exchanged (a mount point, a file in a read-only folder) is written in
     place; so is a device or pipe.
@@ -157,8 +163,9 @@ def replace_bytes(destination: Path, data: bytes) -> None:
 
 
 def recover(destination: Path, marker: str) -> None:
-    """Clear what a killed run left behind; where it was killed amid the exchange of old and new,
-    put the old back.
+    """Clear what a killed run left behind.
+
+    If it was killed amid the exchange of old and new, the old is put back.
     """
     old = _set_aside(destination)
     if old.exists() and not destination.exists():
@@ -216,8 +223,9 @@ def _set_aside(destination: Path) -> Path:
 
 
 def _swap(staged: Path, folder: Path) -> bool:
-    """Exchange by two renames; False where the file system refuses them, and then all is as
-    before.
+    """Exchange by two renames.
+
+    Returns False if the file system refuses; then all is as before.
     """
     old = _set_aside(folder)
     try:
@@ -253,8 +261,10 @@ def _umask() -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, read through a mapping so that its pages are shared with whoever maps it
-    next, or where there are no mappings as a stream.
+    """Compute the SHA-256 digest of a file.
+
+    The file is mapped, so that its pages are shared with later readers. It is read as a stream
+    where mappings do not work.
     """
     with path.open("rb") as stream:
         try:

@@ -28,16 +28,18 @@ _HINT = "download the checkpoint again, or train it again where it diverged"
 
 
 class NotFinite(NamedTuple):
-    """The first number that is not finite: its place in the flat array, and ``NaN``, ``inf`` or
-    ``-inf``.
+    """Holds the first number that is not finite.
+
+    Its place is in the flat array; its name is ``NaN``, ``inf`` or ``-inf``.
     """
 
     offset: int
     value: str
 
     def at(self, shape: tuple[int, ...]) -> str:
-        """``NaN at [3, 17]``, of an array of this shape; without the place where it is a single
-        number.
+        """Describe the place of a number: ``NaN at [3, 17]``.
+
+        The place is left out for a single number.
         """
         place = (
             ", ".join(str(int(i)) for i in np.unravel_index(self.offset, shape)) if shape else ""
@@ -70,8 +72,8 @@ class FiniteCheck:
     """Checks a tensor's bytes as they pass by.
 
     Args:
-        name: of the tensor, for the message.
-        shape: of the tensor.
+        name: Name of the tensor, for the message.
+        shape: Shape of the tensor.
         dtype: ``F32``, ``F16`` or ``BF16``.
     """
 
@@ -99,8 +101,9 @@ def finite_or(other: T, value: float | None) -> float | T:
 
 
 def largest(values: Sequence[float]) -> float:
-    """The largest of some numbers, 0 of none; NaN where one of them is, which ``max`` would
-    forget.
+    """Return the largest number, 0 if there are none.
+
+    The result is NaN if one number is, which ``max`` would forget.
     """
     return float(np.max(values)) if len(values) else 0.0
 

@@ -1,5 +1,6 @@
-"""Commands that hints name, in full, so that they can be typed as they stand but for the words in
-capitals.
+"""Holds the commands that hints name, in full.
+
+They can be typed as they stand, but for the words in capitals.
 """
 
 BUILD = "`trimode build CHECKPOINT -o BUNDLE`"

@@ -1,5 +1,6 @@
-"""Reads the JSON files of a checkpoint: objects whose every key is accounted for, fields whose type
-is checked.
+"""Reads the JSON files of a checkpoint.
+
+Every key is accounted for, and the type of each field is checked.
 
 A table has one entry a key. The key is *understood* (other code reads it), *neutral* (it cannot
 change what is computed here), or refused unless it has one value. What no table knows is refused,
@@ -80,7 +81,8 @@ def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: s
         if key is None:
             raise CheckpointError(
                 f"{where}: expected keys that trimode knows, found {named(name)}",
-                "remove the key if it does not change what the model computes; else use a newer trimode",
+                "remove the key if it does not change what the model computes; else use a "
+                "newer trimode",
             )
         if key.kind == "only" and not any(_same(value, one) for one in key.allowed):
             expected = " or ".join(map(shown, key.allowed)) or "null"
@@ -164,8 +166,9 @@ def shown(value: Any) -> str:
 
 
 def named(name: str) -> str:
-    """A name from a file for a message: as it is, or as JSON where a terminal could not show it in
-    one line.
+    """Show a name from a file in a message.
+
+    It is written as JSON if a terminal could not show it in one line.
     """
     return name if name.isprintable() and len(name) <= _MOST_NAME else shown(name)
 

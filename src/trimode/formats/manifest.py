@@ -5,9 +5,9 @@ A bundle is a folder::
     manifest.json                      this schema
     ar.onnx draft.onnx verify.onnx     portable graphs: float32 arithmetic, no weights inside
     quadratic.onnx                     one more, where it was asked for
-    sampler.onnx                       a learned sampler of block diffusion, where one was given; all precisions share it
-    weights.safetensors                every tensor once, and the scales of quantized ones; external data of the portable graphs
-    engines/<target>/<graph>.engine    TensorRT engines, for one GPU architecture each; they take the weights as inputs
+    sampler.onnx                       learned sampler of block diffusion, if any; shared
+    weights.safetensors                every tensor once, and scales; read by portable graphs
+    engines/<target>/<graph>.engine    TensorRT engines for one GPU architecture; weights are inputs
     engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
     tokenizer.json ...                 copied from the checkpoint
     verification.json                  written by ``trimode verify``; not part of the manifest
@@ -16,7 +16,7 @@ These are the files of the precision that was built first. One that was added ha
 them, with its name in theirs::
 
     ar-fp8.onnx ...                    its portable graphs
-    weights-fp8.safetensors            what the packs before it do not hold: its quantized weights and their scales
+    weights-fp8.safetensors            weights that earlier packs lack: quantized ones and scales
     engines/<target>-fp8/...           its targets
 
 Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file
@@ -112,8 +112,9 @@ class ProfileRecord(_Record):
 
 
 class EngineRecord(_Record):
-    """One compiled graph of a target; ``profiles`` in the engine's order, none where shapes are
-    free (ONNX Runtime).
+    """Holds one compiled graph of a target.
+
+    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
     """
 
     file: FileName

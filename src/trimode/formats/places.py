@@ -54,8 +54,9 @@ class Place:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path with links followed, the last one too: what is written replaces what a link
-    points to.
+    """Return the absolute path, with all links followed.
+
+    A write to the last link replaces what it points to.
 
     Raises:
         UsageError: links lead in a circle, or the path is none.
@@ -100,7 +101,7 @@ def find_place(output: Path) -> Place:
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What lies in a folder, but for what belongs to a run or to the file system."""
+    """List a folder, without entries of a run or the file system."""
     return [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
 
 
@@ -115,8 +116,9 @@ def partial_prefix(path: Path) -> str:
 
 
 def companion(output: Path, suffix: str, *, is_hidden: bool = False) -> Path:
-    """Where something lies that belongs to an output (its lock, the state of a run) and is no part
-    of it.
+    """Return the path of a file that belongs to an output.
+
+    It is no part of the output: a lock, or the state of a run.
 
     Beside the output; within it where that is a mount point or its parent is read-only.
     """
@@ -130,8 +132,9 @@ def companion(output: Path, suffix: str, *, is_hidden: bool = False) -> Path:
 
 
 def short_name(parent: Path, name: str, suffix: str) -> str:
-    """``name`` and ``suffix``; a digest takes the place of the end of a name that would be too long
-    for the file system.
+    """Join ``name`` and ``suffix``, short enough for the file system.
+
+    A digest replaces the end of a name that is too long.
     """
     limit = _name_max(parent) - _RESERVE
     if len(os.fsencode(f"{name}{suffix}")) <= limit:
@@ -143,8 +146,9 @@ def short_name(parent: Path, name: str, suffix: str) -> str:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The nearest of the folders above ``path`` that exists; :class:`NotADirectoryError` where that
-    is a file.
+    """Return the nearest folder above ``path`` that exists.
+
+    Raises :class:`NotADirectoryError` if that is a file.
     """
     above = path.parent
     while not above.exists() and above != above.parent:
@@ -178,8 +182,9 @@ def _holds_cwd(folder: Path) -> bool:
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Try to rename an empty folder over it: one that is not empty refuses, and how it does tells a
-    mount point apart.
+    """Try to rename an empty folder over it.
+
+    A folder with entries refuses; the kind of refusal tells a mount point apart.
     """
     try:
         probe = tempfile.mkdtemp(prefix=partial_prefix(folder), dir=folder.parent)

@@ -1,5 +1,6 @@
-"""Reads records, JSON files of a declared form, whoever wrote them last and whatever became of them
-since.
+"""Reads records: JSON files of a declared form.
+
+Anyone may have changed or damaged them since.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def read_record(path: Path, kind: type[R], versions: Sequence[int]) -> R:
 
 
 def first_fault(error: ValidationError) -> str:
-    """What is wrong first with values, in one line: where, and how."""
+    """Describe the first wrong value in one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     reason = reason_of(ValueError(first["msg"]))

@@ -147,7 +147,8 @@ def read_safetensors_header(
         raise CheckpointError(f"{path}: expected a file, found a folder", missing_hint) from error
     except (OSError, ValueError, Unreadable) as error:  # ValueError: a name with a NUL byte
         raise CheckpointError(
-            f"{path}: expected a safetensors file, found one that cannot be read ({reason_of(error)})",
+            f"{path}: expected a safetensors file, found one that cannot be read "
+            f"({reason_of(error)})",
             DOWNLOAD_HINT,
         ) from error
 
@@ -160,14 +161,16 @@ def check_readable(name: str, entry: TensorEntry) -> None:
     """
     if entry.dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{entry.file}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {entry.dtype}",
+            f"{entry.file}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, "
+            f"found {entry.dtype}",
             "start from the published 16-bit checkpoint; quantization is a step of its own",
         )
 
 
 def to_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    """Raw bytes of a ``F32``, ``F16`` or ``BF16`` tensor as float32; each of these values is exact
-    in float32.
+    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor.
+
+    Each of these values is exact in float32.
     """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
@@ -181,7 +184,8 @@ def _read_entries(path: Path, stream: BinaryIO) -> dict[str, TensorEntry]:
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(
-            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} bytes",
+            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} "
+            "bytes",
             DOWNLOAD_HINT,
         )
     header = parse_json(decode_text(stream.read(length)), unique=True)
@@ -216,19 +220,22 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         or len(offsets) != 2
     ):
         raise CheckpointError(
-            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}",
+            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found "
+            f"{shown(value)}",
             DOWNLOAD_HINT,
         )
     if dtype not in _BITS:
         raise CheckpointError(
-            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}",
+            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found "
+            f"{shown(dtype)}",
             "start from the published 16-bit checkpoint",
         )
     begin, end = offsets
     # Python's numbers: no shape overflows them
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
         raise CheckpointError(
-            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, found {end - begin}",
+            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, "
+            f"found {end - begin}",
             DOWNLOAD_HINT,
         )
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)
@@ -239,8 +246,9 @@ def _are_lengths(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors in the order of their places: each begins where the one before ends, the last ends
-    the file.
+    """Check that tensors follow each other without gaps.
+
+    The first begins at ``start``, and the last ends the file.
     """
     end = start
     for name, entry in sorted(
@@ -293,8 +301,9 @@ def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
 
 
 def read_pack_header(path: Path) -> dict[str, PackEntry]:
-    """Where each tensor of a weight pack lies; raises ValueError, KeyError or TypeError for what is
-    none.
+    """Read the place of each tensor in a weight pack.
+
+    Raises ValueError, KeyError or TypeError if it is no pack.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:

@@ -1,5 +1,6 @@
-"""What the training of a sampler hands to the compiler: ``sampler.json`` and
-``sampler.safetensors`` in one folder.
+"""Reads and writes trained samplers for the compiler.
+
+A sampler is a folder with ``sampler.json`` and ``sampler.safetensors``.
 
 The tensors are those of :class:`trimode.graphs.sampler.network.BlockSampler`, by its names;
 ``token_table`` is float16, the rest float32.
@@ -39,7 +40,7 @@ class ShapeRecord(_Record):
 
 
 class TrainingRecord(_Record):
-    """What the training did.
+    """Holds the figures of the training.
 
     Attributes:
         num_states: that it was trained on.
@@ -64,8 +65,8 @@ class ScoresRecord(_Record):
     """How good scores are, over the masked slots of states of held-out texts.
 
     Attributes:
-        block_length: of the states.
-        share_right: of the slots whose best candidate is the target.
+        block_length: Block length of the states.
+        share_right: Share of the slots whose best candidate is the target.
         auc: probability that a right slot has a higher score than a wrong one; None where all slots
         are the one or the other.
         loss: binary cross-entropy, nats a slot.
@@ -113,16 +114,16 @@ class SamplerFile(_Record):
     Attributes:
         source_sha256: digest of the checkpoint without its adapter,
         :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
-        calibration: what its weights were quantized with; None = they were not.
-        dtype: what its weights were rounded to.
+        calibration: Calibration of the quantized weights; None without.
+        dtype: Data type that its weights were rounded to.
         target: whose tokens are right: those of denoising one slot a forward, the most probable or
         the leftmost one, or the model's own.
         threshold: score from which a slot is filled, where nobody says otherwise; decided on the
         validation prompts.
-        held_out, validation: how texts come out under thresholds on the probability and on the
+        held_out, validation: Quality of texts under thresholds on the probability and on the
         score.
-        scores: of the states of held-out texts.
-        sampler_sha256: of ``sampler.safetensors``.
+        scores: Quality of scores on states of held-out texts.
+        sampler_sha256: Digest of ``sampler.safetensors``.
     """
 
     schema_version: int
@@ -180,11 +181,13 @@ def load_sampler_record(folder: Path) -> SamplerFile:
 
 
 def check_sampler_source(name: str, trained_sha256: str, sha256: str) -> None:
-    """Raise :class:`CheckpointError` where a sampler was trained for another checkpoint than the
-    one with this digest (without its adapter).
+    """Raise :class:`CheckpointError` for a sampler of another checkpoint.
+
+    The digest is that of the checkpoint without its adapter.
     """
     if trained_sha256 != sha256:
         raise CheckpointError(
-            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of another ({trained_sha256[:16]}…)",
+            f"{name}: expected a sampler of this checkpoint ({sha256[:16]}…), found one of "
+            f"another ({trained_sha256[:16]}…)",
             TRAIN_SAMPLER,
         )

@@ -18,8 +18,8 @@ class WayRecord(_Record):
     """One way to decode, over all prompts.
 
     Attributes:
-        name: of the way.
-        target: what it is meant to reproduce: the tokens of serial denoising, or of greedy AR.
+        name: Name of the way.
+        target: Text to reproduce: the tokens of serial denoising, or of greedy AR.
         num_tokens: that came out.
         nfe: forwards, counted as the reference counts them: in diffusion denoise and commit
         forwards, in speculation the prefill too.

@@ -1,5 +1,4 @@
-"""Reads the text files and JSON that others wrote, and writes JSON that others read: one check at
-every border.
+"""Reads and writes text and JSON, checked at every border.
 
 Whatever is wrong with a file (absent, unreadable, not UTF-8, nested too deep, a number of thousands
 of digits) comes out as one kind of exception, :class:`Unreadable`, whose text is a reason in one
@@ -131,15 +130,17 @@ def whole_text(text: str) -> str:
 
 
 def name_of(path: Path) -> str:
-    """The last part of a path, links followed, as a record may hold it: with U+FFFD where it is not
-    UTF-8.
+    """Return the last part of a path, with links followed.
+
+    It can be recorded: U+FFFD stands for what is not UTF-8.
     """
     return whole_text(path.resolve().name)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, in one line: the system's words for an :class:`OSError`, else its
-    first line.
+    """Describe an exception in one line.
+
+    For an :class:`OSError` it is the system's text, else the first line.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

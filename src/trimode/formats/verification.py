@@ -1,5 +1,6 @@
-"""The records of ``verification.json``: what was compared with what, by how much it differed, and
-whether that is allowed.
+"""Declares the records of ``verification.json``.
+
+They say what was compared, how much it differed, and whether that is allowed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class CheckpointRecord(_Record):
 
 
 class BoundsRecord(_Record):
-    """What was allowed (see :mod:`trimode.compiler.verify.tolerance`).
+    """Holds the tolerances (see :mod:`trimode.compiler.verify.tolerance`).
 
     Attributes:
         dtype: the compute type the bound follows from.
@@ -65,8 +66,8 @@ class OutputRecord(_Judged):
         mean_error: mean absolute error, likewise.
         scale: the largest absolute reference value; for probabilities, the largest reference logit
         at this place.
-        tolerance: what ``max_error`` may be.
-        mean_tolerance: what ``mean_error`` may be.
+        tolerance: Largest ``max_error`` allowed.
+        mean_tolerance: Largest ``mean_error`` allowed.
 
     Where the reference itself is NaN or infinite, scale and tolerances are 0, and nothing passes.
     """
@@ -84,11 +85,11 @@ class IdsRecord(_Judged):
 
     Attributes:
         num_compared: ids.
-        num_equal: of these, equal to the reference's.
+        num_equal: Number of them equal to the reference's.
         largest_preference: by how much the reference prefers its own id where they differ, in
             logits (``greedy_ids``) or in probability (``top_ids``); None where all are equal, or an
             id is no id.
-        tolerance: what that may be.
+        tolerance: Largest value allowed for it.
     """
 
     name: str
@@ -99,11 +100,11 @@ class IdsRecord(_Judged):
 
 
 class CodesRecord(_Judged):
-    """What a graph made of its quantized inputs in one comparison.
+    """Holds the quantized inputs of a graph in one comparison.
 
     Attributes:
         num_compared: inputs.
-        num_other: of these, not the code nearest to the reference's value.
+        num_other: Number of them that are not the code nearest to the reference's value.
         refused: by layer, how many are codes that no rounding error explains.
     """
 
@@ -113,8 +114,9 @@ class CodesRecord(_Judged):
 
 
 class WeightsParity(_Judged):
-    """The quantized weights of the bundle, and those of the checkpoint quantized by the bundle's
-    scales.
+    """Compares the bundle's quantized weights with the checkpoint's.
+
+    The checkpoint's are quantized by the bundle's scales.
 
     Attributes:
         num_compared: numbers.
@@ -148,7 +150,7 @@ class GraphParity(_Judged):
         positions: tokens in the cache, per sequence of the batch.
         rows: new tokens.
         use_drafter: whether the adapter is on; None for graphs without one.
-        codes: of quantized inputs, where they can be seen; the reference has taken them over.
+        codes: Codes of quantized inputs, where visible; the reference has taken them over.
         has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids;
             None for graphs without it.
     """
@@ -170,12 +172,12 @@ class TokenParity(_Judged):
     Attributes:
         against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar
         mode.
-        num_tokens: of the longer of the two.
+        num_tokens: Length of the longer of the two.
         num_equal: places where both have the same token.
         first_divergence: place of the first token that differs, from 0; None where all are equal.
         preference: at that place, by how much the reference prefers its own choice, in logits, or
             in probability for a diffusion slot; None where all are equal or it cannot be told.
-        tolerance: what ``preference`` may be; None where tokens must be equal.
+        tolerance: Largest ``preference`` allowed; None where tokens must be equal.
         nfe, other_nfe: forward passes of the two.
     """
 
@@ -197,10 +199,10 @@ class SamplerParity(_Judged):
     """The bundle's learned sampler and the network that it was traced from.
 
     Attributes:
-        name: of the trained sampler's folder.
+        name: Name of the trained sampler's folder.
         num_scores: that were compared.
         max_error: largest absolute error; None where a score is no number.
-        tolerance: what that may be.
+        tolerance: Largest value allowed for it.
     """
 
     name: str
@@ -214,16 +216,16 @@ class Verification(_Judged):
 
     Attributes:
         date: UTC, ISO 8601.
-        manifest_sha256: of the bundle's ``manifest.json``; another one means another bundle than
-        the one verified.
+        manifest_sha256: Digest of the bundle's ``manifest.json``; another one means another bundle
+            than the one verified.
         long_position: the position of the long comparisons.
         original_length: the rope's length before scaling; None where it is not scaled.
         weight_dtype: the type of the bundle's weights that are not quantized; the reference's are
         rounded to it, too.
-        weights, scales: of a quantized precision; ``scales`` None where there was nothing to
-        compare them with.
+        weights, scales: Results for a quantized precision; ``scales`` None where there was nothing
+            to compare them with.
         sampler: None where the bundle has none, or it was not named.
-        notes: what was not compared, and why.
+        notes: Comparisons left out, with the reason.
     """
 
     date: str
@@ -265,8 +267,9 @@ class Verifications(_Record):
 
 
 def read_verifications(bundle: Path) -> Verifications:
-    """What ``verification.json`` of a bundle says; empty where there is none, it is damaged, or of
-    another schema.
+    """Read ``verification.json`` of a bundle.
+
+    Empty if it is missing, damaged, or of another schema.
 
     Raises:
         BundleError: it may not be read.
@@ -288,8 +291,9 @@ def read_verifications(bundle: Path) -> Verifications:
 
 
 def write_verification(verification: Verification, bundle: Path) -> Path:
-    """Put a result into ``verification.json`` of a bundle, in place of an earlier one for the same
-    target, whole or not at all.
+    """Write a result into ``verification.json`` of a bundle.
+
+    Replaces an earlier one for the same target, whole or not at all.
 
     Raises:
         BundleError: the bundle cannot be written to.

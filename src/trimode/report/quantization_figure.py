@@ -39,7 +39,7 @@ def draw(report: Report, path: Path) -> None:
     """Draw local and accumulated errors by role, divergence, and what comes out at the end.
 
     Args:
-        report: what was measured.
+        report: Measurements to draw.
         path: PNG file to write.
 
     Raises:
@@ -67,8 +67,9 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> None:
-    """A line a precision over its layers, sorted by their error: which layers they are is in the
-    JSON.
+    """Draw a line per precision over its layers, sorted by error.
+
+    The JSON names the layers.
     """
     axes.set(
         title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB"

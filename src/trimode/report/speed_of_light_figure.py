@@ -11,11 +11,12 @@ _COLOURS = {"serial denoising": "C0", "ar": "C1"}
 
 
 def draw(report: LightReport, path: Path) -> None:
-    """Draw tokens per forward of every way, and for diffusion against how often the serial text
-    came out.
+    """Draw tokens per forward of every way.
+
+    For diffusion they are drawn against the share of texts equal to the serial one.
 
     Args:
-        report: what was measured.
+        report: Measurements to draw.
         path: PNG file to write.
 
     Raises:

@@ -1,30 +1,22 @@
-"""``trimode calibrate drafter``: prompts through a checkpoint to an adapter, and what to say about
-it.
-"""
+"""``trimode calibrate drafter``: trains a drafter adapter from prompts."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from trimode.cli.options import (
-    AnswerLength,
+from trimode.cli.options import calibrate, training
+from trimode.cli.options.shared import (
     CheckpointPath,
     Device,
-    HeldOut,
     Json,
     Raw,
-    Resume,
-    ServedDtype,
     System,
     Thinking,
-    TrainingData,
-    TrainingSamples,
 )
 from trimode.cli.parse import need
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from trimode.calib.drafter.settings import DrafterJobSettings
@@ -34,108 +26,62 @@ if TYPE_CHECKING:
 
 def drafter(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="ADAPTER",
-            help="Folder to write, or a trained adapter to replace.",
-        ),
-    ],
-    data: TrainingData,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Scales of the bundle that the drafter is for; if left out nothing is quantized.",
-        ),
-    ] = None,
-    dtype: ServedDtype = "float32",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of training; 300 if neither this nor --minutes is given."),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Time for the training, without writing answers and measuring."),
-    ] = None,
-    samples: TrainingSamples = None,
-    held_out: HeldOut = None,
-    block_length: Annotated[
-        int | None,
-        typer.Option(help="Slots of a block that will be drafted; the model's if left out."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Of a fresh adapter; needed where the checkpoint has none.")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a fresh adapter, whose branch is scaled by alpha / rank; 4 times the rank if left out."
-        ),
-    ] = None,
-    from_scratch: Annotated[
-        bool,
-        typer.Option(
-            "--from-scratch", help="Begin with a fresh adapter, not with the checkpoint's."
-        ),
-    ] = False,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Its peak; 2e-3 for a fresh adapter, 5e-4 for one that is there."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 8,
-    seed: Annotated[
-        int, typer.Option(help="Of the draw, of a fresh adapter and of what is trained on.")
-    ] = 0,
-    max_new_tokens: AnswerLength = 256,
+    *,
+    output: calibrate.AdapterOutput,
+    data: calibrate.TrainingPrompts,
+    calibration: calibrate.DrafterCalibration = None,
+    dtype: calibrate.ServedDtype = "float32",
+    steps: training.DrafterSteps = None,
+    minutes: training.DrafterMinutes = None,
+    samples: calibrate.TrainingSamples = None,
+    held_out: calibrate.HeldOut = None,
+    block_length: training.BlockLength = None,
+    rank: training.Rank = None,
+    alpha: training.Alpha = None,
+    from_scratch: training.FromScratch = False,
+    learning_rate: training.DrafterLearningRate = None,
+    batch_size: training.TextBatch = 8,
+    seed: calibrate.DrafterSeed = 0,
+    max_new_tokens: calibrate.AnswerLength = 256,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    resume: Resume = False,
+    resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train the drafter's adapter on what the model itself answers, quantized if it will be; for
-    `trimode build --drafter`.
-    """
+    """Train a drafter adapter on the model's own answers, for `trimode build --drafter`."""
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.drafter.settings import DrafterJobSettings
     from trimode.cli.calibrate.training import TrainingRequest
-    from trimode.runtime.text.prompts import PromptStyle
 
     settings = DrafterJobSettings(
-        dtype,
-        steps,
-        minutes,
-        samples,
-        held_out,
-        block_length,
-        rank,
-        alpha,
-        from_scratch,
-        learning_rate,
-        batch_size,
-        seed,
-        max_new_tokens,
-        device,  # type: ignore[arg-type]  # its check refuses any other type
+        dtype=dtype,  # type: ignore[arg-type]  # its check refuses any other type
+        steps=steps,
+        minutes=minutes,
+        num_samples=samples,
+        num_held_out=held_out,
+        block_length=block_length,
+        rank=rank,
+        alpha=alpha,
+        from_scratch=from_scratch,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        device=device,
     )
-    run_drafter(
-        checkpoint,
-        output,
-        TrainingRequest(
-            data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)
-        ),
-        settings,
-    )
+    style = prompt_style(raw, system, enable_thinking)
+    request = TrainingRequest(data, calibration, resume, as_json, style)
+    run_drafter(checkpoint, output, request, settings)
 
 
 def run_drafter(
     checkpoint_path: Path, output: Path, request: TrainingRequest, settings: DrafterJobSettings
 ) -> None:
-    """Train, with progress on stderr; print the comparison. Errors are raised before anything is
-    written.
+    """Train with progress on stderr, and print the comparison.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.drafter.job import check_output, train_adapter
     from trimode.calib.training.run_state import check_state, state_file
@@ -163,7 +109,10 @@ def in_words(output: Path, record: DrafterRecord) -> str:
     """What was written, and whether it is any better than what was there before."""
     before, name = _before(record.held_out)
     trained = record.held_out.trained
-    change = f"{_number(before.acceptance_length)} -> {_number(trained.acceptance_length)} tokens a cycle on {trained.num_prompts} held-out prompts"
+    change = (
+        f"{_number(before.acceptance_length)} -> {_number(trained.acceptance_length)} tokens "
+        f"a cycle on {trained.num_prompts} held-out prompts"
+    )
     if record.kept != "trained":
         which = (
             "a copy of the checkpoint's adapter"
@@ -171,12 +120,14 @@ def in_words(output: Path, record: DrafterRecord) -> str:
             else "an untrained adapter, which changes nothing"
         )
         lines = [
-            f"training did NOT help: the trained adapter drafts no better than {name} on the validation prompts ({change})",
+            f"training did NOT help: the trained adapter drafts no better than {name} on the "
+            f"validation prompts ({change})",
             f"wrote {output}: {which}",
         ]
     elif (trained.acceptance_length or 0) <= (before.acceptance_length or 0):
         lines = [
-            f"wrote {output}: the trained adapter, better than {name} on the validation prompts but NOT on those held out ({change})"
+            f"wrote {output}: the trained adapter, better than {name} on the validation "
+            f"prompts but NOT on those held out ({change})"
         ]
     else:
         lines = [f"wrote {output}: the trained adapter, better than {name} ({change})"]
@@ -187,7 +138,8 @@ def in_words(output: Path, record: DrafterRecord) -> str:
     )
     if unlike:
         lines.append(
-            f"{unlike} answers of self-speculation differ from the autoregressive ones: rounding decided between equal tokens"
+            f"{unlike} answers of self-speculation differ from the autoregressive ones: "
+            "rounding decided between equal tokens"
         )
     return "\n".join(lines)
 
@@ -212,8 +164,10 @@ def _show(record: DrafterRecord) -> None:
         else "not quantized"
     )
     console.print(
-        f"{record.source_name}, {scales}, {record.dtype}; block {record.block_length}; {record.training.steps} steps on "
-        f"{record.prompts.num_train} prompts, loss {record.training.first_loss:.3f} -> {record.training.loss:.3f}"
+        f"{record.source_name}, {scales}, {record.dtype}; block {record.block_length}; "
+        f"{record.training.steps} steps on "
+        f"{record.prompts.num_train} prompts, loss {record.training.first_loss:.3f} -> "
+        f"{record.training.loss:.3f}"
     )
     table = Table(
         "prompts",

@@ -1,30 +1,22 @@
-"""``trimode calibrate sampler``: prompts through a checkpoint to a sampler, and what to say about
-it.
-"""
+"""``trimode calibrate sampler``: trains a sampler from prompts."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from trimode.cli.options import (
-    AnswerLength,
+from trimode.cli.options import calibrate, training
+from trimode.cli.options.shared import (
     CheckpointPath,
     Device,
-    HeldOut,
     Json,
     Raw,
-    Resume,
-    ServedDtype,
     System,
     Thinking,
-    TrainingData,
-    TrainingSamples,
 )
 from trimode.cli.parse import need, parse_ints
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,101 +28,66 @@ if TYPE_CHECKING:
 
 def sampler(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="SAMPLER",
-            help="Folder to write, or a trained sampler to replace.",
-        ),
-    ],
-    data: TrainingData,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Scales of the bundle that the sampler is for; if left out nothing is quantized.",
-        ),
-    ] = None,
-    dtype: ServedDtype = "float32",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of training; 2000 if neither this nor --minutes is given."),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Time for the training, without writing states and measuring."),
-    ] = None,
-    samples: TrainingSamples = None,
-    held_out: HeldOut = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            help="What is right: the tokens of serial or of leftmost denoising, or the model's own (ar)."
-        ),
-    ] = "serial",
-    block_length: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Lengths of the blocks to train on.")
-    ] = "8,32",
-    d_model: Annotated[int, typer.Option(help="Width of the network.")] = 192,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Its attention heads.")] = 8,
-    feed_forward: Annotated[int, typer.Option(help="Width of its feed-forward layers.")] = 384,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Slots in a step.")] = 1024,
-    seed: Annotated[
-        int, typer.Option(help="Of the draw, of the network and of what is trained on.")
-    ] = 0,
-    max_new_tokens: AnswerLength = 256,
+    *,
+    output: calibrate.SamplerOutput,
+    data: calibrate.TrainingPrompts,
+    calibration: calibrate.SamplerCalibration = None,
+    dtype: calibrate.ServedDtype = "float32",
+    steps: training.SamplerSteps = None,
+    minutes: training.SamplerMinutes = None,
+    samples: calibrate.TrainingSamples = None,
+    held_out: calibrate.HeldOut = None,
+    target: training.LabelTarget = "serial",
+    block_length: training.BlockLengths = "8,32",
+    d_model: training.ModelWidth = 192,
+    layers: training.Layers = 4,
+    heads: training.Heads = 8,
+    feed_forward: training.FeedForward = 384,
+    learning_rate: training.SamplerLearningRate = 1e-3,
+    batch_size: training.SlotBatch = 1024,
+    seed: calibrate.SamplerSeed = 0,
+    max_new_tokens: calibrate.AnswerLength = 256,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    resume: Resume = False,
+    resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a sampler for block diffusion on the states that its denoising passes through; for
-    `trimode build --sampler`.
-    """
+    """Train a sampler of block diffusion, for `trimode build --sampler`."""
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.sampler.settings import SamplerJobSettings
     from trimode.cli.calibrate.training import TrainingRequest
-    from trimode.runtime.text.prompts import PromptStyle
 
     settings = SamplerJobSettings(
-        dtype,
-        steps,
-        minutes,
-        samples,
-        held_out,
-        target,
-        tuple(parse_ints(block_length)),
-        d_model,
-        layers,
-        heads,
-        feed_forward,  # type: ignore[arg-type]  # its check refuses any other type
-        learning_rate,
-        batch_size,
-        seed,
-        max_new_tokens,
-        device,
+        dtype=dtype,  # type: ignore[arg-type]  # its check refuses any other type
+        steps=steps,
+        minutes=minutes,
+        num_samples=samples,
+        num_held_out=held_out,
+        target=target,  # type: ignore[arg-type]  # its check refuses any other target
+        block_lengths=tuple(parse_ints(block_length)),
+        d_model=d_model,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward=feed_forward,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        device=device,
     )
-    run_sampler(
-        checkpoint,
-        output,
-        TrainingRequest(
-            data, calibration, resume, as_json, PromptStyle(raw, system, enable_thinking)
-        ),
-        settings,
-    )
+    style = prompt_style(raw, system, enable_thinking)
+    request = TrainingRequest(data, calibration, resume, as_json, style)
+    run_sampler(checkpoint, output, request, settings)
 
 
 def run_sampler(
     checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings
 ) -> None:
-    """Train, with progress on stderr; print the comparison. Errors are raised before anything is
-    written.
+    """Train with progress on stderr, and print the comparison.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.sampler.job import check_output, train_sampler
     from trimode.calib.training.run_state import check_state, state_file
@@ -162,8 +119,9 @@ def run_sampler(
 
 
 def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecord]]:
-    """For each block length the held-out texts under the usual confidence threshold and under the
-    sampler's own.
+    """Pair the usual confidence threshold with the sampler's own, by block length.
+
+    Both are measured over the held-out texts.
     """
     from trimode.calib.sampler.measure import USUAL_CONFIDENCE
 
@@ -192,8 +150,10 @@ def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
     )
     what = "like the target" if rule.exact_match is None else "answered right"
     return (
-        f"block {rule.block_length}, {rule.num_texts} held-out prompts: {rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
-        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; {verdict} than a threshold of "
+        f"block {rule.block_length}, {rule.num_texts} held-out prompts: "
+        f"{rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
+        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; "
+        f"{verdict} than a threshold of "
         f"{rule.threshold:g} on the probability"
     )
 
@@ -207,8 +167,10 @@ def _show(record: SamplerFile) -> None:
         console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
     training = record.training
     console.print(
-        f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target {record.target}; {training.steps} steps on "
-        f"{training.num_states} states of {record.prompts.num_train} prompts; loss on {record.prompts.num_validation} others "
+        f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target "
+        f"{record.target}; {training.steps} steps on "
+        f"{training.num_states} states of {record.prompts.num_train} prompts; loss on "
+        f"{record.prompts.num_validation} others "
         f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
     )
     console.print(_scores_table(record.scores))

@@ -6,12 +6,20 @@ import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import typer
-
-from trimode.cli.options import CheckpointPath, Device, Json, Raw, System, Thinking, usual_style
+from trimode.cli.options import calibrate as options
+from trimode.cli.options.shared import (
+    CheckpointPath,
+    Device,
+    Json,
+    Raw,
+    System,
+    Thinking,
+    usual_style,
+)
 from trimode.cli.parse import need
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from trimode.formats.calibration import Calibration, QuantizedPrecision
@@ -21,93 +29,50 @@ if TYPE_CHECKING:
 
 def scales(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="CALIBRATION",
-            help="Folder to write, or a calibration to replace.",
-        ),
-    ],
-    precision: Annotated[str, typer.Option(help="fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")],
-    data: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="JSON lines with `prompt`, `messages` or `token_ids`."),
-    ],
-    samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
-    ] = None,
-    modes: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE,...", help="Graphs whose rows the scales have to fit: ar, draft, verify."
-        ),
-    ] = "ar,draft,verify",
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
-    ] = 128,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    block_size: Annotated[
-        int | None, typer.Option(help="int4: inputs that share a scale, at most; 128 if left out.")
-    ] = None,
-    per_channel: Annotated[
-        bool,
-        typer.Option(
-            "--per-channel", help="fp8: a scale for each row of a weight, instead of one."
-        ),
-    ] = False,
-    quantize_head: Annotated[
-        bool, typer.Option("--quantize-head", help="Quantize the output head too.")
-    ] = False,
+    *,
+    output: options.CalibrationOutput,
+    precision: options.ScalesPrecision,
+    data: options.Prompts,
+    samples: options.Samples = None,
+    modes: options.Graphs = "ar,draft,verify",
+    max_new_tokens: options.DecodedTokens = 128,
+    seed: options.SamplingSeed = 0,
+    block_size: options.BlockSize = None,
+    per_channel: options.PerChannel = False,
+    quantize_head: options.QuantizeHead = False,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GIB",
-            help="Decode with float32 weights in memory if they fit into this, else from the files; half of what is free if left out.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on where the same command was interrupted; without it, what that left in CALIBRATION.work is deleted.",
-        ),
-    ] = False,
+    memory: options.Memory = None,
+    resume: options.ScalesResume = False,
     as_json: Json = False,
 ) -> None:
     """Find the scales for a quantized build, from prompts answered in every mode."""
     need("calibration", "compile", "torch", "safetensors", "ml_dtypes")
     need("calibration", "calib", "modelopt", "requests")
-    from trimode.runtime.text.prompts import PromptStyle
-
     request = CalibrateRequest(
-        precision,
-        data,
-        samples,
-        modes,
-        max_new_tokens,
-        seed,
-        block_size,
-        per_channel,
-        quantize_head,
-        device,
-        as_json,
-        memory,
-        resume,
-        PromptStyle(raw, system, enable_thinking),
+        precision=precision,
+        data=data,
+        num_samples=samples,
+        modes=modes,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        block_size=block_size,
+        is_per_channel=per_channel,
+        quantizes_head=quantize_head,
+        device=device,
+        as_json=as_json,
+        memory_gib=memory,
+        resume=resume,
+        style=prompt_style(raw, system, enable_thinking),
     )
     run_calibrate(checkpoint, output, request)
 
 
 @dataclass(frozen=True)
 class CalibrateRequest:
-    """The command line's options, in its order."""
+    """Holds what a user asks of ``trimode calibrate scales``."""
 
     precision: str
     data: Path
@@ -126,8 +91,9 @@ class CalibrateRequest:
 
 
 def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest) -> None:
-    """Calibrate, with progress on stderr; say what was done, there or as JSON on stdout. ``output``
-    is written whole or not at all.
+    """Calibrate with progress on stderr; report there or as JSON on stdout.
+
+    ``output`` is written whole or not at all.
     """
     from trimode.calib.scales.job import calibrate, check_output
     from trimode.calib.scales.settings import QuantizeSettings
@@ -178,7 +144,8 @@ def run_calibrate(checkpoint_path: Path, output: Path, request: CalibrateRequest
     except KeyboardInterrupt:
         if work_folder_of(output).exists():
             sys.stderr.write(
-                f"interrupted; repeat the command with --resume to go on, the work so far is in {work_folder_of(output)}\n"
+                "interrupted; repeat the command with --resume to go on, the work so far is "
+                f"in {work_folder_of(output)}\n"
             )
         raise
     if request.as_json:
@@ -205,6 +172,8 @@ def _in_words(output: Path, calibration: Calibration) -> str:
     rows = ", ".join(f"{count} {role}" for role, count in calibration.data.num_tokens.items())
     worst = min(calibration.layers, key=lambda name: calibration.layers[name].weight_snr_db)
     return (
-        f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of {len(calibration.layers)} layers "
-        f"from {calibration.data.num_samples} prompts ({rows} rows); lowest weight SNR {calibration.layers[worst].weight_snr_db:.1f} dB, {worst}"
+        f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of "
+        f"{len(calibration.layers)} layers "
+        f"from {calibration.data.num_samples} prompts ({rows} rows); lowest weight SNR "
+        f"{calibration.layers[worst].weight_snr_db:.1f} dB, {worst}"
     )

@@ -1,18 +1,24 @@
-"""``trimode calibrate sensitivity``: a calibration and a budget in; a calibration that leaves the
-worst layers in high precision out.
-"""
+"""``trimode calibrate sensitivity``: keeps the worst layers in high precision."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from trimode.cli.options import CheckpointPath, Device, Json, Raw, System, Thinking, usual_style
+from trimode.cli.options import calibrate as options
+from trimode.cli.options.shared import (
+    CheckpointPath,
+    Device,
+    Json,
+    Raw,
+    System,
+    Thinking,
+    usual_style,
+)
 from trimode.cli.parse import need, parse_modes
+from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from trimode.formats.calibration import SensitivityRecord
@@ -21,82 +27,43 @@ if TYPE_CHECKING:
 
 def sensitivity(
     checkpoint: CheckpointPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="CALIBRATION",
-            help="Folder to write, or a calibration to replace.",
-        ),
-    ],
-    calibration: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", help="Scales of `trimode calibrate`, some of which will be left out."
-        ),
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="JSON lines with `prompt`, `messages` or `token_ids`, and perhaps `answer`.",
-        ),
-    ],
-    max_drop: Annotated[
-        float,
-        typer.Option(
-            metavar="POINTS", help="Most that any mode's exact match may lose, in points of 100."
-        ),
-    ],
-    samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Prompts to draw by the seed; all of them if left out."),
-    ] = None,
-    ranking_samples: Annotated[
-        int, typer.Option(metavar="N", help="Of these, prompts whose rows rank the layers.")
-    ] = 8,
-    modes: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE,...", help="That have to hold the budget: ar, diffusion, linear-spec."
-        ),
-    ] = "ar,diffusion,linear-spec",
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after each prompt in each mode.")
-    ] = 128,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    *,
+    output: options.CalibrationOutput,
+    calibration: options.BaseCalibration,
+    data: options.Questions,
+    max_drop: options.MaxDrop,
+    samples: options.Samples = None,
+    ranking_samples: options.RankingSamples = 8,
+    modes: options.BudgetModes = "ar,diffusion,linear-spec",
+    max_new_tokens: options.DecodedTokens = 128,
+    seed: options.SamplingSeed = 0,
     raw: Raw = False,
     system: System = None,
     enable_thinking: Thinking = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Leave the most sensitive layers in high precision, as many as a budget on exact match asks
-    for.
-    """
+    """Keep the most sensitive layers in high precision, to stay within a budget."""
     need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
-    from trimode.runtime.text.prompts import PromptStyle
-
     request = SensitivityRequest(
-        calibration,
-        data,
-        max_drop,
-        samples,
-        ranking_samples,
-        modes,
-        max_new_tokens,
-        seed,
-        device,
-        as_json,
-        PromptStyle(raw, system, enable_thinking),
+        calibration=calibration,
+        data=data,
+        max_drop=max_drop,
+        num_samples=samples,
+        ranking_samples=ranking_samples,
+        modes=modes,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=device,
+        as_json=as_json,
+        style=prompt_style(raw, system, enable_thinking),
     )
     run_sensitivity(checkpoint, output, request)
 
 
 @dataclass(frozen=True)
 class SensitivityRequest:
-    """The command line's options, in its order."""
+    """Holds what a user asks of ``trimode calibrate sensitivity``."""
 
     calibration: Path
     data: Path
@@ -112,8 +79,9 @@ class SensitivityRequest:
 
 
 def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityRequest) -> None:
-    """Search, write the calibration, say what was kept. Errors are raised before anything is
-    written.
+    """Search, write the calibration, and name the kept layers.
+
+    Errors are raised before anything is written.
     """
     from trimode.calib.evaluate.quantization.candidate import read_candidate
     from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
@@ -163,11 +131,16 @@ def _as_data(output: Path, algorithm: str, found: SensitivityRecord) -> dict[str
 def _in_words(output: Path, found: SensitivityRecord) -> str:
     count = found.data.num_samples
     words = (
-        f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high precision; over {count} questions exact match drops by "
-        f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer quantized"
+        f"wrote {output}: {len(found.kept)} of {len(found.ranking)} layers stay in high "
+        f"precision; over {count} questions exact match drops by "
+        f"{_points(found.drops)} points, {_points(found.drops_if_none_kept)} with every layer "
+        "quantized"
     )
     if 0 < found.max_drop < 100 / count:
-        words += f"\nnote: one of {count} questions is {100 / count:.2g} points, so a budget of {found.max_drop:g} allows none to be lost"
+        words += (
+            f"\nnote: one of {count} questions is {100 / count:.2g} points, so a budget of "
+            f"{found.max_drop:g} allows none to be lost"
+        )
     return words
 
 

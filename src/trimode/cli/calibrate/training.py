@@ -1,5 +1,6 @@
-"""What the commands that train on a checkpoint's own answers have in common: `calibrate drafter`
-and `calibrate sampler`.
+"""Runs the training of `calibrate drafter` and `calibrate sampler`.
+
+Both train on the checkpoint's own answers.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ class TrainingJob(Protocol[S_contra, R_co]):
         calibration: Path | None = None,
         resume: bool = False,
     ) -> R_co:
-        """See :func:`trimode.calib.drafter.job.train_adapter` and
-        :func:`trimode.calib.sampler.job.train_sampler`.
-        """
+        """Train on the prompts, write ``output``, and return its record."""
         ...
 
 
@@ -64,8 +63,9 @@ def train_on_prompts(
     request: TrainingRequest,
     settings: S,
 ) -> R:
-    """Run the job over the prompts of a file, with progress on stderr, where it is also said how an
-    interrupted run goes on.
+    """Run the job over a file of prompts, with progress on stderr.
+
+    If it is interrupted, stderr says how to go on.
     """
     model = describe_model(checkpoint)
     questions, to_text = read_questions(request.data, request.style, checkpoint.path, model)
