@@ -58,12 +58,18 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
         and plan.quantization.record != there.calibration
     ):
         asked, held = plan.quantization.record, there.calibration
-        found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
-        raise UsageError(found, _FORCE)
+        raise UsageError(
+            f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}),"
+            f" found those of {held.name if held else 'none'}",
+            _FORCE,
+        )
     if not _same_source(base, plan.checkpoint, progress):
         drafter = f" with the drafter {plan.checkpoint.adapter}" if plan.checkpoint.adapter else ""
-        found = f"{output}: expected a bundle of {plan.checkpoint.path}{drafter}, found one of other weights ({base.source.name})"
-        raise UsageError(found, _FORCE)
+        raise UsageError(
+            f"{output}: expected a bundle of {plan.checkpoint.path}{drafter},"
+            f" found one of other weights ({base.source.name})",
+            _FORCE,
+        )
     for name, found in base.model.model_dump().items():
         expected = getattr(plan.model, name)
         if found != expected:

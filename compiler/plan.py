@@ -166,7 +166,8 @@ def plan_target(
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
     if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
         raise UsageError(
-            f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
+            f"expected, with --quadratic, a block length up to {model.max_quadratic_length},"
+            f" found {min(lengths)}",
             "pass a shorter one in --block-lengths, or leave --quadratic out",
         )
     capacity = plan_capacity(roles, model, lengths, options.max_batch)
@@ -219,7 +220,8 @@ def _plan_quantization(
     if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
             raise UsageError(
-                f"expected --calibration with --precision fp8, int8, int4 or nvfp4, found {precision}",
+                "expected --calibration with --precision fp8, int8, int4 or nvfp4,"
+                f" found {precision}",
                 "leave --calibration out",
             )
         return None
@@ -243,8 +245,10 @@ def _check_shared_dtype(precision: PrecisionName, base: Manifest) -> None:
     if dtype not in (None, base.dtype):
         (able,) = (name for name, other in DTYPES.items() if other == base.dtype)
         raise UsageError(
-            f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
-            f"add {able}, fp8, int8, int4 or nvfp4 to this bundle, or build {precision} as a bundle of its own",
+            f"expected a precision that computes in {base.dtype}, as all of the bundle do,"
+            f" found {precision}",
+            f"add {able}, fp8, int8, int4 or nvfp4 to this bundle,"
+            f" or build {precision} as a bundle of its own",
         )
 
 
@@ -257,8 +261,10 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
             DTYPES.get(precision) == dtype for precision in target.precisions
         ):
             raise UsageError(
-                f"{target.name}: expected a bundle that computes in a type it can run, found one in {dtype}",
-                f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own",
+                f"{target.name}: expected a bundle that computes in a type it can run,"
+                f" found one in {dtype}",
+                "pass --force to build it again for all targets,"
+                f" or build {target.name} as a bundle of its own",
             )
 
 
@@ -341,7 +347,8 @@ def plan_sampler(
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:
         raise UsageError(
-            f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
+            f"expected a bundle without a sampler or with that of {folder},"
+            f" found one with {base.sampler.name}",
             "pass --force to replace the bundle, or choose another output",
         )
     return None

@@ -195,7 +195,8 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
                 else ""
             )
             raise UsageError(
-                f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}{why}",
+                f"{where}: expected a precision it can run ({', '.join(target.precisions)}),"
+                f" found {precision}{why}",
                 f"pass --precision {able[0]}, or build {target.name} as a bundle of its own",
             )
 

@@ -234,7 +234,8 @@ def _metadata(sources: list[_Source]) -> dict[str, str]:
     (dtype,) = packed  # safetensors has no type for either: what says U8 is one of them
     return {
         "format": "pt",
-        "U8": f"{dtype}, two numbers along the last axis in each byte, the first in the low four bits",
+        "U8": f"{dtype}, two numbers along the last axis in each byte,"
+        " the first in the low four bits",
     }
 
 

@@ -67,8 +67,10 @@ def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
         ) as error:
             cause = str(error.__cause__ or error).splitlines()[0]
             raise BuildError(
-                f"{model.graph.name}: expected to lower the graph ({type(step).__name__}), found: {cause}",
-                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+                f"{model.graph.name}: expected to lower the graph ({type(step).__name__}),"
+                f" found: {cause}",
+                "this is an inconsistency of the compiler;"
+                " please report it with the checkpoint's config.json",
             ) from error
     return lowered
 

@@ -5,7 +5,8 @@ eight times as large, in every forward. ONNX Runtime's own operator ``MatMulNBit
 numbers in registers
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits)::
 
-    .weight -- DequantizeLinear by .weight_scale -- Gemm(transB=1)        .weight as bytes -- BitwiseXor with 0x88 -- MatMulNBits by .weight_scale
+    before:  .weight -- DequantizeLinear by .weight_scale -- Gemm(transB=1)
+    after:   .weight as bytes -- BitwiseXor with 0x88 -- MatMulNBits by .weight_scale
 
 It wants numbers from 0 to 15 that stand for -8 to 7. In the pack they are two's complement: with
 the highest bit of each flipped they are what it wants. ONNX Runtime computes that once, when it
@@ -51,7 +52,8 @@ class MultiplyInt4(ir.passes.InPlacePass):
                 or uses[0].node.attributes.get_int("transB", 0) != 1
             ):
                 raise ir.passes.PreconditionError(
-                    f"{widen.outputs[0].name} is not the second factor of one product that reads it as (out, in)"
+                    f"{widen.outputs[0].name} is not the second factor of one product"
+                    " that reads it as (out, in)"
                 )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -2,15 +2,17 @@
 
 For TensorRT, whose kernels multiply numbers of four bits as they are, with the names of the pack::
 
-    x -- TRT_FP4DynamicQuantize by the input's global scale -- DequantizeLinear, of the scales and of the numbers --.
-                                                                                                                    Gemm(transB=1)
-    .weight_scale -- DequantizeLinear by .weight_scale_2 -- Cast -- scale of the DequantizeLinear of .weight -------'
+    x:        TRT_FP4DynamicQuantize by the input's global scale
+              -- DequantizeLinear of the scales, and of the numbers    -- Gemm(transB=1)
+    .weight:  DequantizeLinear of .weight_scale by .weight_scale_2 -- Cast
+              -- scale of the DequantizeLinear of .weight              -- Gemm(transB=1)
 
 The operator in front is TensorRT's own, which ONNX does not have, and takes the global scale as a
 constant only: it is the one scale that is no input of an engine. For ONNX Runtime, which knows
 numbers of four bits by name alone, the same in operators of bytes and float32::
 
-    .weight as bytes -- DequantizeLinear by 1 -- Cast -- Gather the two numbers of each byte -- Mul by the blocks' scales -- Gemm(transB=1)
+    .weight as bytes -- DequantizeLinear by 1 -- Cast -- Gather the two numbers of each byte
+        -- Mul by the blocks' scales -- Gemm(transB=1)
 
 The first step changes nothing but the type. It is there since ONNX Runtime would compute all that
 follows a weight when it loads the graph, and keep it, eight times as large, unless a
@@ -133,7 +135,8 @@ class Nvfp4ForTensorRT(_Nvfp4Pass):
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()
             ):
                 raise ir.passes.PostconditionError(
-                    f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear"
+                    f"{value.name} is {value.dtype}"
+                    " or read by something else than a DequantizeLinear"
                 )
 
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
@@ -219,7 +222,12 @@ class Nvfp4InFloat32(_Nvfp4Pass):
         weight.type, weight.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([rows, columns // 2])
 
     def _widen_weight(
-        self, nodes: Nodes, layer: str, weight: ir.Value, compute: ir.DataType, shape: ir.Shape
+        self,
+        nodes: Nodes,
+        layer: str,
+        weight: ir.Value,
+        compute: ir.DataType,  # noqa: ARG002  (always float32)
+        shape: ir.Shape,
     ) -> ir.Value:
         name, (rows, columns) = f"{layer}.weight", shape.numpy()
         scales = self._scales(nodes, layer)

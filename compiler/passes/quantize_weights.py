@@ -92,7 +92,8 @@ class QuantizeWeights(WeightPass):
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()
             ):
                 raise ir.passes.PostconditionError(
-                    f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear"
+                    f"{value.name} is {value.dtype}"
+                    " or read by something else than a DequantizeLinear"
                 )
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:

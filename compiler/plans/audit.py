@@ -48,7 +48,8 @@ def audit_engine(
         programs = read_programs(path)
         if {program.profile for program in programs} != set(range(len(profiles))):
             raise PlanUnreadable(
-                f"found programs for {len({p.profile for p in programs})} of {len(profiles)} profiles"
+                f"found programs for {len({p.profile for p in programs})}"
+                f" of {len(profiles)} profiles"
             )
         counts = [
             (index, profile, [p for p in programs if p.profile == index])

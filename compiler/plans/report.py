@@ -89,7 +89,10 @@ def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
     """
     for engine in plans:
         if isinstance(engine.plan, UnreadPlan):
-            yield f"warning: {engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
+            unread = engine.plan
+            yield (
+                f"warning: {engine.name}: plan not understood: {unread.reason} ({unread.library})"
+            )
             continue
         worst = max(engine.plan, key=_copied_ratio)
         if _copied_ratio(worst) > WARN_ABOVE:
@@ -97,8 +100,9 @@ def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
                 f"{cause} ({size / 1e6:.1f} MB)" for cause, size in causes_of(worst).items()
             )
             yield (
-                f"warning: {engine.name}: a forward of {worst.rows} rows moves {_copied_ratio(worst):.1f} times the bytes of its "
-                f"weights, keys and values: {causes}"
+                f"warning: {engine.name}: a forward of {worst.rows} rows moves"
+                f" {_copied_ratio(worst):.1f} times the bytes of its weights, keys and values:"
+                f" {causes}"
             )
 
 

@@ -3,9 +3,12 @@
 TensorRT-RTX writes one program for each optimization profile into an engine, as text among binary
 data::
 
-    header { inputs={ "input_ids.1" ... } outputs={ ... } region = { name=devmem size=8192000 ... } accelerators={sm89 } }
-    descriptors { tensor={ dims={ 32 4096 } name="linear.1" type=bf16 ... } sub_tensor={ base="linear.1" name="__mye1^deref" ... } }
-    main { function={ name=_gemm_mha_v2 input_args={ ... } output_args={ ... } ... } fully_connected={ input={...} output={...} } }
+    header { inputs={ "input_ids.1" ... } outputs={ ... }
+             region = { name=devmem size=8192000 ... } accelerators={sm89 } }
+    descriptors { tensor={ dims={ 32 4096 } name="linear.1" type=bf16 ... }
+                  sub_tensor={ base="linear.1" name="__mye1^deref" ... } }
+    main { function={ name=_gemm_mha_v2 input_args={ ... } output_args={ ... } ... }
+           fully_connected={ input={...} output={...} } }
     shape_main { mul={ output={"__mye2" } input={"__mye3" "__s^32i64" } } ... }
 
 ``accelerators={*}`` marks the program inside a fused kernel; these are left out. The format is

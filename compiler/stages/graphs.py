@@ -68,8 +68,10 @@ def point_into_packs(model: ir.Model, tensors: Mapping[str, PackedTensor], folde
         packed = tensors.get(name)
         if packed is None or not _is_as_declared(packed, value):
             raise BuildError(
-                f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape} in the weight pack, found {packed}",
-                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+                f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape}"
+                f" in the weight pack, found {packed}",
+                "this is an inconsistency of the compiler;"
+                " please report it with the checkpoint's config.json",
             )
         assert value.dtype is not None
         assert value.shape is not None
@@ -103,5 +105,6 @@ def check_graph(path: Path) -> None:
     except onnx.checker.ValidationError as error:
         raise BuildError(
             f"{path.name}: expected a valid ONNX graph, found: {str(error).splitlines()[0]}",
-            "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+            "this is an inconsistency of the compiler;"
+            " please report it with the checkpoint's config.json",
         ) from error

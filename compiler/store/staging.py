@@ -73,7 +73,8 @@ def added_to_bundle(
         # planned before the lock was taken: writing now would undo what was added since
         if read_manifest(output) != base:
             raise BuildError(
-                f"{output}: expected the bundle as it was read, found that another build has changed it",
+                f"{output}: expected the bundle as it was read,"
+                " found that another build has changed it",
                 "run the build again",
             )
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output))
@@ -97,8 +98,11 @@ def check_destination(output: Path, checkpoint: Path | None = None, *others: Pat
         BuildError: nothing can be written there.
     """
     if not is_whole_text(str(resolved(output))):
-        found = f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need, found other bytes"
-        raise UsageError(found, "choose another name")
+        raise UsageError(
+            f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need,"
+            " found other bytes",
+            "choose another name",
+        )
     check_replaceable(output, MANIFEST, "a bundle")
     if checkpoint is not None:
         check_apart(output, checkpoint, *others)
@@ -110,8 +114,11 @@ def check_space(output: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder if folder.is_dir() else nearest_folder(folder)).free
     if free < num_bytes:
         disk = mount_of(folder)
-        found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB ({disk})"
-        raise BuildError(found, "free some space or choose another disk")
+        raise BuildError(
+            f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk,"
+            f" found {free / 1e6:.1f} MB ({disk})",
+            "free some space or choose another disk",
+        )
 
 
 def _check_free(output: Path, *, force: bool) -> None:

@@ -188,7 +188,8 @@ def _failure(
     if stopped:
         return BuildError(f"{task.name}: expected to finish, found the build stopped")
     return BuildError(
-        f"{task.name}: expected an engine, found that the compiling process ended with {returncode}",
+        f"{task.name}: expected an engine,"
+        f" found that the compiling process ended with {returncode}",
         "check free memory (about 1 GB for each process), or pass --jobs 1",
     )
 
@@ -209,11 +210,13 @@ def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
     if "workspace limit" in text:
         found = f"{(task.job.workspace_bytes or 0) >> 20} MiB"
         return BuildError(
-            f"{task.name}: expected enough workspace for at least one kernel of each layer, found {found}",
+            f"{task.name}: expected enough workspace for at least one kernel of each layer,"
+            f" found {found}",
             "pass a larger --workspace",
         )
     first = messages[0].splitlines()[0] if messages else "no message"
     return BuildError(
         f"{task.name}: {task.job.library} refuses the graph: {first}",
-        f"update {task.job.library.replace('_', '-')}, or report it with the checkpoint's config.json",
+        f"update {task.job.library.replace('_', '-')},"
+        " or report it with the checkpoint's config.json",
     )

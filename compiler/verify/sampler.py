@@ -59,8 +59,9 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
     record = load_sampler_record(folder)
     if record.sampler_sha256 != expected.sha256:
         raise UsageError(
-            f"{folder}: expected the sampler that the bundle was built with, {expected.name} ({expected.sha256[:16]}…), "
-            f"found {record.sampler_sha256[:16]}…",
+            f"{folder}: expected the sampler that the bundle was built with,"
+            f" {expected.name} ({expected.sha256[:16]}…),"
+            f" found {record.sampler_sha256[:16]}…",
             "pass the folder that --sampler of `trimode build` had",
         )
     return SamplerSource(folder, record)

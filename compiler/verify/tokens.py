@@ -100,6 +100,7 @@ def compare_tokens(
     prompts: Sequence[TokenPrompt],
     max_new_tokens: int,
     tolerance: Tolerance,
+    *,
     dithered: Sequence[TorchSession] = (),
     roles: Sequence[Role] = ROLES,
 ) -> Iterator[TokenParity]:

@@ -4,7 +4,9 @@ A hidden state is a sum of ``2 L + 1`` terms, the embedding and what each of L l
 and each is rounded once or a few times to the compute type. Such errors add up like a random walk,
 so relative to the largest logit
 
-    largest error  <=  c * u * sqrt(2 L + 1)          u: unit roundoff, half the distance from 1 to the next number
+    largest error  <=  c * u * sqrt(2 L + 1)
+
+where u is the unit roundoff, half the distance from 1 to the next number.
 
 With float16 and bfloat16, products accumulate in float32 and only what is stored is rounded: c = 6.
 In float32 the sums over thousands of terms round in the same type: c = 168, which makes 1e-5 of c *

@@ -184,7 +184,8 @@ def _read_calibration(
     found, scales = load_calibration(folder)
     if found.scales_sha256 != record.scales_sha256:
         raise UsageError(
-            f"{folder}: expected the calibration that the bundle was built by ({record.name}), found another",
+            f"{folder}: expected the calibration that the bundle was built by ({record.name}),"
+            " found another",
             "pass that one, or leave --calibration out",
         )
     return linear_scales(scales, precision, stored)
