@@ -171,7 +171,11 @@ def _extend(
 def _lay_out_beside(
     base: Manifest, plan: BuildPlan, output: Path, folder: Path
 ) -> tuple[PackLayout, list[Path]]:
-    """Lay out the pack of one more precision, and name the packs that it uses, its own first."""
+    """Lay out the pack of one more precision.
+
+    Returns:
+        The layout, and the packs that the precision uses, its own first.
+    """
     names = _all_packs(base)
     layout, _ = _lay_out(plan, held_in(output / name for name in names))
     check_space(output, layout.num_bytes)

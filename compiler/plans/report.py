@@ -1,4 +1,4 @@
-"""What the plans of a bundle's engines say, for people and as data."""
+"""Reports the plans of a bundle's engines, as text and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ what they are once each.
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine of a bundle, and what its plan says."""
+    """Holds one engine of a bundle with its plan."""
 
     precision: str
     target: str
@@ -67,15 +67,17 @@ def read_plans(
 
 
 def carries_plans(record: TargetRecord) -> bool:
-    """Whether the engines of a target hold their plans as text: those that are compiled without the
-    GPU.
+    """Whether the engines of a target hold their plans as text.
+
+    Engines that are compiled without the GPU do.
     """
     return record.backend == "tensorrt_rtx"
 
 
 def predict_ms(record: PlanRecord, target: str) -> float | None:
-    """Milliseconds that the bytes of a forward take at the GPU's bandwidth; None where the target
-    names no GPU. Computed, not measured.
+    """Predict a forward's milliseconds from its bytes and the bandwidth.
+
+    Computed, not measured. None where the target names no GPU.
     """
     known = TARGETS.get(target)
     if known is None or known.bandwidth_gb_s is None:
@@ -84,8 +86,9 @@ def predict_ms(record: PlanRecord, target: str) -> float | None:
 
 
 def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
-    """One line for each engine that copies more than a tenth of what it has to read, or that cannot
-    be read.
+    """Yield one line for each engine with many copies.
+
+    An engine is named where it copies more than a tenth of what it has to read, or cannot be read.
     """
     for engine in plans:
         if isinstance(engine.plan, UnreadPlan):

@@ -1,4 +1,4 @@
-"""Makes what each target runs: lowered ONNX for ONNX Runtime, engines for TensorRT."""
+"""Makes what each target runs: lowered ONNX files and engines."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compile_targets(state: BuildState) -> None:
 
 
 def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
-    """The scales that become part of engines, by name: from the calibration, or from the pack."""
+    """Take engines' constant scales from the calibration or the pack."""
     if state.plan.precision in ("fp8", "int8") and any(
         record.backend == "tensorrt_rtx" for record in state.plan.records.values()
     ):

@@ -7,8 +7,9 @@ from trimode.compiler.stages.state import BuildState
 
 
 def start_weights(state: BuildState) -> None:
-    """Begin to copy the checkpoint into one pack: it waits for the disk while the next stages keep
-    the processor busy.
+    """Begin to copy the checkpoint into one pack.
+
+    Writing waits for the disk while the next stages keep the processor busy.
     """
     assert state.layout is not None
     state.writer = PackWriter(
@@ -17,5 +18,5 @@ def start_weights(state: BuildState) -> None:
 
 
 def finish_weights(state: BuildState) -> None:
-    """Wait for the pack."""
+    """Wait until the pack is written."""
     state.record(state.packs[0].name, state.pack_sha256(state.packs[0]))

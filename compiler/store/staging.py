@@ -1,5 +1,6 @@
-"""Where a bundle may be written: never over something else, never by two builds at once, never
-half.
+"""Writes bundles whole.
+
+Nothing else is overwritten, no two builds write at once, and nothing is left half done.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ logger = logging.getLogger("trimode.compiler")
 
 @contextlib.contextmanager
 def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``output`` when the block ends well and vanishes when it
-    does not.
+    """Yield an empty folder that becomes ``output``.
+
+    It does so when the block ends well, and vanishes when it does not.
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never
-        replaced.
+            replaced.
         BuildError: another build is writing the same output, or the disk is full or not writable.
     """
     output = resolved(output)
@@ -54,8 +56,9 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
 def added_to_bundle(
     output: Path, base: Manifest, rest: Manifest, folders: list[str]
 ) -> Iterator[Path]:
-    """Yield an empty folder whose files become part of the bundle when the block ends well, the
-    manifest last.
+    """Yield an empty folder whose files join the bundle.
+
+    They do so when the block ends well, the manifest last.
 
     ``base`` is the bundle's manifest as the build was planned on it. ``folders`` are those of the
     targets that are added: they take the place of what is there. ``rest`` describes the bundle
@@ -89,9 +92,9 @@ def check_destination(output: Path, checkpoint: Path | None = None, *others: Pat
     """Check before the work that a bundle can be written or added to.
 
     Args:
-        output: a new folder, an empty one, or a bundle.
-        checkpoint: what the bundle is built from; the output may not lie in it.
-        others: files and folders that are read.
+        output: A new folder, an empty one, or a bundle.
+        checkpoint: Source of the bundle; the output may not lie in it.
+        others: Files and folders that are read.
 
     Raises:
         UsageError: it is something else, or holds what is read.

@@ -47,13 +47,13 @@ _GARBAGE_SLOTS = 5
 
 @dataclass(frozen=True)
 class Block:
-    """New tokens at one position of the text, and how large the reference's logits are there.
+    """Holds new tokens at one position of the text.
 
     Attributes:
-        draft_ids: (1, T): the token of the position, then slots of which most are masked.
-        verify_ids: (1, T): the same token, then drafts of which the first half are the reference's
-        own.
-        scale: the largest absolute logit of the reference over ``verify_ids``.
+        draft_ids: Token of the position, then slots of which most are masked; (1, T) int64.
+        verify_ids: Token of the position, then drafts of which the first half are the reference's
+            own; (1, T) int64.
+        scale: Largest absolute logit of the reference over ``verify_ids``.
     """
 
     position: int
@@ -63,7 +63,7 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """T."""
+        """Number of new tokens, T."""
         return int(self.draft_ids.shape[1])
 
     def ids(self, role: Role) -> Ids:
@@ -74,7 +74,7 @@ class Block:
 def make_block(
     text: CachedText, position: int, rows: int, model: ModelInfo, rng: np.random.Generator
 ) -> Block:
-    """A block at ``position`` of a text that the reference reads."""
+    """Make a block at ``position`` of a text that the reference reads."""
     text.read_to(position)
     verify_ids = rng.integers(0, model.vocab_size, (1, rows))
     verify_ids[0, 0] = text.token_ids[position]
@@ -88,7 +88,7 @@ def make_block(
 
 
 def row_counts(session: Session, role: Role, model: ModelInfo) -> list[int]:
-    """1, an odd number and the block, as far as the graphs were built for them."""
+    """List 1, an odd number and the block, as far as built."""
 
     def is_built(rows: int) -> bool:
         if role == "ar":
@@ -107,7 +107,7 @@ def row_counts(session: Session, role: Role, model: ModelInfo) -> list[int]:
 def count_comparisons(
     session: Session, model: ModelInfo, positions: Sequence[int], roles: Sequence[Role] = ROLES
 ) -> int:
-    """How many records :func:`compare_target` yields."""
+    """Count the records that :func:`compare_target` yields."""
     return len(positions) * sum(
         len(row_counts(session, role, model)) * len(_drafter_scales(role, model)) for role in roles
     )
@@ -124,19 +124,21 @@ def compare_target(
     dithered: Sequence[CachedText] = (),
     roles: Sequence[Role] = ROLES,
 ) -> Iterator[GraphParity]:
-    """The graphs of a target's session; all texts are the same.
+    """Compare the graphs of a target's session with the trunk.
+
+    All texts are the same.
 
     Args:
-        reference: the text, read by the trunk.
-        target: the text, read by the target.
-        model: the bundle's model.
-        positions: tokens in the cache, ascending.
-        tolerance: of the target.
-        seed: of the blocks.
-        dithered: the text, read by the trunk as it rounds inputs at random within the bound: how
-            far that takes it from ``reference``, times :data:`SPREAD_FACTOR`, is allowed beyond the
+        reference: Text that the trunk reads.
+        target: Text that the target reads.
+        model: Facts of the bundle's model.
+        positions: Numbers of tokens in the cache, ascending.
+        tolerance: Tolerance of the target.
+        seed: Seed of the blocks.
+        dithered: Texts that the trunk reads as it rounds inputs at random within the bound. How far
+            that takes it from ``reference``, times :data:`SPREAD_FACTOR`, is allowed beyond the
             tolerance.
-        roles: graphs to compare.
+        roles: Graphs to compare.
     """
     rng = np.random.default_rng(seed)
     counts = {role: row_counts(target.session, role, model) for role in roles}
@@ -171,19 +173,20 @@ def compare_portable(
     seed: int,
     guide: Guide | None = None,
 ) -> Iterator[GraphParity]:
-    """The portable graphs on a ragged batch of two: the text up to ``position``, and up to half of
-    it.
+    """Compare the portable graphs with the trunk on a ragged batch.
+
+    The batch has two sequences: the text up to ``position``, and up to half of it.
 
     Args:
-        reference: the text, read by the trunk.
-        folder: the bundle.
-        files: the graph of each role that is compared.
-        model: the bundle's model.
-        position: tokens in the cache of the longer sequence.
-        tolerance: of the portable graphs.
-        seed: of the blocks and of what lies in unused slots.
-        guide: of the trunk, where it quantizes inputs: it then follows the codes that the graph has
-            chosen.
+        reference: Text that the trunk reads.
+        folder: Folder of the bundle.
+        files: Graph file of each role that is compared.
+        model: Facts of the bundle's model.
+        position: Number of tokens in the cache of the longer sequence.
+        tolerance: Tolerance of the portable graphs.
+        seed: Seed of the blocks and of the noise in unused slots.
+        guide: Guide of the trunk, where it quantizes inputs; it then follows the codes that the
+            graph has chosen.
     """
     rng = np.random.default_rng(seed)
     blocks = [make_block(reference, at, ODD_ROWS, model, rng) for at in (position // 2, position)]
@@ -233,8 +236,9 @@ def _drafter_scales(role: Role, model: ModelInfo) -> tuple[float, ...]:
 def _caches(
     cache: TorchCache, past: Ids, capacity: int, model: ModelInfo, rng: np.random.Generator
 ) -> Feed:
-    """The first keys and values of the text for each sequence of the batch, noise in the slots
-    behind: those must not matter.
+    """Copy the text's keys and values for each sequence of the batch.
+
+    The slots behind hold noise, which must not matter.
     """
     tensors = [part.numpy()[0] for layer in cache.layers for part in layer]  # (G, n, D)
     feed: Feed = {}

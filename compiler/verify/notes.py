@@ -1,4 +1,4 @@
-"""Writes the notes of a verification: what was left out, and what would bring it in."""
+"""Notes what a verification left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def notes_about(
         model: The bundle.
         checkpoint: Its checkpoint.
         loaded: The reference.
-        sampler: How the learned sampler compares; None where it was not compared.
+        sampler: Comparison of the learned sampler; None where there was none.
         position: Longest position of the comparisons.
     """
     manifest = model.bundle.manifest

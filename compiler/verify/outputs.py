@@ -1,4 +1,7 @@
-"""Compares what two runners return for the same inputs. Polygraphy runs them and compares."""
+"""Compares what two runners return for the same inputs.
+
+Polygraphy runs them and compares.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from trimode.runtime.sessions.base import Ids
 
 
 class _Bounds(NamedTuple):
-    """What an output may differ by."""
+    """Holds what an output may differ by."""
 
     scale: float
     largest: float
@@ -42,7 +45,7 @@ def compare_outputs(
     """Run both in their order and compare the other with the reference.
 
     Args:
-        subject: What the other is.
+        subject: Kind of the other.
         contract: Contract of the graph.
         runners: Two Polygraphy runners, in the order in which they run; one is named "reference".
         feed: Inputs by name.
@@ -136,7 +139,10 @@ def _run_all(
 
 
 def _until_any_parts(draft: Ids, outputs_of: Sequence[Feed]) -> Ids:
-    """The draft with a token that none expects behind the shortest of the accepted lengths."""
+    """Cut the draft short where the first accepted length ends.
+
+    A token that none expects goes behind it.
+    """
     draft = draft.copy()
     for row, last in enumerate(
         np.min([outputs["accepted_length"] for outputs in outputs_of], axis=0).tolist()
@@ -155,7 +161,7 @@ def _only(names: Iterable[str]) -> Any:
 
 
 class _Spread(NamedTuple):
-    """What is allowed beyond the tolerance, of the largest and of the mean error."""
+    """Holds what is allowed beyond the tolerance, per error."""
 
     largest: float = 0.0
     mean: float = 0.0
@@ -220,7 +226,10 @@ def _output(name: str, highest: Any, mean: Any, bounds: _Bounds) -> OutputRecord
 
 
 def _worst_cache(outputs: Sequence[OutputRecord]) -> Iterator[OutputRecord]:
-    """All outputs, but of the cache only the tensor that used most of what is allowed."""
+    """Yield all outputs, but only the worst of the cache.
+
+    That is the tensor that used most of what is allowed.
+    """
     cache = [record for record in outputs if record.name.startswith("present.")]
     yield from (record for record in outputs if record not in cache)
     if cache:

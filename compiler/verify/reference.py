@@ -17,7 +17,7 @@ from trimode.runtime.model import TriModeModel
 
 
 class LoadedTrunk(NamedTuple):
-    """Holds the reference's trunk, and how its quantized weights compare with the bundle's."""
+    """Holds the reference's trunk, and what loading it has compared."""
 
     trunk: TriModeTrunk
     weights: WeightsParity | None = None
@@ -32,7 +32,7 @@ def load_reference(
     Args:
         model: The bundle.
         checkpoint: Its checkpoint.
-        digest: Told about every tensor that is read.
+        digest: Digest of the checkpoint; it sees every tensor that is read.
         calibration: Folder of the scales that quantized weights were built by; None takes those of
             the bundle.
     """

@@ -244,7 +244,10 @@ def check_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
 def _prompts(
     model: TriModeModel, request: VerifyRequest, text: Ids, position: int
 ) -> list[TokenPrompt]:
-    """Prompts of the file, else a short and a long one of random tokens, which nothing ends."""
+    """Read the file's prompts, else draw a short and a long one.
+
+    Nothing ends the texts of random tokens.
+    """
     if request.prompts_file is None:
         lengths = sorted({min(SHORT_POSITION, position), position})
         return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
