@@ -7,25 +7,19 @@ and is whole all the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trimode.compiler.additions import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.pack.layout import (
-    PackedTensor,
-    PackLayout,
-    held_in,
-    plan_pack,
-    read_tensors,
-)
+from trimode.compiler.pack.layout import read_tensors
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.stages.engines import compile_targets
 from trimode.compiler.stages.extras import copy_tokenizer, export_sampler
 from trimode.compiler.stages.graphs import write_graphs
 from trimode.compiler.stages.manifest import describe_additions, describe_bundle
-from trimode.compiler.stages.pack import finish_weights, start_weights
+from trimode.compiler.stages.pack import finish_weights, lay_out_beside, lay_out_pack, start_weights
 from trimode.compiler.stages.state import BuildState
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
@@ -38,7 +32,6 @@ from trimode.compiler.store.staging import (
 from trimode.compiler.toolchain import require_toolchain
 from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName, PrecisionRecord
 from trimode.graphs.checkpoint import open_checkpoint
-from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress, Silent
 from trimode.runtime.bundle.weights import PrecisionWeights
 
@@ -137,7 +130,7 @@ def _create(
 ) -> BuildResult:
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = _lay_out(plan, {})
+    layout, source = lay_out_pack(plan)
     with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
         packs, tensors = [folder / plan.names.pack], layout.tensors
@@ -162,42 +155,11 @@ def _extend(
             tensors = read_tensors(PrecisionWeights(packs))
             state = BuildState(plan, progress, cache, folder, packs, tensors, base=base)
             return _run(ADDED_TARGETS if plan.targets else ADDED_SAMPLER, state)
-        layout, packs = _lay_out_beside(base, plan, output, folder)
+        layout, packs = lay_out_beside(base, plan, output, folder)
+        check_space(output, layout.num_bytes)
         tensors = layout.tensors
         state = BuildState(plan, progress, cache, folder, packs, tensors, layout, base=base)
         return _run(ADDED_PRECISION, state)
-
-
-def _lay_out_beside(
-    base: Manifest, plan: BuildPlan, output: Path, folder: Path
-) -> tuple[PackLayout, list[Path]]:
-    """Lay out the pack of one more precision.
-
-    Returns:
-        The layout, and the packs that the precision uses, its own first.
-    """
-    names = _all_packs(base)
-    layout, _ = _lay_out(plan, held_in(output / name for name in names))
-    check_space(output, layout.num_bytes)
-    used = {tensor.file for tensor in layout.tensors.values()}
-    others = [output / name for name in names if name in used]
-    return layout, [folder / plan.names.pack, *others]
-
-
-def _lay_out(plan: BuildPlan, held: Mapping[str, PackedTensor]) -> tuple[PackLayout, SourceDigest]:
-    """Lay out the pack of a precision; ``held`` lies in other packs already."""
-    return plan_pack(
-        plan.checkpoint,
-        plan.model.num_positions,
-        plan.dtype,
-        plan.quantization,
-        file=plan.names.pack,
-        held=held,
-    )
-
-
-def _all_packs(base: Manifest) -> list[str]:
-    return list(dict.fromkeys(name for record in base.precisions.values() for name in record.packs))
 
 
 def _run(stages: Stages, state: BuildState) -> BuildResult:
