@@ -1,3 +1,4 @@
-"""checkpoint -> bundle: stages, passes, the weight pack, engines. Nothing heavy is imported
-here.
+"""Compiles a checkpoint to a bundle.
+
+Stages, passes, the weight pack and engines. Nothing heavy is imported here.
 """

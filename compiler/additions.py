@@ -1,4 +1,4 @@
-"""Decides whether a bundle that is there already may be added to, and what it lacks."""
+"""Decides whether and how an existing bundle may be added to."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _FORCE = "pass --force to replace it, or choose another output"
 
 
 def read_existing(output: Path) -> Manifest | None:
-    """The manifest of the bundle at ``output``, whose files are there in their sizes; None where
-    there is no bundle.
+    """Read the manifest of the bundle at ``output``; None where there is none.
+
+    Its files must be there in their sizes.
 
     Raises:
         UsageError: it is damaged, or of another schema.
@@ -34,17 +35,17 @@ def read_existing(output: Path) -> Manifest | None:
 
 
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
-    """What is left of a plan when the bundle has some of its targets, exactly as planned,
-    already.
-    """
+    """Leave out of a plan the targets that the bundle has exactly as planned."""
     there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
     left = {name: record for name, record in plan.records.items() if there.get(name) != record}
     return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
 
 
 def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress) -> None:
-    """Refuse to mix: the bundle must hold this checkpoint, for these lengths, and in this
-    precision, if at all, by the same calibration.
+    """Refuse to add what does not belong to the bundle.
+
+    The bundle must hold this checkpoint, for these lengths. Where it has this precision, it must be
+    by the same calibration.
 
     Raises:
         UsageError: it does not.
@@ -58,12 +59,18 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
         and plan.quantization.record != there.calibration
     ):
         asked, held = plan.quantization.record, there.calibration
-        found = f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}), found those of {held.name if held else 'none'}"
-        raise UsageError(found, _FORCE)
+        raise UsageError(
+            f"{output}: expected a bundle with the scales of {asked.name} ({asked.algorithm}),"
+            f" found those of {held.name if held else 'none'}",
+            _FORCE,
+        )
     if not _same_source(base, plan.checkpoint, progress):
         drafter = f" with the drafter {plan.checkpoint.adapter}" if plan.checkpoint.adapter else ""
-        found = f"{output}: expected a bundle of {plan.checkpoint.path}{drafter}, found one of other weights ({base.source.name})"
-        raise UsageError(found, _FORCE)
+        raise UsageError(
+            f"{output}: expected a bundle of {plan.checkpoint.path}{drafter},"
+            f" found one of other weights ({base.source.name})",
+            _FORCE,
+        )
     for name, found in base.model.model_dump().items():
         expected = getattr(plan.model, name)
         if found != expected:
@@ -85,9 +92,7 @@ def check_same(base: Manifest, output: Path, plan: BuildPlan, progress: Progress
 
 
 def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> Manifest:
-    """The manifest without these targets of a precision, if it has any, and the files that only
-    they use.
-    """
+    """Drop targets of a precision, and the files that only they use."""
     if precision not in base.precisions:
         return base
     record = base.precisions[precision]
@@ -106,7 +111,10 @@ def drop_targets(base: Manifest, precision: PrecisionName, names: list[str]) -> 
 
 
 def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> bool:
-    """By the stamp; where that differs (a copied or touched checkpoint) by reading every byte."""
+    """Compare stamps; where they differ, read every byte.
+
+    A copied or touched checkpoint has another stamp.
+    """
     if base.source.stamp == stamp_of(checkpoint):
         return True
     digest = SourceDigest(checkpoint)
@@ -119,8 +127,9 @@ def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
 
 
 def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
-    """Digest of the checkpoint without its adapter, which calibrations belong to; the manifest has
-    that of the whole.
+    """Digest of the checkpoint without its adapter.
+
+    Calibrations belong to this digest. The manifest has that of the whole.
     """
     if checkpoint.drafter is None:
         return base.source.sha256

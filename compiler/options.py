@@ -1,4 +1,4 @@
-"""What a user can choose about a build."""
+"""Holds the choices of a build."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ Placement = Literal["shared", "baked"]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user can choose.
+    """Holds what a user can choose about a build.
 
     Attributes:
-        targets: names of :mod:`trimode.compiler.targets`, or ``auto``.
-        precision: of weights and activations, or of the weights of linear layers (fp8, int8, int4,
-            nvfp4); None = the calibration's, else the first of the bundle that is added to, else
-            the first that the GPUs prefer and all targets can run; fp32 on a CPU.
-        calibration: folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or
+        targets: Names of :mod:`trimode.compiler.targets`, or ``auto``.
+        precision: Type of weights and activations, or of the weights of linear layers (fp8, int8,
+            int4, nvfp4); None = the calibration's, else the first of the bundle that is added to,
+            else the first that the GPUs prefer and all targets can run; fp32 on a CPU.
+        calibration: Folder with the scales of fp8, int8, int4 or nvfp4; ``rtn``: int8, int4 or
             nvfp4 weights by rounding to nearest, without any data.
-        drafter: folder of a drafter adapter that takes the place of the checkpoint's own.
-        sampler: folder of a learned sampler of block diffusion (`trimode calibrate sampler`); a
-        bundle that is added to gets it, too.
-        max_length: most tokens of prompt and answer together; None = the model's limit, at most
-        32768.
-        block_lengths: block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None
-        = 8, 16, 32 and the model's own.
-        max_batch: most sequences in one forward of a TensorRT engine.
-        quadratic: also build the graph of quadratic self-speculation; a bundle that is added to has
-        it or has it not.
+        drafter: Folder of a drafter adapter that takes the place of the checkpoint's own.
+        sampler: Folder of a learned sampler of block diffusion (`trimode calibrate sampler`); a
+            bundle that is added to gets it, too.
+        max_length: Most tokens of prompt and answer together; None = the model's limit, at most
+            32768.
+        block_lengths: Block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None
+            = 8, 16, 32 and the model's own.
+        max_batch: Most sequences in one forward of a TensorRT engine.
+        quadratic: Whether the graph of quadratic self-speculation is built too; a bundle that is
+            added to has it or has it not.
         weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack;
-        ``baked``: each holds its own copy.
-        workspace_mib: most scratch memory of an engine on the GPU; None = the library's choice.
-        timing_cache: file for TensorRT's timing cache (TensorRT-RTX has none).
-        num_jobs: engines compiled at a time; None = one a core.
-        cache: where traced graphs and engines are kept; None = nowhere.
-        cache_limit_bytes: the cache is pruned to this size after a build.
-        force: replace an existing bundle.
+            ``baked``: each holds its own copy.
+        workspace_mib: Most scratch memory of an engine on the GPU; None = the library's choice.
+        timing_cache: File for TensorRT's timing cache (TensorRT-RTX has none).
+        num_jobs: Engines compiled at a time; None = one a core.
+        cache: Folder of traced graphs and engines; None keeps none.
+        cache_limit_bytes: Size that the cache is pruned to after a build.
+        force: Whether an existing bundle is replaced.
     """
 
     targets: tuple[str, ...] = ("cpu",)

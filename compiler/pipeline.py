@@ -1,8 +1,8 @@
-"""checkpoint -> bundle, as a flat list of stages. Start reading here.
+"""Builds a bundle from a checkpoint, stage by stage. Start reading here.
 
 A stage takes the state of the build and adds to it. A new bundle appears under its name only when
-the last stage is done; a bundle that exists already gets the precision and the targets it lacks,
-and is whole before, between and after.
+the last stage is done. A bundle that exists already gets the precision and the targets it lacks,
+and is whole all the time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from trimode.compiler.additions import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.pack.layout import held_in, plan_pack, read_tensors
+from trimode.compiler.pack.layout import read_tensors
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.stages.engines import compile_targets
 from trimode.compiler.stages.extras import copy_tokenizer, export_sampler
 from trimode.compiler.stages.graphs import write_graphs
 from trimode.compiler.stages.manifest import describe_additions, describe_bundle
-from trimode.compiler.stages.pack import finish_weights, start_weights
+from trimode.compiler.stages.pack import finish_weights, lay_out_beside, lay_out_pack, start_weights
 from trimode.compiler.stages.state import BuildState
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
@@ -35,17 +35,40 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.progress import Progress, Silent
 from trimode.runtime.bundle.weights import PrecisionWeights
 
+Stages = tuple[Callable[[BuildState], None], ...]
+NEW_BUNDLE: Stages = (
+    start_weights,
+    trace_graphs,
+    write_graphs,
+    export_sampler,
+    compile_targets,
+    copy_tokenizer,
+    finish_weights,
+    describe_bundle,
+)
+ADDED_PRECISION: Stages = (
+    start_weights,
+    trace_graphs,
+    write_graphs,
+    export_sampler,
+    compile_targets,
+    finish_weights,
+    describe_additions,
+)
+ADDED_TARGETS: Stages = (trace_graphs, export_sampler, compile_targets, describe_additions)
+ADDED_SAMPLER: Stages = (export_sampler, describe_additions)
+
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build did.
+    """Says what a build did.
 
     Attributes:
-        manifest: of the bundle as it is now.
-        precision: that was built, or added to.
-        built: targets that were added to it; none where the bundle had them all.
-        num_cached: engines that came from the cache.
-        has_new_sampler: whether a learned sampler was added to it.
+        manifest: Manifest of the bundle as it is now.
+        precision: Precision that was built, or added to.
+        built: Targets that were added to it; none where the bundle had them all.
+        num_cached: Number of engines that came from the cache.
+        has_new_sampler: Whether a learned sampler was added.
     """
 
     manifest: Manifest
@@ -56,7 +79,7 @@ class BuildResult:
 
     @property
     def record(self) -> PrecisionRecord:
-        """What the manifest says of the precision."""
+        """The manifest's record of the precision."""
         return self.manifest.precisions[self.precision]
 
 
@@ -69,14 +92,14 @@ def build_bundle(
     """Build a bundle, or add a precision, targets or a learned sampler to one.
 
     Args:
-        checkpoint: folder of a Hugging Face checkpoint.
-        output: folder to create, or a bundle of the same checkpoint.
-        options: see :class:`~trimode.compiler.options.BuildOptions`.
-        progress: told about stages; None = silent.
+        checkpoint: Folder of a Hugging Face checkpoint.
+        output: Folder to create, or a bundle of the same checkpoint.
+        options: Choices of the build; None takes the usual ones.
+        progress: Listener that is told about stages; None is silent.
 
     Raises:
         UsageError: an option is out of range, or ``output`` is something else than a bundle of this
-        checkpoint.
+            checkpoint.
         CheckpointError: the checkpoint is incomplete or not of this family, a weight is NaN or
             infinite, or the calibration or the sampler does not belong to it.
         DependencyError: the library that compiles for a target is not installed.
@@ -107,28 +130,12 @@ def _create(
 ) -> BuildResult:
     for target in plan.targets.values():
         require_toolchain(target)
-    layout, source = plan_pack(
-        plan.checkpoint,
-        plan.model.num_positions,
-        plan.dtype,
-        plan.quantization,
-        file=plan.names.pack,
-    )
+    layout, source = lay_out_pack(plan)
     with staged_folder(output, force=plan.options.force) as folder:
         check_space(output, layout.num_bytes)
-        return _run(
-            NEW_BUNDLE,
-            BuildState(
-                plan,
-                progress,
-                cache,
-                folder,
-                [folder / plan.names.pack],
-                layout.tensors,
-                layout,
-                source,
-            ),
-        )
+        packs, tensors = [folder / plan.names.pack], layout.tensors
+        state = BuildState(plan, progress, cache, folder, packs, tensors, layout, source)
+        return _run(NEW_BUNDLE, state)
 
 
 def _extend(
@@ -141,49 +148,21 @@ def _extend(
     for target in plan.targets.values():
         require_toolchain(target)
     rest = drop_targets(base, plan.precision, list(plan.targets))
-    with added_to_bundle(
-        output, base, rest, [plan.names.target(name) for name in plan.targets]
-    ) as folder:
+    folders = [plan.names.target(name) for name in plan.targets]
+    with added_to_bundle(output, base, rest, folders) as folder:
         if plan.precision in base.precisions:
             packs = [output / name for name in base.precisions[plan.precision].packs]
-            return _run(
-                ADDED_TARGETS if plan.targets else ADDED_SAMPLER,
-                BuildState(
-                    plan,
-                    progress,
-                    cache,
-                    folder,
-                    packs,
-                    read_tensors(PrecisionWeights(packs)),
-                    base=base,
-                ),
-            )
-        held = held_in(output / name for name in _all_packs(base))
-        layout, _ = plan_pack(
-            plan.checkpoint,
-            plan.model.num_positions,
-            plan.dtype,
-            plan.quantization,
-            file=plan.names.pack,
-            held=held,
-        )
+            tensors = read_tensors(PrecisionWeights(packs))
+            state = BuildState(plan, progress, cache, folder, packs, tensors, base=base)
+            return _run(ADDED_TARGETS if plan.targets else ADDED_SAMPLER, state)
+        layout, packs = lay_out_beside(base, plan, output, folder)
         check_space(output, layout.num_bytes)
-        used = {tensor.file for tensor in layout.tensors.values()}
-        packs = [
-            folder / plan.names.pack,
-            *(output / name for name in _all_packs(base) if name in used),
-        ]
-        return _run(
-            ADDED_PRECISION,
-            BuildState(plan, progress, cache, folder, packs, layout.tensors, layout, base=base),
-        )
+        tensors = layout.tensors
+        state = BuildState(plan, progress, cache, folder, packs, tensors, layout, base=base)
+        return _run(ADDED_PRECISION, state)
 
 
-def _all_packs(base: Manifest) -> list[str]:
-    return list(dict.fromkeys(name for record in base.precisions.values() for name in record.packs))
-
-
-def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) -> BuildResult:
+def _run(stages: Stages, state: BuildState) -> BuildResult:
     try:
         for stage in stages:
             stage(state)
@@ -202,26 +181,3 @@ def _run(stages: tuple[Callable[[BuildState], None], ...], state: BuildState) ->
         state.num_cached,
         state.plan.sampler is not None,
     )
-
-
-NEW_BUNDLE = (
-    start_weights,
-    trace_graphs,
-    write_graphs,
-    export_sampler,
-    compile_targets,
-    copy_tokenizer,
-    finish_weights,
-    describe_bundle,
-)
-ADDED_PRECISION = (
-    start_weights,
-    trace_graphs,
-    write_graphs,
-    export_sampler,
-    compile_targets,
-    finish_weights,
-    describe_additions,
-)
-ADDED_TARGETS = (trace_graphs, export_sampler, compile_targets, describe_additions)
-ADDED_SAMPLER = (export_sampler, describe_additions)

@@ -1,5 +1,6 @@
-"""What a build will make, decided before any work: the model's facts, the precision, and one record
-for each target.
+"""Plans a build before any work.
+
+The plan has the model's facts, the precision, and one record for each target.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ SAMPLER_FILE = "sampler.onnx"
 
 @dataclass(frozen=True)
 class FileNames:
-    """What the files of a precision are called in the bundle; ``suffix`` is empty for the one that
-    was built first.
+    """Names the files of a precision in the bundle.
+
+    ``suffix`` is empty for the precision that was built first.
     """
 
     suffix: str = ""
@@ -63,16 +65,16 @@ class FileNames:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build will make.
+    """Says what a build will make.
 
     Attributes:
-        dtype: of the weights that are not quantized; GPUs compute in it.
-        roles: graphs of the bundle.
-        quantization: of the other weights; None where there are none, or where they are in the
-        bundle that is added to.
-        names: of the precision's files.
-        records: the manifest's entry of each target, known in full beforehand.
-        sampler: the learned sampler to write; None where none is asked for, or where the bundle
+        dtype: Type of the weights that are not quantized; GPUs compute in it.
+        roles: Graphs of the bundle.
+        quantization: Scales of the other weights; None where there are none, or where they are in
+            the bundle that is added to.
+        names: Names of the precision's files.
+        records: The manifest's entry of each target, known in full beforehand.
+        sampler: The learned sampler to write; None where none is asked for, or where the bundle
             that is added to has it.
     """
 
@@ -92,14 +94,15 @@ class BuildPlan:
 def make_plan(
     checkpoint: Checkpoint, options: BuildOptions, base: Manifest | None = None
 ) -> BuildPlan:
-    """Plan a build; ``base`` is the bundle that it adds to, whose choices stand where the options
-    leave them open.
+    """Plan a build.
+
+    ``base`` is the bundle that it adds to. Its choices stand where the options leave them open.
 
     Raises:
         UsageError: an option is out of range, a target cannot run the precision, or the precision
             or a target cannot compute in the type that all precisions of the bundle share.
         CheckpointError: the calibration or the sampler cannot be read, or does not fit the
-        checkpoint.
+            checkpoint.
         DependencyError: the library that compiles for a target is not installed.
         BundleError: the tokenizer or the chat template cannot be used with the model.
     """
@@ -166,7 +169,8 @@ def plan_target(
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
     if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
         raise UsageError(
-            f"expected, with --quadratic, a block length up to {model.max_quadratic_length}, found {min(lengths)}",
+            f"expected, with --quadratic, a block length up to {model.max_quadratic_length},"
+            f" found {min(lengths)}",
             "pass a shorter one in --block-lengths, or leave --quadratic out",
         )
     capacity = plan_capacity(roles, model, lengths, options.max_batch)
@@ -191,7 +195,7 @@ def plan_target(
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
-    """The graphs of the bundle that is added to, or those that are asked for."""
+    """Take the graphs of the base bundle, or those asked for."""
     if base is None:
         return (*ROLES, "quadratic") if options.quadratic else ROLES
     if options.quadratic and "quadratic" not in base.contracts:
@@ -213,13 +217,16 @@ def _calibrated_precision(options: BuildOptions) -> str | None:
 def _plan_quantization(
     checkpoint: Checkpoint, options: BuildOptions, precision: Precision, base: Manifest | None
 ) -> Quantization | None:
-    """The scales; None where nothing is quantized, or the bundle that is added to has them and no
-    others are asked for.
+    """Read the scales.
+
+    None where nothing is quantized, or the bundle that is added to has them and no others are asked
+    for.
     """
     if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
             raise UsageError(
-                f"expected --calibration with --precision fp8, int8, int4 or nvfp4, found {precision}",
+                "expected --calibration with --precision fp8, int8, int4 or nvfp4,"
+                f" found {precision}",
                 "leave --calibration out",
             )
         return None
@@ -229,36 +236,43 @@ def _plan_quantization(
 
 
 def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:
-    """The type of a dense bundle; of a quantized one, what a dense one for these targets would
-    have.
+    """Choose the type of all that is not quantized.
+
+    A quantized bundle has the type that a dense one for these targets would have.
     """
     return DTYPES[precision] if precision in DTYPES else DTYPES[choose_precision(None, targets)]
 
 
 def _check_shared_dtype(precision: PrecisionName, base: Manifest) -> None:
-    """Raise :class:`UsageError` where a dense precision has another type than all else in the
-    bundle that it would be added to.
+    """Raise :class:`UsageError` where a dense precision has another type.
+
+    All else in the bundle that it would be added to has one type.
     """
     dtype = DTYPES.get(precision)
     if dtype not in (None, base.dtype):
         (able,) = (name for name, other in DTYPES.items() if other == base.dtype)
         raise UsageError(
-            f"expected a precision that computes in {base.dtype}, as all of the bundle do, found {precision}",
-            f"add {able}, fp8, int8, int4 or nvfp4 to this bundle, or build {precision} as a bundle of its own",
+            f"expected a precision that computes in {base.dtype}, as all of the bundle do,"
+            f" found {precision}",
+            f"add {able}, fp8, int8, int4 or nvfp4 to this bundle,"
+            f" or build {precision} as a bundle of its own",
         )
 
 
 def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
-    """Raise :class:`UsageError` where a GPU cannot compute in the type that a quantized bundle has
-    for everything else.
+    """Raise :class:`UsageError` where a GPU lacks the bundle's type.
+
+    A quantized bundle has one type for everything that is not quantized.
     """
     for target in targets:
         if target.device == "cuda" and not any(
             DTYPES.get(precision) == dtype for precision in target.precisions
         ):
             raise UsageError(
-                f"{target.name}: expected a bundle that computes in a type it can run, found one in {dtype}",
-                f"pass --force to build it again for all targets, or build {target.name} as a bundle of its own",
+                f"{target.name}: expected a bundle that computes in a type it can run,"
+                f" found one in {dtype}",
+                "pass --force to build it again for all targets,"
+                f" or build {target.name} as a bundle of its own",
             )
 
 
@@ -291,7 +305,7 @@ def _plan_onnxruntime(
 
 @dataclass(frozen=True)
 class SamplerSource:
-    """A trained sampler: its folder and what it says of itself."""
+    """Names a trained sampler's folder and holds its record."""
 
     folder: Path
     record: SamplerFile
@@ -309,8 +323,9 @@ class SamplerSource:
         )
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` unless it was trained for the checkpoint with this digest,
-        any adapter left out.
+        """Raise :class:`CheckpointError` unless it belongs to this checkpoint.
+
+        The digest is of the checkpoint without any adapter.
         """
         check_sampler_source(str(self.folder), self.record.source_sha256, sha256)
 
@@ -318,8 +333,9 @@ class SamplerSource:
 def plan_sampler(
     folder: Path | None, model: ModelInfo, base: Manifest | None
 ) -> SamplerSource | None:
-    """What is to be written for ``--sampler``; None where nothing is asked for, or the bundle that
-    is added to has the same.
+    """Plan what ``--sampler`` writes.
+
+    None where nothing is asked for, or the bundle that is added to has the same.
 
     Raises:
         UsageError: the bundle has another.
@@ -341,7 +357,8 @@ def plan_sampler(
         return source
     if base.sampler.sha256 != source.record.sampler_sha256:
         raise UsageError(
-            f"expected a bundle without a sampler or with that of {folder}, found one with {base.sampler.name}",
+            f"expected a bundle without a sampler or with that of {folder},"
+            f" found one with {base.sampler.name}",
             "pass --force to replace the bundle, or choose another output",
         )
     return None

@@ -1,5 +1,6 @@
-"""Targets as data: where a bundle can run, what each place can compute, and which library compiles
-for it.
+"""Lists the targets: where a bundle can run.
+
+Each says what it can compute, and which library compiles for it.
 
 Compute capabilities and memory are those of NVIDIA's product pages
 (https://developer.nvidia.com/cuda-gpus); what TensorRT-RTX compiles ahead of time, without the GPU,
@@ -27,17 +28,18 @@ BUILT_PRECISIONS: tuple[Precision, ...] = (*DENSE_PRECISIONS, "fp8", "int8", "in
 
 @dataclass(frozen=True)
 class Target:
-    """One place to run.
+    """Describes one place to run.
 
     Attributes:
-        name: what people call it.
-        backend: the library that compiles and runs it.
-        compute_capability: of its GPU, as ``8.9``; None for a CPU, or where any GPU will do.
-        precisions: what it can compute, the preferred one first.
-        memory_gb: of the GPU, in 10^9 bytes; the smallest variant sold; None where it depends on
-        the machine.
-        bandwidth_gb_s: of that memory, in 10^9 bytes a second; None where it depends on the
-            machine.
+        name: Name that people call it.
+        backend: Library that compiles and runs it.
+        compute_capability: Compute capability of its GPU, as ``8.9``; None for a CPU, or where any
+            GPU will do.
+        precisions: Precisions that it can compute, the preferred one first.
+        memory_gb: Memory of the GPU, in 10^9 bytes; the smallest variant sold; None where it
+            depends on the machine.
+        bandwidth_gb_s: Bandwidth of that memory, in 10^9 bytes a second; None where it depends on
+            the machine.
     """
 
     name: str
@@ -134,7 +136,9 @@ def architecture(compute_capability: str) -> Target:
 
 
 def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
-    """Targets by name, each once, in the order given; ``auto`` is the GPU of this machine.
+    """Find targets by name, each once, in the order given.
+
+    ``auto`` is the GPU of this machine.
 
     Raises:
         UsageError: an unknown name, none at all, or ``auto`` without a GPU.
@@ -148,8 +152,9 @@ def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
 
 
 def choose_precision(asked: str | None, targets: tuple[Target, ...]) -> Precision:
-    """The precision of a bundle for all of ``targets``: what was asked, or the first that the GPUs
-    prefer and all can run; fp32 on a CPU.
+    """Choose the precision of a bundle for all of ``targets``.
+
+    It is what was asked, or the first that the GPUs prefer and all can run; fp32 on a CPU.
 
     Raises:
         UsageError: no such precision, a target that cannot run it, or none that all can.
@@ -195,7 +200,8 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
                 else ""
             )
             raise UsageError(
-                f"{where}: expected a precision it can run ({', '.join(target.precisions)}), found {precision}{why}",
+                f"{where}: expected a precision it can run ({', '.join(target.precisions)}),"
+                f" found {precision}{why}",
                 f"pass --precision {able[0]}, or build {target.name} as a bundle of its own",
             )
 

@@ -1,4 +1,4 @@
-"""Which targets this machine can compile for and run, and why not."""
+"""Says which targets this machine can compile for and run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _DISTRIBUTIONS: dict[Backend, tuple[str, str, str]] = {
 
 
 def library_of(backend: Backend) -> str:
-    """Name and version of the library behind a backend, as ``tensorrt_rtx 1.7.1.116``; the compiler
-    itself where none takes part.
+    """Name and version of a backend's library, as ``tensorrt_rtx 1.7.1.116``.
+
+    The compiler itself where no library takes part.
 
     Raises:
         DependencyError: it is not installed.

@@ -1,5 +1,6 @@
-"""One weight on its way into the pack: read in pieces, quantized row by row, so that memory does
-not follow its size.
+"""Quantizes one weight on its way into the pack.
+
+It is read in pieces and quantized row by row, so that memory does not follow its size.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _FIRST_INFINITE_FP16 = 65520.0
 
 
 class WeightStream:
-    """Quantizes one weight.
+    """Quantizes one weight, row by row.
 
     Args:
-        layer: its name without ``.weight``, for messages.
+        layer: Name of the layer without ``.weight``, for messages.
         shape: ``(out, in)``.
-        read: yields the weight's bytes as float32.
-        scales: what is known beforehand.
-        precision: the type of the weight.
-        stored: the type of the scales.
+        read: Function that yields the weight's bytes as float32.
+        scales: Scales that are known beforehand.
+        precision: The type of the weight.
+        stored: The type of the scales.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class WeightStream:
 
     @property
     def scales(self) -> dict[str, tuple[DType, tuple[int, ...]]]:
-        """Types and shapes of the scales that go with the weight, by the end of their names."""
+        """Types and shapes of the weight's scales, by ends of names."""
         rows, columns = self._shape
         given = self._given
         shape = (rows, columns // given.block_size) if given.block_size else (rows,)
@@ -136,8 +137,9 @@ def about(layer: str) -> Iterator[None]:
 
 
 def check_range(scale: Floats, precision: QuantizedPrecision, stored: DType) -> None:
-    """Raise :class:`BuildError` where the largest number that a scale stands for is infinite in
-    fp16, which graphs compute in.
+    """Raise :class:`BuildError` where scaled numbers overflow fp16.
+
+    Graphs compute in it, so the largest number that a scale stands for must be finite.
     """
     largest = float(scale.max(initial=0)) * FORMATS[precision].largest
     if stored == "float16" and largest >= _FIRST_INFINITE_FP16:

@@ -1,5 +1,7 @@
-"""The weight pack: a safetensors file that every graph names as ONNX external data; one for each
-precision of a bundle.
+"""Lays out the weight pack, the file that all graphs share.
+
+It is a safetensors file that every graph names as ONNX external data, one for each precision of a
+bundle.
 
 Laid out before any byte is read, then written tensor by tensor in chunks: memory stays constant
 whatever the checkpoint's size. The data begins at a multiple of 4096, so that mapped tensors of
@@ -45,8 +47,9 @@ _DATA_ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor to pack; ``chunks`` yields its bytes in ``dtype``, once, after those of the tensors
-    before it.
+    """Holds a tensor to pack.
+
+    ``chunks`` yields its bytes in ``dtype``, once, after those of the tensors before it.
     """
 
     name: str
@@ -67,7 +70,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class PackedTensor(PackEntry):
-    """One tensor of a pack; ``file`` is the pack's name in the bundle."""
+    """Says where one tensor lies; ``file`` is the pack's name."""
 
     file: str
 
@@ -79,12 +82,12 @@ class PackedTensor(PackEntry):
 
 @dataclass(frozen=True)
 class PackLayout:
-    """A pack that is not written yet.
+    """Describes a pack that is not written yet.
 
     Attributes:
-        header: how the file begins.
-        sources: what follows, in this order.
-        tensors: all of the precision by name, those that lie in other packs included.
+        header: First bytes of the file.
+        sources: Tensors that follow, in this order.
+        tensors: Places of all tensors of the precision by name, those in other packs included.
     """
 
     header: bytes
@@ -106,8 +109,10 @@ def plan_pack(
     file: str = "weights.safetensors",
     held: Mapping[str, PackedTensor] = MappingProxyType({}),
 ) -> tuple[PackLayout, SourceDigest]:
-    """Lay out the pack of a checkpoint: its tensors in ``dtype``, or quantized; the position
-    tables, always in float32; scales, in ``dtype``.
+    """Lay out the pack of a checkpoint.
+
+    It holds the tensors in ``dtype``, or quantized; the position tables, always in float32; and
+    scales, in ``dtype``.
 
     Angles need the precision at long positions, whatever the weights are stored in. Scales come
     last: some are single numbers, behind which nothing would be aligned, and some are known only
@@ -116,13 +121,13 @@ def plan_pack(
     of them.
 
     Args:
-        checkpoint: an opened checkpoint.
-        num_positions: rows of the position tables.
-        dtype: of what is not quantized.
-        quantization: what is; None = nothing.
-        file: the pack's name in the bundle.
-        held: what other packs of the bundle hold in ``dtype``, by name (see :func:`held_in`): these
-            are not written again.
+        checkpoint: Opened checkpoint.
+        num_positions: Rows of the position tables.
+        dtype: Type of what is not quantized.
+        quantization: Scales of what is quantized; None quantizes nothing.
+        file: The pack's name in the bundle.
+        held: Tensors that other packs of the bundle hold in ``dtype``, by name (see
+            :func:`held_in`). They are not written again.
     """
     digest = SourceDigest(checkpoint)
     sources: list[_Source] = []
@@ -180,7 +185,7 @@ def _looked_at(name: str, entry: TensorEntry) -> Iterator[bytes]:
 
 
 def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:
-    """What packs of a bundle hold that is the same in every precision which has it.
+    """Find the tensors of packs that all precisions share.
 
     Raises:
         BundleError: a file is no pack of this library.
@@ -234,12 +239,13 @@ def _metadata(sources: list[_Source]) -> dict[str, str]:
     (dtype,) = packed  # safetensors has no type for either: what says U8 is one of them
     return {
         "format": "pt",
-        "U8": f"{dtype}, two numbers along the last axis in each byte, the first in the low four bits",
+        "U8": f"{dtype}, two numbers along the last axis in each byte,"
+        " the first in the low four bits",
     }
 
 
 def _bytes_shape(source: _Source) -> list[int]:
-    """The shape as safetensors counts it: in bytes, where it has no name for the type."""
+    """The shape in bytes, where safetensors has no name for a type."""
     return (
         [*source.shape[:-1], source.shape[-1] // 2]
         if source.dtype in PACKED_DTYPES

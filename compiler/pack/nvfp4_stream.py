@@ -1,5 +1,7 @@
-"""One weight on its way into the pack as NVFP4: as :class:`.weight_stream.WeightStream`, but that
-the scales are two, neither of the compute type.
+"""Quantizes one weight to NVFP4 on its way into the pack.
+
+It works as :class:`.integer_stream.WeightStream`, but there are two scales, and neither is of the
+compute type.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from trimode.graphs.numerics.scales import LayerScales
 
 
 class Nvfp4Stream:
-    """Quantizes one weight.
+    """Quantizes one weight to NVFP4, row by row.
 
     Args:
-        layer: its name without ``.weight``, for messages.
+        layer: Name of the layer without ``.weight``, for messages.
         shape: ``(out, in)``.
-        read: yields the weight's bytes as float32.
-        look: the same once more, beforehand: read only where the largest magnitude is not known, on
-        which every number depends.
-        scales: what is known beforehand.
-        stored: the type of what is not quantized, which graphs compute in.
+        read: Function that yields the weight's bytes as float32.
+        look: Function that yields them once more, beforehand. It is called only where the largest
+            magnitude is not known, since every number depends on it.
+        scales: Scales that are known beforehand.
+        stored: The type of what is not quantized, which graphs compute in.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Nvfp4Stream:
 
     @property
     def scales(self) -> dict[str, tuple[DType, tuple[int, ...]]]:
-        """Types and shapes of the scales that go with the weight, by the end of their names."""
+        """Types and shapes of the weight's scales, by ends of names."""
         rows, columns = self._shape
         found: dict[str, tuple[DType, tuple[int, ...]]] = {
             "weight_scale": ("float8e4m3fn", (rows, columns // BLOCK_SIZE)),
@@ -77,8 +79,9 @@ class Nvfp4Stream:
                 yield codes.tobytes()
 
     def scale(self, kind: str) -> Iterator[bytes]:
-        """Yield the scales of one kind; the weight must have been read. Those of the blocks can be
-        had once: they are let go.
+        """Yield the scales of one kind, once the weight has been read.
+
+        Those of the blocks can be had once: they are let go.
         """
         if kind == "weight_scale":
             yield from self._found

@@ -12,8 +12,9 @@ from trimode.compiler.pack.layout import PackLayout
 
 
 def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Write the pack and return its sha256; ``on_bytes`` is told the size of every piece
-    written.
+    """Write the pack and return its sha256.
+
+    ``on_bytes`` is told the size of every piece written.
     """
     whole = hashlib.sha256(layout.header)
     path.touch()
@@ -32,10 +33,10 @@ class PackWriter:
     """Writes a pack in a thread of its own.
 
     Args:
-        layout: of the pack.
-        path: file to write; exists, in its full size, when the constructor returns, so that graphs
-        which point into it can be checked.
-        on_bytes: told the size of every piece written.
+        layout: Layout of the pack.
+        path: File to write. It exists in its full size when the constructor returns, so that graphs
+            which point into it can be checked.
+        on_bytes: Listener that is told the size of every piece written.
     """
 
     def __init__(self, layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> None:
@@ -51,7 +52,10 @@ class PackWriter:
         return self._digest.result()
 
     def check(self) -> bool:
-        """Whether the pack is written by now; raises what writing raised, if it has failed."""
+        """Whether the pack is written by now.
+
+        Raises what writing has raised.
+        """
         if self._digest.done():
             self._digest.result()
         return self._digest.done()

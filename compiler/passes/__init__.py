@@ -1,1 +1,1 @@
-"""Passes over graphs, one a file; :mod:`trimode.compiler.passes.recipes` has their order."""
+"""Holds the passes over graphs; :mod:`trimode.compiler.passes.recipes` orders them."""

@@ -1,18 +1,16 @@
-"""Lowering: passes that turn a traced graph into what a backend wants, each with a precondition and
-a postcondition.
+"""Lowers a traced graph to what a backend wants, by passes.
 
-The result is standard ONNX in every case. Tensor names stay those of the checkpoint, so that
-whoever runs the graph finds each weight in the pack by its name. This module has what the passes
-share.
+Each pass has a precondition and a postcondition. The result is standard ONNX in every case. Tensor
+names stay those of the checkpoint, so that whoever runs the graph finds each weight in the pack by
+its name. This module has what the passes share. The main passes:
 
-=====================
-==================================================================================================
-static cache capacity TensorRT's cache update wants the slots of the cache as a constant compute
-type          float16 or bfloat16 from the embedding to the head; what follows the head stays
-float32 stored type           weights lie in the pack in another type than they are computed in: a
-Cast behind each weights to inputs     no weight in the graph: the runtime binds one copy of the
-pack to every engine =====================
-==================================================================================================
+- ``static_capacity``: TensorRT's cache update wants the slots of the cache as a constant.
+- ``compute_type``: float16 or bfloat16 from the embedding to the head. What follows the head stays
+  float32.
+- ``stored_type``: weights lie in the pack in another type than they are computed in. A Cast stands
+  behind each.
+- ``weights_to_inputs``: no weight is in the graph. The runtime binds one copy of the pack to every
+  engine.
 """
 
 from __future__ import annotations
@@ -49,8 +47,9 @@ bits.
 
 
 def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
-    """Apply passes to a copy of ``model``; types and shapes are inferred anew and checked after
-    each.
+    """Apply passes to a copy of ``model``.
+
+    Types and shapes are inferred anew and checked after each.
 
     Raises:
         BuildError: a pass found a graph it does not understand, or left one that is not valid.
@@ -67,8 +66,10 @@ def lower(model: ir.Model, *passes: ir.passes.InPlacePass) -> ir.Model:
         ) as error:
             cause = str(error.__cause__ or error).splitlines()[0]
             raise BuildError(
-                f"{model.graph.name}: expected to lower the graph ({type(step).__name__}), found: {cause}",
-                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+                f"{model.graph.name}: expected to lower the graph ({type(step).__name__}),"
+                f" found: {cause}",
+                "this is an inconsistency of the compiler;"
+                " please report it with the checkpoint's config.json",
             ) from error
     return lowered
 
@@ -95,8 +96,9 @@ def is_table(value: ir.Value) -> bool:
 def cast_after(
     graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.Node | None = None
 ) -> None:
-    """Let every user of ``value`` read it as ``dtype``; the Cast stands at its producer, or before
-    ``before``.
+    """Let every user of ``value`` read it as ``dtype``.
+
+    The Cast stands at its producer, or before ``before``.
     """
     users = list(value.uses())
     cast = ir.node("Cast", [value], attributes={"to": dtype.value})
@@ -117,8 +119,9 @@ def cast_after(
 
 
 def _check_types(model: ir.Model) -> None:
-    """Infer all types and shapes from the inputs, strictly: operators refuse mixed types, and the
-    outputs must be as declared.
+    """Infer all types and shapes from the inputs, strictly.
+
+    Operators refuse mixed types, and the outputs must be as declared.
     """
     proto = ir.serde.serialize_model(_without_data(model))
     for value in [*proto.graph.value_info]:
@@ -127,8 +130,9 @@ def _check_types(model: ir.Model) -> None:
 
 
 def _without_data(model: ir.Model) -> ir.Model:
-    """A copy in which weights are inputs, since a tensor without data cannot be serialized as an
-    initializer.
+    """Copy a graph and turn its weights into inputs.
+
+    A tensor without data cannot be serialized as an initializer.
     """
     copy = model.clone()
     for value in weights(copy):

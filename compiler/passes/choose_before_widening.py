@@ -1,4 +1,4 @@
-"""The pass that lets a graph choose tokens before it widens the logits."""
+"""Lets a graph choose tokens before it widens the logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ _NARROW = (IR_DTYPES["float16"], IR_DTYPES["bfloat16"])
 
 
 class ChooseBeforeWidening(ir.passes.InPlacePass):
-    """Let ArgMax and TopK read the logits as the head made them, and widen the values that TopK has
-    chosen.
+    """Lets ArgMax and TopK read the logits before they are widened.
+
+    They read the logits as the head made them. Only the values that TopK has chosen are widened.
 
     Widening is exact and keeps the order, so the same tokens are chosen. What it spares is writing
     and reading the logits of every row in float32: 16.8 MB each way for 32 rows of a vocabulary of

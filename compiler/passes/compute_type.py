@@ -1,4 +1,4 @@
-"""A pass: float16 or bfloat16 from the embedding to the head."""
+"""Lets a graph compute in float16 or bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimode.formats.contract import DType
 
 
 class ComputeType(ir.passes.InPlacePass):
-    """Compute in ``dtype`` from the embedding to the head.
+    """Computes in ``dtype`` from the embedding to the head.
 
     Logits are widened as soon as the head has made them, so the softmax, the candidates and the
     greedy ids are taken in float32, as the reference does. Token ids, lengths and every output but
@@ -82,15 +82,17 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _heads(model: ir.Model) -> list[ir.Node]:
-    """The products with the head: one, or a second one over rows that what the first gave has
-    chosen.
+    """Find the products with the head.
+
+    There is one, or a second one over rows that the first has chosen.
     """
     return [node for node, _ in model.graph.initializers[HEAD].uses()]
 
 
 def _downstream(start: list[ir.Node]) -> set[ir.Node]:
-    """Nodes that compute with the numbers ``start`` gives, themselves not included; an index taken
-    from these is no such number.
+    """Find the nodes that compute with the numbers ``start`` gives.
+
+    ``start`` is not included. An index taken from these numbers is no such number.
     """
     found: set[ir.Node] = set()
     pending = list(start)

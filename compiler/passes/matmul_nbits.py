@@ -1,11 +1,12 @@
-"""The pass that multiplies int4 weights as they lie, for ONNX Runtime on the CPU.
+"""Multiplies int4 weights as they lie, for ONNX Runtime's CPU.
 
 Standard ONNX can only dequantize a weight and multiply then, which reads it once and writes it
 eight times as large, in every forward. ONNX Runtime's own operator ``MatMulNBits`` unpacks the
 numbers in registers
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits)::
 
-    .weight -- DequantizeLinear by .weight_scale -- Gemm(transB=1)        .weight as bytes -- BitwiseXor with 0x88 -- MatMulNBits by .weight_scale
+    before:  .weight -- DequantizeLinear by .weight_scale -- Gemm(transB=1)
+    after:   .weight as bytes -- BitwiseXor with 0x88 -- MatMulNBits by .weight_scale
 
 It wants numbers from 0 to 15 that stand for -8 to 7. In the pack they are two's complement: with
 the highest bit of each flipped they are what it wants. ONNX Runtime computes that once, when it
@@ -28,12 +29,13 @@ _SIGN_BITS = 0x88
 
 
 class MultiplyInt4(ir.passes.InPlacePass):
-    """Let ``MatMulNBits`` read the int4 weights that a DequantizeLinear reads in blocks of a size
-    it takes.
+    """Lets ``MatMulNBits`` read int4 weights.
+
+    They are weights that a DequantizeLinear reads in blocks of a size it takes.
 
     Args:
-        accuracy_level: 1: the product in float32. 4: inputs are rounded to int8, each block of a
-            row with a scale of its own.
+        accuracy_level: Level of ``MatMulNBits``. With 1, the product is in float32. With 4, inputs
+            are rounded to int8, each block of a row with a scale of its own.
     """
 
     def __init__(self, accuracy_level: AccuracyLevel) -> None:
@@ -51,12 +53,14 @@ class MultiplyInt4(ir.passes.InPlacePass):
                 or uses[0].node.attributes.get_int("transB", 0) != 1
             ):
                 raise ir.passes.PreconditionError(
-                    f"{widen.outputs[0].name} is not the second factor of one product that reads it as (out, in)"
+                    f"{widen.outputs[0].name} is not the second factor of one product"
+                    " that reads it as (out, in)"
                 )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replace both nodes of each product; a weight that several read is turned into unsigned
-        numbers once.
+        """Replace both nodes of each product.
+
+        A weight that several read is turned into unsigned numbers once.
         """
         found = _widened_weights(model)
         for weight in dict.fromkeys(widen.inputs[0] for widen in found):
@@ -71,7 +75,9 @@ class MultiplyInt4(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """None is dequantized any more."""
         if left := _widened_weights(model, (ir.DataType.INT4, ir.DataType.UINT8)):
-            raise ir.passes.PostconditionError(f"{left[0].inputs[0].name} is still dequantized")  # type: ignore[union-attr]
+            weight = left[0].inputs[0]
+            assert weight is not None
+            raise ir.passes.PostconditionError(f"{weight.name} is still dequantized")
 
     def _replace(self, graph: ir.Graph, weight: ir.Value, widens: list[ir.Node]) -> None:
         """Replace what dequantizes a weight, in the graph's order, and the products of that."""

@@ -1,4 +1,4 @@
-"""Nodes put in front of another one, with names and types, and the constants that they read."""
+"""Puts nodes and constants in front of another node."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Nodes:
     """Adds nodes in front of one node of a graph.
 
     Args:
-        graph: that grows.
-        before: where new nodes go, each behind those that were added before it.
-        suffix: of the names of all that is added, but not of constants and what is stored, which
-            several nodes may read.
+        graph: Graph that grows.
+        before: Node that new ones go in front of, each behind those added before it.
+        suffix: End of the names of all that is added. Constants and stored tensors do not get it,
+            since several nodes may read them.
     """
 
     def __init__(self, graph: ir.Graph, before: ir.Node, suffix: str = "") -> None:
@@ -58,7 +58,10 @@ class Nodes:
         attributes: Attributes,
         domain: str,
     ) -> tuple[ir.Value, ir.Value]:
-        """Both outputs of an operator outside standard ONNX; the node has the name of the first."""
+        """Add an operator outside standard ONNX with two outputs.
+
+        The node has the name of the first output.
+        """
         names = (names[0] + self._suffix, names[1] + self._suffix)
         node = ir.node(
             op_type,

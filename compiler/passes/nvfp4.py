@@ -1,16 +1,18 @@
-"""The passes that put NVFP4 weights into a graph.
+"""Puts NVFP4 weights into a graph.
 
 For TensorRT, whose kernels multiply numbers of four bits as they are, with the names of the pack::
 
-    x -- TRT_FP4DynamicQuantize by the input's global scale -- DequantizeLinear, of the scales and of the numbers --.
-                                                                                                                    Gemm(transB=1)
-    .weight_scale -- DequantizeLinear by .weight_scale_2 -- Cast -- scale of the DequantizeLinear of .weight -------'
+    x:        TRT_FP4DynamicQuantize by the input's global scale
+              -- DequantizeLinear of the scales, and of the numbers    -- Gemm(transB=1)
+    .weight:  DequantizeLinear of .weight_scale by .weight_scale_2 -- Cast
+              -- scale of the DequantizeLinear of .weight              -- Gemm(transB=1)
 
 The operator in front is TensorRT's own, which ONNX does not have, and takes the global scale as a
 constant only: it is the one scale that is no input of an engine. For ONNX Runtime, which knows
 numbers of four bits by name alone, the same in operators of bytes and float32::
 
-    .weight as bytes -- DequantizeLinear by 1 -- Cast -- Gather the two numbers of each byte -- Mul by the blocks' scales -- Gemm(transB=1)
+    .weight as bytes -- DequantizeLinear by 1 -- Cast -- Gather the two numbers of each byte
+        -- Mul by the blocks' scales -- Gemm(transB=1)
 
 The first step changes nothing but the type. It is there since ONNX Runtime would compute all that
 follows a weight when it loads the graph, and keep it, eight times as large, unless a
@@ -37,7 +39,7 @@ _SMALLEST_NORMAL = 2.0**-126
 
 
 class _Nvfp4Pass(WeightPass):
-    """What both have in common: which weights, and the way through a graph."""
+    """Finds NVFP4 weights and walks through a graph."""
 
     dtypes = ("float4e2m1",)
 
@@ -79,7 +81,7 @@ class _Nvfp4Pass(WeightPass):
 
     @abc.abstractmethod
     def _narrow(self, weight: ir.Value, shape: ir.Shape) -> None:
-        """Give a weight that is ``(out, in)`` the type, and shape, that the graph reads it in."""
+        """Give an ``(out, in)`` weight the type and shape of the graph."""
 
     @abc.abstractmethod
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
@@ -105,14 +107,15 @@ class _Nvfp4Pass(WeightPass):
 
 
 class Nvfp4ForTensorRT(_Nvfp4Pass):
-    """Read the weights that ``pack`` holds as NVFP4 from there, and quantize the inputs of their
-    products where it has a scale for them.
+    """Reads NVFP4 weights from the pack, for TensorRT.
+
+    The inputs of their products are quantized where the pack has a scale for them.
 
     To be applied once the graph has its compute type.
 
     Args:
-        pack: types and shapes of what the pack holds.
-        input_scales: global scales of inputs, by name.
+        pack: Types and shapes of what the pack holds.
+        input_scales: Global scales of inputs, by name.
     """
 
     def __init__(self, pack: Mapping[str, Stored], input_scales: Mapping[str, Floats]) -> None:
@@ -120,7 +123,7 @@ class Nvfp4ForTensorRT(_Nvfp4Pass):
         self.input_scales = input_scales
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """See :class:`_Nvfp4Pass`."""
+        """Put the nodes around each product, and name the domain of TensorRT's operators."""
         result = super().call(model)
         if any(node.domain == DOMAIN for node in model.graph):
             model.opset_imports[DOMAIN] = 1
@@ -133,7 +136,8 @@ class Nvfp4ForTensorRT(_Nvfp4Pass):
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()
             ):
                 raise ir.passes.PostconditionError(
-                    f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear"
+                    f"{value.name} is {value.dtype}"
+                    " or read by something else than a DequantizeLinear"
                 )
 
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
@@ -169,8 +173,9 @@ class Nvfp4ForTensorRT(_Nvfp4Pass):
 
 
 class Nvfp4InFloat32(_Nvfp4Pass):
-    """The same for a graph that computes in float32, in standard operators that ONNX Runtime's CPU
-    provider has.
+    """Reads NVFP4 weights from the pack, in float32 arithmetic.
+
+    It uses the standard operators that ONNX Runtime's CPU provider has.
     """
 
     def ensures(self, model: ir.Model) -> None:
@@ -180,8 +185,10 @@ class Nvfp4InFloat32(_Nvfp4Pass):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype}")
 
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
-        """Each block by its own scale: ``q = round(clip(x / s, -6, 6) / step) * step``, the step
-        0.5 below 2, 1 below 4, then 2.
+        """Quantize each block by its own scale.
+
+        That is ``q = round(clip(x / s, -6, 6) / step) * step``, where the step is 0.5 below 2, 1
+        below 4, then 2.
 
         A block whose scale rounds to zero becomes zero.
         """
@@ -219,7 +226,12 @@ class Nvfp4InFloat32(_Nvfp4Pass):
         weight.type, weight.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([rows, columns // 2])
 
     def _widen_weight(
-        self, nodes: Nodes, layer: str, weight: ir.Value, compute: ir.DataType, shape: ir.Shape
+        self,
+        nodes: Nodes,
+        layer: str,
+        weight: ir.Value,
+        compute: ir.DataType,  # noqa: ARG002  (always float32)
+        shape: ir.Shape,
     ) -> ir.Value:
         name, (rows, columns) = f"{layer}.weight", shape.numpy()
         scales = self._scales(nodes, layer)
@@ -276,7 +288,10 @@ def _widen(
     shape: ir.Shape | None,
     axis: int,
 ) -> ir.Value:
-    """Numbers of four bits in the compute type, which their scales have to be in too."""
+    """Widen numbers of four bits to the compute type.
+
+    Their scales have to be in it too.
+    """
     if compute != ir.DataType.FLOAT:
         scales = nodes.add(
             "Cast", [scales], f"{name}_scales_narrow", compute, scales.shape, {"to": compute.value}

@@ -1,11 +1,11 @@
-"""The pass that puts quantized weights into a graph.
+"""Puts quantized weights into a graph.
 
-For each weight that the pack holds in fp8, int8 or int4 (nvfp4: ``nvfp4_lowering``), standard ONNX
+For each weight that the pack holds in fp8, int8 or int4 (nvfp4: ``passes.nvfp4``), standard ONNX
 and with the names of the pack::
 
-    x -- Mul by .pre_quant_scale -- QuantizeLinear -- DequantizeLinear by .input_scale --.
-                                                                                         Gemm(transB=1)
-                                            .weight -- DequantizeLinear by .weight_scale '
+    x -- Mul by .pre_quant_scale -- QuantizeLinear -- DequantizeLinear by .input_scale  --.
+                                                                                Gemm(transB=1)
+    .weight -- DequantizeLinear by .weight_scale  ----------------------------------------'
 
 The first two steps are there only where the pack has their scales. All that is not quantized, and
 what the product gives, stays in the type that the graph computes in.
@@ -30,7 +30,7 @@ _NUMPY: dict[ir.DataType, Any] = {
 
 
 class Stored(Protocol):
-    """What the pass asks of a tensor of the pack."""
+    """Describes a tensor of the pack, as the pass needs it."""
 
     @property
     def dtype(self) -> DType:
@@ -44,14 +44,13 @@ class Stored(Protocol):
 
 
 class WeightPass(ir.passes.InPlacePass):
-    """What all passes over quantized weights have in common: which weights, and that they are
-    second factors of products.
+    """Finds quantized weights that are second factors of products.
 
     Args:
-        pack: types and shapes of what the pack holds.
+        pack: Types and shapes of what the pack holds.
 
     Attributes:
-        dtypes: types in the pack of the weights that the pass is about.
+        dtypes: Types in the pack of the weights that the pass handles.
     """
 
     dtypes: ClassVar[tuple[DType, ...]]
@@ -71,7 +70,7 @@ class WeightPass(ir.passes.InPlacePass):
 
 
 class QuantizeWeights(WeightPass):
-    """Read the weights that the pack holds quantized from there.
+    """Reads quantized weights from the pack.
 
     To be applied once the graph has its compute type, which the scales take.
     """
@@ -92,7 +91,8 @@ class QuantizeWeights(WeightPass):
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()
             ):
                 raise ir.passes.PostconditionError(
-                    f"{value.name} is {value.dtype} or read by something else than a DequantizeLinear"
+                    f"{value.name} is {value.dtype}"
+                    " or read by something else than a DequantizeLinear"
                 )
 
     def _rewrite(self, graph: ir.Graph, weight: ir.Value) -> None:
@@ -158,8 +158,9 @@ class QuantizeWeights(WeightPass):
 
 
 def _check_second_factors(weight: ir.Value) -> None:
-    """Raise ``PreconditionError`` where a weight is quantized already, or not what products
-    multiply their inputs with, as ``(out, in)``.
+    """Raise ``PreconditionError`` unless weights are second factors of products.
+
+    Products must multiply their inputs with them as ``(out, in)``, and none may be quantized yet.
     """
     if weight.dtype in QUANTIZED_TYPES:
         raise ir.passes.PreconditionError(f"{weight.name} is {weight.dtype} already")
@@ -175,7 +176,10 @@ def _check_second_factors(weight: ir.Value) -> None:
 
 
 def _axes(weight: ir.Shape, scale: ir.Shape) -> dict[str, int]:
-    """Which numbers share a scale: all, those of a row, or those of a block in a row."""
+    """Axes of the numbers that share a scale.
+
+    These are all numbers, those of a row, or those of a block in a row.
+    """
     if len(scale) == 0:
         return {}
     if len(scale) == 1:

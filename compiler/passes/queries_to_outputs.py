@@ -1,4 +1,4 @@
-"""The pass that keeps TensorRT-RTX from copying keys and values before attention reads them."""
+"""Keeps TensorRT-RTX from copying keys and values before attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from trimode.formats.contract import SCRATCH
 
 
 class QueriesToOutputs(ir.passes.InPlacePass):
-    """Return the queries of every attention, rotated and by heads, from the graph as
-    ``scratch.query.{layer}``.
+    """Returns the queries of every attention from the graph.
+
+    They are rotated and by heads, and are named ``scratch.query.{layer}``.
 
     Nobody reads these outputs. TensorRT-RTX 1.7 fuses what makes a query with the attention that
     reads it, and in that fusion repeats keys and values for every head of the query and transposes

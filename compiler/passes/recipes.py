@@ -1,4 +1,4 @@
-"""Which passes a graph goes through: for the portable graphs, and for each target."""
+"""Lists the passes of portable graphs and of each target."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ docs/reference/quantization.md has why.
 
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:
-    """The passes of the portable graphs: float32 arithmetic over what the pack holds, but for
-    products with int4 weights.
+    """Apply the passes of the portable graphs.
+
+    They compute in float32 with what the pack holds, but for products with int4 weights.
     """
     passes: list[ir.passes.InPlacePass] = [QuantizeWeights(pack), Nvfp4InFloat32(pack)]
     if dtype != "float32":
@@ -46,8 +47,10 @@ def lower_for(
     pack: Mapping[str, Stored] = MappingProxyType({}),
     scales: Mapping[str, Floats] = MappingProxyType({}),
 ) -> ir.Model:
-    """The passes a target asks for; ``pack`` tells which weights are quantized, ``scales`` which of
-    their scales become part of a graph.
+    """Apply the passes that a target asks for.
+
+    ``pack`` tells which weights are quantized, ``scales`` which of their scales become part of a
+    graph.
     """
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:

@@ -1,4 +1,4 @@
-"""The scales of 8-bit weights and inputs, as constants of an engine.
+"""Turns the scales of 8-bit types into constants of an engine.
 
 With its scales constant TensorRT-RTX multiplies numbers of 8 bits and reads the weight once, as it
 lies. With the scale of the weight an input of the engine, every forward transposes or expands the
@@ -22,10 +22,10 @@ CONSTANT_SCALES = (".weight_scale", ".input_scale")
 
 
 class ScalesToConstants(ir.passes.InPlacePass):
-    """Put the values of scales into the graph.
+    """Puts the values of scales into the graph.
 
     Args:
-        values: by name, as the pack holds them, widened to float32.
+        values: Scales by name, as the pack holds them, widened to float32.
     """
 
     def __init__(self, values: Mapping[str, Floats]) -> None:
@@ -60,8 +60,9 @@ class ScalesToConstants(ir.passes.InPlacePass):
 
 
 def known_scales(quantization: Quantization, stored: DType) -> dict[str, Floats] | None:
-    """The scales that the pack will hold in type ``stored``, as far as no weight has to be read;
-    None where one has to.
+    """The scales that need no weight to be read.
+
+    They are as the pack will hold them in type ``stored``. None where a weight has to be read.
     """
     scales: dict[str, Floats] = {}
     for layer, given in quantization.layers.items():
@@ -78,7 +79,7 @@ def known_scales(quantization: Quantization, stored: DType) -> dict[str, Floats]
 
 
 def read_scales(packs: Sequence[Path]) -> dict[str, Floats]:
-    """The scales of the written packs of a precision in 8 bits, by name, in float32."""
+    """Read the scales of a precision in 8 bits, in float32."""
     weights = PrecisionWeights(packs)
     return {
         name: weights.widened(name).copy()

@@ -1,4 +1,4 @@
-"""A pass: the cache gets a fixed number of slots."""
+"""Gives the cache a fixed number of slots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trimode.compiler.passes.base import caches
 
 
 class StaticCacheCapacity(ir.passes.InPlacePass):
-    """Give every cache tensor ``capacity`` slots instead of a dynamic number."""
+    """Gives every cache tensor ``capacity`` slots instead of a dynamic number."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A pass: weights are read in the type of the pack and widened."""
+"""Reads weights in the type of the pack and widens them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from trimode.formats.contract import DType
 
 
 class StoredType(ir.passes.InPlacePass):
-    """Read every weight that is not quantized as ``dtype`` and widen it to float32 before it is
-    used: for runtimes that compute in float32.
+    """Reads weights as ``dtype`` and widens them to float32.
+
+    It concerns weights that are not quantized, for runtimes that compute in float32.
 
     Args:
-        dtype: of the pack.
-        float32: names of what the pack holds in float32 all the same, beside the position tables.
+        dtype: Type of the weights in the pack.
+        float32: Names of other tensors that the pack holds in float32, beside the position tables.
     """
 
     def __init__(self, dtype: DType, float32: Collection[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""A pass: weights become inputs of the graph."""
+"""Turns weights into inputs of the graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trimode.compiler.passes.base import weights
 
 
 class WeightsToInputs(ir.passes.InPlacePass):
-    """Turn every weight into a graph input of the same name, after the inputs of the contract."""
+    """Turns weights into graph inputs behind those of the contract."""
 
     def requires(self, model: ir.Model) -> None:
         """The graph has weights, and none has data yet."""

@@ -1,3 +1,4 @@
-"""The execution plan inside a TensorRT-RTX engine: what a forward moves through the GPU's memory,
-read without a GPU.
+"""Reads the execution plan inside a TensorRT-RTX engine.
+
+It says what a forward moves through the GPU's memory. No GPU is needed.
 """

@@ -1,5 +1,6 @@
-"""Counts what the kernels of a plan read and write, and sorts it: needed, activations, or copies
-and why they are made.
+"""Counts what the kernels of a plan read and write.
+
+Bytes are needed, activations, or copies with a reason.
 
 The rules follow data, not kernels' names, but for attention and products, which are named:
 
@@ -40,15 +41,16 @@ def audit_engine(
     """What each profile of an engine moves in a forward of its usual size.
 
     Args:
-        path: engine file of TensorRT-RTX.
-        library: name and version of what compiled it.
-        profiles: in the engine's order.
+        path: Engine file of TensorRT-RTX.
+        library: Name and version of what compiled it.
+        profiles: Optimization profiles in the engine's order.
     """
     try:
         programs = read_programs(path)
         if {program.profile for program in programs} != set(range(len(profiles))):
             raise PlanUnreadable(
-                f"found programs for {len({p.profile for p in programs})} of {len(profiles)} profiles"
+                f"found programs for {len({p.profile for p in programs})}"
+                f" of {len(profiles)} profiles"
             )
         counts = [
             (index, profile, [p for p in programs if p.profile == index])
@@ -87,7 +89,7 @@ def _record(
 
 @dataclass
 class _Count:
-    """Walks through the kernels of one program."""
+    """Counts the bytes of one program, kernel by kernel."""
 
     program: Program
     sizes: Sizes

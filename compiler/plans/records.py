@@ -1,4 +1,4 @@
-"""What the plan of an engine says of a forward, as data."""
+"""Holds what the plan of an engine says, as data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class _Record(BaseModel):
 
 
 class CopyRecord(_Record):
-    """Bytes that a kernel writes, and later ones read again, only because tensors do not lie as a
-    product or attention wants them.
+    """Counts bytes that a kernel copies only to arrange them.
+
+    Later kernels read them again: tensors do not lie as a product or attention wants them.
 
     Attributes:
-        kernel: the library's name of the kernel that writes the copy.
-        num_bytes: written and read, in one forward.
+        kernel: Library's name of the kernel that writes the copy.
+        num_bytes: Number of bytes written and read, in one forward.
     """
 
     cause: Cause
@@ -34,20 +35,21 @@ class CopyRecord(_Record):
 
 
 class PlanRecord(_Record):
-    """What one forward moves through the GPU's memory, by the engine's plan; caches of the GPU are
-    not in it.
+    """Counts what one forward moves through the GPU's memory.
+
+    The counts follow the engine's plan. Caches of the GPU are not in it.
 
     Attributes:
-        library: name and version of what compiled the engine.
-        profile: index of the optimization profile.
-        batch: sequences of the forward that is counted.
-        rows: of each sequence.
-        kernels: launches.
-        weights: bytes of weights as they lie, each once; of tables, the rows that are looked up.
-        keys_values: bytes of the cache, over its whole capacity, that attention reads.
-        activations: bytes of all else that kernels read and write, in tensors of 1 MB and more.
-        copies: what is moved on top, the most first.
-        scratch: bytes of memory for temporaries.
+        library: Name and version of what compiled the engine.
+        profile: Index of the optimization profile.
+        batch: Number of sequences of the forward that is counted.
+        rows: Number of rows of each sequence.
+        kernels: Number of launches.
+        weights: Bytes of weights as they lie, each once; of tables, the rows that are looked up.
+        keys_values: Bytes of the cache, over its whole capacity, that attention reads.
+        activations: Bytes of all else that kernels read and write, in tensors of 1 MB and more.
+        copies: Copies that come on top, the largest first.
+        scratch: Bytes of memory for temporaries.
     """
 
     library: str
@@ -83,7 +85,7 @@ class PlanRecord(_Record):
 
 
 class UnreadPlan(_Record):
-    """A plan that the reader does not understand, and why."""
+    """Says why a plan could not be read."""
 
     library: str
     reason: str

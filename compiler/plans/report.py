@@ -1,4 +1,4 @@
-"""What the plans of a bundle's engines say, for people and as data."""
+"""Reports the plans of a bundle's engines, as text and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ what they are once each.
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine of a bundle, and what its plan says."""
+    """Holds one engine of a bundle with its plan."""
 
     precision: str
     target: str
@@ -67,15 +67,17 @@ def read_plans(
 
 
 def carries_plans(record: TargetRecord) -> bool:
-    """Whether the engines of a target hold their plans as text: those that are compiled without the
-    GPU.
+    """Whether the engines of a target hold their plans as text.
+
+    Engines that are compiled without the GPU do.
     """
     return record.backend == "tensorrt_rtx"
 
 
 def predict_ms(record: PlanRecord, target: str) -> float | None:
-    """Milliseconds that the bytes of a forward take at the GPU's bandwidth; None where the target
-    names no GPU. Computed, not measured.
+    """Predict a forward's milliseconds from its bytes and the bandwidth.
+
+    Computed, not measured. None where the target names no GPU.
     """
     known = TARGETS.get(target)
     if known is None or known.bandwidth_gb_s is None:
@@ -84,12 +86,16 @@ def predict_ms(record: PlanRecord, target: str) -> float | None:
 
 
 def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
-    """One line for each engine that copies more than a tenth of what it has to read, or that cannot
-    be read.
+    """Yield one line for each engine with many copies.
+
+    An engine is named where it copies more than a tenth of what it has to read, or cannot be read.
     """
     for engine in plans:
         if isinstance(engine.plan, UnreadPlan):
-            yield f"warning: {engine.name}: plan not understood: {engine.plan.reason} ({engine.plan.library})"
+            unread = engine.plan
+            yield (
+                f"warning: {engine.name}: plan not understood: {unread.reason} ({unread.library})"
+            )
             continue
         worst = max(engine.plan, key=_copied_ratio)
         if _copied_ratio(worst) > WARN_ABOVE:
@@ -97,8 +103,9 @@ def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:
                 f"{cause} ({size / 1e6:.1f} MB)" for cause, size in causes_of(worst).items()
             )
             yield (
-                f"warning: {engine.name}: a forward of {worst.rows} rows moves {_copied_ratio(worst):.1f} times the bytes of its "
-                f"weights, keys and values: {causes}"
+                f"warning: {engine.name}: a forward of {worst.rows} rows moves"
+                f" {_copied_ratio(worst):.1f} times the bytes of its weights, keys and values:"
+                f" {causes}"
             )
 
 

@@ -1,5 +1,6 @@
-"""Sizes of the tensors of a plan at a batch and a number of rows: a plan has names for sizes that
-depend on these, and steps that compute them.
+"""Computes the sizes of a plan's tensors.
+
+A plan has names for sizes that depend on the batch and the rows, and steps that compute them.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ _STEPS: dict[str, Callable[..., int]] = {
 
 
 class Sizes:
-    """Bytes and element counts of a program's tensors.
+    """Computes bytes and element counts of a program's tensors.
 
     Args:
-        program: of one profile.
-        batch: sequences of the forward.
-        rows: of each.
+        program: Program of one profile.
+        batch: Number of sequences of the forward.
+        rows: Number of rows of each.
     """
 
     def __init__(self, program: Program, batch: int, rows: int) -> None:
@@ -101,8 +102,10 @@ def _evaluate(program: Program, batch: int, rows: int) -> dict[str, int]:
 
 
 def _seeds(program: Program, batch: int, rows: int) -> dict[str, int]:
-    """Dimension 0 of an input is the batch, any other that is not fixed is the rows; both come by
-    way of a copy from a step's result.
+    """Give the sizes of inputs.
+
+    Dimension 0 of an input is the batch, any other that is not fixed is the rows. Both come by way
+    of a copy from a step's result.
     """
     sources = {
         step.outputs[0]: step.inputs[0]

@@ -3,9 +3,12 @@
 TensorRT-RTX writes one program for each optimization profile into an engine, as text among binary
 data::
 
-    header { inputs={ "input_ids.1" ... } outputs={ ... } region = { name=devmem size=8192000 ... } accelerators={sm89 } }
-    descriptors { tensor={ dims={ 32 4096 } name="linear.1" type=bf16 ... } sub_tensor={ base="linear.1" name="__mye1^deref" ... } }
-    main { function={ name=_gemm_mha_v2 input_args={ ... } output_args={ ... } ... } fully_connected={ input={...} output={...} } }
+    header { inputs={ "input_ids.1" ... } outputs={ ... }
+             region = { name=devmem size=8192000 ... } accelerators={sm89 } }
+    descriptors { tensor={ dims={ 32 4096 } name="linear.1" type=bf16 ... }
+                  sub_tensor={ base="linear.1" name="__mye1^deref" ... } }
+    main { function={ name=_gemm_mha_v2 input_args={ ... } output_args={ ... } ... }
+           fully_connected={ input={...} output={...} } }
     shape_main { mul={ output={"__mye2" } input={"__mye3" "__s^32i64" } } ... }
 
 ``accelerators={*}`` marks the program inside a fused kernel; these are left out. The format is
@@ -35,19 +38,19 @@ _PROFILE = re.compile(r" \[profile (\d+)\]")
 
 
 class PlanUnreadable(Exception):  # noqa: N818  (it says what was found, as a word of the report)
-    """The plan text is not as this reader knows it; the message says how."""
+    """Says how a plan text differs from what this reader knows."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a program.
+    """Describes a tensor of a program.
 
     Attributes:
-        dims: sizes; a name where a size depends on the batch or the rows.
-        dtype: in the library's words, as ``bf16``.
-        base: the tensor whose memory this one views; None = its own.
-        order: axes from the outermost stride to the innermost.
-        is_constant: whether its data lies in the engine.
+        dims: Sizes; a name where a size depends on the batch or the rows.
+        dtype: Type in the library's words, as ``bf16``.
+        base: The tensor whose memory this one views; None = its own.
+        order: Axes from the outermost stride to the innermost.
+        is_constant: Whether its data lies in the engine.
     """
 
     name: str
@@ -60,8 +63,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel, or a step of the program that computes shapes; ``fields`` has what else its line
-    says.
+    """Describes a kernel or a step that computes shapes.
+
+    ``fields`` has what else its line says.
     """
 
     kind: str
@@ -73,13 +77,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class Program:
-    """What runs under one optimization profile.
+    """Holds what runs under one optimization profile.
 
     Attributes:
-        inputs: of the engine; a tensor that is an output too is updated in place.
-        scratch_bytes: memory for temporaries.
-        kernels: in the order they are launched.
-        shape_steps: compute the sizes that ``tensors`` have names for.
+        inputs: Inputs of the engine; a tensor that is an output too is updated in place.
+        scratch_bytes: Memory for temporaries.
+        kernels: Kernels in the order of their launch.
+        shape_steps: Steps that compute the sizes that ``tensors`` have names for.
     """
 
     profile: int
@@ -126,7 +130,7 @@ def parse_program(text: str) -> Program:
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor of the engine has in the graph: ``x`` of ``x [profile 1].1``."""
+    """The tensor's name in the graph: ``x`` of ``x [profile 1].1``."""
     return _PROFILE.sub("", name).removesuffix(".1")
 
 
@@ -143,7 +147,10 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """The parts between ``name {`` and a closing brace at the margin; they follow each other."""
+    """Yield the parts between ``name {`` and a brace at the margin.
+
+    They follow each other.
+    """
     parts: dict[str, str] = {}
     position = 0
     for name in _SECTIONS:

@@ -1,1 +1,1 @@
-"""The stages of a build, one a file; :mod:`trimode.compiler.pipeline` has their order."""
+"""Holds the stages of a build; :mod:`trimode.compiler.pipeline` orders them."""

@@ -1,10 +1,9 @@
-"""Makes what each target runs: lowered ONNX for ONNX Runtime, engines for TensorRT."""
+"""Makes what each target runs: lowered ONNX files and engines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from trimode.compiler.passes.scales_to_constants import known_scales, read_scale
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.stages.graphs import point_into_packs
 from trimode.compiler.stages.state import BuildState, Graphs, Packs
-from trimode.compiler.store.cache import ContentCache, key_of
+from trimode.compiler.store.cache import key_of
 from trimode.compiler.tensorrt.builder import EngineJob
 from trimode.compiler.tensorrt.pool import (
     PROGRESS_STEPS,
@@ -28,29 +27,20 @@ from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import TargetRecord
 from trimode.graphs.numerics.integers import Floats, scale_of
-from trimode.progress import Progress
 from trimode.runtime.bundle.weights import PrecisionWeights
 
 
 def compile_targets(state: BuildState) -> None:
-    """Lower the graphs for each target and compile its engines; those that copy the weights wait
-    for the pack.
+    """Lower the graphs for each target and compile its engines.
+
+    Engines that copy the weights wait for the pack.
     """
     write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
     is_baked = any(record.placement == "baked" for record in state.plan.records.values())
     packs: Packs | None = (
         {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
     )
-    state.num_cached = compile_engines(
-        state.plan,
-        state.graphs,
-        state.tensors,
-        packs,
-        state.folder,
-        state.cache,
-        state.progress,
-        _constant_scales(state),
-    )
+    state.num_cached = compile_engines(state, packs, _constant_scales(state))
     for record in state.plan.records.values():
         for engine in record.graphs.values():
             # portable graphs are recorded already
@@ -59,7 +49,7 @@ def compile_targets(state: BuildState) -> None:
 
 
 def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
-    """The scales that become part of engines, by name: from the calibration, or from the pack."""
+    """Take engines' constant scales from the calibration or the pack."""
     if state.plan.precision in ("fp8", "int8") and any(
         record.backend == "tensorrt_rtx" for record in state.plan.records.values()
     ):
@@ -99,9 +89,7 @@ def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
 def write_lowered_graphs(
     plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path
 ) -> None:
-    """Write the graphs of ONNX Runtime's targets into ``folder``, each under the name its record
-    gives.
-    """
+    """Write the graphs of ONNX Runtime's targets, each under the name its record gives."""
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
             for role, graph in graphs.items():
@@ -110,52 +98,42 @@ def write_lowered_graphs(
                 path.write_bytes(to_bytes(lower_for(record, graph, tensors)))
 
 
-def compile_engines(
-    plan: BuildPlan,
-    graphs: Graphs,
-    tensors: Mapping[str, PackedTensor],
-    packs: Packs | None,
-    folder: Path,
-    cache: ContentCache | None,
-    progress: Progress,
-    scales: Mapping[str, Floats] = MappingProxyType({}),
-) -> int:
-    """Compile the engines of TensorRT's targets into ``folder``, each under the name its record
-    gives; returns how many were cached.
+def compile_engines(state: BuildState, packs: Packs | None, scales: Mapping[str, Floats]) -> int:
+    """Compile the engines of TensorRT's targets, each under the name its record gives.
 
     Args:
-        plan: targets and options.
-        graphs: as traced.
-        tensors: what lies where in the packs.
-        packs: which ``baked`` engines copy; None where no engine is baked, and one may not be
-        written yet.
-        folder: of the bundle, or where its new parts are staged.
-        cache: of engines; None = compile all.
-        progress: told about the stage.
-        scales: by name, what becomes part of the engines, and with them of their keys in the cache:
-            of nvfp4 the global scales of inputs, of 8 bits all scales.
+        state: Plan, traced graphs, places of the weights, folder and cache.
+        packs: Packs that ``baked`` engines copy; None where no engine is baked, since a pack may
+            not be written yet.
+        scales: Scales by name that become part of the engines and of their keys in the cache: for
+            nvfp4 the global scales of inputs, for 8 bits all scales.
+
+    Returns:
+        How many engines came from the cache.
 
     Raises:
         BuildError: a library refuses a graph.
     """
+    plan = state.plan
     records = {
         name: record for name, record in plan.records.items() if record.backend != "onnxruntime"
     }
     if not records:
         return 0
-    # Records of one plan differ in the GPU, which passes know nothing of: each graph is lowered
-    # once, and lies beside the engines meanwhile.
+    # Records of one plan differ in the GPU only, and passes do not depend on it. So each graph is
+    # lowered once, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
     lowered = {
-        role: _write_lowered(record, role, graph, tensors, scales, folder)
-        for role, graph in graphs.items()
+        role: _write_lowered(record, role, graph, state.tensors, scales, state.folder)
+        for role, graph in state.graphs.items()
     }
     tasks = [
         _task(plan, name, role, path, packs) for name in records for role, path in lowered.items()
     ]
-    advance = progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
+    advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
+    num_workers = plan.options.num_jobs or default_num_workers()
     try:
-        return build_engines(tasks, cache, plan.options.num_jobs or default_num_workers(), advance)
+        return build_engines(tasks, state.cache, num_workers, advance)
     finally:
         for path in lowered.values():
             path.unlink()

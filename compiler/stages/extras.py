@@ -28,8 +28,9 @@ def export_sampler(state: BuildState) -> None:
 
 
 def copy_tokenizer(state: BuildState) -> None:
-    """Copy the files that turn text into tokens; a checkpoint without them gives a bundle that
-    takes token ids only.
+    """Copy the files that turn text into tokens.
+
+    A checkpoint without them gives a bundle that takes token ids only.
     """
     source = state.plan.checkpoint.path
     names = [*(name for name in CONFIG_FILES if (source / name).is_file()), *text_files(source)]
@@ -42,8 +43,7 @@ def copy_tokenizer(state: BuildState) -> None:
 
 
 def write_sampler(source: SamplerSource, path: Path, kept: ContentCache | None) -> None:
-    """Export the network, weights inside, or take it from the cache where it has been exported
-    before.
+    """Export the network with its weights, or copy it from the cache.
 
     Raises:
         CheckpointError: its weights are not of the sizes that its record names.
@@ -55,7 +55,7 @@ def write_sampler(source: SamplerSource, path: Path, kept: ContentCache | None) 
 
 
 def _key_of_export(record: SamplerFile) -> str:
-    """Digest of everything that the graph depends on: weights, sizes, and the code that exports."""
+    """Digest of the weights, the sizes and the code that exports."""
     return key_of(
         kind="sampler",
         weights=record.sampler_sha256,

@@ -1,4 +1,4 @@
-"""Writes the portable graphs beside the packs that they refer to, and checks them."""
+"""Writes the portable graphs beside their packs and checks them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def write_graphs(state: BuildState) -> None:
 
 @contextlib.contextmanager
 def _stand_ins(packs: list[Path], folder: Path) -> Iterator[None]:
-    """For the time of a check, files of the size of those packs that lie elsewhere: ONNX refuses
-    links and other folders.
+    """Put empty files of the packs' sizes where a check looks.
+
+    Packs may lie elsewhere, and ONNX refuses links and other folders.
     """
     away = [pack for pack in packs if pack.parent != folder]
     for pack in away:
@@ -47,7 +48,9 @@ def _stand_ins(packs: list[Path], folder: Path) -> Iterator[None]:
 
 
 def save_graph(model: ir.Model, tensors: Mapping[str, PackedTensor], path: Path) -> None:
-    """Save ``model`` with its weights as external data in the packs, which lie in the same folder.
+    """Save ``model``; its weights are external data in the packs.
+
+    The packs lie in the same folder.
 
     Raises:
         BuildError: an initializer is in no pack, or has another type or shape there.
@@ -68,8 +71,10 @@ def point_into_packs(model: ir.Model, tensors: Mapping[str, PackedTensor], folde
         packed = tensors.get(name)
         if packed is None or not _is_as_declared(packed, value):
             raise BuildError(
-                f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape} in the weight pack, found {packed}",
-                "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+                f"{model.graph.name}: expected the tensor {name} {value.dtype} {value.shape}"
+                f" in the weight pack, found {packed}",
+                "this is an inconsistency of the compiler;"
+                " please report it with the checkpoint's config.json",
             )
         assert value.dtype is not None
         assert value.shape is not None
@@ -85,8 +90,9 @@ def point_into_packs(model: ir.Model, tensors: Mapping[str, PackedTensor], folde
 
 
 def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
-    """Whether the pack holds what a graph reads; int4 may also be read as bytes, of any shape, and
-    float4e2m1.
+    """Whether the pack holds what a graph reads.
+
+    int4 and float4e2m1 may also be read as bytes, of any shape.
     """
     shape = tuple(value.shape.numpy()) if value.shape is not None else None
     if packed.dtype in PACKED_DTYPES and value.dtype == ir.DataType.UINT8:
@@ -95,13 +101,15 @@ def _is_as_declared(packed: PackedTensor, value: ir.Value) -> bool:
 
 
 def check_graph(path: Path) -> None:
-    """Run the ONNX checker (operators, attributes, external data) and shape inference on a saved
-    graph.
+    """Run the ONNX checker on a saved graph.
+
+    It checks operators, attributes and external data.
     """
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
         raise BuildError(
             f"{path.name}: expected a valid ONNX graph, found: {str(error).splitlines()[0]}",
-            "this is an inconsistency of the compiler; please report it with the checkpoint's config.json",
+            "this is an inconsistency of the compiler;"
+            " please report it with the checkpoint's config.json",
         ) from error

@@ -1,4 +1,4 @@
-"""Describes the bundle: the manifest of a new one, and of one that was added to."""
+"""Describes the bundle in its manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimode.graphs.identity import stamp_of
 
 
 def describe_bundle(state: BuildState) -> None:
-    """The manifest of a new bundle."""
+    """Make the manifest of a new bundle."""
     plan, checkpoint = state.plan, state.plan.checkpoint
     assert state.source is not None
     state.manifest = Manifest(
@@ -42,7 +42,10 @@ def describe_bundle(state: BuildState) -> None:
 
 
 def describe_additions(state: BuildState) -> None:
-    """The manifest of the bundle with its new precision, new targets of one, or its sampler."""
+    """Make the manifest of a bundle with its additions.
+
+    These are a new precision, new targets of one, or a sampler.
+    """
     assert state.base is not None
     precision = state.plan.precision
     rest = drop_targets(state.base, precision, list(state.plan.targets))

@@ -1,4 +1,4 @@
-"""What the stages of a build hand on."""
+"""Holds what the stages of a build hand on."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Packs = dict[Path, str]
 
 @dataclass
 class BuildState:
-    """What the stages hand on.
+    """Holds what the stages hand on.
 
     Attributes:
-        folder: where files are written; it becomes the bundle, or part of it.
-        packs: paths of the precision's weight packs, its own first; outside ``folder`` where the
-        bundle has them already.
-        tensors: what lies where in them.
-        layout: of the pack that is written; None where the precision is there already.
-        source: digest of the checkpoint, complete when the pack is written; None where the bundle
-        exists already, which was compared with it.
-        base: manifest of the bundle that exists already.
+        folder: Folder that files are written to; it becomes the bundle, or part of it.
+        packs: Paths of the precision's weight packs, its own first; outside ``folder`` where the
+            bundle has them already.
+        tensors: Places of the tensors in the packs.
+        layout: Layout of the pack that is written; None where the precision is there already.
+        source: Digest of the checkpoint, complete when the pack is written; None for a bundle that
+            exists already, which was compared with it.
+        base: Manifest of the bundle that exists already.
     """
 
     plan: BuildPlan
@@ -67,8 +67,9 @@ class BuildState:
         return self.writer.result()
 
     def check_weights(self) -> None:
-        """Raise what writing the pack raised, or that calibration or sampler are of another
-        checkpoint, as soon as it is known.
+        """Raise what has gone wrong with the weights by now.
+
+        That is what writing the pack raised, or a calibration or sampler of another checkpoint.
         """
         if self.writer is None or not self.writer.check() or self.source is None:
             return

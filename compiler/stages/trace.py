@@ -7,7 +7,7 @@ from trimode.compiler.store.traced import traced_graph
 
 
 def trace_graphs(state: BuildState) -> None:
-    """One graph per role, under fake tensors."""
+    """Trace one graph per role, under fake tensors."""
     advance = state.progress.stage("trace graphs", len(state.plan.roles))
     for role in state.plan.roles:
         state.graphs[role] = traced_graph(

@@ -1,1 +1,1 @@
-"""Files of a build: the cache of graphs and engines, its keys, and folders that appear whole."""
+"""Keeps files of a build: the cache, its keys, staged folders."""

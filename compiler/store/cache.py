@@ -1,4 +1,4 @@
-"""A content-addressed cache of what is slow to make: traced graphs and engines.
+"""Caches what is slow to make: traced graphs and engines.
 
 An entry's name is the digest of everything that it depends on, so an entry is right or absent,
 never stale. Entries appear by renaming, carry a digest of their bytes that is checked on every use,
@@ -39,11 +39,12 @@ def key_of(**facts: Any) -> str:
 
 
 class ContentCache:
-    """Files by key in one folder.
+    """Keeps files by key in one folder.
 
     Args:
-        folder: where entries lie; made when the first is.
-        limit_bytes: :meth:`prune` deletes the entries unused for longest until the rest is smaller.
+        folder: Folder of the entries; it is made with the first.
+        limit_bytes: Size that :meth:`prune` cuts the cache to; it deletes the entries unused for
+            longest.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -52,8 +53,9 @@ class ContentCache:
         self._has_warned = False
 
     def fetch(self, key: str, destination: Path, make: Callable[[Path], None]) -> bool:
-        """Copy the entry ``key`` to ``destination``; where there is none, ``make(destination)``
-        writes it first.
+        """Copy the entry ``key`` to ``destination``.
+
+        Where there is none, ``make(destination)`` writes it first.
 
         Returns whether it was there. What ``make`` raises goes through, as does what writing
         ``destination`` raises, and leaves neither an entry nor a file.
@@ -67,8 +69,9 @@ class ContentCache:
             return False
 
     def warn(self, error: OSError, place: Path | None = None) -> None:
-        """Say, once, that the cache is of no use; ``place`` is what could not be read or written,
-        if the error does not tell.
+        """Say, once, that the cache is of no use.
+
+        ``place`` is what could not be read or written, if the error does not tell.
         """
         if not self._has_warned:
             self._has_warned = True
@@ -78,8 +81,9 @@ class ContentCache:
             )
 
     def prune(self) -> int:
-        """Delete the entries unused for longest until the rest fits the limit; returns how many.
-        Entries in use stay.
+        """Delete the entries unused for longest until the rest fits.
+
+        Returns how many. Entries in use stay.
         """
         try:
             deleted, error = self._delete_oldest(self.limit_bytes)
@@ -193,7 +197,9 @@ class ContentCache:
             yield is_usable
 
     def _lock_of(self, key: str, timeout: float = -1) -> FileLock:
-        """Locks are shared by keys with the same first two digits and never deleted: a deleted lock
+        """Give the lock of a key.
+
+        Locks are shared by keys with the same first two digits and never deleted: a deleted lock
         can be held twice.
         """
         folder = self.folder / key[:2]

@@ -1,4 +1,4 @@
-"""What a traced graph follows from beside its sizes: the code that traces and the libraries."""
+"""Digests the code and the libraries that traced graphs follow from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ MODULES = (
 
 @cache
 def tracing_fingerprint() -> str:
-    """Digest of the code that traces and of the libraries' versions; computed once a process."""
+    """Digest of the tracing code and of the libraries' versions.
+
+    Computed once a process.
+    """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     return digest_of(
         (root for name in MODULES for root in roots_of(name)),
@@ -35,12 +38,13 @@ def tracing_fingerprint() -> str:
 
 
 def digest_of(roots: Iterable[Path], versions: dict[str, str]) -> str:
-    """Digest of names and contents of files, those in folders at any depth included, and of
-    versions.
+    """Digest of names and contents of files, and of versions.
+
+    Files in folders count at any depth.
 
     Args:
-        roots: files, or folders; what Python itself compiles into them does not count.
-        versions: by library.
+        roots: Files, or folders; what Python itself compiles into them does not count.
+        versions: Versions by library.
     """
     digest = hashlib.sha256(repr(sorted(versions.items())).encode())
     for root in roots:

@@ -1,5 +1,6 @@
-"""Where a bundle may be written: never over something else, never by two builds at once, never
-half.
+"""Writes bundles whole.
+
+Nothing else is overwritten, no two builds write at once, and nothing is left half done.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ logger = logging.getLogger("trimode.compiler")
 
 @contextlib.contextmanager
 def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``output`` when the block ends well and vanishes when it
-    does not.
+    """Yield an empty folder that becomes ``output``.
+
+    It does so when the block ends well, and vanishes when it does not.
 
     Raises:
         UsageError: ``output`` exists and ``force`` is not given, or it is no bundle and so is never
-        replaced.
+            replaced.
         BuildError: another build is writing the same output, or the disk is full or not writable.
     """
     output = resolved(output)
@@ -54,8 +56,9 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
 def added_to_bundle(
     output: Path, base: Manifest, rest: Manifest, folders: list[str]
 ) -> Iterator[Path]:
-    """Yield an empty folder whose files become part of the bundle when the block ends well, the
-    manifest last.
+    """Yield an empty folder whose files join the bundle.
+
+    They do so when the block ends well, the manifest last.
 
     ``base`` is the bundle's manifest as the build was planned on it. ``folders`` are those of the
     targets that are added: they take the place of what is there. ``rest`` describes the bundle
@@ -73,7 +76,8 @@ def added_to_bundle(
         # planned before the lock was taken: writing now would undo what was added since
         if read_manifest(output) != base:
             raise BuildError(
-                f"{output}: expected the bundle as it was read, found that another build has changed it",
+                f"{output}: expected the bundle as it was read,"
+                " found that another build has changed it",
                 "run the build again",
             )
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output))
@@ -88,17 +92,20 @@ def check_destination(output: Path, checkpoint: Path | None = None, *others: Pat
     """Check before the work that a bundle can be written or added to.
 
     Args:
-        output: a new folder, an empty one, or a bundle.
-        checkpoint: what the bundle is built from; the output may not lie in it.
-        others: files and folders that are read.
+        output: A new folder, an empty one, or a bundle.
+        checkpoint: Source of the bundle; the output may not lie in it.
+        others: Files and folders that are read.
 
     Raises:
         UsageError: it is something else, or holds what is read.
         BuildError: nothing can be written there.
     """
     if not is_whole_text(str(resolved(output))):
-        found = f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need, found other bytes"
-        raise UsageError(found, "choose another name")
+        raise UsageError(
+            f"{whole_text(str(output))}: expected a path in UTF-8, which ONNX's libraries need,"
+            " found other bytes",
+            "choose another name",
+        )
     check_replaceable(output, MANIFEST, "a bundle")
     if checkpoint is not None:
         check_apart(output, checkpoint, *others)
@@ -110,8 +117,11 @@ def check_space(output: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder if folder.is_dir() else nearest_folder(folder)).free
     if free < num_bytes:
         disk = mount_of(folder)
-        found = f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk, found {free / 1e6:.1f} MB ({disk})"
-        raise BuildError(found, "free some space or choose another disk")
+        raise BuildError(
+            f"{output}: expected {num_bytes / 1e6:.1f} MB of free disk,"
+            f" found {free / 1e6:.1f} MB ({disk})",
+            "free some space or choose another disk",
+        )
 
 
 def _check_free(output: Path, *, force: bool) -> None:

@@ -1,5 +1,6 @@
-"""Traced graphs by way of the cache: tracing takes seconds a graph and needs PyTorch, reading one
-takes neither.
+"""Traces graphs by way of the cache.
+
+Tracing takes seconds a graph and needs PyTorch; reading one takes neither.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from trimode.graphs.checkpoint import Checkpoint
 def traced_graph(
     role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
 ) -> ir.Model:
-    """The graph of a role, as :func:`trimode.graphs.decoder.trace.trace_role` makes it; from the
-    cache where it has been made before.
+    """Trace the graph of a role, or read it from the cache.
+
+    It is as :func:`trimode.graphs.decoder.trace.trace_role` makes it.
     """
     if kept is None:
         return _trace(role, checkpoint, model)
@@ -61,8 +63,9 @@ def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
 
 
 def _write(graph: ir.Model, path: Path) -> None:
-    """Weights have no data, which ONNX cannot say of an initializer: they are stored as inputs
-    behind the contract's.
+    """Write a graph, its weights as inputs behind the contract's.
+
+    They have no data, which ONNX cannot say of an initializer.
     """
     path.write_bytes(to_bytes(lower(graph, WeightsToInputs())))
 

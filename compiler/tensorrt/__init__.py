@@ -1,1 +1,1 @@
-"""TensorRT: engines, the processes that build them, and shape profiles."""
+"""Builds TensorRT engines, in processes, for shape profiles."""

@@ -1,5 +1,6 @@
-"""One builder for TensorRT and TensorRT-RTX: both have the same Python interface, so the library is
-an argument.
+"""Builds engines with TensorRT or TensorRT-RTX.
+
+Both have the same Python interface, so the library is an argument.
 
 TensorRT-RTX compiles ahead of time for a *named* compute capability and needs no GPU; TensorRT
 compiles for the GPU it finds. Networks are strongly typed: every type is the graph's own.
@@ -21,19 +22,19 @@ from trimode.runtime.sessions.tensorrt.library import make_logger
 
 
 class EngineJob(BaseModel):
-    """What to compile.
+    """Says what to compile.
 
     Attributes:
-        library: the module that compiles.
-        graph: lowered ONNX file.
-        packs: of the precision, its own first, where the graph keeps its weights as initializers;
-        else none.
-        output: engine file to write.
-        compute_capability: of the GPU, as ``8.9``.
-        profiles: one optimization profile each, in this order.
-        workspace_bytes: most scratch memory on the GPU; None = the library's choice.
-        timing_cache: file read before and written after, where the library has timing caches
-            (TensorRT has, TensorRT-RTX has not).
+        library: Module that compiles.
+        graph: Lowered ONNX file.
+        packs: Packs of the precision, its own first, where the graph keeps its weights as
+            initializers; else none.
+        output: Engine file to write.
+        compute_capability: Compute capability of the GPU, as ``8.9``.
+        profiles: Optimization profiles of the engine, in this order.
+        workspace_bytes: Most scratch memory on the GPU; None = the library's choice.
+        timing_cache: File that is read before and written after, where the library has timing
+            caches (TensorRT has, TensorRT-RTX has not).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +50,10 @@ class EngineJob(BaseModel):
 
 
 class EngineRefusedError(Exception):
-    """The library did not build the engine; ``messages`` are its own."""
+    """Says that the library did not build the engine.
+
+    ``messages`` are its own.
+    """
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__(messages[0] if messages else "no message")
@@ -60,8 +64,8 @@ def build_engine(job: EngineJob, on_progress: Callable[[float], bool]) -> None:
     """Compile one engine into ``job.output``.
 
     Args:
-        job: what to compile.
-        on_progress: told the fraction done, from 0 to 1; False cancels.
+        job: Job to compile.
+        on_progress: Listener that is told the fraction done, from 0 to 1; False cancels.
 
     Raises:
         EngineRefusedError: the graph, a profile or the GPU does not suit the library.
@@ -116,8 +120,9 @@ def _parse(
 
 
 def _make_profile(builder: Any, network: Any, record: ProfileRecord) -> Any:
-    """Dimension 0 of a dynamic input is the batch, any other the rows; everything else is
-    static.
+    """Make an optimization profile.
+
+    Dimension 0 of a dynamic input is the batch, any other the rows. Everything else is static.
     """
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
@@ -135,8 +140,9 @@ def _make_profile(builder: Any, network: Any, record: ProfileRecord) -> Any:
 
 
 def _choose_gpu(trt: Any, config: Any, compute_capability: str) -> None:
-    """TensorRT-RTX is told the GPU; TensorRT takes the one it finds, and the caller has checked
-    that it is the right one.
+    """Tell TensorRT-RTX the GPU.
+
+    TensorRT takes the one it finds, and the caller has checked that it is the right one.
     """
     if hasattr(config, "num_compute_capabilities"):
         config.num_compute_capabilities = 1
@@ -170,8 +176,9 @@ def _make_monitor(trt: Any, on_progress: Callable[[float], bool]) -> Any:
 
 
 class PhaseTree:
-    """Nested phases with steps; a phase inside another counts as part of the step that the outer
-    one is at.
+    """Follows nested phases with steps.
+
+    A phase inside another counts as part of the step that the outer one is at.
     """
 
     def __init__(self) -> None:

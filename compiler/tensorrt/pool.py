@@ -1,5 +1,6 @@
-"""Compiles the engines of a build: each in a process of its own, several at a time, through the
-cache.
+"""Compiles the engines of a build, several at a time.
+
+Each is compiled in a process of its own, through the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _STOP_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class EngineTask:
-    """One engine to have: the job, what it is for, and the key of everything it depends on."""
+    """Holds an engine's job, target, precision and cache key."""
 
     target: Target
     precision: Precision
@@ -52,10 +53,11 @@ def build_engines(
     """Compile every task's engine to ``job.output``; returns how many came from the cache.
 
     Args:
-        tasks: what to compile.
-        cache: where engines are kept; None = compile all.
-        num_workers: compiling processes at a time.
-        advance: told progress, :data:`PROGRESS_STEPS` for each engine; called from several threads.
+        tasks: Engines to have.
+        cache: Cache of engines; None compiles all.
+        num_workers: Compiling processes at a time.
+        advance: Listener that is told progress, :data:`PROGRESS_STEPS` for each engine; called from
+            several threads.
 
     Raises:
         BuildError: the library refuses one of them; the other processes are stopped.
@@ -110,7 +112,7 @@ def _have_engine(
 
 
 class _Workers:
-    """The compiling processes that run now, so that all of them can be stopped."""
+    """Keeps track of the compiling processes, to stop them all."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
@@ -188,7 +190,8 @@ def _failure(
     if stopped:
         return BuildError(f"{task.name}: expected to finish, found the build stopped")
     return BuildError(
-        f"{task.name}: expected an engine, found that the compiling process ended with {returncode}",
+        f"{task.name}: expected an engine,"
+        f" found that the compiling process ended with {returncode}",
         "check free memory (about 1 GB for each process), or pass --jobs 1",
     )
 
@@ -209,11 +212,13 @@ def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
     if "workspace limit" in text:
         found = f"{(task.job.workspace_bytes or 0) >> 20} MiB"
         return BuildError(
-            f"{task.name}: expected enough workspace for at least one kernel of each layer, found {found}",
+            f"{task.name}: expected enough workspace for at least one kernel of each layer,"
+            f" found {found}",
             "pass a larger --workspace",
         )
     first = messages[0].splitlines()[0] if messages else "no message"
     return BuildError(
         f"{task.name}: {task.job.library} refuses the graph: {first}",
-        f"update {task.job.library.replace('_', '-')}, or report it with the checkpoint's config.json",
+        f"update {task.job.library.replace('_', '-')},"
+        " or report it with the checkpoint's config.json",
     )

@@ -1,4 +1,4 @@
-"""Optimization profiles: the sizes that a TensorRT engine is compiled for.
+"""Chooses the sizes that a TensorRT engine is compiled for.
 
 ``ar`` has one profile for decoding and one for prompt chunks; the others have one for each block
 length, with that number of rows fixed, so that kernels are chosen for it and forwards can be
@@ -30,8 +30,9 @@ a multiple of 256 bytes.
 def plan_capacity(
     roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int = 1
 ) -> int:
-    """Slots of a cache that holds the longest text and, behind it, whatever the graphs write
-    there.
+    """Slots of a cache for the longest text and its block.
+
+    Whatever the graphs write behind the text has to fit.
     """
     written = (
         slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths)
@@ -50,11 +51,11 @@ def plan_profiles(
     """Profiles of one graph, in the engine's order.
 
     Args:
-        role: which graph.
-        model: decides the longest prompt; a chunk is never longer.
-        block_lengths: rows of the other graphs.
-        max_batch: most sequences in one forward.
-        capacity: slots of the cache; None = a text and a block.
+        role: Role of the graph.
+        model: Facts that decide the longest prompt; a chunk is never longer.
+        block_lengths: Rows of the other graphs.
+        max_batch: Most sequences in one forward.
+        capacity: Slots of the cache; None = a text and a block.
     """
     batch = (1, 1, max_batch)
     if role == "ar":

@@ -1,4 +1,4 @@
-"""A process that compiles one engine: ``python -m trimode.compiler.tensorrt.worker``.
+"""Compiles one engine: ``python -m trimode.compiler.tensorrt.worker``.
 
 The job comes as one JSON line on stdin, events go out as JSON lines on stdout: ``{"progress":
 0.4}``, at the end ``{"done": true}``, ``{"refused": [...]}`` or ``{"disk": {...}}``. A process of

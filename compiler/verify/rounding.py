@@ -1,5 +1,6 @@
-"""Inputs on the border between two codes: what rounding them to the other side does, and what a
-graph rounded them to.
+"""Handles inputs on the border between two codes.
+
+It says what rounding them to the other side does, and what a graph rounded them to.
 
 A quantized input is the nearest code of a number that two correct computations know only up to
 their rounding. Where it lies on the border of two codes they may choose differently; that is a
@@ -56,8 +57,10 @@ class Chooser(Protocol):
     """Decides which code an input becomes."""
 
     def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
-        """Codes of a type, as numbers, of ``steps``: values in units of the scale, cut to the
-        type's range and known up to ``reach`` either side.
+        """Choose codes, as numbers, for ``steps`` of a type.
+
+        ``steps`` are values in units of the scale, cut to the type's range and known up to
+        ``reach`` either side.
 
         ``layer`` is :func:`scales_name` of it where the codes are scales of blocks.
         """
@@ -65,8 +68,9 @@ class Chooser(Protocol):
 
 
 class GuidedQuantizer(nn.Module):
-    """An :class:`InputQuantizer` that asks a chooser where there is one; all quantizers of a trunk
-    ask the same.
+    """Asks a chooser for codes, where there is one.
+
+    All quantizers of a trunk ask the same.
     """
 
     def __init__(self, layer: str, quantizer: InputQuantizer, guide: Guide) -> None:
@@ -112,11 +116,11 @@ def scales_name(layer: str) -> str:
 
 
 class Guide:
-    """Whom the quantizers of a trunk ask.
+    """Holds the chooser that the quantizers of a trunk ask.
 
     Attributes:
-        chooser: None: each takes the nearest code.
-        relative: how far a value may be off, over the largest of its layer's input.
+        chooser: Chooser of the codes; None lets each quantizer take the nearest.
+        relative: Largest error of a value, over the largest of its layer's input.
     """
 
     def __init__(self) -> None:
@@ -134,8 +138,9 @@ class Guide:
 
 
 def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
-    """Let every layer of a quantized trunk that quantizes its input ask one guide; None where no
-    layer does.
+    """Let all quantized inputs of a trunk ask one guide.
+
+    None where no layer quantizes its input.
     """
     guide, count = Guide(), 0
     for name, module in list(trunk.named_modules()):
@@ -147,13 +152,15 @@ def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
 
 
 class DitheredSession(TorchSession):
-    """The trunk, rounding each input up to ``relative`` away, or half a step, whichever is nearer.
+    """Runs the trunk and rounds each input at random.
+
+    Each is moved up to ``relative``, or half a step, whichever is nearer.
 
     Args:
-        trunk: whose quantizers ask ``guide``.
-        guide: of the trunk.
-        relative: how far an input may be off, over the largest of its layer.
-        seed: of the draw.
+        trunk: Trunk whose quantizers ask ``guide``.
+        guide: Guide of the trunk.
+        relative: Largest error of an input, over the largest of its layer.
+        seed: Seed of the draw.
     """
 
     def __init__(self, trunk: TriModeTrunk, guide: Guide, relative: float, seed: int) -> None:
@@ -170,12 +177,18 @@ class DitheredSession(TorchSession):
         drafter_scale: float = 0.0,
         input_length: int | None = None,
     ) -> tuple[Array, ...]:
-        """See :meth:`TorchSession.forward`."""
+        """Run one forward, dithered."""
         with self._guide.asking(self, self._relative):
             return super().forward(role, cache, input_ids, past_length, drafter_scale, input_length)
 
-    def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:  # noqa: ARG002  (Chooser's)
-        """See :class:`Chooser`."""
+    def choose(
+        self,
+        layer: str,  # noqa: ARG002  (the protocol's)
+        dtype: DType,
+        steps: Tensor,
+        reach: Tensor | float,
+    ) -> Tensor:
+        """Draw a code within reach of each value."""
         farthest = torch.minimum(
             _spacing(steps, dtype) / 2,
             torch.as_tensor(reach, dtype=steps.dtype, device=steps.device),
@@ -186,13 +199,13 @@ class DitheredSession(TorchSession):
 
 @dataclass
 class GraphCodes:
-    """Codes that a graph has chosen, for the reference to follow, and what is to be said of them.
+    """Gives the reference the codes that a graph has chosen.
 
     Attributes:
-        codes: by layer, ``(rows, ...)``, of one sequence; or of its last rows only, where the graph
-            computes no others. Rows before these take the nearest codes.
-        num_other: codes that are not the nearest to the reference's value.
-        refused: by layer, how many are out of the bound's reach.
+        codes: Codes by layer, ``(rows, ...)``, of one sequence; or of its last rows only, where the
+            graph computes no others. Rows before these take the nearest codes.
+        num_other: Number of codes that are not the nearest to the reference's value.
+        refused: Number of codes out of the bound's reach, by layer.
     """
 
     codes: Mapping[str, NDArray[Any]]
@@ -201,7 +214,7 @@ class GraphCodes:
     refused: dict[str, int] = field(default_factory=dict)
 
     def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
-        """See :class:`Chooser`."""
+        """Take the graph's codes, and count those that are out of reach."""
         if layer not in self.codes:  # the graph does not quantize this input
             self.refused[layer] = self.refused.get(layer, 0) + steps.numel()
             return _nearest(steps, dtype)
@@ -246,8 +259,10 @@ def _nearest(steps: Tensor, dtype: DType) -> Tensor:
 
 
 def _spacing(steps: Tensor, dtype: DType) -> Tensor:
-    """Distance of neighbouring codes at each value: 1, of E2M1 0.5 to 2, of E4M3 an eighth of the
-    power of two below it and at least 2**-9.
+    """Distance of neighbouring codes at each value.
+
+    It is 1; for E2M1 0.5 to 2; for E4M3 an eighth of the power of two below the value, and at least
+    2**-9.
     """
     if dtype == "int8":
         return torch.ones_like(steps)

@@ -8,42 +8,38 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 import trimode
-from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.compiler.verify.graphs import (
     SHORT_POSITION,
     compare_portable,
     compare_target,
     count_comparisons,
 )
-from trimode.compiler.verify.rounding import NUM_DITHERED, DitheredSession, Guide, guide_inputs
+from trimode.compiler.verify.notes import notes_about
+from trimode.compiler.verify.reference import LoadedTrunk, Reference, load_reference
 from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.sampler import compare_sampler, read_trained
 from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.verify.tolerance import Tolerance, tolerance_for
-from trimode.compiler.verify.weights import load_quantized_trunk
 from trimode.errors import UsageError
-from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.contract import DType
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import MANIFEST, Manifest
-from trimode.formats.safetensors import SAFETENSORS_NAMES
 from trimode.formats.texts import name_of
 from trimode.formats.verification import (
     BoundsRecord,
     CheckpointRecord,
     GraphParity,
-    ScalesParity,
+    SamplerParity,
     Subject,
+    TokenParity,
     Verification,
-    WeightsParity,
 )
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
 from trimode.progress import Advance, Progress
 from trimode.runtime.model import TriModeModel
@@ -62,7 +58,7 @@ LIBRARIES = ("torch", "onnxruntime", "polygraphy", "numpy")
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """The options of the command, as given."""
+    """Holds the options of the command, as given."""
 
     checkpoint: Path
     precision: str | None = None
@@ -79,11 +75,32 @@ class VerifyRequest:
     style: PromptStyle = USUAL_STYLE
 
 
+class _Findings(NamedTuple):
+    """Holds what the comparisons found."""
+
+    position: int
+    bounds: dict[Subject, Tolerance]
+    loaded: LoadedTrunk
+    graphs: list[GraphParity]
+    tokens: list[TokenParity]
+    sampler: SamplerParity | None
+    notes: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        loaded = self.loaded
+        records = (*self.graphs, *self.tokens, loaded.weights, loaded.scales, self.sampler)
+        return all(record.passed for record in records if record is not None)
+
+
 def verify(
     model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, progress: Progress
 ) -> Verification:
-    """Compare the model's target, and the bundle's portable graphs, with the trunk of
-    ``checkpoint``.
+    """Compare the model's target, and the bundle's portable graphs, with its checkpoint.
+
+    Raises:
+        UsageError: an option is out of range.
     """
     manifest, info = model.bundle.manifest, model.model
     trained = None if request.sampler is None else read_trained(request.sampler, manifest.sampler)
@@ -94,65 +111,35 @@ def verify(
     prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    loaded = _load_reference(model, checkpoint, digest, request.calibration)
+    loaded = load_reference(model, checkpoint, digest, request.calibration)
     advance(1)
-    place = _place(model)
     bounds: dict[Subject, Tolerance] = {
-        "target": tolerance_for(place.compute_dtype, info.num_hidden_layers),
+        "target": tolerance_for(_place(model).compute_dtype, info.num_hidden_layers),
         "portable": tolerance_for("float32", info.num_hidden_layers),
     }
-    roles = tuple(manifest.contracts)
-    reference = _Reference(loaded.trunk, bounds["target"].relative, request.seed)
+    reference = Reference(loaded.trunk, bounds["target"].relative, request.seed)
     graphs, notes = _compare_graphs(
         model, reference, text, position, bounds, request.seed, progress
     )
-    advance = progress.stage("compare tokens", count_generations(info, len(prompts), roles))
-    tokens = _counted(
-        compare_tokens(
-            reference.session,
-            model.session,
-            info,
-            prompts,
-            request.max_new_tokens,
-            bounds["target"],
-            reference.dithered,
-            roles,
-        ),
-        advance,
+    tokens = _compare_tokens(
+        model, reference, prompts, request.max_new_tokens, bounds["target"], progress
     )
-    sha256 = digest.hexdigest()
-    if not _is_exact(checkpoint, manifest.dtype):
-        notes.append(
-            f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are"
-        )
-    if loaded.weights is not None and loaded.scales is None:
-        notes.append(
-            "the scales were taken as the bundle has them: --calibration FOLDER compares them with those it was built by"
-        )
     sampler = (
         None if trained is None else compare_sampler(model.scorer, trained, info, request.seed)
     )
-    if manifest.sampler is not None and sampler is None:
-        notes.append(
-            "the learned sampler was not compared: --sampler FOLDER compares it with the network that it was built from"
-        )
-    others = [name for name in model.bundle.chosen.targets if name != model.target]
-    if others:
-        notes.append(
-            f"other targets of the bundle were not verified: {', '.join(others)} (--target NAME, where it runs)"
-        )
-    original = checkpoint.config.rope.original_max_position_embeddings or None
-    if original is not None and position < original:
-        notes.append(
-            f"positions from {original} on, the rope's original length, were not reached: --long {original} would"
-        )
+    notes += notes_about(model, checkpoint, loaded, sampler, position)
+    found = _Findings(position, bounds, loaded, graphs, tokens, sampler, notes)
+    return _describe(model, checkpoint, digest.hexdigest(), request.seed, found)
+
+
+def _describe(
+    model: TriModeModel, checkpoint: Checkpoint, sha256: str, seed: int, found: _Findings
+) -> Verification:
+    """The record of a verification; ``sha256`` is the checkpoint's."""
+    manifest, place = model.bundle.manifest, _place(model)
     return Verification(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        passed=all(
-            record.passed
-            for record in (*graphs, *tokens, loaded.weights, loaded.scales, sampler)
-            if record is not None
-        ),
+        passed=found.passed,
         precision=model.bundle.precision,
         target=model.target,
         backend=place.backend,
@@ -162,27 +149,29 @@ def verify(
         checkpoint=CheckpointRecord(
             name=name_of(checkpoint.path), sha256=sha256, is_source=sha256 == manifest.source.sha256
         ),
-        seed=request.seed,
-        long_position=position,
-        original_length=original,
+        seed=seed,
+        long_position=found.position,
+        original_length=checkpoint.config.rope.original_max_position_embeddings or None,
         weight_dtype=manifest.dtype,
         bounds={
             subject: BoundsRecord(dtype=bound.dtype, relative=bound.relative)
-            for subject, bound in bounds.items()
+            for subject, bound in found.bounds.items()
         },
-        weights=loaded.weights,
-        scales=loaded.scales,
-        sampler=sampler,
-        graphs=tuple(graphs),
-        tokens=tuple(tokens),
-        notes=tuple(notes),
+        weights=found.loaded.weights,
+        scales=found.loaded.scales,
+        sampler=found.sampler,
+        graphs=tuple(found.graphs),
+        tokens=tuple(found.tokens),
+        notes=tuple(found.notes),
         versions=_versions(),
     )
 
 
 def long_position(checkpoint: Checkpoint, manifest: Manifest, wanted: int | None) -> int:
-    """Where the long comparisons stand: twice the rope's original length and a block, as far as the
-    bundle reaches and the reference is quick.
+    """Choose the position of the long comparisons.
+
+    By default, twice the rope's original length and a block, as far as the bundle reaches and the
+    reference is quick.
 
     Raises:
         UsageError: ``wanted`` is out of range.
@@ -206,52 +195,14 @@ def check_calibration(model: TriModeModel, request: VerifyRequest) -> None:
     record = model.bundle.chosen.calibration
     if request.calibration is not None and (record is None or record.scales_sha256 is None):
         raise UsageError(
-            f"expected --calibration with a precision that was built by one, found {model.bundle.precision}",
+            "expected --calibration with a precision that was built by one,"
+            f" found {model.bundle.precision}",
             "leave --calibration out",
         )
 
 
-class _Loaded(NamedTuple):
-    """The reference's trunk, and what loading it has found about quantized weights."""
-
-    trunk: TriModeTrunk
-    weights: WeightsParity | None = None
-    scales: ScalesParity | None = None
-
-
-def _load_reference(
-    model: TriModeModel, checkpoint: Checkpoint, digest: SourceDigest, calibration: Path | None
-) -> _Loaded:
-    bundle = model.bundle
-    for precision in get_args(QuantizedPrecision):
-        if bundle.precision == precision:
-            return _Loaded(
-                *load_quantized_trunk(bundle, precision, checkpoint, digest, calibration)
-            )
-    return _Loaded(load_trunk(checkpoint, model.model.num_positions, bundle.manifest.dtype, digest))
-
-
-class _Reference:
-    """The trunk as sessions: as it is, and where it quantizes inputs also dithered within the
-    target's bound.
-    """
-
-    def __init__(self, trunk: TriModeTrunk, relative: float, seed: int) -> None:
-        self.session = TorchSession(trunk)
-        self.guide: Guide | None = guide_inputs(trunk)
-        guide = self.guide
-        self.dithered = (
-            [
-                DitheredSession(trunk, guide, relative, seed + number)
-                for number in range(NUM_DITHERED)
-            ]
-            if guide
-            else []
-        )
-
-
 class _Place(NamedTuple):
-    """Where a target runs, and what it computes in."""
+    """Names where a target runs, and the type it computes in."""
 
     backend: str
     device: str
@@ -284,7 +235,8 @@ def check_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
     ):
         if expected != found:
             raise UsageError(
-                f"{checkpoint.path}: expected a checkpoint like the bundle's, {name} {expected}, found {found}",
+                f"{checkpoint.path}: expected a checkpoint like the bundle's, {name} {expected},"
+                f" found {found}",
                 f"the bundle was built from {manifest.source.name}",
             )
 
@@ -292,8 +244,9 @@ def check_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
 def _prompts(
     model: TriModeModel, request: VerifyRequest, text: Ids, position: int
 ) -> list[TokenPrompt]:
-    """Those of the file, each until the model ends it; else a short and a long one of random
-    tokens, which nothing ends.
+    """Read the file's prompts, else draw a short and a long one.
+
+    Nothing ends the texts of random tokens.
     """
     if request.prompts_file is None:
         lengths = sorted({min(SHORT_POSITION, position), position})
@@ -305,15 +258,9 @@ def _prompts(
     ]
 
 
-def _is_exact(checkpoint: Checkpoint, stored: DType) -> bool:
-    return stored == "float32" or all(
-        entry.dtype == SAFETENSORS_NAMES[stored] for entry in checkpoint.tensors.values()
-    )
-
-
 def _compare_graphs(
     model: TriModeModel,
-    reference: _Reference,
+    reference: Reference,
     text: Ids,
     position: int,
     bounds: dict[Subject, Tolerance],
@@ -331,25 +278,67 @@ def _compare_graphs(
         CachedText(session, text)
         for session in (reference.session, model.session, *reference.dithered)
     )
-    records = _counted(
-        compare_target(read, other, info, positions, bounds["target"], seed, dithered, roles),
-        advance,
+    bound = bounds["target"]
+    compared = compare_target(
+        read, other, info, positions, bound, seed, dithered=dithered, roles=roles
     )
+    records = _counted(compared, advance)
     if importlib.util.find_spec("onnxruntime") is None:
         return records, [
-            "the portable graphs were not compared: ONNX Runtime is not installed (pip install 'trimode[ort]')"
+            "the portable graphs were not compared: ONNX Runtime is not installed"
+            " (pip install 'trimode[ort]')"
         ]
-    files = model.bundle.chosen.graphs
-    at = min(position, LONGEST_PORTABLE)
+    return records + _compare_portable(
+        model, reference, text, position, bounds["portable"], seed, progress
+    ), []
+
+
+def _compare_portable(
+    model: TriModeModel,
+    reference: Reference,
+    text: Ids,
+    position: int,
+    bound: Tolerance,
+    seed: int,
+    progress: Progress,
+) -> list[GraphParity]:
+    bundle, info = model.bundle, model.model
+    files = bundle.chosen.graphs
     advance = progress.stage("compare portable", len(files) + info.has_drafter)
-    again = CachedText(reference.session, text)
-    records += _counted(
-        compare_portable(
-            again, model.bundle.path, files, info, at, bounds["portable"], seed, reference.guide
-        ),
-        advance,
+    compared = compare_portable(
+        CachedText(reference.session, text),
+        bundle.path,
+        files,
+        info,
+        min(position, LONGEST_PORTABLE),
+        bound,
+        seed=seed,
+        guide=reference.guide,
     )
-    return records, []
+    return _counted(compared, advance)
+
+
+def _compare_tokens(
+    model: TriModeModel,
+    reference: Reference,
+    prompts: list[TokenPrompt],
+    max_new_tokens: int,
+    bound: Tolerance,
+    progress: Progress,
+) -> list[TokenParity]:
+    info, roles = model.model, tuple(model.bundle.manifest.contracts)
+    advance = progress.stage("compare tokens", count_generations(info, len(prompts), roles))
+    compared = compare_tokens(
+        reference.session,
+        model.session,
+        info,
+        prompts,
+        max_new_tokens,
+        bound,
+        dithered=reference.dithered,
+        roles=roles,
+    )
+    return _counted(compared, advance)
 
 
 def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:

@@ -1,5 +1,6 @@
-"""Polygraphy runners: one over any session of the runtime, one over the trunk that takes what a
-portable graph takes.
+"""Runs a session or the trunk under Polygraphy.
+
+The trunk's runner takes what a portable graph takes.
 
 Their inputs and outputs are those of the tensor contract, so they stand beside Polygraphy's own
 runners in one comparison.
@@ -36,11 +37,11 @@ HEAD = "diffusion_head"
 
 
 class CachedText:
-    """A text and the cache of a session that has read its first tokens.
+    """Holds a text and the cache of a session that reads it.
 
     Args:
-        session: who reads it.
-        token_ids: (n,) int64.
+        session: Session that reads it.
+        token_ids: Tokens of the text, (n,) int64.
     """
 
     def __init__(self, session: Session, token_ids: Ids) -> None:
@@ -50,7 +51,10 @@ class CachedText:
         self.length = 0
 
     def read_to(self, length: int) -> None:
-        """Let the cache hold the first ``length`` tokens; what lies behind them may be anything."""
+        """Let the cache hold the first ``length`` tokens.
+
+        What lies behind them may be anything.
+        """
         chunk = min(PREFILL_CHUNK, self.session.max_prefill_rows or PREFILL_CHUNK)
         while self.length < length:
             ids = self.token_ids[None, self.length : min(self.length + chunk, length)]
@@ -60,13 +64,14 @@ class CachedText:
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """One graph of a session after the first ``past_length`` tokens of a text; takes the contract's
-    inputs, batch 1.
+    """Runs one graph of a session behind part of a text.
+
+    It stands after the first ``past_length`` tokens, and takes the contract's inputs, batch 1.
 
     Args:
-        name: shown in reports.
-        text: the text, read by the session; several runners may share it.
-        contract: of the graph.
+        name: Name shown in reports.
+        text: Text that the session reads; several runners may share it.
+        contract: Contract of the graph.
     """
 
     def __init__(self, name: str, text: CachedText, contract: GraphContract) -> None:
@@ -96,15 +101,17 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not type
 
 
 class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """The trunk as a portable graph: a batch of sequences of different length, the cache as inputs
-    and outputs of fixed capacity.
+    """Runs the trunk as if it were a portable graph.
+
+    It takes a batch of sequences of different length. The cache is inputs and outputs of fixed
+    capacity.
 
     Args:
-        name: shown in reports.
-        session: the reference.
-        model: sizes of the cache.
-        contract: of the graph.
-        guided: guide of the trunk, the runner whose codes it follows, which has run the same inputs
+        name: Name shown in reports.
+        session: Session of the reference.
+        model: Sizes of the cache.
+        contract: Contract of the graph.
+        guided: Guide of the trunk, the runner whose codes it follows, which has run the same inputs
             before, and the bound of their values, relative; None where inputs are not quantized.
     """
 
@@ -149,7 +156,10 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
     def _one(
         self, feed: Mapping[str, NDArray[Any]], index: int, present: list[NDArray[Any]]
     ) -> tuple[NDArray[Any], ...]:
-        """Run sequence ``index`` of the batch alone; its new keys and values go to ``present``."""
+        """Run sequence ``index`` of the batch alone.
+
+        Its new keys and values go to ``present``.
+        """
         past, ids = int(feed["past_length"][index]), feed["input_ids"][index : index + 1]
         tensors = [
             torch.from_numpy(tensor[index : index + 1, :, :past].copy()) for tensor in present
@@ -173,8 +183,10 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
     def _quadratic(
         self, cache: TorchCache, ids: Ids, past: int, index: int, present: list[NDArray[Any]]
     ) -> tuple[NDArray[Any], ...]:
-        """The outputs of ``quadratic``, by a forward over the draft and one over the masked slots
-        of each of its tokens, in the order of the rows.
+        """Compute the outputs of ``quadratic`` by several forwards.
+
+        One is over the draft, and one over the masked slots of each of its tokens, in the order of
+        the rows.
         """
         rows = ids.shape[1]
         with self._following(index, slice(rows), _of_head(slice(rows))):
@@ -198,8 +210,9 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
     def _following(
         self, index: int, rows: slice = slice(None), other: Mapping[str, slice] | None = None
     ) -> Iterator[None]:
-        """Let the trunk meanwhile take the codes that the graph chose for these ``rows`` of
-        sequence ``index``; ``other`` rows in some layers.
+        """Let the trunk take the codes that the graph chose.
+
+        They are those of ``rows`` of sequence ``index``; in some layers of ``other`` rows.
         """
         if self._guided is None:
             yield
@@ -223,8 +236,9 @@ def _of_head(rows: slice) -> dict[str, slice]:
 def _keep(
     cache: TorchCache, present: list[NDArray[Any]], index: int, begin: int, slot: int
 ) -> None:
-    """Write what a cache holds from ``begin`` on into row ``index`` of fixed caches, from ``slot``
-    on.
+    """Copy a cache from ``begin`` on into row ``index``.
+
+    The fixed caches are written from ``slot`` on.
     """
     for tensor, new in zip(
         present, (part for layer in cache.layers for part in layer), strict=True
@@ -233,20 +247,24 @@ def _keep(
 
 
 def portable_runner(name: str, path: Path) -> Any:
-    """Polygraphy's own runner for a portable graph: in ONNX Runtime, as the file says it, without
-    optimizations or copies of the weights.
+    """Make Polygraphy's own runner for a portable graph.
+
+    ONNX Runtime runs it as the file says it, without optimizations or copies of the weights.
+
+    It runs as the file says it, without optimizations or copies of the weights.
     """
     return OnnxrtRunner(lambda: _open_portable(path), name=name)
 
 
 class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
-    """A portable graph whose quantized inputs are seen: each QuantizeLinear's result is an output
-    as well, and of nvfp4 what follows it.
+    """Runs a portable graph and returns its quantized inputs.
+
+    Each QuantizeLinear's result is an output as well; for nvfp4, what follows it.
 
     Attributes:
-        codes: of the last run, by layer, as numbers, ``(B, rows, in)`` float32; of nvfp4 ``(B,
-            rows, in / 16, 16)``, and of the blocks' scales ``(B, rows, in / 16, 1)``. Where a layer
-            is multiplied twice, the rows of both products.
+        codes: Codes of the last run, by layer, as numbers, ``(B, rows, in)`` float32; for nvfp4
+            ``(B, rows, in / 16, 16)``, and for the blocks' scales ``(B, rows, in / 16, 1)``. Where
+            a layer is multiplied twice, the rows of both products.
     """
 
     def __init__(self, name: str, path: Path, contract: GraphContract, model: ModelInfo) -> None:
@@ -284,8 +302,9 @@ class CodedRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
 
 
 def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
-    """The graph with an output in float32 for each quantized input, and the layers by these
-    outputs' names.
+    """Add an output in float32 for each quantized input.
+
+    Also returns the layers by these outputs' names.
     """
     model = onnx.load(path, load_external_data=False)
     layers: dict[str, str] = {}
@@ -315,7 +334,7 @@ def _with_codes(path: Path) -> tuple[bytes, dict[str, str]]:
 
 
 def _multiplied(blocks: str, nodes: list[onnx.NodeProto]) -> str:
-    """The numbers of four bits that a product multiplies by these scales of their blocks."""
+    """Numbers of four bits that a product multiplies by block scales."""
     (scales,) = (
         node.output[0]
         for node in nodes
@@ -365,8 +384,10 @@ def role_feed(
     drafter_scale: float = 0.0,
     input_length: Ids | None = None,
 ) -> Feed:
-    """The contract's inputs of a role: ``input_ids (B, T)``, ``past_length (B,)``; ``input_length
-    (B,)`` all rows if left out.
+    """Make the contract's inputs of a role.
+
+    These are ``input_ids (B, T)``, ``past_length (B,)``, and ``input_length (B,)``: all rows if
+    left out.
     """
     feed: Feed = {
         "input_ids": input_ids.astype(np.int64),

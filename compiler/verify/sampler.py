@@ -1,6 +1,4 @@
-"""The graph of a bundle's learned sampler, against the network that it was traced from in
-float64.
-"""
+"""Compares a bundle's learned sampler with its network in float64."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ _SHARPNESS = (0.5, 2.0, 8.0)
 
 
 class BlockState(NamedTuple):
-    """What a denoise forward took and returned: block ``(L,)``, its masked slots, candidates and
-    probabilities ``(L, 5)``.
+    """Holds what a denoise forward took and returned.
+
+    These are the block ``(L,)``, its masked slots, and candidates and probabilities ``(L, 5)``.
     """
 
     block: NDArray[np.int64]
@@ -59,8 +58,9 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
     record = load_sampler_record(folder)
     if record.sampler_sha256 != expected.sha256:
         raise UsageError(
-            f"{folder}: expected the sampler that the bundle was built with, {expected.name} ({expected.sha256[:16]}…), "
-            f"found {record.sampler_sha256[:16]}…",
+            f"{folder}: expected the sampler that the bundle was built with,"
+            f" {expected.name} ({expected.sha256[:16]}…),"
+            f" found {record.sampler_sha256[:16]}…",
             "pass the folder that --sampler of `trimode build` had",
         )
     return SamplerSource(folder, record)
@@ -69,13 +69,15 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
 def compare_sampler(
     scorer: Scorer, trained: SamplerSource, model: ModelInfo, seed: int
 ) -> SamplerParity:
-    """Scores of random states, of every block length that the sampler was trained on and of 1.
+    """Compare scores of random states with those of the network.
+
+    States have every block length that the sampler was trained on, and 1.
 
     Args:
-        scorer: the bundle's.
-        trained: what it was built from.
-        model: the facts of the bundle's model.
-        seed: of the states.
+        scorer: Scorer of the bundle.
+        trained: Network that the bundle's was built from.
+        model: The facts of the bundle's model.
+        seed: Seed of the states.
     """
     network, rng = (
         load_sampler(trained.folder, trained.record).double(),
@@ -135,7 +137,7 @@ def _scores(scorer: Scorer, state: BlockState) -> NDArray[np.float32]:
 def _error(
     found: NDArray[np.float32], expected: NDArray[np.float64], masked: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Of masked slots: scores of others mean nothing."""
+    """Absolute errors of masked slots: other scores mean nothing."""
     if found.shape != expected.shape:
         return np.full(1, np.inf)
     return np.abs(found.astype(np.float64) - expected)[masked]

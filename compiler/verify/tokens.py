@@ -1,5 +1,6 @@
-"""Each mode's tokens: the same algorithms over the target's session and over the torch trunk, and
-the target's modes against each other.
+"""Compares each mode's tokens with the trunk's, and modes with ar.
+
+The same algorithms run over the target's session and over the torch trunk.
 
 In float32 tokens must be equal. In 16-bit types two runs may part, and what follows then has
 nothing to do with each other; so only the first divergence is judged, by how much the reference
@@ -34,7 +35,10 @@ SPECULATIVE: tuple[Mode, ...] = ("linear_spec", "quadratic_spec")
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt; ``eos_token_ids`` is None for the model's, () where nothing ends the text."""
+    """Holds a prompt and what ends its text.
+
+    ``eos_token_ids`` is None for the model's, () where nothing ends the text.
+    """
 
     token_ids: list[int]
     eos_token_ids: tuple[int, ...] | None = None
@@ -42,8 +46,9 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class Denoised:
-    """One denoise forward: its input and the best candidates of every slot, ``(L,)`` and ``(L,
-    5)``.
+    """Records one denoise forward.
+
+    It has the input and the best candidates of every slot, ``(L,)`` and ``(L, 5)``.
     """
 
     past_length: int
@@ -58,8 +63,9 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Run:
-    """A generation: tokens, forward passes, and the denoise forwards in order (kept for diffusion
-    only).
+    """Records a generation.
+
+    It has tokens, forward passes, and the denoise forwards in order, kept for diffusion only.
 
     ``is_whole`` is False where a graph returned what is no number; the tokens are those before it.
     """
@@ -71,7 +77,7 @@ class Run:
 
 
 class Witness(SessionView):
-    """A session that remembers the drafts of another session."""
+    """Remembers the denoise forwards of a session."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -85,7 +91,7 @@ class Witness(SessionView):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
+        """Run a graph, and remember what it drafted."""
         outputs = super().run(role, cache, input_ids, past_length, drafter_scale)
         if role == "draft":
             ids, probabilities = (np.array(output[0]) for output in outputs)
@@ -100,22 +106,24 @@ def compare_tokens(
     prompts: Sequence[TokenPrompt],
     max_new_tokens: int,
     tolerance: Tolerance,
+    *,
     dithered: Sequence[TorchSession] = (),
     roles: Sequence[Role] = ROLES,
 ) -> Iterator[TokenParity]:
-    """Every mode on every prompt against the reference, and self-speculation against the target's
-    own ar.
+    """Compare every mode's tokens with the reference's.
+
+    Self-speculation is also compared with the target's own ar.
 
     Args:
-        reference: the trunk.
-        target: the target's session.
-        model: the bundle's model.
-        prompts: what to continue.
-        max_new_tokens: of each generation.
-        tolerance: of the target.
-        dithered: the trunk as it rounds inputs at random within the bound; where there are any,
-        tokens may part at near-ties.
-        roles: graphs of the bundle, which decide the modes.
+        reference: Session of the trunk.
+        target: Session of the target.
+        model: Facts of the bundle's model.
+        prompts: Prompts to continue.
+        max_new_tokens: Most tokens of each generation.
+        tolerance: Tolerance of the target.
+        dithered: Sessions of the trunk that round inputs at random within the bound; where there
+            are any, tokens may part at near-ties.
+        roles: Graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
         judge = Judge(reference, model, prompt.token_ids, tolerance, dithered)
@@ -140,8 +148,9 @@ def compare_tokens(
 
 
 class Verdict(NamedTuple):
-    """By how much the reference prefers its own choice where two runs part, and what that may
-    be.
+    """Says how much the reference prefers its own choice.
+
+    It concerns the place where two runs part; ``tolerance`` is what the preference may be.
     """
 
     preference: float | None
@@ -157,12 +166,12 @@ class Judge:
     """Asks the reference about the place where two runs over a prompt part.
 
     Args:
-        reference: the trunk.
-        model: the bundle's model.
-        prompt: token ids.
-        tolerance: of the target.
-        dithered: the trunk as it rounds inputs at random; how far that takes it from the reference,
-            times :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
+        reference: Session of the trunk.
+        model: Facts of the bundle's model.
+        prompt: Token ids of the prompt.
+        tolerance: Tolerance of the target.
+        dithered: Sessions of the trunk that round inputs at random. How far that takes them from
+            the reference, times :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
     """
 
     def __init__(
@@ -188,8 +197,9 @@ class Judge:
         return self.tolerance.must_equal and not self._dithered
 
     def causal(self, before: list[int], choices: Sequence[int]) -> Verdict:
-        """Of two next tokens after the prompt and ``before``, the one that the reference likes
-        less.
+        """Judge two next tokens after the prompt and ``before``.
+
+        The verdict is about the one that the reference likes less.
         """
         logits = self._next_logits(self._reference, before)
         spread = SPREAD_FACTOR * largest(
@@ -201,8 +211,10 @@ class Judge:
         )
 
     def denoised(self, expected: Run, found: Run, start: int) -> Verdict:
-        """The last denoise forward that both runs gave the same block, the one that begins at token
-        ``start``: its probabilities on both sides.
+        """Judge the last denoise forward that both runs began alike.
+
+        It is the last that both gave the same block, in the block that begins at token ``start``.
+        The verdict compares its probabilities on both sides.
 
         A slot is filled by comparing probabilities with each other and with the threshold. Where
         they agree within the bound, so do the decisions, but for near-ties.
@@ -287,8 +299,10 @@ def _of_block(run: Run, past_length: int) -> list[Denoised]:
 
 
 def _largest_gap(expected: Denoised, found: Denoised, mask_token_id: int) -> float:
-    """Over the masked slots: how far the two best probabilities are apart, or where the best ids
-    differ, how much less probable the other is.
+    """Largest gap of two denoise forwards over the masked slots.
+
+    It is how far the two best probabilities are apart. Where the best ids differ, it is how much
+    less probable the other is.
     """
     gaps = [0.0]
     for slot in np.flatnonzero(expected.block == mask_token_id):

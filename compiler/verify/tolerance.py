@@ -1,10 +1,12 @@
-"""What a target may differ by, from the unit roundoff of the type it computes in.
+"""Bounds what a target may differ by, from its unit roundoff.
 
 A hidden state is a sum of ``2 L + 1`` terms, the embedding and what each of L layers adds twice,
 and each is rounded once or a few times to the compute type. Such errors add up like a random walk,
 so relative to the largest logit
 
-    largest error  <=  c * u * sqrt(2 L + 1)          u: unit roundoff, half the distance from 1 to the next number
+    largest error  <=  c * u * sqrt(2 L + 1)
+
+where u is the unit roundoff, half the distance from 1 to the next number.
 
 With float16 and bfloat16, products accumulate in float32 and only what is stored is rounded: c = 6.
 In float32 the sums over thousands of terms round in the same type: c = 168, which makes 1e-5 of c *
@@ -26,11 +28,11 @@ _FACTORS: dict[DType, float] = {"float32": 168.0, "float16": 6.0, "bfloat16": 6.
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds for one compute type and depth.
+    """Holds the bounds for one compute type and depth.
 
     Attributes:
-        dtype: the compute type.
-        relative: largest error of a logit, or of a key or value, over the largest reference value.
+        dtype: Compute type.
+        relative: Largest error of a logit, or of a key or value, over the largest reference value.
     """
 
     dtype: DType
@@ -43,8 +45,9 @@ class Tolerance:
 
     @property
     def must_equal(self) -> bool:
-        """Whether tokens must be the reference's; in 16-bit types they may part where the reference
-        itself hardly prefers one.
+        """Whether tokens must be the reference's.
+
+        In 16-bit types they may part where the reference itself hardly prefers one.
         """
         return self.dtype == "float32"
 
@@ -62,8 +65,9 @@ class Tolerance:
         return 1.0 if bound > 1 else bound  # not `min`, which would make 1 of NaN
 
     def near_tie(self, scale: float) -> float:
-        """By how much the reference may prefer its own token: each of two logits may be off by the
-        bound.
+        """How much the reference may prefer its own token.
+
+        Each of two logits may be off by the bound.
         """
         return 2 * self.logits(scale)
 

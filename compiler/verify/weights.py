@@ -1,5 +1,6 @@
-"""The reference of a quantized precision: the checkpoint's weights, quantized by the scales that
-the bundle holds.
+"""Quantizes the checkpoint's weights by the bundle's scales.
+
+The result is the reference of a quantized precision.
 
 What the bundle holds of the weights themselves is not used: it is compared with what comes out,
 number by number.
@@ -38,16 +39,17 @@ def load_quantized_trunk(
     digest: SourceDigest,
     calibration: Path | None,
 ) -> tuple[TriModeTrunk, WeightsParity, ScalesParity | None]:
-    """The trunk of a checkpoint quantized by a bundle's scales, how the bundle's weights compare
-    with it, and the scales with their origin.
+    """Load a checkpoint's trunk quantized by a bundle's scales.
+
+    Also compares the bundle's weights with it, and the scales with their origin.
 
     Args:
-        bundle: whose chosen precision is ``precision``.
-        precision: of linear layers.
-        checkpoint: what the bundle was built from.
-        digest: of the checkpoint; has seen all of it afterwards.
-        calibration: folder of the calibration that the bundle was built by; None: only scales that
-            are rounded to nearest are compared.
+        bundle: Bundle whose chosen precision is ``precision``.
+        precision: Precision of linear layers.
+        checkpoint: Checkpoint that the bundle was built from.
+        digest: Digest of the checkpoint; it has seen all of it afterwards.
+        calibration: Folder of the calibration that the bundle was built by; None compares only
+            scales that are rounded to nearest.
 
     Raises:
         UsageError: ``calibration`` is another one.
@@ -184,7 +186,8 @@ def _read_calibration(
     found, scales = load_calibration(folder)
     if found.scales_sha256 != record.scales_sha256:
         raise UsageError(
-            f"{folder}: expected the calibration that the bundle was built by ({record.name}), found another",
+            f"{folder}: expected the calibration that the bundle was built by ({record.name}),"
+            " found another",
             "pass that one, or leave --calibration out",
         )
     return linear_scales(scales, precision, stored)

@@ -480,7 +480,7 @@ def test_a_reference_or_a_spread_that_is_no_number_passes_nothing(tmp_path: Path
         read, other, *more = (
             CachedText(session, text) for session in (reference, target, *dithered)
         )
-        return list(compare_target(read, other, model, (3,), tolerance, 0, more))
+        return list(compare_target(read, other, model, (3,), tolerance, 0, dithered=more))
 
     assert all(record.passed for record in graphs(good, also_good, (also_good,)))
     for reference, target, dithered in (

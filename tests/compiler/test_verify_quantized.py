@@ -435,7 +435,7 @@ def test_dithering_bounds_what_borders_do_and_no_more(
         return [
             r.passed
             for r in compare_target(
-                texts[0], texts[1], model, (0, 11, 25), tolerance, 0, texts[2:], roles
+                *texts[:2], model, (0, 11, 25), tolerance, 0, dithered=texts[2:], roles=roles
             )
         ]
 
@@ -447,13 +447,14 @@ def test_dithering_bounds_what_borders_do_and_no_more(
 
     prompts = [TokenPrompt(text[:9].tolist(), ())]
     assert all(
-        r.passed for r in compare_tokens(reference, other, model, prompts, 24, tolerance, dithered)
+        r.passed
+        for r in compare_tokens(reference, other, model, prompts, 24, tolerance, dithered=dithered)
     )
     with torch.no_grad():
         wrong.trunk.diffusion_head.weight *= -1
     assert not any(
         r.passed
-        for r in compare_tokens(reference, wrong, model, prompts, 24, tolerance, dithered)
+        for r in compare_tokens(reference, wrong, model, prompts, 24, tolerance, dithered=dithered)
         if r.against == "reference"
     )
 

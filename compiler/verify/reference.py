@@ -1,0 +1,70 @@
+"""Loads the trunk that a bundle is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from trimode.calib.reference.torch_session import TorchSession, load_trunk
+from trimode.compiler.verify.rounding import NUM_DITHERED, DitheredSession, Guide, guide_inputs
+from trimode.compiler.verify.weights import load_quantized_trunk
+from trimode.formats.calibration import QuantizedPrecision
+from trimode.formats.verification import ScalesParity, WeightsParity
+from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.identity import SourceDigest
+from trimode.runtime.model import TriModeModel
+
+
+class LoadedTrunk(NamedTuple):
+    """Holds the reference's trunk, and what loading it has compared."""
+
+    trunk: TriModeTrunk
+    weights: WeightsParity | None = None
+    scales: ScalesParity | None = None
+
+
+def load_reference(
+    model: TriModeModel, checkpoint: Checkpoint, digest: SourceDigest, calibration: Path | None
+) -> LoadedTrunk:
+    """Load the checkpoint's trunk, its weights stored as the bundle stores them.
+
+    Args:
+        model: The bundle.
+        checkpoint: Its checkpoint.
+        digest: Digest of the checkpoint; it sees every tensor that is read.
+        calibration: Folder of the scales that quantized weights were built by; None takes those of
+            the bundle.
+    """
+    bundle = model.bundle
+    for precision in get_args(QuantizedPrecision):
+        if bundle.precision == precision:
+            return LoadedTrunk(
+                *load_quantized_trunk(bundle, precision, checkpoint, digest, calibration)
+            )
+    return LoadedTrunk(
+        load_trunk(checkpoint, model.model.num_positions, bundle.manifest.dtype, digest)
+    )
+
+
+class Reference:
+    """Runs the trunk as sessions: as it is, and dithered within the target's bound.
+
+    Attributes:
+        session: The trunk as it is.
+        guide: Guide of its quantized inputs; None where it quantizes none.
+        dithered: Dithered sessions; none where it quantizes no inputs.
+    """
+
+    def __init__(self, trunk: TriModeTrunk, relative: float, seed: int) -> None:
+        self.session = TorchSession(trunk)
+        self.guide: Guide | None = guide_inputs(trunk)
+        guide = self.guide
+        self.dithered = (
+            [
+                DitheredSession(trunk, guide, relative, seed + number)
+                for number in range(NUM_DITHERED)
+            ]
+            if guide
+            else []
+        )
