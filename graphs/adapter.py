@@ -45,7 +45,10 @@ _LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-_SAVE_HINT = "save the adapter alone with PEFT's save_pretrained; it may have lora_A and lora_B of o_proj and nothing else"
+_SAVE_HINT = (
+    "save the adapter alone with PEFT's save_pretrained; "
+    "it may have lora_A and lora_B of o_proj and nothing else"
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
     path, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not path.exists() and pickled.exists():
         raise CheckpointError(
-            f"{folder}: expected adapter_model.safetensors, found adapter_model.bin, a pickle, which trimode does not open",
-            "load the adapter with PEFT and save it again with save_pretrained(DIR, safe_serialization=True)",
+            f"{folder}: expected adapter_model.safetensors, "
+            "found adapter_model.bin, a pickle, which trimode does not open",
+            "load the adapter with PEFT and save it again "
+            "with save_pretrained(DIR, safe_serialization=True)",
         )
     return read_safetensors_header(path, ADAPTER_HINT)
 
@@ -159,7 +164,8 @@ def _trunk_names(
         if short in tensors or len(spelled) > 1:
             first = next(iter(spelled.values()))
             raise CheckpointError(
-                f"{folder}: expected one adapter, its tensors named alike, found {named(first)} and {named(name)}",
+                f"{folder}: expected one adapter, its tensors named alike, "
+                f"found {named(first)} and {named(name)}",
                 _SAVE_HINT,
             )
         check_readable(name, entry)
@@ -191,8 +197,10 @@ def _branches(
         branches[module] = _Branch(a, b, rank, settings.alpha(name))
     if left:
         raise CheckpointError(
-            f"{folder}: expected tensors of the projections that target_modules means, found {next(iter(left))}",
-            "check that adapter_config.json and the tensors belong to the same adapter, and the adapter to this checkpoint",
+            f"{folder}: expected tensors of the projections that target_modules means, "
+            f"found {next(iter(left))}",
+            "check that adapter_config.json and the tensors belong to the same adapter, "
+            "and the adapter to this checkpoint",
         )
     return branches
 
@@ -204,7 +212,8 @@ def _check_targets(
     hint = "only an adapter on o_proj can be a drafter"
     if not any(settings.has_branch(wrapper + module) for module in _modules(config)):
         raise CheckpointError(
-            f"{path}: expected target_modules that mean o_proj, found {shown(settings.target_modules)}",
+            f"{path}: expected target_modules that mean o_proj, "
+            f"found {shown(settings.target_modules)}",
             hint,
         )
     # what was trained is what has tensors, and those are of o_proj alone
@@ -216,7 +225,8 @@ def _check_targets(
     for module in (*others, "encoder.embed_tokens", "diffusion_head"):
         if settings.has_branch(wrapper + module):
             raise CheckpointError(
-                f"{path}: expected target_modules that mean o_proj alone, found that they mean {module}",
+                f"{path}: expected target_modules that mean o_proj alone, "
+                f"found that they mean {module}",
                 hint,
             )
 
@@ -224,7 +234,10 @@ def _check_targets(
 def _take(
     left: dict[str, TensorEntry], name: str, shape: tuple[int, ...], folder: Path
 ) -> TensorEntry:
-    hint = "check that adapter_config.json and the tensors belong to the same adapter, and the adapter to this checkpoint"
+    hint = (
+        "check that adapter_config.json and the tensors belong to the same adapter, "
+        "and the adapter to this checkpoint"
+    )
     entry = left.pop(name, None)
     if entry is None:
         raise CheckpointError(

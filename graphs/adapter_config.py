@@ -26,7 +26,10 @@ from trimode.graphs.adapter_keys import ADAPTER_KEYS
 
 _ADVICE = "only a plain LoRA adapter on o_proj can be a drafter"
 _ALL_LINEAR = "all-linear"
-ADAPTER_HINT = "download the adapter's two files again, or remove its folder from the checkpoint to build without a drafter"
+ADAPTER_HINT = (
+    "download the adapter's two files again, "
+    "or remove its folder from the checkpoint to build without a drafter"
+)
 
 
 @dataclass(frozen=True)

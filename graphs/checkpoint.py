@@ -72,7 +72,8 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     if found:
         raise CheckpointError(
             f"{path}: expected a checkpoint folder, found {found}",
-            "download one first, e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`",
+            "download one first, "
+            "e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`",
         )
     config = load_config(path)
     tensors = _match(_read_weights(path), expected_tensors(config), str(path))
@@ -152,8 +153,10 @@ def _read_weights(path: Path) -> dict[str, TensorEntry]:
     pickled = next((name for name in _PICKLES if (path / name).exists()), None)
     if pickled is not None:
         raise CheckpointError(
-            f"{single}: expected a file, found {pickled} in its place, a pickle, which trimode does not open",
-            "load the model with transformers and save it again with save_pretrained(DIR, safe_serialization=True)",
+            f"{single}: expected a file, "
+            f"found {pickled} in its place, a pickle, which trimode does not open",
+            "load the model with transformers and save it again "
+            "with save_pretrained(DIR, safe_serialization=True)",
         )
     return read_safetensors_header(single)
 
@@ -173,7 +176,8 @@ def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if lost:
         raise CheckpointError(
-            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none",
+            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} "
+            "that the index places there, found none",
             DOWNLOAD_HINT,
         )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
@@ -198,7 +202,8 @@ def _match(
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             hint = _OUTPUT_HINT if names[0].endswith("lm_head.weight") else _SAME_HINT
             raise CheckpointError(
-                f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}",
+                f"{where}: expected {len(expected)} tensors, "
+                f"found that {named(names[0])} {kind}{more}",
                 hint,
             )
     for name, shape in expected.items():
@@ -219,7 +224,8 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
         max_length = min(limit, DEFAULT_MAX_LENGTH)
     if not 2 <= max_length <= limit:
         raise UsageError(
-            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), found {max_length}",
+            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), "
+            f"found {max_length}",
             "choose --max-length in that range",
         )
     return ModelInfo(

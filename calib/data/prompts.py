@@ -90,7 +90,8 @@ def split_texts(
     needed = held_out + (2 if num_samples is None else num_samples)
     if len(unique) < needed:
         raise UsageError(
-            f"expected at least {needed} different prompts, {held_out} of them held out, found {len(unique)}",
+            f"expected at least {needed} different prompts, {held_out} of them held out, "
+            f"found {len(unique)}",
             "add prompts, or ask for fewer --held-out or --samples",
         )
     random.Random(seed).shuffle(unique)

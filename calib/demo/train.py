@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
 JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 90.0, 10.0
+_JOINT_TIME = f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given."
 REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 6e-4, 0.03, 0.9
 
 
@@ -279,16 +280,12 @@ def _figures(step: int, losses: dict[str, float]) -> str:
 
 
 def main(
+    *,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to."),
     ],
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given."
-        ),
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help=_JOINT_TIME)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
     refinement_minutes: Annotated[
         float | None,

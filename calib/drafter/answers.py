@@ -64,7 +64,8 @@ def long_enough(written: Sequence[Written], what: str) -> list[Written]:
     kept = [one for one in written if len(one.answer) >= SHORTEST_ANSWER]
     if not kept:
         raise UsageError(
-            f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, found {len(written)} that end at the first",
+            f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, "
+            f"found {len(written)} that end at the first",
             "there is nothing to draft; take prompts that the model answers at length",
         )
     return kept

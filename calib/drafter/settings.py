@@ -98,8 +98,10 @@ class DrafterJobSettings:
         if own is not None and not self.from_scratch:
             if self.rank is not None or self.alpha is not None:
                 raise UsageError(
-                    "expected --rank and --alpha together with --from-scratch, found a checkpoint with an adapter to start from",
-                    f"leave them out to train on its adapter (rank {own.rank}), or pass --from-scratch",
+                    "expected --rank and --alpha together with --from-scratch, "
+                    "found a checkpoint with an adapter to start from",
+                    f"leave them out to train on its adapter (rank {own.rank}), "
+                    "or pass --from-scratch",
                 )
             return own
         if own is None and self.rank is None:

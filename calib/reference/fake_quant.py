@@ -245,7 +245,8 @@ def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
     )
     if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
         raise CheckpointError(
-            f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
+            f"{name}: expected scales for a weight of {[rows, columns]}, "
+            f"found weight scales of shape {list(shape)}",
             f"calibrate this checkpoint: {CALIBRATE}",
         )
 

@@ -242,12 +242,12 @@ def _answer(
             session,
             job.model,
             texts,
-            length,
-            settings.max_new_tokens,
-            settings.target,
-            scorer,
-            prompts.is_right,
-            advance,
+            block_length=length,
+            max_new_tokens=settings.max_new_tokens,
+            target=settings.target,
+            scorer=scorer,
+            is_right=prompts.is_right,
+            advance=advance,
         )
     )
 

@@ -17,7 +17,7 @@ from trimode.graphs.sampler.network import BlockSampler
 from trimode.runtime.decode.algorithms import Algorithm, Counters, decode_ar, decode_diffusion
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
-from trimode.runtime.decode.unmasking import Scorer
+from trimode.runtime.decode.unmasking import SamplerName, Scorer
 from trimode.runtime.sessions.base import Session
 from trimode.runtime.text.prompts import Text
 
@@ -82,6 +82,7 @@ def measure_texts(
     session: Session,
     model: ModelInfo,
     prompts: Sequence[Text],
+    *,
     block_length: int,
     max_new_tokens: int,
     target: Target,
@@ -89,43 +90,33 @@ def measure_texts(
     is_right: Callable[[Text, Text], bool | None],
     advance: Callable[[int], None],
 ) -> tuple[DenoisingRecord, ...]:
-    """Answer the prompts under thresholds on the probability and on the score, and count who writes
-    the target's text, and a right one.
+    """Count how often each policy writes the target's text, or a right one.
+
+    The policies are thresholds on the probability and on the score.
 
     Args:
-        session: over the model.
-        model: the facts that decoding needs.
-        prompts: what to answer.
-        block_length: L.
-        max_new_tokens: of each answer.
-        target: whose text that is.
-        scorer: gives the scores.
-        is_right: whether an answer to a prompt is a right one; None where that is not known.
-        advance: told of each prompt that is done.
+        session: Session over the model.
+        model: Facts that decoding needs.
+        prompts: Prompts to answer.
+        block_length: Slots of a block, L.
+        max_new_tokens: Longest answer, in tokens.
+        target: Kind of text that counts as the target.
+        scorer: Scorer of the slots.
+        is_right: Tells whether an answer to a prompt is right; None where that is not known.
+        advance: Called with 1 after each prompt.
     """
-    policies = [("threshold", value) for value in CONFIDENCES] + [
-        ("learned", value) for value in SCORES
+    policies: list[tuple[SamplerName, float]] = [
+        *(("threshold", value) for value in CONFIDENCES),
+        *(("learned", value) for value in SCORES),
     ]
-    decode, wanted = (
-        (decode_ar, DecodeOptions(max_new_tokens))
-        if target == "ar"
-        else (
-            decode_diffusion,
-            DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]),
-        )
-    )
     options = [
         DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer)
         for name, value in policies
-    ]  # type: ignore[arg-type]
-    same, tokens, forwards = (
-        np.zeros(len(policies), int),
-        np.zeros(len(policies), int),
-        np.zeros(len(policies), int),
-    )
-    right, num_known = np.zeros(len(policies), int), 0
+    ]
+    same, right, tokens, forwards = np.zeros((4, len(policies)), int)
+    num_known = 0
     for prompt in prompts:
-        expected, _ = _decode(decode, session, model, prompt, wanted)
+        expected = _target_text(session, model, prompt, block_length, max_new_tokens, target)
         num_known += is_right(prompt, expected) is not None
         for row, chosen in enumerate(options):
             text, nfe = _decode(decode_diffusion, session, model, prompt, chosen)
@@ -169,14 +160,9 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
         return right, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
 
     shares = {value: over_lengths("learned", value)[0] for value in SCORES}
-    best, num_texts = (
-        max(shares.values()),
-        sum(
-            row.num_texts
-            for row in measured
-            if (row.sampler, row.threshold) == ("learned", SCORES[0])
-        ),
-    )
+    best = max(shares.values())
+    first = ("learned", SCORES[0])
+    num_texts = sum(row.num_texts for row in measured if (row.sampler, row.threshold) == first)
     wanted = max(
         over_lengths("threshold", USUAL_CONFIDENCE)[0],
         best - math.sqrt(best * (1 - best) / num_texts),
@@ -190,6 +176,20 @@ def share_right(row: DenoisingRecord) -> float:
     target's.
     """
     return row.same_as_target if row.exact_match is None else row.exact_match
+
+
+def _target_text(
+    session: Session,
+    model: ModelInfo,
+    prompt: Text,
+    block_length: int,
+    max_new_tokens: int,
+    target: Target,
+) -> Text:
+    if target == "ar":
+        return _decode(decode_ar, session, model, prompt, DecodeOptions(max_new_tokens))[0]
+    options = DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target])
+    return _decode(decode_diffusion, session, model, prompt, options)[0]
 
 
 @torch.inference_mode()

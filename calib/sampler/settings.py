@@ -94,7 +94,8 @@ class SamplerJobSettings:
         self._check_blocks()
         if self.d_model % (2 * self.num_heads):
             raise UsageError(
-                f"expected --d-model that is a multiple of twice the heads ({2 * self.num_heads}), found {self.d_model}",
+                "expected --d-model that is a multiple of twice the heads "
+                f"({2 * self.num_heads}), found {self.d_model}",
                 "positions rotate pairs of numbers in each head",
             )
         check_dtype(self.dtype)

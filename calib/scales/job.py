@@ -129,7 +129,10 @@ def calibrate(
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
-            found = f"{folder}: expected to write what is done, found: {error} (on the disk {mount_of(folder)})"
+            found = (
+                f"{folder}: expected to write what is done, "
+                f"found: {error} (on the disk {mount_of(folder)})"
+            )
             raise BuildError(found, "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info(

@@ -90,7 +90,8 @@ def run_modelopt(
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BuildError(
-            f"expected ModelOpt to calibrate {len(linears)} layers, found that it gave up: {reason}",
+            f"expected ModelOpt to calibrate {len(linears)} layers, "
+            f"found that it gave up: {reason}",
             "use another --precision, or other prompts",
         ) from error
 

@@ -50,7 +50,8 @@ class QuantizeSettings:
         """
         if self.precision not in get_args(QuantizedPrecision):
             raise UsageError(
-                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, found {self.precision!r}",
+                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, "
+                f"found {self.precision!r}",
                 "choose one of these",
             )
         self._check_modes()
@@ -73,7 +74,8 @@ class QuantizeSettings:
         unknown = [mode for mode in self.modes if mode not in ROLES]
         if unknown or not self.modes:
             raise UsageError(
-                f"expected --modes among {','.join(ROLES)}, found {unknown[0] if unknown else 'none'}",
+                f"expected --modes among {','.join(ROLES)}, "
+                f"found {unknown[0] if unknown else 'none'}",
                 "separate them by commas",
             )
         if "ar" not in self.modes:
@@ -102,6 +104,7 @@ class QuantizeSettings:
             )
         if self.block_size < SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
             raise UsageError(
-                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, found {self.block_size}",
+                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, "
+                f"found {self.block_size}",
                 "128 is usual",
             )

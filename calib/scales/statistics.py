@@ -68,8 +68,10 @@ class InputStatistics:
         for name, by_role in self.amax.items():
             if not any(by_role.values()):
                 raise UsageError(
-                    f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
-                    "no scale can be told from that; check the checkpoint, or use prompts that reach this layer",
+                    f"{name}: expected inputs other than zero, "
+                    f"found none in {self._num_forwards.get(name, 0)} forwards",
+                    "no scale can be told from that; check the checkpoint, "
+                    "or use prompts that reach this layer",
                 )
 
     def largest(self, name: str) -> Tensor:

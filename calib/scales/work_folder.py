@@ -66,7 +66,8 @@ def _check_ours(folder: Path, *, resume: bool) -> None:
         )
     if folder.exists() and not is_ours:
         raise UsageError(
-            f"{folder}: expected no such folder, or the work of an interrupted calibration, found something else",
+            f"{folder}: expected no such folder, or the work of an interrupted calibration, "
+            "found something else",
             "name another output",
         )
 
@@ -218,7 +219,8 @@ def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     for name, value in json.loads(json.dumps(facts)).items():  # a tuple is a list there
         if found.get(name) != value:
             raise UsageError(
-                f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, found {json.dumps(found.get(name))}",
+                f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, "
+                f"found {json.dumps(found.get(name))}",
                 f"repeat the interrupted command and add --resume, or {_START_OVER}",
             )
 

@@ -110,7 +110,8 @@ class RunState:
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise UsageError(
-                    f"{self.file}: expected the state of a run with {name} {value}, found one with {identity.get(name)}",
+                    f"{self.file}: expected the state of a run with {name} {value}, "
+                    f"found one with {identity.get(name)}",
                     "resume with the options and data of the run that was interrupted",
                 )
 

@@ -5,15 +5,12 @@ A draft of ``k`` tokens ``d_0 .. d_{k-1}`` becomes ``k (k + 1)`` rows: its token
 them ``k`` masked slots, which predict what follows if the draft is accepted up to there. Behind
 ``n`` cached tokens:
 
-==================  ============================  ==================
-========================================================== row                 slot in the cache
-position            sees, besides the ``n`` cached tokens ==================
-============================  ==================
-========================================================== token ``r``         ``n + r``
-``n + r``           tokens ``0 .. r`` slot ``c`` of ``r`` ``n + k + r k + c``           ``n + r + 1
-+ c``   tokens ``0 .. r`` and the ``k`` slots of ``r`` ==================
-============================  ==================
-==========================================================
+===================  ===================  =================  =================================
+row                  slot in the cache    position           sees, besides the cached tokens
+===================  ===================  =================  =================================
+token ``r``          ``n + r``            ``n + r``          tokens ``0 .. r``
+slot ``c`` of ``r``  ``n + k + r k + c``  ``n + r + 1 + c``  tokens ``0 .. r``, slots of ``r``
+===================  ===================  =================  =================================
 
 So the tokens' rows are those of a causal forward, and their keys and values stay. Those of the
 slots lie behind them, where the next forward overwrites them. Source: Nemotron-Labs-Diffusion

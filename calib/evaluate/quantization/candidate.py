@@ -171,7 +171,10 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     """
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
-        found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
+        found = (
+            f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
+            f"found {name}"
+        )
         command = CALIBRATE.replace("PRECISION", "fp8")
         raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
     if name in ROUNDED:

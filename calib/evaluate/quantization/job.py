@@ -72,6 +72,7 @@ def measure(
     questions_sha256: str,
     candidates: Sequence[Candidate],
     settings: QualitySettings,
+    *,
     progress: Progress,
     to_text: ToText | None = None,
 ) -> Report:
@@ -82,14 +83,14 @@ def measure(
     of one candidate at a time.
 
     Args:
-        checkpoint: the original.
-        model: the facts that decoding needs.
-        questions: to draw from.
-        questions_sha256: of the file that they came from.
-        candidates: at least one, with different names.
-        settings: see :class:`QualitySettings`.
-        progress: told what happens.
-        to_text: the tokenizer's decoder; None where no answer is known.
+        checkpoint: Original.
+        model: Facts that decoding needs.
+        questions: Questions to draw from.
+        questions_sha256: Digest of the file that holds them.
+        candidates: At least one, each with a name of its own.
+        settings: Questions and modes to measure.
+        progress: Display of the stages.
+        to_text: Tokenizer's decoder; None where no answer is known.
 
     Raises:
         UsageError: a setting or a question cannot be used, or two candidates have one name.
@@ -346,7 +347,8 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
     twice = [name for name in names if names.count(name) > 1 or name == "float32"]
     if twice or not names:
         raise UsageError(
-            f"expected calibrations with names of their own, found {twice[0] + ' twice' if twice else 'none'}",
+            "expected calibrations with names of their own, "
+            f"found {twice[0] + ' twice' if twice else 'none'}",
             "pass --calibration once for each",
         )
 
