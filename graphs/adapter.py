@@ -1,5 +1,6 @@
-"""Opens a drafter adapter as PEFT writes it, and gives every layer a branch of one rank and one
-scale.
+"""Opens a drafter adapter as PEFT writes it.
+
+Every layer gets a branch of one rank and one scale.
 
 The graphs have one rank and one scale for all layers. Where an adapter has several, its tensors are
 folded while they are read: a smaller rank is filled up with zeros, a branch that a layer does not
@@ -53,8 +54,9 @@ _SAVE_HINT = (
 
 @dataclass(frozen=True)
 class Drafter:
-    """The adapter of the draft graph (LoRA on ``o_proj``): its branch is scaled by ``alpha /
-    rank``.
+    """Holds the shape of the draft graph's adapter (LoRA on ``o_proj``).
+
+    Its branch is scaled by ``alpha / rank``.
     """
 
     rank: int
@@ -63,13 +65,14 @@ class Drafter:
 
 @dataclass(frozen=True)
 class FoldedEntry(TensorEntry):
-    """A tensor of an adapter in another form than the file's: float32, filled up with zeros, times
-    ``factor``.
+    """Holds a tensor of an adapter in another form than the file's.
+
+    It is float32, filled up with zeros, times ``factor``.
 
     ``file`` is where it came from; ``offset`` has no meaning.
 
     Attributes:
-        source: what the file holds; None = zeros.
+        source: Tensor in the file; None = zeros.
     """
 
     source: TensorEntry | None
@@ -148,8 +151,9 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 def _trunk_names(
     found: Mapping[str, TensorEntry], folder: Path
 ) -> tuple[dict[str, TensorEntry], str]:
-    """The tensors by the trunk's names, and what stands in front of these in the model that was
-    trained.
+    """Name the tensors as the trunk does, and give the wrapper's name.
+
+    That is what stands in front of them in the model that was trained.
     """
     tensors: dict[str, TensorEntry] = {}
     spelled: dict[tuple[str, str], str] = {}
@@ -181,8 +185,9 @@ def _branches(
     config: ModelConfig,
     folder: Path,
 ) -> dict[str, _Branch]:
-    """The branch of each layer that has one; every tensor is part of one, and each branch is
-    complete.
+    """Collect the branch of each layer that has one.
+
+    Every tensor is part of one, and each branch is complete.
     """
     _check_targets(settings, wrapper, config, folder)
     branches = {}

@@ -1,5 +1,6 @@
-"""Opens a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on
-request.
+"""Opens a Hugging Face checkpoint folder lazily.
+
+Names, shapes and byte ranges come first, bytes only on request.
 
 Understands a single ``model.safetensors``, a sharded ``model.safetensors.index.json``, and the
 drafter adapter in ``linear_spec_lora/``.
@@ -39,7 +40,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; every tensor the trunk needs is known to be there with the right shape.
+    """Holds an opened checkpoint: every tensor is there with the right shape.
 
     Attributes:
         tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and
@@ -190,8 +191,9 @@ def _is_file_name(value: Any) -> bool:
 def _match(
     found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, TensorEntry]:
-    """The found tensors in the expected order, or an error that names the first few that are
-    missing, unknown or misshapen.
+    """Put the found tensors in the expected order.
+
+    An error names the first few that are missing, unknown or misshapen.
     """
     missing = [name for name in expected if name not in found]
     unknown = [

@@ -28,7 +28,7 @@ _PUBLISHED = "check config.json against the one that was published"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of ``config.json`` that decide what the graphs compute; names as in the file."""
+    """Holds the fields that decide what the graphs compute; names as in the file."""
 
     vocab_size: int
     hidden_size: int

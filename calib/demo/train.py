@@ -143,8 +143,9 @@ def _check_states(plan: Plan) -> None:
 
 
 def _begin_with(base: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> dict[str, Any]:
-    """Take a checkpoint's weights, its drafter left out; returns how they came about, as far as its
-    ``training.json`` tells.
+    """Take a checkpoint's weights, its drafter left out.
+
+    Returns how they came about, as far as its ``training.json`` tells.
     """
     checkpoint = open_checkpoint(base)
     if checkpoint.config != parse_config(config):
@@ -194,8 +195,9 @@ def _refine(
 def _train_trunk(
     training: Training, name: str, budget: Budget, progress: StageProgress
 ) -> dict[str, Any]:
-    """Run a stage, taking it up where there is a state, and round the weights; returns what it was
-    told and did.
+    """Run a stage, taking it up where there is a state, and round the weights.
+
+    Returns what it was told and did.
     """
     training.state.parent.mkdir(parents=True, exist_ok=True)
     if training.state.is_file():
@@ -216,8 +218,9 @@ def _train_trunk(
 def _train_drafter(
     trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress
 ) -> dict[str, Any]:
-    """On what the model itself writes, as `trimode calibrate drafter` does: of the ways to write an
-    answer, the drafter learns its own.
+    """Train on what the model itself writes, as `trimode calibrate drafter` does.
+
+    Of the ways to write an answer, the drafter learns its own.
     """
     settings = DrafterSettings(seed=plan.seed)
     drawn = islice(examples(hash_seed(f"{plan.seed} drafter"), "train"), plan.num_answers)

@@ -1,4 +1,4 @@
-"""What a sampler is worth: its scores on states, and texts denoised by it."""
+"""Measures a sampler: its scores on states, and texts denoised by it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def measure_scores(sampler: BlockSampler, states: States, mask_token_id: int) ->
 
 
 def auc(values: Values, right: NDArray[np.bool_]) -> float | None:
-    """Area under the ROC curve by ranks (Mann-Whitney), equal values counting half; None where all
-    are right, or none.
+    """Compute the area under the ROC curve by ranks (Mann-Whitney).
+
+    Equal values count half. None where all are right, or none.
     """
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
@@ -143,7 +144,9 @@ def measure_texts(
 
 
 def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
-    """The score to fill from where nobody says otherwise; the highest where a sampler is no good.
+    """Choose the score to fill from where nobody says otherwise.
+
+    It is the highest where a sampler is no good.
 
     It is the fastest of those under which, over all block lengths, as many texts are right as under
     the best score, less one standard error of that share (the rule by which Breiman et al.,
@@ -172,9 +175,7 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
 
 
 def share_right(row: DenoisingRecord) -> float:
-    """The share of texts that are right; where no answer is known, of those that are the
-    target's.
-    """
+    """Give the share of right texts; where no answer is known, of the target's."""
     return row.same_as_target if row.exact_match is None else row.exact_match
 
 

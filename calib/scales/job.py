@@ -1,5 +1,6 @@
-"""A calibration from beginning to end: the checkpoint is decoded, then calibrated a part at a time,
-and every step can be resumed after.
+"""Calibrates from beginning to end.
+
+The checkpoint is decoded, then calibrated a part at a time, and every step can be resumed after.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def calibrate(
     on.
 
     Args:
-        checkpoint: whose weights are quantized.
-        model: the facts that decoding needs.
+        checkpoint: Checkpoint whose weights are quantized.
+        model: Facts that decoding needs.
         texts: token ids of prompts.
-        texts_sha256: of the file that they came from.
+        texts_sha256: Digest of the file that they came from.
         output: new, empty, or an earlier calibration, which is replaced whole.
-        settings: see :class:`QuantizeSettings`.
-        progress: told what happens.
+        settings: Choices of the caller.
+        progress: Display of the stages.
         resume: go on where a run with the same arguments was interrupted. Without it, what such a
             run left is deleted.
 
@@ -148,7 +149,7 @@ def calibrate(
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a calibration."""
+    """Raise :class:`UsageError` where ``output`` is neither empty nor a calibration."""
     check_replaceable(output, RECORD, "a calibration")
 
 
@@ -253,9 +254,7 @@ class _Job:
     def _calibrate_part(
         self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]
     ) -> None:
-        """Inputs are looked at, and what enters the next part is computed, before ModelOpt
-        quantizes anything.
-        """
+        """Look at the inputs and compute the next part's, then let ModelOpt quantize."""
         part = self._part(index, rope)
         hidden = work.hidden(
             index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size
@@ -286,8 +285,9 @@ class _Job:
         return HeadPart(self.checkpoint, self.settings.device)
 
     def _record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
-        """Statistics for people. The weight is read again: ModelOpt has smoothed the other in
-        place.
+        """Record statistics for people.
+
+        The weight is read again: ModelOpt has smoothed the other in place.
         """
         weight = float32_tensor(self.checkpoint.tensors[f"{name}.weight"], "cpu").numpy()
         quantized = quantize_weight(
@@ -300,7 +300,10 @@ class _Job:
 
 
 def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings) -> dict[str, Any]:
-    """What has to be the same when a run is resumed; whether weights are mapped changes nothing."""
+    """List what has to be the same when a run is resumed.
+
+    Whether weights are mapped changes nothing.
+    """
     return {
         "trimode_version": trimode.__version__,
         "libraries": _libraries(),
@@ -314,8 +317,9 @@ def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings
 def _source_digest(
     checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress
 ) -> str:
-    """The checkpoint's digest; of files that nobody touched since the resumed run took it, that
-    one.
+    """Give the checkpoint's digest.
+
+    Of files that nobody touched since the resumed run took it, that one.
     """
     if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(
         resumed.get("source_sha256"), str

@@ -24,11 +24,11 @@ class QuantizeSettings:
         mode begins with a causal prefill.
         num_samples: texts to draw; None = all of them.
         max_new_tokens: the longest answer that is decoded after each text, in each mode.
-        seed: of the draw.
+        seed: Seed for drawing prompts.
         block_size: int4: inputs that share a scale, at most; a power of two from 16 on. None = 128.
         is_per_channel: fp8: a scale for each row of a weight, instead of one.
         quantizes_head: quantize ``diffusion_head`` too.
-        device: where the model runs, ``cpu`` or ``cuda``.
+        device: Device of the model, ``cpu`` or ``cuda``.
         memory_gib: decoding keeps all weights in memory, in float32, where they take at most this;
             otherwise they stay in the checkpoint's files. None = half of what is free.
     """
@@ -45,8 +45,9 @@ class QuantizeSettings:
     memory_gib: float | None = None
 
     def check(self) -> None:
-        """Raise :class:`UsageError` for a value that cannot be used, or that the precision has no
-        use for.
+        """Raise :class:`UsageError` for a value that cannot be used.
+
+        That includes one that the precision has no use for.
         """
         if self.precision not in get_args(QuantizedPrecision):
             raise UsageError(

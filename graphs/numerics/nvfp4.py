@@ -1,5 +1,7 @@
-"""NVFP4 in numpy: numbers of four bits in blocks of 16, with a scale of eight bits each, and one
-scale of 32 bits over all.
+"""Quantizes to NVFP4 in numpy.
+
+Numbers have four bits, in blocks of 16 with a scale of eight bits each, and one scale of 32 bits
+over all.
 
 A number is E2M1 (sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6), the
 scale of a block E4M3, the *global* scale float32::

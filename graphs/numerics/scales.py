@@ -1,5 +1,6 @@
-"""Which weights a build quantizes, and with which scales: from a calibration, or from the weights
-alone (round to nearest).
+"""Finds which weights a build quantizes, and with which scales.
+
+Scales come from a calibration, or from the weights alone (round to nearest).
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class Quantization:
     source_sha256: str | None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where ``sha256``, a base digest, is not of the weights
-        that were calibrated.
+        """Raise :class:`CheckpointError` where other weights were calibrated.
+
+        ``sha256`` is a base digest.
         """
         check_source(self.record.name, self.source_sha256, sha256)
 
@@ -123,8 +125,9 @@ def load_quantization(
 
 
 def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
-    """Every linear layer but the head; for int4 and nvfp4 their inputs have to divide into blocks,
-    of int4 the largest that fit all.
+    """Choose every linear layer but the head.
+
+    For int4 and nvfp4 their inputs have to divide into blocks, of int4 the largest that fit all.
     """
     shapes = {name: shape for name, shape in _linear_layers(checkpoint).items() if name != _HEAD}
     block_size = None

@@ -151,8 +151,8 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
     """Write the folder, all of it or nothing; an earlier report there is replaced.
 
     Args:
-        output: see :func:`check_output`.
-        report: what was measured.
+        output: Folder that :func:`check_output` accepts.
+        report: Measurements to write.
         draws: the picture too.
 
     Raises:
@@ -176,8 +176,9 @@ def read_original(
     device: str,
     progress: Progress,
 ) -> tuple[TriModeTrunk, str]:
-    """The trunk in float32 and the checkpoint's digest; raises :class:`CheckpointError` where a
-    candidate is of another checkpoint.
+    """Read the trunk in float32 and the checkpoint's digest.
+
+    Raises :class:`CheckpointError` where a candidate is of another checkpoint.
     """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
@@ -212,9 +213,7 @@ class _Bench:
         self.settings, self.progress, self._to_text = settings, progress, to_text
 
     def decoding_records(self, trunk: TriModeTrunk, answers: Answers) -> tuple[DecodingRecord, ...]:
-        """How ``answers`` of ``trunk``, in every way of decoding, compare with the original's and
-        with each other.
-        """
+        """Compare the answers of ``trunk`` with the original's and with each other."""
         return tuple(self._decoding_record(trunk, answers, decoding) for decoding in answers)
 
     def _decoding_record(
@@ -303,8 +302,9 @@ def _measure_candidate(
 def _original_record(
     bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord
 ) -> PrecisionRecord:
-    """The original beside itself: its answers are measured, and nothing else differs. ``other``
-    says which rows there are.
+    """Record the original beside itself.
+
+    Its answers are measured, and nothing else differs. ``other`` says which rows there are.
     """
     return PrecisionRecord(
         name="float32",
@@ -324,8 +324,9 @@ def _original_record(
 
 
 def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
-    """The rows that calibration looks at: self-speculation without the drafter, where there is one,
-    is answered and not recorded.
+    """Choose the rows that calibration looks at.
+
+    Self-speculation without the drafter, where there is one, is answered and not recorded.
     """
     with_drafter = any(decoding.use_drafter for decoding in decodings)
     spare = Decoding("linear_spec") if with_drafter else None

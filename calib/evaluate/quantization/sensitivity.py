@@ -1,4 +1,4 @@
-"""Which layers have to stay in high precision, for a budget on exact match to hold.
+"""Finds the layers that must stay in high precision for a budget on exact match to hold.
 
 Layers are ranked by what quantizing one of them alone does to the probabilities, and the shortest
 head of that ranking is sought with which the budget holds: by bisection, for every trial answers
@@ -62,7 +62,7 @@ no token.
 
 @dataclass(frozen=True)
 class Budget:
-    """How much exact match may be lost.
+    """Says how much exact match may be lost.
 
     A question counts as matched where its answer is known and the text is exactly that, or where it
     is not known and the tokens are those of the checkpoint in float32. A mode's drop is 100 times
@@ -161,7 +161,7 @@ def rank_layers(
     episodes: Sequence[Episode],
     progress: Progress,
 ) -> dict[str, float]:
-    """Each layer's sensitivity, the most sensitive first.
+    """Rank the layers by sensitivity, the most sensitive first.
 
     It is the divergence (nats a row) of the probabilities when that layer alone is quantized, over
     the same with all of them quantized, role by role, and the largest of these: roles differ in
@@ -186,8 +186,9 @@ def rank_layers(
 
 
 def shortest(most: int, holds: Callable[[int], bool]) -> int:
-    """A number from 0 to ``most`` that holds while the one before it does not, by bisection;
-    ``most`` is known to hold and not tried.
+    """Find by bisection a number that holds while the one before it does not.
+
+    It lies from 0 to ``most``, which is known to hold and not tried.
     """
     if most == 0 or holds(0):
         return 0
@@ -201,8 +202,9 @@ def shortest(most: int, holds: Callable[[int], bool]) -> int:
 def save_without(
     output: Path, calibration: Calibration, scales: Scales, found: SensitivityRecord
 ) -> Calibration:
-    """Write the calibration without the scales of the layers that are kept; they are added to those
-    of an earlier search.
+    """Write the calibration without the scales of the layers that are kept.
+
+    They are added to those of an earlier search.
     """
     earlier = calibration.sensitivity.kept if calibration.sensitivity is not None else ()
     kept = set(found.kept)
