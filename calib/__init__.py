@@ -1,1 +1,4 @@
-"""Jobs that need data: scales, drafter, sampler, and what they cost. Nothing is imported here."""
+"""Calibrates and trains with data: scales, drafters, samplers, the demo checkpoint.
+
+It also measures what quantization costs and how few forwards could do. Nothing is imported here.
+"""

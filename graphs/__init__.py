@@ -1,3 +1,4 @@
-"""What the model computes: configuration, checkpoint, network, numbers. Nothing is imported
-here.
+"""Describes what the model computes: configuration, checkpoint, network, numbers.
+
+Nothing is imported here.
 """

@@ -1,5 +1,6 @@
-"""Opens a drafter adapter as PEFT writes it, and gives every layer a branch of one rank and one
-scale.
+"""Opens a drafter adapter as PEFT writes it.
+
+Every layer gets a branch of one rank and one scale.
 
 The graphs have one rank and one scale for all layers. Where an adapter has several, its tensors are
 folded while they are read: a smaller rank is filled up with zeros, a branch that a layer does not
@@ -45,13 +46,17 @@ _LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-_SAVE_HINT = "save the adapter alone with PEFT's save_pretrained; it may have lora_A and lora_B of o_proj and nothing else"
+_SAVE_HINT = (
+    "save the adapter alone with PEFT's save_pretrained; "
+    "it may have lora_A and lora_B of o_proj and nothing else"
+)
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """The adapter of the draft graph (LoRA on ``o_proj``): its branch is scaled by ``alpha /
-    rank``.
+    """Holds the shape of the draft graph's adapter (LoRA on ``o_proj``).
+
+    Its branch is scaled by ``alpha / rank``.
     """
 
     rank: int
@@ -60,13 +65,14 @@ class Drafter:
 
 @dataclass(frozen=True)
 class FoldedEntry(TensorEntry):
-    """A tensor of an adapter in another form than the file's: float32, filled up with zeros, times
-    ``factor``.
+    """Holds a tensor of an adapter in another form than the file's.
+
+    It is float32, filled up with zeros, times ``factor``.
 
     ``file`` is where it came from; ``offset`` has no meaning.
 
     Attributes:
-        source: what the file holds; None = zeros.
+        source: Tensor in the file; None = zeros.
     """
 
     source: TensorEntry | None
@@ -134,8 +140,10 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
     path, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not path.exists() and pickled.exists():
         raise CheckpointError(
-            f"{folder}: expected adapter_model.safetensors, found adapter_model.bin, a pickle, which trimode does not open",
-            "load the adapter with PEFT and save it again with save_pretrained(DIR, safe_serialization=True)",
+            f"{folder}: expected adapter_model.safetensors, "
+            "found adapter_model.bin, a pickle, which trimode does not open",
+            "load the adapter with PEFT and save it again "
+            "with save_pretrained(DIR, safe_serialization=True)",
         )
     return read_safetensors_header(path, ADAPTER_HINT)
 
@@ -143,8 +151,9 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 def _trunk_names(
     found: Mapping[str, TensorEntry], folder: Path
 ) -> tuple[dict[str, TensorEntry], str]:
-    """The tensors by the trunk's names, and what stands in front of these in the model that was
-    trained.
+    """Name the tensors as the trunk does, and give the wrapper's name.
+
+    That is what stands in front of them in the model that was trained.
     """
     tensors: dict[str, TensorEntry] = {}
     spelled: dict[tuple[str, str], str] = {}
@@ -159,7 +168,8 @@ def _trunk_names(
         if short in tensors or len(spelled) > 1:
             first = next(iter(spelled.values()))
             raise CheckpointError(
-                f"{folder}: expected one adapter, its tensors named alike, found {named(first)} and {named(name)}",
+                f"{folder}: expected one adapter, its tensors named alike, "
+                f"found {named(first)} and {named(name)}",
                 _SAVE_HINT,
             )
         check_readable(name, entry)
@@ -175,8 +185,9 @@ def _branches(
     config: ModelConfig,
     folder: Path,
 ) -> dict[str, _Branch]:
-    """The branch of each layer that has one; every tensor is part of one, and each branch is
-    complete.
+    """Collect the branch of each layer that has one.
+
+    Every tensor is part of one, and each branch is complete.
     """
     _check_targets(settings, wrapper, config, folder)
     branches = {}
@@ -191,8 +202,10 @@ def _branches(
         branches[module] = _Branch(a, b, rank, settings.alpha(name))
     if left:
         raise CheckpointError(
-            f"{folder}: expected tensors of the projections that target_modules means, found {next(iter(left))}",
-            "check that adapter_config.json and the tensors belong to the same adapter, and the adapter to this checkpoint",
+            f"{folder}: expected tensors of the projections that target_modules means, "
+            f"found {next(iter(left))}",
+            "check that adapter_config.json and the tensors belong to the same adapter, "
+            "and the adapter to this checkpoint",
         )
     return branches
 
@@ -204,7 +217,8 @@ def _check_targets(
     hint = "only an adapter on o_proj can be a drafter"
     if not any(settings.has_branch(wrapper + module) for module in _modules(config)):
         raise CheckpointError(
-            f"{path}: expected target_modules that mean o_proj, found {shown(settings.target_modules)}",
+            f"{path}: expected target_modules that mean o_proj, "
+            f"found {shown(settings.target_modules)}",
             hint,
         )
     # what was trained is what has tensors, and those are of o_proj alone
@@ -216,7 +230,8 @@ def _check_targets(
     for module in (*others, "encoder.embed_tokens", "diffusion_head"):
         if settings.has_branch(wrapper + module):
             raise CheckpointError(
-                f"{path}: expected target_modules that mean o_proj alone, found that they mean {module}",
+                f"{path}: expected target_modules that mean o_proj alone, "
+                f"found that they mean {module}",
                 hint,
             )
 
@@ -224,7 +239,10 @@ def _check_targets(
 def _take(
     left: dict[str, TensorEntry], name: str, shape: tuple[int, ...], folder: Path
 ) -> TensorEntry:
-    hint = "check that adapter_config.json and the tensors belong to the same adapter, and the adapter to this checkpoint"
+    hint = (
+        "check that adapter_config.json and the tensors belong to the same adapter, "
+        "and the adapter to this checkpoint"
+    )
     entry = left.pop(name, None)
     if entry is None:
         raise CheckpointError(

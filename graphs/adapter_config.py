@@ -1,5 +1,4 @@
-"""Reads ``adapter_config.json`` of a drafter: which projections have a branch, of which rank and
-scale.
+"""Reads a drafter's ``adapter_config.json``: branches, ranks and scales.
 
 Module names are matched as PEFT matches them: a list by whole names or their ends, a text as a
 regular expression over the whole name, the patterns of ranks and alphas by their first match.
@@ -26,13 +25,15 @@ from trimode.graphs.adapter_keys import ADAPTER_KEYS
 
 _ADVICE = "only a plain LoRA adapter on o_proj can be a drafter"
 _ALL_LINEAR = "all-linear"
-ADAPTER_HINT = "download the adapter's two files again, or remove its folder from the checkpoint to build without a drafter"
+ADAPTER_HINT = (
+    "download the adapter's two files again, "
+    "or remove its folder from the checkpoint to build without a drafter"
+)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of ``adapter_config.json`` that decide what the branch computes; names as in the
-    file.
+    """Holds the fields that decide what the branch computes; names as in the file.
 
     Attributes:
         target_modules: names or their ends, or one regular expression; likewise
@@ -73,8 +74,9 @@ class AdapterConfig:
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
 
     def alpha(self, module: str) -> float:
-        """Alpha of a module's branch, as it is without rank stabilization: the scale is alpha /
-        rank.
+        """Give the alpha of a module's branch, as it is without rank stabilization.
+
+        The scale is alpha / rank.
         """
         alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.lora_alpha)
         return alpha * math.sqrt(self.rank(module)) if self.use_rslora else alpha

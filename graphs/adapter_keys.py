@@ -24,7 +24,8 @@ ADAPTER_KEYS: KeyTable = {
     **only("weights lie as (out, in) in this family", fan_in_fan_out=False),
     **only("the drafter acts on every token of a draft", alora_invocation_tokens=([],)),
     **only(
-        "other methods change the base weights; PEFT's path_initial_model_for_weight_conversion saves an adapter for unchanged ones",
+        "other methods change the base weights; "
+        "PEFT's path_initial_model_for_weight_conversion saves an adapter for unchanged ones",
         init_lora_weights=(True, False, "gaussian", "eva", "orthogonal", "mica"),
     ),
     **neutral("it acts on its own init_lora_weights alone", "loftq_config", "eva_config"),

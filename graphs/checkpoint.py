@@ -1,5 +1,6 @@
-"""Opens a Hugging Face checkpoint folder lazily: names, shapes and byte ranges first, bytes only on
-request.
+"""Opens a Hugging Face checkpoint folder lazily.
+
+Names, shapes and byte ranges come first, bytes only on request.
 
 Understands a single ``model.safetensors``, a sharded ``model.safetensors.index.json``, and the
 drafter adapter in ``linear_spec_lora/``.
@@ -39,7 +40,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; every tensor the trunk needs is known to be there with the right shape.
+    """Holds an opened checkpoint: every tensor is there with the right shape.
 
     Attributes:
         tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and
@@ -72,7 +73,8 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     if found:
         raise CheckpointError(
             f"{path}: expected a checkpoint folder, found {found}",
-            "download one first, e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`",
+            "download one first, "
+            "e.g. `hf download nvidia/Nemotron-Labs-Diffusion-8B --local-dir DIR`",
         )
     config = load_config(path)
     tensors = _match(_read_weights(path), expected_tensors(config), str(path))
@@ -152,8 +154,10 @@ def _read_weights(path: Path) -> dict[str, TensorEntry]:
     pickled = next((name for name in _PICKLES if (path / name).exists()), None)
     if pickled is not None:
         raise CheckpointError(
-            f"{single}: expected a file, found {pickled} in its place, a pickle, which trimode does not open",
-            "load the model with transformers and save it again with save_pretrained(DIR, safe_serialization=True)",
+            f"{single}: expected a file, "
+            f"found {pickled} in its place, a pickle, which trimode does not open",
+            "load the model with transformers and save it again "
+            "with save_pretrained(DIR, safe_serialization=True)",
         )
     return read_safetensors_header(single)
 
@@ -173,7 +177,8 @@ def _read_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
     lost = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard]]
     if lost:
         raise CheckpointError(
-            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} that the index places there, found none",
+            f"{path / weight_map[lost[0]]}: expected the tensor {named(lost[0])} "
+            "that the index places there, found none",
             DOWNLOAD_HINT,
         )
     return {tensor: shards[shard][tensor] for tensor, shard in weight_map.items()}
@@ -186,8 +191,9 @@ def _is_file_name(value: Any) -> bool:
 def _match(
     found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, TensorEntry]:
-    """The found tensors in the expected order, or an error that names the first few that are
-    missing, unknown or misshapen.
+    """Put the found tensors in the expected order.
+
+    An error names the first few that are missing, unknown or misshapen.
     """
     missing = [name for name in expected if name not in found]
     unknown = [
@@ -198,7 +204,8 @@ def _match(
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             hint = _OUTPUT_HINT if names[0].endswith("lm_head.weight") else _SAME_HINT
             raise CheckpointError(
-                f"{where}: expected {len(expected)} tensors, found that {named(names[0])} {kind}{more}",
+                f"{where}: expected {len(expected)} tensors, "
+                f"found that {named(names[0])} {kind}{more}",
                 hint,
             )
     for name, shape in expected.items():
@@ -219,7 +226,8 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
         max_length = min(limit, DEFAULT_MAX_LENGTH)
     if not 2 <= max_length <= limit:
         raise UsageError(
-            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), found {max_length}",
+            f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), "
+            f"found {max_length}",
             "choose --max-length in that range",
         )
     return ModelInfo(

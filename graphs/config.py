@@ -28,7 +28,7 @@ _PUBLISHED = "check config.json against the one that was published"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of ``config.json`` that decide what the graphs compute; names as in the file."""
+    """Holds the fields that decide what the graphs compute; names as in the file."""
 
     vocab_size: int
     hidden_size: int
@@ -133,7 +133,8 @@ def _check_architecture(values: Mapping[str, Any], where: str) -> None:
     found = model_type if is_ours and model_type else first
     raise CheckpointError(
         f"{where}: expected the architecture {ARCHITECTURE}, found {named(found)}",
-        "trimode compiles Nemotron-Labs-Diffusion text checkpoints (3B, 8B, 14B; base and instruct)",
+        "trimode compiles Nemotron-Labs-Diffusion text checkpoints "
+        "(3B, 8B, 14B; base and instruct)",
     )
 
 

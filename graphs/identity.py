@@ -1,5 +1,6 @@
-"""Identity of a checkpoint: digests of its bytes, and a stamp that tells without reading them that
-nothing was touched.
+"""Identifies a checkpoint by digests of its bytes, and by a stamp of its files.
+
+The stamp tells without reading them that nothing was touched.
 
 There are two digests. That of the *whole* covers the drafter's adapter and says what a bundle was
 built from. That of the *base* leaves the adapter out: scales of quantized weights, and adapters,
@@ -30,9 +31,7 @@ NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
 
 
 class SourceDigest:
-    """Digest of a checkpoint's tensors, taken while they are copied so that nothing is read
-    twice.
-    """
+    """Digests a checkpoint's tensors while they are copied, so nothing is read twice."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = checkpoint.tensors
@@ -41,8 +40,9 @@ class SourceDigest:
         self._base = self._whole  # another one from the adapter's first tensor on
 
     def read(self, name: str, dtype: DType) -> Iterator[bytes]:
-        """Yield a tensor's bytes in ``dtype``; tensors must be read once each, in the checkpoint's
-        order.
+        """Yield a tensor's bytes in ``dtype``.
+
+        Tensors must be read once each, in the checkpoint's order.
 
         Raises:
             CheckpointError: a weight is NaN or infinite.
@@ -68,8 +68,9 @@ class SourceDigest:
         return self._whole.hexdigest()
 
     def base_hexdigest(self) -> str:
-        """The same without the drafter's adapter: equal for one checkpoint with any adapter, or
-        none.
+        """Return the same without the drafter's adapter.
+
+        It is equal for one checkpoint with any adapter, or none.
         """
         return self._base.hexdigest()
 
@@ -101,8 +102,9 @@ def stamp_of(checkpoint: Checkpoint) -> str:
 
 
 def _name_of(file: Path, checkpoint: Checkpoint) -> str:
-    """Relative to the checkpoint, so that it may be moved; in full for an adapter from
-    elsewhere.
+    """Name a file relative to the checkpoint, so that it may be moved.
+
+    A file of an adapter from elsewhere is named in full.
     """
     return str(
         file.relative_to(checkpoint.path)

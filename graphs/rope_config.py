@@ -33,8 +33,9 @@ _YARN_ALONE = (
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023) and the Llama-4 query
-    scale.
+    """Describes the rotary position embedding (Su et al. 2021).
+
+    It has YaRN (Peng et al. 2023) and the Llama-4 query scale.
 
     Attributes:
         rope_type: ``default`` or ``yarn``.
@@ -168,8 +169,9 @@ def _flat(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _is_layer_type(key: str, value: Any) -> bool:
-    """Whether an entry is one of those nested by layer type; null there means no rotation at
-    all.
+    """Tell whether an entry is one of those nested by layer type.
+
+    Null there means no rotation at all.
     """
     return key.endswith("attention") and (value is None or isinstance(value, dict))
 

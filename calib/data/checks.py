@@ -12,8 +12,9 @@ _DEFAULT = "leave it out for the default"
 
 
 def check_at_least(values: Iterable[tuple[str, float | None, int]]) -> None:
-    """Raise :class:`UsageError` for the first of (option, value, least value) that is too small;
-    None is the default, and always good.
+    """Raise :class:`UsageError` for the first value that is too small.
+
+    Each entry is (option, value, least value). None is the default, and always good.
     """
     for name, value, least in values:
         if value is not None and value < least:
@@ -21,8 +22,9 @@ def check_at_least(values: Iterable[tuple[str, float | None, int]]) -> None:
 
 
 def check_above_zero(name: str, value: float | None) -> None:
-    """Raise :class:`UsageError` for a value that is not positive and finite; None is the
-    default.
+    """Raise :class:`UsageError` for a value that is not positive and finite.
+
+    None is the default, and always good.
     """
     if value is not None and not 0 < value < float("inf"):
         raise UsageError(f"expected --{name} above 0, found {value}", _DEFAULT)
@@ -44,8 +46,9 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_device_name(device: str) -> None:
-    """Raise :class:`UsageError` for what is no device; whether it is here,
-    :func:`trimode.calib.reference.device.check_device` says.
+    """Raise :class:`UsageError` for an unknown name of a device.
+
+    Whether the device is here, :func:`trimode.calib.reference.device.check_device` says.
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(f"expected --device cpu or cuda, found {device!r}", "choose one of these")

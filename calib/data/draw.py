@@ -1,4 +1,4 @@
-"""The texts that a calibration runs: checked for what the model can read, and drawn by seed."""
+"""Draws the texts that a calibration runs, after a check that the model can read them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from trimode.runtime.text.prompts import Text, check_token_ids
 def draw_texts(
     texts: Sequence[Text], num_samples: int | None, seed: int, model: ModelInfo
 ) -> list[Text]:
-    """``num_samples`` of the texts without repetition, in their order; all of them where it is
-    None.
+    """Draw ``num_samples`` of the texts without repetition, in their order; None draws all.
 
     Args:
         texts: token ids of each prompt.
-        num_samples: how many.
+        num_samples: Number of texts to draw.
         seed: which.
-        model: what the ids are for.
+        model: Model that the ids are for.
 
     Raises:
         UsageError: too few texts; an empty one, one without room for an answer, or ids that the

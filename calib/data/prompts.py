@@ -20,7 +20,7 @@ class Prompts:
 
     Attributes:
         texts: token ids of prompts.
-        sha256: of the file that they came from.
+        sha256: Digest of the file that they came from.
         answers: the texts of all right answers, by the prompt's token ids, where they are known.
         to_text: the tokenizer's decoder; None where no answer is known.
     """
@@ -31,9 +31,7 @@ class Prompts:
     to_text: Callable[[Text], str] | None = None
 
     def is_right(self, prompt: Text, answer: Text) -> bool | None:
-        """Whether the answer is, character by character, a right one; None where that is not
-        known.
-        """
+        """Tell whether the answer is right, character by character; None where not known."""
         right = self.answers.get(tuple(prompt))
         return None if not right or self.to_text is None else self.to_text(answer) in right
 
@@ -43,9 +41,9 @@ class Split:
     """Prompts, each in one part only.
 
     Attributes:
-        train: to train on.
-        validation: to decide by.
-        held_out: to measure with; neither trained on nor decided by.
+        train: Prompts to train on.
+        validation: Prompts to decide by.
+        held_out: Prompts to measure with; neither trained on nor decided by.
     """
 
     train: list[Text]
@@ -65,8 +63,9 @@ def split_texts(
     seed: int,
     model: ModelInfo,
 ) -> Split:
-    """Draw the parts by the seed, from prompts that differ: one that occurs twice must not be
-    trained on and held out.
+    """Draw the parts by the seed, from prompts that differ.
+
+    A prompt that occurs twice must not be trained on and held out.
 
     Args:
         texts: token ids of prompts.
@@ -74,7 +73,7 @@ def split_texts(
         out.
         num_held_out: None = a quarter, at most :data:`DEFAULT_HELD_OUT`.
         seed: which.
-        model: what the ids are for.
+        model: Model that the ids are for.
 
     Raises:
         UsageError: too few prompts; an empty one, one without room for an answer, or ids that the
@@ -90,7 +89,8 @@ def split_texts(
     needed = held_out + (2 if num_samples is None else num_samples)
     if len(unique) < needed:
         raise UsageError(
-            f"expected at least {needed} different prompts, {held_out} of them held out, found {len(unique)}",
+            f"expected at least {needed} different prompts, {held_out} of them held out, "
+            f"found {len(unique)}",
             "add prompts, or ask for fewer --held-out or --samples",
         )
     random.Random(seed).shuffle(unique)

@@ -1,3 +1,4 @@
-"""The demo checkpoint: a few million parameters in the public layout, trained on short tasks whose
-answers can be checked exactly.
+"""Trains the demo checkpoint: a few million parameters in the public layout.
+
+Its tasks are short, and their answers can be checked exactly.
 """

@@ -1,6 +1,4 @@
-"""What the demo's two commands share on a terminal: errors as one line and a hint, and progress
-bars; both on stderr.
-"""
+"""Shows errors and progress bars of the demo's two commands on stderr."""
 
 from __future__ import annotations
 

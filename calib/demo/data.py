@@ -1,5 +1,7 @@
-"""Batches of chats: the frame and the question, the answer, its end token, and end tokens up to the
-common length.
+"""Makes batches of chats.
+
+A chat is the frame and the question, the answer, its end token, and end tokens up to the common
+length.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ NUM_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Chats:
-    """B single-turn chats from position 0.
+    """Holds B single-turn chats from position 0.
 
     Attributes:
         ids: (B, N) int64, filled with the end token after the answer.
@@ -56,7 +58,7 @@ class Chats:
 
 @dataclass(frozen=True)
 class NoisyWindow:
-    """The noisy half of a batch: whole blocks that begin inside the answers.
+    """Holds the noisy half of a batch: whole blocks that begin inside the answers.
 
     Attributes:
         positions: (B, W) int64.
@@ -71,8 +73,9 @@ class NoisyWindow:
     first_boundary: Tensor
 
     def corrupt(self, generator: torch.Generator) -> Corruption:
-        """Corrupt half of the sequences at a random rate, and mask every trainable slot of the
-        others, as a drafter meets them.
+        """Corrupt half of the sequences at a random rate, and mask the others whole.
+
+        A drafter meets every trainable slot masked.
         """
         random = corrupt(self.trainable, generator, least_rate=LEAST_RATE)
         drafting = torch.rand((self.trainable.shape[0], 1), generator=generator) < DRAFT_STATE_SHARE

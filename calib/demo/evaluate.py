@@ -1,6 +1,4 @@
-"""Decodes held-out questions in eager torch: how many answers are exactly right, in how many
-forwards, and how long the accepted drafts are.
-"""
+"""Decodes held-out questions in eager torch, and counts right answers and forwards."""
 
 from __future__ import annotations
 
@@ -29,7 +27,10 @@ THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class Question:
-    """An example as token ids; ``expected`` are all right answers, each with its end token."""
+    """Holds an example as token ids.
+
+    ``expected`` are all right answers, each with its end token.
+    """
 
     family: str
     prompt: list[int]
@@ -37,8 +38,9 @@ class Question:
 
 
 class Diffusion(NamedTuple):
-    """What block diffusion wrote, the prompt left out, and the denoise and commit forwards it
-    took.
+    """Holds the tokens of block diffusion, and the forwards it took.
+
+    The prompt is left out. Denoise and commit forwards are counted.
     """
 
     tokens: list[int]
@@ -46,7 +48,10 @@ class Diffusion(NamedTuple):
 
 
 class Speculation(NamedTuple):
-    """What self-speculation wrote, the prompt left out, and the draft-and-verify cycles it took."""
+    """Holds the tokens of self-speculation, and its draft-and-verify cycles.
+
+    The prompt is left out.
+    """
 
     tokens: list[int]
     num_cycles: int
@@ -54,16 +59,16 @@ class Speculation(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on held-out questions.
+    """Holds the results on held-out questions.
 
     Attributes:
-        num_questions: per family.
+        num_questions: Questions per family.
         exact_match: share of the questions answered exactly right, greedily and one token at a
         time, per family.
-        diffusion_exact_match: the same by block diffusion at :data:`THRESHOLD`.
-        diffusion_tokens_per_forward: over all questions.
+        diffusion_exact_match: Same share by block diffusion at :data:`THRESHOLD`.
+        diffusion_tokens_per_forward: Ratio over all questions.
         acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
-        acceptance_length_base: the same without the drafter.
+        acceptance_length_base: Same number without the drafter.
         acceptance_length_per_family: family -> the two of them, without and with the drafter.
         num_unlike: answers that self-speculation wrote differently.
     """
@@ -86,8 +91,10 @@ def evaluate(
     seed: int = 0,
     block_length: int | None = None,
 ) -> Evaluation:
-    """Decode ``num_questions`` held-out questions of each family: one token at a time, by block
-    diffusion, and by linear self-speculation with the drafter and without.
+    """Decode ``num_questions`` held-out questions of each family in every mode.
+
+    The modes are one token at a time, block diffusion, and linear self-speculation with the drafter
+    and without.
     """
     questions = [q for family in FAMILIES for q in held_out(family, num_questions, seed, tokenizer)]
     length = block_length or trunk.config.block_size
@@ -135,8 +142,9 @@ def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Q
 def greedy_answers(
     trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
-    """The autoregressive greedy answer to each prompt, cut after the end token; prompts of one
-    length go together.
+    """Write the autoregressive greedy answer to each prompt, cut after the end token.
+
+    Prompts of one length go together.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
@@ -177,8 +185,10 @@ def linear_speculation(
     drafter: bool,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Speculation:
-    """Draft a block in one forward, verify it in another, keep what the verifier agrees with and
-    its next token; greedy.
+    """Draft blocks and verify them, greedily.
+
+    One forward drafts a block, another verifies it. What the verifier agrees with is kept, and its
+    next token.
     """
     cache, end = GrowingCacheAttention(), SPECIAL_IDS[IM_END]
     tokens = [_rows(trunk, cache, prompt)[-1]]
@@ -203,8 +213,9 @@ def linear_speculation(
 
 
 def acceptance_length(speculations: Sequence[Speculation]) -> float:
-    """Tokens per cycle; the first token of an answer comes from the prompt's forward and is not
-    counted.
+    """Count tokens per cycle.
+
+    The first token of an answer comes from the prompt's forward and is not counted.
     """
     num_cycles = sum(s.num_cycles for s in speculations)
     return sum(len(s.tokens) - 1 for s in speculations) / num_cycles if num_cycles else 0.0

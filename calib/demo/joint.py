@@ -70,8 +70,9 @@ def denoising_loss(trunk: TriModeTrunk, chats: Chats, generator: torch.Generator
 
 
 class Noisy(NamedTuple):
-    """The noisy half of a forward: ``ids``, ``positions`` and uncorrupted ``targets``, all ``(B,
-    W)`` int64, and what is masked.
+    """Holds the noisy half of a forward, and which slots are masked.
+
+    ``ids``, ``positions`` and uncorrupted ``targets`` are all ``(B, W)`` int64.
     """
 
     ids: Tensor
@@ -99,8 +100,8 @@ def loss_of(
         mask: (B, 1, W + N, W + N) bool.
         texts: what next-token prediction is trained on, in a forward of its own; None = ``chats``,
         in the same one.
-        diffusion_weight: of the noisy half.
-        see: told the logits ``(B, W, V)`` of the noisy half.
+        diffusion_weight: Weight of the noisy half.
+        see: Called with the logits ``(B, W, V)`` of the noisy half.
     """
     device = device_of(trunk)
     chats, corruption = (
@@ -147,8 +148,9 @@ def split_forward(
     clean_positions: Tensor,
     mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One forward over ``[noisy | clean]``; hidden states of the halves, ``(B, W, H)`` and ``(B, N,
-    H)``.
+    """Run one forward over ``[noisy | clean]``.
+
+    Returns hidden states of the halves, ``(B, W, H)`` and ``(B, N, H)``.
     """
     ids, positions = (
         torch.cat((noisy_ids, clean_ids), 1),

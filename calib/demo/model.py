@@ -1,6 +1,4 @@
-"""Shape of the demo model: every property that sets this family apart, at a few million
-parameters.
-"""
+"""Gives the demo model's shape: all that sets this family apart, at a small size."""
 
 from __future__ import annotations
 
@@ -18,8 +16,10 @@ INITIAL_STD = 0.04
 
 
 def demo_config() -> dict[str, Any]:
-    """The contents of ``config.json``: heads times head size differs from the hidden size, and YaRN
-    is at work from the first position on.
+    """Give the contents of ``config.json``.
+
+    Heads times head size differs from the hidden size, and YaRN is at work from the first position
+    on.
     """
     rope = {
         "rope_type": "yarn",

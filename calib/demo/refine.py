@@ -76,8 +76,9 @@ class Visit:
 
 @dataclass
 class Row:
-    """A chat with the blocks that are being denoised in its answer; ``waiting`` are those that have
-    not arrived once.
+    """Holds a chat with the blocks that are being denoised in its answer.
+
+    ``waiting`` are those that have not arrived once.
     """
 
     example: Example
@@ -87,8 +88,9 @@ class Row:
 
 
 class RefinementTraining(Training):
-    """The joint objective on blocks on their way; one that has arrived is drawn anew, and a chat
-    whose blocks all have makes room for another.
+    """Trains by the joint objective on blocks on their way.
+
+    One that has arrived is drawn anew. A chat whose blocks all have makes room for another.
     """
 
     def _begin(self, seed: int) -> None:
@@ -139,8 +141,9 @@ class RefinementTraining(Training):
         )
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
-        """Reveal what the forward was sure of, and replace what is decided up to its answer's end;
-        all ``(B, K, L)``, logits with V.
+        """Reveal what the forward was sure of, and replace what is decided.
+
+        A block is decided up to its answer's end. All tensors are ``(B, K, L)``, logits with V.
         """
         filled = revealed(
             logits,
@@ -175,8 +178,9 @@ class RefinementTraining(Training):
         )
 
     def _new_visit(self, length: int) -> Visit:
-        """Any block that begins before the last token of an answer of ``length``; its first slot is
-        known and never masked.
+        """Draw any block that begins before the last token of an answer of ``length``.
+
+        Its first slot is known and never masked.
         """
         size = self.trunk.config.block_size
         aligned = self._draw(0, 1) < ALIGNED_SHARE
@@ -195,8 +199,9 @@ class RefinementTraining(Training):
 
 
 def revealed(logits: Tensor, masked: Tensor, thresholds: Tensor) -> Tensor:
-    """(B, K, L) bool: the masked slots that a decoder would fill, the most probable one of each
-    block and all that reach the threshold.
+    """Mark the masked slots that a decoder would fill, (B, K, L) bool.
+
+    It fills the most probable one of each block and all that reach the threshold.
 
     Args:
         logits: (B, K, L, V).

@@ -1,6 +1,4 @@
-"""Writes the demo checkpoint: its weights beside its tokenizer, chat template and generation
-defaults.
-"""
+"""Writes the demo checkpoint: weights, tokenizer, chat template, generation defaults."""
 
 from __future__ import annotations
 

@@ -125,8 +125,9 @@ class Example:
 
 
 class Draft(NamedTuple):
-    """What a family draws: ``key`` holds the content that decides the split, ``answers`` are as in
-    :class:`Example`.
+    """Holds what a family draws.
+
+    ``key`` holds the content that decides the split, ``answers`` are as in :class:`Example`.
     """
 
     key: str
@@ -151,7 +152,10 @@ def json_record(rng: random.Random) -> Draft:
 
 
 def sql_query(rng: random.Random) -> Draft:
-    """A sentence about a table, as a SELECT statement, the table named before its column or not."""
+    """Draw a sentence about a table, and its SELECT statement.
+
+    The sentence names the table before its column or not.
+    """
     column, table, measure, bound = (
         rng.choice(COLUMNS),
         rng.choice(TABLES),
@@ -167,8 +171,9 @@ def sql_query(rng: random.Random) -> Draft:
 
 
 def python_function(rng: random.Random) -> Draft:
-    """A description of a function of one argument, as Python, with a name for its result or
-    without.
+    """Draw a description of a function of one argument, and its Python.
+
+    The description has a name for the result or none.
     """
     number, argument = rng.randint(2, 99), rng.choice("abknxyz")
     verb, stem, sign = rng.choice(OPERATIONS)
@@ -179,7 +184,10 @@ def python_function(rng: random.Random) -> Draft:
 
 
 def addition(rng: random.Random) -> Draft:
-    """A sum of two three-digit numbers, digit by digit from the right, each line with its carry."""
+    """Draw a sum of two three-digit numbers, digit by digit.
+
+    It goes from the right, each line with its carry.
+    """
     left, right = rng.randint(100, 999), rng.randint(100, 999)
     lines, carry = [], 0
     for place in (1, 10, 100):
@@ -195,8 +203,9 @@ def addition(rng: random.Random) -> Draft:
 
 
 def reverse_word(rng: random.Random) -> Draft:
-    """A made-up word of four to six letters, numbered, read backwards, and put together, after
-    commas or arrows.
+    """Draw a made-up word of four to six letters, and write it backwards.
+
+    Its letters are numbered, read backwards, and put together, after commas or arrows.
     """
     word = "".join(
         rng.choice("aeiou" if i % 2 else "bdfgklmnprst") for i in range(rng.randint(4, 6))
@@ -208,8 +217,9 @@ def reverse_word(rng: random.Random) -> Draft:
 
 
 def sort_numbers(rng: random.Random) -> Draft:
-    """Three or four two-digit numbers, no two with the same tens, taken out smallest first with
-    what is left after the colon.
+    """Draw three or four two-digit numbers, and sort them.
+
+    No two have the same tens. The smallest is taken out first, and what is left follows the colon.
     """
     tens = rng.sample(range(1, 10), rng.randint(3, 4))
     rest = [ten * 10 + rng.randint(0, 9) for ten in tens]
@@ -272,8 +282,9 @@ FAMILIES: dict[str, Callable[[random.Random], Draft]] = {
 
 
 def examples(seed: int, split: str, families: Sequence[str] | None = None) -> Iterator[Example]:
-    """Endless examples, the families in turn; a question may come back, and never crosses from one
-    split to the other.
+    """Yield examples without end, the families in turn.
+
+    A question may come back, and never crosses from one split to the other.
 
     Raises:
         UsageError: the split or a family is unknown.

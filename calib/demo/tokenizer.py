@@ -1,5 +1,6 @@
-"""Tokenizer and chat template of the demo checkpoint: one token per printable character, ids of
-special tokens as in the family.
+"""Makes the tokenizer and the chat template of the demo checkpoint.
+
+Each printable character is one token; special tokens have the family's ids.
 
 The words that name a role are single tokens, so a chat's frame costs 15 tokens.
 """
@@ -54,8 +55,9 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Tokenizer:
-    """A tokenizer of :data:`VOCAB_SIZE` ids that gives printable ASCII text back exactly; other
-    characters become ``<unk>``.
+    """Build a tokenizer of :data:`VOCAB_SIZE` ids that gives printable ASCII back exactly.
+
+    Other characters become ``<unk>``.
     """
     vocab = {**SPECIAL_IDS, **PLAIN_ADDED_IDS}
     free = [i for i in range(VOCAB_SIZE) if i not in vocab.values() and i >= 20]

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
 JOINT_MINUTES, REFINEMENT_MINUTES, DRAFTER_MINUTES = 46.0, 90.0, 10.0
+_JOINT_TIME = f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given."
 REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 6e-4, 0.03, 0.9
 
 
@@ -142,8 +143,9 @@ def _check_states(plan: Plan) -> None:
 
 
 def _begin_with(base: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> dict[str, Any]:
-    """Take a checkpoint's weights, its drafter left out; returns how they came about, as far as its
-    ``training.json`` tells.
+    """Take a checkpoint's weights, its drafter left out.
+
+    Returns how they came about, as far as its ``training.json`` tells.
     """
     checkpoint = open_checkpoint(base)
     if checkpoint.config != parse_config(config):
@@ -193,8 +195,9 @@ def _refine(
 def _train_trunk(
     training: Training, name: str, budget: Budget, progress: StageProgress
 ) -> dict[str, Any]:
-    """Run a stage, taking it up where there is a state, and round the weights; returns what it was
-    told and did.
+    """Run a stage, taking it up where there is a state, and round the weights.
+
+    Returns what it was told and did.
     """
     training.state.parent.mkdir(parents=True, exist_ok=True)
     if training.state.is_file():
@@ -215,8 +218,9 @@ def _train_trunk(
 def _train_drafter(
     trunk: TriModeTrunk, tokenizer: Tokenizer, plan: Plan, progress: StageProgress
 ) -> dict[str, Any]:
-    """On what the model itself writes, as `trimode calibrate drafter` does: of the ways to write an
-    answer, the drafter learns its own.
+    """Train on what the model itself writes, as `trimode calibrate drafter` does.
+
+    Of the ways to write an answer, the drafter learns its own.
     """
     settings = DrafterSettings(seed=plan.seed)
     drawn = islice(examples(hash_seed(f"{plan.seed} drafter"), "train"), plan.num_answers)
@@ -279,16 +283,12 @@ def _figures(step: int, losses: dict[str, float]) -> str:
 
 
 def main(
+    *,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to."),
     ],
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Time for the joint stage; {JOINT_MINUTES:g} if neither this nor --steps is given."
-        ),
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help=_JOINT_TIME)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
     refinement_minutes: Annotated[
         float | None,

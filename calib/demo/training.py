@@ -1,6 +1,4 @@
-"""The loop of a training run: learning rate, optimizer, running means, and a state from which a run
-goes on.
-"""
+"""Runs a training: learning rate, optimizer, running means, and a state to go on from."""
 
 from __future__ import annotations
 
@@ -55,12 +53,12 @@ Report = Callable[[Progress, float], None]
 
 
 class Training(ABC):
-    """A run that can be stopped and taken up again; what it trains on is left to the subclass.
+    """Trains, stops and goes on again; the subclass says on what.
 
     Args:
         trunk: trained in place, on the device where it is; its drafter adapter is left alone.
-        tokenizer: of the checkpoint.
-        settings: of the run.
+        tokenizer: Tokenizer of the checkpoint.
+        settings: Settings of the run.
         state: file that holds the run's state, written whole or not at all.
     """
 
@@ -80,8 +78,9 @@ class Training(ABC):
         )
 
     def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
-        """Train until the budget is used up, counting what an earlier run has used; ``report`` is
-        called after each step.
+        """Train until the budget is used up, counting what an earlier run has used.
+
+        ``report`` is called after each step.
         """
         seed = f"{self.settings.seed} {self.progress.step}"
         self._begin(hash_seed(seed))

@@ -1,5 +1,4 @@
-"""Trains a checkpoint's drafter against the model as it will be served, which writes the answers
-itself.
+"""Trains a checkpoint's drafter on answers that the model writes as it will be served.
 
 - ``settings``: what a caller can choose
 - ``answers``: prompts answered, and made into batches

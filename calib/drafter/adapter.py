@@ -1,4 +1,4 @@
-"""The drafter's adapter by itself, apart from a trunk, so that several can be tried on one."""
+"""Holds the drafter's adapter apart from a trunk, so that several can be tried on one."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def blank_adapter(trunk: TriModeTrunk, rank: int, alpha: float) -> Adapter:
 
 
 def adapter_of(trunk: TriModeTrunk, alpha: float) -> Adapter:
-    """A copy of the adapter that the trunk has; ``alpha`` as it was given, for the trunk keeps the
-    quotient alone.
+    """Copy the adapter that the trunk has.
+
+    ``alpha`` is as it was given, for the trunk keeps the quotient alone.
     """
     weights = {
         name: tensor.detach().float().cpu().clone()

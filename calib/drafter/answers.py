@@ -39,8 +39,9 @@ class Written:
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """B texts with answers: :class:`trimode.calib.drafter.training.Answers`, filled with the last
-    token of each after its end.
+    """Holds B texts with answers, each filled with its last token after its end.
+
+    See :class:`trimode.calib.drafter.training.Answers`.
     """
 
     ids: Tensor
@@ -64,7 +65,8 @@ def long_enough(written: Sequence[Written], what: str) -> list[Written]:
     kept = [one for one in written if len(one.answer) >= SHORTEST_ANSWER]
     if not kept:
         raise UsageError(
-            f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, found {len(written)} that end at the first",
+            f"expected answers of at least {SHORTEST_ANSWER} tokens to {what}, "
+            f"found {len(written)} that end at the first",
             "there is nothing to draft; take prompts that the model answers at length",
         )
     return kept
@@ -82,8 +84,9 @@ def encode(written: Sequence[Written]) -> AnswerBatch:
 def batches(
     written: Sequence[Written], batch_size: int, seed: int, device: str, first: int = 0
 ) -> Iterator[AnswerBatch]:
-    """Endless batches from the one numbered ``first`` on; every answer once before any comes again,
-    in a new order each time.
+    """Yield batches without end, from the one numbered ``first`` on.
+
+    Every answer comes once before any comes again, in a new order each time.
     """
     chosen = _order(len(written), seed)
     for _ in range(first * batch_size):

@@ -77,8 +77,9 @@ class _Answers:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """The one before, None where the checkpoint has none; an untrained one of the new shape; and
-    the trained one.
+    """Holds three adapters: before, untrained, trained.
+
+    The one before is None where the checkpoint has none. The untrained one has the new shape.
     """
 
     checkpoint: Adapter | None
@@ -110,20 +111,21 @@ def train_adapter(
     calibration: Path | None = None,
     resume: bool = False,
 ) -> DrafterRecord:
-    """Train a drafter adapter against the model as it will be served, and write it to the folder
-    ``output``.
+    """Train a drafter adapter, and write it to the folder ``output``.
+
+    It is trained against the model as it will be served.
 
     Takes four bytes of memory a parameter, and what a step needs. Ctrl-C leaves a state beside
     ``output`` that ``resume`` takes up: the run then ends with the same bytes as if it had not been
     interrupted, where the budget is one of steps.
 
     Args:
-        checkpoint: whose drafter is trained.
-        model: the facts that decoding needs.
-        prompts: what the model answers; the answers are what is trained on.
+        checkpoint: Checkpoint whose drafter is trained.
+        model: Facts that decoding needs.
+        prompts: Prompts that the model answers, to train on the answers.
         output: new, empty, or an earlier output, which is replaced whole.
-        settings: see :class:`DrafterJobSettings`.
-        progress: told what happens.
+        settings: Choices of the caller.
+        progress: Display of the stages.
         calibration: folder of the scales that the bundle will have; None = its weights are not
         quantized.
         resume: take up the run that was interrupted.
@@ -178,9 +180,7 @@ def train_adapter(
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier
-    output.
-    """
+    """Raise :class:`UsageError` where ``output`` is neither empty nor an earlier output."""
     check_replaceable(output, RECORD, "a trained adapter")
 
 

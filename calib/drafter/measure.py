@@ -20,16 +20,17 @@ def measure(
     options: DecodeOptions,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Drafting:
-    """Answer the prompts again by self-speculation and compare with what the model wrote one token
-    at a time.
+    """Answer the prompts again by self-speculation, and compare the tokens.
+
+    They are compared with what the model wrote one token at a time.
 
     Args:
-        session: over the trunk with the adapter in question.
-        model: the facts that decoding needs.
+        session: Session over the trunk with the adapter in question.
+        model: Facts that decoding needs.
         written: prompts with the autoregressive answers.
         options: say the block length, whether the adapter is used, and the limit that the answers
         were written with.
-        advance: told of each prompt that is done.
+        advance: Called with 1 after each prompt.
     """
     counters, num_tokens, num_unlike = Counters(), 0, 0
     for one in written:

@@ -39,9 +39,9 @@ class DrafterJobSettings:
         from_scratch: begin with a fresh adapter although the checkpoint has one.
         learning_rate: its peak; None = 2e-3 for a fresh adapter and 5e-4 for one that is there.
         batch_size: texts in a step.
-        seed: of the draw, of a fresh adapter and of what a step trains on.
+        seed: Seed of the draw, of a fresh adapter and of the steps' data.
         max_new_tokens: most tokens of an answer.
-        device: where the trunk runs, ``cpu`` or ``cuda``.
+        device: Device of the trunk, ``cpu`` or ``cuda``.
     """
 
     dtype: DType = "float32"
@@ -98,8 +98,10 @@ class DrafterJobSettings:
         if own is not None and not self.from_scratch:
             if self.rank is not None or self.alpha is not None:
                 raise UsageError(
-                    "expected --rank and --alpha together with --from-scratch, found a checkpoint with an adapter to start from",
-                    f"leave them out to train on its adapter (rank {own.rank}), or pass --from-scratch",
+                    "expected --rank and --alpha together with --from-scratch, "
+                    "found a checkpoint with an adapter to start from",
+                    f"leave them out to train on its adapter (rank {own.rank}), "
+                    "or pass --from-scratch",
                 )
             return own
         if own is None and self.rank is None:

@@ -1,5 +1,6 @@
-"""Trains the drafter: a low-rank branch on ``o_proj`` that acts while a block is drafted, the rest
-of the model frozen.
+"""Trains the drafter, a low-rank branch on ``o_proj``, the rest of the model frozen.
+
+The branch acts while a block is drafted.
 
 Two forwards a step. The first is the text, causal and without the branch or gradients: its logits
 are what the verifier would say at each slot. The second holds several windows, each drawn up as a
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class Answers(Protocol):
-    """B texts from position 0, each with an answer in it, best written by the model itself
-    (greedy).
+    """Holds B texts from position 0, each with an answer in it.
+
+    The answer is best written by the model itself (greedy).
 
     ``ids (B, N)`` int64, anything after the answer; ``answer_start (B, 1)``, position of the
     answer's first token; ``end (B, 1)``, position of its last token, which comes later than the
@@ -93,8 +95,9 @@ class DraftForward(NamedTuple):
 
 
 class DrafterLoss(NamedTuple):
-    """Scalars: what to minimise, its two parts, and ``accepted``, the mean number of slots a window
-    would get accepted.
+    """Holds the scalars of a step: the loss to minimise, its two parts, ``accepted``.
+
+    ``accepted`` is the mean number of slots a window would get accepted.
     """
 
     total: Tensor
@@ -124,8 +127,9 @@ def train_drafter(
     settings: DrafterSettings | None = None,
     report: Report = lambda _progress, _share: None,
 ) -> DrafterProgress:
-    """Train the trunk's adapter from scratch, in place; no other weight changes. ``report`` is
-    called after each step.
+    """Train the trunk's adapter from scratch, in place; no other weight changes.
+
+    ``report`` is called after each step.
 
     The trunk has to hold the weights it will be used with, rounded if they will be.
 
@@ -136,12 +140,11 @@ def train_drafter(
 
 
 class DrafterTraining:
-    """A training of the trunk's adapter, in place, that can be stopped after any step and taken up
-    again.
+    """Trains the trunk's adapter in place; stops after any step and goes on again.
 
     Args:
-        trunk: as for :func:`train_drafter`.
-        settings: see :class:`DrafterSettings`.
+        trunk: Trunk with an adapter, as for :func:`train_drafter`.
+        settings: Settings of the training.
         from_scratch: begin with a fresh adapter; otherwise with the one that the trunk has.
 
     Raises:
@@ -175,8 +178,9 @@ class DrafterTraining:
         budget: Budget,
         report: Report = lambda _progress, _share: None,
     ) -> DrafterProgress:
-        """Train until the budget is used up, counting what has been used before; ``report`` is
-        called after each step.
+        """Train until the budget is used up, counting what has been used before.
+
+        ``report`` is called after each step.
         """
         progress, started = self.progress, time.monotonic() - self.progress.seconds
         with _learning(self.trunk, self._weights):
@@ -194,8 +198,9 @@ class DrafterTraining:
         return progress
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads;
-        tensors are not copied.
+        """Give what :meth:`load` takes up.
+
+        Its types are those that ``torch.load(weights_only=True)`` reads. Tensors are not copied.
         """
         return {
             "weights": [weight.detach() for weight in self._weights],
@@ -206,8 +211,9 @@ class DrafterTraining:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue a training of the same settings; the next step is the one that it would have
-        made, given the next answers.
+        """Continue a training of the same settings.
+
+        The next step is the one that it would have made, given the next answers.
         """
         with torch.no_grad():
             for weight, saved in zip(self._weights, state["weights"], strict=True):
@@ -260,8 +266,9 @@ def adapter_weights(trunk: TriModeTrunk) -> list[nn.Parameter]:
 
 
 def reset_adapter(trunk: TriModeTrunk, seed: int) -> list[nn.Parameter]:
-    """Make the branch a fresh one, random down and zero up, so that it changes nothing yet; returns
-    its weights.
+    """Make the branch a fresh one, which changes nothing yet.
+
+    Its down projection is random and its up projection zero. Returns its weights.
     """
     weights = adapter_weights(trunk)
     generator = torch.Generator().manual_seed(seed)
@@ -275,14 +282,17 @@ def reset_adapter(trunk: TriModeTrunk, seed: int) -> list[nn.Parameter]:
 
 
 def window_lengths(block_size: int) -> tuple[int, ...]:
-    """Lengths to draw a step's windows from: mostly the model's block, now and then half, a quarter
-    or double of it.
+    """List lengths to draw a step's windows from.
+
+    They are mostly the model's block, now and then half, a quarter or double of it.
     """
     return (max(2, block_size // 4), max(2, block_size // 2), *[block_size] * 5, 2 * block_size)
 
 
 def window_starts(answers: Answers, num_windows: int, generator: torch.Generator) -> Tensor:
-    """(B, K) int64: where an answer begins, as in the first cycle of every generation, and anywhere
+    """Draw where windows begin, (B, K) int64.
+
+    A window begins where an answer does, as in the first cycle of every generation, or anywhere
     before its last token.
     """
     length = (answers.end - answers.answer_start).cpu()
@@ -292,8 +302,9 @@ def window_starts(answers: Answers, num_windows: int, generator: torch.Generator
 
 
 def draft_mask(starts: Tensor, length: int, num_clean: int) -> Tensor:
-    """Who sees whom, ``(B, 1, W + N, W + N)`` bool:
-    :func:`trimode.calib.training.objective.joint_mask` for windows that may overlap.
+    """Say who sees whom, ``(B, 1, W + N, W + N)`` bool.
+
+    It is :func:`trimode.calib.training.objective.joint_mask` for windows that may overlap.
 
     A slot sees its own window and the clean tokens before it begins; a clean token sees the clean
     tokens up to itself.
@@ -315,7 +326,7 @@ def draft_mask(starts: Tensor, length: int, num_clean: int) -> Tensor:
 
 
 def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Tensor) -> Tensor:
-    """(B, K, L - 1) bool: the accepted prefix of each window and the first slot after it.
+    """Mark each window's accepted prefix and the slot after it, (B, K, L - 1) bool.
 
     A slot is reached if the drafter said what the verifier says at every slot before it. The text
     has to say the same there, for otherwise the verifier's later logits follow a prefix that it
@@ -323,8 +334,8 @@ def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Te
 
     Args:
         drafted: (B, K, L - 1) int64, greedy tokens of the drafter, without the known first slot.
-        verified: the same of the verifier.
-        written: the same of the text.
+        verified: Same of the verifier.
+        written: Same of the text.
         inside: (B, K, L - 1) bool, slots up to the answer's end.
     """
     agrees = (drafted == verified) & (written == verified)
@@ -336,8 +347,10 @@ def counted_slots(drafted: Tensor, verified: Tensor, written: Tensor, inside: Te
 def drafter_loss(
     forward: DraftForward, *, token_weight: float = 10.0, distribution_weight: float = 1.0
 ) -> DrafterLoss:
-    """``token_weight * CE(to the verifier's greedy token) + distribution_weight * KL(verifier ||
-    drafter)``, a mean over :func:`counted_slots`.
+    """Average a weighted loss over :func:`counted_slots`.
+
+    It is ``token_weight * CE(to the verifier's greedy token) + distribution_weight * KL(verifier ||
+    drafter)``.
     """
     drafted, verified = forward.draft_logits.argmax(-1), forward.verifier_logits.argmax(-1)
     counted = counted_slots(drafted, verified, forward.written, forward.inside)
@@ -395,8 +408,9 @@ def _learning(trunk: TriModeTrunk, weights: list[nn.Parameter]) -> Iterator[None
 
 
 class _TextAttention:
-    """Causal over a text in the first forward, whose keys and values the windows of the second one
-    see beside their own.
+    """Attends causally over a text, then lets windows see it.
+
+    The second forward's windows see the first one's keys and values beside their own.
 
     The text needs no gradient, for the branch is idle there; apart from the windows it also costs
     no backward pass.

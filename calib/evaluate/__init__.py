@@ -1,1 +1,1 @@
-"""What a choice costs, measured."""
+"""Measures what a choice costs."""

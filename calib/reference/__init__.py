@@ -1,3 +1,1 @@
-"""The model in PyTorch: eagerly, from mapped files, and with weights rounded as a bundle has
-them.
-"""
+"""Runs the model in PyTorch: eagerly, from mapped files, or rounded as in a bundle."""

@@ -1,5 +1,6 @@
-"""What the layers see when the model is used: the runtime's decoders run over the trunk, and what
-they ran is replayed.
+"""Records the runtime's decoders over the trunk, and replays what they ran.
+
+So the layers see what they see when the model is used.
 
 Calibration algorithms read their data several times, and some weigh every forward alike, so a
 decode step of one row would count as much as a whole prompt. The replay therefore reads each text
@@ -29,8 +30,9 @@ THRESHOLDS: dict[Mode, float] = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0
 
 
 class Block(NamedTuple):
-    """A forward of the draft or the verify graph: ``ids`` L tokens after the first ``past_length``
-    of the text.
+    """Holds a forward of the draft or the verify graph.
+
+    ``ids`` are L tokens after the first ``past_length`` of the text.
     """
 
     role: Role
@@ -40,8 +42,9 @@ class Block(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A forward of any graph, as it is replayed; ``first_logits_row`` is the first of its rows that
-    the head reads.
+    """Holds a forward of any graph, as it is replayed.
+
+    ``first_logits_row`` is the first of its rows that the head reads.
     """
 
     role: Role
@@ -81,7 +84,7 @@ class RecordingSession(TorchSession):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
+        """Run a role, and record the forward of a draft or a verification."""
         if role != "ar" and role in self._roles:
             self._blocks.append(Block(role, input_ids[0].tolist(), past_length, drafter_scale))
         return super().run(role, cache, input_ids, past_length, drafter_scale)
@@ -93,8 +96,9 @@ class RecordingSession(TorchSession):
 
 
 def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
-    """The modes that bring about the rows of these graphs: diffusion denoises, self-speculation
-    drafts with the adapter and verifies.
+    """List the modes that bring about the rows of these graphs.
+
+    Diffusion denoises, self-speculation drafts with the adapter and verifies.
     """
     chosen: list[Mode] = ["ar"]
     if "draft" in roles:
@@ -128,8 +132,9 @@ def answer(
 
 
 def merged(episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes of one text as one: self-speculation writes what AR writes, and its causal rows are
-    seen once.
+    """Merge episodes of one text.
+
+    Self-speculation writes what AR writes, and its causal rows are seen once.
     """
     found: dict[tuple[int, ...], Episode] = {}
     for episode in episodes:
@@ -158,8 +163,9 @@ def forwards_of(episode: Episode) -> list[Forward]:
 
 
 def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
-    """How a forward attends: the text's own chunks fill ``text``, blocks read what lies before them
-    and leave it alone.
+    """Choose how a forward attends.
+
+    The text's own chunks fill ``text``. Blocks read what lies before them and leave it alone.
     """
     if forward.role == "ar":
         return text

@@ -1,5 +1,6 @@
-"""The trunk as a quantized bundle computes it: weights that have been quantized and back, inputs
-quantized on the way.
+"""Computes the trunk as a quantized bundle does.
+
+Weights have been quantized and back, inputs are quantized on the way.
 
 Shared with the graphs are the scales and the arithmetic on weights
 (:mod:`trimode.graphs.numerics.integers`); what happens to inputs is torch's. Float32 throughout.
@@ -61,8 +62,8 @@ def linear_scales(
     """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
 
     Args:
-        scales: as :func:`trimode.formats.calibration.load_calibration` gives them.
-        precision: of the calibration.
+        scales: Scales from :func:`trimode.formats.calibration.load_calibration`.
+        precision: Type that the calibration is for.
         stored: the compute type of the bundle.
         leave_out: layers that stay in high precision.
 
@@ -88,11 +89,12 @@ def linear_scales(
 def quantize_trunk(
     trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
 ) -> None:
-    """Quantize linear layers of a float32 trunk in place; the drafter's branch keeps reading the
-    input as it was.
+    """Quantize linear layers of a float32 trunk in place.
+
+    The drafter's branch keeps reading the input as it was.
 
     Args:
-        trunk: whose layers are replaced.
+        trunk: Trunk whose layers are replaced.
         precision: the type.
         layers: by the checkpoint's names, without ``.weight``.
 
@@ -109,8 +111,9 @@ def quantize_trunk(
 
 
 class InputQuantizer(nn.Module):
-    """``pre_quant_scale``, QuantizeLinear and DequantizeLinear in front of a product, as far as a
-    layer has them.
+    """Applies ``pre_quant_scale``, QuantizeLinear and DequantizeLinear before a product.
+
+    Those that the layer does not have are left out.
     """
 
     factor: Tensor | None
@@ -147,9 +150,7 @@ class InputQuantizer(nn.Module):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight holds quantized values and whose input is quantized on the way
-    in.
-    """
+    """Multiplies a quantized input with a weight that holds quantized values."""
 
     def __init__(
         self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales
@@ -181,8 +182,9 @@ class QuantizedLowRankLinear(LowRankLinear):
 
 
 def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """NVFP4 of an input ``x (..., in)``, back in float32: each block by the scale that its largest
-    magnitude asks for, as E4M3 holds it.
+    """Quantize an input ``x (..., in)`` to NVFP4 and back to float32.
+
+    Each block has the scale that its largest magnitude asks for, as E4M3 holds it.
 
     A block whose scale rounds to zero becomes zero, as in ModelOpt's kernel (``nvfp4_scalar_qdq``).
     """
@@ -197,8 +199,9 @@ def blocks_of(x: Tensor) -> Tensor:
 
 
 def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """The scales that the blocks of ``x (..., in)`` ask for, over the global one, cut to E4M3's
-    range: ``(..., in / 16, 1)``.
+    """Give the scales of the blocks of ``x (..., in)``, ``(..., in / 16, 1)``.
+
+    They are over the global one, and cut to E4M3's range.
     """
     return torch.clamp(
         blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale),
@@ -245,7 +248,8 @@ def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
     )
     if not fits or (scales.pre_quant is not None and scales.pre_quant.shape != (columns,)):
         raise CheckpointError(
-            f"{name}: expected scales for a weight of {[rows, columns]}, found weight scales of shape {list(shape)}",
+            f"{name}: expected scales for a weight of {[rows, columns]}, "
+            f"found weight scales of shape {list(shape)}",
             f"calibrate this checkpoint: {CALIBRATE}",
         )
 

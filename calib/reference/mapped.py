@@ -25,8 +25,9 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def mapped_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a checkpoint where it lies, not to be written to; a small one that lies there in
-    another form, in memory.
+    """Map a checkpoint's tensor where it lies, not to be written to.
+
+    A small one that lies there in another form is read into memory.
     """
     if isinstance(entry, FoldedEntry):
         return torch.from_numpy(entry.values())
@@ -55,14 +56,15 @@ def float32_bytes(checkpoint: Checkpoint) -> int:
 def open_trunk(
     checkpoint: Checkpoint, num_positions: int, device: str = "cpu", memory_bytes: int | None = None
 ) -> TriModeTrunk:
-    """The trunk for inference; weights in float32 where these fit into ``memory_bytes`` (None =
-    they do), else mapped.
+    """Open the trunk for inference, its weights in float32 or mapped.
+
+    They are in float32 where these fit into ``memory_bytes`` (None = they do).
 
     Args:
         checkpoint: an opened checkpoint; its files have to stay as they are while the trunk is
         used.
         num_positions: rows of the position tables.
-        device: where it computes. Mapped weights are sent there for each product.
+        device: Device that computes. Mapped weights are sent there for each product.
         memory_bytes: for weights that stay in memory.
     """
     rank, alpha = _drafter(checkpoint)
@@ -77,8 +79,9 @@ def open_trunk(
 
 
 def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer:
-    """One decoder layer in float32, for inference. To an attention pattern it is layer 0, whichever
-    it is.
+    """Load one decoder layer in float32, for inference.
+
+    To an attention pattern it is layer 0, whichever it is.
     """
     rank, alpha = _drafter(checkpoint)
     with torch.device("meta"):
@@ -95,8 +98,9 @@ class MappedLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:  # noqa: ARG002
-        """``x (..., in)`` float32 -> ``(..., out)``; without an adapter there is no branch that
-        ``drafter_scale`` could multiply.
+        """Multiply ``x (..., in)`` float32 -> ``(..., out)``.
+
+        Without an adapter there is no branch that ``drafter_scale`` could multiply.
         """
         rows = max(1, WIDENED_BYTES // (4 * self.weight.shape[1]))
         starts = range(0, self.weight.shape[0], rows)
@@ -117,7 +121,7 @@ class MappedLowRankLinear(nn.Module):
         self.base, self.lora_a, self.lora_b, self.scaling = base, lora_a, lora_b, scaling
 
     def forward(self, x: Tensor, drafter_scale: Tensor | float | None = None) -> Tensor:
-        """See :class:`trimode.graphs.decoder.trunk.LowRankLinear`."""
+        """Multiply, and add the branch where there is a ``drafter_scale``."""
         y: Tensor = self.base(x)
         if drafter_scale is None:
             return y
@@ -152,8 +156,9 @@ def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: str) -
 
 
 def _map_weights(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
-    """Replace everything below ``module`` that has a matrix; norms, whose weights are small,
-    stay.
+    """Replace everything below ``module`` that has a matrix.
+
+    Norms, whose weights are small, stay.
     """
     for name, child in module.named_children():
         mapped = _mapped(child, f"{prefix}{name}", checkpoint)

@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""Asks how much memory is free."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 
 def free_memory_bytes(device: str) -> int:
-    """Bytes that this process could still take on ``cpu`` or ``cuda``; on the CPU (Linux) also what
-    its control group leaves.
+    """Count the bytes that this process could still take on ``cpu`` or ``cuda``.
+
+    On the CPU (Linux) also what its control group leaves is asked.
     """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])

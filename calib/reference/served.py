@@ -1,6 +1,4 @@
-"""The trunk with the weights that a bundle of it will hold: rounded to the bundle's type, and
-quantized where it is.
-"""
+"""Loads the trunk with a bundle's weights: rounded to its type, quantized where it is."""
 
 from __future__ import annotations
 
@@ -18,12 +16,12 @@ from trimode.graphs.identity import SourceDigest
 
 @dataclass(frozen=True)
 class ServedTrunk:
-    """A trunk in float32 arithmetic.
+    """Holds a trunk in float32 arithmetic.
 
     Attributes:
         base_sha256: digest of the checkpoint without its adapter.
-        sha256: the same with it.
-        calibration: of the weights; None = they are not quantized.
+        sha256: Digest of the checkpoint with its adapter.
+        calibration: Calibration of the weights; None = they are not quantized.
     """
 
     trunk: TriModeTrunk
@@ -40,7 +38,7 @@ def load_served(
     Args:
         checkpoint: an opened checkpoint.
         num_positions: rows of the position tables.
-        dtype: what the bundle stores weights in that are not quantized, and scales.
+        dtype: Type of the bundle's scales, and of its weights that are not quantized.
         calibration: folder of the scales; None = nothing is quantized.
 
     Raises:

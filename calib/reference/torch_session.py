@@ -1,5 +1,6 @@
-"""The runtime's ``Session`` over the torch trunk, eager, float32, with a cache that grows by
-concatenation.
+"""Runs the runtime's ``Session`` over the torch trunk, eager and in float32.
+
+Its cache grows by concatenation.
 
 Calibration runs the decoders over it, and verification takes it as the reference: it shares the
 trunk's weights and position tables with the graphs, but neither their operators nor their cache.
@@ -34,14 +35,15 @@ def load_trunk(
     digest: SourceDigest | None = None,
     exact: Container[str] = (),
 ) -> TriModeTrunk:
-    """The trunk of a checkpoint in float32, ready for inference; takes four bytes of memory a
-    parameter.
+    """Load a checkpoint's trunk in float32, ready for inference.
+
+    It takes four bytes of memory a parameter.
 
     Args:
         checkpoint: an opened checkpoint.
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
-        digest: of the same checkpoint; has seen all of it afterwards.
+        digest: Digest of the same checkpoint; has seen all of it afterwards.
         exact: names of the weights that are not rounded, because something else will be done to
             them: those that a bundle quantizes.
 
@@ -69,8 +71,9 @@ def load_trunk(
 
 
 class TorchCache(GrowingCacheAttention):
-    """A :class:`trimode.runtime.sessions.base.KVCache` that is itself the attention pattern. It
-    holds what has been run and nothing more.
+    """Holds what has been run and nothing more; it is itself the attention pattern.
+
+    A :class:`trimode.runtime.sessions.base.KVCache`.
     """
 
     @property
@@ -99,8 +102,9 @@ class TorchCache(GrowingCacheAttention):
 
 
 class TorchSession:
-    """A :class:`trimode.runtime.sessions.base.Session` over the trunk, on the device where its
-    weights are.
+    """Runs a :class:`trimode.runtime.sessions.base.Session` over the trunk.
+
+    It runs on the device where the weights are.
     """
 
     max_prefill_rows = None
@@ -115,7 +119,7 @@ class TorchSession:
         """Nothing to do: Python counts the references."""
 
     def new_cache(self) -> TorchCache:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
+        """Give an empty cache."""
         return TorchCache()
 
     def run(
@@ -126,7 +130,7 @@ class TorchSession:
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`; the outputs are the caller's own."""
+        """Run a role; the outputs are the caller's own."""
         return self.forward(role, cast("TorchCache", cache), input_ids, past_length, drafter_scale)
 
     @torch.inference_mode()
@@ -139,8 +143,10 @@ class TorchSession:
         drafter_scale: float = 0.0,
         input_length: int | None = None,
     ) -> tuple[Array, ...]:
-        """Like :meth:`run`; ``input_length`` says how many of the rows are real where a prompt
-        chunk is padded on the right.
+        """Run like :meth:`run`.
+
+        ``input_length`` says how many of the rows are real where a prompt chunk is padded on the
+        right.
         """
         if role == "quadratic":
             return self._quadratic(cache, input_ids, past_length)
@@ -165,8 +171,9 @@ class TorchSession:
         return best.indices.numpy(force=True), best.values.numpy(force=True)
 
     def _quadratic(self, cache: TorchCache, input_ids: Ids, past_length: int) -> tuple[Array, ...]:
-        """The obvious way: a causal forward, then a bidirectional one over masked slots behind what
-        it accepts. Keeps K/V of the former.
+        """Run a causal forward, then a bidirectional one over masked slots behind it.
+
+        The slots follow what the causal one accepts, whose K/V are kept.
         """
         greedy, accepted, logits = self.forward("verify", cache, input_ids, past_length)
         kept = cache.layers
@@ -182,8 +189,9 @@ class TorchSession:
         )
 
     def drafts_behind(self, cache: TorchCache, past_length: int, rows: int) -> tuple[Array, Array]:
-        """Candidates and probabilities, ``(1, rows, 5)``, of masked slots behind ``past_length``
-        tokens; their K/V end up in the cache.
+        """Draft masked slots behind ``past_length`` tokens.
+
+        Returns candidates and probabilities, ``(1, rows, 5)``; their K/V end up in the cache.
         """
         masked = np.full((1, rows), self.trunk.config.mask_token_id, np.int64)
         ids, probabilities = self.forward("draft", cache, masked, past_length)
@@ -191,8 +199,9 @@ class TorchSession:
 
 
 def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Array, Array]:
-    """Candidates and probabilities of slots, ``(B, T, 5)``, those of the first slot replaced by
-    what causal ``logits (B, V)`` say of its token.
+    """Replace the candidates of the first slot by those of causal ``logits (B, V)``.
+
+    Candidates and probabilities of slots are ``(B, T, 5)``.
     """
     best = torch.from_numpy(logits).softmax(-1).topk(ids.shape[-1], -1)
     ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
@@ -200,8 +209,9 @@ def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Arra
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:
-    """How many drafts ``input_ids[:, 1:]`` in a row equal the greedy ids before them: ``(B, T)``,
-    ``(B, T)`` -> ``(B,)``.
+    """Count the drafts in a row that equal the greedy ids before them.
+
+    The drafts are ``input_ids[:, 1:]``: ``(B, T)``, ``(B, T)`` -> ``(B,)``.
     """
     agrees = greedy_ids[:, :-1] == input_ids[:, 1:]
     lengths: Ids = np.cumprod(agrees, 1).sum(1).astype(np.int64)

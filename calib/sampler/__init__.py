@@ -1,5 +1,4 @@
-"""Trains a sampler for a checkpoint's block diffusion, on the states that the decoder itself passes
-through.
+"""Trains a sampler for block diffusion on the states that the decoder passes through.
 
 - ``settings``: what a caller can choose
 - ``trajectories``: denoised blocks, state by state, beside the tokens that serial denoising ends

@@ -100,21 +100,20 @@ def train_sampler(
     calibration: Path | None = None,
     resume: bool = False,
 ) -> SamplerFile:
-    """Train a sampler on the block diffusion of a checkpoint, and write it to the folder
-    ``output``.
+    """Train a sampler on a checkpoint's block diffusion, and write it to ``output``.
 
     Takes four bytes of memory a parameter, and 48 a slot of the states. Ctrl-C leaves a state
     beside ``output`` that ``resume`` takes up: the run then ends with the same bytes as if it had
     not been interrupted, where the budget is one of steps.
 
     Args:
-        checkpoint: whose denoising it is.
-        model: the facts that decoding needs.
+        checkpoint: Checkpoint that denoises.
+        model: Facts that decoding needs.
         prompts: what the model answers; right answers, where they are known, decide the threshold
         and are measured by.
         output: new, empty, or an earlier output, which is replaced whole.
-        settings: see :class:`SamplerJobSettings`.
-        progress: told what happens.
+        settings: Choices of the caller.
+        progress: Display of the stages.
         calibration: folder of the scales that the bundle will have; None = its weights are not
         quantized.
         resume: take up the run that was interrupted.
@@ -165,15 +164,14 @@ def train_sampler(
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor an earlier
-    output.
-    """
+    """Raise :class:`UsageError` where ``output`` is neither empty nor an earlier output."""
     check_replaceable(output, RECORD, "a trained sampler")
 
 
 def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
-    """Denoise every prompt whose states the run's state does not have; in any order of block
-    lengths, each prompt by a seed of its own.
+    """Denoise every prompt whose states the run's state does not have.
+
+    Block lengths may come in any order: each prompt has a seed of its own.
     """
     session, settings, texts = (
         RecordingSession(TorchSession(job.served.trunk)),
@@ -242,12 +240,12 @@ def _answer(
             session,
             job.model,
             texts,
-            length,
-            settings.max_new_tokens,
-            settings.target,
-            scorer,
-            prompts.is_right,
-            advance,
+            block_length=length,
+            max_new_tokens=settings.max_new_tokens,
+            target=settings.target,
+            scorer=scorer,
+            is_right=prompts.is_right,
+            advance=advance,
         )
     )
 

@@ -1,4 +1,4 @@
-"""What a sampler is worth: its scores on states, and texts denoised by it."""
+"""Measures a sampler: its scores on states, and texts denoised by it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimode.graphs.sampler.network import BlockSampler
 from trimode.runtime.decode.algorithms import Algorithm, Counters, decode_ar, decode_diffusion
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
-from trimode.runtime.decode.unmasking import Scorer
+from trimode.runtime.decode.unmasking import SamplerName, Scorer
 from trimode.runtime.sessions.base import Session
 from trimode.runtime.text.prompts import Text
 
@@ -50,8 +50,9 @@ def measure_scores(sampler: BlockSampler, states: States, mask_token_id: int) ->
 
 
 def auc(values: Values, right: NDArray[np.bool_]) -> float | None:
-    """Area under the ROC curve by ranks (Mann-Whitney), equal values counting half; None where all
-    are right, or none.
+    """Compute the area under the ROC curve by ranks (Mann-Whitney).
+
+    Equal values count half. None where all are right, or none.
     """
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
@@ -82,6 +83,7 @@ def measure_texts(
     session: Session,
     model: ModelInfo,
     prompts: Sequence[Text],
+    *,
     block_length: int,
     max_new_tokens: int,
     target: Target,
@@ -89,43 +91,33 @@ def measure_texts(
     is_right: Callable[[Text, Text], bool | None],
     advance: Callable[[int], None],
 ) -> tuple[DenoisingRecord, ...]:
-    """Answer the prompts under thresholds on the probability and on the score, and count who writes
-    the target's text, and a right one.
+    """Count how often each policy writes the target's text, or a right one.
+
+    The policies are thresholds on the probability and on the score.
 
     Args:
-        session: over the model.
-        model: the facts that decoding needs.
-        prompts: what to answer.
-        block_length: L.
-        max_new_tokens: of each answer.
-        target: whose text that is.
-        scorer: gives the scores.
-        is_right: whether an answer to a prompt is a right one; None where that is not known.
-        advance: told of each prompt that is done.
+        session: Session over the model.
+        model: Facts that decoding needs.
+        prompts: Prompts to answer.
+        block_length: Slots of a block, L.
+        max_new_tokens: Longest answer, in tokens.
+        target: Kind of text that counts as the target.
+        scorer: Scorer of the slots.
+        is_right: Tells whether an answer to a prompt is right; None where that is not known.
+        advance: Called with 1 after each prompt.
     """
-    policies = [("threshold", value) for value in CONFIDENCES] + [
-        ("learned", value) for value in SCORES
+    policies: list[tuple[SamplerName, float]] = [
+        *(("threshold", value) for value in CONFIDENCES),
+        *(("learned", value) for value in SCORES),
     ]
-    decode, wanted = (
-        (decode_ar, DecodeOptions(max_new_tokens))
-        if target == "ar"
-        else (
-            decode_diffusion,
-            DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target]),
-        )
-    )
     options = [
         DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer)
         for name, value in policies
-    ]  # type: ignore[arg-type]
-    same, tokens, forwards = (
-        np.zeros(len(policies), int),
-        np.zeros(len(policies), int),
-        np.zeros(len(policies), int),
-    )
-    right, num_known = np.zeros(len(policies), int), 0
+    ]
+    same, right, tokens, forwards = np.zeros((4, len(policies)), int)
+    num_known = 0
     for prompt in prompts:
-        expected, _ = _decode(decode, session, model, prompt, wanted)
+        expected = _target_text(session, model, prompt, block_length, max_new_tokens, target)
         num_known += is_right(prompt, expected) is not None
         for row, chosen in enumerate(options):
             text, nfe = _decode(decode_diffusion, session, model, prompt, chosen)
@@ -152,7 +144,9 @@ def measure_texts(
 
 
 def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
-    """The score to fill from where nobody says otherwise; the highest where a sampler is no good.
+    """Choose the score to fill from where nobody says otherwise.
+
+    It is the highest where a sampler is no good.
 
     It is the fastest of those under which, over all block lengths, as many texts are right as under
     the best score, less one standard error of that share (the rule by which Breiman et al.,
@@ -169,14 +163,9 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
         return right, sum(row.num_tokens for row in rows) / sum(row.num_forwards for row in rows)
 
     shares = {value: over_lengths("learned", value)[0] for value in SCORES}
-    best, num_texts = (
-        max(shares.values()),
-        sum(
-            row.num_texts
-            for row in measured
-            if (row.sampler, row.threshold) == ("learned", SCORES[0])
-        ),
-    )
+    best = max(shares.values())
+    first = ("learned", SCORES[0])
+    num_texts = sum(row.num_texts for row in measured if (row.sampler, row.threshold) == first)
     wanted = max(
         over_lengths("threshold", USUAL_CONFIDENCE)[0],
         best - math.sqrt(best * (1 - best) / num_texts),
@@ -186,10 +175,22 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
 
 
 def share_right(row: DenoisingRecord) -> float:
-    """The share of texts that are right; where no answer is known, of those that are the
-    target's.
-    """
+    """Give the share of right texts; where no answer is known, of the target's."""
     return row.same_as_target if row.exact_match is None else row.exact_match
+
+
+def _target_text(
+    session: Session,
+    model: ModelInfo,
+    prompt: Text,
+    block_length: int,
+    max_new_tokens: int,
+    target: Target,
+) -> Text:
+    if target == "ar":
+        return _decode(decode_ar, session, model, prompt, DecodeOptions(max_new_tokens))[0]
+    options = DecodeOptions(max_new_tokens, block_length, sampler=ONE_BY_ONE[target])
+    return _decode(decode_diffusion, session, model, prompt, options)[0]
 
 
 @torch.inference_mode()

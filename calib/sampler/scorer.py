@@ -21,7 +21,7 @@ class TorchScorer:
     def score(
         self, block: Ids, masked: Slots, ids: Array, probabilities: Array
     ) -> NDArray[np.float32]:
-        """See :class:`trimode.runtime.decode.unmasking.Scorer`."""
+        """Score every slot of a block, ``(L,)`` float32."""
         device = self._sampler.feature_mean.device
         arrays = (
             block.astype(np.int64),

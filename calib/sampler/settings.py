@@ -37,13 +37,13 @@ class SamplerJobSettings:
         num_held_out: prompts that are set aside for the measurement; None = a quarter, at most 64.
         target: what the labels go by: ``serial`` or ``leftmost`` denoising, or the model's own
         ``ar`` text.
-        block_lengths: of the blocks that are denoised, to train on and to measure.
+        block_lengths: Lengths of the blocks that are denoised, to train on and to measure.
         d_model, num_layers, num_heads, feed_forward: sizes of the network.
         learning_rate: its peak.
         batch_size: slots in a step.
-        seed: of the draw, of the network and of what a step trains on.
+        seed: Seed of the draw, of the network and of the steps' data.
         max_new_tokens: most tokens of an answer.
-        device: where the checkpoint and the network run, ``cpu`` or ``cuda``.
+        device: Device of the checkpoint and the network, ``cpu`` or ``cuda``.
     """
 
     dtype: DType = "float32"
@@ -94,7 +94,8 @@ class SamplerJobSettings:
         self._check_blocks()
         if self.d_model % (2 * self.num_heads):
             raise UsageError(
-                f"expected --d-model that is a multiple of twice the heads ({2 * self.num_heads}), found {self.d_model}",
+                "expected --d-model that is a multiple of twice the heads "
+                f"({2 * self.num_heads}), found {self.d_model}",
                 "positions rotate pairs of numbers in each head",
             )
         check_dtype(self.dtype)

@@ -39,7 +39,7 @@ class SamplerProgress:
         untrained_loss, best_loss: on the states that decide, of the untrained weights and of the
         best so far.
         best_step: steps that the best weights have been trained.
-        checks: how often they have been tried.
+        checks: Number of times they have been tried.
     """
 
     step: int = 0
@@ -69,7 +69,7 @@ def new_sampler(
         token_table: ``(V, 32)`` float16.
         states: by block length.
         mask_token_id: marks masked slots.
-        seed: of its weights.
+        seed: Seed of its weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,7 +113,7 @@ class SamplerTraining:
         mask_token_id: marks masked slots.
         learning_rate: its peak.
         batch_size: slots in a step, so that steps take alike long whatever the length of a block.
-        seed: of what a step trains on.
+        seed: Seed of the steps' data.
     """
 
     def __init__(
@@ -146,8 +146,9 @@ class SamplerTraining:
     def run(
         self, budget: Budget, report: Report = lambda _progress, _share: None
     ) -> SamplerProgress:
-        """Train until the budget is used up, counting what has been used before, and leave the best
-        weights.
+        """Train until the budget is used up, and leave the best weights.
+
+        What has been used before counts.
 
         ``report`` is called after each step.
         """
@@ -163,8 +164,9 @@ class SamplerTraining:
         return progress
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` takes up, in types that ``torch.load(weights_only=True)`` reads;
-        tensors are not copied.
+        """Give what :meth:`load` takes up.
+
+        Its types are those that ``torch.load(weights_only=True)`` reads. Tensors are not copied.
         """
         return {
             "sampler": self.sampler.state_dict(),
@@ -175,8 +177,9 @@ class SamplerTraining:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue a training of the same settings and states; the next step is the one that it
-        would have made.
+        """Continue a training of the same settings and states.
+
+        The next step is the one that it would have made.
         """
         self.sampler.load_state_dict(state["sampler"])
         self._best = dict(state["best"])
@@ -207,7 +210,7 @@ class SamplerTraining:
         return loss.item()
 
     def _check(self) -> None:
-        """Try the weights on the states that decide, and keep them if they are the best so far."""
+        """Try the weights on the states that decide, and keep the best so far."""
         progress = self.progress
         parts = [
             validation_loss(self.sampler, states, self._mask)
@@ -224,8 +227,9 @@ class SamplerTraining:
             }
 
     def _record(self, loss: float) -> None:
-        """Count a step and its loss, as means that begin plain and then forget at the rate of their
-        window.
+        """Count a step and its loss, as running means.
+
+        Means begin plain and then forget at the rate of their window.
         """
         progress = self.progress
         progress.step += 1

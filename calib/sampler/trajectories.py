@@ -1,5 +1,6 @@
-"""Denoised blocks, state by state, beside the tokens that should have come out: the *targets*, with
-which the text goes on.
+"""Denoises blocks state by state, beside the *targets* that should have come out.
+
+With the targets the text goes on.
 
 Targets are what denoising ends with that fills one slot a forward: the most probable one (*serial*,
 as in the report), or the *leftmost*, which is often the better text; or what the model writes
@@ -45,7 +46,7 @@ HIT_RATES = (1.0, 0.5)
 
 
 class States(NamedTuple):
-    """N states of blocks of L slots.
+    """Holds N states of blocks of L slots.
 
     Attributes:
         blocks: ``(N, L)`` int32, what the denoise forward saw.
@@ -60,8 +61,9 @@ class States(NamedTuple):
     targets: Tensor
 
     def labels(self, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        """Whether each slot's best candidate is right, and for which slots that is asked: masked
-        ones that have a target; ``(N, L)`` bool.
+        """Tell whether each slot's best candidate is right, and which slots count.
+
+        Masked ones with a target count. Both are ``(N, L)`` bool.
         """
         return self.ids[..., 0] == self.targets, (self.blocks == mask_token_id) & (
             self.targets != mask_token_id
@@ -78,8 +80,7 @@ class _Notes:
 
 
 class RecordingSession(SessionView):
-    """A session that notes the states of blocks, and runs nothing twice between two calls of
-    :meth:`forget`.
+    """Notes the states of blocks, and runs nothing twice until :meth:`forget`.
 
     Right only where one sequence denoises, from the same place, again and again, and is rolled back
     to that place before every :meth:`forget`: what a forward that is left out would have written
@@ -96,8 +97,9 @@ class RecordingSession(SessionView):
 
     @property
     def denoised(self) -> list[tuple[Ids, Array, Array]]:
-        """Block ``(L,)``, candidates and probabilities ``(L, 5)`` of every state since, in the
-        order in which they came.
+        """List every state since, in order.
+
+        A state is a block ``(L,)``, candidates and probabilities ``(L, 5)``.
         """
         return list(self._notes.denoised.values())
 
@@ -115,7 +117,7 @@ class RecordingSession(SessionView):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
+        """Run a role, or give back what the same forward returned before."""
         key = input_ids.tobytes()
         if role != "draft":
             self._notes.last_causal = input_ids[0].copy()
@@ -144,10 +146,15 @@ class _KnowsTargets:
         self._targets, self._hit_rate, self._rng = targets, hit_rate, rng
 
     def score(
-        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+        self,
+        block: Ids,  # noqa: ARG002
+        masked: Slots,  # noqa: ARG002
+        ids: Array,
+        probabilities: Array,
     ) -> NDArray[np.float32]:
-        """1 for a slot that may be filled; of the others, and if there is none, the most confident
-        right slot has the highest score.
+        """Score 1 for a slot that may be filled.
+
+        Of the others, and if there is none, the most confident right slot has the highest score.
         """
         right = ids[:, 0] == self._targets
         is_hit = np.array([self._rng.random() < self._hit_rate for _ in right])
@@ -167,13 +174,13 @@ def write_states(
     """All states of the blocks of one text, which goes on as its targets.
 
     Args:
-        session: over the model.
-        model: the facts that decoding needs.
-        prompt: what the text begins with.
+        session: Session over the model.
+        model: Facts that decoding needs.
+        prompt: Tokens that the text begins with.
         block_length: L.
-        max_new_tokens: where it ends at the latest.
-        target: what the targets are.
-        rng: decides which right slots a sampler misses.
+        max_new_tokens: Longest answer, in tokens.
+        target: Kind of the targets.
+        rng: Source of the misses of a sampler.
     """
     sequence = DecodedSequence(session, model, prompt)
     end = len(prompt) + min(max_new_tokens, sequence.room)
@@ -229,8 +236,9 @@ def _one_by_one(
     limits: DecodeOptions,
     sampler: SamplerName,
 ) -> tuple[Text, Ids]:
-    """What such denoising would keep of a block, and all of the block; it may end before it comes
-    to what follows the end of the text.
+    """Denoise a block, and give what would be kept of it and all of it.
+
+    It may end before it comes to what follows the end of the text.
     """
     kept = _denoise(sequence, len(sequence.tokens), limits, sampler=sampler)
     return kept, session.committed

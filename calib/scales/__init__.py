@@ -1,4 +1,4 @@
-"""The calibration job: a checkpoint and texts in, the scales of its linear layers out.
+"""Finds the scales of a checkpoint's linear layers from texts.
 
 - ``settings``        what a caller can choose
 - ``layers``          which layers are quantized, and in what blocks

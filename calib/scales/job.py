@@ -1,5 +1,6 @@
-"""A calibration from beginning to end: the checkpoint is decoded, then calibrated a part at a time,
-and every step can be resumed after.
+"""Calibrates from beginning to end.
+
+The checkpoint is decoded, then calibrated a part at a time, and every step can be resumed after.
 """
 
 from __future__ import annotations
@@ -90,13 +91,13 @@ def calibrate(
     on.
 
     Args:
-        checkpoint: whose weights are quantized.
-        model: the facts that decoding needs.
+        checkpoint: Checkpoint whose weights are quantized.
+        model: Facts that decoding needs.
         texts: token ids of prompts.
-        texts_sha256: of the file that they came from.
+        texts_sha256: Digest of the file that they came from.
         output: new, empty, or an earlier calibration, which is replaced whole.
-        settings: see :class:`QuantizeSettings`.
-        progress: told what happens.
+        settings: Choices of the caller.
+        progress: Display of the stages.
         resume: go on where a run with the same arguments was interrupted. Without it, what such a
             run left is deleted.
 
@@ -132,7 +133,10 @@ def calibrate(
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
-            found = f"{folder}: expected to write what is done, found: {error} (on the disk {mount_of(folder)})"
+            found = (
+                f"{folder}: expected to write what is done, "
+                f"found: {error} (on the disk {mount_of(folder)})"
+            )
             raise BuildError(found, "free disk space, then go on with --resume") from error
         worst = min(records, key=lambda name: records[name].weight_snr_db)
         log.info(
@@ -148,7 +152,7 @@ def calibrate(
 
 
 def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` exists and is neither empty nor a calibration."""
+    """Raise :class:`UsageError` where ``output`` is neither empty nor a calibration."""
     check_replaceable(output, RECORD, "a calibration")
 
 
@@ -257,9 +261,7 @@ class _Job:
     def _calibrate_part(
         self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]
     ) -> None:
-        """Inputs are looked at, and what enters the next part is computed, before ModelOpt
-        quantizes anything.
-        """
+        """Look at the inputs and compute the next part's, then let ModelOpt quantize."""
         part = self._part(index, rope)
         hidden = work.hidden(
             index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size
@@ -290,8 +292,9 @@ class _Job:
         return HeadPart(self.checkpoint, self.settings.device)
 
     def _record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
-        """Statistics for people. The weight is read again: ModelOpt has smoothed the other in
-        place.
+        """Record statistics for people.
+
+        The weight is read again: ModelOpt has smoothed the other in place.
         """
         weight = float32_tensor(self.checkpoint.tensors[f"{name}.weight"], "cpu").numpy()
         quantized = quantize_weight(
@@ -304,7 +307,10 @@ class _Job:
 
 
 def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings) -> dict[str, Any]:
-    """What has to be the same when a run is resumed; whether weights are mapped changes nothing."""
+    """List what has to be the same when a run is resumed.
+
+    Whether weights are mapped changes nothing.
+    """
     return {
         "trimode_version": trimode.__version__,
         "libraries": _libraries(),
@@ -318,8 +324,9 @@ def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings
 def _source_digest(
     checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress
 ) -> str:
-    """The checkpoint's digest; of files that nobody touched since the resumed run took it, that
-    one.
+    """Give the checkpoint's digest.
+
+    Of files that nobody touched since the resumed run took it, that one.
     """
     if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(
         resumed.get("source_sha256"), str

@@ -1,4 +1,4 @@
-"""The model in parts, one of which is in memory at a time: the decoder layers, then the head."""
+"""Runs the model in parts, one in memory at a time: decoder layers, then the head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ Hidden = NDArray[np.float32]
 
 
 class Step(NamedTuple):
-    """What a forward did in a part: the inputs of the layers to quantize, ``(rows, in)`` by name,
-    and its outputs ``(rows, hidden_size)``.
+    """Holds a forward's inputs and outputs in a part.
+
+    Inputs are those of the layers to quantize, ``(rows, in)`` by name; outputs are ``(rows,
+    hidden_size)``.
     """
 
     inputs: dict[str, Tensor]
@@ -34,7 +36,7 @@ class Part(Protocol):
     """A piece of the model, in float32.
 
     Attributes:
-        device: where it is.
+        device: Device of the part.
         linears: its layers that are to be quantized, by the checkpoint's names.
     """
 
@@ -70,7 +72,7 @@ class DecoderPart:
             )
 
     def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
-        """See :class:`Part`."""
+        """Run the layer on a forward."""
         positions = torch.arange(
             forward.past_length, forward.past_length + len(forward.ids), device=x.device
         )[None]
@@ -83,8 +85,9 @@ class DecoderPart:
 
 
 class HeadPart:
-    """The last norm, and the head on the rows whose logits a graph returns; see :class:`Part`.
-    Nothing reads its outputs, so it has none.
+    """Runs the last norm and the head on the rows whose logits a graph returns.
+
+    See :class:`Part`. Nothing reads its outputs, so it has none.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
@@ -99,7 +102,7 @@ class HeadPart:
         }
 
     def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
-        """See :class:`Part`."""
+        """Run the norm and give the head's inputs."""
         return Step({HEAD: self._norm(x)[forward.first_logits_row :]}, x[:0])
 
 

@@ -52,8 +52,11 @@ def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[S
 
 
 def _block_size(shapes: Mapping[str, tuple[int, int]], settings: QuantizeSettings) -> int:
-    """The largest power of two up to the one asked for that divides the inputs of every layer that
-    16 divides.
+    """Find the block size: a power of two that divides all inputs.
+
+    It is the largest up to the one asked for. Only layers whose inputs 16 divides are asked.
+
+    Only layers whose inputs 16 divides are asked.
     """
     block = settings.block_size or DEFAULT_BLOCK
     widths = {width for _, width in shapes.values() if width % SMALLEST_BLOCK == 0}

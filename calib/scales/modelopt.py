@@ -90,7 +90,8 @@ def run_modelopt(
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BuildError(
-            f"expected ModelOpt to calibrate {len(linears)} layers, found that it gave up: {reason}",
+            f"expected ModelOpt to calibrate {len(linears)} layers, "
+            f"found that it gave up: {reason}",
             "use another --precision, or other prompts",
         ) from error
 
@@ -98,8 +99,9 @@ def run_modelopt(
 def quantizer_entries(
     paths: list[str], block_size: int | None, settings: QuantizeSettings
 ) -> list[dict[str, Any]]:
-    """ModelOpt's ``quant_cfg``: FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG, for the
-    modules at these paths alone.
+    """Make ModelOpt's ``quant_cfg`` for the modules at these paths alone.
+
+    It is FP8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG or INT4_AWQ_CFG.
 
     For nvfp4 it is that of fp8 too. ModelOpt's own quantizer of blocks runs on a GPU alone; but all
     that its calibration takes from data is the largest magnitude of a weight and of its inputs,
@@ -127,8 +129,9 @@ def quantizer_entries(
 
 @contextlib.contextmanager
 def tamed() -> Iterator[None]:
-    """What ModelOpt prints goes to the log, and its warnings, about software that is not used here,
-    nowhere.
+    """Log what ModelOpt prints, and drop its warnings.
+
+    The warnings are about software that is not used here.
     """
     printed = io.StringIO()
     try:

@@ -1,5 +1,4 @@
-"""What ModelOpt is run on: not the model's forwards, but what its algorithms take from the inputs
-of a layer.
+"""Runs ModelOpt on what its algorithms take from a layer's inputs, not on the model.
 
 - ``max`` and SmoothQuant take the largest magnitude of each column. One row that has these gives
   the same as all rows.
@@ -46,7 +45,7 @@ def find_scales(
     Args:
         weights: ``(out, in)`` float32 by layer; SmoothQuant and AWQ leave them divided by
         ``pre_quant_scale``.
-        statistics: of the layers' inputs.
+        statistics: Statistics of the layers' inputs.
         inputs: runs all forwards again.
         block_size: int4: inputs that share a scale.
         settings: the precision and its granularity.
@@ -95,8 +94,9 @@ def batches(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
 
 
 def weighted_rows(forwards: Iterable[Tensor]) -> Tensor:
-    """The rows of forwards, ``(n, in)`` each, scaled so that the mean square of products with them
-    is the sum of the forwards' own.
+    """Join the rows of forwards, ``(n, in)`` each, so that every forward counts alike.
+
+    The mean square of products with them is the sum of the forwards' own.
     """
     some = [x for x in forwards if x.shape[0]]
     total = sum(x.shape[0] for x in some)

@@ -24,11 +24,11 @@ class QuantizeSettings:
         mode begins with a causal prefill.
         num_samples: texts to draw; None = all of them.
         max_new_tokens: the longest answer that is decoded after each text, in each mode.
-        seed: of the draw.
+        seed: Seed for drawing prompts.
         block_size: int4: inputs that share a scale, at most; a power of two from 16 on. None = 128.
         is_per_channel: fp8: a scale for each row of a weight, instead of one.
         quantizes_head: quantize ``diffusion_head`` too.
-        device: where the model runs, ``cpu`` or ``cuda``.
+        device: Device of the model, ``cpu`` or ``cuda``.
         memory_gib: decoding keeps all weights in memory, in float32, where they take at most this;
             otherwise they stay in the checkpoint's files. None = half of what is free.
     """
@@ -45,12 +45,14 @@ class QuantizeSettings:
     memory_gib: float | None = None
 
     def check(self) -> None:
-        """Raise :class:`UsageError` for a value that cannot be used, or that the precision has no
-        use for.
+        """Raise :class:`UsageError` for a value that cannot be used.
+
+        That includes one that the precision has no use for.
         """
         if self.precision not in get_args(QuantizedPrecision):
             raise UsageError(
-                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, found {self.precision!r}",
+                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, "
+                f"found {self.precision!r}",
                 "choose one of these",
             )
         self._check_modes()
@@ -73,7 +75,8 @@ class QuantizeSettings:
         unknown = [mode for mode in self.modes if mode not in ROLES]
         if unknown or not self.modes:
             raise UsageError(
-                f"expected --modes among {','.join(ROLES)}, found {unknown[0] if unknown else 'none'}",
+                f"expected --modes among {','.join(ROLES)}, "
+                f"found {unknown[0] if unknown else 'none'}",
                 "separate them by commas",
             )
         if "ar" not in self.modes:
@@ -102,6 +105,7 @@ class QuantizeSettings:
             )
         if self.block_size < SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
             raise UsageError(
-                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, found {self.block_size}",
+                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, "
+                f"found {self.block_size}",
                 "128 is usual",
             )

@@ -1,5 +1,4 @@
-"""What the layers' inputs looked like in each mode, and how much of each weight is left after
-quantization.
+"""Gathers the layers' inputs by mode, and what quantization leaves of each weight.
 
 Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by
 :mod:`trimode.graphs.numerics.integers`.
@@ -68,8 +67,10 @@ class InputStatistics:
         for name, by_role in self.amax.items():
             if not any(by_role.values()):
                 raise UsageError(
-                    f"{name}: expected inputs other than zero, found none in {self._num_forwards.get(name, 0)} forwards",
-                    "no scale can be told from that; check the checkpoint, or use prompts that reach this layer",
+                    f"{name}: expected inputs other than zero, "
+                    f"found none in {self._num_forwards.get(name, 0)} forwards",
+                    "no scale can be told from that; check the checkpoint, "
+                    "or use prompts that reach this layer",
                 )
 
     def largest(self, name: str) -> Tensor:
@@ -77,8 +78,9 @@ class InputStatistics:
         return self._largest[name]
 
     def mean(self, name: str) -> Tensor:
-        """Mean magnitude of each column, ``(in,)``, in which every forward counts alike, however
-        many rows it has.
+        """Average the magnitude of each column, ``(in,)``.
+
+        Every forward counts alike, however many rows it has.
         """
         return self._sum[name] / self._num_forwards[name]
 
@@ -94,7 +96,7 @@ def quantize_weight(
     Args:
         weight: (out, in).
         amax: ``()``, ``(out,)`` or ``(out, in / block)``.
-        precision: what to quantize to.
+        precision: Type to quantize to.
         pre_quant_scale: (in,), divided out before and multiplied back after; None = ones.
     """
     factor = np.float32(1) if pre_quant_scale is None else pre_quant_scale

@@ -1,5 +1,6 @@
-"""The work folder of a calibration, ``CALIBRATION.work`` beside it: what is done already, so that
-an interrupted run can go on.
+"""Keeps what a calibration has done, so that an interrupted run can go on.
+
+The folder is ``CALIBRATION.work`` beside the calibration.
 
 ======================
 =======================================================================================================
@@ -51,8 +52,9 @@ def work_folder_of(output: Path) -> Path:
 
 
 def check_work_folder(folder: Path, *, resume: bool) -> None:
-    """Raise :class:`UsageError` where there is nothing to resume, or something that is no work
-    folder stands in the way.
+    """Raise :class:`UsageError` where the work folder does not fit the run.
+
+    There is nothing to resume, or something that is no work folder stands in the way.
     """
     with disk_errors(folder):
         _check_ours(folder, resume=resume)
@@ -66,7 +68,8 @@ def _check_ours(folder: Path, *, resume: bool) -> None:
         )
     if folder.exists() and not is_ours:
         raise UsageError(
-            f"{folder}: expected no such folder, or the work of an interrupted calibration, found something else",
+            f"{folder}: expected no such folder, or the work of an interrupted calibration, "
+            "found something else",
             "name another output",
         )
 
@@ -85,8 +88,9 @@ class WorkFolder:
             )
 
     def episodes(self) -> list[list[Episode]]:
-        """What was decoded so far, by prompt. A line that was being written when the run ended is
-        cut off.
+        """Read what was decoded so far, by prompt.
+
+        A line that was being written when the run ended is cut off.
         """
         path = self.path / "episodes.jsonl"
         if not path.exists():
@@ -114,8 +118,9 @@ class WorkFolder:
 
     @contextmanager
     def write_hidden(self, part: int) -> Iterator[Callable[[Tensor], None]]:
-        """Take in the hidden states that enter a part, in order; they are there when the block ends
-        well.
+        """Take in the hidden states that enter a part, in order.
+
+        They are there when the block ends well.
         """
         partial = self.path / "hidden.partial"
         with partial.open("wb") as stream:
@@ -157,12 +162,13 @@ class WorkFolder:
 
 @contextmanager
 def open_work(folder: Path, facts: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
-    """A work folder for a run: emptied, or with ``resume`` as the run before left it. It stays when
-    the block ends.
+    """Open a work folder: emptied, or with ``resume`` as the run before left it.
+
+    It stays when the block ends.
 
     Args:
-        folder: see :func:`work_folder_of`.
-        facts: what the run is of; JSON.
+        folder: Folder from :func:`work_folder_of`.
+        facts: Facts that identify the run; JSON.
         resume: go on with what is there.
 
     Raises:
@@ -218,7 +224,8 @@ def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     for name, value in json.loads(json.dumps(facts)).items():  # a tuple is a list there
         if found.get(name) != value:
             raise UsageError(
-                f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, found {json.dumps(found.get(name))}",
+                f"{folder}: expected the work of a calibration with {name} {json.dumps(value)}, "
+                f"found {json.dumps(found.get(name))}",
                 f"repeat the interrupted command and add --resume, or {_START_OVER}",
             )
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after ``seconds`` of training or after ``steps``, whichever is given and comes
-    first.
-    """
+    """Says when to stop: after ``seconds`` or after ``steps``, whichever comes first."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -33,7 +31,9 @@ def budget_of(steps: int | None, minutes: float | None, default_steps: int) -> B
 
 
 def rate_at(share: float, *, warm_up: float, decay: float) -> float:
-    """Learning rate as a share of its peak: up over ``warm_up``, level, and down to zero over
-    ``decay``, all straight lines.
+    """Give the learning rate as a share of its peak.
+
+    It goes up over ``warm_up``, is level, and goes down to zero over ``decay``, all in straight
+    lines.
     """
     return max(0.0, min(1.0, (share + 1e-3) / warm_up, (1 - share) / decay))

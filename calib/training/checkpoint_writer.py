@@ -1,5 +1,4 @@
-"""Writes trained weights in the public layout: a whole checkpoint folder, or a drafter adapter
-alone.
+"""Writes trained weights in the public layout: a whole checkpoint, or an adapter alone.
 
 A folder is filled beside its destination and renamed when it is complete, so a run that stops
 half-way leaves no half checkpoint.
@@ -27,12 +26,14 @@ from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 def write_checkpoint(
     folder: Path, trunk: TriModeTrunk, config: Mapping[str, Any], texts: Mapping[str, str]
 ) -> None:
-    """Write ``config.json``, the weights in bfloat16, the drafter adapter where the trunk has one,
-    and ``texts`` as they are.
+    """Write a checkpoint folder, its weights in bfloat16.
+
+    It holds ``config.json``, the drafter adapter where the trunk has one, and ``texts`` as they
+    are.
 
     Args:
         folder: new, empty, or an earlier checkpoint, which is replaced whole.
-        trunk: whose weights are written.
+        trunk: Trunk whose weights are written.
         config: the contents of ``config.json``; has to describe the trunk.
         texts: other files of the folder, by name (tokenizer, chat template, generation defaults).
 
@@ -54,8 +55,9 @@ def write_checkpoint(
 
 
 def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
-    """Write the drafter in the layout of PEFT, float32: ``adapter_config.json`` and
-    ``adapter_model.safetensors``.
+    """Write the drafter in the layout of PEFT, float32.
+
+    The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
         UsageError: the trunk has no adapter.
@@ -102,8 +104,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def round_weights(trunk: TriModeTrunk) -> None:
-    """Round the weights in place to what :func:`write_checkpoint` will write; the adapter keeps
-    float32.
+    """Round the weights in place to what :func:`write_checkpoint` will write.
+
+    The adapter keeps float32.
     """
     with torch.no_grad():
         for name, parameter in trunk.named_parameters():
@@ -126,8 +129,9 @@ def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of ``folder`` at the end, unless an error stops the
-    work.
+    """Yield a folder to fill, which takes the place of ``folder`` at the end.
+
+    Where an error stops the work, the old one stays.
     """
     folder = folder.absolute()
     check_replaceable(folder, "config.json", "a checkpoint")

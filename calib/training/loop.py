@@ -1,5 +1,6 @@
-"""A training as a stage of a job: shown, stopped where it diverges, and kept so that a run that was
-interrupted goes on.
+"""Runs a training as a stage of a job.
+
+It is shown, stopped where it diverges, and kept so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from trimode.progress import Progress
 
 
 class TrainingProgress(Protocol):
-    """What a training has done so far."""
+    """Counts what a training has done so far."""
 
     step: int
     seconds: float
@@ -23,7 +24,7 @@ class TrainingProgress(Protocol):
 
 
 class Training(Protocol):
-    """What can be kept."""
+    """Gives a state that can be kept."""
 
     def state(self) -> dict[str, Any]:
         """All that it needs to go on, in types that ``torch.load(weights_only=True)`` reads."""
@@ -43,11 +44,11 @@ def run_training(
     """Train until the budget is used up.
 
     Args:
-        training: what trains.
+        training: Training whose state is kept.
         run: trains, and calls what it is given after each step.
-        budget: as ``run`` has it, to show how far it is.
-        state: of the job's run.
-        progress: told of the stage.
+        budget: Budget of ``run``, to show how far it is.
+        state: State of the job's run.
+        progress: Display of the stage.
 
     Raises:
         BuildError: the loss is no finite number.

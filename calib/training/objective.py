@@ -1,5 +1,6 @@
-"""The joint objective: next-token prediction and block denoising from one forward over ``[noisy |
-clean]``.
+"""Computes the joint objective from one forward over ``[noisy | clean]``.
+
+It is next-token prediction and block denoising.
 
 Both halves carry the same positions. A clean token sees the clean tokens up to itself; a noisy
 token sees its own block of the noisy half and the clean tokens of strictly earlier blocks, which is
@@ -26,7 +27,9 @@ from torch.nn import functional
 
 
 class Corruption(NamedTuple):
-    """``masked`` (B, W) bool, True where the mask token stands; ``rate`` (B, W) float, the
+    """Holds which slots are masked, and at which rate.
+
+    ``masked`` (B, W) bool is True where the mask token stands. ``rate`` (B, W) float is the
     probability with which it was put there.
     """
 
@@ -35,8 +38,9 @@ class Corruption(NamedTuple):
 
 
 class JointLoss(NamedTuple):
-    """Scalars: what to minimise, and the two parts as means over their own tokens (``diffusion``
-    keeps its ``1 / rate`` weights).
+    """Holds the scalar to minimise, and its two parts.
+
+    The parts are means over their own tokens (``diffusion`` keeps its ``1 / rate`` weights).
     """
 
     total: Tensor
@@ -47,7 +51,7 @@ class JointLoss(NamedTuple):
 def joint_mask(
     noisy_positions: Tensor, clean_positions: Tensor, first_boundary: Tensor | int, block_size: int
 ) -> Tensor:
-    """Who sees whom, ``(B, 1, W + N, W + N)`` bool, rows are queries.
+    """Say who sees whom, ``(B, 1, W + N, W + N)`` bool, rows are queries.
 
     Args:
         noisy_positions: (B, W) int64.
@@ -69,8 +73,9 @@ def joint_mask(
 def corrupt(
     trainable: Tensor, generator: torch.Generator, *, least_rate: float = 1e-3
 ) -> Corruption:
-    """Mask trainable slots independently with one rate per sequence, uniform in ``[least_rate,
-    1)``.
+    """Mask trainable slots independently, at one rate per sequence.
+
+    The rate is uniform in ``[least_rate, 1)``.
 
     Args:
         trainable: (B, W) bool, slots that may be masked.
@@ -92,14 +97,16 @@ def joint_loss(
     *,
     diffusion_weight: float = 0.3,
 ) -> JointLoss:
-    """``(alpha * sum CE(noisy) / rate + sum w * CE(clean)) / (masked slots + sum w)``.
+    """Compute the joint loss of both halves.
+
+    It is ``(alpha * sum CE(noisy) / rate + sum w * CE(clean)) / (masked slots + sum w)``.
 
     A noisy row predicts its own token; a clean row predicts the next one.
 
     Args:
         noisy_logits: (B, W, V).
         noisy_targets: (B, W) int64, the uncorrupted tokens.
-        corruption: which slots count, and their weights.
+        corruption: Slots that count, and their weights.
         clean_logits: (B, N, V).
         clean_ids: (B, N) int64.
         clean_weights: (B, N) float, weight of token i as a target; that of token 0 is not used.

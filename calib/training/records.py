@@ -1,4 +1,4 @@
-"""Parts of the records that jobs write beside their results."""
+"""Makes parts of the records that jobs write beside their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord
 
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Of Python and of libraries."""
+    """Give the versions of Python and of libraries."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in libraries},

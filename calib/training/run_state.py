@@ -1,5 +1,6 @@
-"""What an interrupted run leaves behind: a file with what was written so far and the training as it
-was after a step.
+"""Keeps the state of an interrupted run in a file.
+
+It holds what was written so far, and the training as it was after a step.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ def state_file(output: Path) -> Path:
 
 
 class RunState:
-    """The state of a run.
+    """Holds the state of a run.
 
     Args:
-        file: where it is kept; written whole or not at all.
-        identity: what the run does, as JSON values: a state of another run is not taken up.
+        file: File of the state; written whole or not at all.
+        identity: Facts of the run, as JSON values: a state of another run is not taken up.
         resume: take up the state in ``file``; without it, that file must not exist.
 
     Attributes:
-        written: what the model has written so far, in the order of the prompts, one entry a prompt.
+        written: Entries that the model has written so far, one a prompt, in their order.
         training: whatever the training needs to go on; None before it begins. Both of types that
             ``torch.load(weights_only=True)`` reads.
 
@@ -110,7 +111,8 @@ class RunState:
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise UsageError(
-                    f"{self.file}: expected the state of a run with {name} {value}, found one with {identity.get(name)}",
+                    f"{self.file}: expected the state of a run with {name} {value}, "
+                    f"found one with {identity.get(name)}",
                     "resume with the options and data of the run that was interrupted",
                 )
 
@@ -150,9 +152,9 @@ def write_missing(
     Args:
         state: of the run; it is saved at the end, since an interrupt before the first step of the
         training must not cost what was written.
-        texts: in the order of the entries.
+        texts: Texts in the order of the entries.
         write: the entry, from the number of a text and the text.
-        advance: told of each entry, of those that are there at once.
+        advance: Called after each entry, and at once for those that are there.
     """
     first = len(state.written)
     advance(first)
@@ -170,8 +172,9 @@ def identity_of(
     calibration: Calibration | None,
     data_sha256: str,
 ) -> dict[str, Any]:
-    """What has to be the same for a run to be taken up. A device may change, though the bytes will
-    then differ.
+    """List what has to be the same for a run to be taken up.
+
+    A device may change, though the bytes will then differ.
     """
     scales = calibration.scales_sha256 if calibration else None
     rest = {name: value for name, value in settings.items() if name != "device"}
@@ -180,8 +183,9 @@ def identity_of(
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back, so that a step is made whole; yields a function that tells whether there
-    was one. A second one acts at once.
+    """Hold Ctrl-C back, so that a step is made whole.
+
+    Yields a function that tells whether there was one. A second one acts at once.
     """
     pressed = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Attention patterns. A mode of the model is nothing but one of these and what the tokens are.
+"""Defines the attention patterns; a mode is one of these and its tokens.
 
 A pattern is called once a layer with the queries, keys and values of the new tokens, already
 rotated, and returns what the queries read: ``q (B, H, T, D)``, ``k`` and ``v`` ``(B, G, T, D)`` ->
@@ -23,7 +23,7 @@ OPSET = 24
 
 
 class AttentionPattern(Protocol):
-    """What a layer calls to attend; see the module's docstring for shapes."""
+    """Attends for a layer; see the module's docstring for shapes."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return what the queries of this layer read."""
@@ -31,8 +31,9 @@ class AttentionPattern(Protocol):
 
 
 class FixedCacheAttention:
-    """Scatters new keys and values into a cache of fixed capacity, then attends to what is valid.
-    Export only.
+    """Scatters keys and values into a fixed cache, then attends to what is valid.
+
+    For export only.
 
     Args:
         past_key_values: key and value per layer, alternating, each ``(B, G, C, D)``.
@@ -86,8 +87,9 @@ class FixedCacheAttention:
 
 
 class GrowingCacheAttention:
-    """Eager attention over a cache that grows by concatenation; the obvious version, for one length
-    in the whole batch.
+    """Attends eagerly over a cache that grows by concatenation.
+
+    It is the obvious version, for one length in the whole batch.
 
     ``is_causal`` and ``writes_cache`` may be changed between forwards; ``crop`` rolls back.
     """
@@ -122,8 +124,9 @@ class GrowingCacheAttention:
 
 
 class MaskedAttention:
-    """No cache, an explicit boolean mask ``(T, T)`` or ``(B, 1, T, T)``, True where a query sees a
-    key.
+    """Attends without a cache under an explicit boolean mask.
+
+    The mask is ``(T, T)`` or ``(B, 1, T, T)``, True where a query sees a key.
     """
 
     def __init__(self, mask: Tensor) -> None:

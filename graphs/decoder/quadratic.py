@@ -1,19 +1,17 @@
-"""Quadratic self-speculation: the rows of a forward that verifies a draft and drafts the next block
-after each of its prefixes.
+"""Lays out the rows of quadratic self-speculation.
+
+One forward verifies a draft and drafts the next block after each of its prefixes.
 
 A draft of ``k`` tokens ``d_0 .. d_{k-1}`` becomes ``k (k + 1)`` rows: its tokens, then for each of
 them ``k`` masked slots, which predict what follows if the draft is accepted up to there. Behind
 ``n`` cached tokens:
 
-==================  ============================  ==================
-========================================================== row                 slot in the cache
-position            sees, besides the ``n`` cached tokens ==================
-============================  ==================
-========================================================== token ``r``         ``n + r``
-``n + r``           tokens ``0 .. r`` slot ``c`` of ``r`` ``n + k + r k + c``           ``n + r + 1
-+ c``   tokens ``0 .. r`` and the ``k`` slots of ``r`` ==================
-============================  ==================
-==========================================================
+===================  ===================  =================  =================================
+row                  slot in the cache    position           sees, besides the cached tokens
+===================  ===================  =================  =================================
+token ``r``          ``n + r``            ``n + r``          tokens ``0 .. r``
+slot ``c`` of ``r``  ``n + k + r k + c``  ``n + r + 1 + c``  tokens ``0 .. r``, slots of ``r``
+===================  ===================  =================  =================================
 
 So the tokens' rows are those of a causal forward, and their keys and values stay. Those of the
 slots lie behind them, where the next forward overwrites them. Source: Nemotron-Labs-Diffusion
@@ -34,8 +32,9 @@ def quadratic_tokens(draft: Tensor, mask_token_id: int) -> Tensor:
 
 
 def quadratic_positions(past_length: Tensor, rows: int) -> Tensor:
-    """Absolute positions ``(B, k (k + 1))`` behind ``past_length (B,)`` tokens, for ``rows`` =
-    k.
+    """Give absolute positions ``(B, k (k + 1))`` behind ``past_length (B,)`` tokens.
+
+    ``rows`` is k.
     """
     token = torch.arange(rows, device=past_length.device)
     slots = (token[:, None] + token[None] + 1).reshape(-1)
@@ -43,8 +42,9 @@ def quadratic_positions(past_length: Tensor, rows: int) -> Tensor:
 
 
 def quadratic_mask(past_length: Tensor, rows: int, capacity: int) -> Tensor:
-    """Which slot of the cache each row sees, ``(B, 1, k (k + 1), capacity)`` bool, once the rows'
-    keys are in it.
+    """Say which slot each row sees, ``(B, 1, k (k + 1), capacity)`` bool.
+
+    The rows' keys are in the cache by then.
     """
     token = torch.arange(rows, device=past_length.device)
     # (k k,) the token that a masked slot belongs to
@@ -61,8 +61,9 @@ def quadratic_mask(past_length: Tensor, rows: int, capacity: int) -> Tensor:
 
 
 def drafted_rows(accepted_length: Tensor, rows: int) -> Tensor:
-    """Rows that predict the next draft, ``(B, k)``, where ``accepted_length (B,)`` drafts behind
-    the first were right.
+    """Choose the rows that predict the next draft, ``(B, k)``.
+
+    ``accepted_length (B,)`` drafts behind the first were right.
 
     The first is the last accepted token's own: its causal prediction is verified already, so it
     takes the place of the first slot's.

@@ -1,5 +1,6 @@
-"""The roles as modules over one trunk: which rows attend how, and what the graph returns instead of
-raw logits.
+"""Defines the roles as modules over one trunk.
+
+A role says which rows attend how, and what the graph returns instead of raw logits.
 
 Each ``forward`` takes tensors in the order of :func:`trimode.formats.contract.graph_contract`, then
 the cache as a list, and returns the contract's outputs followed by the updated cache.
@@ -24,7 +25,7 @@ Cache = list[Tensor]
 
 
 class ArRole(nn.Module):
-    """Causal rows; the head sees one row a sequence, the last real one."""
+    """Runs causal rows; the head sees one row a sequence, the last real one."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
         super().__init__()
@@ -41,8 +42,9 @@ class ArRole(nn.Module):
 
 
 class DraftRole(nn.Module):
-    """A block whose slots see each other; the head answers for the slot itself. Used to denoise
-    and, with the adapter, to draft.
+    """Runs a block whose slots see each other; the head answers for the slot itself.
+
+    It denoises and, with the adapter, drafts.
     """
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -69,9 +71,7 @@ class DraftRole(nn.Module):
 
 
 class VerifyRole(nn.Module):
-    """Causal rows over a drafted block; every row's next token, and how many drafts agree with
-    it.
-    """
+    """Runs causal rows over a drafted block, and counts the drafts that agree."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
         super().__init__()
@@ -80,16 +80,18 @@ class VerifyRole(nn.Module):
     def forward(
         self, input_ids: Tensor, past_length: Tensor, past_key_values: Cache
     ) -> tuple[Tensor, Tensor, Tensor, Cache]:
-        """Return ``greedy_ids (B, T)``, ``accepted_length (B,)``, ``logits (B, T, V)`` and the
-        updated cache.
+        """Return the greedy ids, the accepted length, the logits and the cache.
+
+        ``greedy_ids (B, T)``, ``accepted_length (B,)``, ``logits (B, T, V)`` and the updated cache.
         """
         hidden, present = _run(self.trunk, input_ids, past_length, past_key_values, is_causal=True)
         return *_verified(self.trunk, hidden, input_ids), present
 
 
 class QuadraticRole(nn.Module):
-    """A verified draft and the next one in a single forward; the head sees the draft's rows, then
-    those behind the last accepted token.
+    """Verifies a draft and drafts the next one in a single forward.
+
+    The head sees the draft's rows, then those behind the last accepted token.
     """
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -99,8 +101,10 @@ class QuadraticRole(nn.Module):
     def forward(
         self, input_ids: Tensor, past_length: Tensor, past_key_values: Cache
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Cache]:
-        """Return ``greedy_ids (B, T)``, ``accepted_length (B,)``, ``logits (B, T, V)``,
-        ``top_ids``, ``top_probabilities (B, T, 5)``, the cache.
+        """Return the verified ids, the logits, the next candidates and the cache.
+
+        ``greedy_ids (B, T)``, ``accepted_length (B,)``, ``logits (B, T, V)``, ``top_ids``,
+        ``top_probabilities (B, T, 5)``, the cache.
         """
         rows, capacity = input_ids.shape[1], past_key_values[0].shape[2]
         attend = FixedCacheAttention(
@@ -123,15 +127,16 @@ class QuadraticRole(nn.Module):
 
 
 def build_role(role: Role, trunk: TriModeTrunk) -> nn.Module:
-    """The module of a role."""
+    """Build the module of a role."""
     return {"ar": ArRole, "draft": DraftRole, "verify": VerifyRole, "quadratic": QuadraticRole}[
         role
     ](trunk)
 
 
 def _candidates(trunk: TriModeTrunk, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Most probable ids and their probabilities, ``(B, T, 5)``, of hidden states ``(B, T,
-    hidden_size)``.
+    """Give the most probable ids and their probabilities, ``(B, T, 5)``.
+
+    Hidden states are ``(B, T, hidden_size)``.
     """
     logits = trunk.head(hidden.flatten(0, 1)).float()
     values, ids = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
@@ -145,8 +150,10 @@ def _candidates(trunk: TriModeTrunk, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def _verified(
     trunk: TriModeTrunk, hidden: Tensor, input_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy ids ``(B, T)``, how many drafts agree with them ``(B,)``, and logits ``(B, T, V)`` of
-    causal hidden states over ``input_ids``.
+    """Verify causal hidden states over ``input_ids``.
+
+    Returns greedy ids ``(B, T)``, how many drafts agree with them ``(B,)``, and logits ``(B, T,
+    V)``.
     """
     logits = trunk.head(hidden.flatten(0, 1))
     greedy_ids = logits.argmax(-1).reshape(input_ids.shape)

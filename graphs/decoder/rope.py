@@ -1,5 +1,6 @@
-"""Rotary position tables, computed the way the reference does (float32 throughout), as data for the
-graphs.
+"""Computes rotary position tables as the reference does, as data for the graphs.
+
+They are float32 throughout.
 
 YaRN changes the inverse frequencies at every position, so it lives in these tables alone and no
 graph knows about it. Sources: Su et al. 2021 (RoPE, half-split layout), Peng et al. 2023 (YaRN),
@@ -20,8 +21,10 @@ Float32 = NDArray[np.float32]
 
 
 class RopeTables(NamedTuple):
-    """``cos``, ``sin``: (positions, head_dim / 2) float32; ``query_scale``: (positions,) float32,
-    or None where the model has none.
+    """Holds the position tables, all float32.
+
+    ``cos``, ``sin``: (positions, head_dim / 2). ``query_scale``: (positions,), or None where the
+    model has none.
     """
 
     cos: Float32
@@ -57,8 +60,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Multiplier of cos and sin: given, or ``m(mscale) / m(mscale_all_dim)``, or ``m(1)``, with
-    ``m(s) = 0.1 s ln(factor) + 1``.
+    """Give the multiplier of cos and sin.
+
+    It is given, or ``m(mscale) / m(mscale_all_dim)``, or ``m(1)``, with ``m(s) = 0.1 s ln(factor) +
+    1``.
     """
     if rope.rope_type == "default":
         return 1.0
@@ -74,8 +79,9 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def query_scale(rope: RopeConfig, num_positions: int) -> Float32 | None:
-    """``1 + beta * ln(1 + floor(position / original))`` per position; exactly 1 below the original
-    length.
+    """Scale queries by position; exactly 1 below the original length.
+
+    It is ``1 + beta * ln(1 + floor(position / original))``.
     """
     if rope.query_scale_beta is None:
         return None

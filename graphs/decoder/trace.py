@@ -1,5 +1,6 @@
-"""Traces a role into an ONNX graph (opset 24) under fake tensors: no weight is read and none is
-allocated.
+"""Traces a role into an ONNX graph (opset 24) under fake tensors.
+
+No weight is read and none is allocated.
 
 The result is an onnx-ir model whose initializers carry the checkpoint's tensor names and no data;
 the compiler says where the data lies.
@@ -42,7 +43,7 @@ def trace_role(
     """Trace one role.
 
     Args:
-        role: which graph.
+        role: Graph to trace.
         config: the model's sizes and rope.
         model: the contract's view of it; decides ``num_positions``.
         drafter: the adapter's shape; only the draft graph has its branch.
@@ -82,9 +83,7 @@ def _export(
     drafter: Drafter | None,
     inputs: tuple[TensorSpec, ...],
 ) -> torch.export.ExportedProgram:
-    """torch.export of the role on fake tensors, every symbolic dimension of the contract
-    dynamic.
-    """
+    """Export the role on fake tensors, the contract's symbolic dimensions dynamic."""
     dims = {name: torch.export.Dim(name, min=_LEAST_SIZES.get(name, 1)) for name in _EXAMPLE_SIZES}
 
     def example(spec: TensorSpec) -> Tensor:
@@ -117,8 +116,9 @@ def _export(
 
 
 def _tidy(model: ir.Model, role: Role) -> None:
-    """Checkpoint names for initializers, shape arithmetic folded, and no leftovers of the
-    exporter.
+    """Name initializers as the checkpoint does, and fold shape arithmetic.
+
+    No leftovers of the exporter stay.
     """
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("trunk."):
@@ -130,8 +130,9 @@ def _tidy(model: ir.Model, role: Role) -> None:
 
 
 def clean(model: ir.Model, name: str) -> None:
-    """Fold constants and shape arithmetic, drop what the exporter leaves behind, and name the
-    graph.
+    """Fold constants and shape arithmetic, and name the graph.
+
+    What the exporter leaves behind is dropped.
     """
     onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
     passes.CommonSubexpressionEliminationPass()(model)
@@ -152,8 +153,9 @@ def clean(model: ir.Model, name: str) -> None:
 
 
 def declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
-    """Give graph inputs or outputs the contract's shapes, so that dimension names are the
-    contract's and not the exporter's.
+    """Give graph inputs or outputs the contract's shapes.
+
+    So dimension names are the contract's and not the exporter's.
     """
     values = list(values)
     assert [v.name for v in values] == [s.name for s in specs], (

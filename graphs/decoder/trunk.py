@@ -1,5 +1,6 @@
-"""The decoder: a Ministral-3 trunk with one untied output head, written once for export, eager use
-and training.
+"""Defines the decoder: a Ministral-3 trunk with one untied output head.
+
+It is written once for export, eager use and training.
 
 Module names equal the checkpoint's tensor names, so a state dict is a checkpoint and an exported
 initializer keeps its name. The attention pattern is an argument, because it is all that
@@ -69,8 +70,9 @@ class TriModeTrunk(nn.Module):
         return hidden.unflatten(0, input_ids.shape)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``(..., vocab_size)``, of the token itself in a denoised slot and of the next
-        token in a causal row.
+        """Return logits ``(..., vocab_size)``.
+
+        In a denoised slot they are of the token itself, in a causal row of the next one.
         """
         return self.diffusion_head(hidden)  # type: ignore[no-any-return]
 
@@ -217,8 +219,9 @@ class SelfAttention(nn.Module):
 
 
 class LowRankLinear(nn.Linear):
-    """``x W' + drafter_scale * (alpha / rank) * x A' B'`` (LoRA, Hu et al. 2021); the branch exists
-    only where rank > 0.
+    """Multiplies, and adds a low-rank branch where rank > 0.
+
+    It gives ``x W' + drafter_scale * (alpha / rank) * x A' B'`` (LoRA, Hu et al. 2021).
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float) -> None:

@@ -28,8 +28,9 @@ cache.
 
 @dataclass(frozen=True)
 class Format:
-    """A type for weights: ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to
-    ``highest``.
+    """Describes a type for weights.
+
+    ``amax`` becomes ``largest``; numbers are kept from ``lowest`` to ``highest``.
 
     Of nvfp4 ``amax`` is that of the whole weight: block and number have a scale between them, which
     makes ``largest`` of ``highest``.
@@ -50,8 +51,9 @@ FORMATS: dict[QuantizedPrecision, Format] = {
 
 
 def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floats:
-    """``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0. That of nvfp4,
-    the global scale, is float32 in every pack.
+    """Give ``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0.
+
+    That of nvfp4, the global scale, is float32 in every pack.
 
     Raises:
         BuildError: a scale is too large for ``stored``.
@@ -81,8 +83,10 @@ def round_to(values: Floats, stored: DType) -> Floats:
 def largest_magnitudes(
     values: Floats, precision: QuantizedPrecision, block_size: int | None
 ) -> Floats:
-    """The ``amax`` that round-to-nearest takes: of each row ``(rows,)``, of each row and block
-    ``(rows, columns / block_size)`` (int4), or of everything ``()`` (nvfp4).
+    """Give the ``amax`` that round-to-nearest takes.
+
+    It is of each row ``(rows,)``, of each row and block ``(rows, columns / block_size)`` (int4), or
+    of everything ``()`` (nvfp4).
     """
     if precision == "nvfp4":
         return np.asarray(np.abs(values).max(), np.float32)
@@ -94,8 +98,9 @@ def largest_magnitudes(
 
 
 def quantize(values: Floats, scale: Floats, precision: QuantizedPrecision) -> NDArray[np.uint8]:
-    """Quantize rows of a weight to the bytes that the pack holds, in a type whose scales are known
-    beforehand (nvfp4: :mod:`.nvfp4`).
+    """Quantize rows of a weight to the bytes that the pack holds.
+
+    The type is one whose scales are known beforehand (nvfp4: :mod:`.nvfp4`).
 
     Args:
         values: (rows, columns).
@@ -175,8 +180,9 @@ def _to_integers(scaled: Floats, precision: QuantizedPrecision) -> NDArray[np.ui
 
 
 def _to_fp8(scaled: Floats) -> NDArray[np.uint8]:
-    """To nearest even, of values up to 448: what ``astype(float8_e4m3fn)`` gives, several times as
-    fast.
+    """Round values up to 448 to fp8, ties to even.
+
+    It gives what ``astype(float8_e4m3fn)`` does, several times as fast.
     """
     if np.isnan(scaled).any():
         return scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)

@@ -1,17 +1,21 @@
-"""NVFP4 in numpy: numbers of four bits in blocks of 16, with a scale of eight bits each, and one
-scale of 32 bits over all.
+"""Quantizes to NVFP4 in numpy.
+
+Numbers have four bits, in blocks of 16 with a scale of eight bits each, and one scale of 32 bits
+over all.
 
 A number is E2M1 (sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6), the
 scale of a block E4M3, the *global* scale float32::
 
-    global = amax / (6 * 448)                       amax: of the whole weight, or of all inputs that a layer has seen
+    global = amax / (6 * 448)
     block  = e4m3(amax of the block / (6 * global))
-    code   = e2m1(value / (block * global))         to nearest, of two the one with an even code, saturating
+    code   = e2m1(value / (block * global))
 
-so that the largest block scale is about 448 and the largest code of a block 6
-(https://arxiv.org/abs/2509.25149, section 2 and appendix C). Weights are rounded as ModelOpt's
-``NVFP4QTensor`` rounds them, bit for bit: a block's scale is never below 2**-9, and 1 where the
-block is zero.
+``amax`` is of the whole weight, or of all inputs that a layer has seen. A code is rounded to
+nearest, ties to the even code, and saturates. The largest block scale is then about 448, and
+the largest code of a block 6 (https://arxiv.org/abs/2509.25149, section 2 and appendix C).
+
+Weights are rounded as ModelOpt's ``NVFP4QTensor`` rounds them, bit for bit: a block's scale is
+never below 2**-9, and 1 where the block is zero.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Which weights a build quantizes, and with which scales: from a calibration, or from the weights
-alone (round to nearest).
+"""Finds which weights a build quantizes, and with which scales.
+
+Scales come from a calibration, or from the weights alone (round to nearest).
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class Quantization:
     source_sha256: str | None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where ``sha256``, a base digest, is not of the weights
-        that were calibrated.
+        """Raise :class:`CheckpointError` where other weights were calibrated.
+
+        ``sha256`` is a base digest.
         """
         check_source(self.record.name, self.source_sha256, sha256)
 
@@ -108,7 +110,8 @@ def load_quantization(
     record, scales = load_calibration(calibration)
     if record.precision != precision:
         raise UsageError(
-            f"{calibration}: expected a calibration for {precision}, found one for {record.precision}",
+            f"{calibration}: expected a calibration for {precision}, "
+            f"found one for {record.precision}",
             f"run `{command}`",
         )
     manifest = CalibrationRecord(
@@ -122,8 +125,9 @@ def load_quantization(
 
 
 def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
-    """Every linear layer but the head; for int4 and nvfp4 their inputs have to divide into blocks,
-    of int4 the largest that fit all.
+    """Choose every linear layer but the head.
+
+    For int4 and nvfp4 their inputs have to divide into blocks, of int4 the largest that fit all.
     """
     shapes = {name: shape for name, shape in _linear_layers(checkpoint).items() if name != _HEAD}
     block_size = None
@@ -135,7 +139,8 @@ def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> 
         if block_size is None:
             found = ", ".join(map(str, sorted({shape[1] for shape in shapes.values()})))
             raise UsageError(
-                f"--precision {precision}: expected layers whose inputs are multiples of {_RTN_BLOCK_SIZES[-1]}, found {found}",
+                f"--precision {precision}: expected layers whose inputs are multiples of "
+                f"{_RTN_BLOCK_SIZES[-1]}, found {found}",
                 "pass --precision int8",
             )
     record = CalibrationRecord(name=RTN, algorithm=RTN, block_size=block_size, scales_sha256=None)
@@ -166,7 +171,8 @@ def _read_layers(
         layer, _, kind = name.rpartition(".")
         if kind not in _KINDS or layer not in known:
             raise CheckpointError(
-                f"{folder / SCALES}: expected scales of this checkpoint's linear layers, found {name}",
+                f"{folder / SCALES}: expected scales of this checkpoint's linear layers, "
+                f"found {name}",
                 _MAKE_AGAIN,
             )
         layers.setdefault(
@@ -196,15 +202,16 @@ def _layer_scales(
     if precision == "nvfp4":
         if block_size != BLOCK_SIZE or columns % BLOCK_SIZE:
             raise CheckpointError(
-                f"{folder}: expected {layer} to have inputs in blocks of {BLOCK_SIZE}, found {columns} inputs and blocks of "
-                f"{block_size}",
+                f"{folder}: expected {layer} to have inputs in blocks of {BLOCK_SIZE}, "
+                f"found {columns} inputs and blocks of {block_size}",
                 _MAKE_AGAIN,
             )
         wanted |= {"weight_amax": [()], "pre_quant_scale": []}
     if precision == "int4":
         if block_size is None or block_size % 2 or columns % block_size:
             raise CheckpointError(
-                f"{folder}: expected {layer} to have inputs in whole blocks, found {columns} inputs and blocks of {block_size}",
+                f"{folder}: expected {layer} to have inputs in whole blocks, "
+                f"found {columns} inputs and blocks of {block_size}",
                 "calibrate with a --block-size that is even and divides every layer's inputs",
             )
         wanted |= {"weight_amax": [(rows, columns // block_size)], "input_amax": []}
@@ -216,7 +223,8 @@ def _layer_scales(
             expected = " or ".join(str(list(one)) for one in wanted[kind]) or "nothing"
             what = "nothing" if values is None else str(list(values.shape))
             raise CheckpointError(
-                f"{folder / SCALES}: expected {layer}.{kind} of shape {expected} for a weight of {list(shape)} in {precision}, "
+                f"{folder / SCALES}: expected {layer}.{kind} of shape {expected} "
+                f"for a weight of {list(shape)} in {precision}, "
                 f"found {what}",
                 _MAKE_AGAIN,
             )

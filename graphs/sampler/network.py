@@ -1,5 +1,6 @@
-"""The learned sampler of block diffusion: how sure one may be that the best candidate of a masked
-slot is right.
+"""Defines the learned sampler of block diffusion.
+
+It says how sure one may be that the best candidate of a masked slot is right.
 
 A denoise forward names five candidates a slot. From them and from what stands in the block, this
 network gives each slot a score, the probability that its best candidate is the token that serial
@@ -42,7 +43,7 @@ DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class SamplerShape:
-    """Sizes of the network; the defaults are the published inference code's."""
+    """Holds the network's sizes; the defaults are the published inference code's."""
 
     d_model: int = 192
     num_layers: int = 4
@@ -51,8 +52,9 @@ class SamplerShape:
 
 
 class BlockSampler(nn.Module):
-    """Features, their standardisation, and a small transformer over the slots of a block, which see
-    each other.
+    """Scores slots: features, standardised, through a small transformer.
+
+    The slots of a block see each other.
 
     Args:
         shape: sizes of the network.
@@ -145,8 +147,9 @@ class BlockSampler(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and a feed-forward network, each behind a LayerNorm and added to what came in;
-    dropout while it is trained.
+    """Applies attention and a feed-forward network, each behind a LayerNorm.
+
+    Each is added to what came in. There is dropout while it is trained.
     """
 
     def __init__(self, shape: SamplerShape) -> None:
@@ -184,8 +187,9 @@ class _Layer(nn.Module):
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of neighbouring pairs (2i, 2i + 1): ``x (B, H, L, D)``, ``cos`` and
-    ``sin (L, D / 2)``.
+    """Rotate neighbouring pairs (2i, 2i + 1) by their position.
+
+    ``x (B, H, L, D)``, ``cos`` and ``sin (L, D / 2)``.
     """
     even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

@@ -32,7 +32,8 @@ def load_sampler(folder: Path, record: SamplerFile) -> BlockSampler:
         found = str(error).splitlines()[-1].strip()
         hint = TRAIN_SAMPLER
         raise CheckpointError(
-            f"{folder / WEIGHTS}: expected the tensors that {RECORD} describes, found others: {found}",
+            f"{folder / WEIGHTS}: expected the tensors that {RECORD} describes, "
+            f"found others: {found}",
             hint,
         ) from error
     return sampler.eval().requires_grad_(False)

@@ -31,6 +31,7 @@ from trimode.calib.evaluate.quantization.questions import (
 )
 from trimode.calib.evaluate.quantization.sensitivity import (
     Budget,
+    _Original,
     _Trials,
     save_without,
     search,
@@ -330,8 +331,8 @@ def report_on(
         "1" * 64,
         [candidate],
         chosen,
-        Silent(),
-        to_text,
+        progress=Silent(),
+        to_text=to_text,
     )
 
 
@@ -483,10 +484,18 @@ def test_candidates_that_are_refused(model: Model) -> None:
             "",
             [model.int8()] * 2,
             QualitySettings(),
-            Silent(),
+            progress=Silent(),
         )
     with pytest.raises(UsageError, match="at least 1 prompts, found 0"):
-        measure(model.checkpoint, model.info, [], "", [model.int8()], QualitySettings(), Silent())
+        measure(
+            model.checkpoint,
+            model.info,
+            [],
+            "",
+            [model.int8()],
+            QualitySettings(),
+            progress=Silent(),
+        )
 
 
 def test_questions_are_drawn_with_their_answers(model: Model) -> None:
@@ -543,7 +552,7 @@ def sensitivity(
         "1" * 64,
         budget,
         chosen,
-        Silent(),
+        progress=Silent(),
     )
 
 
@@ -586,14 +595,11 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
     # lost: the second, the sixth (tokens), the seventh; gained: the third; wrong both times: the
     # fourth, the eighth
     trials = _Trials(
-        model.trunk,
-        model.info,
+        _Original(model.trunk, model.info, questions, {ar: before}),
         model.int8(),
         {},
         [],
-        questions,
-        {ar: before},
-        1,
+        QualitySettings(max_new_tokens=1),
         lambda ids: str(ids[0]),
         Silent(),
     )

@@ -1,4 +1,4 @@
-"""A way to quantize a checkpoint, the trunk quantized that way, and the bytes of the weights."""
+"""Quantizes a trunk in a given way, and counts the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ ROUNDED: dict[str, QuantizedPrecision] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to quantize a checkpoint.
+    """Holds a way to quantize a checkpoint.
 
     Attributes:
-        name: as the caller gave it.
-        algorithm: that found the scales.
+        name: Name that the caller gave.
+        algorithm: Algorithm that found the scales.
         block_size: inputs that share a scale; None where blocks are not used.
-        layers: to quantize, by the checkpoint's names without ``.weight``.
+        layers: Layers to quantize, by the checkpoint's names without ``.weight``.
         scales: of a calibration; None = weights are rounded to nearest, each scale being its own
         weights' largest magnitude.
-        scales_sha256: of the calibration's scales.
+        scales_sha256: Digest of the calibration's scales.
         source_sha256: digest of the checkpoint that was calibrated.
     """
 
@@ -60,9 +60,7 @@ class Candidate:
     source_sha256: str | None = None
 
     def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where the checkpoint is not the one that was
-        calibrated.
-        """
+        """Raise :class:`CheckpointError` where another checkpoint was calibrated."""
         check_source(self.name, self.source_sha256, sha256)
 
     def linear_scales(
@@ -119,14 +117,16 @@ def weight_bytes(
     precision: QuantizedPrecision | None = None,
     layers: Mapping[str, LinearScales] | None = None,
 ) -> int:
-    """Bytes that the weights take in a pack: codes, scales, and all else in ``stored``; without the
-    position tables, which never change.
+    """Count the bytes that the weights take in a pack.
+
+    These are codes, scales, and all else in ``stored``, without the position tables, which never
+    change.
 
     Args:
-        checkpoint: whose weights.
+        checkpoint: Checkpoint whose weights are counted.
         stored: type of the scales and of the weights that are not quantized.
-        precision: of the others; None = there are none.
-        layers: which they are, with their scales.
+        precision: Type of the quantized weights; None = there are none.
+        layers: Scales of the quantized layers, by name.
     """
     total = 0
     for name, entry in checkpoint.tensors.items():
@@ -162,8 +162,9 @@ def _weight_of(trunk: TriModeTrunk, layer: str) -> Floats:
 
 
 def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
-    """A calibration folder, or a name of :data:`ROUNDED`, checked against the checkpoint as a build
-    checks it.
+    """Read a calibration folder, or a name of :data:`ROUNDED`.
+
+    It is checked against the checkpoint as a build checks it.
 
     Raises:
         UsageError: a rounding that does not exist, or that the checkpoint's shapes rule out.
@@ -171,7 +172,10 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     """
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
-        found = f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, found {name}"
+        found = (
+            f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
+            f"found {name}"
+        )
         command = CALIBRATE.replace("PRECISION", "fp8")
         raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
     if name in ROUNDED:

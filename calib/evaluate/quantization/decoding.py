@@ -1,5 +1,6 @@
-"""Every mode's answers, by the runtime's own algorithms over a trunk, and how two trunks' answers
-compare.
+"""Answers in every mode over a trunk, and compares two trunks' answers.
+
+The algorithms are the runtime's own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Parting:
 
     Attributes:
         question: counted from 0, among those that were drawn.
-        position: of the first token that differs, counted from 0 in the answer.
+        position: Place of the first token that differs, counted from 0 in the answer.
         preference: what the trunk's logit of AR's token is above that of the other one, AR's text
             before them being read in one forward; a difference of rounding error says that the two
             are as good as equal. None where one text ends before the other.
@@ -65,16 +66,16 @@ def answer_and_record(
     max_new_tokens: int,
     advance: Advance,
 ) -> tuple[Answers, list[list[Episode]]]:
-    """Like :func:`answer`, and what was run on the way, question by question, for a replay.
+    """Answer like :func:`answer`, and record the forwards for a replay.
 
     Args:
         trunk: the model.
-        model: the facts that decoding needs.
-        questions: to answer.
+        model: Facts that decoding needs.
+        questions: Questions to answer.
         recorded: ways to answer them, each with the roles whose blocks are kept; none = the
         answer's text is not kept either.
-        max_new_tokens: of each answer.
-        advance: told of each answer.
+        max_new_tokens: Longest answer, in tokens.
+        advance: Called with 1 after each answer.
     """
     answers: Answers = {decoding: [] for decoding in recorded}
     episodes = []
@@ -100,7 +101,10 @@ def answer_and_record(
 def right_answers(
     questions: Sequence[Question], generations: Sequence[Generation], to_text: ToText | None
 ) -> list[bool | None]:
-    """Whether each answer is, character by character, a right one; None where that is not known."""
+    """Tell for each answer whether it is right; None where that is not known.
+
+    A right answer is right character by character.
+    """
     return [
         None
         if not question.answers or to_text is None

@@ -1,5 +1,6 @@
-"""How far a quantized computation is from the original one. Sums in float64, added to as rows come;
-no row is kept.
+"""Measures how far a quantized computation is from the original one.
+
+Sums are in float64 and added to as rows come; no row is kept.
 
 The formulas, over all rows ``x`` of the original and ``y`` of the other:
 
@@ -46,8 +47,9 @@ class Fidelity:
 
     @property
     def snr_db(self) -> float:
-        """At most :data:`~trimode.calib.scales.statistics.LOSSLESS_DB`, which is also said where
-        nothing differs.
+        """Give the ratio in decibels, at most LOSSLESS_DB.
+
+        :data:`~trimode.calib.scales.statistics.LOSSLESS_DB` is also said where nothing differs.
 
         Raises:
             CheckpointError: something is not finite.

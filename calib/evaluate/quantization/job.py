@@ -72,6 +72,7 @@ def measure(
     questions_sha256: str,
     candidates: Sequence[Candidate],
     settings: QualitySettings,
+    *,
     progress: Progress,
     to_text: ToText | None = None,
 ) -> Report:
@@ -82,14 +83,14 @@ def measure(
     of one candidate at a time.
 
     Args:
-        checkpoint: the original.
-        model: the facts that decoding needs.
-        questions: to draw from.
-        questions_sha256: of the file that they came from.
-        candidates: at least one, with different names.
-        settings: see :class:`QualitySettings`.
-        progress: told what happens.
-        to_text: the tokenizer's decoder; None where no answer is known.
+        checkpoint: Original.
+        model: Facts that decoding needs.
+        questions: Questions to draw from.
+        questions_sha256: Digest of the file that holds them.
+        candidates: At least one, each with a name of its own.
+        settings: Questions and modes to measure.
+        progress: Display of the stages.
+        to_text: Tokenizer's decoder; None where no answer is known.
 
     Raises:
         UsageError: a setting or a question cannot be used, or two candidates have one name.
@@ -150,8 +151,8 @@ def save_report(output: Path, report: Report, *, draws: bool) -> None:
     """Write the folder, all of it or nothing; an earlier report there is replaced.
 
     Args:
-        output: see :func:`check_output`.
-        report: what was measured.
+        output: Folder that :func:`check_output` accepts.
+        report: Measurements to write.
         draws: the picture too.
 
     Raises:
@@ -175,8 +176,9 @@ def read_original(
     device: str,
     progress: Progress,
 ) -> tuple[TriModeTrunk, str]:
-    """The trunk in float32 and the checkpoint's digest; raises :class:`CheckpointError` where a
-    candidate is of another checkpoint.
+    """Read the trunk in float32 and the checkpoint's digest.
+
+    Raises :class:`CheckpointError` where a candidate is of another checkpoint.
     """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
@@ -211,9 +213,7 @@ class _Bench:
         self.settings, self.progress, self._to_text = settings, progress, to_text
 
     def decoding_records(self, trunk: TriModeTrunk, answers: Answers) -> tuple[DecodingRecord, ...]:
-        """How ``answers`` of ``trunk``, in every way of decoding, compare with the original's and
-        with each other.
-        """
+        """Compare the answers of ``trunk`` with the original's and with each other."""
         return tuple(self._decoding_record(trunk, answers, decoding) for decoding in answers)
 
     def _decoding_record(
@@ -302,8 +302,9 @@ def _measure_candidate(
 def _original_record(
     bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord
 ) -> PrecisionRecord:
-    """The original beside itself: its answers are measured, and nothing else differs. ``other``
-    says which rows there are.
+    """Record the original beside itself.
+
+    Its answers are measured, and nothing else differs. ``other`` says which rows there are.
     """
     return PrecisionRecord(
         name="float32",
@@ -323,8 +324,9 @@ def _original_record(
 
 
 def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
-    """The rows that calibration looks at: self-speculation without the drafter, where there is one,
-    is answered and not recorded.
+    """Choose the rows that calibration looks at.
+
+    Self-speculation without the drafter, where there is one, is answered and not recorded.
     """
     with_drafter = any(decoding.use_drafter for decoding in decodings)
     spare = Decoding("linear_spec") if with_drafter else None
@@ -346,7 +348,8 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
     twice = [name for name in names if names.count(name) > 1 or name == "float32"]
     if twice or not names:
         raise UsageError(
-            f"expected calibrations with names of their own, found {twice[0] + ' twice' if twice else 'none'}",
+            "expected calibrations with names of their own, "
+            f"found {twice[0] + ' twice' if twice else 'none'}",
             "pass --calibration once for each",
         )
 

@@ -1,5 +1,4 @@
-"""The original and a quantized trunk run the same forwards side by side, so that nothing has to be
-kept to compare them.
+"""Runs the original and a quantized trunk side by side, and keeps nothing.
 
 Both read the same tokens; each attends to the keys and values that it computed itself. They share
 one cache object: the second trunk's layers are numbered behind the first one's.
@@ -42,7 +41,7 @@ class Comparison(nn.Module):
         local: by layer; the output is what the layer returns, in drafts with the adapter's branch.
         accumulated: of the hidden states after each decoder block, everything before being
         quantized.
-        outputs: of the probabilities, over the rows whose logits a graph returns.
+        outputs: Fidelity of the probabilities, over the rows whose logits a graph returns.
     """
 
     def __init__(

@@ -29,8 +29,9 @@ class Question:
 
 
 class Decoding(NamedTuple):
-    """A mode, with the drafter's adapter or without it; outside of self-speculation the adapter is
-    not used.
+    """Names a mode, with the drafter's adapter or without it.
+
+    Outside of self-speculation the adapter is not used.
     """
 
     mode: Mode
@@ -53,11 +54,11 @@ class QualitySettings:
     """What a caller can choose.
 
     Attributes:
-        modes: that answer the questions.
+        modes: Modes that answer the questions.
         num_samples: questions to draw; None = all of them.
-        max_new_tokens: of each answer, at most.
-        seed: of the draw.
-        device: where the trunk runs, ``cpu`` or ``cuda``.
+        max_new_tokens: Longest answer, in tokens.
+        seed: Seed for drawing prompts.
+        device: Device of the trunk, ``cpu`` or ``cuda``.
     """
 
     modes: tuple[Mode, ...] = MODES
@@ -92,8 +93,9 @@ class QualitySettings:
 
 
 def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding, ...]:
-    """What is run for these modes: self-speculation with the drafter, where there is one, and
-    without.
+    """List what is run for these modes.
+
+    Self-speculation is run with the drafter, where there is one, and without.
     """
     chosen: list[Decoding] = []
     for mode in modes:
@@ -116,8 +118,7 @@ def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
 def draw_questions(
     questions: Sequence[Question], num_samples: int | None, seed: int, model: ModelInfo
 ) -> list[Question]:
-    """``num_samples`` of the questions without repetition, in their order; all of them where it is
-    None.
+    """Draw ``num_samples`` of the questions without repetition, in order; None draws all.
 
     Raises:
         UsageError: too few; a prompt that is empty, has no room for an answer, or has ids that the

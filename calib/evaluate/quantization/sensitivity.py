@@ -1,4 +1,4 @@
-"""Which layers have to stay in high precision, for a budget on exact match to hold.
+"""Finds the layers that must stay in high precision for a budget on exact match to hold.
 
 Layers are ranked by what quantizing one of them alone does to the probabilities, and the shortest
 head of that ranking is sought with which the budget holds: by bisection, for every trial answers
@@ -8,8 +8,9 @@ all questions in every mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import trimode
 from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_twin
@@ -61,7 +62,7 @@ no token.
 
 @dataclass(frozen=True)
 class Budget:
-    """How much exact match may be lost.
+    """Says how much exact match may be lost.
 
     A question counts as matched where its answer is known and the text is exactly that, or where it
     is not known and the tokens are those of the checkpoint in float32. A mode's drop is 100 times
@@ -102,6 +103,7 @@ def search(
     questions_sha256: str,
     budget: Budget,
     settings: QualitySettings,
+    *,
     progress: Progress,
     to_text: ToText | None = None,
 ) -> SensitivityRecord:
@@ -112,15 +114,15 @@ def search(
     parameter.
 
     Args:
-        checkpoint: the original.
-        model: the facts that decoding needs.
-        candidate: a calibration of it.
-        questions: to draw from.
-        questions_sha256: of the file that they came from.
-        budget: what may be lost.
-        settings: the modes that have to hold it, and how many questions are asked.
-        progress: told what happens.
-        to_text: the tokenizer's decoder; None where no answer is known.
+        checkpoint: Original.
+        model: Facts that decoding needs.
+        candidate: Calibration of the checkpoint.
+        questions: Questions to draw from.
+        questions_sha256: Digest of the file that holds them.
+        budget: Exact match that may be lost.
+        settings: Modes that have to hold the budget, and how many questions are asked.
+        progress: Display of the stages.
+        to_text: Tokenizer's decoder; None where no answer is known.
 
     Raises:
         UsageError: a setting or a question cannot be used.
@@ -134,47 +136,19 @@ def search(
     check_device(settings.device)
     drawn = draw_questions(questions, settings.num_samples, settings.seed, model)
     trunk, _ = read_original(checkpoint, model, [candidate], settings.device, progress)
-    recorded: dict[Decoding, Sequence[Role]] = {
-        decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes
-    }
-    advance = progress.stage("answer", len(drawn) * len(recorded))
-    answers, episodes = answer_and_record(
-        trunk, model, drawn, recorded, settings.max_new_tokens, advance
-    )
+    original, episodes = _answer_originally(trunk, model, drawn, settings, progress)
     rows = [episode for one in episodes[: budget.ranking_samples] for episode in one]
     layers = candidate.linear_scales(trunk)
     ranking = rank_layers(trunk, candidate, layers, rows, progress)
-    trials = _Trials(
-        trunk,
-        model,
-        candidate,
-        layers,
-        list(ranking),
-        drawn,
-        answers,
-        settings.max_new_tokens,
-        to_text,
-        progress,
-    )
-    num_kept = shortest(len(ranking), lambda kept: budget.holds(trials.drops(kept)))
-    if num_kept == len(ranking):
-        raise BuildError(
-            f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} points, found none in {len(ranking)}",
-            "allow a larger --max-drop, or build without quantization",
-        )
-    data = DataRecord(
-        sha256=questions_sha256,
-        num_samples=len(drawn),
-        seed=settings.seed,
-        num_tokens=count_rows(rows),
-    )
+    trials = _Trials(original, candidate, layers, tuple(ranking), settings, to_text, progress)
+    num_kept = _fewest_kept(trials, len(ranking), budget)
     return SensitivityRecord(
         kept=tuple(ranking)[:num_kept],
         ranking=ranking,
         max_drop=budget.max_drop,
         drops=_named(trials.drops(num_kept)),
         drops_if_none_kept=_named(trials.drops(0)),
-        data=data,
+        data=_data_record(questions_sha256, drawn, settings, rows),
         max_new_tokens=settings.max_new_tokens,
         scales_sha256=candidate.scales_sha256 or "",
     )
@@ -187,7 +161,7 @@ def rank_layers(
     episodes: Sequence[Episode],
     progress: Progress,
 ) -> dict[str, float]:
-    """Each layer's sensitivity, the most sensitive first.
+    """Rank the layers by sensitivity, the most sensitive first.
 
     It is the divergence (nats a row) of the probabilities when that layer alone is quantized, over
     the same with all of them quantized, role by role, and the largest of these: roles differ in
@@ -212,8 +186,9 @@ def rank_layers(
 
 
 def shortest(most: int, holds: Callable[[int], bool]) -> int:
-    """A number from 0 to ``most`` that holds while the one before it does not, by bisection;
-    ``most`` is known to hold and not tried.
+    """Find by bisection a number that holds while the one before it does not.
+
+    It lies from 0 to ``most``, which is known to hold and not tried.
     """
     if most == 0 or holds(0):
         return 0
@@ -227,8 +202,9 @@ def shortest(most: int, holds: Callable[[int], bool]) -> int:
 def save_without(
     output: Path, calibration: Calibration, scales: Scales, found: SensitivityRecord
 ) -> Calibration:
-    """Write the calibration without the scales of the layers that are kept; they are added to those
-    of an earlier search.
+    """Write the calibration without the scales of the layers that are kept.
+
+    They are added to those of an earlier search.
     """
     earlier = calibration.sensitivity.kept if calibration.sensitivity is not None else ()
     kept = set(found.kept)
@@ -256,32 +232,27 @@ def decoding_of(mode: Mode, model: ModelInfo) -> Decoding:
     return Decoding(mode, use_drafter=mode == "linear_spec" and model.has_drafter)
 
 
-class _Trials:
-    """What is lost with so many layers kept, each number measured once."""
+class _Original(NamedTuple):
+    """The original trunk with its answers."""
 
-    def __init__(
-        self,
-        trunk: TriModeTrunk,
-        model: ModelInfo,
-        candidate: Candidate,
-        layers: dict[str, LinearScales],
-        ranking: Sequence[str],
-        questions: Sequence[Question],
-        answers: Answers,
-        max_new_tokens: int,
-        to_text: ToText | None,
-        progress: Progress,
-    ) -> None:
-        self._trunk, self._model, self._candidate, self._layers, self._ranking = (
-            trunk,
-            model,
-            candidate,
-            layers,
-            ranking,
-        )
-        self._questions, self._answers, self._max_new_tokens = questions, answers, max_new_tokens
-        self._to_text, self._progress = to_text, progress
-        self._drops: dict[int, dict[Mode, float]] = {}
+    trunk: TriModeTrunk
+    model: ModelInfo
+    questions: Sequence[Question]
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Measures what is lost with so many layers kept, each number once."""
+
+    original: _Original
+    candidate: Candidate
+    layers: dict[str, LinearScales]
+    ranking: Sequence[str]
+    settings: QualitySettings
+    to_text: ToText | None
+    progress: Progress
+    _drops: dict[int, dict[Mode, float]] = field(default_factory=dict)
 
     def drops(self, num_kept: int) -> dict[Mode, float]:
         """Points that each mode drops; see :class:`Budget`."""
@@ -290,30 +261,68 @@ class _Trials:
         return self._drops[num_kept]
 
     def _measure(self, num_kept: int) -> dict[Mode, float]:
-        quantized = {name: self._layers[name] for name in self._ranking[num_kept:]}
-        twin = quantized_twin(self._trunk, self._candidate.precision, quantized)
-        advance = self._progress.stage(
-            f"{num_kept} layers kept", len(self._questions) * len(self._answers)
-        )
+        trunk, model, questions, answers = self.original
+        quantized = {name: self.layers[name] for name in self.ranking[num_kept:]}
+        twin = quantized_twin(trunk, self.candidate.precision, quantized)
+        advance = self.progress.stage(f"{num_kept} layers kept", len(questions) * len(answers))
         found = answer(
             TorchSession(twin),
-            self._model,
-            self._questions,
-            tuple(self._answers),
-            self._max_new_tokens,
+            model,
+            questions,
+            tuple(answers),
+            self.settings.max_new_tokens,
             advance,
         )
-        return {decoding.mode: self._drop(decoding, found) for decoding in self._answers}
+        return {decoding.mode: self._drop(decoding, found) for decoding in answers}
 
     def _drop(self, decoding: Decoding, found: Answers) -> float:
-        before = right_answers(self._questions, self._answers[decoding], self._to_text)
-        after = right_answers(self._questions, found[decoding], self._to_text)
-        same = same_tokens(self._answers[decoding], found[decoding])
+        questions, answers = self.original.questions, self.original.answers[decoding]
+        before = right_answers(questions, answers, self.to_text)
+        after = right_answers(questions, found[decoding], self.to_text)
+        same = same_tokens(answers, found[decoding])
         lost = sum(
             (True if one is None else one) - (is_same if other is None else other)
             for one, other, is_same in zip(before, after, same, strict=True)
         )
-        return 100 * lost / len(self._questions)
+        return 100 * lost / len(questions)
+
+
+def _answer_originally(
+    trunk: TriModeTrunk,
+    model: ModelInfo,
+    questions: Sequence[Question],
+    settings: QualitySettings,
+    progress: Progress,
+) -> tuple[_Original, list[list[Episode]]]:
+    """Answer in every mode, and keep the forwards whose rows decide the tokens."""
+    recorded: dict[Decoding, Sequence[Role]] = {
+        decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes
+    }
+    advance = progress.stage("answer", len(questions) * len(recorded))
+    answers, episodes = answer_and_record(
+        trunk, model, questions, recorded, settings.max_new_tokens, advance
+    )
+    return _Original(trunk, model, questions, answers), episodes
+
+
+def _fewest_kept(trials: _Trials, num_layers: int, budget: Budget) -> int:
+    """Find a length of the ranking with which the budget holds."""
+    num_kept = shortest(num_layers, lambda kept: budget.holds(trials.drops(kept)))
+    if num_kept == num_layers:
+        raise BuildError(
+            f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} "
+            f"points, found none in {num_layers}",
+            "allow a larger --max-drop, or build without quantization",
+        )
+    return num_kept
+
+
+def _data_record(
+    sha256: str, drawn: Sequence[Question], settings: QualitySettings, rows: Sequence[Episode]
+) -> DataRecord:
+    return DataRecord(
+        sha256=sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=count_rows(rows)
+    )
 
 
 def _block_of(layer: str, num_blocks: int) -> int:

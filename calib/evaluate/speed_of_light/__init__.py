@@ -1,4 +1,4 @@
-"""The speed of light: the fewest forwards that give the serial result, beside what the modes reach.
+"""Finds the fewest forwards that give the serial result, beside what the modes reach.
 
 - ``oracle``  the fewest denoising forwards of one block
 - ``measure`` all ways to decode, over prompts, in tokens per forward

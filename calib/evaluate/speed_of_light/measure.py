@@ -28,10 +28,10 @@ class LightSettings:
     """What a caller can choose.
 
     Attributes:
-        block_length: of every way that has blocks; None = the model's.
-        thresholds: of diffusion.
-        max_new_tokens: of each answer.
-        max_forwards: of the search for one block.
+        block_length: Length of blocks, where there are any; None = the model's.
+        thresholds: Thresholds of diffusion.
+        max_new_tokens: Longest answer, in tokens.
+        max_forwards: Most forwards of the search for one block.
     """
 
     block_length: int | None = None
@@ -116,8 +116,9 @@ def _oracle_name(oracle: str) -> str:
 def _streamed_ways(
     model: TriModeModel, settings: LightSettings, length: int
 ) -> list[tuple[dict[str, Any], Way]]:
-    """AR first, then thresholds, then the bundle's sampler, then every other algorithm that it can
-    run, with the drafter where that matters.
+    """List AR, thresholds, the bundle's sampler, then every other algorithm.
+
+    Those are left out that it cannot run. The drafter is tried where that matters.
     """
     ways: list[tuple[dict[str, Any], Way]] = [({"mode": "ar"}, Way("ar", "ar"))]
     for threshold in settings.thresholds:
@@ -176,9 +177,9 @@ def _denoise_by_oracles(
     settings: LightSettings,
     ways: dict[str, Way],
 ) -> None:
-    """The serial answer, block by block as
-    :func:`~trimode.runtime.decode.algorithms.decode_diffusion` makes it, and each oracle's steps to
-    each block.
+    """Write the serial answer, and take each oracle's steps to each block.
+
+    Blocks are those of :func:`~trimode.runtime.decode.algorithms.decode_diffusion`.
     """
     sequence, facts = model.new_sequence([prompt]), model.model
     left = min(settings.max_new_tokens, sequence.room)

@@ -1,5 +1,4 @@
-"""How few forwards could denoise a block and give the tokens of serial denoising: an oracle's
-search.
+"""Searches the fewest forwards that denoise a block as serial denoising does.
 
 *Serial* denoising fills one slot a forward, the most probable of the masked ones: what a threshold
 that nothing reaches does. It takes as many forwards as there are masked slots, and its tokens are
@@ -79,8 +78,9 @@ class BlockOracle:
         self.target, self.serial = self._fill_serially()
 
     def fewest(self, oracle: Oracle, max_forwards: int = MAX_FORWARDS) -> Path:
-        """The oracle's path to the target; forwards that were done before are not counted towards
-        the limit.
+        """Find the oracle's path to the target.
+
+        Forwards that were done before are not counted towards the limit.
         """
         search = _Search(self, oracle, len(self._seen) + max_forwards)
         try:
@@ -116,8 +116,9 @@ class BlockOracle:
     def look(
         self, filled: frozenset[int], target: Ids | None = None
     ) -> tuple[Ids, NDArray[np.float64]]:
-        """Best token and its probability of each slot ``(L,)``, where ``filled`` ones have the
-        target's token; once for each set.
+        """Give the best token and its probability of each slot ``(L,)``.
+
+        ``filled`` slots have the target's token. Each set is run once.
         """
         if filled not in self._seen:
             block, slots = self._block.copy(), list(filled)
@@ -159,8 +160,9 @@ class _OutOfForwardsError(Exception):
 
 
 class _Search:
-    """Depth-first, the largest step first; a set of filled slots from which the target cannot be
-    reached is not visited twice.
+    """Searches depth-first, the largest step first.
+
+    A set of filled slots from which the target cannot be reached is not visited twice.
     """
 
     def __init__(self, block: BlockOracle, oracle: Oracle, max_forwards: int) -> None:

@@ -131,7 +131,14 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
         report = measure(
-            checkpoint, model, questions, sha256, candidates, settings, progress, to_text
+            checkpoint,
+            model,
+            questions,
+            sha256,
+            candidates,
+            settings,
+            progress=progress,
+            to_text=to_text,
         )
     save_report(output, report, draws=request.draws)
     if request.as_json:

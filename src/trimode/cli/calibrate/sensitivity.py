@@ -114,7 +114,15 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     with RichProgress() as progress:
         sha256 = sha256_of(request.data)
         found = search(
-            checkpoint, model, candidate, questions, sha256, budget, settings, progress, to_text
+            checkpoint,
+            model,
+            candidate,
+            questions,
+            sha256,
+            budget,
+            settings,
+            progress=progress,
+            to_text=to_text,
         )
     record = save_without(output, calibration, scales, found)
     if request.as_json:
