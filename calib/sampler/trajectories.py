@@ -144,7 +144,11 @@ class _KnowsTargets:
         self._targets, self._hit_rate, self._rng = targets, hit_rate, rng
 
     def score(
-        self, block: Ids, masked: Slots, ids: Array, probabilities: Array
+        self,
+        block: Ids,  # noqa: ARG002
+        masked: Slots,  # noqa: ARG002
+        ids: Array,
+        probabilities: Array,
     ) -> NDArray[np.float32]:
         """1 for a slot that may be filled; of the others, and if there is none, the most confident
         right slot has the highest score.

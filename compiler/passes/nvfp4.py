@@ -219,7 +219,12 @@ class Nvfp4InFloat32(_Nvfp4Pass):
         weight.type, weight.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([rows, columns // 2])
 
     def _widen_weight(
-        self, nodes: Nodes, layer: str, weight: ir.Value, compute: ir.DataType, shape: ir.Shape
+        self,
+        nodes: Nodes,
+        layer: str,
+        weight: ir.Value,
+        compute: ir.DataType,  # noqa: ARG002
+        shape: ir.Shape,
     ) -> ir.Value:
         name, (rows, columns) = f"{layer}.weight", shape.numpy()
         scales = self._scales(nodes, layer)

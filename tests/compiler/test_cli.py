@@ -48,7 +48,8 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['trimode', '--help']\nfrom trimode.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', 'onnxruntime', 'pydantic')))"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', "
+        "'onnxruntime', 'pydantic')))"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode

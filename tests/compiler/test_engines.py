@@ -242,8 +242,10 @@ def test_refusals_of_the_builder_are_explained(
 def test_fp8_below_compute_capability_8_9_is_explained() -> None:
     """The message is the builder's own, from a graph with fp8 weights compiled for SM86."""
     message = (
-        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm86, because the model "
-        "contains HW-specific datatypes: fp8_e4m3. In compileGraph at /_src/optimizer/myelin/codeGenerator.cpp:2012)"
+        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] "
+        "Cannot compile for target(s) sm86, because the model "
+        "contains HW-specific datatypes: fp8_e4m3. In compileGraph at "
+        "/_src/optimizer/myelin/codeGenerator.cpp:2012)"
     )
     task = engines.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
     assert "a10 (8.6): expected types the GPU can compute in, found fp8_e4m3 (fp8)" in str(

@@ -97,7 +97,8 @@ def test_all_that_tracing_imports_counts() -> None:
     """Modules that tracing brings into a fresh process are among the files of the digest."""
     code = (
         "import sys, trimode.graphs.decoder.trace, trimode.graphs.sampler.trace\n"
-        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), sep='\\n')"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), "
+        "sep='\\n')"
     )
     files = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

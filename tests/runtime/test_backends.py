@@ -139,7 +139,8 @@ def test_what_was_chosen_and_why_is_logged(
     assert logged(without(bundle, "cuda", "h100")) == [
         (
             "WARNING",
-            "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX Runtime (cpu)",
+            "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX "
+            "Runtime (cpu)",
         )
     ]
     assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [
@@ -151,7 +152,8 @@ def test_what_was_chosen_and_why_is_logged(
     assert logged(bundle) == [
         (
             "WARNING",
-            "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on ONNX Runtime (cuda)",
+            "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on "
+            "ONNX Runtime (cuda)",
         ),
         ("WARNING", f"target rtx-4090: {OLD.message}; running on ONNX Runtime (cuda)"),
     ]
@@ -175,7 +177,10 @@ def test_a_named_target_runs_or_fails(bundle: Bundle, machine: Callable[..., Non
         choose(bundle, "cuda")
     with pytest.raises(
         UsageError,
-        match=r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'",
+        match=(
+            r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, "
+            r"found 'tpu'"
+        ),
     ):
         choose(bundle, "tpu")
 
