@@ -25,7 +25,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.targets import find_target
-from trimode.compiler.tensorrt import pool as engines
+from trimode.compiler.tensorrt import pool
 from trimode.compiler.tensorrt.builder import PhaseTree
 from trimode.errors import BuildError, DependencyError, UsageError
 from trimode.formats.contract import ROLES
@@ -247,9 +247,9 @@ def test_fp8_below_compute_capability_8_9_is_explained() -> None:
         "contains HW-specific datatypes: fp8_e4m3. In compileGraph at "
         "/_src/optimizer/myelin/codeGenerator.cpp:2012)"
     )
-    task = engines.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
+    task = pool.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
     assert "a10 (8.6): expected types the GPU can compute in, found fp8_e4m3 (fp8)" in str(
-        engines.explain_refusal(task, [message])
+        pool.explain_refusal(task, [message])
     )
 
 

@@ -14,7 +14,7 @@ from trimode.errors import BundleError, DependencyError, DeviceError, TrimodeErr
 from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.sessions import select as backends
+from trimode.runtime.sessions import select
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
 from trimode.runtime.sessions.select import PORTABLE, open_session
 
@@ -85,8 +85,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise failures[key]
             return key
 
-        monkeypatch.setattr(backends, "find_gpu", lambda: gpu)
-        monkeypatch.setattr(backends, "_open", opened)
+        monkeypatch.setattr(select, "find_gpu", lambda: gpu)
+        monkeypatch.setattr(select, "_open", opened)
 
     return describe
 
@@ -201,7 +201,7 @@ def test_errors_that_no_fallback_helps(bundle: Bundle, machine: Callable[..., No
 def test_no_gpu_is_looked_for_where_none_is_needed(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "find_gpu", lambda: pytest.fail("nobody asked"))
+    monkeypatch.setattr(select, "find_gpu", lambda: pytest.fail("nobody asked"))
     opened = open_session(without(bundle, "cuda", "h100", "rtx-4090"), num_threads=1)
     assert opened.target == "cpu"
     opened.session.close()
@@ -227,7 +227,7 @@ def test_from_pretrained(built: Callable[[str], Built], tmp_path: Path) -> None:
 
 def test_a_target_for_a_gpu_on_this_machine(bundle: Bundle) -> None:
     """The real modules: what is missing here is said, and the CPU takes over."""
-    if isinstance(backends.find_gpu(), Gpu):
+    if isinstance(select.find_gpu(), Gpu):
         pytest.skip("there is a GPU")
     opened = open_session(bundle, num_threads=1)
     assert opened.target == "cpu"
