@@ -181,7 +181,8 @@ def show(table: dict[str, dict[str, float]]) -> None:
     for name, ms in table.items():
         best = min(value for way, value in ms.items() if way not in ("auto", "baseline"))
         print(
-            f"{name:44s}{ms['auto']:8.3f}{ms['baseline']:10.3f}{best:10.3f}{ms['baseline'] / ms['auto']:15.3f}"
+            f"{name:44s}{ms['auto']:8.3f}{ms['baseline']:10.3f}{best:10.3f}"
+            f"{ms['baseline'] / ms['auto']:15.3f}"
         )
 
 

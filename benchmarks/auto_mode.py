@@ -173,10 +173,12 @@ def main() -> None:
         source = model.bundle.manifest.source.sha256
     costs = timings.costs(use_drafter=model.model.has_drafter)
     print(
-        f"table, ms at {costs.past} cached: AR {costs.ar_ms}, drafts {dict(costs.draft_ms)}, verifications {dict(costs.verify_ms)}"
+        f"table, ms at {costs.past} cached: AR {costs.ar_ms}, drafts {dict(costs.draft_ms)}, "
+        f"verifications {dict(costs.verify_ms)}"
     )
     print(
-        f"acceptance expected {costs.experience.rate:.3f}, {len(costs.experience.kinds)} kinds of prompts"
+        f"acceptance expected {costs.experience.rate:.3f}, {len(costs.experience.kinds)} kinds of "
+        f"prompts"
     )
     mixed = {key: mixtures(table, key) for key in KEYS}
     for key in KEYS:

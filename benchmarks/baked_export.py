@@ -1,7 +1,9 @@
 """The usual way beside ours: export the loaded model with its weights, and let TensorRT bake them
 into the engine.
 
-python -m benchmarks.baked_export --size 3b        needs TensorRT-RTX, 24 GB of memory and three times the checkpoint's size of free disk
+python -m benchmarks.baked_export --size 3b
+
+Needs TensorRT-RTX, 24 GB of memory and three times the checkpoint's size of free disk.
 
 One graph (`ar`, a decode and a prefill profile) for one GPU (SM120), bf16, both ways, each in a
 process of its own, stopped when its process tree reaches --limit-gb. The usual way is

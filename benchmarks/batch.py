@@ -109,7 +109,8 @@ def report(
     }
     for name, value in medians.items():
         print(
-            f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   {work[name]['forwards']:6d} forwards   "
+            f"{name:22s} {value:8.0f} tokens/s   {ratios[name]:5.2f} times single   "
+            f"{work[name]['forwards']:6d} forwards   "
             f"tokens and nfe of single: {same[name]}"
         )
     save(

@@ -1,7 +1,9 @@
 """Time and peak memory of compiling a checkpoint of a published size, on a sparse file of the true
 shape and byte count.
 
-python -m benchmarks.build_scale --size 3b        needs twice the checkpoint's size of free disk (3b: 16 GB)
+python -m benchmarks.build_scale --size 3b
+
+Needs twice the checkpoint's size of free disk (3b: 16 GB).
 """
 
 from __future__ import annotations

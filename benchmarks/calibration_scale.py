@@ -1,7 +1,9 @@
 """Time and peak memory of `trimode calibrate` on a random checkpoint whose weights do not fit into
 the memory they are allowed.
 
-python -m benchmarks.calibration_scale [--layers 8] [--precision int4] [--folder FOLDER]        needs 0.2 GB of disk a layer
+python -m benchmarks.calibration_scale [--layers 8] [--precision int4] [--folder FOLDER]
+
+Needs 0.2 GB of disk a layer.
 
 The decoder layers are wide and many, the vocabulary is small; weights are bf16. Peak memory is
 polled: pages of the mapped checkpoint, which the kernel can take back, are counted apart from what

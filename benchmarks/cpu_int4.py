@@ -167,7 +167,8 @@ def main() -> None:
     }
     for name in BUNDLES:
         print(
-            f"{name:24s} AR {rates[name]:7.1f} tokens/s   verify {verify[name]:7.1f} ms   pack {measured[name]['pack_bytes'] / 1e6:6.1f} MB"
+            f"{name:24s} AR {rates[name]:7.1f} tokens/s   verify {verify[name]:7.1f} ms   pack "
+            f"{measured[name]['pack_bytes'] / 1e6:6.1f} MB"
             f"   PSS {measured[name]['pss_bytes'] / 1e6:6.1f} MB   "
             + "  ".join(f"{k} {v:.2f}" for k, v in ratios[name].items())
         )

@@ -157,13 +157,15 @@ def report(
     }
     for name, value in medians.items():
         print(
-            f"{name:26s} {value:8.0f} tokens/s   same tokens as torch eager AR: {same[name]} of {len(outputs[name])}"
+            f"{name:26s} {value:8.0f} tokens/s   same tokens as torch eager AR: {same[name]} of "
+            f"{len(outputs[name])}"
         )
     for name, value in ratios.items():
         print(f"{name:30s} {value:6.2f}")
     for mode, row in profile.items():
         print(
-            f"{mode:12s} a forward: engine {row['engine_us']:5.0f} us, Python around it {row['python_us']:4.0f} us ({100 * row['python_share']:.1f}%)"
+            f"{mode:12s} a forward: engine {row['engine_us']:5.0f} us, Python around it "
+            f"{row['python_us']:4.0f} us ({100 * row['python_share']:.1f}%)"
         )
     save(
         "decode_speed",

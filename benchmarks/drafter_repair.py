@@ -1,7 +1,8 @@
 """What training the drafter on the quantized model does: tokens a cycle on held-out questions,
 before and after.
 
-python -m benchmarks.drafter_repair [CHECKPOINT] [--precision int4] [--calibration CAL] [--prompts 400] [--steps 300] [--per-family 11]
+python -m benchmarks.drafter_repair [CHECKPOINT] [--precision int4] [--calibration CAL]
+    [--prompts 400] [--steps 300] [--per-family 11]
 
 A user's way, command by command: calibrate, train the adapter, build one bundle with the
 checkpoint's adapter and one with the trained one, answer held-out questions with both. Prompts for

@@ -1,6 +1,8 @@
 """Time, memory and bytes of compiling a checkpoint of a published size for three GPUs, with no GPU.
 
-python -m benchmarks.engine_scale --size 8b        needs the checkpoint's size of free disk (8b: 17 GB) and TensorRT-RTX
+python -m benchmarks.engine_scale --size 8b
+
+Needs the checkpoint's size of free disk (8b: 17 GB) and TensorRT-RTX.
 
 The checkpoint is a sparse file of the true shape and byte count. Memory is the proportional set
 size of the whole process tree (a page that two processes map counts once), sampled every 50 ms, and

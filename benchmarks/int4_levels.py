@@ -102,11 +102,13 @@ def main() -> None:
         rows = result["one_row_and_many"]
         print(f"{label}: {exact}")
         print(
-            f"    logits of one row and of many differ by {rows['median_difference']:.1e} in the middle and {rows['largest_difference']:.1e} at most"
+            f"    logits of one row and of many differ by {rows['median_difference']:.1e} in the "
+            f"middle and {rows['largest_difference']:.1e} at most"
         )
         print(f"    the two best are {rows['least_gap']:.1e} apart at least; rows: {rows['rows']}")
         print(
-            f"    self-speculation wrote the tokens of ar in {100 * result['modes']['linear-spec']['same_tokens_as_ar']:.1f}% of the answers"
+            f"    self-speculation wrote the tokens of ar in "
+            f"{100 * result['modes']['linear-spec']['same_tokens_as_ar']:.1f}% of the answers"
         )
 
 

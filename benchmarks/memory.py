@@ -93,7 +93,9 @@ def measure_open(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from trimode.runtime import TriModeModel
-    from trimode.runtime.sessions.ort import session as ort_session  # noqa: F401  (imported before the baseline is taken)
+
+    # imported before the baseline is taken
+    from trimode.runtime.sessions.ort import session as ort_session  # noqa: F401
 
     base, read, start = pss_bytes(), bytes_read(), time.perf_counter()
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2)

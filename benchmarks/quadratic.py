@@ -87,7 +87,8 @@ def report(rounds: dict[str, list[dict[str, Any]]], arguments: dict[str, str]) -
             f"{rows[name]['acceptance_length']:.2f}" if rows[name]["acceptance_length"] else ""
         )
         print(
-            f"{name:24s} acceptance {acceptance:>6s}   tokens per forward {rows[name]['tokens_per_forward']:6.2f}   {median(speeds):7.0f} tokens/s"
+            f"{name:24s} acceptance {acceptance:>6s}   tokens per forward "
+            f"{rows[name]['tokens_per_forward']:6.2f}   {median(speeds):7.0f} tokens/s"
             f"   as AR: {rows[name]['same_tokens_as_ar']} of {len(found[0]['token_ids'])}"
         )
     save("quadratic", {"arguments": arguments, "ways": rows})

@@ -1,7 +1,9 @@
 """Block diffusion under each policy: exact match against tokens per forward, over thresholds.
 
-python -m benchmarks.sampler prompts FILE [--count 800]                   prompts of the training split, for `trimode calibrate sampler --data`
-python -m benchmarks.sampler measure BUNDLE [--per-family 30] [--block-length 32] [--only NAME,...] [--figure FILE]
+python -m benchmarks.sampler prompts FILE [--count 800]
+    writes prompts of the training split, for `trimode calibrate sampler --data`
+python -m benchmarks.sampler measure BUNDLE [--per-family 30] [--block-length 32]
+    [--only NAME,...] [--figure FILE]
 
 The bundle is one of the demo checkpoint with a learned sampler. Questions are of the held-out
 split, and no sampler was trained on them. Greedy, batch 1, forwards counted as everywhere:
@@ -134,7 +136,8 @@ def measure(options: argparse.Namespace) -> None:
             rows.append(answer(model, questions, options.block_length, name, one))
             value = next((f"{key} {number:g}" for key, number in one.items()), "")
             print(
-                f"{name:10s}{value:>14s}{100 * rows[-1]['exact_match']:>8.1f}%{rows[-1]['tokens_per_forward']:>12.2f}",
+                f"{name:10s}{value:>14s}{100 * rows[-1]['exact_match']:>8.1f}%"
+                f"{rows[-1]['tokens_per_forward']:>12.2f}",
                 flush=True,
             )
     rows.sort(key=lambda row: list(POLICIES).index(row["sampler"]))
@@ -151,7 +154,10 @@ def measure(options: argparse.Namespace) -> None:
     for row in equal:
         learned = math.nan if row["learned"] is None else row["learned"]
         print(f"{100 * row['exact_match']:6.1f}% {row['threshold']:6.2f} {learned:6.2f}")
-    title = f"{model.bundle.manifest.source.name}, block {options.block_length}, {len(questions)} held-out questions"
+    title = (
+        f"{model.bundle.manifest.source.name}, block {options.block_length}, {len(questions)} "
+        f"held-out questions"
+    )
     RESULTS.mkdir(exist_ok=True)
     draw(rows, title, options.figure or RESULTS / f"sampler_{options.block_length}.png")
     save(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SHAPES, config_of, write_checkpoint
-from once import TracedOnce, folder_of_run, made_once
+from once import TracedOnce, changed_since_made, folder_of_run, made_once
 from reference import Reference
 
 from trimode.compiler.options import BuildOptions
@@ -48,6 +48,13 @@ def traced_once(run_cache: ContentCache) -> Iterator[TracedOnce]:
         once = TracedOnce(run_cache)
         once.patch(patch)
         yield once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folders_stay(run_folder: Path) -> Iterator[None]:
+    """A test that changes what others read fails the session at its end."""
+    yield
+    assert changed_since_made(run_folder) == []
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -16,6 +18,9 @@ from trimode.compiler.store import traced
 from trimode.compiler.store.cache import ContentCache
 from trimode.formats.contract import ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
+
+_RECORD = ".digests.json"
+"""Name's end of the file beside a folder that says what the folder held when it was made."""
 
 
 def folder_of_run(own: Path) -> Path:
@@ -35,8 +40,31 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             make(partial)
+            Path(f"{folder}{_RECORD}").write_text(json.dumps(_digests(partial)))
             partial.rename(folder)
     return folder
+
+
+def changed_since_made(run_folder: Path) -> list[str]:
+    """Files in folders of :func:`made_once` that a test changed, added or deleted."""
+    changed: list[str] = []
+    for record in run_folder.glob(f"*{_RECORD}"):
+        folder = Path(str(record).removesuffix(_RECORD))
+        with FileLock(f"{folder}.lock"):
+            then, now = json.loads(record.read_text()), _digests(folder)
+        names = sorted(then.keys() | now.keys())
+        changed += [f"{folder.name}/{name}" for name in names if then.get(name) != now.get(name)]
+    return changed
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Locks are left out: builds leave them beside a bundle."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class TracedOnce:

@@ -65,5 +65,8 @@ def test_import_loads_no_library() -> None:
 
 
 def test_star_import_gives_all_names() -> None:
-    code = "import trimode; from trimode import *; assert set(trimode.__all__) <= set(globals()), trimode.__all__"
+    code = (
+        "import trimode; from trimode import *; assert set(trimode.__all__) <= set(globals()), "
+        "trimode.__all__"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -95,7 +95,10 @@ def run_through_session(folder: Path, choice: str, capability: str) -> str:
     found = np.asarray(session.run("verify", cache, BLOCK, 0)[2])
     expected = np.asarray(wide.session.run("verify", other, BLOCK, 0)[2])
     same = (found.argmax(-1) == expected.argmax(-1)).mean()
-    return f"ran: largest logit error {np.abs(found - expected).max():.4g} of {np.abs(expected).max():.4g}, {same:.0%} of the greedy ids equal"
+    return (
+        f"ran: largest logit error {np.abs(found - expected).max():.4g} of "
+        f"{np.abs(expected).max():.4g}, {same:.0%} of the greedy ids equal"
+    )
 
 
 def try_one(

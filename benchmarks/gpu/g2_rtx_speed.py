@@ -2,7 +2,7 @@
 forward, weights as inputs against baked.
 
 python -m benchmarks.gpu.g2_rtx_speed --target sm89 [--size 8b] [--kinds bf16,bf16-baked,fp8,int4]
-python -m benchmarks.gpu.g2_rtx_speed --device cpu --size tiny        builds, and stops where a GPU is needed
+python -m benchmarks.gpu.g2_rtx_speed --device cpu --size tiny     builds, then needs a GPU
 
 `--target` is an architecture whose engines this GPU accepts (what G1 found); the session's check of
 the compute capability is told so.

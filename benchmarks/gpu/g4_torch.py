@@ -168,7 +168,8 @@ def main() -> None:
     }
     save("g4_torch", {**facts, "batch_1": cells, "batches": concurrent})
     print(
-        f"weights read {read / 1e9:.2f} GB, copy {bandwidth / 1e12:.3f} TB/s, floor {floor_ms:.3f} ms"
+        f"weights read {read / 1e9:.2f} GB, copy {bandwidth / 1e12:.3f} TB/s, floor "
+        f"{floor_ms:.3f} ms"
     )
     show(
         [*cells, *concurrent], ("batch", "rows", "past", "eager_ms", "graph_ms", "floor_over_best")

@@ -1,7 +1,8 @@
 """G6: the demo checkpoint trained on the GPU: exact match by mode, acceptance length with the
 drafter and without, minutes.
 
-python -m benchmarks.gpu.g6_demo [--joint-minutes 3] [--refinement-minutes 2] [--drafter-minutes 1] [--questions 112]
+python -m benchmarks.gpu.g6_demo [--joint-minutes 3] [--refinement-minutes 2]
+    [--drafter-minutes 1] [--questions 112]
 python -m benchmarks.gpu.g6_demo --device cpu --size tiny
 
 The checkpoint is written beside the results, with its ``training.json``, so that a good one can be

@@ -1,13 +1,13 @@
 """Packs what a GPU machine without a package index needs, in pieces of at most 45 MB that can be
 carried one at a time.
 
-python -m benchmarks.gpu.pack rtx -o .gpu-rtx          TensorRT-RTX 1.7 and what trimode needs beside PyTorch
-python -m benchmarks.gpu.pack ort -o .gpu-ort          onnxruntime-gpu
-python -m benchmarks.gpu.pack calib -o .gpu-calib      ModelOpt and what it imports beside PyTorch
-python -m benchmarks.gpu.pack join FOLDER SITE         over there, with the pieces in FOLDER: unpacks into SITE, for PYTHONPATH
+python -m benchmarks.gpu.pack rtx -o .gpu-rtx        TensorRT-RTX 1.7 and trimode's other needs
+python -m benchmarks.gpu.pack ort -o .gpu-ort        onnxruntime-gpu
+python -m benchmarks.gpu.pack calib -o .gpu-calib    ModelOpt and what it imports beside PyTorch
+python -m benchmarks.gpu.pack join FOLDER SITE       over there: unpacks FOLDER's pieces into SITE
 
-Wheels are for Linux x86-64 and Python 3.12; they are unpacked and compressed again as one archive
-(xz), which is a third smaller.
+SITE is for PYTHONPATH. Wheels are for Linux x86-64 and Python 3.12. They are unpacked and
+compressed again as one archive (xz), which is a third smaller.
 """
 
 from __future__ import annotations

@@ -120,7 +120,11 @@ class GreedyChooser:
         """Nothing is decided beforehand."""
 
     def denoised(
-        self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
+        self,
+        block: Ids,  # noqa: ARG002
+        masked: NDArray[np.bool_],  # noqa: ARG002
+        ids: Array,
+        probabilities: Array,
     ) -> tuple[Array, Array]:
         """See :class:`Chooser`."""
         return ids[:, 0], probabilities[:, 0]

@@ -738,7 +738,10 @@ def test_names_the_layer_whose_input_is_not_finite(tmp_path: Path) -> None:
     )
     with pytest.raises(
         CheckpointError,
-        match=r"encoder\.layers\.0\.mlp\.down_proj: expected finite inputs, found (inf|nan) in a forward of ar",
+        match=(
+            r"encoder\.layers\.0\.mlp\.down_proj: expected finite inputs, found (inf|nan) in a "
+            r"forward of ar"
+        ),
     ):
         run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -418,9 +418,7 @@ def test_the_threshold_is_the_fastest_that_is_as_good() -> None:
     assert choose_threshold([rule, *known]) == 0.99
 
 
-def test_the_threshold_gives_away_no_more_than_one_standard_error_of_what_the_best_score_reaches() -> (
-    None
-):
+def test_the_threshold_gives_away_at_most_one_standard_error_of_the_best_score() -> None:
     def row(value: float, block_length: int, same: float, speed: int) -> DenoisingRecord:
         return DenoisingRecord(
             block_length=block_length,

@@ -16,7 +16,7 @@ from trimode.calib.demo.save import demo_texts
 from trimode.calib.demo.train import REPORT_FILE, Plan, processor, train_demo
 from trimode.calib.training.budget import Budget
 from trimode.calib.training.checkpoint_writer import round_weights, write_adapter, write_checkpoint
-from trimode.errors import UsageError
+from trimode.errors import BuildError, UsageError
 from trimode.formats.safetensors import to_float32
 from trimode.graphs.adapter import ADAPTER_FOLDER
 from trimode.graphs.checkpoint import Checkpoint, open_checkpoint
@@ -205,7 +205,7 @@ def test_only_checkpoints_are_replaced_and_only_by_whole_ones(
     with pytest.raises(UsageError, match="something else"):
         write_checkpoint(tmp_path / "notes", small_trunk, small_config, {})
     write_checkpoint(tmp_path / "model", small_trunk, small_config, {"old.txt": ""})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BuildError, match="no/such/folder"):
         write_checkpoint(tmp_path / "model", small_trunk, small_config, {"no/such/folder": ""})
     assert (tmp_path / "model/old.txt").is_file()
     write_checkpoint(tmp_path / "model", small_trunk, small_config, {})

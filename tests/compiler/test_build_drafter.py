@@ -130,7 +130,10 @@ def test_a_bundle_has_one_drafter(checkpoint: Path, adapter: Path, tmp_path: Pat
     assert build_bundle(checkpoint, tmp_path / "b", BuildOptions(drafter=copied)).built == ()
     with pytest.raises(
         UsageError,
-        match=r"expected a bundle of .* with the drafter .*linear_spec_lora, found one of other weights",
+        match=(
+            r"expected a bundle of .* with the drafter .*linear_spec_lora, found one of other "
+            r"weights"
+        ),
     ):
         build_bundle(checkpoint, tmp_path / "b")
 

@@ -270,8 +270,8 @@ def test_what_a_bundle_says_of_it(
     shown = trimode("inspect", bundle)
     size = (bundle / "sampler.onnx").stat().st_size / 1e6
     assert (
-        f"sampler    mine, {record.num_parameters / 1e6:.2f} M parameters, {size:.1f} MB, trained on blocks of 3, 8"
-        in shown.stdout
+        f"sampler    mine, {record.num_parameters / 1e6:.2f} M parameters, {size:.1f} MB, trained "
+        f"on blocks of 3, 8" in shown.stdout
     )
     assert (
         json.loads(trimode("inspect", bundle, "--json").stdout)["sampler"]["threshold"]

@@ -80,7 +80,8 @@ def test_a_killed_maker_is_cleared_by_the_next(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
         "def make(p):\n    p.write_bytes(b'half'); print('in', flush=True); sys.stdin.read()\n"
-        "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
+        "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), "
+        "make)\n"
     )
     victim = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "c"), key, str(tmp_path / "x")],
@@ -105,7 +106,8 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, time\nfrom trimode.compiler.store.cache import ContentCache\n"
         "def make(p):\n    print('made', flush=True); time.sleep(0.5); p.write_bytes(b'engine')\n"
-        "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), make)\n"
+        "ContentCache(pathlib.Path(sys.argv[1])).fetch(sys.argv[2], pathlib.Path(sys.argv[3]), "
+        "make)\n"
     )
     running = [
         subprocess.Popen(
@@ -141,7 +143,10 @@ def test_pruning_leaves_what_is_in_use(tmp_path: Path) -> None:
 
     def make(path: Path) -> None:
         path.write_bytes(b"engine")
-        code = "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\nprint(ContentCache(pathlib.Path(sys.argv[1]), 0).prune())"
+        code = (
+            "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
+            "print(ContentCache(pathlib.Path(sys.argv[1]), 0).prune())"
+        )
         assert (
             subprocess.run(
                 [sys.executable, "-c", code, str(tmp_path / "c")],
@@ -295,7 +300,8 @@ def test_a_cache_that_may_not_be_read_or_written(tmp_path: Path, what: str) -> N
     code = (
         "import sys, pathlib\nfrom trimode.compiler.store.cache import ContentCache\n"
         "cache = ContentCache(pathlib.Path(sys.argv[1]))\n"
-        "cache.fetch(sys.argv[2], pathlib.Path(sys.argv[3]), lambda path: path.write_bytes(b'engine') and None)\ncache.prune()\n"
+        "cache.fetch(sys.argv[2], pathlib.Path(sys.argv[3]), lambda path: "
+        "path.write_bytes(b'engine') and None)\ncache.prune()\n"
     )
     forbidden.chmod(0)
     try:

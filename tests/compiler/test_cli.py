@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from checkpoints import config_of, write_checkpoint
 from conftest import Built
 
@@ -48,7 +47,8 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['trimode', '--help']\nfrom trimode.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', 'onnxruntime', 'pydantic')))"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'onnx_ir', 'numpy', "
+        "'onnxruntime', 'pydantic')))"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
@@ -412,8 +412,7 @@ def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.Monk
     assert table.exists()
 
 
-def test_building_twice_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRIMODE_CACHE", str(tmp_path / "cache"))
+def test_building_twice_says_so(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(num_hidden_layers=1))
     first = trimode("build", checkpoint, "-o", tmp_path / "bundle", "--json")
     assert json.loads(first.stdout)["built"] == ["cpu"]
@@ -430,21 +429,19 @@ def test_building_twice_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_a_bundle_in_sixteen_bits_runs_on_the_cpu(tmp_path: Path) -> None:
+def test_a_bundle_in_sixteen_bits_runs_on_the_cpu(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
     """Weights as inputs, widened once: the tokens of the float32 bundle, since the checkpoint has
     16 bits itself.
     """
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(), dtype=torch.bfloat16)
+    checkpoint = built("three_kv_heads").checkpoint
     command = ("--token-ids", "20,21,22", "--max-new-tokens", 20, "--mode", "linear-spec")
     answers = []
     for precision in ("fp32", "bf16"):
         bundle = tmp_path / precision
-        assert (
-            trimode(
-                "build", checkpoint, "-o", bundle, "--precision", precision, "--no-cache"
-            ).returncode
-            == 0
-        )
+        done = trimode("build", checkpoint, "-o", bundle, "--precision", precision)
+        assert done.returncode == 0, done.stderr
         answers += [
             trimode("run", bundle, *command).stdout,
             trimode("run", bundle, *command, "--target", "portable").stdout,
@@ -465,7 +462,6 @@ def test_a_target_that_cannot_run_here(tmp_path: Path) -> None:
             "sm89",
             "--block-lengths",
             "8",
-            "--no-cache",
         ).returncode
         == 0
     )

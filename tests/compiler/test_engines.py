@@ -25,7 +25,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.targets import find_target
-from trimode.compiler.tensorrt import pool as engines
+from trimode.compiler.tensorrt import pool
 from trimode.compiler.tensorrt.builder import PhaseTree
 from trimode.errors import BuildError, DependencyError, UsageError
 from trimode.formats.contract import ROLES
@@ -242,12 +242,14 @@ def test_refusals_of_the_builder_are_explained(
 def test_fp8_below_compute_capability_8_9_is_explained() -> None:
     """The message is the builder's own, from a graph with fp8 weights compiled for SM86."""
     message = (
-        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm86, because the model "
-        "contains HW-specific datatypes: fp8_e4m3. In compileGraph at /_src/optimizer/myelin/codeGenerator.cpp:2012)"
+        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] "
+        "Cannot compile for target(s) sm86, because the model "
+        "contains HW-specific datatypes: fp8_e4m3. In compileGraph at "
+        "/_src/optimizer/myelin/codeGenerator.cpp:2012)"
     )
-    task = engines.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
+    task = pool.EngineTask(find_target("a10"), "fp8", "", None)  # type: ignore[arg-type]
     assert "a10 (8.6): expected types the GPU can compute in, found fp8_e4m3 (fp8)" in str(
-        engines.explain_refusal(task, [message])
+        pool.explain_refusal(task, [message])
     )
 
 

@@ -494,7 +494,10 @@ def test_gpus_before_blackwell_are_refused(
     options = BuildOptions((target,), precision="nvfp4", calibration="rtn")
     with pytest.raises(
         UsageError,
-        match=rf"{target} \({capability}\): expected .*, found nvfp4; .* begin with compute capability 10\.0",
+        match=(
+            rf"{target} \({capability}\): expected .*, found nvfp4; .* begin with compute "
+            rf"capability 10\.0"
+        ),
     ) as refusal:
         build_bundle(checkpoint, tmp_path / "b", options)
     assert "--precision bf16" in refusal.value.hint or target == "t4"

@@ -249,7 +249,8 @@ def test_a_warning_says_the_cause_once_an_engine() -> None:
     plans = [EnginePlan("fp8", "l4", "verify", (record_of(), record_of(101), record_of(500)))]
     (line,) = warnings_of(plans)
     assert line == (
-        "warning: fp8 l4 verify: a forward of 8 rows moves 1.5 times the bytes of its weights, keys and values: weights expanded (0.0 MB)"
+        "warning: fp8 l4 verify: a forward of 8 rows moves 1.5 times the bytes of its weights, "
+        "keys and values: weights expanded (0.0 MB)"
     )
     assert (
         list(warnings_of([EnginePlan("fp8", "l4", "verify", (record_of(), record_of(100)))])) == []

@@ -73,7 +73,8 @@ def test_the_precision_all_targets_share(names: tuple[str, ...], expected: str) 
         (
             "nvfp4",
             ("rtx-5090", "l4"),
-            r"l4 \(8\.9\): expected a precision it can run .*, found nvfp4; products of 4-bit floats begin with",
+            r"l4 \(8\.9\): expected a precision it can run .*, found nvfp4; products of 4-bit "
+            r"floats begin with",
         ),
         ("half", ("cpu",), "found 'half'"),
     ],

@@ -24,7 +24,7 @@ import trimode.graphs
 from trimode.compiler.passes.base import lower, to_bytes
 from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.compiler.plan import SamplerSource
-from trimode.compiler.stages import extras as sampler
+from trimode.compiler.stages import extras
 from trimode.compiler.stages.extras import write_sampler
 from trimode.compiler.store import fingerprint, traced
 from trimode.compiler.store.cache import ContentCache
@@ -97,7 +97,8 @@ def test_all_that_tracing_imports_counts() -> None:
     """Modules that tracing brings into a fresh process are among the files of the digest."""
     code = (
         "import sys, trimode.graphs.decoder.trace, trimode.graphs.sampler.trace\n"
-        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), sep='\\n')"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('trimode.')), "
+        "sep='\\n')"
     )
     files = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -107,7 +108,7 @@ def test_all_that_tracing_imports_counts() -> None:
     assert [
         file for file in files if not any(Path(file).is_relative_to(root) for root in roots)
     ] == []
-    for module in (traced, sampler, sys.modules[WeightsToInputs.__module__]):
+    for module in (traced, extras, sys.modules[WeightsToInputs.__module__]):
         assert any(Path(module.__file__ or "").is_relative_to(root) for root in roots)
 
 
@@ -214,7 +215,7 @@ def a_sampler(folder: Path, seed: int, **changes: Any) -> SamplerSource:
 def test_a_sampler_is_exported_once_and_anew_for_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_fingerprint: Any
 ) -> None:
-    kept, export, exported = ContentCache(tmp_path / "cache"), sampler._export, list[Path]()
+    kept, export, exported = ContentCache(tmp_path / "cache"), extras._export, list[Path]()
 
     def counted(source: SamplerSource, path: Path) -> None:
         exported.append(source.folder)
@@ -223,7 +224,7 @@ def test_a_sampler_is_exported_once_and_anew_for_other_weights(
         else:
             path.write_bytes(b"another")
 
-    monkeypatch.setattr(sampler, "_export", counted)
+    monkeypatch.setattr(extras, "_export", counted)
     it = a_sampler(tmp_path / "it", 0)
     write_sampler(it, tmp_path / "one.onnx", kept)
     # its weights are not read again

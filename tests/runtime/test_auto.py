@@ -46,7 +46,7 @@ from trimode.runtime.auto.timings import (
     subject_of,
     table_path,
 )
-from trimode.runtime.decode import algorithms as decode
+from trimode.runtime.decode import algorithms
 from trimode.runtime.measure.acceptance import write_texts
 from trimode.runtime.model import TriModeModel
 
@@ -437,7 +437,7 @@ def test_the_tokens_are_those_of_ar_whatever_is_picked(
     seed: int,
 ) -> None:
     model, whim = built("one_kv_head").model, Whim(seed)
-    monkeypatch.setattr(decode, "make_policy", lambda *_, **__: whim)
+    monkeypatch.setattr(algorithms, "make_policy", lambda *_, **__: whim)
     expected = model.stream([prompt], "ar", **rules).finish()
     sequence = model.new_sequence([prompt])
     result = model.continue_sequence(sequence, "auto", **rules).finish()

@@ -14,7 +14,7 @@ from trimode.errors import BundleError, DependencyError, DeviceError, TrimodeErr
 from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.model import TriModeModel
-from trimode.runtime.sessions import select as backends
+from trimode.runtime.sessions import select
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
 from trimode.runtime.sessions.select import PORTABLE, open_session
 
@@ -85,8 +85,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise failures[key]
             return key
 
-        monkeypatch.setattr(backends, "find_gpu", lambda: gpu)
-        monkeypatch.setattr(backends, "_open", opened)
+        monkeypatch.setattr(select, "find_gpu", lambda: gpu)
+        monkeypatch.setattr(select, "_open", opened)
 
     return describe
 
@@ -139,7 +139,8 @@ def test_what_was_chosen_and_why_is_logged(
     assert logged(without(bundle, "cuda", "h100")) == [
         (
             "WARNING",
-            "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX Runtime (cpu)",
+            "target rtx-4090: found no GPU (the NVIDIA driver is not installed); running on ONNX "
+            "Runtime (cpu)",
         )
     ]
     assert logged(without(bundle, "cuda", "h100", "rtx-4090")) == [
@@ -151,7 +152,8 @@ def test_what_was_chosen_and_why_is_logged(
     assert logged(bundle) == [
         (
             "WARNING",
-            "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on ONNX Runtime (cuda)",
+            "target h100: found a GPU of compute capability 8.9 (RTX 4090), not 9.0; running on "
+            "ONNX Runtime (cuda)",
         ),
         ("WARNING", f"target rtx-4090: {OLD.message}; running on ONNX Runtime (cuda)"),
     ]
@@ -175,7 +177,10 @@ def test_a_named_target_runs_or_fails(bundle: Bundle, machine: Callable[..., Non
         choose(bundle, "cuda")
     with pytest.raises(
         UsageError,
-        match=r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, found 'tpu'",
+        match=(
+            r"a target of the bundle in fp32 \(cpu, cuda, h100, rtx-4090, portable\) or auto, "
+            r"found 'tpu'"
+        ),
     ):
         choose(bundle, "tpu")
 
@@ -196,7 +201,7 @@ def test_errors_that_no_fallback_helps(bundle: Bundle, machine: Callable[..., No
 def test_no_gpu_is_looked_for_where_none_is_needed(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "find_gpu", lambda: pytest.fail("nobody asked"))
+    monkeypatch.setattr(select, "find_gpu", lambda: pytest.fail("nobody asked"))
     opened = open_session(without(bundle, "cuda", "h100", "rtx-4090"), num_threads=1)
     assert opened.target == "cpu"
     opened.session.close()
@@ -222,7 +227,7 @@ def test_from_pretrained(built: Callable[[str], Built], tmp_path: Path) -> None:
 
 def test_a_target_for_a_gpu_on_this_machine(bundle: Bundle) -> None:
     """The real modules: what is missing here is said, and the CPU takes over."""
-    if isinstance(backends.find_gpu(), Gpu):
+    if isinstance(select.find_gpu(), Gpu):
         pytest.skip("there is a GPU")
     opened = open_session(bundle, num_threads=1)
     assert opened.target == "cpu"

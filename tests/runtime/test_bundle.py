@@ -94,7 +94,10 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 
 def test_the_runtime_imports_nothing_heavy() -> None:
     heavy = ("torch", "onnx", "onnx_ir", "transformers")
-    code = f"import sys, trimode.runtime.sessions.ort.session, trimode.runtime; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, trimode.runtime.sessions.ort.session, trimode.runtime; print([m for m in "
+        f"{heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

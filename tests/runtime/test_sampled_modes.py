@@ -26,8 +26,7 @@ from sampling_reference import (
 
 from trimode.calib.reference.torch_session import accepted_lengths
 from trimode.formats.contract import Mode, ModelInfo, Role
-from trimode.runtime.decode import algorithms as decode
-from trimode.runtime.decode import token_choice as chooser
+from trimode.runtime.decode import algorithms, token_choice
 from trimode.runtime.decode.algorithms import MODES, Counters
 from trimode.runtime.decode.options import DecodeOptions, make_options
 from trimode.runtime.decode.sampling import SamplingOptions
@@ -228,7 +227,7 @@ class ByTheLastStep:
 def test_auto_has_the_distribution_of_ar(
     session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep())
+    monkeypatch.setattr(algorithms, "make_policy", lambda *_, **__: ByTheLastStep())
     options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "auto", **CASES[case])
     assert (
@@ -244,7 +243,7 @@ def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(
     """Which token was drawn decides how much is verified; that this is no bias holds for an end
     that is verified itself, and only then.
     """
-    monkeypatch.setattr(decode, "make_policy", lambda *_, **__: ByTheLastStep(cut))
+    monkeypatch.setattr(algorithms, "make_policy", lambda *_, **__: ByTheLastStep(cut))
     ends = (2, 4, 7)
     counts = np.zeros((VOCABULARY,) * 3, int)
     for text, _ in texts(
@@ -266,7 +265,7 @@ def test_auto_may_stop_verifying_at_a_drawn_end_and_not_before_it(
 def test_a_wrong_rule_is_told(
     session: RememberedSession, rule: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chooser, "accept_or_replace", rule)
+    monkeypatch.setattr(token_choice, "accept_or_replace", rule)
     counts, _ = count_texts(session, "linear_spec", **CASES["plain"])
     assert chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE))) < 1e-6
 
@@ -275,7 +274,7 @@ def test_more_is_accepted_than_by_exact_match(
     session: RememberedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, ours = count_texts(session, "linear_spec", **CASES["plain"])
-    monkeypatch.setattr(chooser, "accept_or_replace", exact_match)
+    monkeypatch.setattr(token_choice, "accept_or_replace", exact_match)
     counts, theirs = count_texts(session, "linear_spec", **CASES["plain"])
     assert (
         chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(TEMPERATURE)))
@@ -346,8 +345,10 @@ def test_drawn_drafts_are_filled_from_the_left() -> None:
         ([0, 0.9, 0.1, 0.9, 0.9], [1]),
         ([0, 0.5, 0.5, 0.5, 0.5], [1, 2, 3, 4]),
     ):
-        assert np.flatnonzero(decode._leading(masked, np.array(confidence), 0.5)).tolist() == slots
-    assert not decode._leading(np.zeros(3, bool), np.ones(3), 0.5).any()
+        assert (
+            np.flatnonzero(algorithms._leading(masked, np.array(confidence), 0.5)).tolist() == slots
+        )
+    assert not algorithms._leading(np.zeros(3, bool), np.ones(3), 0.5).any()
 
 
 def test_plain_options_read_no_logits() -> None:

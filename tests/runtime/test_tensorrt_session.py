@@ -546,7 +546,10 @@ def test_errors_before_and_on_the_gpu(
         host.session(record_of(compute_capability="12.0"))
     with pytest.raises(
         BundleError,
-        match=r"expected tensorrt_rtx 1\.6, which compiled the engines, found tensorrt_rtx 1\.7\.1\.116",
+        match=(
+            r"expected tensorrt_rtx 1\.6, which compiled the engines, found tensorrt_rtx "
+            r"1\.7\.1\.116"
+        ),
     ):
         host.session(record_of(library="tensorrt_rtx 1.6"))
     short = host.bundles["float32"].path / "short"
@@ -750,7 +753,10 @@ def test_checks_without_a_gpu() -> None:
 
 def test_the_modules_import_nothing_heavy() -> None:
     heavy = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda")
-    code = f"import sys, trimode.runtime.sessions.tensorrt.session, trimode.runtime.sessions.select; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, trimode.runtime.sessions.tensorrt.session, trimode.runtime.sessions.select; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -22,7 +22,8 @@ from trimode.runtime.text.codec import TextCodec
 from trimode.runtime.text.stream import TextStream
 
 TEMPLATE = """{% for m in messages %}
-<|{{ m.role }}|>{{ m.content }}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}
+<|{{ m.role }}|>{{ m.content }}{% if m.role == 'bad' %}\
+{{ raise_exception('no such role') }}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>{% endif %}{% endif %}"""
 
@@ -211,7 +212,8 @@ def test_a_template_that_does_not_compile_is_named(folder: Path, template: str) 
         ("{{ [] | first | tojson }}", "TypeError"),
         ("{{ messages | map(attribute='content') | sum }}", "TypeError"),
         (
-            "{% for i in range(90000) %}{% for j in range(90000) %}12345678{% endfor %}{% endfor %}",
+            "{% for i in range(90000) %}{% for j in range(90000) %}12345678{% endfor %}"
+            "{% endfor %}",
             "OverflowError",
         ),
     ],

@@ -142,41 +142,64 @@ KINDS = {
     "word piece": _word_piece,
 }
 
-PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-NAMES = "{{ [bos_token, eos_token, unk_token, pad_token, sep_token, cls_token, mask_token, image_token, tool_token] | join('|') }}"
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NAMES = (
+    "{{ [bos_token, eos_token, unk_token, pad_token, sep_token, cls_token, mask_token, "
+    "image_token, tool_token] | join('|') }}"
+)
 DEFINED = (
-    "{{ [bos_token is defined, pad_token is defined, tools is none, documents is none, enable_thinking is defined,"
+    "{{ [bos_token is defined, pad_token is defined, tools is none, documents is none, "
+    "enable_thinking is defined,"
     " add_generation_prompt, more is defined, tools is defined and tools, messages is mapping] }}"
 )
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}\n"
     "{% else %}{{- m.content -}}{%- generation -%} x {%- endgeneration -%}{% endif %}{% endfor %}"
 )
 LOOPS = "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
 LOOPS += "{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}"
 JSON = (
-    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ messages | tojson(ensure_ascii=True) }}"
-    "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{{ messages[0] | tojson(false, 1) }}{{ '<é>' | tojson }}"
+    "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ messages | "
+    "tojson(ensure_ascii=True) }}"
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{{ messages[0] | tojson(false, "
+    "1) }}{{ '<é>' | tojson }}"
 )
 HELPERS = (
-    "{% set ns = namespace(x=1, y='a') %}{% for m in messages %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}{{ ns.y }}"
-    "{{ dict(a=1) | tojson }}{{ dict.fromkeys('ab', 2) | tojson }}{{ strftime_now('%d %b %Y') }}{{ range(3) | list }}"
-    "{% macro part(m) %}[{{ m.role }}]{% endmacro %}{{ part(messages[0]) }}{{ messages[0].content | trim | upper }}"
+    "{% set ns = namespace(x=1, y='a') %}{% for m in messages %}{% set ns.x = ns.x + 1 %}"
+    "{% endfor %}{{ ns.x }}{{ ns.y }}"
+    "{{ dict(a=1) | tojson }}{{ dict.fromkeys('ab', 2) | tojson }}{{ strftime_now('%d %b %Y') "
+    "}}{{ range(3) | list }}"
+    "{% macro part(m) %}[{{ m.role }}]{% endmacro %}{{ part(messages[0]) }}"
+    "{{ messages[0].content | trim | upper }}"
 )
-BLANKS = "  {% if true %}\n   a {%- if true %}\n b\n{% endif %}{% endif %}\r\n  {#- note -#}\n {{ messages[0].content }}\n\n"
+BLANKS = (
+    "  {% if true %}\n   a {%- if true %}\n b\n{% endif %}{% endif %}\r\n  {#- note -#}\n "
+    "{{ messages[0].content }}\n\n"
+)
 PARTS = (
-    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or [] %}"
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content or [] %}"
     "{% if p.type == 'text' %}{{ p.text }}{% else %}<image>{% endif %}{% endfor %}{% endif %}"
-    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ m.reasoning_content }}{{ m.thinking }}{{ 'name' in m }}\n{% endfor %}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ m.reasoning_content }}"
+    "{{ m.thinking }}{{ 'name' in m }}\n{% endfor %}"
 )
-TOOLS = "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{% for d in documents or [] %}{{ d.title }}{% endfor %}{{ more }}"
+TOOLS = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+    "{% for d in documents or [] %}{{ d.title }}{% endfor %}{{ more }}"
+)
 THINKING = (
-    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% elif enable_thinking %}<think>{% endif %}"
-    + PLAIN
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>"
+    "{% elif enable_thinking %}<think>{% endif %}" + PLAIN
 )
 QWEN = (
-    "{%- set ns = namespace(last=messages|length - 1) %}{%- for m in messages[::-1] %}{%- set i = (messages|length - 1) - loop.index0 %}"
-    "{%- if m.role == 'user' %}{%- set ns.last = i %}{%- break %}{%- endif %}{%- endfor %}{{ ns.last }}{{ messages[ns.last].content }}"
+    "{%- set ns = namespace(last=messages|length - 1) %}{%- for m in messages[::-1] %}"
+    "{%- set i = (messages|length - 1) - loop.index0 %}"
+    "{%- if m.role == 'user' %}{%- set ns.last = i %}{%- break %}{%- endif %}{%- endfor %}"
+    "{{ ns.last }}{{ messages[ns.last].content }}"
 )
 
 

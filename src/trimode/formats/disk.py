@@ -58,8 +58,8 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or isinstance(error, BrokenPipeError | FileNotFoundError):
-            raise  # nothing that a disk or its permissions are to blame for
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
         raise _as_build_error(error, place) from error
 
 
