@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -129,3 +130,24 @@ def test_the_path_through_the_code_exists() -> None:
     files = re.findall(r"^\d\. `([^`]+)`", page, re.MULTILINE)
     assert len(files) == 5
     assert all((ROOT / file).is_file() for file in files)
+
+
+def test_sentences_are_short() -> None:
+    """Half have at most 14 words, nine in ten at most 25; tables and code are not prose."""
+    lengths = [
+        len(sentence.split())
+        for page in (ROOT / "docs").rglob("*.md")
+        if page.name != "cli.md"  # generated: hundreds of lines a few words long
+        for sentence in _sentences(page)
+    ]
+    assert statistics.median(lengths) <= 14
+    assert statistics.quantiles(lengths, n=10)[-1] <= 25
+
+
+def _sentences(page: Path) -> Iterator[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"^\|.*$|^#.*$|^:::.*$|\]\([^)]*\)", "", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?=[-*] |\d+\. )", text):
+        for sentence in re.split(r"(?<=[.:!?])\s+", " ".join(paragraph.split())):
+            if re.search(r"\w", sentence):
+                yield sentence
