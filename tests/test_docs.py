@@ -132,6 +132,17 @@ def test_the_path_through_the_code_exists() -> None:
     assert all((ROOT / file).is_file() for file in files)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_code_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "src|graphs|compiler|runtime|calib|tests|benchmarks"
+    for file in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert (ROOT / file).exists(), file
+    for module in re.findall(r"python -m ((?:benchmarks|trimode)[\w.]+\w)", text):
+        place = ROOT / "src" if module.startswith("trimode") else ROOT
+        assert place.joinpath(*module.split(".")).with_suffix(".py").is_file(), module
+
+
 def test_sentences_are_short() -> None:
     """Half have at most 14 words, nine in ten at most 25; tables and code are not prose."""
     lengths = [
