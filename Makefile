@@ -4,7 +4,7 @@ BIN := .venv/bin
 BUNDLE := artifacts/nld-tiny-cpu
 GPU_BUNDLE := artifacts/nld-tiny-gpus
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -40,5 +40,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/sizes.py
 
+# The pages of docs/ as a site, in site/. A link that leads nowhere is an error.
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv $(BUNDLE) $(GPU_BUNDLE) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(BUNDLE) $(GPU_BUNDLE) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
