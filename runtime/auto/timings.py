@@ -171,7 +171,8 @@ class Timings(_Record):
                 )
         if not drafts:
             raise UsageError(
-                "expected timings of one row and of a block, over the same cached tokens, found none",
+                "expected timings of one row and of a block, "
+                "over the same cached tokens, found none",
                 BENCH,
             )
         found = [
@@ -237,7 +238,8 @@ def read_timings(path: Path) -> Timings:
         raise UsageError(f"{path}: {error.reason}", BENCH) from error
     except Unreadable as error:
         raise UsageError(
-            f"{path}: expected a table of timings, found a file that cannot be read ({error.reason})",
+            f"{path}: expected a table of timings, "
+            f"found a file that cannot be read ({error.reason})",
             BENCH,
         ) from error
 

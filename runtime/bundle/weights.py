@@ -50,7 +50,10 @@ class WeightPack:
             self.entries = read_pack_header(path)
             self._bytes = _map(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, Unreadable) as error:
-            found = f"{path}: expected a weight pack, found one that cannot be read ({reason_of(error)})"
+            found = (
+                f"{path}: expected a weight pack, "
+                f"found one that cannot be read ({reason_of(error)})"
+            )
             hint = f"check the file's permissions, or {REBUILD}"
             raise BundleError(found, hint) from error
 

@@ -132,7 +132,8 @@ class TextCodec:
         """
         if continue_final_message and add_generation_prompt:
             raise UsageError(
-                "expected a message to continue or the beginning of an answer, found both asked for",
+                "expected a message to continue or the beginning of an answer, "
+                "found both asked for",
                 "leave out add_generation_prompt, or continue_final_message",
             )
         source = self._templates.choose(chat_template, with_tools=tools is not None)
@@ -169,7 +170,8 @@ class TextCodec:
         except UnicodeEncodeError as error:
             half = text[error.start]
             raise UsageError(
-                f"expected text that UTF-8 can write, found half a surrogate pair {half!a} at character {error.start}",
+                "expected text that UTF-8 can write, "
+                f"found half a surrogate pair {half!a} at character {error.start}",
                 "take it out, or join both halves into one character",
             ) from error
         encode = self._tokenizer.encode

@@ -151,7 +151,8 @@ def place_weights(
             if found is None or found.dtype != dtype or found.shape != tuple(declared.shape):
                 held = f"{found.dtype} {found.shape}" if found else "none"
                 raise BundleError(
-                    f"{name}: expected {declared.type} of shape {tuple(declared.shape)} in the weight pack, found {held}",
+                    f"{name}: expected {declared.type} of shape {tuple(declared.shape)} "
+                    f"in the weight pack, found {held}",
                     REBUILD,
                 )
     return placed

@@ -253,7 +253,8 @@ class OrtCache:
             return
         if self._fixed is not None and length > self._fixed:
             raise UsageError(
-                f"expected at most {self._fixed} tokens, which the cache of this target holds, found {length}",
+                f"expected at most {self._fixed} tokens, "
+                f"which the cache of this target holds, found {length}",
                 "shorten the text, or build with a larger --max-length",
             )
         self.bound.clear()

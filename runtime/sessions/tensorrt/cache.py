@@ -35,7 +35,8 @@ class TensorRTCache:
         """See :class:`trimode.runtime.sessions.base.KVCache`."""
         if length > self.capacity:
             raise UsageError(
-                f"expected at most {self.capacity} tokens, which the cache of this target holds, found {length}",
+                f"expected at most {self.capacity} tokens, "
+                f"which the cache of this target holds, found {length}",
                 "shorten the text, or build with a larger --max-length",
             )
 

@@ -138,7 +138,8 @@ def _fill_runtime_cache(cache: Any, path: Path) -> None:
         return
     if not cache.deserialize(kernels):
         logger.info(
-            "%s: kernels were compiled for another GPU, driver or library version; they are compiled again",
+            "%s: kernels were compiled for another GPU, driver or library version; "
+            "they are compiled again",
             path,
         )
 
