@@ -63,8 +63,9 @@ class WeightPack:
         return self._bytes[entry.offset : entry.offset + entry.num_bytes]
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of
-        the file where it is float32 there, else a copy.
+        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped.
+
+        A view of the file where it is float32 there, else a copy.
         """
         entry = self.entries[name]
         return widen(self.raw(name), entry.dtype).reshape(entry.shape)

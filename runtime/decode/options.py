@@ -101,8 +101,9 @@ class DecodeOptions:
 
 
 class TokenChoices(TypedDict, total=False):
-    """Keywords that every way to generate takes; see :class:`DecodeOptions` and
-    :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
+    """Keywords that every way to generate takes.
+
+    See :class:`DecodeOptions` and :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
     """
 
     temperature: float

@@ -269,8 +269,9 @@ class Stream:
         self._sequence.check_open()
 
     def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
-        """The tokens up to the one that completes a stop string; the rest is forgotten before
-        anybody has seen it.
+        """The tokens up to the one that completes a stop string.
+
+        The rest is forgotten before anybody has seen it.
         """
         for count, token in enumerate(token_ids, 1):
             watch.push([token])

@@ -154,8 +154,9 @@ class TextCodec:
         return cut_at_mark(rendered, end) if field else rendered
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, such as ``</think>``; None if there is no such
-        token.
+        """The id of a token of the vocabulary, such as ``</think>``.
+
+        None if there is no such token.
         """
         return self._tokenizer.token_to_id(token)
 

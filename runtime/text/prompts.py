@@ -187,8 +187,9 @@ def encode_checked(prompt: Prompt, codec: Codec, model: ModelInfo) -> list[int]:
 
 
 def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
-    """Token ids of a prompt. A text goes through the chat template, unless there is none or it is
-    to be taken as it is.
+    """Token ids of a prompt.
+
+    A text goes through the chat template, unless there is none or it is to be taken as it is.
 
     Raises:
         UsageError: there is no tokenizer, no chat template for a conversation, or the template

@@ -128,8 +128,9 @@ def place(array: Array, dtype: DType, device: Device) -> Buffer:
 def place_weights(
     pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device
 ) -> dict[str, Buffer]:
-    """One buffer for every tensor of the pack that a graph reads; what the pack stores narrower
-    than a graph reads it is widened.
+    """One buffer for every tensor of the pack that a graph reads.
+
+    What the pack stores narrower than a graph reads it is widened.
 
     Args:
         pack: the weights.

@@ -274,8 +274,9 @@ class _SharedWeights:
 
 
 def _prune(folder: Path) -> None:
-    """Delete the entries that have not been opened for long. A process that has one open keeps what
-    it has mapped.
+    """Delete the entries that have not been opened for long.
+
+    A process that has one open keeps what it has mapped.
     """
     for entry in folder.glob("*"):
         with contextlib.suppress(OSError):

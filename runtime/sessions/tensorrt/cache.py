@@ -16,8 +16,9 @@ from trimode.runtime.sessions.tensorrt.target import Prepared
 
 
 class TensorRTCache:
-    """Keys and values of sequences in slots whose number the engines fix; the memory goes to the
-    next ones when this is dropped.
+    """Keys and values of sequences in slots whose number the engines fix.
+
+    The memory goes to the next ones when this is dropped.
     """
 
     def __init__(

@@ -102,8 +102,9 @@ class IoLayout:
 def lay_out_io(
     contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0
 ) -> IoLayout:
-    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins
-    where the longest would.
+    """Room for forwards of up to ``batch`` sequences and ``rows`` rows.
+
+    A shorter tensor begins where the longest would.
 
     ``scratch_bytes`` are for outputs that nobody reads (:func:`query_bytes`). All of them share one
     place: a layer's query is computed from what the layers before it gave, and so is written only
@@ -198,8 +199,9 @@ def _width(profile: ProfileRecord) -> int:
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """One input or output of an engine; ``dtype`` in the contract's words, or the library's where
-    the contract has none.
+    """One input or output of an engine.
+
+    ``dtype`` in the contract's words, or the library's where the contract has none.
     """
 
     name: str
@@ -312,8 +314,9 @@ def _check_tensor(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the GPU for one sequence; scratch memory of the engines is known only once they are
-    loaded.
+    """Bytes on the GPU for one sequence.
+
+    Scratch memory of the engines is known only once they are loaded.
     """
 
     engines: int
