@@ -75,8 +75,9 @@ class Acceptance:
         return (seen + self._weight) / (expected + self._weight)
 
     def rates(self, ahead: Sequence[float] = ()) -> list[float]:
-        """Of each slot: how likely its draft is accepted where those before it are; ``ahead`` is
-        the confidence in the first ones.
+        """Compute how likely each slot's draft is accepted, if those before it are.
+
+        ``ahead`` is the confidence in the first ones.
         """
         frailty, result = self.frailty, []
         for tried, accepted, rejection in zip(

@@ -57,8 +57,9 @@ _KEPT = 4096
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Milliseconds of forwards, over a grid of cached tokens; between its points they are
-    interpolated, beyond them held.
+    """Holds milliseconds of forwards, over a grid of cached tokens.
+
+    Between its points they are interpolated, beyond them held.
 
     Attributes:
         past: the grid, ascending.
@@ -159,8 +160,10 @@ class TextKind:
 
 
 class Policy(Protocol):
-    """Chooses the steps of one text. After each :meth:`choose` comes one :meth:`record`, and
-    between them, in a cycle, one :meth:`rows_to_verify`.
+    """Chooses the steps of one text.
+
+    After each :meth:`choose` comes one :meth:`record`, and between them, in a cycle, one
+    :meth:`rows_to_verify`.
     """
 
     def choose(self, past: int, left: int) -> int:
@@ -349,8 +352,9 @@ class _Step:
 def make_policy(
     costs: StepCosts | None, block_length: int, prompt: Sequence[int], *, is_confident: bool
 ) -> Policy:
-    """The policy for these costs and this prompt; without any costs, self-speculation with this
-    block length.
+    """Make the policy for these costs and this prompt.
+
+    Without any costs, it is self-speculation with this block length.
     """
     return (
         FixedPolicy(block_length)

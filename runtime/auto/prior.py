@@ -138,8 +138,9 @@ class Experience:
 
 
 def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
-    """How likely a text of ``n`` tokens or more has no more, at index ``n``; the last one for all
-    longer ones.
+    """Compute at index ``n`` how likely a text of ``n`` tokens ends there.
+
+    The last entry counts for all longer texts.
 
     A kernel estimate (normal, Silverman's bandwidth), and beside the texts that were written one
     that is longer than all, since there may be such. Behind what is known lengths have no memory,
@@ -220,8 +221,9 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
 
 
 def acceptance_rate(texts: Sequence[Past]) -> float | None:
-    """Share of the drafts that were accepted, of those whose predecessors in the block were; None
-    where no draft was judged.
+    """Compute the share of accepted drafts whose predecessors were accepted.
+
+    It is None where no draft was judged.
     """
     tried = sum(int(text.tried.sum()) for text in texts)
     return sum(int(text.accepted.sum()) for text in texts) / tried if tried else None

@@ -126,8 +126,10 @@ class AcceptanceRecord(_Record):
 
 
 class Timings(_Record):
-    """The file. ``command``, ``date`` and ``system`` say how it came about; ``acceptance`` is there
-    if prompts were given.
+    """Holds the timings of one machine and bundle.
+
+    ``command``, ``date`` and ``system`` say how they came about. ``acceptance`` is there if
+    prompts were given.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -140,8 +142,9 @@ class Timings(_Record):
     acceptance: tuple[AcceptanceRecord, ...] = ()
 
     def costs(self, *, use_drafter: bool, batch: int = 1) -> StepCosts:
-        """What mode ``auto`` asks of the table: the least times. Whatever else the machine does is
-        added to a time, and never taken from it.
+        """Make the step costs of mode ``auto`` from the least times.
+
+        Whatever else the machine does is added to a time, and never taken from it.
 
         Times are those of as many sequences in a forward, or of the next larger number that was
         measured, or else of the largest. On a busy machine a median says how often a forward was
@@ -171,7 +174,8 @@ class Timings(_Record):
                 )
         if not drafts:
             raise UsageError(
-                "expected timings of one row and of a block, over the same cached tokens, found none",
+                "expected timings of one row and of a block, "
+                "over the same cached tokens, found none",
                 BENCH,
             )
         found = [
@@ -237,14 +241,16 @@ def read_timings(path: Path) -> Timings:
         raise UsageError(f"{path}: {error.reason}", BENCH) from error
     except Unreadable as error:
         raise UsageError(
-            f"{path}: expected a table of timings, found a file that cannot be read ({error.reason})",
+            f"{path}: expected a table of timings, "
+            f"found a file that cannot be read ({error.reason})",
             BENCH,
         ) from error
 
 
 def find_timings(subject: Subject, given: Timings | None = None) -> Timings | None:
-    """The table for a subject: the one that was given, or the one that is kept; the log says where
-    there is none, or one of something else.
+    """Find the table for a subject: the given one, or the kept one.
+
+    The log says where there is none, or one of something else.
     """
     if given is not None:
         _warn_of_differences(given.subject, subject)

@@ -94,7 +94,8 @@ def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
             return precision
     raise UsageError(
         f"expected a precision of the bundle ({', '.join(manifest.precisions)}), found {name!r}",
-        "choose one of these, or add one: `trimode build CHECKPOINT -o BUNDLE --precision PRECISION`",
+        "choose one of these, or add one: "
+        "`trimode build CHECKPOINT -o BUNDLE --precision PRECISION`",
     )
 
 
@@ -156,7 +157,8 @@ def _check_digest(path: Path, record: FileRecord) -> None:
         raise _unreadable(path, error) from error
     if found != record.sha256:
         raise BundleError(
-            f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: the file was changed after the build",
+            f"{path}: expected sha256 {record.sha256[:16]}…, found {found[:16]}…: "
+            "the file was changed after the build",
             REBUILD,
         )
 

@@ -50,7 +50,10 @@ class WeightPack:
             self.entries = read_pack_header(path)
             self._bytes = _map(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, Unreadable) as error:
-            found = f"{path}: expected a weight pack, found one that cannot be read ({reason_of(error)})"
+            found = (
+                f"{path}: expected a weight pack, "
+                f"found one that cannot be read ({reason_of(error)})"
+            )
             hint = f"check the file's permissions, or {REBUILD}"
             raise BundleError(found, hint) from error
 
@@ -60,8 +63,9 @@ class WeightPack:
         return self._bytes[entry.offset : entry.offset + entry.num_bytes]
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped; a view of
-        the file where it is float32 there, else a copy.
+        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped.
+
+        A view of the file where it is float32 there, else a copy.
         """
         entry = self.entries[name]
         return widen(self.raw(name), entry.dtype).reshape(entry.shape)

@@ -221,8 +221,9 @@ def _start(
 
 
 def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
-    """Choose and append the first token of self-speculation; its forward counts, and that once,
-    where a prompt is read in chunks.
+    """Choose and append the first token of self-speculation.
+
+    Its forward counts, and that once, where a prompt is read in chunks.
     """
     passes = sequence.forwards.prefill + sequence.forwards.decode
     seed = yield from choose.next()
@@ -239,8 +240,9 @@ def _cycle(
     choose: Chooser,
     policy: Policy | None = None,
 ) -> Effect[list[int]]:
-    """Draft a block after the last token and verify it, or as much of it as a policy asks; what is
-    accepted, up to the end of the text.
+    """Draft a block after the last token, and verify what a policy asks.
+
+    Returns the accepted tokens, up to the end of the text.
     """
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
     confidence = yield from _draft(sequence, block, options, counters, choose)
@@ -336,8 +338,9 @@ class _Budget:
         return token_ids
 
     def settle(self, kept: list[int]) -> list[int]:
-        """Count tokens that were appended, and decide whether they are the last ones; returns
-        them.
+        """Count tokens that were appended, and decide whether they are the last ones.
+
+        Returns them.
         """
         self.left -= len(kept)
         self._count += len(kept)

@@ -52,7 +52,8 @@ class LearnedScorer:
         slots = np.flatnonzero(masked)  # scores of others mean nothing
         if (found := first_not_finite(scores[slots])) is not None:
             raise NotFiniteError(
-                f"graph sampler: expected finite scores, found {found.value} at slot {slots[found.offset]}",
+                "graph sampler: expected finite scores, "
+                f"found {found.value} at slot {slots[found.offset]}",
                 "train the sampler again, or generate without it",
             )
         return scores

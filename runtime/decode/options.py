@@ -101,8 +101,9 @@ class DecodeOptions:
 
 
 class TokenChoices(TypedDict, total=False):
-    """Keywords that every way to generate takes; see :class:`DecodeOptions` and
-    :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
+    """Keywords that every way to generate takes.
+
+    See :class:`DecodeOptions` and :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
     """
 
     temperature: float
@@ -173,7 +174,10 @@ def make_options(**chosen: Any) -> DecodeOptions:
 def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     """Raise :class:`UsageError` for an option out of its range."""
     if not 1 <= options.block_length <= model.max_block_length:
-        found = f"expected a block length from 1 to {model.max_block_length}, found {options.block_length}"
+        found = (
+            f"expected a block length from 1 to {model.max_block_length}, "
+            f"found {options.block_length}"
+        )
         raise UsageError(found, f"the model was trained with {model.block_size}")
     if not 0 <= options.threshold <= 1:
         hint = "it is a probability; 0.9 is usual for diffusion, 0 for self-speculation"
@@ -198,19 +202,22 @@ def _check_sampler(options: DecodeOptions, mode: Mode) -> None:
         )
     if mode != "diffusion" and options.sampler != "threshold":
         raise UsageError(
-            f"expected the sampler {options.sampler} in mode diffusion, found mode {mode.replace('_', '-')}",
+            f"expected the sampler {options.sampler} in mode diffusion, "
+            f"found mode {mode.replace('_', '-')}",
             "choose that mode, or leave the sampler out",
         )
     if options.steps is None:
         return
     if options.sampler != "schedule":
         raise UsageError(
-            f"expected steps together with the sampler schedule, found them with {options.sampler} in mode {mode.replace('_', '-')}",
+            "expected steps together with the sampler schedule, "
+            f"found them with {options.sampler} in mode {mode.replace('_', '-')}",
             "leave them out, or choose that sampler",
         )
     if not 1 <= options.steps <= options.block_length:
         raise UsageError(
-            f"expected from 1 to {options.block_length} steps, one for each slot of a block, found {options.steps}",
+            f"expected from 1 to {options.block_length} steps, "
+            f"one for each slot of a block, found {options.steps}",
             "leave them out for one a slot",
         )
 
@@ -222,7 +229,10 @@ def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
             "ask for at least one token",
         )
     if not 0 <= options.min_new_tokens <= options.max_new_tokens:
-        found = f"expected min_new_tokens from 0 to max_new_tokens ({options.max_new_tokens}), found {options.min_new_tokens}"
+        found = (
+            "expected min_new_tokens from 0 to max_new_tokens "
+            f"({options.max_new_tokens}), found {options.min_new_tokens}"
+        )
         raise UsageError(found, "ask for fewer, or raise max_new_tokens")
     if "" in options.stop:
         raise UsageError(
@@ -241,7 +251,10 @@ def _check_limits(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
         and options.min_new_tokens
         and len(set(ends)) >= min(TOP_K, model.vocab_size)
     ):
-        found = f"expected fewer than {min(TOP_K, model.vocab_size)} end tokens together with min_new_tokens in diffusion, found {len(set(ends))}"
+        found = (
+            f"expected fewer than {min(TOP_K, model.vocab_size)} end tokens "
+            f"together with min_new_tokens in diffusion, found {len(set(ends))}"
+        )
         raise UsageError(
             found,
             "a denoise forward names five candidates for a slot, and one of them must be allowed",
@@ -263,7 +276,10 @@ def _check_thinking(options: DecodeOptions, model: ModelInfo) -> None:
         )
     _check_token("end_think_token_id", options.end_think_token_id, model)
     if options.end_think_token_id in options.end_tokens(model):
-        found = f"expected an end_think_token_id that ends no text, found {options.end_think_token_id}, which is among the end tokens"
+        found = (
+            "expected an end_think_token_id that ends no text, "
+            f"found {options.end_think_token_id}, which is among the end tokens"
+        )
         raise UsageError(found, "the answer comes after it; pass other eos_token_ids")
 
 
@@ -290,8 +306,10 @@ def _check_plain(options: DecodeOptions) -> None:
     }
     if found := [name for name, is_chosen in chosen.items() if is_chosen]:
         raise UsageError(
-            f"expected, for quadratic self-speculation, no {' and no '.join(found)}, found {'it' if len(found) == 1 else 'them'}",
-            "it takes the most probable token always; linear_spec does all of these in two forwards a cycle",
+            f"expected, for quadratic self-speculation, no {' and no '.join(found)}, "
+            f"found {'it' if len(found) == 1 else 'them'}",
+            "it takes the most probable token always; "
+            "linear_spec does all of these in two forwards a cycle",
         )
 
 

@@ -74,8 +74,9 @@ def check_sampling(sampling: SamplingOptions) -> None:
 
 
 def generator(seed: int | None) -> tuple[np.random.Generator, int]:
-    """A generator of the draws and its seed, which is itself drawn if None. Same seed, same draws,
-    on every machine (Philox).
+    """A generator of the draws and its seed, which is itself drawn if None.
+
+    Same seed, same draws, on every machine (Philox).
     """
     chosen = secrets.randbits(32) if seed is None else seed
     return np.random.Generator(np.random.Philox(chosen)), chosen
@@ -188,8 +189,9 @@ def _normalised(weights: NDArray[np.float64]) -> Probabilities:
 
 
 def _outside_top_p(probabilities: Probabilities, top_p: float) -> NDArray[np.bool_]:
-    """The least probable tokens which together have at most ``1 - top_p``; never the most probable
-    one.
+    """The least probable tokens which together have at most ``1 - top_p``.
+
+    Never the most probable one.
     """
     outside = np.zeros(probabilities.shape, bool)
     for row in np.ndindex(probabilities.shape[:-1]):

@@ -142,8 +142,9 @@ class Sequence:
         return predicted
 
     def predicted_logits(self) -> NDArray[np.float32]:
-        """Logits ``(V,)`` of the token that :meth:`predict` has told. Valid until the next causal
-        forward.
+        """Logits ``(V,)`` of the token that :meth:`predict` has told.
+
+        Valid until the next causal forward.
         """
         assert self._next is not None
         assert self._next_logits is not None
@@ -162,22 +163,25 @@ class Sequence:
             self._next = None
 
     def denoise(self, block: Ids) -> Effect[tuple[Array, Array]]:
-        """Bidirectional forward over ``block (L,)`` placed after the tokens; ids and probabilities
-        ``(L, 5)``, best first.
+        """Bidirectional forward over ``block (L,)`` placed after the tokens.
+
+        Ids and probabilities ``(L, 5)``, best first.
         """
         self.forwards.denoise += 1
         return (yield from self._bidirectional(block, 0.0))
 
     def draft(self, block: Ids, *, use_drafter: bool) -> Effect[tuple[Array, Array]]:
-        """Like :meth:`denoise`, with the drafter's adapter; ``block[0]`` is the last token, which
-        is not cached yet.
+        """Like :meth:`denoise`, with the drafter's adapter.
+
+        ``block[0]`` is the last token, which is not cached yet.
         """
         self.forwards.draft += 1
         return (yield from self._bidirectional(block, 1.0 if use_drafter else 0.0))
 
     def verify(self, block: Ids) -> Effect[Verification]:
-        """Causal forward over a drafted block whose first token is the last of the sequence. The
-        caller decides what to :meth:`accept`.
+        """Causal forward over a drafted block whose first token is the last of the sequence.
+
+        The caller decides what to :meth:`accept`.
         """
         self.forwards.verify += 1
         forward = Forward("verify", block, self.cached_length)
@@ -211,8 +215,9 @@ class Sequence:
         )
 
     def accept_drafts(self, count: int, speculation: Speculation) -> None:
-        """Append the first ``count`` of the right drafts, which :meth:`speculate` cached. With all
-        of them the token after them is known, too.
+        """Append the first ``count`` of the right drafts, which :meth:`speculate` cached.
+
+        With all of them the token after them is known, too.
         """
         self.cached_length += count
         self.append(speculation.accepted[:count])

@@ -169,7 +169,8 @@ class Stream:
         """
         if self._is_begun:
             raise UsageError(
-                f"expected a stream that nobody has read, found one that was read up to token {len(self._token_ids)}",
+                "expected a stream that nobody has read, "
+                f"found one that was read up to token {len(self._token_ids)}",
                 "turn its chunks into text with new_text(), from the first one on",
             )
         return self._pieces(self.new_text())
@@ -195,7 +196,8 @@ class Stream:
         if self.finish_reason is None:
             self._check_usable()
             raise UsageError(
-                f"expected a stream that was read to its end, found one that was read up to token {len(self._token_ids)}",
+                "expected a stream that was read to its end, "
+                f"found one that was read up to token {len(self._token_ids)}",
                 "read the rest with finish()",
             )
         return self.so_far
@@ -259,17 +261,17 @@ class Stream:
             self._sequence.reader is not self._ticket or len(self._sequence.tokens) != self._length
         )
         if found is None and is_other:
-            found, hint = (
-                f"one whose sequence was changed or continued by another after token {len(self._token_ids)}",
-                "read one stream at a time",
-            )
+            token = f"after token {len(self._token_ids)}"
+            found = f"one whose sequence was changed or continued by another {token}"
+            hint = "read one stream at a time"
         if found is not None:
             raise UsageError(f"expected a stream that can go on, found {found}", hint)
         self._sequence.check_open()
 
     def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
-        """The tokens up to the one that completes a stop string; the rest is forgotten before
-        anybody has seen it.
+        """The tokens up to the one that completes a stop string.
+
+        The rest is forgotten before anybody has seen it.
         """
         for count, token in enumerate(token_ids, 1):
             watch.push([token])

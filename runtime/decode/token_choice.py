@@ -232,8 +232,9 @@ class RuledChooser:
         return self._is_thinking and index == self._options.max_thinking_tokens
 
     def _pick(self, index: int, greedy: int, logits: Callable[[], NDArray[np.float32]]) -> int:
-        """A token from a causal row; ``greedy`` is its best, which mostly is all there is to know
-        at temperature 0.
+        """A token from a causal row.
+
+        ``greedy`` is its best, which mostly is all there is to know at temperature 0.
         """
         if self._is_forced(index):
             return self._end_think
@@ -270,8 +271,9 @@ class RuledChooser:
     def _draw_candidates(
         self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
     ) -> tuple[Ids, Probabilities]:
-        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``; ``first`` is
-        the index of the first slot.
+        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``.
+
+        ``first`` is the index of the first slot.
         """
         scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
         # A slot that draws the mask token would stay undecided and be drawn again; what fills it in

@@ -69,8 +69,9 @@ FillPolicy = Callable[[Denoised], Slots]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """How sure it is that the best candidate of a masked slot is right; what the learned policy
-    asks.
+    """How sure it is that the best candidate of a masked slot is right.
+
+    What the learned policy asks.
     """
 
     def score(
@@ -109,8 +110,9 @@ def fill_threshold(denoised: Denoised, threshold: float) -> Slots:
 
 
 def fill_schedule(denoised: Denoised, steps: int) -> Slots:
-    """See the module: so many a step that no slot is masked after ``steps`` of them; the slot
-    further left among equals.
+    """See the module: so many a step that no slot is masked after ``steps`` of them.
+
+    The slot further left among equals.
     """
     count = -(-int(denoised.masked.sum()) // max(1, steps - denoised.step))
     ranked = np.argsort(-np.where(denoised.fillable, denoised.confidence, -np.inf), kind="stable")
@@ -135,8 +137,9 @@ def fill_leftmost(denoised: Denoised) -> Slots:
 
 
 def fill_learned(denoised: Denoised, threshold: float, scorer: Scorer) -> Slots:
-    """See the module. A score is about the best candidate; a slot with another token has that
-    token's probability in its place.
+    """See the module. A score is about the best candidate.
+
+    A slot with another token has that token's probability in its place.
     """
     scores = scorer.score(denoised.block, denoised.masked, denoised.ids, denoised.probabilities)
     scores = np.where(denoised.tokens == denoised.ids[:, 0], scores, denoised.confidence)

@@ -71,8 +71,9 @@ class BatchRow:
 
     @property
     def result(self) -> Generation:
-        """What the stream has generated so far; without a ``finish_reason`` where the text has not
-        ended.
+        """What the stream has generated so far.
+
+        Without a ``finish_reason`` where the text has not ended.
 
         Its ``elapsed_s`` is the time of the steps that the row was at work in, for whomever they
         were.
@@ -129,8 +130,9 @@ class RowSession(SessionView):
 
 
 class Batch:
-    """Texts that run side by side; rows join, go on and leave at any time between two steps. For
-    one thread.
+    """Texts that run side by side.
+
+    Rows join, go on and leave at any time between two steps. For one thread.
 
     Args:
         session: loaded graphs.
@@ -200,8 +202,9 @@ class Batch:
 
     @checks_arguments(MODE, options=KINDS)
     def resume(self, row: BatchRow, mode: Mode, **options: Any) -> None:
-        """Go on from where the row's sequence stands, in any mode; what is cached is not read
-        again. What it was doing is given up.
+        """Go on from where the row's sequence stands, in any mode.
+
+        What is cached is not read again. What it was doing is given up.
 
         Raises:
             UsageError: the row has left, or a value is out of its range.
@@ -250,8 +253,9 @@ class Batch:
             yield from self.step()
 
     def answer_all(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[int, BatchRow, Chunk]]:
-        """Answer one text after the other, as many at a time as there are free rows; each leaves
-        when it is finished.
+        """Answer one text after the other, as many at a time as there are free rows.
+
+        Each leaves when it is finished.
 
         Yields:
             The number of the request, its row and a chunk, as they come.
@@ -365,7 +369,8 @@ class Batch:
 
 
 def keep(role: Role, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Outputs that other rows' forwards do not overwrite. Those of ``verify`` are large, and read
-    before anything else runs, or never.
+    """Outputs that other rows' forwards do not overwrite.
+
+    Those of ``verify`` are large, and read before anything else runs, or never.
     """
     return outputs if role == "verify" else tuple(np.array(output) for output in outputs)

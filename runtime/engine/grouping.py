@@ -108,8 +108,10 @@ def join_forwards(
 
 
 def _kind(waiting: Waiting) -> tuple[Role, int, float]:
-    """Forwards of one kind may run together. Those of ``ar`` may differ in length, by less than a
-    factor of two, which bounds the padding.
+    """Forwards of one kind may run together.
+
+    Those of ``ar`` may differ in length, by less than a factor of two, which bounds the
+    padding.
     """
     forward, num_tokens = waiting.forward, waiting.num_tokens
     return (

@@ -162,8 +162,9 @@ def _check_batch(sizes: Sequence[int], session: Session) -> None:
 def time_forwards(
     session: Session, model: ModelInfo, settings: TimerSettings, advance: Callable[[int], None]
 ) -> tuple[ForwardTime, ...]:
-    """Measure every graph, row count, cached length and batch of checked settings; ``advance(1)``
-    after each round.
+    """Measure every graph, row count, cached length and batch of checked settings.
+
+    ``advance(1)`` after each round.
     """
     assert settings.rows is not None
     assert settings.past is not None

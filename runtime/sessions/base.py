@@ -41,8 +41,9 @@ def check_open(session: object) -> None:
 
 
 class KVCache(Protocol):
-    """Keys and values of one sequence in slots of fixed capacity. What is valid is known by whoever
-    holds the length, not here.
+    """Keys and values of one sequence in slots of fixed capacity.
+
+    What is valid is known by whoever holds the length, not here.
     """
 
     @property
@@ -60,8 +61,9 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """The graphs of a bundle, loaded once, with weights shared. One that can be closed is
-    :class:`Closable`, and refuses to run afterwards.
+    """The graphs of a bundle, loaded once, with weights shared.
+
+    One that can be closed is :class:`Closable`, and refuses to run afterwards.
     """
 
     @property
@@ -102,8 +104,9 @@ class Session(Protocol):
 
 
 class SessionView:
-    """A session that stands on another one and does something about its forwards; closing it leaves
-    the other one open.
+    """A session that stands on another one and does something about its forwards.
+
+    Closing it leaves the other one open.
 
     Args:
         session: the other one.
@@ -203,8 +206,9 @@ class BatchSession(Session, Protocol):
 
 
 class DeviceArray:
-    """An array in GPU memory that is copied when somebody asks for its values; the next forward
-    into the same memory changes them.
+    """An array in GPU memory that is copied when somebody asks for its values.
+
+    The next forward into the same memory changes them.
 
     Args:
         shape: as numpy would say.

@@ -106,5 +106,8 @@ def error_text(status: Any) -> str:
 
 def _advice(status: Any) -> str:
     if status.name == "cudaErrorMemoryAllocation":
-        return "free memory on the GPU (nvidia-smi shows who uses it), or build the target with a smaller --max-length"
+        return (
+            "free memory on the GPU (nvidia-smi shows who uses it), "
+            "or build the target with a smaller --max-length"
+        )
     return "nvidia-smi shows the state of the GPU and its driver"

@@ -102,7 +102,8 @@ def _find(bundle: Bundle, target: str) -> TargetRecord | None:
             f"it is there in {', '.join(others)}: choose that precision" if others else ADD_TARGET
         )
         raise UsageError(
-            f"expected a target of the bundle in {bundle.precision} ({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
+            f"expected a target of the bundle in {bundle.precision} "
+            f"({', '.join((*targets, PORTABLE))}) or auto, found {target!r}",
             f"{hint}, or choose one of these",
         )
     return targets[target]
@@ -129,7 +130,10 @@ def _why_not(record: TargetRecord | None, gpu: Gpu | NoGpu) -> str | None:
             else None
         )
     if record.compute_capability not in (None, gpu.compute_capability):
-        return f"found a GPU of compute capability {gpu.compute_capability} ({gpu.name}), not {record.compute_capability}"
+        return (
+            f"found a GPU of compute capability {gpu.compute_capability} "
+            f"({gpu.name}), not {record.compute_capability}"
+        )
     return None
 
 

@@ -100,10 +100,12 @@ class ChatTemplates:
         if not self._sources:
             raise UsageError(
                 f"{self._folder}: expected a chat template, found none",
-                "encode the text with TextCodec.encode, or put a chat_template.jinja beside tokenizer.json",
+                "encode the text with TextCodec.encode, "
+                "or put a chat_template.jinja beside tokenizer.json",
             )
         raise UsageError(
-            f"{self._folder}: expected a chat template called {_DEFAULT}, found only {', '.join(sorted(self._sources))}",
+            f"{self._folder}: expected a chat template called {_DEFAULT}, "
+            f"found only {', '.join(sorted(self._sources))}",
             "put the one to use into chat_template.jinja beside tokenizer.json",
         )
 

@@ -33,7 +33,8 @@ def check_text(folder: Path, vocab_size: int) -> None:
     if max(ids, default=0) >= vocab_size:
         raise BundleError(
             f"{folder / 'tokenizer.json'}: expected token ids below {vocab_size}, found {max(ids)}",
-            "copy the tokenizer files of the published checkpoint into the checkpoint, then build again",
+            "copy the tokenizer files of the published checkpoint into the checkpoint, "
+            "then build again",
         )
 
 

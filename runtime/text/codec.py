@@ -132,7 +132,8 @@ class TextCodec:
         """
         if continue_final_message and add_generation_prompt:
             raise UsageError(
-                "expected a message to continue or the beginning of an answer, found both asked for",
+                "expected a message to continue or the beginning of an answer, "
+                "found both asked for",
                 "leave out add_generation_prompt, or continue_final_message",
             )
         source = self._templates.choose(chat_template, with_tools=tools is not None)
@@ -153,8 +154,9 @@ class TextCodec:
         return cut_at_mark(rendered, end) if field else rendered
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, such as ``</think>``; None if there is no such
-        token.
+        """The id of a token of the vocabulary, such as ``</think>``.
+
+        None if there is no such token.
         """
         return self._tokenizer.token_to_id(token)
 
@@ -169,7 +171,8 @@ class TextCodec:
         except UnicodeEncodeError as error:
             half = text[error.start]
             raise UsageError(
-                f"expected text that UTF-8 can write, found half a surrogate pair {half!a} at character {error.start}",
+                "expected text that UTF-8 can write, "
+                f"found half a surrogate pair {half!a} at character {error.start}",
                 "take it out, or join both halves into one character",
             ) from error
         encode = self._tokenizer.encode

@@ -19,7 +19,10 @@ Codec = Callable[[], TextCodec]
 """Gives the tokenizer, when one is needed; :class:`UsageError` where there is none."""
 _LINE_HINT = 'write {"prompt": "..."}, {"messages": [...]} or {"token_ids": [1, 2]}'
 _MESSAGES_HINT = 'write {"messages": [{"role": "user", "content": "..."}]}'
-_BASE_HINT = 'a base model takes plain text: write {"prompt": "..."}, and leave out --system and --enable-thinking'
+_BASE_HINT = (
+    'a base model takes plain text: write {"prompt": "..."}, '
+    "and leave out --system and --enable-thinking"
+)
 _OWN_KEYS = ("self", "messages", "tools", "documents", "add_generation_prompt")
 """What ``chat_template_kwargs`` may not hold: it has a key of its own, or follows from what is
 asked.
@@ -88,7 +91,8 @@ class PromptStyle:
             found = f"expected --raw without {others[0]}, found both"
             raise UsageError(
                 found,
-                f"leave out one of them: {others[0]} is for the chat template, which --raw goes without",
+                f"leave out one of them: {others[0]} is for the chat template, "
+                "which --raw goes without",
             )
         if self.system is not None:
             check_text(self.system, "--system")
@@ -183,8 +187,9 @@ def encode_checked(prompt: Prompt, codec: Codec, model: ModelInfo) -> list[int]:
 
 
 def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
-    """Token ids of a prompt. A text goes through the chat template, unless there is none or it is
-    to be taken as it is.
+    """Token ids of a prompt.
+
+    A text goes through the chat template, unless there is none or it is to be taken as it is.
 
     Raises:
         UsageError: there is no tokenizer, no chat template for a conversation, or the template
@@ -265,7 +270,10 @@ def parse_prompt_line(line: str) -> Prompt:
         is_text + is_ids + isinstance(messages, list) != 1
         or sum(key in values for key in ("prompt", "token_ids", "messages")) != 1
     ):
-        found = f"expected either `prompt` (a text), `messages` (a list) or `token_ids` (a list of whole numbers), found {_shown(line)}"
+        found = (
+            "expected either `prompt` (a text), "
+            f"`messages` (a list) or `token_ids` (a list of whole numbers), found {_shown(line)}"
+        )
         raise UsageError(found, _LINE_HINT)
     if isinstance(messages, list):
         _check_messages(messages)
@@ -300,7 +308,10 @@ def apply_style(prompt: Prompt, style: PromptStyle) -> Prompt:
         return prompt
     messages = prompt.messages or [{"role": "user", "content": prompt.text}]
     if messages[0]["role"] in ("system", "developer"):
-        found = f"expected --system or a conversation that has a {messages[0]['role']} message, found both"
+        found = (
+            f"expected --system or a conversation that has a {messages[0]['role']} "
+            "message, found both"
+        )
         raise UsageError(found, "leave out --system, or the message")
     return replace(
         prompt, text=None, messages=[{"role": "system", "content": style.system}, *messages]
@@ -336,7 +347,8 @@ def _check_messages(messages: list[Any]) -> None:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or not role:
             raise UsageError(
-                f"message {number}: expected an object with `role` and `content`, found {_shown(message)}",
+                f"message {number}: expected an object with `role` and `content`, "
+                f"found {_shown(message)}",
                 _MESSAGES_HINT,
             )
         content = message.get("content")
@@ -393,7 +405,8 @@ def _template_of(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     if not isinstance(template.get("enable_thinking"), bool | None):
         raise UsageError(
-            f"expected `enable_thinking` to be true or false, found {_shown(template['enable_thinking'])}",
+            "expected `enable_thinking` to be true or false, "
+            f"found {_shown(template['enable_thinking'])}",
             "correct it, or leave it out",
         )
     return template

@@ -95,12 +95,14 @@ def load_graph(path: Path, options: Any, providers: list[Any]) -> Any:
         Exception
     ) as error:  # ONNX Runtime raises its own exception types, which share no base class
         raise BundleError(
-            f"{path}: ONNX Runtime {ort.__version__} refuses the graph: {str(error).splitlines()[0]}",
+            f"{path}: ONNX Runtime {ort.__version__} refuses the graph: "
+            f"{str(error).splitlines()[0]}",
             "update onnxruntime to 1.31 or newer, or build the bundle again",
         ) from error
     if len(providers) > 1 and CUDA_PROVIDER not in session.get_providers():
         raise DeviceError(
             "expected ONNX Runtime's CUDA provider to start, found that it did not",
-            "check the driver with nvidia-smi, and that CUDA and cuDNN are of the versions onnxruntime-gpu asks for",
+            "check the driver with nvidia-smi, "
+            "and that CUDA and cuDNN are of the versions onnxruntime-gpu asks for",
         )
     return session

@@ -128,8 +128,9 @@ def place(array: Array, dtype: DType, device: Device) -> Buffer:
 def place_weights(
     pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device
 ) -> dict[str, Buffer]:
-    """One buffer for every tensor of the pack that a graph reads; what the pack stores narrower
-    than a graph reads it is widened.
+    """One buffer for every tensor of the pack that a graph reads.
+
+    What the pack stores narrower than a graph reads it is widened.
 
     Args:
         pack: the weights.
@@ -151,7 +152,8 @@ def place_weights(
             if found is None or found.dtype != dtype or found.shape != tuple(declared.shape):
                 held = f"{found.dtype} {found.shape}" if found else "none"
                 raise BundleError(
-                    f"{name}: expected {declared.type} of shape {tuple(declared.shape)} in the weight pack, found {held}",
+                    f"{name}: expected {declared.type} of shape {tuple(declared.shape)} "
+                    f"in the weight pack, found {held}",
                     REBUILD,
                 )
     return placed

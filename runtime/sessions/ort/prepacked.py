@@ -229,7 +229,8 @@ class _SharedWeights:
         """
         if not {"location", "offset", "length"} <= entries.keys():
             raise OSError(
-                f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({', '.join(entries)})"
+                f"ONNX Runtime {ort.__version__} describes a stored tensor in a way "
+                f"that is not known here ({', '.join(entries)})"
             )
         moved = {
             "location": _WEIGHTS,
@@ -251,7 +252,8 @@ class _SharedWeights:
                 )
             elif name not in ("location", "offset", "length"):
                 raise OSError(
-                    f"ONNX Runtime {ort.__version__} describes a stored tensor in a way that is not known here ({name})"
+                    f"ONNX Runtime {ort.__version__} describes a stored tensor in a way "
+                    f"that is not known here ({name})"
                 )
         return moved
 
@@ -260,7 +262,8 @@ class _SharedWeights:
         piece = source[int(offset) : int(offset) + int(length)]
         if len(piece) != int(length):
             raise OSError(
-                f"expected {length} bytes at {offset} in what ONNX Runtime wrote, found {len(piece)}"
+                f"expected {length} bytes at {offset} in what ONNX Runtime wrote, "
+                f"found {len(piece)}"
             )
         digest = hashlib.sha256(piece).digest()
         if digest not in self._offsets:
@@ -271,8 +274,9 @@ class _SharedWeights:
 
 
 def _prune(folder: Path) -> None:
-    """Delete the entries that have not been opened for long. A process that has one open keeps what
-    it has mapped.
+    """Delete the entries that have not been opened for long.
+
+    A process that has one open keeps what it has mapped.
     """
     for entry in folder.glob("*"):
         with contextlib.suppress(OSError):

@@ -211,8 +211,9 @@ class OrtSession(Closable):
 
 
 class OrtCache:
-    """Keys and values as one buffer each per layer; grows by copying into buffers of the next
-    bucket.
+    """Keys and values as one buffer each per layer.
+
+    Grows by copying into buffers of the next bucket.
 
     Args:
         model: sizes.
@@ -253,7 +254,8 @@ class OrtCache:
             return
         if self._fixed is not None and length > self._fixed:
             raise UsageError(
-                f"expected at most {self._fixed} tokens, which the cache of this target holds, found {length}",
+                f"expected at most {self._fixed} tokens, "
+                f"which the cache of this target holds, found {length}",
                 "shorten the text, or build with a larger --max-length",
             )
         self.bound.clear()
@@ -301,8 +303,9 @@ class GraphBuffers:
 
 
 class BoundGraph:
-    """One graph bound to neighbouring rows of one cache; a step writes the inputs in place, binds
-    them and runs.
+    """One graph bound to neighbouring rows of one cache.
+
+    A step writes the inputs in place, binds them and runs.
 
     Args:
         session: the graph.

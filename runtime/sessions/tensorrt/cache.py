@@ -16,8 +16,9 @@ from trimode.runtime.sessions.tensorrt.target import Prepared
 
 
 class TensorRTCache:
-    """Keys and values of sequences in slots whose number the engines fix; the memory goes to the
-    next ones when this is dropped.
+    """Keys and values of sequences in slots whose number the engines fix.
+
+    The memory goes to the next ones when this is dropped.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class TensorRTCache:
         """See :class:`trimode.runtime.sessions.base.KVCache`."""
         if length > self.capacity:
             raise UsageError(
-                f"expected at most {self.capacity} tokens, which the cache of this target holds, found {length}",
+                f"expected at most {self.capacity} tokens, "
+                f"which the cache of this target holds, found {length}",
                 "shorten the text, or build with a larger --max-length",
             )
 

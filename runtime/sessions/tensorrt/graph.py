@@ -94,8 +94,9 @@ class LoadedGraph:
         return hasattr(self.library.trt, "CudaGraphStrategy")
 
     def new_context(self) -> Any:
-        """An execution context that shares the engine; its scratch memory is that of the largest
-        profile.
+        """An execution context that shares the engine.
+
+        Its scratch memory is that of the largest profile.
         """
         if self._config is None:
             return self.library.accept(

@@ -138,14 +138,17 @@ def _fill_runtime_cache(cache: Any, path: Path) -> None:
         return
     if not cache.deserialize(kernels):
         logger.info(
-            "%s: kernels were compiled for another GPU, driver or library version; they are compiled again",
+            "%s: kernels were compiled for another GPU, driver or library version; "
+            "they are compiled again",
             path,
         )
 
 
 def save_runtime_cache(cache: Any, path: Path) -> None:
-    """Write a cache of compiled kernels; readers see the old file or the new one, never a part. A
-    place that cannot be written costs a warning.
+    """Write a cache of compiled kernels.
+
+    Readers see the old file or the new one, never a part. A place that cannot be written costs
+    a warning.
     """
     try:
         replace_bytes(path, bytes(memoryview(cache.serialize())))

@@ -1,5 +1,6 @@
-"""Memory, streams and recorded work on the GPU; each frees what it holds when it is no longer
-used.
+"""Memory, streams and recorded work on the GPU.
+
+Each frees what it holds when it is no longer used.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ class DeviceMemory:
 
 
 class PinnedMemory:
-    """Page-locked host memory, which the GPU reads and writes without a detour; ``bytes`` is a view
-    of it.
+    """Page-locked host memory, which the GPU reads and writes without a detour.
+
+    ``bytes`` is a view of it.
     """
 
     def __init__(self, num_bytes: int) -> None:

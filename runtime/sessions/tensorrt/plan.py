@@ -28,7 +28,7 @@ ALIGNMENT = 256
 """Every tensor begins at a multiple of this many bytes, as TensorRT asks."""
 
 DEVICE_OUTPUTS = ("logits",)
-"""Outputs that stay on the GPU until somebody asks: large, and no decoding algorithm reads them."""
+"""Large outputs that stay on the GPU until sampling or log-probabilities need them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int, batch: int = 1)
     size = model.num_key_value_heads * capacity * model.head_dim * NUMBER_BYTES[dtype]
     if batch > 1 and size % ALIGNMENT:
         raise UsageError(
-            f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in the cache, found {size} (capacity {capacity})",
+            f"expected, for a batch, {ALIGNMENT} to divide the bytes of a sequence in "
+            f"the cache, found {size} (capacity {capacity})",
             REBUILD_TARGET,
         )
     names = (
@@ -101,8 +102,9 @@ class IoLayout:
 def lay_out_io(
     contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0
 ) -> IoLayout:
-    """Room for forwards of up to ``batch`` sequences and ``rows`` rows; a shorter tensor begins
-    where the longest would.
+    """Room for forwards of up to ``batch`` sequences and ``rows`` rows.
+
+    A shorter tensor begins where the longest would.
 
     ``scratch_bytes`` are for outputs that nobody reads (:func:`query_bytes`). All of them share one
     place: a layer's query is computed from what the layers before it gave, and so is written only
@@ -169,7 +171,8 @@ def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
     fitting = [i for i, profile in enumerate(record.profiles) if profile.holds(batch, rows)]
     if not fitting:
         raise UsageError(
-            f"expected a block of a length that the engine was built for ({describe_rows(record)}), found {rows}",
+            "expected a block of a length that the engine was built for "
+            f"({describe_rows(record)}), found {rows}",
             "choose one of these lengths, or build the target with --block-lengths",
         )
     return min(fitting, key=lambda i: _width(record.profiles[i]))
@@ -196,8 +199,9 @@ def _width(profile: ProfileRecord) -> int:
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """One input or output of an engine; ``dtype`` in the contract's words, or the library's where
-    the contract has none.
+    """One input or output of an engine.
+
+    ``dtype`` in the contract's words, or the library's where the contract has none.
     """
 
     name: str
@@ -280,7 +284,8 @@ def plan_bindings(
             weights.append(name)
         else:
             raise BundleError(
-                f"{role} engine: expected only tensors of the contract and of the weight pack, found {name}",
+                f"{role} engine: "
+                f"expected only tensors of the contract and of the weight pack, found {name}",
                 REBUILD_TARGET,
             )
     return BindingPlan(
@@ -301,15 +306,17 @@ def _check_tensor(
     if not same or tensor.dtype != dtype:
         wanted = tuple(-1 if isinstance(d, str) else d for d in shape)
         raise BundleError(
-            f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, found {tensor.dtype} {tensor.shape}",
+            f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, "
+            f"found {tensor.dtype} {tensor.shape}",
             REBUILD_TARGET,
         )
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the GPU for one sequence; scratch memory of the engines is known only once they are
-    loaded.
+    """Bytes on the GPU for one sequence.
+
+    Scratch memory of the engines is known only once they are loaded.
     """
 
     engines: int
@@ -326,9 +333,13 @@ class MemoryPlan:
 def check_memory(plan: MemoryPlan, gpu: Gpu) -> None:
     """Raise :class:`DeviceError` where the GPU is too small whatever else runs on it."""
     if plan.total > gpu.memory_bytes:
-        parts = f"weights {_gib(plan.weights)}, engines {_gib(plan.engines)}, cache {_gib(plan.cache)}, inputs and outputs {_gib(plan.io)}"
+        parts = (
+            f"weights {_gib(plan.weights)}, engines {_gib(plan.engines)}, "
+            f"cache {_gib(plan.cache)}, inputs and outputs {_gib(plan.io)}"
+        )
         raise DeviceError(
-            f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), found {_gib(gpu.memory_bytes)} on {gpu.name}",
+            f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), "
+            f"found {_gib(gpu.memory_bytes)} on {gpu.name}",
             "build with a smaller --max-length, or choose the target cpu",
         )
 

@@ -54,8 +54,9 @@ logger = logging.getLogger("trimode.runtime")
 
 
 class TensorRTSession(Closable):
-    """Engines over one upload of the weights. One forward runs at a time; threads wait for each
-    other.
+    """Engines over one upload of the weights.
+
+    One forward runs at a time; threads wait for each other.
 
     ``rows`` are those of a graph, the tokens of a sequence; the rows of a batch are called
     sequences here.

@@ -132,7 +132,8 @@ def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
     if target.compute_capability not in (None, gpu.compute_capability):
         raise DeviceError(
             f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
-            f"add a target for this GPU: {BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`",
+            "add a target for this GPU: "
+            f"{BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`",
         )
     return gpu
 
@@ -161,6 +162,7 @@ def check_block_length(
         record = target.graphs[role]
         if not any(profile.holds(1, block_length) for profile in record.profiles):
             raise UsageError(
-                f"expected a block length that the target was built for ({describe_rows(record)}), found {block_length}",
+                "expected a block length that the target was built for "
+                f"({describe_rows(record)}), found {block_length}",
                 "choose one of these lengths, or build the target with --block-lengths",
             )

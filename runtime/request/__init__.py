@@ -1,0 +1,1 @@
+"""Checks what a caller asks of a model, and fills in what the bundle knows."""
