@@ -1,6 +1,7 @@
-"""Holds the packages to a budget of sizes: `python .ci/sizes.py` prints where they stand, and fails where they do not keep it.
+"""Hold the packages to a budget of sizes.
 
-Code is counted as the formatter writes it, from the `def` (without decorators) to the last line of the body.
+`python .ci/sizes.py` prints where they stand, and fails where they do not keep the budget.
+Code is counted as the formatter writes it: from the `def`, without decorators, to the last line.
 """
 
 from __future__ import annotations

@@ -35,18 +35,18 @@ class Generation:
     Attributes:
         token_ids: new tokens, the end token included, or the token that completed a stop string.
         nfe: forward passes as the reference counts them (see
-        :mod:`trimode.runtime.decode.algorithms`).
+            :mod:`trimode.runtime.decode.algorithms`).
         prefill_forwards: forwards that read the prompt.
         tokens_per_forward: new tokens / nfe.
         acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other
-        modes.
+            modes.
         forwards: executed forward passes by phase.
         finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit); None of a
-        batch's row that is at work, or was given up.
+            batch's row that is at work, or was given up.
         seed: of the draws; None where nothing was drawn.
         logprobs: one for each new token; None if not asked for.
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
-        other modes.
+            other modes.
         elapsed_s: wall time, tokens in to tokens out.
     """
 
