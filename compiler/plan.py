@@ -349,8 +349,7 @@ def plan_sampler(
         found, expected = getattr(source.record, name), getattr(model, name)
         if found != expected:
             raise CheckpointError(
-                f"{folder}: expected a sampler with {name} {expected}, found {found}",
-                TRAIN_SAMPLER,
+                f"{folder}: expected a sampler with {name} {expected}, found {found}", TRAIN_SAMPLER
             )
     _check_weights(folder / WEIGHTS)
     if base is None or base.sampler is None:

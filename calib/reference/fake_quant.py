@@ -177,7 +177,6 @@ class QuantizedLowRankLinear(LowRankLinear):
         self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
 
     def product(self, x: Tensor) -> Tensor:
-        """See :class:`trimode.graphs.decoder.trunk.LowRankLinear`."""
         return functional.linear(self.quantizer(x), self.weight)
 
 

@@ -219,10 +219,7 @@ def _portable_runners(
 ) -> list[Any]:
     """The trunk and the graph, in the order in which they run."""
     if guide is None:
-        return [
-            TrunkRunner("reference", trunk, model, contract),
-            portable_runner("portable", path),
-        ]
+        return [TrunkRunner("reference", trunk, model, contract), portable_runner("portable", path)]
     # The graph runs first: the reference needs its codes.
     graph = CodedRunner("portable", path, contract, model)
     followed = (guide, graph, tolerance.relative)

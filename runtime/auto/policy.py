@@ -289,7 +289,6 @@ class AdaptivePolicy:
         return step.rows
 
     def record(self, num_tokens: int) -> None:
-        """See :class:`Policy`."""
         step = self._step
         self._num_tokens += num_tokens
         self._acceptance.forget(num_tokens)

@@ -105,7 +105,6 @@ class PrecisionWeights:
         return self._packs[name].raw(name)
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """See :meth:`WeightPack.widened`."""
         return self._packs[name].widened(name)
 
 

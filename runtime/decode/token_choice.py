@@ -201,7 +201,6 @@ class RuledChooser:
         return _column(ids, drawn), probabilities[:, 0]
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:
-        """See :class:`Chooser`. Ends early after an end token."""
         out: list[int] = []
         for row in range(len(block)):
             draft = int(block[row + 1]) if row + 1 < len(block) else None

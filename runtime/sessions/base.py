@@ -144,7 +144,6 @@ class SessionView:
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`Session`."""
         return self._session.run(role, cache, input_ids, past_length, drafter_scale)
 
 

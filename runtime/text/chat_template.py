@@ -136,8 +136,7 @@ def _from_config(folder: Path, config: dict[str, Any]) -> dict[str, Source]:
 
 def _no_templates(file: Path) -> BundleError:
     return BundleError(
-        f"{file}: expected chat_template to be a text, or a list of names and templates",
-        COPY_AGAIN,
+        f"{file}: expected chat_template to be a text, or a list of names and templates", COPY_AGAIN
     )
 
 

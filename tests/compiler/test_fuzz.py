@@ -32,12 +32,7 @@ MAY_END_WELL = {
     "generation_config.json": {"missing", "empty object"},
     "tokenizer.json": {"missing"},
     "tokenizer_config.json": {"missing", "empty object"},
-    "chat_template.jinja": {
-        "missing",
-        "empty file",
-        "half",
-        "a list",
-    },
+    "chat_template.jinja": {"missing", "empty file", "half", "a list"},
     "verification.json": {"missing"},
     "adapter_config.json": set(),
 }

@@ -304,6 +304,9 @@ def _parsed(values: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _is_equal(value: Any, old: Any) -> bool:
+    """Whether two values say the same: a null inside of an object is an absent key, too."""
+    if isinstance(value, dict):
+        value = {key: one for key, one in value.items() if one is not None}
     return value in (old, [old]) or (value == {} and old is None)
 
 

@@ -265,7 +265,6 @@ class OrtCache:
             self.values[name] = self._grown(self.values.get(name))
 
     def move(self, source: int, destination: int) -> None:
-        """See :class:`trimode.runtime.sessions.base.BatchCache`."""
         if self.device != "cpu":
             self.bound.clear()
         for name, buffer in self.values.items():

@@ -42,7 +42,6 @@ class TensorRTCache:
             )
 
     def move(self, source: int, destination: int) -> None:
-        """See :class:`trimode.runtime.sessions.base.BatchCache`."""
         with self._lock:
             self.memory.move(source, destination)
 

@@ -67,8 +67,7 @@ class EngineLibrary:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(
-                f"{path}: {self.trt.__name__} refuses the engine: {self.last_error}",
-                REBUILD_TARGET,
+                f"{path}: {self.trt.__name__} refuses the engine: {self.last_error}", REBUILD_TARGET
             )
         return engine
 

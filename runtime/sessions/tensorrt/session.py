@@ -166,7 +166,6 @@ class TensorRTSession(Closable):
         input_length: Ids,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         values = {
             "input_ids": input_ids,
             "past_length": past_length,

@@ -148,8 +148,7 @@ def check_engine_file(path: Path) -> int:
         raise BundleError(f"{path}: expected an engine, found none", REBUILD_TARGET) from error
     if magic not in _MAGIC:
         raise BundleError(
-            f"{path}: expected an engine, found a file that begins with {magic!r}",
-            REBUILD_TARGET,
+            f"{path}: expected an engine, found a file that begins with {magic!r}", REBUILD_TARGET
         )
     return size
 

@@ -20,8 +20,7 @@ from trimode.errors import UsageError
 def cache(
     *,
     clear: Annotated[
-        bool,
-        typer.Option("--clear", help="Delete all entries but timings and those being made."),
+        bool, typer.Option("--clear", help="Delete all entries but timings and those being made.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimode.cli.options import calibrate, training
-from trimode.cli.options.shared import (
-    CheckpointPath,
-    Device,
-    Json,
-    Raw,
-    System,
-    Thinking,
-)
+from trimode.cli.options.shared import CheckpointPath, Device, Json, Raw, System, Thinking
 from trimode.cli.parse import need, parse_ints
 from trimode.cli.prompt_options import prompt_style
 

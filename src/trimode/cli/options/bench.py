@@ -51,8 +51,7 @@ Thresholds = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(help="Most tokens of each answer with --speed-of-light; default: 128."),
+    int | None, typer.Option(help="Most tokens of each answer with --speed-of-light; default: 128.")
 ]
 Output = Annotated[
     Path | None,

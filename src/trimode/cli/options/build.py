@@ -88,7 +88,6 @@ Jobs = Annotated[
     typer.Option(help="Engines to compile at the same time; default: one for each core."),
 ]
 NoCache = Annotated[
-    bool,
-    typer.Option("--no-cache", help="Ignore the cache of traced graphs and engines."),
+    bool, typer.Option("--no-cache", help="Ignore the cache of traced graphs and engines.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]

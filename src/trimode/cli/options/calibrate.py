@@ -43,8 +43,7 @@ SamplerOutput = Annotated[
 Prompts = Annotated[
     Path,
     typer.Option(
-        metavar="FILE",
-        help="File of prompts, JSON lines with `prompt`, `messages` or `token_ids`.",
+        metavar="FILE", help="File of prompts, JSON lines with `prompt`, `messages` or `token_ids`."
     ),
 ]
 Questions = Annotated[
@@ -112,12 +111,10 @@ SamplerSeed = Annotated[
     int, typer.Option(help="Seed for picking prompts, the initial network and training.")
 ]
 ScalesPrecision = Annotated[
-    str,
-    typer.Option(help="Precision to calibrate: fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4."),
+    str, typer.Option(help="Precision to calibrate: fp8, int8 (SmoothQuant), int4 (AWQ) or nvfp4.")
 ]
 BlockSize = Annotated[
-    int | None,
-    typer.Option(help="Most inputs that share a scale, for int4 only; default: 128."),
+    int | None, typer.Option(help="Most inputs that share a scale, for int4 only; default: 128.")
 ]
 PerChannel = Annotated[
     bool,
@@ -147,8 +144,7 @@ Calibrations = Annotated[
 BaseCalibration = Annotated[
     Path,
     typer.Option(
-        metavar="FOLDER",
-        help="Calibration to start from, written by `trimode calibrate`.",
+        metavar="FOLDER", help="Calibration to start from, written by `trimode calibrate`."
     ),
 ]
 DrafterCalibration = Annotated[

@@ -15,8 +15,7 @@ Mode = Annotated[
     ),
 ]
 PromptText = Annotated[
-    str | None,
-    typer.Option(help="Prompt as text; the model's chat template is applied."),
+    str | None, typer.Option(help="Prompt as text; the model's chat template is applied.")
 ]
 TokenIds = Annotated[str | None, typer.Option(help="Prompt as token ids: 1,2,3.")]
 PromptsFile = Annotated[
@@ -69,8 +68,7 @@ TopP = Annotated[
     typer.Option(help="Sample from the most probable tokens that together reach probability P."),
 ]
 MinP = Annotated[
-    float | None,
-    typer.Option(help="Drop tokens below this share of the highest probability."),
+    float | None, typer.Option(help="Drop tokens below this share of the highest probability.")
 ]
 RepetitionPenalty = Annotated[
     float | None,
@@ -81,15 +79,13 @@ Seed = Annotated[
     typer.Option(help="Seed for sampling, used for each prompt; default: random and reported."),
 ]
 Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="Stop before this text; repeatable."),
+    list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; repeatable.")
 ]
 MaxThinkingTokens = Annotated[
     int | None, typer.Option(help="Most thinking tokens; then thinking is ended.")
 ]
 EndThinkTokenId = Annotated[
-    int | None,
-    typer.Option(metavar="ID", help="Token id that ends thinking; default: </think>."),
+    int | None, typer.Option(metavar="ID", help="Token id that ends thinking; default: </think>.")
 ]
 Logprobs = Annotated[
     int | None,

@@ -17,8 +17,7 @@ CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")
 ]
 RunPrecision = Annotated[
-    str | None,
-    typer.Option("--precision", help="Precision to run; default: the first one built."),
+    str | None, typer.Option("--precision", help="Precision to run; default: the first one built.")
 ]
 RunTarget = Annotated[
     str | None,
@@ -31,16 +30,14 @@ Threads = Annotated[
     int | None, typer.Option(help="Threads per operator; default: one for each core.")
 ]
 RuntimeCache = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Folder for files prepared for this machine."),
+    Path | None, typer.Option(metavar="FOLDER", help="Folder for files prepared for this machine.")
 ]
 Raw = Annotated[
     bool,
     typer.Option("--raw", help="Pass texts to the model as they are, without a chat template."),
 ]
 System = Annotated[
-    str | None,
-    typer.Option(metavar="TEXT", help="System message that begins each conversation."),
+    str | None, typer.Option(metavar="TEXT", help="System message that begins each conversation.")
 ]
 Thinking = Annotated[
     bool | None,

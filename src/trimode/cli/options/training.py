@@ -7,24 +7,19 @@ from typing import Annotated
 import typer
 
 DrafterSteps = Annotated[
-    int | None,
-    typer.Option(help="Training steps; default: 300 without --minutes."),
+    int | None, typer.Option(help="Training steps; default: 300 without --minutes.")
 ]
 SamplerSteps = Annotated[
-    int | None,
-    typer.Option(help="Training steps; default: 2000 without --minutes."),
+    int | None, typer.Option(help="Training steps; default: 2000 without --minutes.")
 ]
 DrafterMinutes = Annotated[
-    float | None,
-    typer.Option(help="Minutes to train; writing answers and measuring come on top."),
+    float | None, typer.Option(help="Minutes to train; writing answers and measuring come on top.")
 ]
 SamplerMinutes = Annotated[
-    float | None,
-    typer.Option(help="Minutes to train; writing states and measuring come on top."),
+    float | None, typer.Option(help="Minutes to train; writing states and measuring come on top.")
 ]
 BlockLength = Annotated[
-    int | None,
-    typer.Option(help="Tokens per drafted block; default: the model's block size."),
+    int | None, typer.Option(help="Tokens per drafted block; default: the model's block size.")
 ]
 Rank = Annotated[
     int | None,
@@ -37,8 +32,7 @@ Alpha = Annotated[
     ),
 ]
 FromScratch = Annotated[
-    bool,
-    typer.Option("--from-scratch", help="Start from a fresh adapter, not the checkpoint's."),
+    bool, typer.Option("--from-scratch", help="Start from a fresh adapter, not the checkpoint's.")
 ]
 DrafterLearningRate = Annotated[
     float | None,

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 Against = Annotated[
-    Path,
-    typer.Option(metavar="CHECKPOINT", help="Checkpoint that the bundle was built from."),
+    Path, typer.Option(metavar="CHECKPOINT", help="Checkpoint that the bundle was built from.")
 ]
 Calibration = Annotated[
     Path | None,
