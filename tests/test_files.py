@@ -277,7 +277,7 @@ def test_whenever_the_exchange_stops_the_folder_is_old_or_new(tmp_path: Path, ki
     """
     code = """
 import os, pathlib, shutil, sys
-from trimode import exchange, files
+from trimode.formats import exchange, files
 output, steps, kill = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 def stepping(function):
     def step(*arguments, **named):

@@ -283,11 +283,11 @@ def _figures(step: int, losses: dict[str, float]) -> str:
 
 
 def main(
-    *,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="DIR", help="Folder to write the checkpoint to."),
     ],
+    *,
     minutes: Annotated[float | None, typer.Option(help=_JOINT_TIME)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the joint stage.")] = None,
     refinement_minutes: Annotated[

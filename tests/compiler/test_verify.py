@@ -525,7 +525,7 @@ def test_command_line(copied: Callable[[str], tuple[Path, Path]]) -> None:
 
 
 def test_the_page_is_true_about_polygraphy(demo: Path) -> None:
-    page = (DEMO.parents[1] / "docs" / "verify.md").read_text(encoding="utf-8")
+    page = (DEMO.parents[1] / "docs" / "reference" / "verify.md").read_text(encoding="utf-8")
     commands = [line for line in page.splitlines() if line.startswith("polygraphy run ")]
     assert len(commands) == 3
     for command in commands:

@@ -43,7 +43,7 @@ def what_is_wrong(error: OSError, place: Path) -> str:
     """
     if not is_full(error):
         return reason_of(error)
-    return f"the disk full ({mount_of(_place_in(error, place))})"
+    return f"the disk full ({mount_of(_place_in(error, place))}): {reason_of(error)}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import mmap
 import os
@@ -22,6 +23,10 @@ from trimode.formats.places import (
     resolved,
     visible_entries,
 )
+
+
+_NO_EXCHANGE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says where a file may be written but not exchanged for another."""
 
 
 def check_replaceable(folder: Path, marker: str, what: str) -> None:
@@ -156,9 +161,9 @@ def replace_bytes(destination: Path, data: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         _rename_over(place, data)
-    except OSError:
-        if not place.is_file():
-            raise
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE or not place.is_file():
+            raise  # of a full disk, say: what is there stays
         _write_in_place(place, data)
 
 
