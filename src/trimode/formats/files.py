@@ -24,7 +24,6 @@ from trimode.formats.places import (
     visible_entries,
 )
 
-
 _NO_EXCHANGE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 """What the system says where a file may be written but not exchanged for another."""
 
