@@ -38,6 +38,7 @@ from trimode.errors import UsageError
 from trimode.formats.calibration import LayerRecord, Scales
 from trimode.formats.disk import NO_LOCKS, disk_errors
 from trimode.formats.places import companion
+from trimode.formats.texts import Unreadable, decode_text, lines_of, parse_json, read_json
 
 log = logging.getLogger("trimode.calib")
 
@@ -101,7 +102,8 @@ class WorkFolder:
             os.truncate(path, len(whole))
         with _readable(path):
             return [
-                [_episode(*values) for values in json.loads(line)] for line in whole.splitlines()
+                [_episode(*values) for values in parse_json(line)]
+                for _, line in lines_of(decode_text(whole))
             ]
 
     def has_hidden(self, part: int) -> bool:
@@ -199,8 +201,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         UsageError: it cannot be read.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(folder / RECORD)
+    except Unreadable as error:
         raise UsageError(
             f"{folder / RECORD}: expected a JSON object, found a file that cannot be read",
             _START_OVER,
@@ -268,7 +270,7 @@ def _lock(handle: int, folder: Path) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (Unreadable, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(
             f"{path}: expected what an interrupted run wrote, found a file that cannot be read",
             _START_OVER,
