@@ -59,7 +59,7 @@ class MovingAveragePolicy:
     """
 
     def __init__(self, costs: StepCosts, _prompt: Sequence[int] = (), **_: bool) -> None:
-        self._costs, self._prior = costs, costs.experience.rate
+        self._costs, self._prior = costs, costs.history.rate
         self._accepted, self._rejected = (
             PRIOR_DRAFTS * self._prior,
             PRIOR_DRAFTS * (1 - self._prior),

@@ -177,8 +177,7 @@ def main() -> None:
         f"verifications {dict(costs.verify_ms)}"
     )
     print(
-        f"acceptance expected {costs.experience.rate:.3f}, {len(costs.experience.kinds)} kinds of "
-        f"prompts"
+        f"acceptance expected {costs.history.rate:.3f}, {len(costs.history.kinds)} kinds of prompts"
     )
     mixed = {key: mixtures(table, key) for key in KEYS}
     for key in KEYS:

@@ -44,7 +44,7 @@ def build_all(folder: Path) -> None:
 
 
 def measure_first_load(folder: Path, name: str) -> dict[str, Any]:
-    """With an empty cache: int4 weights are arranged and written."""
+    """With an empty cache: int4 weights are prepacked and written."""
     import resource
 
     from trimode.runtime import TriModeModel

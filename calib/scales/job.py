@@ -270,7 +270,7 @@ class _Job:
         with work.write_hidden(index + 1) as write:
             for forward, step in replay(part, episodes, hidden):
                 for name, x in step.inputs.items():
-                    statistics.look(forward.role, name, x)
+                    statistics.observe(forward.role, name, x)
                 write(step.outputs)
         statistics.check_seen()
         scales: Scales = {}

@@ -38,7 +38,7 @@ class InputStatistics:
         self._sum: dict[str, Tensor] = {}
         self._num_forwards: dict[str, int] = {}
 
-    def look(self, role: Role, name: str, x: Tensor) -> None:
+    def observe(self, role: Role, name: str, x: Tensor) -> None:
         """Take in the input ``x (rows, in)`` of a layer in a forward.
 
         Raises:

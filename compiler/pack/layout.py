@@ -127,7 +127,7 @@ def plan_pack(
         quantization: Scales of what is quantized; None quantizes nothing.
         file: The pack's name in the bundle.
         held: Tensors that other packs of the bundle hold in ``dtype``, by name (see
-            :func:`held_in`). They are not written again.
+            :func:`read_shared_tensors`). They are not written again.
     """
     digest = SourceDigest(checkpoint)
     sources: list[_Source] = []
@@ -184,7 +184,7 @@ def _looked_at(name: str, entry: TensorEntry) -> Iterator[bytes]:
         yield to_float32(raw, entry.dtype).tobytes()
 
 
-def held_in(packs: Iterable[Path]) -> dict[str, PackedTensor]:
+def read_shared_tensors(packs: Iterable[Path]) -> dict[str, PackedTensor]:
     """Find the tensors of packs that all precisions share.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from trimode.compiler.pack.layout import PackedTensor, PackLayout, held_in, plan_pack
+from trimode.compiler.pack.layout import PackedTensor, PackLayout, plan_pack, read_shared_tensors
 from trimode.compiler.pack.writer import PackWriter
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.stages.state import BuildState
@@ -43,7 +43,7 @@ def lay_out_beside(
         The layout, and the packs that the precision uses, its own first.
     """
     names = dict.fromkeys(name for record in base.precisions.values() for name in record.packs)
-    layout, _ = lay_out_pack(plan, held_in(output / name for name in names))
+    layout, _ = lay_out_pack(plan, read_shared_tensors(output / name for name in names))
     used = {tensor.file for tensor in layout.tensors.values()}
     others = [output / name for name in names if name in used]
     return layout, [folder / plan.names.pack, *others]

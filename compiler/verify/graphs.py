@@ -121,7 +121,7 @@ def compare_target(
     tolerance: Tolerance,
     seed: int,
     *,
-    dithered: Sequence[CachedText] = (),
+    perturbed: Sequence[CachedText] = (),
     roles: Sequence[Role] = ROLES,
 ) -> Iterator[GraphParity]:
     """Compare the graphs of a target's session with the trunk.
@@ -135,8 +135,8 @@ def compare_target(
         positions: Numbers of tokens in the cache, ascending.
         tolerance: Tolerance of the target.
         seed: Seed of the blocks.
-        dithered: Texts that the trunk reads as it rounds inputs at random within the bound. How far
-            that takes it from ``reference``, times :data:`SPREAD_FACTOR`, is allowed beyond the
+        perturbed: Texts that the trunk reads as it rounds inputs at random within the bound. How
+            far that takes it from ``reference``, times :data:`SPREAD_FACTOR`, is allowed beyond the
             tolerance.
         roles: Graphs to compare.
     """
@@ -153,7 +153,7 @@ def compare_target(
                 SessionRunner("reference", reference, contract),
                 SessionRunner("target", target, contract),
             ]
-            spreading = [SessionRunner("dithered", text, contract) for text in dithered]
+            spreading = [SessionRunner("perturbed", text, contract) for text in perturbed]
             for block in (blocks[rows] for rows in counts[role]):
                 for scale in _drafter_scales(role, model):
                     feed = role_feed(role, model, block.ids(role), np.array([position]), scale)

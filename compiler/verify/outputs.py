@@ -117,7 +117,7 @@ def _run_all(
 
     What ``quadratic`` returns for the slots behind an accepted length can be compared only where
     all have the same length. Where they do not, the draft is cut short. That may take more than one
-    attempt, because the dithered ones draw anew in each.
+    attempt, because the perturbed ones draw anew in each.
 
     Returns:
         Polygraphy's results; the outputs by name of all ``runners``, then of all ``spreading``; and
@@ -169,12 +169,12 @@ class _Spread(NamedTuple):
 
 def _spreads(
     reference: Mapping[str, NDArray[Any]],
-    dithered: Sequence[Mapping[str, NDArray[Any]]],
+    perturbed: Sequence[Mapping[str, NDArray[Any]]],
     names: Sequence[str],
 ) -> dict[str, _Spread]:
-    """How far the dithered runs are from the reference, times :data:`SPREAD_FACTOR`."""
+    """How far the perturbed runs are from the reference, times :data:`SPREAD_FACTOR`."""
     errors = {
-        name: [np.abs(outputs[name] - reference[name]) for outputs in dithered] for name in names
+        name: [np.abs(outputs[name] - reference[name]) for outputs in perturbed] for name in names
     }
     return {
         name: _Spread(

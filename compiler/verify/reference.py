@@ -48,19 +48,19 @@ def load_reference(
 
 
 class Reference:
-    """Runs the trunk as sessions: as it is, and dithered within the target's bound.
+    """Runs the trunk as sessions: as it is, and perturbed within the target's bound.
 
     Attributes:
         session: The trunk as it is.
         guide: Guide of its quantized inputs; None where it quantizes none.
-        dithered: Dithered sessions; none where it quantizes no inputs.
+        perturbed: Perturbed sessions; none where it quantizes no inputs.
     """
 
     def __init__(self, trunk: TriModeTrunk, relative: float, seed: int) -> None:
         self.session = TorchSession(trunk)
         self.guide: Guide | None = guide_inputs(trunk)
         guide = self.guide
-        self.dithered = (
+        self.perturbed = (
             [
                 DitheredSession(trunk, guide, relative, seed + number)
                 for number in range(NUM_DITHERED)

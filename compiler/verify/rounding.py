@@ -7,7 +7,7 @@ their rounding. Where it lies on the border of two codes they may choose differe
 whole step, which moves others across their borders in the layers behind. Comparing outputs alone
 then bounds little. Two answers:
 
-- *Dithered*: the reference chooses at random wherever the bound of the compute type leaves the
+- *Perturbed*: the reference chooses at random wherever the bound of the compute type leaves the
   choice open. By how far that takes it from itself says what a target may differ by whose codes
   cannot be seen.
 - *Guided*: the reference takes the codes that a graph has chosen, provided that each is one that
@@ -46,14 +46,14 @@ from trimode.graphs.numerics.nvfp4 import LARGEST_CODE
 from trimode.runtime.sessions.base import Array, Ids
 
 NUM_DITHERED = 2
-"""Dithered runs of the reference; the farthest counts."""
+"""Perturbed runs of the reference; the farthest counts."""
 SPREAD_FACTOR = 3
-"""What a target may differ by, over what the farthest dithered run does: the farthest of two is not
-the farthest there is.
+"""Allowed difference of a target, in differences of the farthest perturbed run. The farthest of two
+is not the farthest there is.
 """
 
 
-class Chooser(Protocol):
+class CodeSelector(Protocol):
     """Decides which code an input becomes."""
 
     def choose(self, layer: str, dtype: DType, steps: Tensor, reach: Tensor | float) -> Tensor:
@@ -68,7 +68,7 @@ class Chooser(Protocol):
 
 
 class GuidedQuantizer(nn.Module):
-    """Asks a chooser for codes, where there is one.
+    """Asks a selector for codes, where there is one.
 
     All quantizers of a trunk ask the same.
     """
@@ -80,30 +80,30 @@ class GuidedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` as the product reads it."""
         quantizer, guide = self.quantizer, self._guide
-        if quantizer.scale is None or guide.chooser is None:
+        if quantizer.scale is None or guide.selector is None:
             return quantizer(x)  # type: ignore[no-any-return]
         if quantizer.factor is not None:
             x = x * quantizer.factor
         if quantizer.precision == "nvfp4":
-            return self._in_blocks(x, quantizer.scale, guide.chooser)
+            return self._in_blocks(x, quantizer.scale, guide.selector)
         dtype = FORMATS[quantizer.precision].dtype
         steps = torch.clamp(x / quantizer.scale, *CODE_RANGES[dtype])
         reach = guide.relative * float(x.abs().max() / quantizer.scale)
-        return guide.chooser.choose(self._layer, dtype, steps, reach) * quantizer.scale
+        return guide.selector.choose(self._layer, dtype, steps, reach) * quantizer.scale
 
-    def _in_blocks(self, x: Tensor, global_scale: Tensor, chooser: Chooser) -> Tensor:
+    def _in_blocks(self, x: Tensor, global_scale: Tensor, selector: CodeSelector) -> Tensor:
         """NVFP4 has codes of two kinds, the second in units of the first."""
         off = self._guide.relative * float(x.abs().max())
         reach = float(off / (LARGEST_CODE * global_scale))
         scale = (
-            chooser.choose(
+            selector.choose(
                 scales_name(self._layer), "float8e4m3fn", steps_of_blocks(x, global_scale), reach
             )
             * global_scale
         )
         steps = steps_in_blocks(blocks_of(x), scale)
         return (
-            chooser.choose(
+            selector.choose(
                 self._layer, "float4e2m1", steps, off / torch.clamp(scale, min=SMALLEST_NORMAL)
             )
             * scale
@@ -116,25 +116,25 @@ def scales_name(layer: str) -> str:
 
 
 class Guide:
-    """Holds the chooser that the quantizers of a trunk ask.
+    """Holds the selector that the quantizers of a trunk ask.
 
     Attributes:
-        chooser: Chooser of the codes; None lets each quantizer take the nearest.
+        selector: CodeSelector of the codes; None lets each quantizer take the nearest.
         relative: Largest error of a value, over the largest of its layer's input.
     """
 
     def __init__(self) -> None:
-        self.chooser: Chooser | None = None
+        self.selector: CodeSelector | None = None
         self.relative = 0.0
 
     @contextmanager
-    def asking(self, chooser: Chooser, relative: float) -> Iterator[None]:
-        """Let the quantizers ask ``chooser`` meanwhile."""
-        self.chooser, self.relative = chooser, relative
+    def asking(self, selector: CodeSelector, relative: float) -> Iterator[None]:
+        """Let the quantizers ask ``selector`` meanwhile."""
+        self.selector, self.relative = selector, relative
         try:
             yield
         finally:
-            self.chooser = None
+            self.selector = None
 
 
 def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
@@ -177,7 +177,7 @@ class DitheredSession(TorchSession):
         drafter_scale: float = 0.0,
         input_length: int | None = None,
     ) -> tuple[Array, ...]:
-        """Run one forward, dithered."""
+        """Run one forward, perturbed."""
         with self._guide.asking(self, self._relative):
             return super().forward(role, cache, input_ids, past_length, drafter_scale, input_length)
 

@@ -274,13 +274,13 @@ def _compare_graphs(
     advance = progress.stage(
         "compare target", count_comparisons(model.session, info, positions, roles)
     )
-    read, other, *dithered = (
+    read, other, *perturbed = (
         CachedText(session, text)
-        for session in (reference.session, model.session, *reference.dithered)
+        for session in (reference.session, model.session, *reference.perturbed)
     )
     bound = bounds["target"]
     compared = compare_target(
-        read, other, info, positions, bound, seed, dithered=dithered, roles=roles
+        read, other, info, positions, bound, seed, perturbed=perturbed, roles=roles
     )
     records = _counted(compared, advance)
     if importlib.util.find_spec("onnxruntime") is None:
@@ -335,7 +335,7 @@ def _compare_tokens(
         prompts,
         max_new_tokens,
         bound,
-        dithered=reference.dithered,
+        perturbed=reference.perturbed,
         roles=roles,
     )
     return _counted(compared, advance)

@@ -107,7 +107,7 @@ def compare_tokens(
     max_new_tokens: int,
     tolerance: Tolerance,
     *,
-    dithered: Sequence[TorchSession] = (),
+    perturbed: Sequence[TorchSession] = (),
     roles: Sequence[Role] = ROLES,
 ) -> Iterator[TokenParity]:
     """Compare every mode's tokens with the reference's.
@@ -121,12 +121,12 @@ def compare_tokens(
         prompts: Prompts to continue.
         max_new_tokens: Most tokens of each generation.
         tolerance: Tolerance of the target.
-        dithered: Sessions of the trunk that round inputs at random within the bound; where there
+        perturbed: Sessions of the trunk that round inputs at random within the bound; where there
             are any, tokens may part at near-ties.
         roles: Graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
-        judge = Judge(reference, model, prompt.token_ids, tolerance, dithered)
+        judge = Judge(reference, model, prompt.token_ids, tolerance, perturbed)
         own_ar: Run | None = None
         for mode, use_drafter in _ways(model, roles):
             block_length = default_block_length(mode, model)
@@ -170,7 +170,7 @@ class Judge:
         model: Facts of the bundle's model.
         prompt: Token ids of the prompt.
         tolerance: Tolerance of the target.
-        dithered: Sessions of the trunk that round inputs at random. How far that takes them from
+        perturbed: Sessions of the trunk that round inputs at random. How far that takes them from
             the reference, times :data:`SPREAD_FACTOR`, is allowed beyond the tolerance.
     """
 
@@ -180,7 +180,7 @@ class Judge:
         model: ModelInfo,
         prompt: list[int],
         tolerance: Tolerance,
-        dithered: Sequence[TorchSession] = (),
+        perturbed: Sequence[TorchSession] = (),
     ) -> None:
         self._reference, self._model, self.prompt, self.tolerance = (
             reference,
@@ -188,7 +188,7 @@ class Judge:
             prompt,
             tolerance,
         )
-        self._dithered = dithered
+        self._dithered = perturbed
         self.block_length = model.block_size
 
     @property

@@ -66,7 +66,7 @@ class Acceptance:
         self._accepted = [factor * value for value in self._accepted]
 
     @property
-    def frailty(self) -> float:
+    def rejection_scale(self) -> float:
         """How many times as often as expected drafts were rejected, the prior counting for so many
         rejections as it weighs.
         """
@@ -79,11 +79,11 @@ class Acceptance:
 
         ``ahead`` is the confidence in the first ones.
         """
-        frailty, result = self.frailty, []
+        rejection_scale, result = self.rejection_scale, []
         for tried, accepted, rejection in zip(
             self._tried, self._accepted, self._rejection, strict=True
         ):
-            usual = max(1 - frailty * rejection, 0.0)
+            usual = max(1 - rejection_scale * rejection, 0.0)
             result.append((accepted + SLOT_TRIALS * usual) / (tried + SLOT_TRIALS))
         for slot, confidence in enumerate(ahead):
             trials = self._tried[slot] + SLOT_TRIALS

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.runtime.auto.acceptance import Acceptance, weight_after
-from trimode.runtime.auto.prior import Experience, Prior
-from trimode.runtime.auto.remaining_time import Outlook, StepTimes, reached
+from trimode.runtime.auto.prior import AcceptanceHistory, Prior
+from trimode.runtime.auto.remaining_time import RemainingTime, StepTimes, reached
 
 AR_STEP = 1
 """The block length that stands for a step of AR."""
@@ -40,15 +40,15 @@ AHEAD_AFTER_AR = 4
 """Slots of which it still says something once a token has come by AR. That token was unknown to the
 draft, and may have been what made it unsure.
 """
-MOST_FRAILTY = 64.0
+MOST_REJECTION_SCALE = 64.0
 """Times as often as expected, or as seldom, that drafts are taken to be rejected in the rest of a
 text.
 """
-PRIOR_SURPLUS = 0.2
+PRIOR_WASTE = 0.2
 """Share of the rows without use that are verified, before a text has shown its own, where drafts
 have a confidence; else all of them are.
 """
-PRIOR_SURPLUS_ROWS = 4.0
+PRIOR_WASTE_ROWS = 4.0
 """Rows that this weighs as much as."""
 
 _KEPT = 4096
@@ -66,14 +66,14 @@ class StepCosts:
         ar_ms: of one forward of one token.
         draft_ms: block length -> of its draft.
         verify_ms: of verifying so many tokens, for the same lengths.
-        experience: what to expect of a text of which nothing is known yet.
+        history: what to expect of a text of which nothing is known yet.
     """
 
     past: tuple[int, ...]
     ar_ms: tuple[float, ...]
     draft_ms: Mapping[int, tuple[float, ...]]
     verify_ms: Mapping[int, tuple[float, ...]]
-    experience: Experience = field(default_factory=Experience)
+    history: AcceptanceHistory = field(default_factory=AcceptanceHistory)
     _kinds: dict[str, TextKind] = field(default_factory=dict, init=False, repr=False, compare=False)
     _times: dict[float, StepTimes] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -116,11 +116,11 @@ class StepCosts:
 
     def kind_of(self, prompt: Sequence[int]) -> TextKind:
         """What the text after a prompt is like; one object for all prompts of a kind."""
-        kinds = tuple(self.experience.kinds_of(prompt))
+        kinds = tuple(self.history.kinds_of(prompt))
         name = kinds[-1].sha256 if kinds else ""
         if name not in self._kinds:
             usual = self.at(sum(self.past) / len(self.past))
-            self._kinds[name] = TextKind(self.experience.prior(kinds, self.lengths[-1] - 1), usual)
+            self._kinds[name] = TextKind(self.history.prior(kinds, self.lengths[-1] - 1), usual)
         return self._kinds[name]
 
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
@@ -143,20 +143,22 @@ class TextKind:
 
     def __init__(self, prior: Prior, times: StepTimes) -> None:
         self.prior, self._times = prior, times
-        self._outlooks: dict[tuple[int, bool], Outlook] = {}
+        self._remaining: dict[tuple[int, bool], RemainingTime] = {}
 
-    def outlook(self, frailty: float, *, is_confident: bool) -> Outlook:
-        """On the rest of a text in which drafts are rejected ``frailty`` times as often as
+    def remaining(self, rejection_scale: float, *, is_confident: bool) -> RemainingTime:
+        """On the rest of a text in which drafts are rejected ``rejection_scale`` times as often as
         expected, to the next power of 2.
         """
-        level = round(math.log2(min(max(frailty, 1 / MOST_FRAILTY), MOST_FRAILTY)))
+        level = round(
+            math.log2(min(max(rejection_scale, 1 / MOST_REJECTION_SCALE), MOST_REJECTION_SCALE))
+        )
         key = level, is_confident
-        if key not in self._outlooks:
+        if key not in self._remaining:
             rates = [max(1 - 2.0**level * rejection, 0.0) for rejection in self.prior.rejection]
-            self._outlooks[key] = Outlook(
-                rates, self.prior.ends, self._times, PRIOR_SURPLUS if is_confident else 1.0
+            self._remaining[key] = RemainingTime(
+                rates, self.prior.ends, self._times, PRIOR_WASTE if is_confident else 1.0
             )
-        return self._outlooks[key]
+        return self._remaining[key]
 
 
 class Policy(Protocol):
@@ -235,32 +237,32 @@ class AdaptivePolicy:
         self._costs, self._lengths = costs, costs.lengths
         self._kind, self._is_confident = costs.kind_of(prompt), is_confident
         self._acceptance = Acceptance(self._kind.prior)
-        self._surplus = _Surplus(PRIOR_SURPLUS if is_confident else 1.0)
+        self._waste = _Waste(PRIOR_WASTE if is_confident else 1.0)
         self._num_tokens = 1
         self._ahead: list[float] = []
         self._step: _Step
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
-        times, outlook = (
+        times, remaining = (
             self._costs.at(past),
-            self._kind.outlook(self._acceptance.frailty, is_confident=self._is_confident),
+            self._kind.remaining(self._acceptance.rejection_scale, is_confident=self._is_confident),
         )
-        likely, surplus = reached(self._acceptance.rates(self._ahead)), self._surplus.share
-        ms_per_token = times.best(list(accumulate(likely)), surplus)
+        likely, waste = reached(self._acceptance.rates(self._ahead)), self._waste.share
+        ms_per_token = times.best(list(accumulate(likely)), waste)
         # With this, where all tokens are worth the same, the step that leaves the least to do is
         # the one of the fewest milliseconds a token.
-        scale = ms_per_token / outlook.ms_per_token
-        saved = list(accumulate(map(mul, likely, outlook.worth(self._num_tokens, left))))
-        useful = list(accumulate(map(mul, likely, outlook.goes_on(self._num_tokens))))
+        scale = ms_per_token / remaining.ms_per_token
+        saved = list(accumulate(map(mul, likely, remaining.worth(self._num_tokens, left))))
+        useful = list(accumulate(map(mul, likely, remaining.goes_on(self._num_tokens))))
         wanted = [min(length, left) - 1 for length in self._lengths]
-        cycles = times.cycles([useful[k] for k in wanted], surplus)
+        cycles = times.cycles([useful[k] for k in wanted], waste)
         left_to_do = [
             times.ar_ms - scale * saved[0],
             *(ms - scale * saved[k] for ms, k in zip(cycles, wanted, strict=True)),
         ]
         best = left_to_do.index(min(left_to_do))
-        self._step = _Step((AR_STEP, *self._lengths)[best], times.verify_ms, outlook, scale)
+        self._step = _Step((AR_STEP, *self._lengths)[best], times.verify_ms, remaining, scale)
         return self._step.block_length
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
@@ -275,9 +277,9 @@ class AdaptivePolicy:
         step.drafts = confidence[1:num_wanted].tolist()
         is_end_known = num_wanted < step.block_length
         worth = (
-            step.outlook.worth_until(num_wanted)
+            step.remaining.worth_until(num_wanted)
             if is_end_known
-            else [step.outlook.ms_per_token] * num_wanted
+            else [step.remaining.ms_per_token] * num_wanted
         )
         saved = list(accumulate(map(mul, reached(step.drafts), worth)))
         gains = [
@@ -292,17 +294,17 @@ class AdaptivePolicy:
         step = self._step
         self._num_tokens += num_tokens
         self._acceptance.forget(num_tokens)
-        self._surplus.forget(num_tokens)
+        self._waste.forget(num_tokens)
         if step.block_length == AR_STEP:
             self._ahead = self._ahead[1 : 1 + AHEAD_AFTER_AR]
             return
         self._acceptance.record(step.rows - 1, num_tokens - 1, step.drafts[step.rows - 1 :])
-        self._surplus.record(step.block_length, step.rows, num_tokens)
+        self._waste.record(step.block_length, step.rows, num_tokens)
         behind_end = [0.0] * (step.block_length - step.num_wanted) if step.drafts else []
         self._ahead = (step.drafts + behind_end)[num_tokens:]
 
 
-class _Surplus:
+class _Waste:
     """Of the rows that yield no token the share that is verified all the same: 0 where confidence
     tells them beforehand, 1 where it does not.
     """
@@ -312,9 +314,7 @@ class _Surplus:
 
     @property
     def share(self) -> float:
-        return (self._verified + self._prior * PRIOR_SURPLUS_ROWS) / (
-            self._all + PRIOR_SURPLUS_ROWS
-        )
+        return (self._verified + self._prior * PRIOR_WASTE_ROWS) / (self._all + PRIOR_WASTE_ROWS)
 
     def record(self, block_length: int, rows: int, num_tokens: int) -> None:
         self._verified += rows - num_tokens
@@ -332,7 +332,7 @@ class _Step:
 
     Attributes:
         verify_ms: of each block length.
-        outlook: that it was chosen by.
+        remaining: that it was chosen by.
         scale: of what tokens are worth there, in this text.
         rows: that are verified.
         num_wanted: tokens that may come of it.
@@ -341,7 +341,7 @@ class _Step:
 
     block_length: int
     verify_ms: Sequence[float]
-    outlook: Outlook
+    remaining: RemainingTime
     scale: float
     rows: int = 0
     num_wanted: int = 0

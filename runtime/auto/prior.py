@@ -39,7 +39,7 @@ values (Silverman 1986, eq. 3.31).
 """
 
 
-class Kind(BaseModel):
+class PromptGroup(BaseModel):
     """Prompts that begin with the same tokens, and what came of them.
 
     Attributes:
@@ -64,7 +64,7 @@ class Kind(BaseModel):
 
 
 @dataclass(frozen=True)
-class Past:
+class FinishedText:
     """A text that was written: its prompt, per slot how often its draft was tried and accepted
     ``(num_slots,)``, its length if it ended by itself.
     """
@@ -82,7 +82,7 @@ class Prior:
     Attributes:
         rejection: of each slot, how likely its draft is rejected where those before it are
         accepted.
-        weight: as in :class:`Kind`.
+        weight: as in :class:`PromptGroup`.
         ends: ``ends[n]`` is how likely a text of ``n`` tokens or more has no more; the last one
             goes for all longer ones. Empty = not known.
     """
@@ -93,13 +93,13 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Experience:
+class AcceptanceHistory:
     """Kinds of prompts; ``rate`` is the acceptance to expect where there are none."""
 
     rate: float = PRIOR_ACCEPTANCE
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[PromptGroup, ...] = ()
 
-    def prior(self, kinds: Sequence[Kind], num_slots: int) -> Prior:
+    def prior(self, kinds: Sequence[PromptGroup], num_slots: int) -> Prior:
         """What to expect of a text of these kinds, each of which contains the next one and is
         corrected by it.
         """
@@ -116,7 +116,7 @@ class Experience:
             ends_of(kinds[-1].lengths, kinds[-1].num_prompts) if kinds else (),
         )
 
-    def kinds_of(self, prompt: Sequence[int]) -> Iterator[Kind]:
+    def kinds_of(self, prompt: Sequence[int]) -> Iterator[PromptGroup]:
         """What it is one of, from the shortest beginning to the longest."""
         digest, done = hashlib.sha256(), 0
         for num_tokens, kinds in self._by_length:
@@ -129,7 +129,7 @@ class Experience:
                 yield kind
 
     @cached_property
-    def _by_length(self) -> list[tuple[int, dict[str, Kind]]]:
+    def _by_length(self) -> list[tuple[int, dict[str, PromptGroup]]]:
         ordered = sorted(self.kinds, key=lambda kind: kind.num_tokens)
         return [
             (length, {kind.sha256: kind for kind in group})
@@ -158,7 +158,7 @@ def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
     return (*(ended / reached).tolist(), 1 / float(known.mean()))
 
 
-def tell_apart(texts: Sequence[Past]) -> tuple[Kind, ...]:
+def tell_apart(texts: Sequence[FinishedText]) -> tuple[PromptGroup, ...]:
     """The tree of beginnings that enough of the prompts share, from the shortest to the longest:
     one kind where they part, each way on.
     """
@@ -174,7 +174,7 @@ def tell_apart(texts: Sequence[Past]) -> tuple[Kind, ...]:
             min(len(first), len(last)),
         )
         kinds.append(_kind(group, shared))
-        by_next: dict[int, list[Past]] = {}
+        by_next: dict[int, list[FinishedText]] = {}
         for text in group:
             if len(text.prompt) > shared:
                 by_next.setdefault(text.prompt[shared], []).append(text)
@@ -182,11 +182,11 @@ def tell_apart(texts: Sequence[Past]) -> tuple[Kind, ...]:
     return tuple(sorted(kinds, key=lambda kind: (kind.num_tokens, kind.sha256)))
 
 
-def _kind(group: Sequence[Past], num_tokens: int) -> Kind:
+def _kind(group: Sequence[FinishedText], num_tokens: int) -> PromptGroup:
     tried, accepted = sum(text.tried for text in group), sum(text.accepted for text in group)
     assert isinstance(tried, np.ndarray)
     assert isinstance(accepted, np.ndarray)
-    return Kind(
+    return PromptGroup(
         num_tokens=num_tokens,
         sha256=hashlib.sha256(_as_bytes(group[0].prompt[:num_tokens])).hexdigest(),
         num_prompts=len(group),
@@ -197,7 +197,9 @@ def _kind(group: Sequence[Past], num_tokens: int) -> Kind:
     )
 
 
-def _weight(group: Sequence[Past], tried: NDArray[np.int64], accepted: NDArray[np.int64]) -> float:
+def _weight(
+    group: Sequence[FinishedText], tried: NDArray[np.int64], accepted: NDArray[np.int64]
+) -> float:
     """Shape of the gamma distribution that multiplies the rate of rejections from one text to the
     next (shared frailty), by its moments.
 
@@ -212,7 +214,7 @@ def _weight(group: Sequence[Past], tried: NDArray[np.int64], accepted: NDArray[n
     return float(np.clip(weight, LEAST_WEIGHT, GREATEST_WEIGHT))
 
 
-def _tokens(text: Past) -> list[int]:
+def _tokens(text: FinishedText) -> list[int]:
     return list(text.prompt)
 
 
@@ -220,7 +222,7 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, "<i8").tobytes()
 
 
-def acceptance_rate(texts: Sequence[Past]) -> float | None:
+def acceptance_rate(texts: Sequence[FinishedText]) -> float | None:
     """Compute the share of accepted drafts whose predecessors were accepted.
 
     It is None where no draft was judged.

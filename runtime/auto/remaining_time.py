@@ -45,23 +45,23 @@ class StepTimes:
         )
         self._rows, self._row_ms = (1, *lengths), (ar_ms, *verify_ms)
 
-    def cycles(self, tokens: Iterable[float], surplus: float) -> list[float]:
+    def cycles(self, tokens: Iterable[float], waste: float) -> list[float]:
         """Of a cycle of each length, of which so many ``tokens`` are expected to be of use and this
         share of the others is verified, too.
         """
         return [
-            draft + self._rows_ms(useful + surplus * (length - useful))
+            draft + self._rows_ms(useful + waste * (length - useful))
             for length, draft, useful in zip(self.lengths, self.draft_ms, tokens, strict=True)
         ]
 
-    def best(self, tokens: Sequence[float], surplus: float) -> float:
+    def best(self, tokens: Sequence[float], waste: float) -> float:
         """Milliseconds a token in the middle of a text, where a cycle is expected to yield
         ``tokens[k - 1]`` of at most ``k``.
         """
         found = [tokens[length - 1] for length in self.lengths]
         return min(
             self.ar_ms,
-            *(ms / count for ms, count in zip(self.cycles(found, surplus), found, strict=True)),
+            *(ms / count for ms, count in zip(self.cycles(found, waste), found, strict=True)),
         )
 
     def _rows_ms(self, rows: float) -> float:
@@ -83,26 +83,26 @@ def reached(rates: Iterable[float]) -> list[float]:
     return list(accumulate(rates, mul, initial=1.0))
 
 
-class Outlook:
+class RemainingTime:
     """The rest of texts of one kind.
 
     Args:
         rates: of each slot, how likely its draft is accepted where those before it are.
         ends: how likely a text ends where, as in :class:`trimode.runtime.auto.prior.Prior`.
         times: of the steps, at a usual number of cached tokens.
-        surplus: share of the rows without use that will be verified.
+        waste: share of the rows without use that will be verified.
 
     Attributes:
         ms_per_token: in the middle of such a text.
     """
 
     def __init__(
-        self, rates: Sequence[float], ends: Sequence[float], times: StepTimes, surplus: float
+        self, rates: Sequence[float], ends: Sequence[float], times: StepTimes, waste: float
     ) -> None:
-        self._ends, self._times, self._surplus = ends, times, surplus
+        self._ends, self._times, self._waste = ends, times, waste
         self._longest = len(rates) + 1
         self._reached = reached(rates)
-        self.ms_per_token = times.best(list(accumulate(self._reached)), surplus)
+        self.ms_per_token = times.best(list(accumulate(self._reached)), waste)
         self._until_end = self._times_until_end()
         self._from = self._times_from()
         self._goes_on: dict[int, list[float]] = {}
@@ -195,7 +195,7 @@ class Outlook:
         )
         behind = list(accumulate(changes, initial=rest[0]))
         wanted = [min(length, left) - 1 for length in self._times.lengths]
-        cycles = self._times.cycles([tokens[k] for k in wanted], self._surplus)
+        cycles = self._times.cycles([tokens[k] for k in wanted], self._waste)
         return min(
             self._times.ar_ms + rest[0],
             *(ms + behind[k] for ms, k in zip(cycles, wanted, strict=True)),

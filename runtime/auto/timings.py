@@ -28,7 +28,13 @@ from trimode.formats.hints import BENCH
 from trimode.formats.records import OtherVersion, read_record
 from trimode.formats.texts import Unreadable, reason_of
 from trimode.runtime.auto.policy import StepCosts
-from trimode.runtime.auto.prior import Experience, Kind, Past, acceptance_rate, tell_apart
+from trimode.runtime.auto.prior import (
+    AcceptanceHistory,
+    FinishedText,
+    PromptGroup,
+    acceptance_rate,
+    tell_apart,
+)
 from trimode.runtime.bundle.cache_folder import TIMINGS, default_folder
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.gpu import Gpu, find_gpu
@@ -106,11 +112,11 @@ class AcceptanceRecord(_Record):
     rate: float = Field(ge=0, le=1)
     block_length: int
     num_prompts: int
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[PromptGroup, ...] = ()
 
     @classmethod
     def of(
-        cls, texts: Sequence[Past], block_length: int, *, drafter: bool
+        cls, texts: Sequence[FinishedText], block_length: int, *, drafter: bool
     ) -> AcceptanceRecord | None:
         """What these texts have shown; None where no draft was judged."""
         rate = acceptance_rate(texts)
@@ -179,7 +185,9 @@ class Timings(_Record):
                 BENCH,
             )
         found = [
-            Experience(one.rate, one.kinds) for one in self.acceptance if one.drafter == use_drafter
+            AcceptanceHistory(one.rate, one.kinds)
+            for one in self.acceptance
+            if one.drafter == use_drafter
         ]
         return StepCosts(
             past, tuple(least["ar", 1, p, False] for p in past), drafts, verifications, *found[:1]

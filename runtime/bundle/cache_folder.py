@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 PREPACKED, TIMINGS = "prepacked", "timings"
-"""Folders in it: of weights arranged for this processor, and of measured forwards. The compiler
+"""Folders in it: of weights prepacked for this processor, and of measured forwards. The compiler
 keeps graphs and engines beside them.
 """
 

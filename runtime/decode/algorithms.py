@@ -7,7 +7,7 @@ they are committed and never takes one back. In between it yields the forwards t
 tokens. ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its
 denoise and commit forwards, self-speculation the prefill and every draft and verify forward,
 quadratic self-speculation one forward for the first draft and one a cycle. Which token it is, is
-asked of a :class:`~trimode.runtime.decode.token_choice.Chooser`.
+asked of a :class:`~trimode.runtime.decode.token_choice.TokenSelector`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trimode.runtime.auto.policy import AR_STEP, Policy, make_policy
 from trimode.runtime.decode.forward import Effect, Steps, drive
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
-from trimode.runtime.decode.token_choice import Chooser, TokenLogprob, make_chooser
+from trimode.runtime.decode.token_choice import TokenLogprob, TokenSelector, make_token_selector
 from trimode.runtime.decode.unmasking import Denoised, fill_policy, reaching
 from trimode.runtime.sessions.base import Ids
 
@@ -214,13 +214,13 @@ nothing that they do not.
 
 def _start(
     sequence: Sequence, options: DecodeOptions, counters: Counters
-) -> tuple[_Budget, Chooser]:
-    choose = make_chooser(sequence, options, counters.logprobs)
+) -> tuple[_Budget, TokenSelector]:
+    choose = make_token_selector(sequence, options, counters.logprobs)
     counters.seed = choose.seed
     return _Budget(sequence, options, counters), choose
 
 
-def _seed(sequence: Sequence, counters: Counters, choose: Chooser) -> Effect[list[int]]:
+def _seed(sequence: Sequence, counters: Counters, choose: TokenSelector) -> Effect[list[int]]:
     """Choose and append the first token of self-speculation.
 
     Its forward counts, and that once, where a prompt is read in chunks.
@@ -237,7 +237,7 @@ def _cycle(
     options: DecodeOptions,
     counters: Counters,
     budget: _Budget,
-    choose: Chooser,
+    choose: TokenSelector,
     policy: Policy | None = None,
 ) -> Effect[list[int]]:
     """Draft a block after the last token, and verify what a policy asks.
@@ -259,7 +259,11 @@ def _cycle(
 
 
 def _draft(
-    sequence: Sequence, block: Ids, options: DecodeOptions, counters: Counters, choose: Chooser
+    sequence: Sequence,
+    block: Ids,
+    options: DecodeOptions,
+    counters: Counters,
+    choose: TokenSelector,
 ) -> Effect[NDArray[Any]]:
     """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the
     threshold asks.

@@ -1,9 +1,9 @@
 """Which token: what the algorithms of :mod:`trimode.runtime.decode.algorithms` ask, once by
 forward, and leave to this module.
 
-:class:`GreedyChooser` hands through what the graphs return. :class:`RuledChooser` draws, penalises,
-forbids, forces and reports; it reads logits only where it must. Both take the candidates of a
-denoise or draft forward as arrays ``(L, 5)``, best first.
+:class:`GreedySelector` hands through what the graphs return. :class:`RuledSelector` draws,
+penalises, forbids, forces and reports; it reads logits only where it must. Both take the
+candidates of a denoise or draft forward as arrays ``(L, 5)``, best first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-class Chooser(Protocol):
+class TokenSelector(Protocol):
     """Chooses tokens for one run of an algorithm over one sequence."""
 
     @property
@@ -95,16 +95,16 @@ class Chooser(Protocol):
         ...
 
 
-def make_chooser(
+def make_token_selector(
     sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]
-) -> Chooser:
-    """The chooser for these options; it appends to ``logprobs`` where they are asked for."""
+) -> TokenSelector:
+    """The selector for these options; it appends to ``logprobs`` where they are asked for."""
     return (
-        GreedyChooser(sequence) if options.is_plain else RuledChooser(sequence, options, logprobs)
+        GreedySelector(sequence) if options.is_plain else RuledSelector(sequence, options, logprobs)
     )
 
 
-class GreedyChooser:
+class GreedySelector:
     """The most probable token, as the graphs return it."""
 
     seed = None
@@ -113,7 +113,6 @@ class GreedyChooser:
         self._sequence = sequence
 
     def next(self) -> Effect[int]:
-        """See :class:`Chooser`."""
         return self._sequence.predict()
 
     def begin_block(self, block: Ids) -> None:
@@ -126,20 +125,18 @@ class GreedyChooser:
         ids: Array,
         probabilities: Array,
     ) -> tuple[Array, Array]:
-        """See :class:`Chooser`."""
         return ids[:, 0], probabilities[:, 0]
 
     drafted = denoised
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:  # noqa: ARG002
-        """See :class:`Chooser`."""
         return verification.greedy_ids[: verification.accepted_length + 1].tolist()  # type: ignore[no-any-return]
 
     def committed(self, token_ids: list[int]) -> None:
         """Nothing is noted."""
 
 
-class RuledChooser:
+class RuledSelector:
     """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of
     what the rules leave.
 
@@ -165,14 +162,13 @@ class RuledChooser:
         self._slots = _Slots()
 
     def next(self) -> Effect[int]:
-        """See :class:`Chooser`."""
         greedy = yield from self._sequence.predict()
         token = self._pick(self._index, greedy, self._sequence.predicted_logits)
         self._note(token, self._sequence.predicted_logits)
         return token
 
     def begin_block(self, block: Ids) -> None:
-        """See :class:`Chooser`. The first slot has been chosen by :meth:`next`, which knows the
+        """The first slot has been chosen by :meth:`next`, which knows the
         budget.
         """
         self._slots = _Slots()
@@ -183,7 +179,7 @@ class RuledChooser:
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array]:
-        """See :class:`Chooser`. The confidence is the probability that the model gives the token,
+        """The confidence is the probability that the model gives the token,
         as in the reference.
         """
         drawn, _ = self._draw_candidates(block, masked, self._index, ids, probabilities)
@@ -193,7 +189,7 @@ class RuledChooser:
     def drafted(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array]:
-        """See :class:`Chooser`. The confidence is that of the slot's best candidate, whichever is
+        """The confidence is that of the slot's best candidate, whichever is
         drawn: see :func:`decode_linear_spec`.
         """
         drawn, q = self._draw_candidates(block, masked, self._index - 1, ids, probabilities)
@@ -212,7 +208,7 @@ class RuledChooser:
         return out
 
     def committed(self, token_ids: list[int]) -> None:
-        """See :class:`Chooser`. The first token came from :meth:`next`, which noted it, unless that
+        """The first token came from :meth:`next`, which noted it, unless that
         chose the mask token.
         """
         for slot, token in enumerate(token_ids):

@@ -47,7 +47,7 @@ class BatchRequest(NamedTuple):
 
     Attributes:
         ids: the prompt, ``(n,)``.
-        options: as for :meth:`Batch.join`.
+        options: as for :meth:`Batch.add`.
     """
 
     ids: Any
@@ -56,7 +56,7 @@ class BatchRequest(NamedTuple):
 
 
 class BatchRow:
-    """A text in a batch, from :meth:`Batch.join` to :meth:`Batch.leave`.
+    """A text in a batch, from :meth:`Batch.add` to :meth:`Batch.finish`.
 
     Attributes:
         sequence: its tokens. While the row is not at work it may be truncated, appended to, and go
@@ -177,7 +177,7 @@ class Batch:
         return bool(self._chunks) or any(row.is_at_work for row in self.rows)
 
     @checks_arguments(MODE, options=KINDS)
-    def join(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> BatchRow:
+    def add(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> BatchRow:
         """Begin a text in a free row; the next step reads its prompt.
 
         Args:
@@ -218,7 +218,7 @@ class Batch:
         self._index(row)
         row.waiting, row.is_at_work = None, False
 
-    def leave(self, row: BatchRow) -> None:
+    def finish(self, row: BatchRow) -> None:
         """Free a row, at work or not. Its result stays; its sequence runs no more."""
         self.pause(row)
         self._rows[self._index(row)] = None
@@ -265,18 +265,18 @@ class Batch:
         while True:
             while self.num_free and (following := next(todo, None)):
                 number, request = following
-                numbers[self.join(request.ids, request.mode, **request.options)] = number
+                numbers[self.add(request.ids, request.mode, **request.options)] = number
             if not numbers:
                 return
             for row, chunk in self.step():
                 if row in numbers:
                     yield numbers[row], row, chunk
                     if not row.is_at_work:
-                        self.leave(row)
+                        self.finish(row)
                         del numbers[row]
 
     def _step(self, working: list[BatchRow]) -> None:
-        self._close_ranks()
+        self._compact()
         for row in working:
             if row.waiting is None:
                 self._advance(row)
@@ -343,7 +343,7 @@ class Batch:
             and past_length + num_tokens <= self._model.num_positions
         )
 
-    def _close_ranks(self) -> None:
+    def _compact(self) -> None:
         """Move rows from the end into free ones, so that those in use are neighbours."""
         while None in self._rows[: len(self.rows)]:
             free, last = (

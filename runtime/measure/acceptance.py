@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trimode.runtime.auto.prior import Past
+from trimode.runtime.auto.prior import FinishedText
 
 if TYPE_CHECKING:
     from trimode.runtime.model import TriModeModel
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 128
 
 def write_texts(
     model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool
-) -> Iterator[Past]:
+) -> Iterator[FinishedText]:
     """The text after each prompt, greedy, by linear self-speculation: what became of each slot's
     drafts.
 
@@ -38,7 +38,7 @@ def write_texts(
             accepted[:count] += 1
             tried[: count + (chunk.finish_reason is None)] += 1
         result = stream.result
-        yield Past(
+        yield FinishedText(
             prompt,
             tried,
             accepted,

@@ -17,8 +17,8 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from torch import Tensor
 from whole_trunk import record
 
-from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_twin, rounding_scales
-from trimode.calib.evaluate.quantization.decoding import answer, partings
+from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy, rounding_scales
+from trimode.calib.evaluate.quantization.decoding import answer, divergences
 from trimode.calib.evaluate.quantization.fidelity import Divergence, Fidelity
 from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
 from trimode.calib.evaluate.quantization.lockstep import Comparison
@@ -50,7 +50,7 @@ from trimode.formats.calibration import (
     load_calibration,
 )
 from trimode.formats.contract import ROLES, Role
-from trimode.formats.evaluation import PartingRecord, Report
+from trimode.formats.evaluation import DivergenceRecord, Report
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
@@ -186,9 +186,9 @@ def test_what_does_not_differ_and_what_is_not_finite() -> None:
     assert (same.snr_db, same.cosine) == (200.0, pytest.approx(1, abs=1e-15))
     broken.add(x, x / 0)
     outputs.add(x, torch.full_like(x, float("nan")))
-    for look in (lambda: broken.snr_db, lambda: broken.cosine, lambda: outputs.kl_nats):
+    for observe in (lambda: broken.snr_db, lambda: broken.cosine, lambda: outputs.kl_nats):
         with pytest.raises(CheckpointError, match="expected finite hidden states"):
-            look()
+            observe()
 
 
 # In lockstep
@@ -206,13 +206,13 @@ def kept_while(
     logits: Kept = {}
 
     def hook_of(name: str) -> Any:
-        def look(_module: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        def observe(_module: Any, args: tuple[Any, ...], out: Tensor) -> None:
             outputs[name].setdefault(now[0], []).append(
                 out.reshape(-1, out.shape[-1]).double().numpy()
             )
             inputs[name].setdefault(now[0], []).append(args)
 
-        return look
+        return observe
 
     handles = [trunk.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     handles.append(
@@ -245,10 +245,10 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
     blocks = [f"encoder.layers.{i}" for i in range(model.info.num_hidden_layers)]
     chosen = ["encoder.layers.0.self_attn.o_proj", BAD, "diffusion_head"]
     kept, inputs, logits = kept_while(model.trunk, [*blocks, *chosen], model.episodes)
-    twin = quantized_twin(model.trunk, "int8", layers)
-    other_kept, _, other_logits = kept_while(twin, blocks, model.episodes)
+    quantized = quantized_copy(model.trunk, "int8", layers)
+    other_kept, _, other_logits = kept_while(quantized, blocks, model.episodes)
 
-    comparison = Comparison(model.trunk, quantized_twin(model.trunk, "int8", layers), chosen)
+    comparison = Comparison(model.trunk, quantized_copy(model.trunk, "int8", layers), chosen)
     comparison.run(model.episodes, lambda _: None)
     for role in ROLES:
         for index, block in enumerate(blocks):
@@ -260,7 +260,7 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
         for name in chosen:
             y = np.concatenate(
                 [
-                    twin.get_submodule(name)(*args)
+                    quantized.get_submodule(name)(*args)
                     .detach()
                     .double()
                     .numpy()
@@ -287,10 +287,10 @@ def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
     model: Model, name: str
 ) -> None:
     scales = {name: model.int8().linear_scales(model.trunk)[name]}
-    whole = Comparison(model.trunk, quantized_twin(model.trunk, "int8", scales))
+    whole = Comparison(model.trunk, quantized_copy(model.trunk, "int8", scales))
     part = Comparison(
         model.trunk,
-        quantized_twin(model.trunk, "int8", scales),
+        quantized_copy(model.trunk, "int8", scales),
         first_block=1 if name == BAD else 2,
         outputs_alone=True,
     )
@@ -304,13 +304,13 @@ def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
 
 def test_a_twin_shares_what_is_not_quantized(model: Model) -> None:
     before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
-    twin = quantized_twin(model.trunk, "int8", {BAD: LinearScales(np.array(0.5, np.float32))})
+    quantized = quantized_copy(model.trunk, "int8", {BAD: LinearScales(np.array(0.5, np.float32))})
     for name, tensor in model.trunk.named_parameters():
         assert torch.equal(tensor, before[name])
-        assert (twin.get_parameter(name).data_ptr() == tensor.data_ptr()) == (
+        assert (quantized.get_parameter(name).data_ptr() == tensor.data_ptr()) == (
             name != f"{BAD}.weight"
         )
-    assert not torch.equal(twin.get_parameter(f"{BAD}.weight"), before[f"{BAD}.weight"])
+    assert not torch.equal(quantized.get_parameter(f"{BAD}.weight"), before[f"{BAD}.weight"])
 
 
 # The report
@@ -415,7 +415,7 @@ def test_partings_say_how_close_it_was(model: Model) -> None:
     first, second, third = model.questions[:3]
     ar = [generation([20, 21, 22]), generation([20, 21]), generation([20])]
     spec = [generation([20, 40, 22]), generation([20, 21]), generation([20, 21])]
-    found = partings(TorchSession(model.trunk), [first, second, third], ar, spec)
+    found = divergences(TorchSession(model.trunk), [first, second, third], ar, spec)
     assert [(one.question, one.position) for one in found] == [(0, 1), (2, 1)]
     ids = np.array([[*first.token_ids, 20]])
     logits = TorchSession(model.trunk).run("ar", TorchSession(model.trunk).new_cache(), ids, 0)[1][
@@ -430,7 +430,9 @@ def test_a_report_says_when_self_speculation_is_not_autoregression(model: Model)
     parted = (
         report.precisions[1]
         .decoding[1]
-        .model_copy(update={"partings": (PartingRecord(question=0, position=3, preference=None),)})
+        .model_copy(
+            update={"partings": (DivergenceRecord(question=0, position=3, preference=None),)}
+        )
     )
     precision = report.precisions[1].model_copy(
         update={"decoding": (report.precisions[1].decoding[0], parted)}

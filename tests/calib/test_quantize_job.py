@@ -127,14 +127,14 @@ def largest_inputs(trunk: TriModeTrunk, forward: Callable[[], None]) -> dict[str
     """Largest magnitude of each linear layer's input while ``forward`` runs."""
     found: dict[str, float] = {}
 
-    def look(name: str) -> Any:
+    def observe(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             found[name] = max(found.get(name, 0.0), float(inputs[0].abs().max()))
 
         return hook
 
     handles = [
-        m.register_forward_pre_hook(look(n))
+        m.register_forward_pre_hook(observe(n))
         for n, m in trunk.named_modules()
         if isinstance(m, nn.Linear)
     ]

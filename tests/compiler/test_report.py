@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from trimode.calib.evaluate.quantization.candidate import (
     COMPUTE_TYPE,
     ROUNDED,
-    quantized_twin,
+    quantized_copy,
     read_candidate,
     weight_bytes,
 )
@@ -168,7 +168,7 @@ def test_bytes_and_weights_are_those_of_a_pack(checkpoint: Path, tmp_path: Path,
         4 * np.prod(entry.shape) for entry in opened.tensors.values()
     )
 
-    twin = quantized_twin(trunk, candidate.precision, layers)
+    quantized = quantized_copy(trunk, candidate.precision, layers)
     for layer in layers:
         raw = (
             np.asarray(pack.raw(f"{layer}.weight"))
@@ -187,7 +187,7 @@ def test_bytes_and_weights_are_those_of_a_pack(checkpoint: Path, tmp_path: Path,
                 np.float32
             )
             stored = dequantize(raw, wide.reshape(scale.shape), candidate.precision)
-        np.testing.assert_array_equal(twin.get_parameter(f"{layer}.weight").numpy(), stored)
+        np.testing.assert_array_equal(quantized.get_parameter(f"{layer}.weight").numpy(), stored)
 
 
 def test_a_report_from_the_command(

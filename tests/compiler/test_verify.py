@@ -475,21 +475,21 @@ def test_a_reference_or_a_spread_that_is_no_number_passes_nothing(tmp_path: Path
     assert np.isnan(tolerance.probabilities(float("nan")))
 
     def graphs(
-        reference: TorchSession, target: TorchSession, dithered: tuple[TorchSession, ...]
+        reference: TorchSession, target: TorchSession, perturbed: tuple[TorchSession, ...]
     ) -> list[GraphParity]:
         read, other, *more = (
-            CachedText(session, text) for session in (reference, target, *dithered)
+            CachedText(session, text) for session in (reference, target, *perturbed)
         )
-        return list(compare_target(read, other, model, (3,), tolerance, 0, dithered=more))
+        return list(compare_target(read, other, model, (3,), tolerance, 0, perturbed=more))
 
     assert all(record.passed for record in graphs(good, also_good, (also_good,)))
-    for reference, target, dithered in (
+    for reference, target, perturbed in (
         (bad, bad, ()),
         (bad, good, ()),
         (good, also_good, (bad,)),
         (good, also_good, (also_good, bad)),
     ):
-        records = graphs(reference, target, dithered)
+        records = graphs(reference, target, perturbed)
         assert not any(record.passed for record in records)
         assert all(
             GraphParity.model_validate_json(record.model_dump_json()) == record

@@ -419,7 +419,7 @@ def test_dithering_bounds_what_borders_do_and_no_more(
     guide, guide_of_right = guide_inputs(reference.trunk), guide_inputs(right.trunk)
     assert guide is not None
     assert guide_of_right is not None
-    dithered = [
+    perturbed = [
         DitheredSession(reference.trunk, guide, tolerance.relative, seed) for seed in (0, 1)
     ]
     # Another correct one, with errors of a tenth of the bound: about what float32 has.
@@ -435,26 +435,30 @@ def test_dithering_bounds_what_borders_do_and_no_more(
         return [
             r.passed
             for r in compare_target(
-                *texts[:2], model, (0, 11, 25), tolerance, 0, dithered=texts[2:], roles=roles
+                *texts[:2], model, (0, 11, 25), tolerance, 0, perturbed=texts[2:], roles=roles
             )
         ]
 
-    assert all(compare(other, dithered))
+    assert all(compare(other, perturbed))
     assert not all(compare(other, []))  # without it a correct target would be refused
-    assert sum(compare(wrong, dithered)) < 18  # of 36
-    assert all(compare(other, dithered, ("quadratic",)))
-    assert sum(compare(wrong, dithered, ("quadratic",))) < 5  # of 9
+    assert sum(compare(wrong, perturbed)) < 18  # of 36
+    assert all(compare(other, perturbed, ("quadratic",)))
+    assert sum(compare(wrong, perturbed, ("quadratic",))) < 5  # of 9
 
     prompts = [TokenPrompt(text[:9].tolist(), ())]
     assert all(
         r.passed
-        for r in compare_tokens(reference, other, model, prompts, 24, tolerance, dithered=dithered)
+        for r in compare_tokens(
+            reference, other, model, prompts, 24, tolerance, perturbed=perturbed
+        )
     )
     with torch.no_grad():
         wrong.trunk.diffusion_head.weight *= -1
     assert not any(
         r.passed
-        for r in compare_tokens(reference, wrong, model, prompts, 24, tolerance, dithered=dithered)
+        for r in compare_tokens(
+            reference, wrong, model, prompts, 24, tolerance, perturbed=perturbed
+        )
         if r.against == "reference"
     )
 

@@ -153,9 +153,9 @@ def methods(model: TriModeModel) -> dict[str, tuple[Callable[..., Any], tuple[st
             lambda **o: model.generate_batch([[20], [30]], "ar", **o),
             tuple(set(every) - {"seed", "max_new_tokens"}),
         ),
-        "join": (lambda **o: model.new_batch(1).join([20], "ar", **o), every),
+        "join": (lambda **o: model.new_batch(1).add([20], "ar", **o), every),
         "resume": (
-            lambda **o: (batch := model.new_batch(1)).resume(batch.join([20], "ar"), "ar", **o),
+            lambda **o: (batch := model.new_batch(1)).resume(batch.add([20], "ar"), "ar", **o),
             every,
         ),
     }
@@ -361,7 +361,7 @@ def test_token_ids(model: TriModeModel, method: str) -> None:
             with pytest.raises(UsageError):
                 model.generate_batch([[20], ids[0]])
             with pytest.raises(UsageError):
-                model.new_batch(1).join(ids[0])
+                model.new_batch(1).add(ids[0])
 
 
 def test_numbers_of_numpy_and_ids_of_torch_are_fine(model: TriModeModel) -> None:

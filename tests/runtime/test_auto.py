@@ -32,8 +32,8 @@ from trimode.runtime.auto.acceptance import Acceptance
 from trimode.runtime.auto.policy import AdaptivePolicy, FixedPolicy, Policy, StepCosts
 from trimode.runtime.auto.prior import (
     PRIOR_ACCEPTANCE,
-    Experience,
-    Past,
+    AcceptanceHistory,
+    FinishedText,
     Prior,
     acceptance_rate,
     tell_apart,
@@ -62,7 +62,7 @@ token.
 """
 
 
-def past_texts(kind: int, count: int) -> list[Past]:
+def past_texts(kind: int, count: int) -> list[FinishedText]:
     """What `trimode bench` would have seen of such texts, in blocks of 32."""
     rates, length = KINDS[kind]
     texts = []
@@ -81,7 +81,7 @@ def past_texts(kind: int, count: int) -> list[Past]:
             accepted[:found] += 1
             tried[: found + (found < 31 and position + found + 1 < length)] += 1
             position += found + 1
-        texts.append(Past([kind, number], tried, accepted, length + 1))
+        texts.append(FinishedText([kind, number], tried, accepted, length + 1))
     return texts
 
 
@@ -94,7 +94,7 @@ def test_texts_whose_kind_was_measured_are_written_faster(is_confident: bool) ->
     assert [one.num_tokens for one in kinds] == [0, 1, 1, 1]
     spent: dict[str, list[float]] = {}
     for kind, (rates, length) in KINDS.items():
-        knowing = replace(CPU, experience=Experience(0.93, kinds))
+        knowing = replace(CPU, history=AcceptanceHistory(0.93, kinds))
         ways: dict[str, Callable[[], Policy]] = {
             "knowing": partial(AdaptivePolicy, knowing, [kind, 999], is_confident=is_confident),
             "not knowing": partial(AdaptivePolicy, CPU, [kind, 999], is_confident=is_confident),
@@ -117,7 +117,7 @@ def test_a_rate_that_leaves_no_doubt_is_doubted(rate: float) -> None:
     """Where every draft of the measured prompts was accepted, or none: what a text shows counts all
     the same.
     """
-    policy = AdaptivePolicy(replace(CPU, experience=Experience(rate)), is_confident=False)
+    policy = AdaptivePolicy(replace(CPU, history=AcceptanceHistory(rate)), is_confident=False)
     assert policy.choose(64, 1000) == (32 if rate else 1)
     for _ in range(30):
         length = step(policy, 1)
@@ -130,11 +130,11 @@ def test_blocks_share_what_is_left_of_a_text_of_known_length() -> None:
     """
     for length, expected in ((17, [16]), (9, [8]), (49, [16, 32]), (33, [32])):
         kinds = tell_apart(
-            [Past([1, n], np.full(31, 50), np.full(31, 50), length) for n in range(20)]
+            [FinishedText([1, n], np.full(31, 50), np.full(31, 50), length) for n in range(20)]
         )
         policy, written, picks = (
             AdaptivePolicy(
-                replace(CPU, experience=Experience(0.93, kinds)), [1, 99], is_confident=True
+                replace(CPU, history=AcceptanceHistory(0.93, kinds)), [1, 99], is_confident=True
             ),
             1,
             [],
@@ -207,7 +207,7 @@ def test_rows_that_are_verified() -> None:
     """As many as save more than they cost, of those that were measured; what lies behind the last
     token wanted saves nothing.
     """
-    policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
+    policy = AdaptivePolicy(replace(CPU, history=AcceptanceHistory(0.99)), is_confident=True)
     assert policy.choose(64, 1000) == 32
     certain = np.ones(32)
     # In the middle of a text a token more or two is not worth the next longer verification.
@@ -221,7 +221,7 @@ def test_rows_that_are_verified() -> None:
 
 
 def test_where_tokens_are_drawn_all_that_is_wanted_is_verified() -> None:
-    policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
+    policy = AdaptivePolicy(replace(CPU, history=AcceptanceHistory(0.99)), is_confident=True)
     assert policy.choose(64, 1000) == 32
     assert {n: policy.rows_to_verify(n, None) for n in (1, 8, 9, 16, 17, 32)} == {
         1: 8,
@@ -241,7 +241,7 @@ def test_a_cut_says_nothing_in_favour_of_what_was_cut_off(monkeypatch: pytest.Mo
     monkeypatch.setattr(estimate, "AHEAD_TRIALS", 0.0)
     confidence = np.where(np.arange(32) < 8, 0.999, 0.05)
     policy, lengths = (
-        AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True),
+        AdaptivePolicy(replace(CPU, history=AcceptanceHistory(0.99)), is_confident=True),
         [],
     )
     for _ in range(40):
@@ -262,7 +262,7 @@ def test_what_a_draft_says_of_the_next_block_counts() -> None:
         (np.full(32, 0.9999), 9, 8),
         (np.full(32, 0.2), 32, 1),
     ):
-        policy = AdaptivePolicy(replace(CPU, experience=Experience(0.99)), is_confident=True)
+        policy = AdaptivePolicy(replace(CPU, history=AcceptanceHistory(0.99)), is_confident=True)
         assert policy.choose(64, 1000) == 32
         policy.rows_to_verify(num_wanted, confidence)
         policy.record(1)
@@ -344,7 +344,7 @@ def test_costs_are_interpolated_between_cached_lengths() -> None:
     """Drafting pays at short lengths only; the break-even is where the two lines meet."""
     costs = StepCosts((100, 300), (1.0, 1.0), {8: (0.0, 99.0)}, {8: (1.0, 1.0)})
     policy = AdaptivePolicy(costs, is_confident=True)
-    tokens = float(expected_tokens(Acceptance(Experience().prior((), 7)).rates())[7])
+    tokens = float(expected_tokens(Acceptance(AcceptanceHistory().prior((), 7)).rates())[7])
     even = 100 + 200 * (tokens - 1) / 99
     for past, block in (
         (1, 8),
@@ -646,12 +646,12 @@ def test_what_was_measured_of_acceptance_is_expected(built: Callable[[str], Buil
         AcceptanceRecord(drafter=drafter, rate=rate, block_length=8, num_prompts=1)
         for drafter, rate in ((False, 0.2), (True, 0.99))
     ]
-    assert timings.costs(use_drafter=True).experience == Experience(PRIOR_ACCEPTANCE)
+    assert timings.costs(use_drafter=True).history == AcceptanceHistory(PRIOR_ACCEPTANCE)
     costs = timings.model_copy(update={"acceptance": tuple(records)}).costs(use_drafter=True)
-    assert costs.experience.rate == 0.99
+    assert costs.history.rate == 0.99
     assert AdaptivePolicy(costs, is_confident=True).choose(9, 1000) == 16
     assert (
-        AdaptivePolicy(replace(costs, experience=Experience(0.2)), is_confident=True).choose(
+        AdaptivePolicy(replace(costs, history=AcceptanceHistory(0.2)), is_confident=True).choose(
             9, 1000
         )
         == 1

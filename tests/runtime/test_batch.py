@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from trimode.errors import UsageError
 from trimode.runtime import Batch, BatchRow, Chunk, Generation
 from trimode.runtime.auto.policy import StepCosts
-from trimode.runtime.auto.prior import Experience
+from trimode.runtime.auto.prior import AcceptanceHistory
 from trimode.runtime.decode.forward import Forward
 from trimode.runtime.engine.batch import BatchRequest
 from trimode.runtime.engine.grouping import PATIENCE, Waiting, choose_group, join_forwards
@@ -40,7 +40,7 @@ COSTS = StepCosts(
     (1.0,),
     {4: (1.3,), 8: (1.6,), 16: (2.1,)},
     {4: (1.2,), 8: (1.4,), 16: (1.9,)},
-    Experience(0.5),
+    AcceptanceHistory(0.5),
 )
 PIECES = ["a", "b", "ab", "ba", "c", "abc", " ", "\n", "\n\n", "x\n", "bca"]
 
@@ -202,7 +202,7 @@ def test_text_comes_in_pieces(model: TriModeModel) -> None:
     """A row's chunks make its text as a single stream's do, up to a stop string."""
     batch = model.new_batch(3)
     options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_ids": (), "stop": "ab\u200b"}
-    rows = [batch.join(prompt_of(n), "linear_spec", **options) for n in (3, 9, 21)]
+    rows = [batch.add(prompt_of(n), "linear_spec", **options) for n in (3, 9, 21)]
     texts = {row: row.stream.new_text() for row in rows}
     pieces: dict[BatchRow, list[str]] = {row: [] for row in rows}
     for row, chunk in batch:
@@ -217,7 +217,7 @@ def test_a_prompt_is_read_while_others_decode(model: TriModeModel) -> None:
     forwards = counted(model)
     batch = TriModeModel(model.bundle, forwards).new_batch(4)
     rows = [
-        batch.join(prompt_of(n), "ar", max_new_tokens=10, eos_token_ids=()) for n in (100, 70, 120)
+        batch.add(prompt_of(n), "ar", max_new_tokens=10, eos_token_ids=()) for n in (100, 70, 120)
     ]
     finish(batch)
     assert forwards.count == [("ar", 3, 120), *[("ar", 3, 1)] * 9]
@@ -312,7 +312,7 @@ class Game:
             self.choice(),
         )
         sequence = self.model.new_sequence([prompt])
-        row = self.batch.join(prompt, mode, **options)
+        row = self.batch.add(prompt, mode, **options)
         self.shadows.append(
             Shadow(row, sequence, self.model.continue_sequence(sequence, mode, **options))
         )
@@ -323,7 +323,7 @@ class Game:
 
     def leave(self) -> None:
         shadow = self.shadows.pop(self.rng.randrange(len(self.shadows)))
-        self.batch.leave(shadow.row)
+        self.batch.finish(shadow.row)
 
     def resume(self) -> None:
         """Of a text that has ended: cut it or add a turn, and go on in some mode."""
@@ -375,11 +375,11 @@ def test_rows_stay_neighbours(model: TriModeModel) -> None:
     forwards = counted(model)
     batch = TriModeModel(model.bundle, forwards).new_batch(5)
     rows = [
-        batch.join(prompt_of(50 + n), "ar", max_new_tokens=30, eos_token_ids=()) for n in range(5)
+        batch.add(prompt_of(50 + n), "ar", max_new_tokens=30, eos_token_ids=()) for n in range(5)
     ]
     batch.step()
     for gone in (0, 2):
-        batch.leave(rows[gone])
+        batch.finish(rows[gone])
     finish(batch)
     assert forwards.count[1:] == [("ar", 3, 1)] * 29
     for n in (1, 3, 4):
@@ -390,14 +390,14 @@ def test_rows_stay_neighbours(model: TriModeModel) -> None:
 
 def test_a_row_that_has_left(model: TriModeModel) -> None:
     batch = model.new_batch(1)
-    row = batch.join([20, 30], "ar", max_new_tokens=4, eos_token_ids=())
+    row = batch.add([20, 30], "ar", max_new_tokens=4, eos_token_ids=())
     with pytest.raises(UsageError, match="found all 1 taken"):
-        batch.join([20], "ar")
+        batch.add([20], "ar")
     finish(batch)
-    batch.leave(row)
+    batch.finish(row)
     assert len(row.result.token_ids) == 4
     for call in (
-        batch.leave,
+        batch.finish,
         batch.pause,
         lambda row: batch.resume(row, "ar"),
         lambda row: row.sequence.run(row.sequence.predict()),
@@ -412,7 +412,7 @@ def test_a_row_can_run_alone(model: TriModeModel) -> None:
     """Its sequence takes everything that a sequence takes, between two steps."""
     batch = model.new_batch(3)
     rows = [
-        batch.join(prompt_of(n), "linear_spec", max_new_tokens=9, eos_token_ids=())
+        batch.add(prompt_of(n), "linear_spec", max_new_tokens=9, eos_token_ids=())
         for n in (30, 31, 32)
     ]
     finish(batch)
@@ -444,11 +444,11 @@ def test_no_row_waits_for_ever(model: TriModeModel) -> None:
     follows another.
     """
     batch = model.new_batch(5)
-    alone = batch.join(
+    alone = batch.add(
         prompt_of(5), "linear_spec", max_new_tokens=60, block_length=2, eos_token_ids=()
     )
     others = [
-        batch.join(prompt_of(6 + n), "ar", max_new_tokens=1000, eos_token_ids=()) for n in range(4)
+        batch.add(prompt_of(6 + n), "ar", max_new_tokens=1000, eos_token_ids=()) for n in range(4)
     ]
     steps = 0
     while alone.is_at_work:
@@ -468,7 +468,7 @@ def test_at_the_longest_text(model: TriModeModel) -> None:
         session.free_tokens = free_tokens
         batch = TriModeModel(model.bundle, session).new_batch(4)
         long = [
-            batch.join(
+            batch.add(
                 prompt_of(limit - n),
                 "linear_spec",
                 max_new_tokens=50,
@@ -480,7 +480,7 @@ def test_at_the_longest_text(model: TriModeModel) -> None:
         finish(batch)
         long[1].sequence.append(prompt_of(limit - len(long[1].sequence.tokens) - 5))
         batch.resume(long[1], "ar", max_new_tokens=50, eos_token_ids=())
-        short = batch.join(prompt_of(450), "ar", max_new_tokens=3, eos_token_ids=())
+        short = batch.add(prompt_of(450), "ar", max_new_tokens=3, eos_token_ids=())
         found = finish(batch)
         assert (
             found[long[1]]
@@ -517,7 +517,7 @@ def test_padding_follows_a_row_that_has_just_gone_on(model: TriModeModel) -> Non
     session.free_tokens = 10_000
     batch = TriModeModel(model.bundle, session).new_batch(3)
     options: dict[str, Any] = {"max_new_tokens": 2, "eos_token_ids": ()}
-    rows = [batch.join(prompt_of(n), "ar", **options) for n in (700, 5, 701)]
+    rows = [batch.add(prompt_of(n), "ar", **options) for n in (700, 5, 701)]
     finish(batch)
     for row, turn in ((rows[0], 290), (rows[1], 450), (rows[2], 291)):
         row.sequence.append(prompt_of(turn))
@@ -535,7 +535,7 @@ def test_padding_follows_a_row_that_has_just_gone_on(model: TriModeModel) -> Non
 def test_interrupted_within_a_prompt(model: TriModeModel) -> None:
     """What the first chunk predicts is not the prompt's next token."""
     batch = model.new_batch(1)
-    row = batch.join(prompt_of(600), "ar", max_new_tokens=9, eos_token_ids=())
+    row = batch.add(prompt_of(600), "ar", max_new_tokens=9, eos_token_ids=())
     assert batch.step() == []
     batch.resume(row, "linear_spec", max_new_tokens=9, eos_token_ids=())
     assert (
@@ -551,7 +551,7 @@ def test_a_text_that_outgrows_the_cache_ends_alone(model: TriModeModel) -> None:
     session._capacity = 300
     batch = TriModeModel(model.bundle, session).new_batch(2)
     long, short = (
-        batch.join(prompt_of(n), "ar", max_new_tokens=40, eos_token_ids=()) for n in (290, 40)
+        batch.add(prompt_of(n), "ar", max_new_tokens=40, eos_token_ids=()) for n in (290, 40)
     )
     with pytest.raises(UsageError, match="at most 300 tokens"):
         finish(batch)

@@ -56,7 +56,7 @@ def test_every_mode_says_so(opened: Callable[[str], TriModeModel]) -> None:
             stream.finish()
         assert raised.value.hint
         batch = model.new_batch(2)
-        row = batch.join(PROMPT, mode, **FREE)
+        row = batch.add(PROMPT, mode, **FREE)
         with pytest.raises(NotFiniteError, match="graph ar"):
             list(batch)
         assert (row.is_at_work, row.result.finish_reason) == (False, None)

@@ -1,4 +1,4 @@
-"""One file of arranged int4 weights under all graphs: right, made once, made again when damaged,
+"""One file of prepacked int4 weights under all graphs: right, made once, made again when damaged,
 and done without where there is no place.
 """
 

@@ -208,7 +208,7 @@ def batch_of(model: TriModeModel, mode: Any, temperature: float) -> list[list[in
     """Answers of all but the first, which leaves, so that the last takes its place."""
     batch = model.new_batch(4)
     rows = [
-        batch.join(
+        batch.add(
             p,
             mode,
             max_new_tokens=n,
@@ -221,7 +221,7 @@ def batch_of(model: TriModeModel, mode: Any, temperature: float) -> list[list[in
     ]
     for _ in range(4):
         batch.step()
-    batch.leave(rows.pop(0))
+    batch.finish(rows.pop(0))
     list(batch)
     return [row.result.token_ids for row in rows]
 

@@ -76,8 +76,8 @@ def test_a_model_closed_in_the_middle(model: TriModeModel, mode: Any) -> None:
 def test_a_batch_of_a_model_closed_in_the_middle(model: TriModeModel) -> None:
     batch = model.new_batch(3)
     done, row = (
-        batch.join(PROMPT, "ar", max_new_tokens=1, eos_token_ids=()),
-        batch.join(PROMPT, "ar", **FREE),
+        batch.add(PROMPT, "ar", max_new_tokens=1, eos_token_ids=()),
+        batch.add(PROMPT, "ar", **FREE),
     )
     batch.step()
     assert not done.is_at_work
@@ -85,7 +85,7 @@ def test_a_batch_of_a_model_closed_in_the_middle(model: TriModeModel) -> None:
     for call in (
         batch.step,
         lambda: list(batch),
-        lambda: batch.join(PROMPT, "ar"),
+        lambda: batch.add(PROMPT, "ar"),
         lambda: batch.resume(done, "ar"),
     ):
         with pytest.raises(UsageError, match="closed"):
@@ -173,7 +173,7 @@ def test_a_sequence_that_is_changed_under_its_stream(
 
 def test_a_row_that_is_given_up(model: TriModeModel) -> None:
     batch = model.new_batch(2)
-    row = batch.join(PROMPT, "ar", **FREE)
+    row = batch.add(PROMPT, "ar", **FREE)
     batch.step()
     left = row.stream
     batch.resume(row, "linear_spec", **FREE)
@@ -183,9 +183,9 @@ def test_a_row_that_is_given_up(model: TriModeModel) -> None:
     assert left.so_far.finish_reason is None
     with pytest.raises(UsageError, match="by another"):
         left.result  # noqa: B018
-    other = batch.join(PROMPT, "ar", **FREE)
+    other = batch.add(PROMPT, "ar", **FREE)
     batch.step()
-    batch.leave(other)
+    batch.finish(other)
     assert (len(other.result.token_ids), other.result.finish_reason) == (1, None)
 
 

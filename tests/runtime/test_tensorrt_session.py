@@ -428,12 +428,12 @@ def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
         }
         batch = ours.new_batch(4)
         rows = {
-            seed: batch.join(prompt_of(3 * seed + 4)[0], mode, seed=seed, **options)
+            seed: batch.add(prompt_of(3 * seed + 4)[0], mode, seed=seed, **options)
             for seed in range(4)
         }  # type: ignore[arg-type]
         for _ in range(5):
             batch.step()
-        batch.leave(rows.pop(1))
+        batch.finish(rows.pop(1))
         list(batch)
         for seed, row in rows.items():
             alone = reference.stream(prompt_of(3 * seed + 4), mode, seed=seed, **options).finish()  # type: ignore[arg-type]

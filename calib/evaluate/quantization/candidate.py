@@ -96,7 +96,7 @@ def rounding_scales(
     }
 
 
-def quantized_twin(
+def quantized_copy(
     trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
 ) -> TriModeTrunk:
     """A second trunk in which these layers are quantized; everything else is the same memory.
@@ -106,9 +106,9 @@ def quantized_twin(
         BuildError: a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in chain(trunk.parameters(), trunk.buffers())}
-    twin = copy.deepcopy(trunk, shared)
-    quantize_trunk(twin, precision, layers)
-    return twin
+    quantized = copy.deepcopy(trunk, shared)
+    quantize_trunk(quantized, precision, layers)
+    return quantized
 
 
 def weight_bytes(

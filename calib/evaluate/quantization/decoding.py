@@ -25,7 +25,7 @@ Answers = dict[Decoding, list[Generation]]
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Where self-speculation leaves autoregression.
 
     Attributes:
@@ -118,12 +118,12 @@ def same_tokens(first: Sequence[Generation], second: Sequence[Generation]) -> li
     return [one.token_ids == other.token_ids for one, other in zip(first, second, strict=True)]
 
 
-def partings(
+def divergences(
     session: TorchSession,
     questions: Sequence[Question],
     autoregressive: Sequence[Generation],
     speculative: Sequence[Generation],
-) -> list[Parting]:
+) -> list[Divergence]:
     """Where answers of self-speculation differ from those of autoregression over the same trunk."""
     found = []
     for number, (question, ar, other) in enumerate(
@@ -140,7 +140,7 @@ def partings(
             text = np.array([[*question.token_ids, *ar.token_ids[:position]]], np.int64)
             logits = np.asarray(session.run("ar", session.new_cache(), text, 0)[1], np.float64)[0]
             preference = float(logits[ar.token_ids[position]] - logits[other.token_ids[position]])
-        found.append(Parting(number, position, preference))
+        found.append(Divergence(number, position, preference))
     return found
 
 

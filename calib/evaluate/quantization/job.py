@@ -12,14 +12,14 @@ import trimode
 from trimode.calib.evaluate.quantization.candidate import (
     COMPUTE_TYPE,
     Candidate,
-    quantized_twin,
+    quantized_copy,
     weight_bytes,
 )
 from trimode.calib.evaluate.quantization.decoding import (
     Answers,
     answer,
     answer_and_record,
-    partings,
+    divergences,
     right_answers,
     same_tokens,
 )
@@ -44,10 +44,10 @@ from trimode.formats.evaluation import (
     SCHEMA_VERSION,
     DataRecord,
     DecodingRecord,
+    DivergenceRecord,
     FidelityRecord,
     ModeName,
     OutputRecord,
-    PartingRecord,
     PrecisionRecord,
     Report,
 )
@@ -227,7 +227,7 @@ class _Bench:
         ]
         speculates = decoding.mode == "linear_spec"
         parted = (
-            partings(TorchSession(trunk), self.questions, autoregressive, generations)
+            divergences(TorchSession(trunk), self.questions, autoregressive, generations)
             if speculates and autoregressive
             else []
         )
@@ -248,7 +248,7 @@ class _Bench:
             acceptance_length=accepted / cycles if cycles else None,
             equals_ar=1 - len(parted) / len(generations) if speculates and autoregressive else None,
             partings=tuple(
-                PartingRecord(
+                DivergenceRecord(
                     question=one.question, position=one.position, preference=one.preference
                 )
                 for one in parted
@@ -260,23 +260,23 @@ def _measure_candidate(
     bench: _Bench, candidate: Candidate, checkpoint: Checkpoint
 ) -> PrecisionRecord:
     layers = candidate.linear_scales(bench.trunk)
-    twin = quantized_twin(bench.trunk, candidate.precision, layers)
+    quantized = quantized_copy(bench.trunk, candidate.precision, layers)
     advance = bench.progress.stage(
         f"{candidate.name}: answer", len(bench.questions) * len(bench.answers)
     )
     answers = answer(
-        TorchSession(twin),
+        TorchSession(quantized),
         bench.model,
         bench.questions,
         tuple(bench.answers),
         bench.settings.max_new_tokens,
         advance,
     )
-    decoding = bench.decoding_records(twin, answers)
+    decoding = bench.decoding_records(quantized, answers)
     # in the model's order
     names = [name for name, _ in bench.trunk.named_modules() if name in layers]
-    # numbers the twin's layers anew: after it has answered
-    comparison = Comparison(bench.trunk, twin, names)
+    # numbers the quantized's layers anew: after it has answered
+    comparison = Comparison(bench.trunk, quantized, names)
     comparison.run(
         bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes))
     )

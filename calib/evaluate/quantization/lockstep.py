@@ -29,8 +29,7 @@ class Comparison(nn.Module):
 
     Args:
         original: the trunk in float32.
-        twin: its :func:`~trimode.calib.evaluate.quantization.candidate.quantized_twin`; changed in
-        that its layers are numbered anew.
+        quantized: its quantized copy, whose layers are numbered anew.
         layers: quantized layers whose own error is measured: the output given the *original's*
         input, against the original's output.
         first_block: the first decoder block with a quantized layer; those before it are run once
@@ -47,7 +46,7 @@ class Comparison(nn.Module):
     def __init__(
         self,
         original: TriModeTrunk,
-        twin: TriModeTrunk,
+        quantized: TriModeTrunk,
         layers: Sequence[str] = (),
         *,
         first_block: int = 0,
@@ -57,13 +56,13 @@ class Comparison(nn.Module):
         self._outputs_alone = outputs_alone
         self._original, self._twin, self._layers, self._first_block = (
             original,
-            twin,
+            quantized,
             layers,
             first_block,
         )
         self._role: Role | None = None
         blocks = len(original.encoder.layers)
-        for index, block in enumerate(twin.encoder.layers):
+        for index, block in enumerate(quantized.encoder.layers):
             cast("Any", block).self_attn.index = blocks + index - first_block
         self.local: dict[str, ByRole] = {name: {} for name in layers}
         self.accumulated: list[ByRole] = [{} for _ in range(blocks)]
@@ -136,10 +135,10 @@ class Comparison(nn.Module):
     def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         quantized = self._twin.get_submodule(name)
 
-        def look(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def observe(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             self._meter(self.local[name]).add(output, quantized(*inputs))
 
-        return look
+        return observe
 
     def _meter(self, by_role: ByRole) -> Fidelity:
         assert self._role is not None

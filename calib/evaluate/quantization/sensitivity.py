@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import trimode
-from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_twin
+from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy
 from trimode.calib.evaluate.quantization.decoding import (
     Answers,
     answer,
@@ -171,8 +171,8 @@ def rank_layers(
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
     def divergences(some: dict[str, LinearScales], first_block: int) -> dict[Role, float]:
-        twin = quantized_twin(trunk, candidate.precision, some)
-        comparison = Comparison(trunk, twin, first_block=first_block, outputs_alone=True)
+        quantized = quantized_copy(trunk, candidate.precision, some)
+        comparison = Comparison(trunk, quantized, first_block=first_block, outputs_alone=True)
         comparison.run(episodes, advance)
         return {role: one.kl_nats for role, one in comparison.outputs.items()}
 
@@ -262,11 +262,11 @@ class _Trials:
 
     def _measure(self, num_kept: int) -> dict[Mode, float]:
         trunk, model, questions, answers = self.original
-        quantized = {name: self.layers[name] for name in self.ranking[num_kept:]}
-        twin = quantized_twin(trunk, self.candidate.precision, quantized)
+        layers = {name: self.layers[name] for name in self.ranking[num_kept:]}
+        quantized = quantized_copy(trunk, self.candidate.precision, layers)
         advance = self.progress.stage(f"{num_kept} layers kept", len(questions) * len(answers))
         found = answer(
-            TorchSession(twin),
+            TorchSession(quantized),
             model,
             questions,
             tuple(answers),

@@ -100,7 +100,7 @@ class BlockOracle:
 
     def candidates(self, filled: frozenset[int], oracle: Oracle) -> list[int]:
         """The slots that an oracle may fill next, most confident first."""
-        tokens, confidence = self.look(filled)
+        tokens, confidence = self.predict_filled(filled)
         ranked = sorted(
             (slot for slot in self._masked if slot not in filled),
             key=lambda slot: (-confidence[slot], slot),
@@ -113,7 +113,7 @@ class BlockOracle:
         )
         return ranked[:first_wrong]
 
-    def look(
+    def predict_filled(
         self, filled: frozenset[int], target: Ids | None = None
     ) -> tuple[Ids, NDArray[np.float64]]:
         """Give the best token and its probability of each slot ``(L,)``.
@@ -144,7 +144,7 @@ class BlockOracle:
         target = self._block.copy()
         order: list[int] = []
         for _ in self._masked:
-            tokens, confidence = self.look(frozenset(order), target)
+            tokens, confidence = self.predict_filled(frozenset(order), target)
             slot = min(
                 (s for s in self._masked if s not in order), key=lambda s: (-confidence[s], s)
             )

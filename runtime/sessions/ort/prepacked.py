@@ -1,8 +1,8 @@
-"""Weights that ONNX Runtime has arranged for this processor, kept in one file that all graphs map.
+"""Weights that ONNX Runtime has prepacked for this processor, kept in one file that all graphs map.
 
 Kernels for int4 are only fast over weights in an arrangement of their own, which depends on the
 processor and on the version of ONNX Runtime. By default each session makes one for itself: so many
-graphs, so many copies. A session can also write its optimized graph with the arranged weights
+graphs, so many copies. A session can also write its optimized graph with the prepacked weights
 beside it (https://github.com/microsoft/onnxruntime/pull/23069), and a session over such a graph
 maps them. Each graph gets a file of its own that way; here the files become one in which equal
 tensors lie once, and the graphs are made to point there.
@@ -51,7 +51,7 @@ logger = logging.getLogger("trimode.runtime")
 def prepacked_graphs(
     bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any], cache: Path | None
 ) -> dict[Role, Path]:
-    """The bundle's graphs over one file of arranged weights, made where the cache does not have
+    """The bundle's graphs over one file of prepacked weights, made where the cache does not have
     them.
 
     Args:
@@ -224,7 +224,7 @@ class _SharedWeights:
         return changed
 
     def _move(self, entries: dict[str, str], source: memoryview) -> dict[str, str]:
-        """ONNX Runtime writes arranged weights as ``key|offset;length;checksum|...``, under names
+        """ONNX Runtime writes prepacked weights as ``key|offset;length;checksum|...``, under names
         that begin with ``prepacked``.
         """
         if not {"location", "offset", "length"} <= entries.keys():

@@ -53,7 +53,7 @@ class OrtSession(Closable):
         bundle: an opened bundle, whose chosen precision runs.
         target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
         num_threads: threads inside one operator; None = one per physical core.
-        runtime_cache: folder for int4 weights that ONNX Runtime has arranged for this processor;
+        runtime_cache: folder for int4 weights that ONNX Runtime has prepacked for this processor;
             None = the user's cache folder. Where it cannot be written, each graph arranges a copy
             of its own, and a warning says so.
 
@@ -375,7 +375,7 @@ def _load_int4(
     num_threads: int | None,
     cache: Path | None,
 ) -> dict[Role, Any]:
-    """The portable graphs of int4 products: over one file of arranged weights, or where they are
+    """The portable graphs of int4 products: over one file of prepacked weights, or where they are
     few each over a copy of its own.
     """
     providers = choose_providers("cpu")

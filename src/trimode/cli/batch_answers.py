@@ -70,7 +70,7 @@ def _as_they_come(
     while True:
         while batch.num_free and (one := next(todo, None)) is not None:
             number, question = one
-            row = batch.join(question.token_ids, mode, **options)
+            row = batch.add(question.token_ids, mode, **options)
             texts[row] = _Text(number, row.stream.new_text() if question.wants_text else None)
         if not texts:
             return
@@ -89,11 +89,11 @@ def _step(
         texts[row].push(chunk.token_ids)
         if chunk.finish_reason is not None:
             text = texts.pop(row)
-            batch.leave(row)
+            batch.finish(row)
             yield text.number, BatchAnswer(row.result, text.whole())
     if failure is not None:  # what is at work no more and has not finished
         for row in [row for row in texts if not row.is_at_work]:
-            batch.leave(row)
+            batch.finish(row)
             yield texts.pop(row).number, failure
 
 

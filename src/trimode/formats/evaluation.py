@@ -36,7 +36,7 @@ class OutputRecord(_Record):
     top1_agreement: float
 
 
-class PartingRecord(_Record):
+class DivergenceRecord(_Record):
     """A question that self-speculation answers otherwise than autoregression of the same weights.
 
     Attributes:
@@ -77,7 +77,7 @@ class DecodingRecord(_Record):
     tokens_per_forward: float
     acceptance_length: float | None
     equals_ar: float | None
-    partings: tuple[PartingRecord, ...]
+    partings: tuple[DivergenceRecord, ...]
 
 
 class PrecisionRecord(_Record):

@@ -15,8 +15,8 @@ from trimode.runtime.auto.prior import (
     KIND_TRIALS,
     LEAST_PROMPTS,
     LEAST_WEIGHT,
-    Experience,
-    Past,
+    AcceptanceHistory,
+    FinishedText,
     ends_of,
     tell_apart,
 )
@@ -24,8 +24,8 @@ from trimode.runtime.auto.prior import (
 
 def text(
     prompt: list[int], tried: list[int], accepted: list[int], length: int | None = None
-) -> Past:
-    return Past(prompt, np.array(tried), np.array(accepted), length)
+) -> FinishedText:
+    return FinishedText(prompt, np.array(tried), np.array(accepted), length)
 
 
 def test_kinds_are_the_beginnings_that_enough_prompts_share() -> None:
@@ -38,7 +38,7 @@ def test_kinds_are_the_beginnings_that_enough_prompts_share() -> None:
         prompt = [7, *rng.integers(0, 2, 3), *rng.integers(0, 5, rng.integers(0, 4))]
         tried = rng.integers(0, 5, 3)
         texts.append(
-            Past(
+            FinishedText(
                 [int(i) for i in prompt],
                 tried,
                 rng.integers(0, tried + 1),
@@ -53,10 +53,10 @@ def test_kinds_are_the_beginnings_that_enough_prompts_share() -> None:
             members[same] = max(members.get(same, ()), begin, key=len)
     expected = {begin: same for same, begin in members.items() if len(same) >= LEAST_PROMPTS}
     found = tell_apart(texts)
-    experience = Experience(kinds=found)
+    history = AcceptanceHistory(kinds=found)
     assert len(found) == len(expected) > 20
     for begin, same in expected.items():
-        kind = list(experience.kinds_of(begin))[-1]
+        kind = list(history.kinds_of(begin))[-1]
         group = [texts[i] for i in same]
         assert (kind.num_tokens, kind.num_prompts) == (len(begin), len(group))
         assert kind.tried == tuple(sum(one.tried for one in group))
@@ -74,7 +74,7 @@ def test_each_kind_corrects_the_one_that_contains_it() -> None:
     texts = [text([5, 6], [9, 4], [9, 0]) for _ in range(10)] + [
         text([5, 8], [3, 0], [0, 0]) for _ in range(10)
     ]
-    experience = Experience(0.9, tell_apart(texts))
+    history = AcceptanceHistory(0.9, tell_apart(texts))
     whole = (90 + 0 + KIND_TRIALS * 0.9) / (90 + 30 + KIND_TRIALS)
     for prompt, first, second in (
         (
@@ -86,17 +86,17 @@ def test_each_kind_corrects_the_one_that_contains_it() -> None:
         ([5, 9], whole, KIND_TRIALS * 0.9 / (40 + KIND_TRIALS)),
         ([4], 0.9, 0.9),
     ):
-        kinds = list(experience.kinds_of(prompt))
-        assert experience.prior(kinds, 3).rejection == pytest.approx([1 - first, 1 - second, 0.1])
-        assert experience.prior(kinds, 1).rejection == pytest.approx([1 - first])
+        kinds = list(history.kinds_of(prompt))
+        assert history.prior(kinds, 3).rejection == pytest.approx([1 - first, 1 - second, 0.1])
+        assert history.prior(kinds, 1).rejection == pytest.approx([1 - first])
 
 
 def test_a_prompt_that_differs_in_the_middle_is_of_no_such_kind() -> None:
     kinds = tell_apart([text([1, 2, 3, number], [1], [1]) for number in range(10)])
-    experience = Experience(kinds=kinds)
-    assert [kind.num_tokens for kind in experience.kinds_of([1, 2, 3, 99])] == [3]
-    assert not list(experience.kinds_of([1, 9, 3, 4]))
-    assert not list(experience.kinds_of([1, 2]))
+    history = AcceptanceHistory(kinds=kinds)
+    assert [kind.num_tokens for kind in history.kinds_of([1, 2, 3, 99])] == [3]
+    assert not list(history.kinds_of([1, 9, 3, 4]))
+    assert not list(history.kinds_of([1, 2]))
 
 
 @pytest.mark.parametrize("shape", [0.7, 2.0])
@@ -107,7 +107,7 @@ def test_a_kind_weighs_the_less_the_more_its_texts_differ(shape: float) -> None:
     rng, texts = np.random.default_rng(3), []
     for _ in range(4000):
         rejections = rng.poisson(6 * rng.gamma(shape) / shape, 4)
-        texts.append(Past([1], rejections + 500, np.full(4, 500), None))
+        texts.append(FinishedText([1], rejections + 500, np.full(4, 500), None))
     (kind,) = tell_apart(texts)
     assert kind.weight == pytest.approx(shape, rel=0.15)
 
@@ -145,9 +145,9 @@ def test_ends_of_texts_follow_how_their_lengths_are_distributed() -> None:
 
 def test_nothing_known_of_lengths() -> None:
     assert len(ends_of([], 5)) == 0
-    assert len(Experience().prior((), 4).ends) == 0
+    assert len(AcceptanceHistory().prior((), 4).ends) == 0
     kinds = tell_apart([text([1, n], [1], [1]) for n in range(9)])
-    assert len(Experience(kinds=kinds).prior(kinds, 4).ends) == 0
+    assert len(AcceptanceHistory(kinds=kinds).prior(kinds, 4).ends) == 0
 
 
 def test_many_kinds_are_found_fast_enough_to_ask_before_each_text() -> None:
@@ -159,6 +159,6 @@ def test_many_kinds_are_found_fast_enough_to_ask_before_each_text() -> None:
         )
         for _ in range(9)
     ]
-    experience = Experience(kinds=tell_apart([text(list(p), [1], [1]) for p in prompts[:700]]))
-    assert len(experience._by_length) <= 4
-    assert len(experience.kinds) > 50
+    history = AcceptanceHistory(kinds=tell_apart([text(list(p), [1], [1]) for p in prompts[:700]]))
+    assert len(history._by_length) <= 4
+    assert len(history.kinds) > 50
