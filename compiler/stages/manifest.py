@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import trimode
 from trimode.compiler.additions import drop_targets
 from trimode.compiler.stages.state import BuildState
@@ -11,6 +9,7 @@ from trimode.compiler.store.fingerprint import LIBRARIES
 from trimode.formats.contract import graph_contract
 from trimode.formats.manifest import SCHEMA_VERSION, Manifest, PrecisionRecord, SourceRecord
 from trimode.formats.texts import name_of
+from trimode.formats.versions import versions
 from trimode.graphs.identity import stamp_of
 
 
@@ -36,7 +35,7 @@ def describe_bundle(state: BuildState) -> None:
         contracts={role: graph_contract(role, plan.model) for role in plan.roles},
         precisions={plan.precision: _describe_precision(state)},
         files=state.files,
-        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        libraries=versions(LIBRARIES),
         sampler=plan.sampler.describe() if plan.sampler else None,
     )
 

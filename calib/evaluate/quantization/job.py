@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -53,6 +51,7 @@ from trimode.formats.evaluation import (
 )
 from trimode.formats.files import check_replaceable, staged_replacement
 from trimode.formats.texts import name_of
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
@@ -140,10 +139,7 @@ def measure(
         compute_type=COMPUTE_TYPE,
         dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
         precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
-        libraries={
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-        },
+        libraries=versions((PYTHON, *LIBRARIES)),
     )
 
 

@@ -30,14 +30,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -55,18 +54,14 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """Digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
-class SourceRecord(_Record):
+class SourceRecord(Record):
     """The checkpoint a bundle was built from.
 
     Attributes:
@@ -83,7 +78,7 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(Record):
     """Where the scales of a quantized precision come from.
 
     Attributes:
@@ -100,7 +95,7 @@ class CalibrationRecord(_Record):
     scales_sha256: str | None
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(Record):
     """An optimization profile: fewest, usual and most of each dynamic dimension."""
 
     batch: tuple[int, int, int]
@@ -111,7 +106,7 @@ class ProfileRecord(_Record):
         return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
 
 
-class EngineRecord(_Record):
+class EngineRecord(Record):
     """Holds one compiled graph of a target.
 
     ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
@@ -121,7 +116,7 @@ class EngineRecord(_Record):
     profiles: tuple[ProfileRecord, ...] = ()
 
 
-class TargetRecord(_Record):
+class TargetRecord(Record):
     """What was built for one target.
 
     Attributes:
@@ -150,7 +145,7 @@ class TargetRecord(_Record):
     graphs: dict[Role, EngineRecord]
 
 
-class PrecisionRecord(_Record):
+class PrecisionRecord(Record):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
@@ -170,7 +165,7 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
-class SamplerRecord(_Record):
+class SamplerRecord(Record):
     """The learned sampler of block diffusion.
 
     Attributes:
@@ -190,7 +185,7 @@ class SamplerRecord(_Record):
     threshold: float = Field(ge=0, le=1)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The contents of ``manifest.json``.
 
     Attributes:
