@@ -6,7 +6,9 @@ The checkpoint is decoded, then calibrated a part at a time, and every step can 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import logging
+import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,7 +62,6 @@ from trimode.formats.contract import ModelInfo, Role
 from trimode.formats.disk import mount_of
 from trimode.formats.files import check_apart, check_replaceable
 from trimode.formats.texts import name_of
-from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
 from trimode.graphs.identity import SourceDigest, stamp_of
@@ -341,7 +342,10 @@ def _source_digest(
 
 
 def _libraries() -> dict[str, str]:
-    return versions((PYTHON, *LIBRARIES))
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
 
 
 def _algorithm_name(settings: QuantizeSettings) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 from trimode.calib.reference.served import ServedTrunk
 from trimode.formats.calibration import ScalesRecord
 from trimode.formats.texts import name_of
-from trimode.formats.versions import PYTHON
-from trimode.formats.versions import versions as versions_of
 
 
 def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord | None:
@@ -24,4 +24,7 @@ def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord
 
 def versions(libraries: Sequence[str]) -> dict[str, str]:
     """Give the versions of Python and of libraries."""
-    return versions_of((PYTHON, *libraries))
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }

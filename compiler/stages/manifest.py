@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trimode
 from trimode.compiler.additions import drop_targets
-from trimode.compiler.stages.state import BuildState
+from trimode.compiler.stages.state import Addition, BuildState, NewBundle
 from trimode.compiler.store.fingerprint import LIBRARIES
 from trimode.formats.contract import graph_contract
 from trimode.formats.manifest import SCHEMA_VERSION, Manifest, PrecisionRecord, SourceRecord
@@ -13,10 +13,9 @@ from trimode.formats.versions import versions
 from trimode.graphs.identity import stamp_of
 
 
-def describe_bundle(state: BuildState) -> None:
+def describe_bundle(state: NewBundle) -> None:
     """Make the manifest of a new bundle."""
     plan, checkpoint = state.plan, state.plan.checkpoint
-    assert state.source is not None
     state.manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
@@ -40,12 +39,11 @@ def describe_bundle(state: BuildState) -> None:
     )
 
 
-def describe_additions(state: BuildState) -> None:
+def describe_additions(state: Addition) -> None:
     """Make the manifest of a bundle with its additions.
 
     These are a new precision, new targets of one, or a sampler.
     """
-    assert state.base is not None
     precision = state.plan.precision
     rest = drop_targets(state.base, precision, list(state.plan.targets))
     there = rest.precisions.get(precision)

@@ -111,7 +111,7 @@ def verify(
     prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    loaded = load_reference(model, checkpoint, digest, request.calibration)
+    loaded = load_reference(model, checkpoint, digest.read, request.calibration)
     advance(1)
     bounds: dict[Subject, Tolerance] = {
         "target": tolerance_for(_place(model).compute_dtype, info.num_hidden_layers),

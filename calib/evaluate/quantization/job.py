@@ -178,7 +178,7 @@ def read_original(
     """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
+    trunk = load_trunk(checkpoint, model.num_positions, read=digest.read)
     for candidate in candidates:
         candidate.check_source(digest.base_hexdigest())
     advance(1)
