@@ -63,7 +63,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataRecord(_Record):
+class CalibrationDataRecord(_Record):
     """The texts that were run.
 
     Attributes:
@@ -106,7 +106,7 @@ class SensitivityRecord(_Record):
     max_drop: float
     drops: dict[str, float]
     drops_if_none_kept: dict[str, float]
-    data: DataRecord
+    data: CalibrationDataRecord
     max_new_tokens: int
     scales_sha256: str
 
@@ -132,7 +132,7 @@ class Calibration(_Record):
     source_name: str
     source_sha256: str
     scales_sha256: str
-    data: DataRecord | None
+    data: CalibrationDataRecord | None
     layers: dict[str, LayerRecord]
     libraries: dict[str, str]
     sensitivity: SensitivityRecord | None = None

@@ -21,7 +21,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TrainingRecord(_Record):
+class DrafterTrainingRecord(_Record):
     """Holds what the training did.
 
     Losses are running means. ``accepted`` is the mean number of accepted slots in a window.
@@ -97,7 +97,7 @@ class DrafterRecord(_Record):
     block_length: int
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: DrafterTrainingRecord
     held_out: Comparison
     validation: Comparison
     kept: Kept

@@ -28,7 +28,7 @@ class FidelityRecord(_Record):
     cosine: float
 
 
-class OutputRecord(_Record):
+class OutputFidelity(_Record):
     """Probabilities against the original's, over the rows whose logits a graph returns."""
 
     num_rows: int
@@ -80,7 +80,7 @@ class DecodingRecord(_Record):
     partings: tuple[DivergenceRecord, ...]
 
 
-class PrecisionRecord(_Record):
+class MeasuredPrecision(_Record):
     """One precision.
 
     Attributes:
@@ -106,11 +106,11 @@ class PrecisionRecord(_Record):
     weight_bytes: int
     local: dict[str, dict[Role, FidelityRecord]]
     accumulated: tuple[dict[Role, FidelityRecord], ...]
-    outputs: dict[Role, OutputRecord]
+    outputs: dict[Role, OutputFidelity]
     decoding: tuple[DecodingRecord, ...]
 
 
-class DataRecord(_Record):
+class QuestionsRecord(_Record):
     """The questions.
 
     Attributes:
@@ -145,14 +145,14 @@ class Report(_Record):
     trimode_version: str
     source_name: str
     source_sha256: str
-    data: DataRecord
+    data: QuestionsRecord
     modes: tuple[ModeName, ...]
     max_new_tokens: int
     block_length: int
     thresholds: dict[ModeName, float]
     compute_type: DType
     dense_bytes: int
-    precisions: tuple[PrecisionRecord, ...]
+    precisions: tuple[MeasuredPrecision, ...]
     libraries: dict[str, str]
 
     @property

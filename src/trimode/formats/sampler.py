@@ -39,7 +39,7 @@ class ShapeRecord(_Record):
     feed_forward: int = Field(ge=1)
 
 
-class TrainingRecord(_Record):
+class SamplerTrainingRecord(_Record):
     """Holds the figures of the training.
 
     Attributes:
@@ -141,7 +141,7 @@ class SamplerFile(_Record):
     threshold: float = Field(ge=0, le=1)
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: SamplerTrainingRecord
     scores: tuple[ScoresRecord, ...]
     held_out: tuple[DenoisingRecord, ...]
     validation: tuple[DenoisingRecord, ...]
