@@ -29,7 +29,8 @@ from trimode.formats.contract import ROLES, Role
 from trimode.formats.manifest import CalibrationRecord, TargetRecord
 from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.numerics.scales import LayerScales, Quantization
+from trimode.graphs.numerics.quantization import Quantization
+from trimode.graphs.numerics.scales import LayerScales
 
 MOST_ON_TOP = 0.05
 LONGEST = 32768
@@ -73,7 +74,9 @@ def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantizatio
     for name, entry in checkpoint.tensors.items():
         if name.endswith("_proj.weight"):
             amax = np.full(() if kind == "tensor" else entry.shape[:1], 2, np.float32)
-            layers[name.removesuffix(".weight")] = LayerScales(amax, None, np.array(3, np.float32))
+            layers[name.removesuffix(".weight")] = LayerScales.from_amax(
+                precision, amax, np.array(3, np.float32)
+            )
     return Quantization(
         precision,
         layers,
