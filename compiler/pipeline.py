@@ -20,6 +20,7 @@ from trimode.compiler.stages.extras import copy_tokenizer, export_sampler
 from trimode.compiler.stages.graphs import write_graphs
 from trimode.compiler.stages.manifest import describe_additions, describe_bundle
 from trimode.compiler.stages.pack import finish_weights, lay_out_beside, lay_out_pack, start_weights
+from trimode.compiler.stages.plans import record_plans
 from trimode.compiler.stages.state import BuildState
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
@@ -42,6 +43,7 @@ NEW_BUNDLE: Stages = (
     write_graphs,
     export_sampler,
     compile_targets,
+    record_plans,
     copy_tokenizer,
     finish_weights,
     describe_bundle,
@@ -52,10 +54,17 @@ ADDED_PRECISION: Stages = (
     write_graphs,
     export_sampler,
     compile_targets,
+    record_plans,
     finish_weights,
     describe_additions,
 )
-ADDED_TARGETS: Stages = (trace_graphs, export_sampler, compile_targets, describe_additions)
+ADDED_TARGETS: Stages = (
+    trace_graphs,
+    export_sampler,
+    compile_targets,
+    record_plans,
+    describe_additions,
+)
 ADDED_SAMPLER: Stages = (export_sampler, describe_additions)
 
 

@@ -38,6 +38,7 @@ from pydantic import (
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.plans import PlanRecord
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -126,11 +127,17 @@ class ProfileRecord(_Record):
 class EngineRecord(_Record):
     """Holds one compiled graph of a target.
 
-    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
+    Attributes:
+        profiles: in the engine's order; none if shapes are free (ONNX Runtime).
+        plans: what a forward under each profile moves, by the engine's plan; absent where it holds
+        none that is understood, and in bundles of before.
     """
+
+    _left_out = frozenset({"plans"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
 
 
 class TargetRecord(_Record):
@@ -165,6 +172,13 @@ class TargetRecord(_Record):
     library: str
     graphs: dict[Role, EngineRecord]
     revision: str | None = None
+
+    def without_plans(self) -> TargetRecord:
+        """The record as it is planned, before there are engines to read."""
+        graphs = {
+            role: engine.model_copy(update={"plans": ()}) for role, engine in self.graphs.items()
+        }
+        return self.model_copy(update={"graphs": graphs})
 
 
 class PrecisionRecord(_Record):
