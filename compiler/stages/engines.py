@@ -81,9 +81,8 @@ def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
     )
     if known is not None:
         return known
-    if state.writer is not None:
-        # scales that are taken from the weights are there when these are written
-        state.writer.result()
+    # scales that are taken from the weights are there when these are written
+    state.wait_for_weights()
     return read_scales(state.packs)
 
 

@@ -30,8 +30,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -39,6 +37,7 @@ from pydantic import (
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
 from trimode.formats.plans import PlanRecord
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -56,10 +55,9 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 
 
-class _Record(BaseModel):
+class _Part(Record):
     """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     _left_out: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
@@ -72,14 +70,14 @@ class _Record(BaseModel):
         }
 
 
-class FileRecord(_Record):
+class FileRecord(_Part):
     """Digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
-class SourceRecord(_Record):
+class SourceRecord(_Part):
     """The checkpoint a bundle was built from.
 
     Attributes:
@@ -96,7 +94,7 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(_Part):
     """Where the scales of a quantized precision come from.
 
     Attributes:
@@ -113,7 +111,7 @@ class CalibrationRecord(_Record):
     scales_sha256: str | None
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(_Part):
     """An optimization profile: fewest, usual and most of each dynamic dimension."""
 
     batch: tuple[int, int, int]
@@ -124,7 +122,7 @@ class ProfileRecord(_Record):
         return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
 
 
-class EngineRecord(_Record):
+class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
     Attributes:
@@ -140,7 +138,7 @@ class EngineRecord(_Record):
     plans: tuple[PlanRecord, ...] = ()
 
 
-class TargetRecord(_Record):
+class TargetRecord(_Part):
     """What was built for one target.
 
     Attributes:
@@ -181,7 +179,7 @@ class TargetRecord(_Record):
         return self.model_copy(update={"graphs": graphs})
 
 
-class PrecisionRecord(_Record):
+class PrecisionRecord(_Part):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
@@ -201,7 +199,7 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
-class SamplerRecord(_Record):
+class SamplerRecord(_Part):
     """The learned sampler of block diffusion.
 
     Attributes:
@@ -221,7 +219,7 @@ class SamplerRecord(_Record):
     threshold: float = Field(ge=0, le=1)
 
 
-class Manifest(_Record):
+class Manifest(_Part):
     """The contents of ``manifest.json``.
 
     Attributes:
