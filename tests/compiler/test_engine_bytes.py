@@ -22,11 +22,11 @@ from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales
 from trimode.compiler.plan import make_plan
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.records import PlanRecord
 from trimode.compiler.store.traced import traced_graph
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
 from trimode.formats.contract import ROLES, Role
 from trimode.formats.manifest import CalibrationRecord, TargetRecord
+from trimode.formats.plans import PlanRecord
 from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
 from trimode.graphs.numerics.quantization import Quantization
