@@ -344,7 +344,7 @@ def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogp
     """From the logits ``(V,)`` of a causal row."""
     values = log_softmax(logits)
     best = (
-        np.argpartition(-values, count - 1)[:count]
+        np.argpartition(logits, values.size - count)[values.size - count :]
         if 0 < count < values.size
         else np.arange(values.size)[: count or 0]
     )
