@@ -9,7 +9,7 @@ from trimode.compiler.plan import BuildPlan
 from trimode.errors import BundleError, UsageError
 from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.identity import SourceDigest, stamp_of
+from trimode.graphs.identity import digest_of, stamp_of
 from trimode.progress import Progress
 from trimode.runtime.bundle.open import files_of, open_bundle
 
@@ -117,13 +117,8 @@ def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     """
     if base.source.stamp == stamp_of(checkpoint):
         return True
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage(
-        "compare weights", sum(entry.num_bytes for entry in checkpoint.tensors.values())
-    )
-    for count in digest.read_all():
-        advance(count)
-    return digest.hexdigest() == base.source.sha256
+    advance = progress.stage("compare weights", checkpoint.num_bytes)
+    return digest_of(checkpoint, advance).hexdigest() == base.source.sha256
 
 
 def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
@@ -133,10 +128,5 @@ def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     """
     if checkpoint.drafter is None:
         return base.source.sha256
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage(
-        "compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values())
-    )
-    for count in digest.read_all():
-        advance(count)
-    return digest.base_hexdigest()
+    advance = progress.stage("compare digests", checkpoint.num_bytes)
+    return digest_of(checkpoint, advance).base_hexdigest()

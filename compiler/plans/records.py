@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trimode.formats.record import Record
 
 Cause = Literal[
     "weights expanded",
@@ -15,11 +17,7 @@ Cause = Literal[
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CopyRecord(_Record):
+class CopyRecord(Record):
     """Counts bytes that a kernel copies only to arrange them.
 
     Later kernels read them again: tensors do not lie as a product or attention wants them.
@@ -34,7 +32,7 @@ class CopyRecord(_Record):
     num_bytes: int = Field(ge=0)
 
 
-class PlanRecord(_Record):
+class PlanRecord(Record):
     """Counts what one forward moves through the GPU's memory.
 
     The counts follow the engine's plan. Caches of the GPU are not in it.
@@ -84,7 +82,7 @@ class PlanRecord(_Record):
         return self.moved / max(self.floor, 1)
 
 
-class UnreadPlan(_Record):
+class UnreadPlan(Record):
     """Says why a plan could not be read."""
 
     library: str

@@ -21,9 +21,8 @@ from trimode.formats.contract import DType
 from trimode.formats.hints import REBUILD
 from trimode.formats.manifest import CalibrationRecord
 from trimode.formats.verification import ScalesParity, WeightsParity
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.trunk import TriModeTrunk
-from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import Floats, dequantize, largest_magnitudes, scale_of
 from trimode.graphs.numerics.nvfp4 import decode
 from trimode.runtime.bundle.open import Bundle
@@ -36,7 +35,7 @@ def load_quantized_trunk(
     bundle: Bundle,
     precision: QuantizedPrecision,
     checkpoint: Checkpoint,
-    digest: SourceDigest,
+    read: Read,
     calibration: Path | None,
 ) -> tuple[TriModeTrunk, WeightsParity, ScalesParity | None]:
     """Load a checkpoint's trunk quantized by a bundle's scales.
@@ -47,7 +46,7 @@ def load_quantized_trunk(
         bundle: Bundle whose chosen precision is ``precision``.
         precision: Precision of linear layers.
         checkpoint: Checkpoint that the bundle was built from.
-        digest: Digest of the checkpoint; it has seen all of it afterwards.
+        read: Function that reads the checkpoint's tensors; each is read once, in order.
         calibration: Folder of the calibration that the bundle was built by; None compares only
             scales that are rounded to nearest.
 
@@ -66,7 +65,7 @@ def load_quantized_trunk(
         checkpoint,
         bundle.manifest.model.num_positions,
         bundle.manifest.dtype,
-        digest,
+        read,
         {f"{layer}.weight" for layer in layers},
     )
     if record.name == _RTN and record.scales_sha256 is None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from trimode.errors import BuildError
 from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.contract import DType
-from trimode.graphs.identity import NUMPY_DTYPES
 from trimode.graphs.numerics import nvfp4
+from trimode.graphs.numerics.stored import NUMPY_DTYPES
 
 Floats = NDArray[np.float32]
 _SMALLEST: dict[DType, float] = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}

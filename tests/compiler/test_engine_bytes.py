@@ -96,7 +96,7 @@ def fractions(
         targets=(target,), precision="bf16", max_length=length, block_lengths=(32,)
     )
     record: TargetRecord = make_plan(checkpoint, options).records[target]
-    layout, _ = plan_pack(
+    layout = plan_pack(
         checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
     )
     scales = known_scales(quantization, "bfloat16") if quantization else {}

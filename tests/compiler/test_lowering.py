@@ -62,7 +62,7 @@ def feeds(
 ) -> dict[str, np.ndarray]:
     """Ragged rows, a cache with something in it, and every weight by its name."""
     model = describe_model(checkpoint)
-    layout, _ = plan_pack(checkpoint, model.num_positions, dtype)
+    layout = plan_pack(checkpoint, model.num_positions, dtype)
     write_pack(layout, folder / "pack", lambda _: None)
     pack, rng = WeightPack(folder / "pack"), np.random.default_rng(0)
     fed: dict[str, np.ndarray] = {

@@ -38,9 +38,10 @@ from trimode.formats.calibration import Calibration, QuantizedPrecision, save_ca
 from trimode.formats.contract import ROLES, Role
 from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
-from trimode.graphs.identity import NUMPY_DTYPES, SourceDigest
+from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import FORMATS, dequantize, quantize, round_to, scale_of
 from trimode.graphs.numerics.scales import LayerScales, load_quantization
+from trimode.graphs.numerics.stored import NUMPY_DTYPES
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.bundle.weights import WeightPack
 from trimode.runtime.sessions.ort.session import OrtSession
@@ -611,7 +612,7 @@ def test_constant_scales_are_those_of_the_pack(
     )
     opened = open_checkpoint(checkpoint)
     quantization = load_quantization(folder, precision, opened)
-    layout, _ = plan_pack(opened, describe_model(opened).num_positions, "bfloat16", quantization)
+    layout = plan_pack(opened, describe_model(opened).num_positions, "bfloat16", quantization)
     write_pack(layout, tmp_path / "weights.safetensors", lambda _: None)
     known, held = (
         known_scales(quantization, "bfloat16"),

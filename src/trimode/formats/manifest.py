@@ -26,18 +26,17 @@ name that leaves the folder.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -55,18 +54,29 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Part(Record):
+    """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
+
+    _left_out: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in self._left_out or getattr(self, name)
+        }
 
 
-class FileRecord(_Record):
+class FileRecord(_Part):
     """Digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
-class SourceRecord(_Record):
+class SourceRecord(_Part):
     """The checkpoint a bundle was built from.
 
     Attributes:
@@ -83,7 +93,7 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(_Part):
     """Where the scales of a quantized precision come from.
 
     Attributes:
@@ -100,7 +110,7 @@ class CalibrationRecord(_Record):
     scales_sha256: str | None
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(_Part):
     """An optimization profile: fewest, usual and most of each dynamic dimension."""
 
     batch: tuple[int, int, int]
@@ -111,7 +121,7 @@ class ProfileRecord(_Record):
         return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
 
 
-class EngineRecord(_Record):
+class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
     ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
@@ -121,7 +131,7 @@ class EngineRecord(_Record):
     profiles: tuple[ProfileRecord, ...] = ()
 
 
-class TargetRecord(_Record):
+class TargetRecord(_Part):
     """What was built for one target.
 
     Attributes:
@@ -137,7 +147,11 @@ class TargetRecord(_Record):
         library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
         only under that version.
         graphs: one for each graph of the bundle.
+        revision: digest of the code that lowered and compiled the graphs; absent where these are
+        the portable ones, and in bundles of before. Another revision is built again.
     """
+
+    _left_out = frozenset({"revision"})
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     device: Literal["cpu", "cuda"]
@@ -148,9 +162,10 @@ class TargetRecord(_Record):
     workspace_mib: int | None
     library: str
     graphs: dict[Role, EngineRecord]
+    revision: str | None = None
 
 
-class PrecisionRecord(_Record):
+class PrecisionRecord(_Part):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
@@ -170,7 +185,7 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
-class SamplerRecord(_Record):
+class SamplerRecord(_Part):
     """The learned sampler of block diffusion.
 
     Attributes:
@@ -190,7 +205,7 @@ class SamplerRecord(_Record):
     threshold: float = Field(ge=0, le=1)
 
 
-class Manifest(_Record):
+class Manifest(_Part):
     """The contents of ``manifest.json``.
 
     Attributes:
@@ -204,6 +219,8 @@ class Manifest(_Record):
             readers of the schema that know none take it.
     """
 
+    _left_out = frozenset({"sampler"})
+
     schema_version: int
     trimode_version: str
     model: ModelInfo
@@ -214,13 +231,6 @@ class Manifest(_Record):
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]
     sampler: SamplerRecord | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        if self.sampler is None:
-            fields.pop("sampler", None)
-        return fields
 
     @property
     def first_precision(self) -> PrecisionName:
