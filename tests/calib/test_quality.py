@@ -19,9 +19,9 @@ from whole_trunk import record
 
 from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy
 from trimode.calib.evaluate.quantization.decoding import answer, divergences
-from trimode.calib.evaluate.quantization.fidelity import Divergence, Fidelity
+from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
 from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
-from trimode.calib.evaluate.quantization.lockstep import Comparison
+from trimode.calib.evaluate.quantization.lockstep import Lockstep
 from trimode.calib.evaluate.quantization.questions import (
     Decoding,
     QualitySettings,
@@ -30,7 +30,7 @@ from trimode.calib.evaluate.quantization.questions import (
     draw_questions,
 )
 from trimode.calib.evaluate.quantization.sensitivity import (
-    Budget,
+    DropLimit,
     _Original,
     _Trials,
     save_without,
@@ -172,7 +172,7 @@ def test_divergence_adds_up_to_the_formula() -> None:
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((150, 33)) * 5).astype(np.float32)
     y = x + rng.standard_normal(x.shape).astype(np.float32)
-    divergence = Divergence()
+    divergence = ProbabilityDivergence()
     divergence.add(torch.from_numpy(x[:131][None]), torch.from_numpy(y[:131][None]))
     divergence.add(torch.from_numpy(x[131:]), torch.from_numpy(y[131:]))
     nats, same = slow_divergence(x, y)
@@ -184,7 +184,7 @@ def test_divergence_adds_up_to_the_formula() -> None:
 
 def test_what_does_not_differ_and_what_is_not_finite() -> None:
     x = torch.randn(3, 5)
-    same, broken, outputs = Fidelity(), Fidelity(), Divergence()
+    same, broken, outputs = Fidelity(), Fidelity(), ProbabilityDivergence()
     same.add(x, x)
     assert (same.snr_db, same.cosine) == (200.0, pytest.approx(1, abs=1e-15))
     broken.add(x, x / 0)
@@ -251,7 +251,7 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
     quantized = quantized_copy(model.trunk, "int8", layers)
     other_kept, _, other_logits = kept_while(quantized, blocks, model.episodes)
 
-    comparison = Comparison(model.trunk, quantized_copy(model.trunk, "int8", layers), chosen)
+    comparison = Lockstep(model.trunk, quantized_copy(model.trunk, "int8", layers), chosen)
     comparison.run(model.episodes, lambda _: None)
     for role in ROLES:
         for index, block in enumerate(blocks):
@@ -290,8 +290,8 @@ def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
     model: Model, name: str
 ) -> None:
     scales = {name: model.int8().linear_scales(model.trunk)[name]}
-    whole = Comparison(model.trunk, quantized_copy(model.trunk, "int8", scales))
-    part = Comparison(
+    whole = Lockstep(model.trunk, quantized_copy(model.trunk, "int8", scales))
+    part = Lockstep(
         model.trunk,
         quantized_copy(model.trunk, "int8", scales),
         first_block=1 if name == BAD else 2,
@@ -548,7 +548,7 @@ def sensitivity(
     chosen = QualitySettings(
         **{"max_new_tokens": 10, "modes": ("ar", "diffusion", "linear_spec"), **settings}
     )
-    budget = Budget(max_drop, ranking_samples=2)
+    budget = DropLimit(max_drop, ranking_samples=2)
     return search(
         model.checkpoint,
         model.info,
@@ -609,16 +609,16 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
         Silent(),
     )
     assert trials._drop(ar, {ar: after}) == pytest.approx(100 * (3 - 1) / 8)
-    assert Budget(25).holds({"ar": 25.0, "diffusion": -3.0})
-    assert not Budget(24.9).holds({"ar": 25.0, "diffusion": -3.0})
+    assert DropLimit(25).holds({"ar": 25.0, "diffusion": -3.0})
+    assert not DropLimit(24.9).holds({"ar": 25.0, "diffusion": -3.0})
 
 
 @pytest.mark.parametrize("max_drop", [-0.1, 100.1, float("nan"), float("inf")])
 def test_budgets_that_are_refused(max_drop: float) -> None:
     with pytest.raises(UsageError, match="--max-drop from 0 to 100 points"):
-        Budget(max_drop).check()
+        DropLimit(max_drop).check()
     with pytest.raises(UsageError, match="--ranking-samples of at least 1"):
-        Budget(1, 0).check()
+        DropLimit(1, 0).check()
 
 
 def digest_of(checkpoint: Checkpoint) -> str:

@@ -58,7 +58,7 @@ _HINT = f"make one with {CALIBRATE}"
 Scales = dict[str, NDArray[np.float32]]
 
 
-class DataRecord(Record):
+class CalibrationDataRecord(Record):
     """The texts that were run.
 
     Attributes:
@@ -101,7 +101,7 @@ class SensitivityRecord(Record):
     max_drop: float
     drops: dict[str, float]
     drops_if_none_kept: dict[str, float]
-    data: DataRecord
+    data: CalibrationDataRecord
     max_new_tokens: int
     scales_sha256: str
 
@@ -127,7 +127,7 @@ class Calibration(Record):
     source_name: str
     source_sha256: str
     scales_sha256: str
-    data: DataRecord | None
+    data: CalibrationDataRecord | None
     layers: dict[str, LayerRecord]
     libraries: dict[str, str]
     sensitivity: SensitivityRecord | None = None

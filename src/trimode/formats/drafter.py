@@ -16,7 +16,7 @@ RECORD = "drafter.json"
 Kept = Literal["trained", "checkpoint", "untrained"]
 
 
-class TrainingRecord(Record):
+class DrafterTrainingRecord(Record):
     """Holds what the training did.
 
     Losses are running means. ``accepted`` is the mean number of accepted slots in a window.
@@ -90,7 +90,7 @@ class DrafterRecord(Record):
     block_length: int
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: DrafterTrainingRecord
     held_out: Comparison
     validation: Comparison
     kept: Kept

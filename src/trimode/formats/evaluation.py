@@ -23,7 +23,7 @@ class FidelityRecord(Record):
     cosine: float
 
 
-class OutputRecord(Record):
+class OutputFidelity(Record):
     """Probabilities against the original's, over the rows whose logits a graph returns."""
 
     num_rows: int
@@ -75,7 +75,7 @@ class DecodingRecord(Record):
     partings: tuple[DivergenceRecord, ...]
 
 
-class PrecisionRecord(Record):
+class MeasuredPrecision(Record):
     """One precision.
 
     Attributes:
@@ -101,11 +101,11 @@ class PrecisionRecord(Record):
     weight_bytes: int
     local: dict[str, dict[Role, FidelityRecord]]
     accumulated: tuple[dict[Role, FidelityRecord], ...]
-    outputs: dict[Role, OutputRecord]
+    outputs: dict[Role, OutputFidelity]
     decoding: tuple[DecodingRecord, ...]
 
 
-class DataRecord(Record):
+class QuestionsRecord(Record):
     """The questions.
 
     Attributes:
@@ -140,14 +140,14 @@ class Report(Record):
     trimode_version: str
     source_name: str
     source_sha256: str
-    data: DataRecord
+    data: QuestionsRecord
     modes: tuple[ModeName, ...]
     max_new_tokens: int
     block_length: int
     thresholds: dict[ModeName, float]
     compute_type: DType
     dense_bytes: int
-    precisions: tuple[PrecisionRecord, ...]
+    precisions: tuple[MeasuredPrecision, ...]
     libraries: dict[str, str]
 
     @property

@@ -35,7 +35,7 @@ class ShapeRecord(Record):
     feed_forward: int = Field(ge=1)
 
 
-class TrainingRecord(Record):
+class SamplerTrainingRecord(Record):
     """Holds the figures of the training.
 
     Attributes:
@@ -137,7 +137,7 @@ class SamplerFile(Record):
     threshold: float = Field(ge=0, le=1)
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: SamplerTrainingRecord
     scores: tuple[ScoresRecord, ...]
     held_out: tuple[DenoisingRecord, ...]
     validation: tuple[DenoisingRecord, ...]
