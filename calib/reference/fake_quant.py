@@ -39,13 +39,14 @@ again.
 
 @dataclass(frozen=True)
 class LinearScales:
-    """The scales of one layer, as the pack stores them, in float32.
+    """Holds one layer's scales as the pack stores them, in float32.
 
     Attributes:
-        weight: ``()``, ``(out,)`` or ``(out, in / block)``; of nvfp4 the global scale ``()``.
-        input: ``()``; None = the input stays as it is.
-        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is
-            none.
+        weight: Scales ``()``, ``(out,)`` or ``(out, in / block)``; the global scale ``()`` of
+            nvfp4.
+        input: Scale ``()``; None = the input stays as it is.
+        pre_quant: Factors ``(in,)``, which multiply the input and divide the weight; None = there
+            are none.
     """
 
     weight: Floats
@@ -59,13 +60,16 @@ def linear_scales(
     stored: DType = "float32",
     leave_out: Iterable[str] = (),
 ) -> dict[str, LinearScales]:
-    """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
+    """Round a calibration's scales to ``stored``, as a pack does.
 
     Args:
         scales: Scales from :func:`trimode.formats.calibration.load_calibration`.
         precision: Type that the calibration is for.
-        stored: the compute type of the bundle.
-        leave_out: layers that stay in high precision.
+        stored: Compute type of the bundle.
+        leave_out: Layers that stay in high precision.
+
+    Returns:
+        The scales by layer.
 
     Raises:
         BuildError: a scale is too large for ``stored``.
@@ -95,8 +99,8 @@ def quantize_trunk(
 
     Args:
         trunk: Trunk whose layers are replaced.
-        precision: the type.
-        layers: by the checkpoint's names, without ``.weight``.
+        precision: Type of the quantized weights.
+        layers: Scales by layer; names are the checkpoint's, without ``.weight``.
 
     Raises:
         CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
@@ -136,7 +140,7 @@ class InputQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` as the product reads it."""
+        """Return ``x (..., in)`` as the product reads it."""
         if self.factor is not None:
             x = x * self.factor
         if self.scale is None:
@@ -160,12 +164,15 @@ class QuantizedLinear(nn.Linear):
         self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` -> ``(..., out)``."""
+        """Multiply ``x (..., in)``; the result is ``(..., out)``."""
         return functional.linear(self.quantizer(x), self.weight)
 
 
 class QuantizedLowRankLinear(LowRankLinear):
-    """The same for a layer with the drafter's branch, which reads the input as it was."""
+    """Multiplies a quantized input, and adds the drafter's branch.
+
+    The branch reads the input as it was.
+    """
 
     def __init__(
         self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales
@@ -193,23 +200,21 @@ def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def blocks_of(x: Tensor) -> Tensor:
-    """``(..., in)`` -> ``(..., in / 16, 16)``."""
+    """Reshape ``(..., in)`` to ``(..., in / 16, 16)``."""
     return x.reshape(*x.shape[:-1], -1, BLOCK_SIZE)
 
 
 def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """Give the scales of the blocks of ``x (..., in)``, ``(..., in / 16, 1)``.
+    """Compute the scales of the blocks of ``x (..., in)``.
 
-    They are over the global one, and cut to E4M3's range.
+    They are ``(..., in / 16, 1)``, over the global one, and cut to E4M3's range.
     """
-    return torch.clamp(
-        blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale),
-        *CODE_RANGES["float8e4m3fn"],
-    )
+    largest = blocks_of(x).abs().amax(-1, keepdim=True)
+    return torch.clamp(largest / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
 
 
 def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Blocks ``(..., 16)`` over their scales ``(..., 1)``, cut to E2M1's range."""
+    """Divide blocks ``(..., 16)`` by their scales, within E2M1's range."""
     return torch.clamp(blocks / torch.clamp(scale, min=SMALLEST_NORMAL), *CODE_RANGES["float4e2m1"])
 
 
@@ -219,7 +224,7 @@ def spacing_of_e2m1(steps: Tensor) -> Tensor:
 
 
 def nearest_code(steps: Tensor, dtype: DType) -> Tensor:
-    """The nearest code of an input's type, as a number; of two, the even one."""
+    """Round to the nearest code of an input's type, ties to even."""
     if dtype == "float4e2m1":
         spacing = spacing_of_e2m1(steps)
         return torch.round(steps / spacing) * spacing

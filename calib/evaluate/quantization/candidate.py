@@ -1,4 +1,4 @@
-"""Quantizes a trunk in a given way, and counts the bytes of its weights."""
+"""Quantizes a trunk, and counts the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ ROUNDED: dict[str, QuantizedPrecision] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds a way to quantize a checkpoint.
+    """Describes a way to quantize a checkpoint.
 
     Attributes:
         name: Name that the caller gave.
+        precision: Type of the quantized weights.
         algorithm: Algorithm that found the scales.
-        block_size: inputs that share a scale; None where blocks are not used.
+        block_size: Inputs that share a scale; None if blocks are not used.
         layers: Layers to quantize, by the checkpoint's names without ``.weight``.
-        scales: of a calibration; None = weights are rounded to nearest, each scale being its own
-        weights' largest magnitude.
+        scales: Scales of a calibration; None = weights are rounded to nearest, each scale being its
+            own weights' largest magnitude.
         scales_sha256: Digest of the calibration's scales.
-        source_sha256: digest of the checkpoint that was calibrated.
+        source_sha256: Digest of the checkpoint that was calibrated.
     """
 
     name: str
@@ -66,11 +67,11 @@ class Candidate:
     def linear_scales(
         self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()
     ) -> dict[str, LinearScales]:
-        """Scales by layer, rounded to :data:`COMPUTE_TYPE` as a pack for GPUs holds them.
+        """Return scales by layer, rounded to :data:`COMPUTE_TYPE` as a GPU's pack.
 
         Args:
-            trunk: the checkpoint's, not quantized.
-            leave_out: layers that stay in high precision.
+            trunk: Trunk of the checkpoint, not quantized.
+            leave_out: Layers that stay in high precision.
 
         Raises:
             BuildError: a scale is too large.
@@ -89,7 +90,7 @@ def rounding_scales(
     precision: QuantizedPrecision,
     block_size: int | None,
 ) -> Scales:
-    """``weight_amax`` of each layer as round-to-nearest takes it from the weights themselves."""
+    """Take each layer's ``weight_amax`` from its weights, for rounding to nearest."""
     return {
         f"{layer}.weight_amax": largest_magnitudes(_weight_of(trunk, layer), precision, block_size)
         for layer in layers
@@ -99,7 +100,7 @@ def rounding_scales(
 def quantized_copy(
     trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
 ) -> TriModeTrunk:
-    """A second trunk in which these layers are quantized; everything else is the same memory.
+    """Copy a trunk with these layers quantized; share the other weights.
 
     Raises:
         CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
@@ -124,7 +125,7 @@ def weight_bytes(
 
     Args:
         checkpoint: Checkpoint whose weights are counted.
-        stored: type of the scales and of the weights that are not quantized.
+        stored: Type of the scales and of the weights that are not quantized.
         precision: Type of the quantized weights; None = there are none.
         layers: Scales of the quantized layers, by name.
     """
@@ -173,7 +174,7 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
         found = (
-            f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
+            f"`calibrations`: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
             f"found {name}"
         )
         command = CALIBRATE.replace("PRECISION", "fp8")

@@ -151,11 +151,9 @@ def _open_target(bundle: Path, request: VerifyRequest) -> TriModeModel:
 
 def _show(verification: Verification, request: VerifyRequest) -> None:
     """The figures as two tables, and what they come to."""
-    from rich.console import Console
+    from trimode.cli.tables import table_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
+    console = table_console()
     source = (
         "the bundle's source" if verification.checkpoint.is_source else "NOT the bundle's source"
     )
