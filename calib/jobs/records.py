@@ -1,10 +1,7 @@
-"""Makes parts of the records that jobs write beside their results."""
+"""Makes parts of the records that jobs write."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 from trimode.calib.reference.served import ServedTrunk
@@ -20,11 +17,3 @@ def scales_record(served: ServedTrunk, calibration: Path | None) -> ScalesRecord
     return ScalesRecord(
         name=name_of(calibration), precision=record.precision, scales_sha256=record.scales_sha256
     )
-
-
-def versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Return the versions of Python and of these libraries."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in libraries},
-    }

@@ -16,7 +16,6 @@ import torch
 import trimode
 from trimode.calib.data.draw import draw_texts
 from trimode.calib.jobs.job import Job, OutputKind
-from trimode.calib.jobs.records import versions
 from trimode.calib.jobs.work import Facts
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import (
@@ -52,13 +51,14 @@ from trimode.formats.calibration import (
     save_calibration,
 )
 from trimode.formats.texts import name_of
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.decoder.trunk import Rope
 from trimode.graphs.identity import SourceDigest, stamp_of
 from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.text.prompts import Text
 
 log = logging.getLogger(__name__)
-LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
+LIBRARIES = (PYTHON, "nvidia-modelopt", "torch", "numpy")
 CALIBRATION = OutputKind(RECORD, "a calibration", WorkFolder)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from trimode.calib.data.prompts import Prompts, Split, split_texts
 from trimode.calib.jobs.job import Data, Job, Learned, Measured, Record
-from trimode.calib.jobs.records import scales_record, versions
+from trimode.calib.jobs.records import scales_record
 from trimode.calib.jobs.work import Facts
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.served import ServedTrunk, load_served
@@ -19,11 +19,12 @@ from trimode.calib.training.settings import TrainingSettings
 from trimode.formats.calibration import PromptsRecord
 from trimode.formats.contract import ModelInfo
 from trimode.formats.texts import name_of
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.progress import Progress
 from trimode.runtime.text.prompts import Text
 
-LIBRARIES = ("torch", "numpy", "safetensors")
+LIBRARIES = (PYTHON, "torch", "numpy", "safetensors")
 S = TypeVar("S", bound=TrainingSettings)
 
 

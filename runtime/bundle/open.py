@@ -17,7 +17,7 @@ from trimode.formats.manifest import (
     PrecisionName,
     PrecisionRecord,
 )
-from trimode.formats.records import OtherVersion, read_record
+from trimode.formats.record import OtherVersion, read_record
 from trimode.formats.texts import Unreadable, reason_of
 from trimode.runtime.bundle.weights import PrecisionWeights
 

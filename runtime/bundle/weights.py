@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from trimode.errors import BundleError
 from trimode.formats.contract import DType
 from trimode.formats.hints import REBUILD
-from trimode.formats.safetensors import PACKED_DTYPES, read_pack_header, widen
+from trimode.formats.safetensors import (
+    PACKED_DTYPES,
+    SAFETENSORS_NAMES,
+    read_pack_header,
+    to_float32,
+)
 from trimode.formats.texts import Unreadable, reason_of
 
 logger = logging.getLogger("trimode.runtime")
@@ -68,7 +73,8 @@ class WeightPack:
         Its type has 16 bits or more. It is a view of the file if it is float32 there, else a copy.
         """
         entry = self.entries[name]
-        return widen(self.raw(name), entry.dtype).reshape(entry.shape)
+        values = to_float32(self.raw(name), SAFETENSORS_NAMES[entry.dtype])
+        return values.reshape(entry.shape)
 
 
 class PrecisionWeights:

@@ -33,7 +33,6 @@ from trimode.calib.evaluate.quantization.questions import (
     draw_questions,
     roles_for,
 )
-from trimode.calib.jobs.records import versions
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
@@ -53,6 +52,7 @@ from trimode.formats.evaluation import (
 )
 from trimode.formats.files import check_replaceable, staged_replacement
 from trimode.formats.texts import name_of
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
@@ -126,7 +126,7 @@ def measure(
         compute_type=COMPUTE_TYPE,
         dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
         precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
-        libraries=versions(LIBRARIES),
+        libraries=versions((PYTHON, *LIBRARIES)),
     )
 
 
@@ -165,7 +165,7 @@ def read_original(
     """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
+    trunk = load_trunk(checkpoint, model.num_positions, read=digest.read)
     for candidate in candidates:
         candidate.check_source(digest.base_hexdigest())
     advance(1)

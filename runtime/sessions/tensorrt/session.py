@@ -7,9 +7,7 @@ Everything that needs no GPU is checked before the first call to one.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +16,13 @@ import numpy as np
 from trimode.errors import DeviceError
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
+from trimode.formats.safetensors import widen
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
 from trimode.runtime.sessions.tensorrt.cache import (
     Launchable,
+    MemoryPool,
     RecordedForward,
     SequenceMemory,
     TensorRTCache,
@@ -103,8 +103,8 @@ class TensorRTSession(Closable):
             for role, graph in self._graphs.items()
         }
         self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
-        self._free: dict[int, list[SequenceMemory]] = {}
-        self._lock = threading.Lock()
+        self._pool = MemoryPool(prepared, self._stream)
+        self._lock = self._pool.lock
 
     @property
     def max_prefill_rows(self) -> int:
@@ -130,12 +130,11 @@ class TensorRTSession(Closable):
         """See :class:`trimode.runtime.sessions.base.BatchSession`. Takes the memory of as many
         sequences that nobody uses any more, where there is some.
         """
-        self.check_open()
-        free = self._free.setdefault(num_rows, [])
-        # what is queued on the stream while a forward is recorded would be recorded with it
-        with self._lock:
-            memory = free.pop() if free else SequenceMemory(self._prepared, self._stream, num_rows)
-        return TensorRTCache(memory, self._prepared.cache, free, self._lock)
+        return TensorRTCache(self._pool, num_rows)
+
+    def capacity_for(self, length: int) -> int:
+        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
+        return self._pool.capacity_for(length)
 
     def run(
         self,
@@ -221,9 +220,7 @@ class TensorRTSession(Closable):
                 graph.save_kernels()
             self._runners.clear()
             self._graphs.clear()
-            for memory in itertools.chain(*self._free.values()):
-                memory.close()
-            self._free.clear()
+            self._pool.close()
             self._weights.close()
             self._pinned.close()
             self._stream.close()
@@ -278,20 +275,18 @@ class TensorRTSession(Closable):
     ) -> Any:
         io = memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
-        shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
+        shape, row_bytes = tensor_shape(spec, rows, batch), tensor_bytes(spec, rows, batch) // batch
 
         def fetch(first: int, count: int) -> Array:
-            values = np.empty((count, *shape[1:]), dtype)
-            address = (
-                memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
-            )
+            raw = np.empty(count * row_bytes, np.uint8)
+            address = memory.io(role).address + io.layout.offsets[name] + first * row_bytes
             with self._lock:
                 self.check_open()
-                self._stream.copy_out(values.ctypes.data, address, values.nbytes)
+                self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return values
+            return widen(raw, spec.dtype).reshape(count, *shape[1:])
 
-        return DeviceArray(shape, dtype, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
+        return DeviceArray(shape, np.float32, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:

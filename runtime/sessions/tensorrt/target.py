@@ -15,12 +15,14 @@ from trimode.formats.manifest import Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
+from trimode.runtime.sessions.prefix import SlotFormat
 from trimode.runtime.sessions.tensorrt.library import import_library
 from trimode.runtime.sessions.tensorrt.plan import (
     CacheLayout,
     IoLayout,
     MemoryPlan,
     describe_rows,
+    engine_contract,
     lay_out_cache,
     lay_out_io,
     max_rows,
@@ -40,6 +42,8 @@ class Prepared:
         engines: engine file of each role.
         io: inputs and outputs of each role, for one sequence.
         cache: type and shape of every cache tensor.
+        capacity: slots of a sequence.
+        slots: what one of them holds.
         lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
             of each role.
     """
@@ -49,6 +53,8 @@ class Prepared:
     weights: PrecisionWeights
     io: dict[Role, IoLayout]
     cache: TensorSpec
+    capacity: int
+    slots: SlotFormat
     lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
     memory: MemoryPlan
 
@@ -87,7 +93,8 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
         cache_layout.layout.num_bytes,
         io_bytes,
     )
-    return Prepared(trt, engines, weights, io, cache, lay_out, memory)
+    slots = SlotFormat.of(manifest.model, target.compute_dtype)
+    return Prepared(trt, engines, weights, io, cache, capacity, slots, lay_out, memory)
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
@@ -97,7 +104,8 @@ def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    return lay_out_io(manifest.contracts[role], rows, batch, scratch)
+    contract = engine_contract(manifest.contracts[role], target.compute_dtype)
+    return lay_out_io(contract, rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

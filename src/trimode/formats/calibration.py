@@ -38,7 +38,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -46,7 +45,7 @@ from trimode.errors import CheckpointError
 from trimode.formats.contract import Role
 from trimode.formats.files import staged_replacement
 from trimode.formats.hints import CALIBRATE
-from trimode.formats.records import OtherVersion, read_record
+from trimode.formats.record import OtherVersion, Record, read_record
 from trimode.formats.texts import Unreadable, read_bytes, reason_of
 
 SCHEMA_VERSION = 2
@@ -59,11 +58,7 @@ _HINT = f"make one with {CALIBRATE}"
 Scales = dict[str, NDArray[np.float32]]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibrationDataRecord(_Record):
+class CalibrationDataRecord(Record):
     """The texts that were run.
 
     Attributes:
@@ -77,14 +72,14 @@ class CalibrationDataRecord(_Record):
     num_tokens: dict[Role, int]
 
 
-class LayerRecord(_Record):
+class LayerRecord(Record):
     """Statistics of one quantized layer, for people; ``input_amax`` as seen in each mode alone."""
 
     input_amax: dict[str, float]
     weight_snr_db: float
 
 
-class SensitivityRecord(_Record):
+class SensitivityRecord(Record):
     """Holds the decisions of a sensitivity search, and its measurements.
 
     Attributes:
@@ -111,7 +106,7 @@ class SensitivityRecord(_Record):
     scales_sha256: str
 
 
-class Calibration(_Record):
+class Calibration(Record):
     """The contents of ``calibration.json``.
 
     Attributes:
@@ -138,7 +133,7 @@ class Calibration(_Record):
     sensitivity: SensitivityRecord | None = None
 
 
-class ScalesRecord(_Record):
+class ScalesRecord(Record):
     """The calibration that weights were quantized with, as what was made of them names it."""
 
     name: str
@@ -146,7 +141,7 @@ class ScalesRecord(_Record):
     scales_sha256: str
 
 
-class PromptsRecord(_Record):
+class PromptsRecord(Record):
     """The prompts of a training: the digest of their file, and how many of them each part has."""
 
     sha256: str
