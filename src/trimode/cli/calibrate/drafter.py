@@ -42,7 +42,10 @@ def drafter(
     resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a drafter adapter on the model's own answers."""
+    """Train a drafter adapter on the model's own answers.
+
+    The adapter is for `trimode build --drafter`.
+    """
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.drafter.settings import DrafterJobSettings
 

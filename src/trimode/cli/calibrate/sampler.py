@@ -45,7 +45,10 @@ def sampler(
     resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a sampler of block diffusion on the model's own answers."""
+    """Train a sampler of block diffusion on the model's own answers.
+
+    The sampler is for `trimode build --sampler`.
+    """
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.sampler.settings import SamplerJobSettings
 

@@ -42,7 +42,10 @@ def scales(
     resume: options.ScalesResume = False,
     as_json: Json = False,
 ) -> None:
-    """Find the scales for a quantized build."""
+    """Find the scales for a quantized build.
+
+    The model answers the prompts in every mode.
+    """
     need("calibration", "compile", "torch", "safetensors", "ml_dtypes")
     need("calibration", "calib", "modelopt", "requests")
     from trimode.calib.scales.settings import QuantizeSettings
