@@ -63,14 +63,14 @@ class Evaluation:
 
     Attributes:
         num_questions: Questions per family.
-        exact_match: share of the questions answered exactly right, greedily and one token at a
+        exact_match: Share of the questions answered exactly right, greedily and one token at a
         time, per family.
         diffusion_exact_match: Same share by block diffusion at :data:`THRESHOLD`.
         diffusion_tokens_per_forward: Ratio over all questions.
-        acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
+        acceptance_length: Tokens per cycle of linear self-speculation, with the drafter.
         acceptance_length_base: Same number without the drafter.
-        acceptance_length_per_family: family -> the two of them, without and with the drafter.
-        num_unlike: answers that self-speculation wrote differently.
+        acceptance_length_per_family: Both numbers by family, without and with the drafter.
+        num_unlike: Number of answers that self-speculation wrote differently.
     """
 
     num_questions: int
@@ -142,7 +142,7 @@ def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[E
 def greedy_answers(
     trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
-    """Write the autoregressive greedy answer to each prompt, cut after the end token.
+    """Write the greedy answer to each prompt, cut after its end token.
 
     Prompts of one length go together.
     """
@@ -275,7 +275,7 @@ def _rows(
     tokens: list[int],
     drafter_scale: float | None = None,
 ) -> list[int]:
-    """The greedy token of each row."""
+    """Return the greedy token of each row."""
     ids = torch.tensor([tokens], device=device_of(trunk))
     positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
     greedy: list[int] = (

@@ -126,7 +126,7 @@ def _of_profile(profile: ProfileRecord) -> Iterator[str]:
             yield f"expected {name} as least, usual and most, found {least}, {usual}, {most}"
 
 
-def _of_graphs(manifest: Manifest, what: str, files: Mapping[str, str]) -> Iterator[str]:
+def _of_graphs(manifest: Manifest, what: str, files: Mapping[Role, str]) -> Iterator[str]:
     if files.keys() != manifest.contracts.keys():
         yield (
             f"expected {what} of {', '.join(manifest.contracts)}, "
