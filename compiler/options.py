@@ -68,25 +68,26 @@ class BuildOptions:
             if not 1 <= length <= MAX_BLOCK_LENGTH:
                 raise UsageError(
                     f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}",
-                    "pass for example --block-lengths 8,16,32",
+                    "pass for example `block_lengths` 8,16,32",
                 )
         if self.block_lengths == ():
             raise UsageError(
                 "expected at least one block length, found none",
-                "pass for example --block-lengths 8,16,32",
+                "pass for example `block_lengths` 8,16,32",
             )
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise UsageError(
-                f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}",
+                f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
                 "each size costs memory; 1 is usual on a desk",
             )
         if self.weights not in ("shared", "baked"):
             raise UsageError(
-                f"expected --weights shared or baked, found {self.weights!r}",
+                f"expected `weights` shared or baked, found {self.weights!r}",
                 "shared keeps one copy for all engines",
             )
-        for name, value in (("--workspace", self.workspace_mib), ("--jobs", self.num_jobs)):
+        for name, value in (("workspace_mib", self.workspace_mib), ("num_jobs", self.num_jobs)):
             if value is not None and value < 1:
                 raise UsageError(
-                    f"expected {name} of at least 1, found {value}", "leave it out for the default"
+                    f"expected `{name}` of at least 1, found {value}",
+                    "leave it out for the default",
                 )
