@@ -59,11 +59,13 @@ Scales = dict[str, NDArray[np.float32]]
 
 
 class CalibrationDataRecord(Record):
-    """The texts that were run.
+    """Names the texts that were run.
 
     Attributes:
         sha256: Digest of the data file.
-        num_tokens: rows that the layers saw, by mode.
+        num_samples: Number of texts drawn from it.
+        seed: Seed of the draw.
+        num_tokens: Number of tokens that the layers saw, by graph.
     """
 
     sha256: str
@@ -73,7 +75,12 @@ class CalibrationDataRecord(Record):
 
 
 class LayerRecord(Record):
-    """Statistics of one quantized layer, for people; ``input_amax`` as seen in each mode alone."""
+    """Holds statistics of one quantized layer, for people.
+
+    Attributes:
+        input_amax: Largest magnitude of the input, by mode, each as seen in that mode alone.
+        weight_snr_db: Signal-to-noise ratio of the quantized weight, in decibels.
+    """
 
     input_amax: dict[str, float]
     weight_snr_db: float
@@ -83,16 +90,14 @@ class SensitivityRecord(Record):
     """Holds the decisions of a sensitivity search, and its measurements.
 
     Attributes:
-        kept: layers without scales, the most sensitive first.
-        ranking: every layer that could be quantized, the most sensitive first; see
-        :func:`trimode.calib.evaluate.quantization.sensitivity.rank_layers`.
-        max_drop: most points that a mode's exact match may lose.
-        drops: points that it loses with ``kept`` in high precision, by mode; negative where it
-        gains.
-        drops_if_none_kept: the same with every layer quantized.
-        data: Prompts that were answered; ``num_tokens`` counts the rows that ranked the
-        layers.
-        max_new_tokens: Most tokens of each answer.
+        kept: Layers without scales, the most sensitive first.
+        ranking: Score of every layer that could be quantized, the most sensitive first; see
+            :func:`trimode.calib.evaluate.quantization.sensitivity.rank_layers`.
+        max_drop: Limit on the points of exact match that a mode may lose.
+        drops: Points that a mode loses with ``kept`` in high precision; negative where it gains.
+        drops_if_none_kept: Points that a mode loses with every layer quantized.
+        data: Prompts that were answered; ``num_tokens`` counts the tokens that ranked the layers.
+        max_new_tokens: Limit on the tokens of each answer.
         scales_sha256: Digest of the scales that the search began with.
     """
 
@@ -107,15 +112,22 @@ class SensitivityRecord(Record):
 
 
 class Calibration(Record):
-    """The contents of ``calibration.json``.
+    """Holds the contents of ``calibration.json``.
 
     Attributes:
-        algorithm: ModelOpt's name of it, or ``rtn``; with ``+sensitivity`` where layers were left
-        out by a search.
-        block_size: inputs that share a scale; None where blocks are not used.
-        source_sha256: digest of the checkpoint without its adapter,
-        :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
+        schema_version: Version of this schema.
+        trimode_version: Version of the library that wrote the file.
+        precision: Type that the layers are quantized to.
+        algorithm: ModelOpt's name of the algorithm, or ``rtn``; ``+sensitivity`` is added where a
+            search left layers out.
+        block_size: Number of inputs that share a scale; None without blocks.
+        source_name: Name of the checkpoint's folder.
+        source_sha256: Digest of the checkpoint without its adapter,
+            :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
         scales_sha256: Digest of ``scales.safetensors``.
+        data: Texts that were run; None where none were needed.
+        layers: Statistics of the quantized layers, by name.
+        libraries: Versions of the libraries that took part.
         sensitivity: Record of the search that left layers out, if any.
     """
 
@@ -134,7 +146,7 @@ class Calibration(Record):
 
 
 class ScalesRecord(Record):
-    """The calibration that weights were quantized with, as what was made of them names it."""
+    """Names the calibration that weights were quantized with."""
 
     name: str
     precision: QuantizedPrecision
@@ -142,7 +154,14 @@ class ScalesRecord(Record):
 
 
 class PromptsRecord(Record):
-    """The prompts of a training: the digest of their file, and how many of them each part has."""
+    """Counts the prompts of a training.
+
+    Attributes:
+        sha256: Digest of the file of prompts.
+        num_train: Number of prompts to train on.
+        num_validation: Number of prompts that decide what is kept.
+        num_held_out: Number of prompts that the result is measured on.
+    """
 
     sha256: str
     num_train: int
@@ -151,9 +170,12 @@ class PromptsRecord(Record):
 
 
 def save_calibration(folder: Path, calibration: Calibration, scales: Scales) -> None:
-    """Write both files, all or nothing; fill in ``scales_sha256``.
+    """Write both files, all or nothing, over an earlier calibration.
 
-    Replaces an earlier calibration in ``folder``.
+    Args:
+        folder: Folder to write.
+        calibration: Record to write; ``scales_sha256`` is filled in.
+        scales: Tensors to write.
     """
     with staged_replacement(folder, RECORD) as staged:
         data = save(scales)
@@ -167,7 +189,7 @@ def load_record(folder: Path) -> Calibration:
     """Read ``calibration.json`` without the scales.
 
     Raises:
-        CheckpointError: missing, damaged or of another schema.
+        CheckpointError: it is missing, damaged or of another schema.
     """
     try:
         return read_record(folder / RECORD, Calibration, READABLE_VERSIONS)
@@ -180,10 +202,10 @@ def load_record(folder: Path) -> Calibration:
 
 
 def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
-    """Read a calibration.
+    """Read a calibration and its scales.
 
     Raises:
-        CheckpointError: missing, damaged, of another schema, or with scales that are not finite and
+        CheckpointError: it is missing, damaged or of another schema, or a scale is not finite and
             positive.
     """
     record = load_record(folder)
@@ -203,12 +225,15 @@ def load_calibration(folder: Path) -> tuple[Calibration, Scales]:
 
 
 def check_source(name: str, calibrated_sha256: str | None, sha256: str) -> None:
-    """Raise :class:`CheckpointError` where a calibration is of another checkpoint.
+    """Refuse a calibration of another checkpoint.
 
     Args:
         name: Name of the calibration, for the message.
-        calibrated_sha256: digest of the checkpoint that was calibrated; None = any will do.
-        sha256: digest of the checkpoint at hand.
+        calibrated_sha256: Digest of the checkpoint that was calibrated; None = any will do.
+        sha256: Digest of the checkpoint at hand.
+
+    Raises:
+        CheckpointError: the digests differ.
     """
     if calibrated_sha256 not in (None, sha256):
         raise CheckpointError(

@@ -49,15 +49,23 @@ Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 
 
 class ModelInfo(Record):
-    """The facts about the model that decoding needs.
+    """Holds the facts about the model that decoding needs.
 
     Attributes:
-        eos_token_ids: any of them ends a text.
-        block_size: the block length the model was trained with; the default block length.
-        max_length: most tokens of prompt and answer together.
-        max_block_length: longest block; the position tables reach ``max_length +
-        max_block_length``.
-        has_drafter: whether the draft graph has the adapter's branch and takes ``drafter_scale``.
+        vocab_size: Number of tokens in the vocabulary.
+        hidden_size: Size of a hidden state.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        head_dim: Size of a head.
+        mask_token_id: Token of a slot that is not filled yet.
+        bos_token_id: Token that begins a text, if any.
+        eos_token_ids: Tokens that end a text.
+        block_size: Block length of the training, which is the default block length.
+        max_length: Limit on the tokens of prompt and answer together.
+        max_block_length: Limit on the block length; the position tables reach
+            ``max_length + max_block_length``.
+        has_drafter: True if the draft graph has the adapter's branch and takes ``drafter_scale``.
     """
 
     vocab_size: int
@@ -108,7 +116,14 @@ class TensorSpec(Record):
 
 
 class GraphContract(Record):
-    """Inputs and outputs of one role, without the cache, and how its rows attend to each other."""
+    """Declares inputs and outputs of one graph, without the cache.
+
+    Attributes:
+        role: Name of the graph.
+        attention: Pattern in which its tokens attend to each other.
+        inputs: Inputs in graph order.
+        outputs: Outputs in graph order.
+    """
 
     role: Role
     attention: Literal["causal", "bidirectional", "quadratic"]
@@ -117,7 +132,12 @@ class GraphContract(Record):
 
 
 def slots_written(role: Role, rows: int) -> int:
-    """Slots of the cache that a forward of ``rows`` rows writes, from ``past_length`` on."""
+    """Number of cache slots that a forward writes, from ``past_length`` on.
+
+    Args:
+        role: Name of the graph.
+        rows: Number of new tokens.
+    """
     return rows * (rows + 1) if role == "quadratic" else rows
 
 

@@ -30,14 +30,18 @@ class DrafterTrainingRecord(Record):
 
 
 class Drafting(Record):
-    """Linear self-speculation over some prompts, greedy, a block drafted in one forward.
+    """Measures greedy self-speculation over some prompts, one forward a draft.
 
     Attributes:
-        acceptance_length: tokens a draft-and-verify cycle yields; None where there was no cycle.
-        tokens_per_forward: new tokens over forwards, which are counted as the reference does: the
-        prefill is one, too.
-        num_unlike: answers that differ from the autoregressive ones; a draft cannot change a token,
-            but the rounding of a forward over many rows can, where two tokens are equally probable.
+        num_prompts: Number of prompts.
+        num_tokens: Number of new tokens.
+        num_forwards: Number of forwards, the prefill included, as the reference counts them.
+        num_cycles: Number of draft-and-verify cycles.
+        acceptance_length: Mean number of tokens a cycle; None where there was no cycle.
+        tokens_per_forward: ``num_tokens / num_forwards``.
+        num_unlike: Number of answers that differ from the autoregressive ones. A draft cannot
+            change a token. The rounding of a long forward can, where two tokens are equally
+            probable.
     """
 
     num_prompts: int
@@ -61,21 +65,29 @@ class Comparison(Record):
 
 
 class DrafterRecord(Record):
-    """The contents of ``drafter.json``.
+    """Holds the contents of ``drafter.json``.
 
     Attributes:
-        source_sha256: digest of the checkpoint without its adapter.
-        checkpoint_sha256: the same with it.
-        calibration: None = the weights were not quantized.
+        schema_version: Version of this schema.
+        trimode_version: Version of the library that wrote the file.
+        source_name: Name of the checkpoint's folder.
+        source_sha256: Digest of the checkpoint without its adapter.
+        checkpoint_sha256: Digest of the checkpoint with its adapter.
+        calibration: Calibration of the weights; None where they were not quantized.
         dtype: Data type of weights, scales and the adapter.
-        settings: as given.
-        prompts: counted are those whose answers were long enough to be used.
-        held_out: on prompts that nothing was decided by.
-        validation: on those that decided which adapter is kept.
-        kept: the adapter in this folder: the trained one if it drafts better than the one before,
-            else that one: the checkpoint's, or where it has none an untrained one, which changes
-            nothing.
+        rank: Rank of the adapter.
+        alpha: Alpha of the adapter.
+        block_length: Block length of the drafts.
+        settings: Settings of the training, as given.
+        prompts: Numbers of the prompts whose answers were long enough to be used.
+        training: Figures of the training.
+        held_out: Comparison on prompts that decided nothing.
+        validation: Comparison on the prompts that decided which adapter is kept.
+        kept: Origin of the adapter in this folder. It is the trained one if that drafts better than
+            the one before. Else it is the checkpoint's or, where it has none, an untrained one,
+            which changes nothing.
         adapter_sha256: Digest of ``adapter_model.safetensors``.
+        libraries: Versions of the libraries that took part.
     """
 
     schema_version: int

@@ -1,4 +1,7 @@
-"""``report.json``: what quantization costs, measured. Shares are from 0 to 1."""
+"""Declares ``report.json``: the measured cost of quantization.
+
+Shares are from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ class FidelityRecord(Record):
 
 
 class OutputFidelity(Record):
-    """Probabilities against the original's, over the rows whose logits a graph returns."""
+    """Compares probabilities with the original's.
+
+    Attributes:
+        num_rows: Number of tokens whose logits a graph returned.
+        kl_nats: Mean divergence from the original's probabilities, in nats.
+        top1_agreement: Share of tokens with the original's most probable choice.
+    """
 
     num_rows: int
     kl_nats: float
@@ -32,12 +41,14 @@ class OutputFidelity(Record):
 
 
 class DivergenceRecord(Record):
-    """A question that self-speculation answers otherwise than autoregression of the same weights.
+    """Names a question that self-speculation and autoregression answer differently.
+
+    Both have the same weights.
 
     Attributes:
-        question: counted from 0, among those that were drawn.
+        question: Index of the question among those that were drawn.
         position: Position of the first token that differs, counted from 0.
-        preference: AR's logit above the other's there; next to nothing where rounding decided. None
+        preference: Lead of AR's logit over the other's there, near 0 where rounding decided; None
             where one text ends first.
     """
 
@@ -47,20 +58,21 @@ class DivergenceRecord(Record):
 
 
 class DecodingRecord(Record):
-    """One way of decoding, over all questions.
+    """Measures one mode over all questions.
 
     Attributes:
-        use_drafter: None where there is no choice.
-        same_tokens: share of questions with the tokens that the original gives in this mode.
-        exact_match: share of questions with a known answer that are answered with exactly this
-        text; None where none is known.
-        num_tokens: that were generated.
-        nfe: forward passes as the reference counts them.
+        mode: Name of the mode.
+        use_drafter: True with the drafter, False without; None where there is no choice.
+        same_tokens: Share of questions with the tokens that the original gives in this mode.
+        exact_match: Share of the questions with known answers that are answered with exactly one of
+            them; None where no answer is known.
+        num_tokens: Number of generated tokens.
+        nfe: Number of forwards, as the reference counts them.
         tokens_per_forward: ``num_tokens / nfe``.
-        acceptance_length: tokens of a draft-and-verify cycle, mean over all cycles.
-        equals_ar: self-speculation: share of questions with the tokens of ``ar`` over the same
-        weights; None where ``ar`` was not asked for.
-        partings: the other questions.
+        acceptance_length: Mean number of tokens a draft-and-verify cycle.
+        equals_ar: Share of questions that self-speculation answers with the tokens of ``ar`` over
+            the same weights; None where ``ar`` was not asked for.
+        partings: Questions that it answers with other tokens.
     """
 
     mode: ModeName
@@ -76,21 +88,21 @@ class DecodingRecord(Record):
 
 
 class MeasuredPrecision(Record):
-    """One precision.
+    """Measures one precision.
 
     Attributes:
         name: ``float32``, or the calibration as it was named.
-        precision: None = float32.
-        algorithm: that found the scales.
+        precision: Type of the quantized layers; None for float32.
+        algorithm: Algorithm that found the scales.
         scales_sha256: Digest of the calibration's scales; None for ``rtn`` and float32.
-        num_quantized: layers.
-        weight_bytes: codes, scales, and what stays in high precision in ``report.compute_type``; of
-            float32 four bytes a weight. Without position tables, which are the same for all.
-        local: by layer and role, of the layer's output given the original's input.
-        accumulated: by decoder block and role, of the hidden states after it, everything before
-        being quantized.
-        outputs: by role.
-        decoding: by mode.
+        num_quantized: Number of quantized layers.
+        weight_bytes: Size of codes, scales and high-precision weights in ``compute_type``; for
+            float32, four bytes a weight. Position tables do not count: they are the same for all.
+        local: Fidelity of a layer's output given the original's input, by layer and graph.
+        accumulated: Fidelity of the hidden states after each decoder layer, by graph, with
+            everything before quantized.
+        outputs: Fidelity of the outputs, by graph.
+        decoding: Measurements of the modes.
     """
 
     name: str
@@ -106,13 +118,14 @@ class MeasuredPrecision(Record):
 
 
 class QuestionsRecord(Record):
-    """The questions.
+    """Names the questions.
 
     Attributes:
         sha256: Digest of the file.
-        num_questions: that were drawn.
-        num_answers: Questions with a known answer.
-        num_rows: that were compared, by role; ``ar`` rows are those of whole texts, prompt and
+        num_questions: Number of questions drawn.
+        num_answers: Number of questions with a known answer.
+        seed: Seed of the draw.
+        num_rows: Number of tokens compared, by graph; those of ``ar`` are whole texts, prompt and
             answer.
     """
 
@@ -124,16 +137,23 @@ class QuestionsRecord(Record):
 
 
 class Report(Record):
-    """The contents of ``report.json``.
+    """Holds the contents of ``report.json``.
 
     Attributes:
-        source_sha256: the checkpoint's digest, as :class:`trimode.graphs.identity.SourceDigest`
-        takes it.
-        compute_type: Type of scales and dense weights in ``weight_bytes`` and, scales alone, in
-            what was measured. Products are in float32.
-        dense_bytes: the weights in that type, nothing being quantized.
-        thresholds: by mode.
-        precisions: float32 first.
+        schema_version: Version of this schema.
+        trimode_version: Version of the library that wrote the file.
+        source_name: Name of the checkpoint's folder.
+        source_sha256: Digest of the checkpoint, by :class:`trimode.graphs.identity.SourceDigest`.
+        data: Questions that were asked.
+        modes: Modes that were measured.
+        max_new_tokens: Limit on the tokens of each answer.
+        block_length: Block length of diffusion and drafts.
+        thresholds: Confidence thresholds by mode.
+        compute_type: Type of scales and dense weights in ``weight_bytes`` and, for scales alone, in
+            the measurements. Products are in float32.
+        dense_bytes: Size of all weights in that type, with nothing quantized.
+        precisions: Measurements of the precisions, float32 first.
+        libraries: Versions of the libraries that took part.
     """
 
     schema_version: int

@@ -20,7 +20,7 @@ them, with its name in theirs::
     engines/<target>-fp8/...           its targets
 
 Refused on opening: another schema, a file that is missing or whose size or sha256 differs, a file
-name that leaves the folder.
+name that leaves the folder, and what :mod:`trimode.formats.manifest_checks` finds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ FileName = Annotated[str, AfterValidator(_plain)]
 
 
 class _Part(Record):
-    """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
+    """Holds a part of the manifest.
+
+    A field of ``_left_out`` is not written where nothing is in it.
+    """
 
     _left_out: ClassVar[frozenset[str]] = frozenset()
 
@@ -71,21 +74,22 @@ class _Part(Record):
 
 
 class FileRecord(_Part):
-    """Digest (lower-case hex) and size of one file of the bundle."""
+    """Holds digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
 class SourceRecord(_Part):
-    """The checkpoint a bundle was built from.
+    """Names the checkpoint that a bundle was built from.
 
     Attributes:
-        name: the checkpoint folder's name.
-        sha256: digest over name, type, shape and bytes of every tensor, over ``config.json`` and
-        the drafter's alpha.
-        stamp: digest over name, size and modification time of the checkpoint's files; equal stamps
+        name: Name of the checkpoint's folder.
+        sha256: Digest over name, type, shape and bytes of every tensor, over ``config.json`` and
+            the drafter's alpha.
+        stamp: Digest over name, size and modification time of the checkpoint's files; equal stamps
             spare comparing the bytes.
+        num_parameters: Number of the checkpoint's parameters.
     """
 
     name: str
@@ -95,14 +99,14 @@ class SourceRecord(_Part):
 
 
 class CalibrationRecord(_Part):
-    """Where the scales of a quantized precision come from.
+    """Says where the scales of a quantized precision come from.
 
     Attributes:
-        name: the calibration folder's name, or ``rtn``: each scale is its weights' own largest
-        magnitude.
-        algorithm: that found them.
-        block_size: inputs that share a scale; None where a whole row or tensor does.
-        scales_sha256: of the calibration's scales; None for ``rtn``.
+        name: Name of the calibration's folder; ``rtn`` where each scale is its weights' own largest
+            magnitude.
+        algorithm: Algorithm that found the scales.
+        block_size: Number of inputs that share a scale; None where a whole row or tensor does.
+        scales_sha256: Digest of the calibration's scales; None for ``rtn``.
     """
 
     name: str
@@ -112,7 +116,7 @@ class CalibrationRecord(_Part):
 
 
 class ProfileRecord(_Part):
-    """An optimization profile: fewest, usual and most of each dynamic dimension."""
+    """Holds least, usual and most of each dynamic dimension of a profile."""
 
     batch: tuple[int, int, int]
     rows: tuple[int, int, int]
@@ -126,9 +130,10 @@ class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
     Attributes:
-        profiles: in the engine's order; none if shapes are free (ONNX Runtime).
-        plans: what a forward under each profile moves, by the engine's plan; absent where it holds
-        none that is understood, and in bundles of before.
+        file: File of the engine or graph.
+        profiles: Profiles in the engine's order; none where shapes are free (ONNX Runtime).
+        plans: Bytes that a forward under each profile moves, by the engine's plan; absent where no
+            plan is understood, and in bundles of before.
     """
 
     _left_out = frozenset({"plans"})
@@ -139,23 +144,23 @@ class EngineRecord(_Part):
 
 
 class TargetRecord(_Part):
-    """What was built for one target.
+    """Holds what was built for one target.
 
     Attributes:
-        backend: the library that runs it.
-        device: where it runs.
-        compute_capability: the GPU architecture the engines are for, as ``8.9``; None where any
-        will do.
-        compute_dtype: type of activations and of the K/V cache.
-        placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT
-            engines hold their own copy; ``external``: the portable graphs, which map the pack.
-        capacity: slots of the K/V cache where the engines fix it.
-        workspace_mib: limit on an engine's scratch memory that was asked for.
-        library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
-        only under that version.
-        graphs: one for each graph of the bundle.
-        revision: digest of the code that lowered and compiled the graphs; absent where these are
-        the portable ones, and in bundles of before. Another revision is built again.
+        backend: Library that runs it.
+        device: Device that it runs on.
+        compute_capability: GPU architecture of the engines, as ``8.9``; None where any will do.
+        compute_dtype: Type of activations and of the K/V cache.
+        placement: Place of the weights. ``shared``: they are inputs, bound from the pack.
+            ``baked``: TensorRT engines hold their own copy. ``external``: portable graphs map the
+            pack.
+        capacity: Number of K/V cache slots where the engines fix it.
+        workspace_mib: Limit on an engine's scratch memory that was asked for.
+        library: Name and version of the compiling library, as ``tensorrt_rtx 1.7.1.116``; an engine
+            runs only under that version.
+        graphs: Compiled graphs, one for each graph of the bundle.
+        revision: Digest of the code that lowered and compiled the graphs; absent for the portable
+            ones, and in bundles of before. Another revision is built again.
     """
 
     _left_out = frozenset({"revision"})
@@ -180,16 +185,16 @@ class TargetRecord(_Part):
 
 
 class PrecisionRecord(_Part):
-    """One precision of the model: its weights, its portable graphs, its targets.
+    """Holds one precision of the model: weights, portable graphs and targets.
 
     Attributes:
-        calibration: of quantized precisions, and only of these.
-        packs: where its tensors lie. The first is its own, all of it. Of the others, which belong
-            to other precisions, it reads what these have in common: tensors that are neither
-            quantized nor scales.
-        weight_bytes: size of its tensors.
-        graphs: the portable graph of each role of the bundle.
-        targets: what was built, by name.
+        calibration: Origin of the scales, where the precision is quantized, and only there.
+        packs: Files of its tensors. The first is its own, all of it. The others belong to other
+            precisions, and it reads what they have in common: tensors that are neither quantized
+            nor scales.
+        weight_bytes: Size of its tensors.
+        graphs: Portable graph of each graph name.
+        targets: Built targets, by name.
     """
 
     calibration: CalibrationRecord | None = None
@@ -200,15 +205,15 @@ class PrecisionRecord(_Part):
 
 
 class SamplerRecord(_Part):
-    """The learned sampler of block diffusion.
+    """Names the learned sampler of block diffusion.
 
     Attributes:
-        file: its graph, weights inside; float32, for ONNX Runtime on the CPU.
-        name: the folder's that it was built from.
-        sha256: of the trained weights, ``sampler_sha256`` in that folder's record.
-        num_parameters: of the network, without its token table.
-        block_lengths: that it was trained on; it takes any.
-        threshold: score from which a slot is filled, where nobody says otherwise.
+        file: Graph with its weights; float32, for ONNX Runtime on the CPU.
+        name: Name of the folder that it was built from.
+        sha256: Digest of the trained weights, ``sampler_sha256`` in that folder's record.
+        num_parameters: Number of the network's parameters without its token table.
+        block_lengths: Block lengths of the training; it takes any.
+        threshold: Score from which a slot is filled by default.
     """
 
     file: FileName
@@ -220,17 +225,22 @@ class SamplerRecord(_Part):
 
 
 class Manifest(_Part):
-    """The contents of ``manifest.json``.
+    """Holds the contents of ``manifest.json``.
 
     Attributes:
-        dtype: of every tensor in every pack but the position tables, which are float32, and weights
-        that are quantized; GPUs compute in it.
-        contracts: what each graph takes and returns, whatever the precision: one for each of
-            :data:`trimode.formats.contract.ROLES`, and for ``quadratic`` where it was asked for.
-        precisions: in the order they were built; the first is the one that runs where none is asked
-        for.
-        sampler: None = block diffusion goes by rules alone. The file then has no such field, and
-            readers of the schema that know none take it.
+        schema_version: Version of this schema.
+        trimode_version: Version of the library that wrote the file.
+        model: Facts that decoding needs.
+        source: Checkpoint that the bundle was built from.
+        dtype: Type of all tensors but the position tables, which are float32, and quantized
+            weights; GPUs compute in it.
+        contracts: Inputs and outputs of each graph, whatever the precision: one for each of
+            :data:`trimode.formats.contract.ROLES`, and ``quadratic`` where it was asked for.
+        precisions: Precisions in the order they were built; the first is the default.
+        files: Digests and sizes of all files, by name.
+        libraries: Versions of the libraries that took part.
+        sampler: Learned sampler; None = block diffusion goes by rules alone. The file then has no
+            such field, and readers of the schema that know none take it.
     """
 
     _left_out = frozenset({"sampler"})

@@ -27,7 +27,7 @@ WEIGHTS = "sampler.safetensors"
 
 
 class ShapeRecord(Record):
-    """Sizes of the network, :class:`trimode.graphs.sampler.network.SamplerShape`."""
+    """Holds the sizes of :class:`trimode.graphs.sampler.network.SamplerShape`."""
 
     d_model: int = Field(ge=2)
     num_layers: int = Field(ge=1)
@@ -38,13 +38,18 @@ class ShapeRecord(Record):
 class SamplerTrainingRecord(Record):
     """Holds the figures of the training.
 
+    Losses are binary cross-entropy, in nats a slot.
+
     Attributes:
-        num_states: that it was trained on.
-        first_loss, loss: binary cross-entropy, means over a hundred steps, or all where there were
-        fewer.
-        untrained_loss, best_loss: on the validation prompts, of the untrained network, which scores
-        by the probability, and of the one that is kept.
-        best_step: steps after which that was.
+        num_states: Number of states to train on.
+        steps: Number of steps.
+        seconds: Duration of the training.
+        first_loss, loss: Mean losses over the first and the last hundred steps, or over all where
+            there were fewer.
+        untrained_loss: Loss on the validation prompts of the untrained network, which scores by the
+            probability.
+        best_loss: Loss on the validation prompts of the network that is kept.
+        best_step: Number of steps after which that network was found.
     """
 
     num_states: int
@@ -58,18 +63,19 @@ class SamplerTrainingRecord(Record):
 
 
 class ScoresRecord(Record):
-    """How good scores are, over the masked slots of states of held-out texts.
+    """Measures the scores of masked slots in held-out texts.
 
     Attributes:
         block_length: Block length of the states.
+        num_slots: Number of masked slots.
         share_right: Share of the slots whose best candidate is the target.
-        auc: probability that a right slot has a higher score than a wrong one; None where all slots
-        are the one or the other.
-        loss: binary cross-entropy, nats a slot.
-        calibration_error: mean distance of the score from the share that is right, in ten bins of
-        equal width, weighted by their slots.
-        confidence_auc, confidence_loss, confidence_calibration_error: the same of the best
-            candidate's probability, what thresholds go by.
+        auc: Probability that a right slot has a higher score than a wrong one; None where all slots
+            are the one or the other.
+        loss: Binary cross-entropy, in nats a slot.
+        calibration_error: Mean distance of the score from the share that is right, in ten bins of
+            equal width, weighted by their slots.
+        confidence_auc, confidence_loss, confidence_calibration_error: Figures of the best
+            candidate's probability, which thresholds go by, in the place of the score.
     """
 
     block_length: int
@@ -84,13 +90,19 @@ class ScoresRecord(Record):
 
 
 class DenoisingRecord(Record):
-    """Texts under one policy.
+    """Measures texts under one unmasking policy.
 
     Attributes:
-        same_as_target: share of the texts that are the target's.
-        exact_match: share of the texts that are right: one of the prompt's answers or, for a prompt
+        block_length: Block length of the texts.
+        sampler: Name of the policy.
+        threshold: Threshold of the policy.
+        num_texts: Number of texts.
+        same_as_target: Share of the texts that are the target's.
+        exact_match: Share of the texts that are right: one of the prompt's answers or, for a prompt
             without any, the target's text; None where no prompt has any.
-        tokens_per_forward: new tokens over denoise and commit forwards.
+        num_tokens: Number of new tokens.
+        num_forwards: Number of denoise and commit forwards.
+        tokens_per_forward: ``num_tokens / num_forwards``.
     """
 
     block_length: int
@@ -105,21 +117,31 @@ class DenoisingRecord(Record):
 
 
 class SamplerFile(Record):
-    """The contents of ``sampler.json``.
+    """Holds the contents of ``sampler.json``.
 
     Attributes:
-        source_sha256: digest of the checkpoint without its adapter,
-        :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
+        schema_version: Version of this schema.
+        trimode_version: Version of the library that wrote the file.
+        source_name: Name of the checkpoint's folder.
+        source_sha256: Digest of the checkpoint without its adapter,
+            :meth:`trimode.graphs.identity.SourceDigest.base_hexdigest`.
         calibration: Calibration of the quantized weights; None without.
-        dtype: Data type that its weights were rounded to.
-        target: whose tokens are right: those of denoising one slot a forward, the most probable or
-        the leftmost one, or the model's own.
-        threshold: score from which a slot is filled, where nobody says otherwise; decided on the
-        validation prompts.
-        held_out, validation: Quality of texts under thresholds on the probability and on the
-        score.
+        dtype: Data type that the checkpoint's weights were rounded to.
+        target: Origin of the right tokens: denoising one slot a forward, the most probable or the
+            leftmost one, or the model's own ``ar``.
+        vocab_size: Number of tokens in the vocabulary.
+        mask_token_id: Token of a slot that is not filled yet.
+        shape: Sizes of the network.
+        num_parameters: Number of the network's parameters without its token table.
+        block_lengths: Block lengths of the training.
+        threshold: Score from which a slot is filled by default; the validation prompts decided it.
+        settings: Settings of the training, as given.
+        prompts: Numbers of the prompts.
+        training: Figures of the training.
         scores: Quality of scores on states of held-out texts.
+        held_out, validation: Quality of texts under thresholds on the probability and on the score.
         sampler_sha256: Digest of ``sampler.safetensors``.
+        libraries: Versions of the libraries that took part.
     """
 
     schema_version: int
@@ -146,10 +168,10 @@ class SamplerFile(Record):
 
 
 def load_sampler_record(folder: Path) -> SamplerFile:
-    """Read ``sampler.json``, and see that the weights beside it are those that it describes.
+    """Read ``sampler.json``, and check the digest of the weights beside it.
 
     Raises:
-        CheckpointError: missing, damaged or of another schema.
+        CheckpointError: it is missing, damaged or of another schema, or the weights are others.
     """
     try:
         record = read_record(folder / RECORD, SamplerFile, (SCHEMA_VERSION,))

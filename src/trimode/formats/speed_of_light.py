@@ -1,4 +1,4 @@
-"""``speed_of_light.json``."""
+"""Declares ``speed_of_light.json``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ REPORT = "speed_of_light.json"
 
 
 class WayRecord(Record):
-    """One way to decode, over all prompts.
+    """Measures one strategy of decoding over all prompts.
 
     Attributes:
-        name: Name of the way.
+        name: Name of the strategy.
         target: Text to reproduce: the tokens of serial denoising, or of greedy AR.
-        num_tokens: that came out.
-        nfe: forwards, counted as the reference counts them: in diffusion denoise and commit
-        forwards, in speculation the prefill too.
+        num_tokens: Number of new tokens.
+        nfe: Number of forwards as the reference counts them: denoise and commit forwards of
+            diffusion; in speculation the prefill counts, too.
         tokens_per_forward: ``num_tokens / nfe``.
-        num_steps: of ``nfe``, the denoise forwards of diffusion (what the report counts), the
-        cycles of self-speculation, and all of AR's.
-        tokens_per_step: ``num_tokens / num_steps``; of self-speculation the acceptance length,
-        which knows no limit on new tokens.
-        same_as_target: share of the prompts whose tokens are the target's.
-        num_exhausted: blocks whose search ended at its limit, and which count as denoised serially;
-            None where nothing is searched.
+        num_steps: Number of denoise forwards of diffusion, of cycles of self-speculation, or of all
+            forwards of AR.
+        tokens_per_step: ``num_tokens / num_steps``; for self-speculation the acceptance length,
+            which knows no limit on new tokens.
+        same_as_target: Share of the prompts whose tokens are the target's.
+        num_exhausted: Number of blocks whose search ended at its limit, which count as denoised
+            serially; None where nothing is searched.
     """
 
     name: str
@@ -41,7 +41,7 @@ class WayRecord(Record):
 
 
 class LightReport(Record):
-    """The contents of the file; ``ways`` in the order of the table."""
+    """Holds the contents of the file; ``ways`` are in the order of the table."""
 
     schema_version: int = SCHEMA_VERSION
     trimode_version: str

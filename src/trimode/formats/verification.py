@@ -29,11 +29,12 @@ class _Judged(Record):
 
 
 class CheckpointRecord(Record):
-    """The checkpoint that was compared against.
+    """Names the checkpoint that was compared against.
 
     Attributes:
-        sha256: as in the manifest's ``source``.
-        is_source: whether the bundle was built from these very tensors and this ``config.json``.
+        name: Name of the checkpoint's folder.
+        sha256: Digest of the checkpoint, as in the manifest's ``source``.
+        is_source: True if the bundle was built from these very tensors and this ``config.json``.
     """
 
     name: str
@@ -45,8 +46,8 @@ class BoundsRecord(Record):
     """Holds the tolerances (see :mod:`trimode.compiler.verify.tolerance`).
 
     Attributes:
-        dtype: the compute type the bound follows from.
-        relative: largest error of logits, keys and values over the largest reference value; the
+        dtype: Compute type that the bound follows from.
+        relative: Largest error of logits, keys and values over the largest reference value; the
             mean error may be a sixth of it.
     """
 
@@ -55,18 +56,19 @@ class BoundsRecord(Record):
 
 
 class OutputRecord(_Judged):
-    """One output of a graph in one comparison.
-
-    Attributes:
-        max_error: largest absolute error; None where there is no such number: another shape, NaN,
-        infinity.
-        mean_error: mean absolute error, likewise.
-        scale: the largest absolute reference value; for probabilities, the largest reference logit
-        at this place.
-        tolerance: Largest ``max_error`` allowed.
-        mean_tolerance: Largest ``mean_error`` allowed.
+    """Compares one output of a graph.
 
     Where the reference itself is NaN or infinite, scale and tolerances are 0, and nothing passes.
+
+    Attributes:
+        name: Name of the output.
+        max_error: Largest absolute error; None where there is no such number: another shape, NaN,
+            infinity.
+        mean_error: Mean absolute error, likewise.
+        scale: Largest absolute reference value; for probabilities, the largest reference logit at
+            this place.
+        tolerance: Limit on ``max_error``.
+        mean_tolerance: Limit on ``mean_error``.
     """
 
     name: str
@@ -78,15 +80,16 @@ class OutputRecord(_Judged):
 
 
 class IdsRecord(_Judged):
-    """Token ids of a graph in one comparison.
+    """Compares token ids of a graph.
 
     Attributes:
-        num_compared: ids.
+        name: Name of the output.
+        num_compared: Number of ids.
         num_equal: Number of them equal to the reference's.
-        largest_preference: by how much the reference prefers its own id where they differ, in
-            logits (``greedy_ids``) or in probability (``top_ids``); None where all are equal, or an
-            id is no id.
-        tolerance: Largest value allowed for it.
+        largest_preference: Lead of the reference's own id where ids differ, in logits
+            (``greedy_ids``) or in probability (``top_ids``); None where all are equal, or an id is
+            no id.
+        tolerance: Limit on ``largest_preference``.
     """
 
     name: str
@@ -97,12 +100,12 @@ class IdsRecord(_Judged):
 
 
 class CodesRecord(_Judged):
-    """Holds the quantized inputs of a graph in one comparison.
+    """Compares the quantized inputs of a graph.
 
     Attributes:
-        num_compared: inputs.
+        num_compared: Number of inputs.
         num_other: Number of them that are not the code nearest to the reference's value.
-        refused: by layer, how many are codes that no rounding error explains.
+        refused: Number of codes that no rounding error explains, by layer.
     """
 
     num_compared: int
@@ -116,8 +119,9 @@ class WeightsParity(_Judged):
     The checkpoint's are quantized by the bundle's scales.
 
     Attributes:
-        num_compared: numbers.
-        differs: by layer, how many are not the same, bit for bit.
+        num_layers: Number of quantized layers.
+        num_compared: Number of weights.
+        differs: Number of weights that are not the same, bit for bit, by layer.
     """
 
     num_layers: int
@@ -126,11 +130,12 @@ class WeightsParity(_Judged):
 
 
 class ScalesParity(_Judged):
-    """The bundle's scales and those of its calibration.
+    """Compares the bundle's scales with those of its calibration.
 
     Attributes:
-        calibration: the calibration's name, or ``rtn``.
-        differs: scales that are not the same, bit for bit, or that only one of the two has.
+        calibration: Name of the calibration, or ``rtn``.
+        num_layers: Number of quantized layers.
+        differs: Scales that are not the same, bit for bit, or that only one of the two has.
     """
 
     calibration: str
@@ -139,16 +144,19 @@ class ScalesParity(_Judged):
 
 
 class GraphParity(_Judged):
-    """One forward of one graph, compared with the reference.
+    """Compares one forward of one graph with the reference.
 
     Attributes:
         subject: ``target``: the target's session; ``portable``: the portable graph on a ragged
-        batch, in ONNX Runtime on the CPU.
-        positions: tokens in the cache, per sequence of the batch.
-        rows: new tokens.
-        use_drafter: whether the adapter is on; None for graphs without one.
+            batch, in ONNX Runtime on the CPU.
+        graph: Name of the graph.
+        positions: Number of cached tokens of each sequence of the batch.
+        rows: Number of new tokens.
+        use_drafter: True with the adapter, False without; None for graphs that have none.
+        outputs: Comparisons of the outputs.
+        ids: Comparisons of the token ids.
         codes: Codes of quantized inputs, where visible; the reference has taken them over.
-        has_accepted_length: whether ``accepted_length`` follows from the graph's own greedy ids;
+        has_accepted_length: True if ``accepted_length`` follows from the graph's own greedy ids;
             None for graphs without it.
     """
 
@@ -164,18 +172,22 @@ class GraphParity(_Judged):
 
 
 class TokenParity(_Judged):
-    """One generation, compared with another over the same prompt.
+    """Compares one generation with another over the same prompt.
 
     Attributes:
+        mode: Mode of the generation.
         against: ``reference``: the same mode over the torch trunk; ``ar``: the target's own ar
-        mode.
+            mode.
+        use_drafter: True with the drafter, False without; None where there is no choice.
+        prompt: Index of the prompt.
+        prompt_length: Number of the prompt's tokens.
         num_tokens: Length of the longer of the two.
-        num_equal: places where both have the same token.
-        first_divergence: place of the first token that differs, from 0; None where all are equal.
-        preference: at that place, by how much the reference prefers its own choice, in logits, or
-            in probability for a diffusion slot; None where all are equal or it cannot be told.
-        tolerance: Largest ``preference`` allowed; None where tokens must be equal.
-        nfe, other_nfe: forward passes of the two.
+        num_equal: Number of places where both have the same token.
+        first_divergence: Place of the first token that differs, from 0; None where all are equal.
+        preference: Lead of the reference's own choice at that place, in logits, or in probability
+            for a diffusion slot; None where all are equal or it cannot be told.
+        tolerance: Limit on ``preference``; None where tokens must be equal.
+        nfe, other_nfe: Numbers of forwards of the two.
     """
 
     mode: Mode
@@ -193,13 +205,13 @@ class TokenParity(_Judged):
 
 
 class SamplerParity(_Judged):
-    """The bundle's learned sampler and the network that it was traced from.
+    """Compares the bundle's learned sampler with the network that it was traced from.
 
     Attributes:
         name: Name of the trained sampler's folder.
-        num_scores: that were compared.
-        max_error: largest absolute error; None where a score is no number.
-        tolerance: Largest value allowed for it.
+        num_scores: Number of scores compared.
+        max_error: Largest absolute error; None where a score is no number.
+        tolerance: Limit on ``max_error``.
     """
 
     name: str
@@ -209,20 +221,30 @@ class SamplerParity(_Judged):
 
 
 class Verification(_Judged):
-    """One target of one precision, verified.
+    """Holds the verification of one target of one precision.
 
     Attributes:
-        date: UTC, ISO 8601.
+        date: Time in UTC, ISO 8601.
+        precision: Precision that was verified.
+        target: Target that was verified.
+        backend, device, compute_dtype: Library, device and compute type of the target.
         manifest_sha256: Digest of the bundle's ``manifest.json``; another one means another bundle
             than the one verified.
-        long_position: the position of the long comparisons.
-        original_length: the rope's length before scaling; None where it is not scaled.
-        weight_dtype: the type of the bundle's weights that are not quantized; the reference's are
-        rounded to it, too.
+        checkpoint: Checkpoint that was compared against.
+        seed: Seed for random tokens.
+        long_position: Position of the long comparisons.
+        original_length: Rope's length before scaling; None where it is not scaled.
+        weight_dtype: Type of the bundle's weights that are not quantized; the reference's are
+            rounded to it, too.
+        bounds: Tolerances by subject.
         weights, scales: Results for a quantized precision; ``scales`` None where there was nothing
             to compare them with.
-        sampler: None where the bundle has none, or it was not named.
+        graphs: Comparisons of graphs.
+        tokens: Comparisons of generations.
+        sampler: Comparison of the learned sampler; None where the bundle has none, or it was not
+            named.
         notes: Comparisons left out, with the reason.
+        versions: Versions of the library and of what it used.
     """
 
     date: str
@@ -248,13 +270,13 @@ class Verification(_Judged):
 
 
 class Verifications(Record):
-    """The contents of ``verification.json``: the latest of each target of each precision."""
+    """Holds ``verification.json``: the latest record of each precision and target."""
 
     schema_version: Literal[2] = 2
     verifications: tuple[Verification, ...]
 
     def replaced(self, new: Verification) -> Verifications:
-        """With a new one in place of that of the same target and precision."""
+        """Put a new record in the place of that of the same target and precision."""
         others = (
             old
             for old in self.verifications
@@ -307,7 +329,7 @@ def write_verification(verification: Verification, bundle: Path) -> Path:
 
 
 def check_verification_place(bundle: Path) -> None:
-    """Check before the work that a result can be put into a bundle.
+    """Check that a result can be put into a bundle, before the work.
 
     Raises:
         BundleError: the bundle cannot be written to.
