@@ -17,7 +17,7 @@ _FORCE = "pass `force` to replace it, or choose another output"
 
 
 def read_existing(output: Path) -> Manifest | None:
-    """Read the manifest of the bundle at ``output``; None where there is none.
+    """Read the manifest of an existing bundle; None without one.
 
     Its files must be there in their sizes.
 
@@ -35,7 +35,7 @@ def read_existing(output: Path) -> Manifest | None:
 
 
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
-    """Leave out of a plan the targets that the bundle has exactly as planned."""
+    """Drop the planned targets that the bundle has exactly as planned."""
     there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
     built = {name: record.without_plans() for name, record in there.items()}
     left = {name: record for name, record in plan.records.items() if built.get(name) != record}

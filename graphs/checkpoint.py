@@ -118,7 +118,10 @@ def is_adapter_tensor(name: str) -> bool:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the trunk's weights, ``9 * num_hidden_layers + 3`` of them."""
+    """Names and shapes of the trunk's weights.
+
+    There are ``9 * num_hidden_layers + 3`` of them.
+    """
     hidden, query, key_value, inner = (
         config.hidden_size,
         config.query_size,
@@ -238,7 +241,16 @@ def _match(
 
 
 def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> ModelInfo:
-    """The facts that decoding needs; ``max_length`` None = the model's limit, at most 32768."""
+    """Give the facts that decoding needs.
+
+    Args:
+        checkpoint: Opened checkpoint.
+        max_length: Limit on the tokens of prompt and answer together; None = the model's limit, at
+            most 32768.
+
+    Raises:
+        UsageError: ``max_length`` is out of range.
+    """
     config = checkpoint.config
     limit = config.max_position_embeddings
     if max_length is None:

@@ -18,7 +18,9 @@ from trimode.graphs.checkpoint import Checkpoint, is_adapter_tensor
 
 
 class SourceDigest:
-    """Digests a checkpoint's tensors while somebody reads them, so nothing is read twice.
+    """Digests a checkpoint's tensors while somebody reads them.
+
+    So nothing is read twice.
 
     Args:
         checkpoint: Opened checkpoint, whose :meth:`Checkpoint.read` is wrapped.
@@ -46,7 +48,11 @@ class SourceDigest:
             yield raw
 
     def read_all(self) -> Iterator[int]:
-        """Read every tensor for the digest alone; yields the number of bytes of each piece."""
+        """Read every tensor for the digest alone.
+
+        Yields:
+            Size of each piece, in bytes.
+        """
         for name in self._checkpoint.tensors:
             for raw in self.read(name):
                 yield len(raw)
@@ -100,7 +106,7 @@ def stamp_of(checkpoint: Checkpoint) -> str:
 
 
 def _name_of(file: Path, checkpoint: Checkpoint) -> str:
-    """Name a file relative to the checkpoint, so that it may be moved.
+    """Name a file relative to the checkpoint, which may be moved.
 
     A file of an adapter from elsewhere is named in full.
     """

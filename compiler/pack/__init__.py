@@ -1,1 +1,1 @@
-"""The weight pack: how it is laid out, and how it is written."""
+"""Lays out and writes the weight pack."""

@@ -150,7 +150,11 @@ def _divided(values: Floats, divisor: Floats) -> Floats:
 
 
 def whole_rows(pieces: Iterator[bytes], columns: int) -> Iterator[Floats]:
-    """Regroup the bytes of a float32 matrix into whole rows, ``(rows, columns)`` each."""
+    """Regroup the bytes of a float32 matrix into whole rows.
+
+    Yields:
+        Rows, ``(rows, columns)`` float32.
+    """
     rest = np.empty(0, np.float32)
     for piece in pieces:
         values = np.frombuffer(piece, "<f4")

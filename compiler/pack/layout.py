@@ -182,7 +182,7 @@ def _stream(
 
 
 def _stored(dtype: DType, name: str, entry: TensorEntry, read: Read) -> Iterator[bytes]:
-    """A tensor's bytes in the type of the pack; nothing is read before the first is asked for."""
+    """Yield a tensor's bytes in the pack's type, reading as late as possible."""
     yield from stored_as(dtype, name, entry, read(name))
 
 

@@ -1,4 +1,4 @@
-"""Writes a weight pack, tensor by tensor, in a thread of its own."""
+"""Writes a weight pack in a thread of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) 
 
 
 class PackWriter:
-    """Writes a pack in a thread of its own, once it is started.
+    """Writes a pack in a thread, once it is started.
 
     Args:
         layout: Layout of the pack.
@@ -75,6 +75,6 @@ class PackWriter:
         return self._digest.done()
 
     def stop(self) -> None:
-        """Give up writing, if it has not ended, and wait for the thread."""
+        """Give up writing, if it goes on, and wait for the thread."""
         self._stopped.set()
         self._pool.shutdown()

@@ -85,7 +85,7 @@ def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
 def write_lowered_graphs(
     plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path
 ) -> None:
-    """Write the graphs of ONNX Runtime's targets, each under the name its record gives."""
+    """Write the graphs of ONNX Runtime's targets, named as in their records."""
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
             for role, graph in graphs.items():

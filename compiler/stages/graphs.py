@@ -19,7 +19,7 @@ from trimode.formats.safetensors import PACKED_DTYPES
 
 
 def write_graphs(state: WithPack) -> None:
-    """Save the portable graphs beside the packs they refer to, and check them."""
+    """Save and check the portable graphs beside their packs."""
     advance = state.progress.stage("write graphs", len(state.plan.roles))
     with _stand_ins(state.packs, state.folder):
         for role, graph in state.graphs.items():

@@ -65,7 +65,7 @@ def start_weights(state: WithPack) -> None:
 
 
 def check_weights(state: WithPack) -> None:
-    """Raise what has gone wrong with the weights by now, before more work is done."""
+    """Raise what has gone wrong with the weights by now."""
     state.check_weights()
 
 

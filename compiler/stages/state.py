@@ -1,4 +1,4 @@
-"""Holds what the stages of a build hand on: one class a kind of build."""
+"""Holds what the stages hand on, in one class a kind of build."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ class NewBundle(BuildState):
 
 @dataclass(kw_only=True)
 class Addition(BuildState):
-    """Adds targets or a sampler to a bundle, which was compared with the checkpoint before.
+    """Adds targets or a sampler to a bundle.
+
+    The bundle was compared with the checkpoint before.
 
     Attributes:
         base: Manifest of the bundle.

@@ -27,7 +27,11 @@ def check_numbers(seed: int, max_new_tokens: int) -> None:
 
 
 def check_calibration(model: TriModeModel, calibration: Path | None) -> None:
-    """Raise :class:`UsageError` where a calibration is given for a precision that has none."""
+    """Refuse a calibration for a precision that was built without one.
+
+    Raises:
+        UsageError: the bundle's precision has none.
+    """
     record = model.bundle.chosen.calibration
     if calibration is not None and (record is None or record.scales_sha256 is None):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Runs each graph and the trunk on the same inputs, and compares them.
+"""Runs each graph and the trunk on the same inputs.
 
 Several positions, several numbers of rows, the drafter off and on. Twice: the target's session with
 its own cache, as decoding uses it; and the portable graphs as files, on a ragged batch. These are

@@ -85,7 +85,7 @@ def compare_outputs(
 def _compare_floats(
     run: Any, pair: tuple[int, int], bounds: Mapping[str, _Bounds]
 ) -> list[OutputRecord]:
-    """Compare the largest and the mean error of each output with its bounds."""
+    """Hold the errors of each output to its bounds."""
     # Polygraphy is content when either tolerance holds. A relative one of 0 leaves it to the
     # absolute one.
     largest_errors, mean_errors = (

@@ -47,12 +47,12 @@ def load_reference(
 
 
 class Reference:
-    """Runs the trunk as sessions: as it is, and perturbed within the target's bound.
+    """Runs the trunk as sessions, as it is and perturbed.
 
     Attributes:
         session: The trunk as it is.
         guide: Guide of its quantized inputs; None where it quantizes none.
-        perturbed: Perturbed sessions; none where it quantizes no inputs.
+        perturbed: Sessions perturbed within the target's bound; none where it quantizes no inputs.
     """
 
     def __init__(self, trunk: TriModeTrunk, relative: float, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Compares a bundle with its checkpoint, graph by graph and token by token."""
+"""Compares a bundle with its checkpoint."""
 
 from __future__ import annotations
 
@@ -187,7 +187,10 @@ def _place(model: TriModeModel) -> _Place:
 
 
 def _random_text(model: ModelInfo, position: int, seed: int) -> Ids:
-    """Tokens for the comparisons, one block more than the longest cache, ``(n,)`` int64."""
+    """Draw the tokens of the comparisons, ``(n,)`` int64.
+
+    They are one block more than the longest cache.
+    """
     rng = np.random.default_rng(seed)
     return rng.integers(0, model.vocab_size, position + model.max_block_length)
 
@@ -205,7 +208,7 @@ def _prompts(model: TriModeModel, file: Path, style: PromptStyle) -> list[TokenP
 
 
 class _Comparison:
-    """Compares a bundle with the trunk, graph by graph and token by token."""
+    """Compares a bundle with the trunk: graphs, then tokens."""
 
     def __init__(
         self,
@@ -227,7 +230,11 @@ class _Comparison:
         self._reference = Reference(loaded.trunk, self.bounds["target"].relative, seed)
 
     def graphs(self) -> tuple[list[GraphParity], list[str]]:
-        """The target's graphs and the portable ones, and notes about what was left out."""
+        """Compare the target's graphs and the portable ones.
+
+        Returns:
+            Records, and notes about what was left out.
+        """
         records = self._target()
         if importlib.util.find_spec("onnxruntime") is None:
             return records, [

@@ -331,7 +331,7 @@ def count_generations(model: ModelInfo, num_prompts: int, roles: Sequence[Role] 
 
 
 def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool | None]]:
-    """Modes, self-speculation with and without the drafter where there is one; ar comes first."""
+    """Yield modes with the drafter on, off or None; ar comes first."""
     yield from (("ar", None), ("diffusion", None))
     yield from (
         (("linear_spec", True), ("linear_spec", False))

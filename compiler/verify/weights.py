@@ -114,7 +114,7 @@ def nearest_scales(
     block_size: int | None,
     stored: DType,
 ) -> dict[str, LayerScales]:
-    """The scales of rounding to nearest, from weights that are not quantized yet."""
+    """Take the scales of rounding to nearest from dense weights."""
     weights = {layer: trunk.get_parameter(f"{layer}.weight").numpy(force=True) for layer in layers}
     return {
         layer: LayerScales.of_weight(values, precision, block_size).rounded(precision, stored)
@@ -128,7 +128,7 @@ def compare_weights(
     precision: QuantizedPrecision,
     trunk: TriModeTrunk,
 ) -> WeightsParity:
-    """What the packs' numbers stand for against the reference's weights, bit for bit."""
+    """Compare the packs' numbers with the reference's weights, bit for bit."""
     differs: dict[str, int] = {}
     num_compared = 0
     for layer, scales in layers.items():

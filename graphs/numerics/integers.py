@@ -51,9 +51,9 @@ FORMATS: dict[QuantizedPrecision, Format] = {
 
 
 def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floats:
-    """Give ``amax / largest`` as ``stored`` holds it, in float32; 1 where ``amax`` is 0.
+    """Give ``amax / largest`` as ``stored`` holds it, in float32.
 
-    That of nvfp4, the global scale, is float32 in every pack.
+    It is 1 where ``amax`` is 0. That of nvfp4, the global scale, is float32 in every pack.
 
     Raises:
         BuildError: a scale is too large for ``stored``.
@@ -62,7 +62,7 @@ def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floa
 
 
 def exact_scale(amax: Floats, precision: QuantizedPrecision) -> Floats:
-    """Give ``amax / largest`` in float32, before it is rounded to a type; 1 where ``amax`` is 0."""
+    """Give ``amax / largest`` in float32; 1 where ``amax`` is 0."""
     largest = np.float32(FORMATS[precision].largest)
     return np.where(amax == 0, np.float32(1), amax / largest).astype(np.float32)
 

@@ -39,12 +39,13 @@ _MAKE_AGAIN = f"calibrate this checkpoint: {CALIBRATE}"
 
 @dataclass(frozen=True)
 class Quantization:
-    """What to quantize.
+    """Says what to quantize.
 
     Attributes:
-        layers: by the layer's name, without ``.weight``.
-        record: for the manifest.
-        source_sha256: base digest of the checkpoint that was calibrated; None = any will do.
+        precision: Type of the quantized weights.
+        layers: Scales by the layer's name, without ``.weight``.
+        record: Record of the calibration, for the manifest.
+        source_sha256: Base digest of the checkpoint that was calibrated; None = any will do.
     """
 
     precision: QuantizedPrecision
@@ -63,12 +64,12 @@ class Quantization:
 def load_quantization(
     calibration: Path | Literal["rtn"] | None, precision: QuantizedPrecision, checkpoint: Checkpoint
 ) -> Quantization:
-    """The scales for a build in ``precision``.
+    """Read the scales for a build in ``precision``.
 
     Raises:
         UsageError: no calibration, one for another precision, or ``rtn`` for a type that needs
-        data.
-        CheckpointError: a calibration that cannot be read or does not fit the checkpoint's weights.
+            data.
+        CheckpointError: the calibration cannot be read or does not fit the checkpoint's weights.
     """
     command = f"trimode calibrate CHECKPOINT --precision {precision} --data PROMPTS.jsonl -o CAL"
     if calibration is None:

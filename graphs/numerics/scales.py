@@ -1,4 +1,4 @@
-"""Holds the scales of quantized layers, and says which layers can have them."""
+"""Holds the scales of layers, and says which layers have them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LayerScales:
         pre_quant: Floats | None = None,
         block_size: int | None = None,
     ) -> LayerScales:
-        """Take the scales from the largest magnitudes of the weight and of the input."""
+        """Take the scales from largest magnitudes of weight and input."""
         return cls(
             exact_scale(weight, precision),
             None if input_ is None else exact_scale(input_, precision),
@@ -66,7 +66,7 @@ class LayerScales:
         return cls.from_amax(precision, amax, block_size=block_size)
 
     def rounded(self, precision: QuantizedPrecision, stored: DType) -> LayerScales:
-        """Round the scales as a pack stores them, in ``stored``; those of nvfp4 stay float32.
+        """Round the scales as a pack stores them; those of nvfp4 stay float32.
 
         Raises:
             BuildError: a scale is too large for ``stored``.
@@ -83,7 +83,7 @@ class LayerScales:
 def layer_scales(
     scales: Scales, precision: QuantizedPrecision, block_size: int | None = None
 ) -> dict[str, LayerScales]:
-    """Group a calibration's largest magnitudes by layer, as scales that are not rounded yet.
+    """Group a calibration's largest magnitudes by layer, as exact scales.
 
     Args:
         scales: Tensors from :func:`trimode.formats.calibration.load_calibration`.
@@ -104,10 +104,10 @@ def layer_scales(
 
 
 def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shapes ``(out, in)`` of the layers that can be quantized, in the model's order.
+    """Shapes ``(out, in)`` of the layers that can be quantized.
 
-    These are all weights that hidden states are multiplied with, without the drafter's. The output
-    matrix, :data:`HEAD`, is the last.
+    These are all weights that hidden states are multiplied with, without the drafter's, in the
+    model's order. The output matrix, :data:`HEAD`, is the last.
     """
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
@@ -122,13 +122,16 @@ def linear_scales(
     stored: DType = "float32",
     leave_out: Container[str] = (),
 ) -> dict[str, LayerScales]:
-    """Give a calibration's scales by layer, in alphabetical order, as a pack stores them.
+    """Give a calibration's scales by layer, as a pack stores them.
 
     Args:
         scales: Tensors from :func:`trimode.formats.calibration.load_calibration`.
         precision: Type that the calibration is for.
         stored: Compute type of the bundle.
         leave_out: Layers that stay in high precision.
+
+    Returns:
+        Scales by layer, in alphabetical order.
 
     Raises:
         BuildError: a scale is too large for ``stored``.

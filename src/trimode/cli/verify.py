@@ -98,9 +98,12 @@ def run_verify(
     as_json: bool = False,
     **choices: Unpack[VerifyChoices],
 ) -> bool:
-    """Verify, write ``verification.json``, print what was found; returns whether all of it passed.
+    """Verify, write ``verification.json``, and print what was found.
 
     An earlier ``verification.json`` stays as it is where an error is raised.
+
+    Returns:
+        True if all comparisons passed.
 
     Raises:
         UsageError: an option is out of range, the bundle has no such precision or target, or

@@ -131,7 +131,7 @@ def _graph_table(records: Sequence[GraphParity]) -> Table:
 
 
 def _graph_row(record: GraphParity, output: OutputRecord, *, is_first: bool) -> Iterator[str]:
-    """Cells of one output; the first line of a comparison speaks for its ids too."""
+    """Yield the cells of one output; the first line speaks for the ids."""
     same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
     yield record.graph
     yield record.subject
@@ -166,7 +166,7 @@ def _token_table(records: Sequence[TokenParity]) -> Table:
 
 
 def _preference(record: TokenParity) -> str:
-    """By how much the reference prefers its own token; blank where nothing differs."""
+    """Format the reference's preference; blank where nothing differs."""
     return "" if record.first_divergence is None else _figure(record.preference)
 
 

@@ -22,12 +22,15 @@ _HINTS = {
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room: on the disk, by a quota, or by a limit on files."""
+    """Whether a write failed for want of room.
+
+    That may be the disk's, a quota's, or that of a limit on files.
+    """
     return error.errno in _FULL
 
 
 def mount_of(path: Path) -> Path:
-    """Where the file system is mounted that holds ``path``, or that would hold it."""
+    """Mount point of the file system that holds ``path``, or would hold it."""
     found = Path(os.path.realpath(path))
     while not os.path.ismount(found) and found != found.parent:
         found = found.parent
@@ -35,7 +38,7 @@ def mount_of(path: Path) -> Path:
 
 
 def what_is_wrong(error: OSError, place: Path) -> str:
-    """The reason of an error in a few words; where a disk is full, with the name of that disk.
+    """Describe an error of the system; a full disk is named.
 
     Args:
         error: Error of the system.

@@ -1,4 +1,4 @@
-"""Exchanges the contents of a folder that cannot itself be renamed, one entry at a time.
+"""Exchanges the contents of a folder that cannot itself be renamed.
 
 The marker, the file by which a folder counts as whole, leaves first and comes last. So a run that
 is killed in between leaves a folder without it, and from the names within the next run sees how to
@@ -80,7 +80,7 @@ def _put_back(old: Path, folder: Path, marker: str) -> None:
 
 
 def _move(entry: Path, to: Path) -> None:
-    """Rename it, or where the file system refuses, copy it and delete it."""
+    """Rename an entry, or copy and delete it where that is refused."""
     shutil.move(entry, to)
 
 

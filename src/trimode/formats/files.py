@@ -193,7 +193,7 @@ def _is_replaceable(folder: Path, marker: str) -> bool:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a device or a pipe, over which nothing may be renamed."""
+    """Whether it is a device or a pipe, which nothing may replace."""
     with contextlib.suppress(OSError):
         mode = path.stat().st_mode
         return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
@@ -246,7 +246,7 @@ def _swap(staged: Path, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def made_parents(folder: Path) -> Iterator[None]:
-    """Make the folders above; when the block fails, those that were made vanish again."""
+    """Make the folders above; they vanish again if the block fails."""
     missing = [path for path in folder.parents if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -48,11 +48,14 @@ class NotFinite(NamedTuple):
 
 
 def first_not_finite(values: NDArray[Any] | bytes, dtype: str = "F32") -> NotFinite | None:
-    """The first number that is NaN or infinite; None where all are finite.
+    """Find the first number that is NaN or infinite.
 
     Args:
         values: float32 array of any shape, or raw bytes of ``dtype``.
         dtype: ``F32``, ``F16`` or ``BF16``.
+
+    Returns:
+        Place and name of the number; None where all are finite.
     """
     exponent = _EXPONENTS[dtype]
     signed, unsigned = _INTEGERS[4 if dtype == "F32" else 2]
@@ -96,7 +99,7 @@ class FiniteCheck:
 
 
 def finite_or(other: T, value: float | None) -> float | T:
-    """A number as JSON knows it: ``other`` where it is NaN, infinite or None."""
+    """Give a number as JSON knows it: ``other`` where it is not finite."""
     return other if value is None or not math.isfinite(value) else value
 
 
@@ -109,5 +112,5 @@ def largest(values: Sequence[float]) -> float:
 
 
 def is_within(value: float | None, bound: float) -> bool:
-    """Whether a number is at most ``bound``; never where one of them is NaN or infinite."""
+    """Whether a number is at most ``bound``; NaN and infinity never are."""
     return value is not None and math.isfinite(value) and math.isfinite(bound) and value <= bound

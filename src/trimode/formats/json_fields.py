@@ -26,12 +26,13 @@ _MOST_NAME = 200
 
 @dataclass(frozen=True)
 class Key:
-    """What becomes of a key.
+    """Says what becomes of a key.
 
     Attributes:
-        kind: ``only`` = refused unless its value is one of ``allowed``.
-        reason: why, in one phrase that can stand in a hint.
-        allowed: values of ``only`` besides null, which passes for an absent key.
+        kind: ``understood``: other code reads it. ``neutral``: its value does not matter.
+            ``only``: it is refused unless its value is one of ``allowed``.
+        reason: Reason in one phrase that can stand in a hint.
+        allowed: Values of ``only`` besides null, which passes for an absent key.
     """
 
     kind: Literal["understood", "neutral", "only"]
@@ -53,7 +54,7 @@ def neutral(reason: str, *names: str) -> dict[str, Key]:
 
 
 def only(reason: str, **allowed: Any) -> dict[str, Key]:
-    """Entries of keys that may have one value, or one of a tuple."""
+    """Entries of keys that may have only the values given."""
     return {
         name: Key("only", reason, value if isinstance(value, tuple) else (value,))
         for name, value in allowed.items()
@@ -61,18 +62,18 @@ def only(reason: str, **allowed: Any) -> dict[str, Key]:
 
 
 def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: str) -> None:
-    """Refuse each key that is unknown or has a value that would change the computation.
+    """Refuse each key that is unknown or would change the computation.
 
     ``null`` means "not set" in these files, so it passes wherever an absent key would.
 
     Args:
-        values: the object.
-        table: what becomes of each key.
-        where: file (and field) for messages.
-        advice: what to do about a key that is refused, in one phrase.
+        values: Object to check.
+        table: Entries of the keys that are known.
+        where: File (and field) for messages.
+        advice: Next step after a refusal, in one phrase.
 
     Raises:
-        CheckpointError: names the key.
+        CheckpointError: a key is refused; it is named.
     """
     for name, value in values.items():
         if value is None:
@@ -93,7 +94,10 @@ def check_keys(values: Mapping[str, Any], table: KeyTable, where: str, advice: s
 
 
 class Fields:
-    """A JSON object whose fields are read with their type checked; errors name file and field."""
+    """Reads the fields of a JSON object and checks their types.
+
+    Errors name file and field.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str, advice: str) -> None:
         self.values = values
@@ -113,7 +117,7 @@ class Fields:
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number that float32 holds; an absent one is ``default``, null is refused."""
+        """Read a number that float32 holds; null is refused."""
         value = self.values.get(name, default)
         if not is_number(value):
             raise self.wrong(name, "a number", value)
@@ -148,7 +152,7 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that float32 holds; ``1e999`` parses as infinity."""
+    """Whether a JSON value is a number that float32 holds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -_MOST_FLOAT32 <= value <= _MOST_FLOAT32
@@ -199,7 +203,7 @@ def read_object(path: Path, missing_hint: str) -> dict[str, Any]:
 
 
 def nothing_at(path: Path) -> str:
-    """What lies where no file could be opened: nothing, or a link that leads nowhere."""
+    """Describe the place of a file that cannot be opened."""
     return "a link to a file that is not there" if path.is_symlink() else "none"
 
 

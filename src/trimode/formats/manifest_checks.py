@@ -1,7 +1,7 @@
-"""Finds contradictions inside of a manifest: names that lead nowhere, sizes that cannot be.
+"""Finds contradictions inside of a manifest.
 
 The form of each field is checked when a manifest is read. Here are the rules that tie fields to
-each other.
+each other: names that lead nowhere, sizes that cannot be.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DENSE: tuple[PrecisionName, ...] = ("fp32", "fp16", "bf16")
 
 
 def contradiction(manifest: Manifest) -> str | None:
-    """Describe the first contradiction, "expected ..., found ..."; None where there is none."""
+    """Describe the first contradiction; None where there is none."""
     return next(contradictions(manifest), None)
 
 

@@ -1,4 +1,4 @@
-"""Where an output goes, and where it can be filled before it appears.
+"""Finds where an output goes, and where it is filled before it appears.
 
 A new folder is filled beside its place and renamed. That is not possible where the folder is there
 already and cannot be renamed: a mount point, a folder in a parent that is read-only, the folder
@@ -32,11 +32,11 @@ _USUAL_NAME_MAX = 255
 
 @dataclass(frozen=True)
 class Place:
-    """Where an output goes.
+    """Says where an output goes.
 
     Attributes:
-        folder: the output, absolute, with links followed.
-        is_beside: whether it is filled beside and renamed, or filled within.
+        folder: Folder of the output, absolute, with links followed.
+        is_beside: True if it is filled beside and renamed, False if it is filled within.
     """
 
     folder: Path
@@ -165,7 +165,7 @@ def _name_max(parent: Path) -> int:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Write a file and a folder, which is what the work will do."""
+    """Write a file and a folder, as the work will do."""
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as name:
         (Path(name) / "try").write_bytes(b"x")
 

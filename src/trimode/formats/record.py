@@ -16,7 +16,7 @@ from trimode.formats.texts import Unreadable, parse_json, read_text, reason_of
 
 
 class Record(BaseModel):
-    """Holds one record: it cannot be changed, and a field that it does not know is refused."""
+    """Holds one record, which cannot change and takes no unknown field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,10 +25,10 @@ R = TypeVar("R", bound=Record)
 
 
 class OtherVersion(Unreadable):
-    """A record of another schema.
+    """Says that a record is of another schema.
 
     Attributes:
-        found: its version.
+        found: Version of the record.
     """
 
     def __init__(self, expected: Sequence[int], found: int) -> None:

@@ -65,7 +65,7 @@ _DTYPES: dict[str, DType] = {name: dtype for dtype, name in _PLAIN.items()}
 
 
 class Malformed(Unreadable):
-    """A file is no safetensors file.
+    """Says that a file is no safetensors file.
 
     Attributes:
         hint: Next step for the owner of a checkpoint.
@@ -118,14 +118,14 @@ class TensorEntry:
 
 
 class Header(NamedTuple):
-    """Holds a file's header: its tensors by name, and what its metadata says."""
+    """Holds a file's tensors by name, and its metadata."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, Any]
 
 
 def read_header(path: Path) -> Header:
-    """Read the header, and check that the file holds exactly the bytes that it promises.
+    """Read the header, and check that the file holds what it promises.
 
     Entries may have any type of the format.
 
@@ -178,10 +178,10 @@ def read_safetensors_header(
 
 
 def check_readable(name: str, entry: TensorEntry) -> None:
-    """Refuse a tensor whose type is none of those that checkpoints of this family have.
+    """Refuse a tensor of a type that checkpoints of this family lack.
 
     Raises:
-        CheckpointError: names the tensor.
+        CheckpointError: the type is another; the tensor is named.
     """
     if entry.dtype not in ITEM_SIZES:
         raise CheckpointError(
@@ -192,9 +192,10 @@ def check_readable(name: str, entry: TensorEntry) -> None:
 
 
 def to_float32(raw: bytes | NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor to numbers, ``(n,)``.
+    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor, exactly.
 
-    Each of these values is exact in float32. Bytes of ``F32`` are not copied.
+    Returns:
+        Numbers, ``(n,)``. Bytes of ``F32`` are not copied.
     """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
@@ -292,7 +293,7 @@ def read_pack_header(path: Path) -> dict[str, PackEntry]:
 
 
 def _packed_dtype(metadata: Mapping[str, Any]) -> DType:
-    """The packed type of a file: the first word of what its metadata says of ``U8``."""
+    """Find the packed type of a file in what its metadata says of ``U8``."""
     found = str(metadata.get("U8", "int4")).partition(",")[0]
     for dtype in PACKED_DTYPES:
         if dtype == found:

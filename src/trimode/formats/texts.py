@@ -15,11 +15,11 @@ from typing import Any
 
 
 class Unreadable(Exception):  # noqa: N818  (a reason to be worded by the caller, not an error that reaches a user)
-    """A text cannot be used.
+    """Says that a text cannot be used.
 
     Attributes:
-        reason: why, in one line.
-        is_missing: whether there is no file at all.
+        reason: Reason in one line.
+        is_missing: True if there is no file at all.
     """
 
     def __init__(self, reason: str, *, is_missing: bool = False) -> None:
@@ -29,7 +29,9 @@ class Unreadable(Exception):  # noqa: N818  (a reason to be worded by the caller
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file whole, with its line ends as they are, without a byte order mark.
+    """Read a UTF-8 file whole, without a byte order mark.
+
+    Line ends stay as they are.
 
     Raises:
         Unreadable: the file is missing, may not be read, or is not UTF-8.
@@ -64,7 +66,9 @@ def decode_text(raw: bytes) -> str:
 
 
 def read_json(path: Path, *, unique: bool = False) -> Any:
-    """Read a JSON file, a byte order mark or not; ``unique`` as for :func:`parse_json`.
+    """Read a JSON file, with or without a byte order mark.
+
+    ``unique`` is as for :func:`parse_json`.
 
     Raises:
         Unreadable: the file cannot be read or is not JSON.
@@ -120,7 +124,7 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def is_whole_text(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, so that it can be written in UTF-8."""
+    """Whether a text can be written in UTF-8: no half of a surrogate pair."""
     return not any(map(_is_surrogate, text))
 
 

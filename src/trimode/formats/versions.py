@@ -1,4 +1,4 @@
-"""Says which versions of Python and of libraries are here, for records and digests."""
+"""Finds the versions of Python and of libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PYTHON = "python"
 
 
 def version_of(name: str) -> str | None:
-    """Version of a distribution, or of Python itself; None where it is not installed."""
+    """Version of a distribution or of Python; None if it is not installed."""
     if name == PYTHON:
         return platform.python_version()
     try:
@@ -20,6 +20,6 @@ def version_of(name: str) -> str | None:
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions by name, in the order given; what is not installed is left out."""
+    """Versions by name, in the order given, of what is installed."""
     found = ((name, version_of(name)) for name in names)
     return {name: version for name, version in found if version is not None}
