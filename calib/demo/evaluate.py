@@ -26,7 +26,7 @@ THRESHOLD = 0.9
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedExample:
     """Holds an example as token ids.
 
     ``expected`` are all right answers, each with its end token.
@@ -131,7 +131,7 @@ def evaluate(
     )
 
 
-def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Question]:
+def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[EncodedExample]:
     """Held-out questions of a family, as token ids."""
     return [
         _question(example, tokenizer)
@@ -246,9 +246,11 @@ def _model_info(trunk: TriModeTrunk, block_length: int) -> ModelInfo:
     )
 
 
-def _question(example: Example, tokenizer: Tokenizer) -> Question:
+def _question(example: Example, tokenizer: Tokenizer) -> EncodedExample:
     expected = [tokenizer.encode(answer + IM_END).ids for answer in example.answers]
-    return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected)
+    return EncodedExample(
+        example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected
+    )
 
 
 def _greedy_batch(

@@ -34,7 +34,7 @@ class Settings:
 
 
 @dataclass
-class Progress:
+class DemoProgress:
     """What a training run has done so far.
 
     Attributes:
@@ -49,7 +49,7 @@ class Progress:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-Report = Callable[[Progress, float], None]
+Report = Callable[[DemoProgress, float], None]
 
 
 class Training(ABC):
@@ -66,7 +66,7 @@ class Training(ABC):
         self, trunk: TriModeTrunk, tokenizer: Tokenizer, settings: Settings, state: Path
     ) -> None:
         self.trunk, self.tokenizer, self.settings, self.state = trunk, tokenizer, settings, state
-        self.progress = Progress()
+        self.progress = DemoProgress()
         weights = [p for n, p in trunk.named_parameters() if "lora_" not in n]
         groups = [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -77,7 +77,7 @@ class Training(ABC):
             groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8
         )
 
-    def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> Progress:
+    def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> DemoProgress:
         """Train until the budget is used up, counting what an earlier run has used.
 
         ``report`` is called after each step.
@@ -129,7 +129,7 @@ class Training(ABC):
         }
         self.trunk.load_state_dict({**state["trunk"], **adapter})
         self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        self.progress = DemoProgress(**state["progress"])
 
     @abstractmethod
     def _begin(self, seed: int) -> None:

@@ -35,8 +35,8 @@ from trimode.formats.drafter import (
     SCHEMA_VERSION,
     Comparison,
     DrafterRecord,
+    DrafterTrainingRecord,
     Kept,
-    TrainingRecord,
 )
 from trimode.formats.files import check_apart, check_replaceable, staged_replacement
 from trimode.formats.texts import name_of
@@ -286,7 +286,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> DrafterRecord:
             num_validation=len(answers.validation),
             num_held_out=len(answers.held_out),
         ),
-        training=TrainingRecord(
+        training=DrafterTrainingRecord(
             steps=done.step,
             seconds=done.seconds,
             first_loss=done.first_loss,

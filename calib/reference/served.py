@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimode.calib.reference.fake_quant import linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.calib.reference.torch_session import load_trunk
 from trimode.formats.calibration import Calibration, check_source, load_calibration
 from trimode.formats.contract import DType
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.scales import linear_scales
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def load_served(
     """
     digest = SourceDigest(checkpoint)
     if calibration is None:
-        trunk = load_trunk(checkpoint, num_positions, dtype, digest)
+        trunk = load_trunk(checkpoint, num_positions, dtype, digest.read)
         return ServedTrunk(trunk, digest.base_hexdigest(), digest.hexdigest(), None)
     record, scales = load_calibration(calibration)
     layers = linear_scales(scales, record.precision, dtype)
     # A bundle quantizes the weights as they are in the checkpoint, not what rounding to its type
     # would leave of them.
     trunk = load_trunk(
-        checkpoint, num_positions, dtype, digest, exact={f"{name}.weight" for name in layers}
+        checkpoint, num_positions, dtype, digest.read, exact={f"{name}.weight" for name in layers}
     )
     check_source(str(calibration), record.source_sha256, digest.base_hexdigest())
     quantize_trunk(trunk, record.precision, layers)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from trimode.formats.contract import ROLES, TOP_K, DType, Role
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.attention import GrowingCacheAttention
 from trimode.graphs.decoder.trunk import TriModeTrunk
-from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.stored import stored_as
 from trimode.runtime.sessions.base import Array, Ids, KVCache
 
 LayerSlots = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ def load_trunk(
     checkpoint: Checkpoint,
     num_positions: int,
     stored: DType = "float32",
-    digest: SourceDigest | None = None,
+    read: Read | None = None,
     exact: Container[str] = (),
 ) -> TriModeTrunk:
     """Load a checkpoint's trunk in float32, ready for inference.
@@ -43,7 +43,8 @@ def load_trunk(
         checkpoint: an opened checkpoint.
         num_positions: rows of the position tables.
         stored: the type that weights are rounded to first, as a bundle stores them.
-        digest: Digest of the same checkpoint; has seen all of it afterwards.
+        read: Function that reads the tensors, in the checkpoint's order; None = the checkpoint's
+            own. A :class:`trimode.graphs.identity.SourceDigest` has seen all of it afterwards.
         exact: names of the weights that are not rounded, because something else will be done to
             them: those that a bundle quantizes.
 
@@ -51,7 +52,7 @@ def load_trunk(
         CheckpointError: a file of the checkpoint ends too early.
         BuildError: a weight is too large for ``stored``.
     """
-    drafter, digest = checkpoint.drafter, digest or SourceDigest(checkpoint)
+    drafter, read = checkpoint.drafter, read or checkpoint.read
     with torch.device("meta"):  # no weight is drawn that would be replaced at once
         trunk = TriModeTrunk(
             checkpoint.config,
@@ -62,7 +63,7 @@ def load_trunk(
     weights = {}
     for name, entry in checkpoint.tensors.items():
         dtype: DType = "float32" if name in exact else stored
-        raw = bytearray().join(digest.read(name, dtype))
+        raw = bytearray().join(stored_as(dtype, name, entry, read(name)))
         weights[name] = (
             torch.frombuffer(raw, dtype=getattr(torch, dtype)).float().reshape(entry.shape)
         )

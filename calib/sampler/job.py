@@ -23,7 +23,7 @@ from trimode.calib.sampler.measure import choose_threshold, measure_scores, meas
 from trimode.calib.sampler.scorer import TorchScorer
 from trimode.calib.sampler.settings import SamplerJobSettings
 from trimode.calib.sampler.training import SamplerProgress, SamplerTraining, new_sampler
-from trimode.calib.sampler.trajectories import RecordingSession, States, join, write_states
+from trimode.calib.sampler.trajectories import StateRecorder, States, join, write_states
 from trimode.calib.training.checkpoint_writer import write_json
 from trimode.calib.training.loop import run_training
 from trimode.calib.training.records import scales_record, versions
@@ -44,8 +44,8 @@ from trimode.formats.sampler import (
     WEIGHTS,
     DenoisingRecord,
     SamplerFile,
+    SamplerTrainingRecord,
     ShapeRecord,
-    TrainingRecord,
 )
 from trimode.formats.texts import name_of
 from trimode.graphs.checkpoint import Checkpoint
@@ -174,7 +174,7 @@ def _write_states(job: _Job, split: Split, state: RunState) -> _Data:
     Block lengths may come in any order: each prompt has a seed of its own.
     """
     session, settings, texts = (
-        RecordingSession(TorchSession(job.served.trunk)),
+        StateRecorder(TorchSession(job.served.trunk)),
         job.settings,
         split.texts,
     )
@@ -275,7 +275,7 @@ def _record(job: _Job, run: _Run, calibration: Path | None) -> SamplerFile:
             num_validation=len(split.validation),
             num_held_out=len(split.held_out),
         ),
-        training=TrainingRecord(
+        training=SamplerTrainingRecord(
             num_states=sum(len(part.blocks) for part in run.data.train.values()),
             steps=done.step,
             seconds=done.seconds,

@@ -79,7 +79,7 @@ class _Notes:
     last_causal: Ids | None = None
 
 
-class RecordingSession(SessionView):
+class StateRecorder(SessionView):
     """Notes the states of blocks, and runs nothing twice until :meth:`forget`.
 
     Right only where one sequence denoises, from the same place, again and again, and is rolled back
@@ -163,7 +163,7 @@ class _KnowsTargets:
 
 
 def write_states(
-    session: RecordingSession,
+    session: StateRecorder,
     model: ModelInfo,
     prompt: Text,
     block_length: int,
@@ -231,7 +231,7 @@ def batches(states: States, batch_size: int, generator: torch.Generator) -> Iter
 
 
 def _one_by_one(
-    session: RecordingSession,
+    session: StateRecorder,
     sequence: DecodedSequence,
     limits: DecodeOptions,
     sampler: SamplerName,

@@ -53,7 +53,7 @@ from trimode.formats.calibration import (
     RECORD,
     SCHEMA_VERSION,
     Calibration,
-    DataRecord,
+    CalibrationDataRecord,
     LayerRecord,
     Scales,
     save_calibration,
@@ -234,7 +234,7 @@ class _Job:
             source_name=name_of(self.checkpoint.path),
             source_sha256=facts["source_sha256"],
             scales_sha256="",
-            data=DataRecord(
+            data=CalibrationDataRecord(
                 sha256=facts["data_sha256"],
                 num_samples=num_samples,
                 seed=self.settings.seed,

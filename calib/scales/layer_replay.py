@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trimode.calib.reference.episodes import Episode, Forward, forwards_of, pattern_for
+from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.mapped import float32_tensor, load_layer
 from trimode.calib.reference.torch_session import TorchCache
-from trimode.calib.scales.layers import HEAD
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
+from trimode.graphs.numerics.scales import HEAD
 
 Hidden = NDArray[np.float32]
 """Hidden states of all rows of all forwards in the order of the replay, ``(rows, hidden_size)``."""
@@ -43,7 +43,7 @@ class Part(Protocol):
     device: str
     linears: dict[str, nn.Linear]
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:
         """Take ``x (rows, hidden_size)`` through; ``text`` is the episode's cache of this part."""
         ...
 
@@ -71,7 +71,7 @@ class DecoderPart:
                 lambda _module, inputs, name=name: captured.__setitem__(name, inputs[0])
             )
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:
         """Run the layer on a forward."""
         positions = torch.arange(
             forward.past_length, forward.past_length + len(forward.ids), device=x.device
@@ -101,7 +101,7 @@ class HeadPart:
             HEAD: linear_of(float32_tensor(checkpoint.tensors[f"{HEAD}.weight"], device))
         }
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
         """Run the norm and give the head's inputs."""
         return Step({HEAD: self._norm(x)[forward.first_logits_row :]}, x[:0])
 
@@ -118,7 +118,7 @@ def linear_of(weight: Tensor) -> nn.Linear:
 @torch.no_grad()
 def replay(
     part: Part, episodes: Sequence[Episode], hidden: Hidden
-) -> Iterator[tuple[Forward, Step]]:
+) -> Iterator[tuple[ReplayedForward, Step]]:
     """Run every forward of the episodes through a part, from the hidden states that enter it."""
     begin = 0
     for episode in episodes:

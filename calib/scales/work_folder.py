@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from trimode.calib.reference.episodes import Block, Episode
+from trimode.calib.reference.episodes import BlockForward, Episode
 from trimode.calib.scales.layer_replay import Hidden
 from trimode.errors import UsageError
 from trimode.formats.calibration import LayerRecord, Scales
@@ -278,4 +278,4 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _episode(tokens: list[int], prompt_length: int, blocks: list[Any]) -> Episode:
-    return Episode(tokens, prompt_length, tuple(Block(*block) for block in blocks))
+    return Episode(tokens, prompt_length, tuple(BlockForward(*block) for block in blocks))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from trimode.formats.verification import (
     TokenParity,
     Verification,
 )
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.progress import Advance, Progress
@@ -53,7 +53,7 @@ DEFAULT_LONG_POSITION = 1024
 LONGEST_PORTABLE = 2048
 """Most tokens in the cache that is handed to a portable graph, whole, as an input."""
 Record = TypeVar("Record")
-LIBRARIES = ("torch", "onnxruntime", "polygraphy", "numpy")
+LIBRARIES = (PYTHON, "torch", "onnxruntime", "polygraphy", "numpy")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def verify(
     prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    loaded = load_reference(model, checkpoint, digest, request.calibration)
+    loaded = load_reference(model, checkpoint, digest.read, request.calibration)
     advance(1)
     bounds: dict[Subject, Tolerance] = {
         "target": tolerance_for(_place(model).compute_dtype, info.num_hidden_layers),
@@ -163,7 +163,7 @@ def _describe(
         graphs=tuple(found.graphs),
         tokens=tuple(found.tokens),
         notes=tuple(found.notes),
-        versions=_versions(),
+        versions={"trimode": trimode.__version__, **versions(LIBRARIES)},
     )
 
 
@@ -347,13 +347,3 @@ def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:
         collected.append(record)
         advance(1)
     return collected
-
-
-def _versions() -> dict[str, str]:
-    found = {"trimode": trimode.__version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -30,7 +30,7 @@ from trimode.calib.sampler.job import train_sampler
 from trimode.calib.sampler.measure import auc, calibration_error, choose_threshold, cross_entropy
 from trimode.calib.sampler.settings import SamplerJobSettings
 from trimode.calib.sampler.training import SamplerTraining, new_sampler, validation_loss
-from trimode.calib.sampler.trajectories import RecordingSession, States, join, write_states
+from trimode.calib.sampler.trajectories import StateRecorder, States, join, write_states
 from trimode.calib.training.budget import Budget
 from trimode.calib.training.run_state import state_file
 from trimode.errors import BuildError, CheckpointError, UsageError
@@ -93,7 +93,7 @@ def session_of(folder: Path) -> TorchSession:
 
 
 def states_of(folder: Path, prompt: list[int], length: int, target: Any, count: int = 11) -> States:
-    recorder = RecordingSession(session_of(folder))
+    recorder = StateRecorder(session_of(folder))
     return write_states(
         recorder,
         describe_model(open_checkpoint(folder), 512),

@@ -40,7 +40,7 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import dequantize
 from trimode.graphs.numerics.nvfp4 import decode
-from trimode.graphs.numerics.scales import load_quantization
+from trimode.graphs.numerics.quantization import load_quantization
 from trimode.runtime.bundle.weights import WeightPack
 
 CONFIG = {
@@ -84,7 +84,7 @@ def calibrated(
     opened, rng, scales = open_checkpoint(checkpoint), np.random.default_rng(3), {}
     digest = SourceDigest(opened)
     for name in opened.tensors:
-        weight = np.frombuffer(b"".join(digest.read(name, "float32")), np.float32).reshape(
+        weight = np.frombuffer(b"".join(digest.read(name)), np.float32).reshape(
             opened.tensors[name].shape
         )
         layer = name.removesuffix(".weight")
@@ -154,7 +154,7 @@ def test_bytes_and_weights_are_those_of_a_pack(checkpoint: Path, tmp_path: Path,
     quantization = load_quantization(
         "rtn" if name in ROUNDED else Path(spec), candidate.precision, opened
     )
-    layout, _ = plan_pack(opened, NUM_POSITIONS, COMPUTE_TYPE, quantization)
+    layout = plan_pack(opened, NUM_POSITIONS, COMPUTE_TYPE, quantization)
     write_pack(layout, tmp_path / "pack", lambda _: None)
     pack = WeightPack(tmp_path / "pack")
 
@@ -235,7 +235,8 @@ def test_a_calibration_with_layers_left_out_builds(
 
     opened = open_checkpoint(checkpoint)
     plan = make_plan(opened, BuildOptions(calibration=tmp_path / "cal2"))
-    layout, digest = plan_pack(opened, NUM_POSITIONS, plan.dtype, plan.quantization)
+    digest = SourceDigest(opened)
+    layout = plan_pack(opened, NUM_POSITIONS, plan.dtype, plan.quantization, read=digest.read)
     write_pack(layout, tmp_path / "pack", lambda _: None)
     assert plan.quantization is not None
     plan.quantization.check_source(digest.base_hexdigest())

@@ -65,7 +65,7 @@ class Fidelity:
         return max(-1.0, min(1.0, _finite(self._cosines) / self.num_rows))
 
 
-class Divergence:
+class ProbabilityDivergence:
     """Kullback-Leibler divergence and top-1 agreement of next-token probabilities."""
 
     def __init__(self) -> None:

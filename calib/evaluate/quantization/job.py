@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -24,7 +22,7 @@ from trimode.calib.evaluate.quantization.decoding import (
     same_tokens,
 )
 from trimode.calib.evaluate.quantization.fidelity import Fidelity
-from trimode.calib.evaluate.quantization.lockstep import ByRole, Comparison
+from trimode.calib.evaluate.quantization.lockstep import ByRole, Lockstep
 from trimode.calib.evaluate.quantization.questions import (
     Decoding,
     QualitySettings,
@@ -42,17 +40,18 @@ from trimode.errors import UsageError
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.formats.evaluation import (
     SCHEMA_VERSION,
-    DataRecord,
     DecodingRecord,
     DivergenceRecord,
     FidelityRecord,
+    MeasuredPrecision,
     ModeName,
-    OutputRecord,
-    PrecisionRecord,
+    OutputFidelity,
+    QuestionsRecord,
     Report,
 )
 from trimode.formats.files import check_replaceable, staged_replacement
 from trimode.formats.texts import name_of
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
@@ -126,7 +125,7 @@ def measure(
         trimode_version=trimode.__version__,
         source_name=name_of(checkpoint.path),
         source_sha256=digest,
-        data=DataRecord(
+        data=QuestionsRecord(
             sha256=questions_sha256,
             num_questions=len(drawn),
             num_answers=sum(bool(question.answers) for question in drawn),
@@ -140,10 +139,7 @@ def measure(
         compute_type=COMPUTE_TYPE,
         dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
         precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
-        libraries={
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-        },
+        libraries=versions((PYTHON, *LIBRARIES)),
     )
 
 
@@ -182,7 +178,7 @@ def read_original(
     """
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    trunk = load_trunk(checkpoint, model.num_positions, digest=digest)
+    trunk = load_trunk(checkpoint, model.num_positions, read=digest.read)
     for candidate in candidates:
         candidate.check_source(digest.base_hexdigest())
     advance(1)
@@ -258,7 +254,7 @@ class _Bench:
 
 def _measure_candidate(
     bench: _Bench, candidate: Candidate, checkpoint: Checkpoint
-) -> PrecisionRecord:
+) -> MeasuredPrecision:
     layers = candidate.linear_scales(bench.trunk)
     quantized = quantized_copy(bench.trunk, candidate.precision, layers)
     advance = bench.progress.stage(
@@ -276,11 +272,11 @@ def _measure_candidate(
     # in the model's order
     names = [name for name, _ in bench.trunk.named_modules() if name in layers]
     # numbers the quantized's layers anew: after it has answered
-    comparison = Comparison(bench.trunk, quantized, names)
+    comparison = Lockstep(bench.trunk, quantized, names)
     comparison.run(
         bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes))
     )
-    return PrecisionRecord(
+    return MeasuredPrecision(
         name=candidate.name,
         precision=candidate.precision,
         algorithm=candidate.algorithm,
@@ -290,7 +286,7 @@ def _measure_candidate(
         local={name: _fidelity(by_role) for name, by_role in comparison.local.items()},
         accumulated=tuple(_fidelity(by_role) for by_role in comparison.accumulated),
         outputs={
-            role: OutputRecord(
+            role: OutputFidelity(
                 num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement
             )
             for role, one in comparison.outputs.items()
@@ -300,13 +296,13 @@ def _measure_candidate(
 
 
 def _original_record(
-    bench: _Bench, checkpoint: Checkpoint, other: PrecisionRecord
-) -> PrecisionRecord:
+    bench: _Bench, checkpoint: Checkpoint, other: MeasuredPrecision
+) -> MeasuredPrecision:
     """Record the original beside itself.
 
     Its answers are measured, and nothing else differs. ``other`` says which rows there are.
     """
-    return PrecisionRecord(
+    return MeasuredPrecision(
         name="float32",
         precision=None,
         algorithm=None,
@@ -316,7 +312,7 @@ def _original_record(
         local={},
         accumulated=tuple(dict.fromkeys(by_role, _LOSSLESS) for by_role in other.accumulated),
         outputs={
-            role: OutputRecord(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0)
+            role: OutputFidelity(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0)
             for role, one in other.outputs.items()
         },
         decoding=bench.decoding_records(bench.trunk, bench.answers),

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimode.calib.evaluate.quantization.fidelity import Divergence, Fidelity
-from trimode.calib.reference.episodes import Episode, Forward, forwards_of, pattern_for
+from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
+from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.torch_session import TorchCache
 from trimode.formats.contract import Role
 from trimode.graphs.decoder.attention import AttentionPattern
@@ -24,7 +24,7 @@ Advance = Callable[[int], None]
 ByRole = dict[Role, Fidelity]
 
 
-class Comparison(nn.Module):
+class Lockstep(nn.Module):
     """Two trunks that are run as one, and what their difference comes to, by role.
 
     Args:
@@ -66,7 +66,7 @@ class Comparison(nn.Module):
             cast("Any", block).self_attn.index = blocks + index - first_block
         self.local: dict[str, ByRole] = {name: {} for name in layers}
         self.accumulated: list[ByRole] = [{} for _ in range(blocks)]
-        self.outputs: dict[Role, Divergence] = {}
+        self.outputs: dict[Role, ProbabilityDivergence] = {}
 
     @torch.no_grad()
     def run(self, episodes: Sequence[Episode], advance: Advance) -> None:
@@ -78,7 +78,7 @@ class Comparison(nn.Module):
                     self._run(forward, pattern_for(forward, text))
                 advance(1)
 
-    def _run(self, forward: Forward, attend: TorchCache) -> None:
+    def _run(self, forward: ReplayedForward, attend: TorchCache) -> None:
         device = self._original.diffusion_head.weight.device
         self._role = forward.role
         positions = torch.arange(
@@ -117,7 +117,7 @@ class Comparison(nn.Module):
         x, y = hidden.chunk(2, -1)
         logits = self._original.head(x)
         assert self._role is not None
-        self.outputs.setdefault(self._role, Divergence()).add(logits, self._twin.head(y))
+        self.outputs.setdefault(self._role, ProbabilityDivergence()).add(logits, self._twin.head(y))
         return logits
 
     @contextmanager

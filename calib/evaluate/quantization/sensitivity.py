@@ -22,7 +22,7 @@ from trimode.calib.evaluate.quantization.decoding import (
     same_tokens,
 )
 from trimode.calib.evaluate.quantization.job import read_original
-from trimode.calib.evaluate.quantization.lockstep import Comparison
+from trimode.calib.evaluate.quantization.lockstep import Lockstep
 from trimode.calib.evaluate.quantization.questions import (
     Decoding,
     QualitySettings,
@@ -32,13 +32,12 @@ from trimode.calib.evaluate.quantization.questions import (
 )
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
-from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchSession
 from trimode.errors import BuildError, UsageError
 from trimode.formats.calibration import (
     SCHEMA_VERSION,
     Calibration,
-    DataRecord,
+    CalibrationDataRecord,
     Scales,
     SensitivityRecord,
     save_calibration,
@@ -46,6 +45,7 @@ from trimode.formats.calibration import (
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.numerics.scales import LayerScales
 from trimode.progress import Progress
 
 DEFAULT_RANKING_SAMPLES = 8
@@ -61,7 +61,7 @@ no token.
 
 
 @dataclass(frozen=True)
-class Budget:
+class DropLimit:
     """Says how much exact match may be lost.
 
     A question counts as matched where its answer is known and the text is exactly that, or where it
@@ -101,7 +101,7 @@ def search(
     candidate: Candidate,
     questions: Sequence[Question],
     questions_sha256: str,
-    budget: Budget,
+    budget: DropLimit,
     settings: QualitySettings,
     *,
     progress: Progress,
@@ -157,7 +157,7 @@ def search(
 def rank_layers(
     trunk: TriModeTrunk,
     candidate: Candidate,
-    layers: dict[str, LinearScales],
+    layers: dict[str, LayerScales],
     episodes: Sequence[Episode],
     progress: Progress,
 ) -> dict[str, float]:
@@ -170,9 +170,9 @@ def rank_layers(
     """
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
-    def divergences(some: dict[str, LinearScales], first_block: int) -> dict[Role, float]:
+    def divergences(some: dict[str, LayerScales], first_block: int) -> dict[Role, float]:
         quantized = quantized_copy(trunk, candidate.precision, some)
-        comparison = Comparison(trunk, quantized, first_block=first_block, outputs_alone=True)
+        comparison = Lockstep(trunk, quantized, first_block=first_block, outputs_alone=True)
         comparison.run(episodes, advance)
         return {role: one.kl_nats for role, one in comparison.outputs.items()}
 
@@ -247,7 +247,7 @@ class _Trials:
 
     original: _Original
     candidate: Candidate
-    layers: dict[str, LinearScales]
+    layers: dict[str, LayerScales]
     ranking: Sequence[str]
     settings: QualitySettings
     to_text: ToText | None
@@ -255,7 +255,7 @@ class _Trials:
     _drops: dict[int, dict[Mode, float]] = field(default_factory=dict)
 
     def drops(self, num_kept: int) -> dict[Mode, float]:
-        """Points that each mode drops; see :class:`Budget`."""
+        """Points that each mode drops; see :class:`DropLimit`."""
         if num_kept not in self._drops:
             self._drops[num_kept] = self._measure(num_kept)
         return self._drops[num_kept]
@@ -305,7 +305,7 @@ def _answer_originally(
     return _Original(trunk, model, questions, answers), episodes
 
 
-def _fewest_kept(trials: _Trials, num_layers: int, budget: Budget) -> int:
+def _fewest_kept(trials: _Trials, num_layers: int, budget: DropLimit) -> int:
     """Find a length of the ranking with which the budget holds."""
     num_kept = shortest(num_layers, lambda kept: budget.holds(trials.drops(kept)))
     if num_kept == num_layers:
@@ -319,8 +319,8 @@ def _fewest_kept(trials: _Trials, num_layers: int, budget: Budget) -> int:
 
 def _data_record(
     sha256: str, drawn: Sequence[Question], settings: QualitySettings, rows: Sequence[Episode]
-) -> DataRecord:
-    return DataRecord(
+) -> CalibrationDataRecord:
+    return CalibrationDataRecord(
         sha256=sha256, num_samples=len(drawn), seed=settings.seed, num_tokens=count_rows(rows)
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
+from trimode.formats.safetensors import widen
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
@@ -207,22 +208,18 @@ class TensorRTSession(Closable):
         # the output keeps the lease: nobody else writes there as long as it may be read
         io = lease.memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
-        shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
+        shape, row_bytes = tensor_shape(spec, rows, batch), tensor_bytes(spec, rows, batch) // batch
 
         def fetch(first: int, count: int) -> Array:
-            values = np.empty((count, *shape[1:]), dtype)
-            address = (
-                lease.memory.io(role).address
-                + io.layout.offsets[name]
-                + first * (values.nbytes // count)
-            )
+            raw = np.empty(count * row_bytes, np.uint8)
+            address = lease.memory.io(role).address + io.layout.offsets[name] + first * row_bytes
             with self._lock:
                 self.check_open()
-                self._stream.copy_out(values.ctypes.data, address, values.nbytes)
+                self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return values
+            return widen(raw, spec.dtype).reshape(count, *shape[1:])
 
-        return DeviceArray(shape, dtype, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
+        return DeviceArray(shape, np.float32, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:

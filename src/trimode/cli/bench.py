@@ -26,7 +26,7 @@ from trimode.cli.options.shared import (
     Threads,
 )
 from trimode.cli.parse import given, need, parse_optional_ints
-from trimode.cli.prompt_options import Questions, prompt_style
+from trimode.cli.prompt_options import PromptsFile, prompt_style
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def bench(
     _check_options(timer, {**counter, "no_figure": no_figure or None}, counts=speed_of_light)
     machine = {"num_threads": threads, "runtime_cache": runtime_cache}
     model = {"precision": precision, "target": target, **machine}
-    questions = Questions(prompts_file, prompt_style(raw, system, enable_thinking))
+    questions = PromptsFile(prompts_file, prompt_style(raw, system, enable_thinking))
     if not speed_of_light:
         run_bench(bundle, BenchRequest(model, timer_settings(**timer), questions, output, as_json))
         return
@@ -120,7 +120,7 @@ class BenchRequest:
 
     model: Mapping[str, Any]
     settings: TimerSettings
-    questions: Questions
+    questions: PromptsFile
     output: Path | None
     as_json: bool
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trimode.runtime.text.prompts import PromptStyle
 
 
-class Questions(NamedTuple):
+class PromptsFile(NamedTuple):
     """Names a file of prompts and the form in which they reach the model."""
 
     file: Path | None

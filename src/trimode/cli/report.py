@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trimode.formats.contract import Role
-    from trimode.formats.evaluation import DecodingRecord, FidelityRecord, PrecisionRecord, Report
+    from trimode.formats.evaluation import DecodingRecord, FidelityRecord, MeasuredPrecision, Report
     from trimode.runtime.text.prompts import PromptStyle
 
 _WORST = 3
@@ -243,7 +243,7 @@ def _layer_table(report: Report) -> Table:
     return table
 
 
-def _worst_layers(precision: PrecisionRecord, role: Role) -> Sequence[tuple[float, str]]:
+def _worst_layers(precision: MeasuredPrecision, role: Role) -> Sequence[tuple[float, str]]:
     local: Iterable[tuple[str, Mapping[Role, FidelityRecord]]] = precision.local.items()
     return sorted((by_role[role].snr_db, name) for name, by_role in local if role in by_role)[
         :_WORST

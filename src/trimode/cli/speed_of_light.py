@@ -19,7 +19,7 @@ from trimode.calib.evaluate.speed_of_light.measure import (
 )
 from trimode.cli.console import RichProgress
 from trimode.cli.output import command_line, print_json
-from trimode.cli.prompt_options import Questions
+from trimode.cli.prompt_options import PromptsFile
 from trimode.errors import UsageError
 from trimode.formats.files import check_apart, check_replaceable, sha256_of, staged_replacement
 from trimode.formats.speed_of_light import REPORT, LightReport, WayRecord
@@ -45,7 +45,7 @@ class LightRequest:
 
     model: Mapping[str, Any]
     settings: LightSettings
-    questions: Questions
+    questions: PromptsFile
     output: Path | None
     draws: bool
     as_json: bool

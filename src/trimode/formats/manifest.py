@@ -25,20 +25,20 @@ name that leaves the folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.plans import PlanRecord
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -56,10 +56,9 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 
 
-class _Record(BaseModel):
+class _Part(Record):
     """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     _left_out: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
@@ -72,14 +71,14 @@ class _Record(BaseModel):
         }
 
 
-class FileRecord(_Record):
+class FileRecord(_Part):
     """Digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
-class SourceRecord(_Record):
+class SourceRecord(_Part):
     """The checkpoint a bundle was built from.
 
     Attributes:
@@ -96,7 +95,7 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(_Part):
     """Where the scales of a quantized precision come from.
 
     Attributes:
@@ -113,7 +112,7 @@ class CalibrationRecord(_Record):
     scales_sha256: str | None
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(_Part):
     """An optimization profile: fewest, usual and most of each dynamic dimension."""
 
     batch: tuple[int, int, int]
@@ -124,17 +123,23 @@ class ProfileRecord(_Record):
         return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
 
 
-class EngineRecord(_Record):
+class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
-    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
+    Attributes:
+        profiles: in the engine's order; none if shapes are free (ONNX Runtime).
+        plans: what a forward under each profile moves, by the engine's plan; absent where it holds
+        none that is understood, and in bundles of before.
     """
+
+    _left_out = frozenset({"plans"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
 
 
-class CapacityRecord(_Record):
+class CapacityRecord(_Part):
     """Engines over a smaller cache than the target's largest.
 
     Attributes:
@@ -148,7 +153,7 @@ class CapacityRecord(_Record):
     graphs: dict[Role, EngineRecord]
 
 
-class TargetRecord(_Record):
+class TargetRecord(_Part):
     """What was built for one target.
 
     Attributes:
@@ -197,8 +202,23 @@ class TargetRecord(_Record):
             yield self.model_copy(update=update)
         yield self.model_copy(update={"smaller": ()})
 
+    def with_engines(self, change: Callable[[EngineRecord], EngineRecord]) -> TargetRecord:
+        """The record with each engine changed, of all capacities."""
 
-class PrecisionRecord(_Record):
+        def changed(graphs: dict[Role, EngineRecord]) -> dict[Role, EngineRecord]:
+            return {role: change(engine) for role, engine in graphs.items()}
+
+        smaller = tuple(
+            one.model_copy(update={"graphs": changed(one.graphs)}) for one in self.smaller
+        )
+        return self.model_copy(update={"graphs": changed(self.graphs), "smaller": smaller})
+
+    def without_plans(self) -> TargetRecord:
+        """The record as it is planned, before there are engines to read."""
+        return self.with_engines(lambda engine: engine.model_copy(update={"plans": ()}))
+
+
+class PrecisionRecord(_Part):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
@@ -218,7 +238,7 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
-class SamplerRecord(_Record):
+class SamplerRecord(_Part):
     """The learned sampler of block diffusion.
 
     Attributes:
@@ -238,7 +258,7 @@ class SamplerRecord(_Record):
     threshold: float = Field(ge=0, le=1)
 
 
-class Manifest(_Record):
+class Manifest(_Part):
     """The contents of ``manifest.json``.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimode.errors import DependencyError
 from trimode.formats.contract import ROLES, Role
-from trimode.formats.evaluation import DecodingRecord, PrecisionRecord, Report, decoding_name
+from trimode.formats.evaluation import DecodingRecord, MeasuredPrecision, Report, decoding_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def draw(report: Report, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
-def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> None:
+def _local(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Role) -> None:
     """Draw a line per precision over its layers, sorted by error.
 
     The JSON names the layers.
@@ -84,7 +84,7 @@ def _local(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> N
     axes.grid(visible=True, alpha=0.3)
 
 
-def _accumulated(axes: Axes, precisions: tuple[PrecisionRecord, ...], role: Role) -> None:
+def _accumulated(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Role) -> None:
     axes.set(
         title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB"
     )

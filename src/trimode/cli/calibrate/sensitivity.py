@@ -85,7 +85,7 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
     """
     from trimode.calib.evaluate.quantization.candidate import read_candidate
     from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
-    from trimode.calib.evaluate.quantization.sensitivity import Budget, save_without, search
+    from trimode.calib.evaluate.quantization.sensitivity import DropLimit, save_without, search
     from trimode.calib.scales.job import check_output
     from trimode.cli.console import RichProgress
     from trimode.cli.output import print_json
@@ -100,7 +100,7 @@ def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityReq
         request.seed,
         request.device,
     )
-    budget = Budget(request.max_drop, request.ranking_samples)
+    budget = DropLimit(request.max_drop, request.ranking_samples)
     settings.check()
     request.style.check()
     budget.check()

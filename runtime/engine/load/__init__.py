@@ -1,0 +1,1 @@
+"""Modes by load: one plan for the rows of an engine, from a table of costs."""
