@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
-from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
+from trimode.compiler.tensorrt.capacities import lengths_of_blocks, plan_engines, plan_smaller
 from trimode.compiler.toolchain import library_of
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import load_record
@@ -167,32 +167,27 @@ def plan_target(
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
-    lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
-    if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
+    shortest = min(lengths_of_blocks(options, model))
+    if "quadratic" in roles and shortest > model.max_quadratic_length:
         raise UsageError(
             f"expected, with --quadratic, a block length up to {model.max_quadratic_length},"
-            f" found {min(lengths)}",
+            f" found {shortest}",
             "pass a shorter one in --block-lengths, or leave --quadratic out",
         )
-    capacity = plan_capacity(roles, model, lengths, options.max_batch)
-    graphs = {
-        role: EngineRecord(
-            file=f"{names.target(target.name)}/{role}.engine",
-            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
-        )
-        for role in roles
-    }
+    folder = names.target(target.name)
+    largest = plan_engines(options, model, roles, folder)
     return TargetRecord(
         backend=target.backend,
         device="cuda",
         compute_capability=target.compute_capability,
         compute_dtype=dtype,
         placement=options.weights,
-        capacity=capacity,
+        capacity=largest.capacity,
         workspace_mib=options.workspace_mib,
         library=library_of(target.backend),
         revision=lowering_revision(),
-        graphs=graphs,
+        graphs=largest.graphs,
+        smaller=plan_smaller(options, model, roles, folder),
     )
 
 

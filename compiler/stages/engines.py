@@ -43,7 +43,7 @@ def compile_targets(state: BuildState) -> None:
     )
     state.num_cached = compile_engines(state, packs, _constant_scales(state))
     for record in state.plan.records.values():
-        for engine in record.graphs.values():
+        for engine in record.engines:
             # portable graphs are recorded already
             if engine.file not in state.files and (state.folder / engine.file).is_file():
                 state.record(engine.file)
@@ -117,14 +117,18 @@ def compile_engines(state: BuildState, packs: Packs | None, scales: Mapping[str,
     if not records:
         return 0
     # Records of one plan differ in the GPU only, and passes do not depend on it. So each graph is
-    # lowered once, and lies beside the engines meanwhile.
+    # lowered once for each capacity, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
     lowered = {
-        role: _write_lowered(record, role, graph, state.tensors, scales, state.folder)
+        (one.capacity, role): _write_lowered(one, role, graph, state.tensors, scales, state.folder)
+        for one in record.by_capacity()
         for role, graph in state.graphs.items()
     }
     tasks = [
-        _task(plan, name, role, path, packs) for name in records for role, path in lowered.items()
+        _task(plan, name, one, role, lowered[one.capacity, role], packs)
+        for name, record in records.items()
+        for one in record.by_capacity()
+        for role in state.graphs
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     num_workers = plan.options.num_jobs or default_num_workers()
@@ -146,13 +150,20 @@ def _write_lowered(
     lowered = lower_for(record, graph, tensors, scales)
     if record.placement == "baked":
         point_into_packs(lowered, tensors, folder)
-    path = folder / f".{role}.onnx"
+    path = folder / f".{role}-{record.capacity}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
 
 
-def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | None) -> EngineTask:
-    record, target = plan.records[name], plan.targets[name]
+def _task(
+    plan: BuildPlan,
+    name: str,
+    record: TargetRecord,
+    role: Role,
+    graph: Path,
+    packs: Packs | None,
+) -> EngineTask:
+    target = plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
     assert (packs is not None) == (record.placement == "baked")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trimode.formats.contract import ModelInfo
 from trimode.runtime.auto.policy import Policy
 from trimode.runtime.decode.forward import Effect, Forward, Outputs, T, ask, perform, read_logits
-from trimode.runtime.sessions.base import Array, Ids, Session, check_open, of_row
+from trimode.runtime.sessions.base import Array, Ids, Session, check_open, expect_length, of_row
 
 PREFILL_CHUNK = 512
 """Most prompt rows in one forward: bounds the score matrix, which grows with rows times
@@ -136,6 +136,8 @@ class Sequence:
         self.cached_length = min(self.cached_length, len(self.tokens) - 1)
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
+        if phase == "prefill":
+            expect_length(self._cache, len(self.tokens))
         chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
         predicted = -1
         for start in range(0, len(pending), chunk):

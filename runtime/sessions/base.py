@@ -277,6 +277,21 @@ class BatchSession(Session, Protocol):
         ...
 
 
+@runtime_checkable
+class ExpectsLength(Protocol):
+    """A cache for which it is cheaper to know a text's length than to grow with it."""
+
+    def expect(self, num_tokens: int) -> None:
+        """Prepare for a text of so many tokens."""
+        ...
+
+
+def expect_length(cache: KVCache, num_tokens: int) -> None:
+    """Tell a cache how long its text will be, where that matters to it."""
+    if isinstance(cache, ExpectsLength):
+        cache.expect(num_tokens)
+
+
 class DeviceArray:
     """An array in GPU memory that is copied when somebody asks for its values.
 
@@ -298,7 +313,8 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._fetch = fetch
-        self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
+        # not by way of self: in a cycle it would keep the memory until somebody looks for cycles
+        self._fetch_row = fetch_row or (lambda row: fetch()[row])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

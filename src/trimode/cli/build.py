@@ -26,6 +26,7 @@ def build(
     sampler: options.Sampler = None,
     max_length: options.MaxLength = None,
     block_lengths: options.BlockLengths = None,
+    capacities: options.Capacities = None,
     max_batch: options.MaxBatch = 1,
     quadratic: options.Quadratic = False,
     weights: options.Weights = "shared",
@@ -49,6 +50,7 @@ def build(
         sampler=sampler,
         max_length=max_length,
         block_lengths=parse_optional_ints(block_lengths),
+        capacities=parse_optional_ints(capacities),
         max_batch=max_batch,
         quadratic=quadratic,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
