@@ -134,7 +134,16 @@ def make_plan(
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     records = {
-        name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized)
+        name: plan_target(
+            target,
+            options,
+            model,
+            dtype,
+            names,
+            roles,
+            is_quantized=is_quantized,
+            one_row=not _widens_int8(precision, quantization, base),
+        )
         for name, target in targets.items()
     }
     sampler = plan_sampler(options.sampler, model, base)
@@ -163,6 +172,7 @@ def plan_target(
     roles: tuple[Role, ...] = ROLES,
     *,
     is_quantized: bool = False,
+    one_row: bool = True,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
@@ -178,7 +188,9 @@ def plan_target(
     graphs = {
         role: EngineRecord(
             file=f"{names.target(target.name)}/{role}.engine",
-            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
+            profiles=plan_profiles(
+                role, model, lengths, options.max_batch, capacity, one_row=one_row
+            ),
         )
         for role in roles
     }
@@ -194,6 +206,17 @@ def plan_target(
         revision=lowering_revision(),
         graphs=graphs,
     )
+
+
+def _widens_int8(
+    precision: Precision, quantization: Quantization | None, base: Manifest | None
+) -> bool:
+    """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
+    if precision != "int8":
+        return False
+    there = base.precisions.get(precision) if base else None
+    calibration = quantization.record if quantization else there and there.calibration
+    return calibration is not None and calibration.scales_sha256 is None
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:

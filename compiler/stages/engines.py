@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ def compile_targets(state: BuildState) -> None:
     """
     write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
     state.num_cached = compile_engines(state, _constants(state), _constant_scales(state))
+    _record_constants(state)
     for record in state.plan.records.values():
         for engine in record.graphs.values():
             # portable graphs are recorded already
@@ -66,6 +67,19 @@ def _constants(state: BuildState) -> Constants | None:
         return Constants(packs, "+".join(state.pack_sha256(path) for path in packs))
     state.wait_for_weights()
     return Constants(packs, digest_of(packs, names))
+
+
+def _record_constants(state: BuildState) -> None:
+    """Enter into the records how much the engines hold."""
+    records = {}
+    for name, record in state.plan.records.items():
+        sizes = [state.tensors[one].num_bytes for one in constants_of(record, state.tensors)]
+        graphs = {
+            role: engine.model_copy(update={"constant_bytes": sum(sizes)})
+            for role, engine in record.graphs.items()
+        }
+        records[name] = record.model_copy(update={"graphs": graphs})
+    state.plan = replace(state.plan, records=records)
 
 
 def _is_compiled(record: TargetRecord) -> bool:

@@ -89,12 +89,19 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     io_bytes = sum(one.layout.num_bytes for one in io.values())
     memory = MemoryPlan(
         engine_bytes,
-        sum(entry.num_bytes for entry in bound),
+        sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
         cache_layout.layout.num_bytes,
         io_bytes,
     )
     slots = SlotFormat.of(manifest.model, target.compute_dtype)
     return Prepared(trt, engines, weights, io, cache, capacity, slots, lay_out, memory)
+
+
+def _constant_bytes(target: TargetRecord) -> int:
+    """Bytes of the pack that no engine takes as inputs."""
+    if target.placement == "baked":
+        return 0
+    return min(engine.constant_bytes for engine in target.graphs.values())
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
