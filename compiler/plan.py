@@ -15,7 +15,12 @@ from safetensors.numpy import load_file
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
-from trimode.compiler.tensorrt.capacities import lengths_of_blocks, plan_engines, plan_smaller
+from trimode.compiler.tensorrt.capacities import (
+    check_one_capacity,
+    lengths_of_blocks,
+    plan_engines,
+    plan_smaller,
+)
 from trimode.compiler.toolchain import library_of
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import load_record
@@ -133,8 +138,20 @@ def make_plan(
     )
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
+    widens_int8 = _widens_int8(precision, quantization, base)
+    if precision == "int4" or widens_int8:
+        check_one_capacity(options, precision)
     records = {
-        name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized)
+        name: plan_target(
+            target,
+            options,
+            model,
+            dtype,
+            names,
+            roles,
+            is_quantized=is_quantized,
+            one_row=not widens_int8,
+        )
         for name, target in targets.items()
     }
     sampler = plan_sampler(options.sampler, model, base)
@@ -163,6 +180,7 @@ def plan_target(
     roles: tuple[Role, ...] = ROLES,
     *,
     is_quantized: bool = False,
+    one_row: bool = True,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
@@ -175,7 +193,7 @@ def plan_target(
             "pass a shorter one in --block-lengths, or leave --quadratic out",
         )
     folder = names.target(target.name)
-    largest = plan_engines(options, model, roles, folder)
+    largest = plan_engines(options, model, roles, folder, one_row=one_row)
     return TargetRecord(
         backend=target.backend,
         device="cuda",
@@ -187,8 +205,21 @@ def plan_target(
         library=library_of(target.backend),
         revision=lowering_revision(),
         graphs=largest.graphs,
-        smaller=plan_smaller(options, model, roles, folder),
+        smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
     )
+
+
+def _widens_int8(
+    precision: Precision, quantization: Quantization | None, base: Manifest | None
+) -> bool:
+    """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
+    if precision != "int8":
+        return False
+    there = base.precisions.get(precision) if base else None
+    calibration = there.calibration if there else None
+    if quantization is not None:
+        calibration = quantization.record
+    return calibration is not None and calibration.scales_sha256 is None
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:

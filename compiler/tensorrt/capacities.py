@@ -7,6 +7,7 @@ attention has fewer slots to pass over, and moves up when it has grown.
 from __future__ import annotations
 
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.targets import Precision
 from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.errors import UsageError
 from trimode.formats.contract import ModelInfo, Role
@@ -26,6 +27,8 @@ def plan_engines(
     roles: tuple[Role, ...],
     folder: str,
     max_length: int | None = None,
+    *,
+    one_row: bool = True,
 ) -> CapacityRecord:
     """Plan the engines of one capacity.
 
@@ -36,6 +39,7 @@ def plan_engines(
         folder: Folder of the target in the bundle.
         max_length: Tokens of the longest text, which is part of the files' names; None = the
             model's, and plain names.
+        one_row: Whether decoding may be compiled for exactly one row.
     """
     lengths = lengths_of_blocks(options, model)
     capacity = plan_capacity(roles, model, lengths, options.max_batch, max_length)
@@ -43,7 +47,9 @@ def plan_engines(
     graphs = {
         role: EngineRecord(
             file=f"{folder}/{role}{suffix}.engine",
-            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
+            profiles=plan_profiles(
+                role, model, lengths, options.max_batch, capacity, one_row=one_row
+            ),
         )
         for role in roles
     }
@@ -53,7 +59,12 @@ def plan_engines(
 
 
 def plan_smaller(
-    options: BuildOptions, model: ModelInfo, roles: tuple[Role, ...], folder: str
+    options: BuildOptions,
+    model: ModelInfo,
+    roles: tuple[Role, ...],
+    folder: str,
+    *,
+    one_row: bool = True,
 ) -> tuple[CapacityRecord, ...]:
     """Plan the engines of the capacities below the largest, ascending.
 
@@ -65,10 +76,20 @@ def plan_smaller(
         return ()
     check_capacities(options, model)
     return tuple(
-        plan_engines(options, model, roles, folder, length)
+        plan_engines(options, model, roles, folder, length, one_row=one_row)
         for length in options.capacities
         if length < model.max_length
     )
+
+
+def check_one_capacity(options: BuildOptions, precision: Precision) -> None:
+    """Raise :class:`UsageError` for several capacities of engines that hold the weights."""
+    if options.capacities is not None:
+        raise UsageError(
+            f"expected one capacity in {precision}, whose engines hold the weights,"
+            f" found {len(options.capacities)}: each would hold another copy for each graph",
+            "leave --capacities out, or calibrate another precision",
+        )
 
 
 def check_capacities(options: BuildOptions, model: ModelInfo) -> None:
