@@ -8,6 +8,7 @@ Everything that needs no GPU is checked before the first call to one.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -276,18 +277,17 @@ class TensorRTSession(Closable):
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
         shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
 
-        def fetch(first: int, count: int) -> Array:
-            values = np.empty((count, *shape[1:]), dtype)
-            address = (
-                memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
-            )
+        def fetch(*index: int) -> Array:
+            values = np.empty(shape[len(index) :], dtype)
+            first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))
+            address = memory.io(role).address + io.layout.offsets[name] + first * dtype.itemsize
             with self._lock:
                 self.check_open()
                 self._stream.copy_out(values.ctypes.data, address, values.nbytes)
                 self._stream.synchronize()
             return values
 
-        return DeviceArray(shape, dtype, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
+        return DeviceArray(shape, dtype, fetch, fetch)
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:
