@@ -37,7 +37,8 @@ def read_existing(output: Path) -> Manifest | None:
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
     """Leave out of a plan the targets that the bundle has exactly as planned."""
     there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
-    left = {name: record for name, record in plan.records.items() if there.get(name) != record}
+    built = {name: record.without_plans() for name, record in there.items()}
+    left = {name: record for name, record in plan.records.items() if built.get(name) != record}
     return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
 
 

@@ -28,6 +28,7 @@ from trimode.compiler.stages.pack import (
     lay_out_pack,
     start_weights,
 )
+from trimode.compiler.stages.plans import record_plans
 from trimode.compiler.stages.state import AddedPrecision, Addition, BuildState, NewBundle
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
@@ -52,6 +53,7 @@ NEW_BUNDLE: tuple[Callable[[NewBundle], None], ...] = (
     export_sampler,
     check_weights,
     compile_targets,
+    record_plans,
     copy_tokenizer,
     finish_weights,
     check_weights,
@@ -65,6 +67,7 @@ ADDED_PRECISION: tuple[Callable[[AddedPrecision], None], ...] = (
     export_sampler,
     check_weights,
     compile_targets,
+    record_plans,
     finish_weights,
     describe_additions,
 )
@@ -72,6 +75,7 @@ ADDED_TARGETS: tuple[Callable[[Addition], None], ...] = (
     trace_graphs,
     export_sampler,
     compile_targets,
+    record_plans,
     describe_additions,
 )
 ADDED_SAMPLER: tuple[Callable[[Addition], None], ...] = (export_sampler, describe_additions)

@@ -32,7 +32,7 @@ from trimode.formats.manifest import (
 from trimode.formats.sampler import WEIGHTS, SamplerFile, check_sampler_source, load_sampler_record
 from trimode.formats.texts import name_of, reason_of
 from trimode.graphs.checkpoint import Checkpoint, describe_model
-from trimode.graphs.numerics.scales import Quantization, load_quantization
+from trimode.graphs.numerics.quantization import Quantization, load_quantization
 from trimode.runtime.text.check import check_text
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimode.calib.reference.fake_quant import linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.calib.reference.torch_session import load_trunk
 from trimode.formats.calibration import Calibration, check_source, load_calibration
 from trimode.formats.contract import DType
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.scales import linear_scales
 
 
 @dataclass(frozen=True)

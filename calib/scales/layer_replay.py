@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.mapped import float32_tensor, load_layer
 from trimode.calib.reference.torch_session import TorchCache
-from trimode.calib.scales.layers import HEAD
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
+from trimode.graphs.numerics.scales import HEAD
 
 Hidden = NDArray[np.float32]
 """Hidden states of all rows of all forwards in the order of the replay, ``(rows, hidden_size)``."""

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 from trimode.calib.scales.settings import DEFAULT_BLOCK, SMALLEST_BLOCK, QuantizeSettings
 from trimode.errors import UsageError
-from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import ModelConfig
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
+from trimode.graphs.numerics.scales import HEAD, linear_layers
 
 log = logging.getLogger(__name__)
 
-HEAD = "diffusion_head"
 Shapes = dict[str, tuple[int, int]]
 """``(out, in)`` of linear layers, by the checkpoint's names without ``.weight``."""
 
@@ -27,11 +26,9 @@ def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[S
     Raises:
         UsageError: none is left.
     """
-    shapes: Shapes = {}
-    for name, shape in expected_tensors(config).items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith("_proj") or (layer == HEAD and settings.quantizes_head):
-            shapes[layer] = (shape[0], shape[1])
+    shapes: Shapes = linear_layers(config)
+    if not settings.quantizes_head:
+        del shapes[HEAD]
     if settings.precision not in ("int4", "nvfp4"):
         return shapes, None
     block = _block_size(shapes, settings) if settings.precision == "int4" else BLOCK_SIZE

@@ -10,7 +10,9 @@ import onnx_ir as ir
 from trimode.compiler.passes.base import lower
 from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.mask_slots import MaskSlots
 from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
+from trimode.compiler.passes.narrow_logits import NarrowLogits
 from trimode.compiler.passes.nvfp4 import Nvfp4ForTensorRT, Nvfp4InFloat32
 from trimode.compiler.passes.quantize_weights import QuantizeWeights, Stored
 from trimode.compiler.passes.queries_to_outputs import QueriesToOutputs
@@ -54,12 +56,14 @@ def lower_for(
     """
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
-        passes.append(StaticCacheCapacity(record.capacity))
+        passes += [StaticCacheCapacity(record.capacity), MaskSlots()]
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
     passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, scales)]
+    if record.backend != "onnxruntime":
+        passes += [ChooseBeforeWidening(), NarrowLogits()]
     if record.backend == "tensorrt_rtx":
-        passes += [ChooseBeforeWidening(), QueriesToOutputs()]
+        passes.append(QueriesToOutputs())
     if record.backend == "tensorrt_rtx" and record.placement == "shared":
         passes.append(ScalesToConstants(scales))
     if record.placement == "shared":

@@ -27,7 +27,7 @@ from trimode.compiler.tensorrt.pool import (
 from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import TargetRecord
-from trimode.graphs.numerics.integers import Floats, scale_of
+from trimode.graphs.numerics.integers import Floats
 from trimode.runtime.bundle.weights import PrecisionWeights
 
 
@@ -59,14 +59,10 @@ def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
         return {}
     if state.plan.quantization is not None:
         given = {
-            f"{layer}.input_scale": scales.input_amax
+            f"{layer}.input_scale": scales.rounded("nvfp4", "float32").input
             for layer, scales in state.plan.quantization.layers.items()
         }
-        return {
-            name: scale_of(amax, "nvfp4", "float32")
-            for name, amax in given.items()
-            if amax is not None
-        }
+        return {name: scale for name, scale in given.items() if scale is not None}
     weights = PrecisionWeights(state.packs)
     return {
         name: np.array(weights.widened(name))

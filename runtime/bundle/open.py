@@ -26,10 +26,10 @@ _UNREADABLE = f"check the file's permissions, or {REBUILD}"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are as the manifest says, and one of its precisions.
+    """Opens one precision of a bundle whose files match its manifest.
 
     Attributes:
-        is_verified: whether digests were compared, or sizes only.
+        is_verified: Whether digests were compared, or sizes only.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Bundle:
         return self.manifest.precisions[self.precision]
 
     def weights(self) -> PrecisionWeights:
-        """The tensors of the precision.
+        """Tensors of the precision.
 
         Raises:
             BundleError: a pack cannot be read.
@@ -84,8 +84,10 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
 
 
 def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
-    """One of the bundle's precisions, the first for None; :class:`UsageError` where it has no
-    such.
+    """Choose one of the bundle's precisions; None is the first.
+
+    Raises:
+        UsageError: the bundle has no such precision.
     """
     if name is None:
         return manifest.first_precision
@@ -100,7 +102,7 @@ def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
 
 
 def files_of(record: PrecisionRecord) -> set[str]:
-    """The files that a precision reads."""
+    """List the files that a precision reads."""
     return {
         *record.packs,
         *record.graphs.values(),

@@ -55,6 +55,7 @@ class Settings:
         is_fair: Whether requests of one priority take turns by key.
         mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
         make_row_policy: Makes the policy of a row that follows such a plan.
+        clock: Gives the time in seconds; never goes back.
     """
 
     max_rows: int = 8
@@ -64,6 +65,7 @@ class Settings:
     is_fair: bool = False
     mode_policy: ModePolicy | None = None
     make_row_policy: MakeRowPolicy = PlainRowPolicy
+    clock: Callable[[], float] = time.perf_counter
 
 
 class EngineCore:
@@ -100,6 +102,7 @@ class EngineCore:
         self._num_failures = 0
         self.counts = Counts()
         self._steps = Steps(session, model, self.counts, self._committed, self._failed)
+        self._steps.clock = self.settings.clock
         self.error: EngineError | None = None
         self.rows: list[EngineRow] = []
         self.waiting = WaitingQueue(is_fair=self.settings.is_fair)
@@ -118,7 +121,7 @@ class EngineCore:
     def wait(self) -> None:
         """Sleep until something is posted or a deadline passes."""
         deadline = self._deadlines.next
-        left = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        left = None if deadline is None else max(0.0, deadline - self.settings.clock())
         try:
             self._take(self._inbox.get(timeout=left))
         except Empty:
@@ -181,7 +184,7 @@ class EngineCore:
             self.counts.ended(message)
 
     def _expire(self) -> None:
-        for handle in self._deadlines.passed(time.perf_counter()):
+        for handle in self._deadlines.passed(self.settings.clock()):
             text = f"expected a text within its time, found {len(handle.token_ids)} tokens of it"
             hint = "allow more time with timeout_s, or ask for fewer tokens"
             if handle.fail(RequestTimeoutError(text, hint)) and self.waiting.discard(handle):
@@ -251,7 +254,7 @@ class EngineCore:
     # --- one step
 
     def _step(self) -> Outcome:
-        self.modes.refresh(self.rows, len(self.waiting))
+        self.modes.refresh(self.rows, 1000 * self.settings.clock(), len(self.waiting))
         for row in self.rows:
             if row.forward is None:
                 self._advance(row)
@@ -308,9 +311,8 @@ class EngineCore:
             return False
         if chunk is None:
             return True
-        if not row.handle.done:
+        if row.handle.deliver(chunk.token_ids):
             self.counts.completion_tokens += len(chunk.token_ids)
-            row.handle.deliver(chunk.token_ids)
         if chunk.finish_reason is not None:
             row.spend()
             row.handle.finish(row.stream.result)

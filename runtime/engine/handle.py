@@ -214,17 +214,18 @@ class Handle:
         """Take note that it has a row, and how much of the prompt it need not compute."""
         self.times.begun, self._cached_tokens = time.perf_counter(), cached_tokens
 
-    def deliver(self, token_ids: list[int]) -> None:
-        """Hand tokens to whoever reads; nothing once it has ended."""
+    def deliver(self, token_ids: list[int]) -> bool:
+        """Hand tokens to whoever reads; False, and nothing, once it has ended."""
         with self._changed:
             if self._is_done or not token_ids:
-                return
+                return False
             if not self._pieces:
                 self.times.first_token = time.perf_counter()
             self._pieces.append(token_ids)
             self._notify()
         if self.on_piece is not None:
             _call(self.on_piece, token_ids)
+        return True
 
     def finish(self, result: Generation) -> bool:
         """End with a result; False where it had ended before."""

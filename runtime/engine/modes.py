@@ -7,7 +7,6 @@ seed, keep their own way.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -111,9 +110,8 @@ class Modes:
         most, key = request.options.block_length, id(request)
         return self._make_row(request.ids, lambda: min(self.plan.length_of(key), most))
 
-    def refresh(self, rows: Sequence[EngineRow], num_queued: int) -> None:
+    def refresh(self, rows: Sequence[EngineRow], now_ms: float, num_queued: int) -> None:
         """Have a new plan, where one is due."""
-        now_ms = 1000 * time.perf_counter()
         if self._policy is None or not rows or not self._policy.is_due(len(rows), now_ms):
             return
         before = self.plan

@@ -45,6 +45,7 @@ class Steps:
 
     Attributes:
         seconds: Time of the last step.
+        clock: Gives the time in seconds.
     """
 
     def __init__(
@@ -58,17 +59,18 @@ class Steps:
         self._session, self._model, self._counts = session, model, counts
         self._committed, self._failed = committed, failed
         self.seconds = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
 
     def run(self, plan: StepPlan) -> Outcome:
         """Run the forwards of a plan, up to one that fails."""
-        start, group = time.perf_counter(), plan.group
+        start, group = self.clock(), plan.group
         group.num_steps += 1
         outcome = Outcome.COMMITTED
         for joint in self._joints(plan):
             outcome = self._run(group, joint)
             if outcome is not Outcome.COMMITTED:
                 break
-        self.seconds = time.perf_counter() - start
+        self.seconds = self.clock() - start
         if outcome is Outcome.COMMITTED:
             self._counts.took(self.seconds, is_prefill=plan.is_prefill)
         return outcome

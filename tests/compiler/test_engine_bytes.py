@@ -22,14 +22,16 @@ from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales
 from trimode.compiler.plan import make_plan
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.records import PlanRecord
+from trimode.compiler.plans.text import read_programs
 from trimode.compiler.store.traced import traced_graph
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
 from trimode.formats.contract import ROLES, Role
 from trimode.formats.manifest import CalibrationRecord, TargetRecord
+from trimode.formats.plans import PlanRecord
 from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.numerics.scales import LayerScales, Quantization
+from trimode.graphs.numerics.quantization import Quantization
+from trimode.graphs.numerics.scales import LayerScales
 
 MOST_ON_TOP = 0.05
 LONGEST = 32768
@@ -73,7 +75,9 @@ def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantizatio
     for name, entry in checkpoint.tensors.items():
         if name.endswith("_proj.weight"):
             amax = np.full(() if kind == "tensor" else entry.shape[:1], 2, np.float32)
-            layers[name.removesuffix(".weight")] = LayerScales(amax, None, np.array(3, np.float32))
+            layers[name.removesuffix(".weight")] = LayerScales.from_amax(
+                precision, amax, np.array(3, np.float32)
+            )
     return Quantization(
         precision,
         layers,
@@ -114,10 +118,22 @@ def fractions(
     build_engine(job, lambda _: True)
     plans = audit_engine(folder / "m.engine", record.library, record.graphs[role].profiles)
     assert isinstance(plans, tuple), plans.reason
+    assert record.capacity is not None
+    check_attention(folder / "m.engine", record.capacity)
     of_layers = sum(
         tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name
     )
     return [(plan, (plan.copied + plan.activations) / of_layers) for plan in plans]
+
+
+def check_attention(engine: Path, capacity: int) -> None:
+    """Every attention reads a mask: without one it would see slots that hold nothing."""
+    for program in read_programs(engine):
+        attentions = [kernel for kernel in program.kernels if "mha" in kernel.name]
+        assert len(attentions) == 4
+        for kernel in attentions:
+            inputs = [program.tensors[name] for name in kernel.inputs if name in program.tensors]
+            assert [one for one in inputs if one.dims[-1] == capacity], kernel.inputs
 
 
 def check(found: list[tuple[PlanRecord, float]], length: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import config_of, raw_weight, write_checkpoint
 
-from trimode.calib.reference.fake_quant import in_blocks, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import in_blocks, quantize_trunk
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.calib.scales.modelopt import load_modelopt
 from trimode.cli.inspect import describe
@@ -31,7 +31,7 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import round_trip, scale_of
 from trimode.graphs.numerics.nvfp4 import PAIRS, VALUES, decode, encode
-from trimode.graphs.numerics.scales import LayerScales
+from trimode.graphs.numerics.scales import LayerScales, linear_scales
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.bundle.weights import WeightPack
 from trimode.runtime.sessions.ort.library import load_graph, session_options
@@ -180,7 +180,7 @@ def test_a_byte_is_two_numbers_the_first_in_the_low_bits() -> None:
 def test_weights_that_are_no_numbers() -> None:
     with pytest.raises(BuildError, match="expected finite weights, found NaN"):
         encode(np.full((1, 16), np.nan, np.float32), np.array(1, np.float32))
-    stream = stream_of(np.full((2, 16), np.inf, np.float32), LayerScales(None, 16), 64)
+    stream = stream_of(np.full((2, 16), np.inf, np.float32), LayerScales(None, block_size=16), 64)
     with pytest.raises(BuildError, match=r"a\.layer: expected scales that fit float32"):
         list(stream.weight())
 
@@ -199,8 +199,10 @@ def stream_of(weight: np.ndarray, given: LayerScales, piece: int) -> Nvfp4Stream
 def test_a_weight_is_quantized_in_pieces_of_any_size(piece: int, is_given: bool) -> None:
     weight = some_weights()
     amax = np.array(700, np.float32) if is_given else np.abs(weight).max()
-    given = LayerScales(
-        amax if is_given else None, 16, np.array(3, np.float32) if is_given else None
+    given = (
+        LayerScales.from_amax("nvfp4", amax, np.array(3, np.float32), block_size=16)
+        if is_given
+        else LayerScales(None, block_size=16)
     )
     stream = stream_of(weight, given, piece)
     scale = scale_of(amax, "nvfp4", "float32")

@@ -40,7 +40,7 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import dequantize
 from trimode.graphs.numerics.nvfp4 import decode
-from trimode.graphs.numerics.scales import load_quantization
+from trimode.graphs.numerics.quantization import load_quantization
 from trimode.runtime.bundle.weights import WeightPack
 
 CONFIG = {

@@ -32,7 +32,6 @@ from trimode.calib.evaluate.quantization.questions import (
 )
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
-from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchSession
 from trimode.errors import BuildError, UsageError
 from trimode.formats.calibration import (
@@ -46,6 +45,7 @@ from trimode.formats.calibration import (
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.numerics.scales import LayerScales
 from trimode.progress import Progress
 
 DEFAULT_RANKING_SAMPLES = 8
@@ -157,7 +157,7 @@ def search(
 def rank_layers(
     trunk: TriModeTrunk,
     candidate: Candidate,
-    layers: dict[str, LinearScales],
+    layers: dict[str, LayerScales],
     episodes: Sequence[Episode],
     progress: Progress,
 ) -> dict[str, float]:
@@ -170,7 +170,7 @@ def rank_layers(
     """
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
-    def divergences(some: dict[str, LinearScales], first_block: int) -> dict[Role, float]:
+    def divergences(some: dict[str, LayerScales], first_block: int) -> dict[Role, float]:
         quantized = quantized_copy(trunk, candidate.precision, some)
         comparison = Lockstep(trunk, quantized, first_block=first_block, outputs_alone=True)
         comparison.run(episodes, advance)
@@ -247,7 +247,7 @@ class _Trials:
 
     original: _Original
     candidate: Candidate
-    layers: dict[str, LinearScales]
+    layers: dict[str, LayerScales]
     ranking: Sequence[str]
     settings: QualitySettings
     to_text: ToText | None

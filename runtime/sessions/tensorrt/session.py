@@ -17,6 +17,7 @@ import numpy as np
 from trimode.errors import DeviceError
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
+from trimode.formats.safetensors import widen
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
@@ -275,19 +276,21 @@ class TensorRTSession(Closable):
     ) -> Any:
         io = memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
-        shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
+        shape = tensor_shape(spec, rows, batch)
+        item_bytes = tensor_bytes(spec, rows, batch) // math.prod(shape)
 
         def fetch(*index: int) -> Array:
-            values = np.empty(shape[len(index) :], dtype)
+            part = shape[len(index) :]
             first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))
-            address = memory.io(role).address + io.layout.offsets[name] + first * dtype.itemsize
+            raw = np.empty(math.prod(part) * item_bytes, np.uint8)
+            address = memory.io(role).address + io.layout.offsets[name] + first * item_bytes
             with self._lock:
                 self.check_open()
-                self._stream.copy_out(values.ctypes.data, address, values.nbytes)
+                self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return values
+            return widen(raw, spec.dtype).reshape(part)
 
-        return DeviceArray(shape, dtype, fetch, fetch)
+        return DeviceArray(shape, np.float32, fetch, fetch)
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:

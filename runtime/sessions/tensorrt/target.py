@@ -22,6 +22,7 @@ from trimode.runtime.sessions.tensorrt.plan import (
     IoLayout,
     MemoryPlan,
     describe_rows,
+    engine_contract,
     lay_out_cache,
     lay_out_io,
     max_rows,
@@ -103,7 +104,8 @@ def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    return lay_out_io(manifest.contracts[role], rows, batch, scratch)
+    contract = engine_contract(manifest.contracts[role], target.compute_dtype)
+    return lay_out_io(contract, rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

@@ -88,7 +88,7 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
 
 def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
     """``rtn`` is the method, anything else a folder (``./rtn`` too)."""
-    from trimode.graphs.numerics.scales import RTN
+    from trimode.graphs.numerics.quantization import RTN
 
     if value is None or value == RTN:
         return None if value is None else RTN

@@ -91,6 +91,8 @@ def _facts(target: Target) -> dict[str, Any]:
         "backend": target.backend,
         "precisions": list(target.precisions),
         "memory_gb": target.memory_gb,
+        "bandwidth_gb_s": target.bandwidth_gb_s,
+        "bandwidth_source": target.bandwidth_source,
         "why_not_build": why_not_build(target),
         "why_not_run": why_not_run(target),
     }

@@ -36,6 +36,7 @@ from pydantic import (
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.plans import PlanRecord
 from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
@@ -124,11 +125,17 @@ class ProfileRecord(_Part):
 class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
-    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
+    Attributes:
+        profiles: in the engine's order; none if shapes are free (ONNX Runtime).
+        plans: what a forward under each profile moves, by the engine's plan; absent where it holds
+        none that is understood, and in bundles of before.
     """
+
+    _left_out = frozenset({"plans"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
 
 
 class TargetRecord(_Part):
@@ -163,6 +170,13 @@ class TargetRecord(_Part):
     library: str
     graphs: dict[Role, EngineRecord]
     revision: str | None = None
+
+    def without_plans(self) -> TargetRecord:
+        """The record as it is planned, before there are engines to read."""
+        graphs = {
+            role: engine.model_copy(update={"plans": ()}) for role, engine in self.graphs.items()
+        }
+        return self.model_copy(update={"graphs": graphs})
 
 
 class PrecisionRecord(_Part):

@@ -1,4 +1,4 @@
-"""Holds what the plan of an engine says, as data."""
+"""Records what the plan of an engine says."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ class CopyRecord(Record):
     num_bytes: int = Field(ge=0)
 
 
+class Computed(Record):
+    """Holds what follows from the counts and the GPU: computed, not measured.
+
+    Attributes:
+        floor: Bytes that a forward cannot do without.
+        moved: Bytes that it moves.
+        bandwidth_gb_s: Bandwidth of the GPU's memory, in 10^9 bytes a second; None where the
+            target names no GPU.
+        predicted_ms: Milliseconds that moving the bytes takes at that bandwidth; None without one.
+    """
+
+    floor: int = Field(ge=0)
+    moved: int = Field(ge=0)
+    bandwidth_gb_s: int | None
+    predicted_ms: float | None
+
+
 class PlanRecord(Record):
     """Counts what one forward moves through the GPU's memory.
 
@@ -48,6 +65,7 @@ class PlanRecord(Record):
         activations: Bytes of all else that kernels read and write, in tensors of 1 MB and more.
         copies: Copies that come on top, the largest first.
         scratch: Bytes of memory for temporaries.
+        computed: What follows for the target's GPU; None before a bundle's manifest has it.
     """
 
     library: str
@@ -60,6 +78,7 @@ class PlanRecord(Record):
     activations: int
     copies: tuple[CopyRecord, ...]
     scratch: int
+    computed: Computed | None = None
 
     @property
     def copied(self) -> int:
