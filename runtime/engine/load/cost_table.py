@@ -87,13 +87,13 @@ class CostTable:
             UsageError: the role was not measured.
         """
         base, place = self._predicted(role, rows, tokens, cached)
-        return base * self._corrections.factor(place)
+        return base * self._corrections.factor(role, place)
 
     def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
         """Learn from a forward that took ``ms`` milliseconds, its host time included."""
         if not self.is_frozen and role in self._grids:
             base, place = self._predicted(role, rows, tokens, cached)
-            self._corrections.observe(place, ms / base)
+            self._corrections.observe(role, place, ms / base)
 
     def _predicted(self, role: Role, rows: int, tokens: int, cached: int) -> tuple[float, _Place]:
         key = role, rows, tokens, round(cached / CACHED_STEP)
