@@ -113,7 +113,7 @@ def measure_latency(folder: Path) -> dict[str, Any]:
     import onnxruntime as ort
 
     from trimode.runtime import TriModeModel
-    from trimode.runtime.sessions.ort.session import BoundGraph, GraphBuffers, OrtCache
+    from trimode.runtime.sessions.ort.cache import BoundGraph, GraphBuffers, OrtCache
 
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2, verify=False)
     base = pss_bytes()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
 from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.compiler.toolchain import library_of
@@ -190,6 +191,7 @@ def plan_target(
         capacity=capacity,
         workspace_mib=options.workspace_mib,
         library=library_of(target.backend),
+        revision=lowering_revision(),
         graphs=graphs,
     )
 
@@ -294,6 +296,7 @@ def _plan_onnxruntime(
         capacity=None,
         workspace_mib=None,
         library=library_of("onnxruntime"),
+        revision=None if portable else lowering_revision(),
         graphs={
             role: EngineRecord(
                 file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx"

@@ -15,7 +15,13 @@ from trimode.formats.contract import Mode
 from trimode.runtime.auto.timings import Timings, read_timings
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.decode.arguments import FLAG, PATH, TEXT, WHOLE, checks_arguments, instance_of
-from trimode.runtime.decode.options import DEFAULT_QUADRATIC_LENGTH, KINDS, MODE, TokenChoices
+from trimode.runtime.decode.options import (
+    DEFAULT_QUADRATIC_LENGTH,
+    KINDS,
+    MODE,
+    DecodeOptions,
+    TokenChoices,
+)
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Generation, Stream
 from trimode.runtime.decode.unmasking import SamplerName
@@ -302,8 +308,20 @@ class TriModeModel(BundleParts, Closable):
     def _open_stream(self, batch: int, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Continue a sequence that runs side by side with others, ``batch`` at most."""
         self.check_open()
-        chosen = self._reader().read(mode, options, batch)
-        return Stream(sequence, mode, chosen, lambda: self.codec)
+        return Stream(sequence, mode, self.read_options(mode, options, batch), lambda: self.codec)
+
+    def read_options(self, mode: Mode, options: dict[str, Any], batch: int = 1) -> DecodeOptions:
+        """Check keywords of :meth:`stream`, and fill in what they leave open.
+
+        Args:
+            mode: Name of the mode.
+            options: Keywords of the call.
+            batch: Number of texts that run side by side.
+
+        Raises:
+            UsageError: an unknown mode or keyword, or a value out of its range.
+        """
+        return self._reader().read(mode, options, batch)
 
     def _reader(self) -> ChoiceReader:
         # Made for each call: kept, it would hold the model in a cycle, and its memory with it

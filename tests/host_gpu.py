@@ -32,6 +32,7 @@ ONNX_TYPES = {
 class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorInvalidPitchValue = 12
     cudaErrorStreamCaptureInvalidated = 901
 
 
@@ -60,6 +61,7 @@ class HostCuda(ModuleType):
         self.refuses_recording = False
         self.num_replayed = 0
         self.largest_copy = 0
+        self.num_line_copies = 0
         self._handles = iter(range(1, 1 << 30))
 
     def cudaGetDeviceCount(self) -> Any:
@@ -90,6 +92,10 @@ class HostCuda(ModuleType):
         _, address = self._allocate(size)
         self.on_gpu[address] = size
         return OK, address
+
+    def is_on_gpu(self, address: int) -> bool:
+        live = (begin for begin in self.on_gpu if begin in self.live)
+        return any(begin <= address < begin + self.on_gpu[begin] for begin in live)
 
     def cudaHostAlloc(self, size: int, _flags: int) -> Any:
         return self._allocate(size)
@@ -126,6 +132,29 @@ class HostCuda(ModuleType):
     ) -> Any:
         self.largest_copy = max(self.largest_copy, count)
         return self._enqueue(lambda: ctypes.memmove(destination, source, count) and None)
+
+    def cudaMemcpy2DAsync(
+        self,
+        dst: int,
+        dpitch: int,
+        src: int,
+        spitch: int,
+        width: int,
+        height: int,
+        kind: int,
+        _stream: int,
+    ) -> Any:
+        if width > min(dpitch, spitch):
+            return cudaError_t.cudaErrorInvalidPitchValue, None
+        places = (self.is_on_gpu(src), self.is_on_gpu(dst))
+        assert kind == {(False, True): 1, (True, False): 2, (True, True): 3}[places]
+        self.num_line_copies += 1
+
+        def copy() -> None:
+            for line in range(height):
+                ctypes.memmove(dst + line * dpitch, src + line * spitch, width)
+
+        return self._enqueue(copy)
 
     def cudaMemsetAsync(self, pointer: int, value: int, count: int, _stream: int) -> Any:
         return self._enqueue(lambda: ctypes.memset(pointer, value, count) and None)

@@ -16,6 +16,7 @@ from trimode.compiler.plan import BuildPlan
 from trimode.compiler.stages.graphs import point_into_packs
 from trimode.compiler.stages.state import BuildState, Graphs, Packs
 from trimode.compiler.store.cache import key_of
+from trimode.compiler.store.fingerprint import builder_revision
 from trimode.compiler.tensorrt.builder import EngineJob
 from trimode.compiler.tensorrt.pool import (
     PROGRESS_STEPS,
@@ -177,6 +178,7 @@ def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | No
         kind="engine",
         graph=sha256_of(graph),
         library=record.library,
+        builder=builder_revision(),
         compute_capability=record.compute_capability,
         profiles=[profile.model_dump() for profile in job.profiles],
         workspace_bytes=workspace,

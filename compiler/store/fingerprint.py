@@ -1,4 +1,4 @@
-"""Digests the code and the libraries that traced graphs follow from."""
+"""Digests the code and the libraries that traced graphs and engines follow from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ MODULES = (
     "trimode.compiler.stages.extras",
 )
 """What traces, all that it imports, and what writes a traced graph and reads it."""
+LOWERING_MODULES = (
+    "trimode.formats.contract",
+    "trimode.graphs",
+    "trimode.compiler.passes",
+    "trimode.compiler.stages.engines",
+    "trimode.compiler.tensorrt.builder",
+)
+"""What decides a lowered graph, and what compiles it. Records of targets have all else."""
+BUILDER_MODULES = ("trimode.compiler.tensorrt.builder",)
+"""What turns a lowered graph into an engine."""
 
 
 @cache
@@ -35,6 +45,25 @@ def tracing_fingerprint() -> str:
         (root for name in MODULES for root in roots_of(name)),
         versions | {"trimode": trimode.__version__},
     )
+
+
+@cache
+def lowering_revision() -> str:
+    """Digest of the code that makes engines and lowered graphs.
+
+    A target of another revision is built again.
+    """
+    return _digest_of_modules(LOWERING_MODULES)
+
+
+@cache
+def builder_revision() -> str:
+    """Digest of the code that compiles a lowered graph."""
+    return _digest_of_modules(BUILDER_MODULES)
+
+
+def _digest_of_modules(names: Iterable[str]) -> str:
+    return digest_of((root for name in names for root in roots_of(name)), {})
 
 
 def digest_of(roots: Iterable[Path], versions: dict[str, str]) -> str:

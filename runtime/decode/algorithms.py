@@ -176,7 +176,7 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    policy = make_policy(
+    policy = sequence.policy or make_policy(
         options.costs,
         options.block_length,
         sequence.tokens,

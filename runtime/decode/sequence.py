@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.formats.contract import ModelInfo
+from trimode.runtime.auto.policy import Policy
 from trimode.runtime.decode.forward import Effect, Forward, Outputs, T, ask, perform, read_logits
 from trimode.runtime.sessions.base import Array, Ids, Session, check_open, of_row
 
@@ -89,6 +90,7 @@ class Sequence:
 
     Attributes:
         reader: ticket of the stream that continues it, and alone may.
+        policy: what mode ``auto`` follows in place of its own policy; None = nothing.
     """
 
     def __init__(self, session: Session, model: ModelInfo, token_ids: Seq[int]) -> None:
@@ -97,6 +99,7 @@ class Sequence:
         self.cached_length = 0
         self.forwards = Forwards()
         self.reader: object = None
+        self.policy: Policy | None = None
         self._session = session
         self._cache = session.new_cache()
         # greedy token after self.tokens, where a forward has already told it

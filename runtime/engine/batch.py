@@ -352,7 +352,7 @@ class Batch:
             )
             row = self._rows[last]
             assert row is not None
-            self._cache.move(last, free)
+            self._cache.move(last, free, row.sequence.cached_length)
             self._rows[free], self._rows[last] = row, None
             row.session.row = free
             if row.waiting is not None:

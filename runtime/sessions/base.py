@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -148,10 +149,73 @@ class SessionView:
 
 
 class BatchCache(KVCache, Protocol):
-    """Keys and values of several texts, a row each; all rows have the same capacity."""
+    """Keys and values of several texts, a row each; all rows have the same capacity.
 
-    def move(self, source: int, destination: int) -> None:
-        """Let a row have the contents of another one."""
+    A prefix is the first slots of a row. Those that ``ar``, ``verify`` and ``quadratic`` wrote for
+    accepted tokens are valid in every mode. What lies behind them (drafts, masked slots) is not.
+    No copy changes other slots or rows than it names.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Texts."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one slot of a row, in all layers together."""
+        ...
+
+    def move(self, source: int, destination: int, length: int | None = None) -> None:
+        """Let a row have the contents of another one.
+
+        Args:
+            source: Row that is read.
+            destination: Row that is written.
+            length: Valid slots of the source; None = all of its slots.
+        """
+        ...
+
+    def copy_prefix(self, source: int, destination: int, length: int) -> None:
+        """Copy the first ``length`` slots of a row into another one.
+
+        Raises:
+            UsageError: there is no such row, or it has fewer slots.
+        """
+        ...
+
+    def copy_from(self, other: BatchCache, source: int, destination: int, length: int) -> None:
+        """Copy the first ``length`` slots of another cache's row into a row of this one.
+
+        Args:
+            other: Cache of the same session, of any capacity.
+            source: Row of the other cache.
+            destination: Row of this cache.
+            length: Slots that are copied; both caches have as many.
+
+        Raises:
+            UsageError: the cache is of another session, or a row or slot does not exist.
+        """
+        ...
+
+    def export_prefix(self, row: int, start: int, length: int) -> list[Array]:
+        """Copy slots ``start .. start + length`` of a row into host memory.
+
+        Returns:
+            For each layer keys, then values: ``(heads, length, head size)``, as stored; bfloat16
+                as float16 with the same bytes.
+
+        Raises:
+            UsageError: there is no such row, or it has fewer slots.
+        """
+        ...
+
+    def import_prefix(self, row: int, start: int, arrays: Seq[Array]) -> None:
+        """Write what :meth:`export_prefix` returned into a row, from slot ``start`` on.
+
+        Raises:
+            UsageError: the row or its slots do not exist, or the arrays are of another target.
+        """
         ...
 
 
@@ -173,6 +237,15 @@ class BatchSession(Session, Protocol):
 
     def new_batch_cache(self, num_rows: int) -> BatchCache:
         """An empty cache for so many texts."""
+        ...
+
+    def capacity_for(self, length: int) -> int:
+        """Slots that a cache has once it has reserved ``length``: the smallest capacity that holds
+        them.
+
+        Raises:
+            UsageError: no capacity holds them.
+        """
         ...
 
     def run_rows(

@@ -23,13 +23,19 @@ from trimode.errors import (
     CheckpointError,
     DependencyError,
     DeviceError,
+    EngineError,
+    QueueFullError,
+    RequestCancelledError,
+    RequestTimeoutError,
     TrimodeError,
     UsageError,
 )
 
 if TYPE_CHECKING:
     from trimode.runtime.decode.stream import Chunk, Generation
+    from trimode.runtime.engine.handle import Handle
     from trimode.runtime.model import TriModeModel
+    from trimode.runtime.service import Engine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +45,13 @@ __all__ = [
     "Chunk",
     "DependencyError",
     "DeviceError",
+    "Engine",
+    "EngineError",
     "Generation",
+    "Handle",
+    "QueueFullError",
+    "RequestCancelledError",
+    "RequestTimeoutError",
     "TriModeModel",
     "TrimodeError",
     "UsageError",
@@ -47,7 +59,9 @@ __all__ = [
 ]
 _HOMES = {
     "Chunk": "trimode.runtime.decode.stream",
+    "Engine": "trimode.runtime.service",
     "Generation": "trimode.runtime.decode.stream",
+    "Handle": "trimode.runtime.engine.handle",
     "TriModeModel": "trimode.runtime.model",
 }
 """Where the names are that bring numpy with them."""

@@ -6,6 +6,10 @@ TrimodeError
 ├── BuildError            a bundle could not be built or written
 ├── BundleError           a bundle is missing, damaged or of an unknown schema
 ├── DeviceError           a GPU call failed, or the GPU cannot be used
+├── EngineError           an engine cannot answer a request
+│   ├── QueueFullError          as many requests wait as may
+│   ├── RequestCancelledError   somebody gave the request up
+│   └── RequestTimeoutError     the request's time ran out
 └── DependencyError       an optional package is not installed
 
 Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do
@@ -56,6 +60,22 @@ class BundleError(TrimodeError):
 
 class DeviceError(TrimodeError):
     """A GPU call failed, or the GPU cannot be used."""
+
+
+class EngineError(TrimodeError):
+    """An engine cannot answer a request."""
+
+
+class QueueFullError(EngineError):
+    """As many requests wait as may; a later attempt can succeed."""
+
+
+class RequestCancelledError(EngineError):
+    """A request was given up before its text had ended."""
+
+
+class RequestTimeoutError(EngineError):
+    """A request's time ran out before its text had ended."""
 
 
 class DependencyError(TrimodeError):

@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,15 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from once import TracedOnce
 
+import trimode.compiler.passes
 from trimode.cli.inspect import describe, sharing
-from trimode.compiler import pipeline
+from trimode.compiler import pipeline, plan
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.passes import recipes
+from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.stages import engines
+from trimode.compiler.store import fingerprint
 from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.targets import find_target
 from trimode.compiler.tensorrt import pool
@@ -166,6 +173,76 @@ def test_other_settings_replace_the_target(checkpoint: Path, tmp_path: Path, kep
     assert [p.rows[0] for p in targets["sm89"].graphs["verify"].profiles] == [4, 8]
     assert targets["sm89"].graphs["ar"].profiles[0].batch == (1, 1, 3)
     assert [p.rows[0] for p in targets["sm86"].graphs["verify"].profiles] == [8]
+
+
+@pytest.mark.parametrize("has_revision", [True, False])
+def test_engines_of_an_older_revision_are_built_again(
+    checkpoint: Path,
+    tmp_path: Path,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_revision: bool,
+) -> None:
+    bundle, options = (
+        tmp_path / "bundle",
+        BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept),
+    )
+    with monkeypatch.context() as older_code:  # its attention repeats keys and values
+        older_code.setattr(recipes, "QueriesToOutputs", ChooseBeforeWidening)
+        older_code.setattr(plan, "lowering_revision", lambda: "0" * 64)
+        build_bundle(checkpoint, bundle, replace(options, targets=("sm89", "sm86", "cpu")))
+    if not has_revision:
+        text = (bundle / "manifest.json").read_text()
+        older = re.sub(r',\s*"revision": "0{64}"', "", text)
+        assert "revision" not in older
+        (bundle / "manifest.json").write_text(older)
+    before = files_of(bundle)
+    assert build_bundle(checkpoint, bundle, options).built == ("sm89",)
+    after = files_of(bundle)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"manifest.json", *(f"engines/sm89/{role}.engine" for role in ROLES)}
+    targets = open_bundle(bundle).chosen.targets
+    assert targets["sm89"].revision == fingerprint.lowering_revision()
+    assert targets["sm86"].revision == ("0" * 64 if has_revision else None)
+    assert build_bundle(checkpoint, bundle, options).built == ()
+    build_bundle(checkpoint, tmp_path / "fresh", options)
+    for role in ROLES:
+        name = f"engines/sm89/{role}.engine"
+        assert after[name] == (tmp_path / "fresh" / name).read_bytes()
+
+
+@pytest.mark.parametrize("module", ["passes/recipes.py", "passes/new.py"])
+def test_the_revision_sees_every_change_of_the_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    before = fingerprint.lowering_revision()
+    code = shutil.copytree(
+        next(iter(trimode.compiler.passes.__path__)),
+        tmp_path / "passes",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    monkeypatch.setattr(trimode.compiler.passes, "__path__", [str(code)])
+    digest = fingerprint.lowering_revision.__wrapped__
+    assert digest() == before
+    with (tmp_path / module).open("a") as stream:
+        stream.write("# changed\n")
+    assert digest() != before
+
+
+def test_another_builder_takes_no_engine_of_the_cache(
+    checkpoint: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = BuildOptions(targets=("sm89",), block_lengths=(8,), cache=kept)
+    build_bundle(checkpoint, tmp_path / "one", options)
+    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 3
+    monkeypatch.setattr(engines, "builder_revision", lambda: "other")
+    assert build_bundle(checkpoint, tmp_path / "three", options).num_cached == 0
+
+
+def test_portable_graphs_have_no_revision(checkpoint: Path, tmp_path: Path) -> None:
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions())
+    assert "revision" not in (tmp_path / "bundle" / "manifest.json").read_text()
 
 
 def test_a_bundle_takes_no_other_weights_precision_or_lengths(

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from conftest import Built
+from prefix_checks import check_forwards_behind_a_prefix, check_random_copies, check_refusals
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
@@ -22,8 +23,9 @@ from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.ort import library as ort_library
 from trimode.runtime.sessions.ort import memory as ort_memory
+from trimode.runtime.sessions.ort.cache import OrtCache
 from trimode.runtime.sessions.ort.memory import place, place_weights, zeros
-from trimode.runtime.sessions.ort.session import OrtCache, OrtSession
+from trimode.runtime.sessions.ort.session import OrtSession
 
 SHAPE = "three_kv_heads"
 
@@ -289,3 +291,81 @@ def test_the_cache_is_updated_in_place(half: Bundle) -> None:
         changed = (buffer.numpy() != before[name]).any((0, 1, 3)).nonzero()[0]
         assert set(changed.tolist()) <= {9, 10, 11, 12}
         assert changed.size
+
+
+@pytest.fixture(scope="module")
+def quantized(built: Callable[[str], Built], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    options = BuildOptions(targets=("cpu",), precision="int8", calibration="rtn")
+    build_bundle(built(SHAPE).checkpoint, folder, options)
+    return open_bundle(folder)
+
+
+def buffers_of(cache: Any) -> Any:
+    return [buffer.numpy() for buffer in cache.values.values()]
+
+
+def caches_for_copies(session: OrtSession) -> list[Any]:
+    """Three rows of 256 slots, two of 512, and one of 256."""
+    caches = [session.new_batch_cache(rows) for rows in (3, 2, 1)]
+    for cache, length in zip(caches, (7, 257, 256), strict=True):
+        cache.reserve(length)
+    return caches
+
+
+def test_copied_prefixes_in_float32(quadratic: Callable[[str], Built]) -> None:
+    model = quadratic(SHAPE).model
+    session = OrtSession(model.bundle, None, 1)
+    cache = session.new_cache()
+    assert cache.bytes_per_token == 2 * model.model.num_hidden_layers * 3 * (
+        model.model.head_dim * 4
+    )
+    check_random_copies(caches_for_copies(session), buffers_of, 1, 60)
+    roles: Any = ("ar", "draft", "verify", "quadratic")
+    check_forwards_behind_a_prefix(session, roles)
+
+
+def test_copied_prefixes_in_float16_and_over_quantized_weights(
+    half: Bundle, quantized: Bundle
+) -> None:
+    record = half.chosen.targets["cuda"].model_copy(update={"device": "cpu"})
+    narrow = OrtSession(half, record, 1)
+    assert narrow.new_cache().export_prefix(0, 0, 0)[0].dtype == np.float16
+    for session in (narrow, OrtSession(quantized, quantized.chosen.targets["cpu"], 1)):
+        check_random_copies(caches_for_copies(session), buffers_of, 2, 30)
+        roles: Any = ("ar", "draft", "verify")
+        check_forwards_behind_a_prefix(session, roles)
+
+
+def test_copied_prefixes_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:
+    act_gpu()
+    session = OrtSession(half, half.chosen.targets["cuda"], 1)
+    check_random_copies(caches_for_copies(session), buffers_of, 3, 20)
+    check_forwards_behind_a_prefix(session, ("ar", "verify"))
+
+
+def test_copies_that_are_refused(half: Bundle) -> None:
+    cpu = OrtSession(half, half.chosen.targets["cpu"], 1)
+    narrow = OrtSession(half, half.chosen.targets["cuda"].model_copy(update={"device": "cpu"}), 1)
+    ours, other = (session.new_batch_cache(2) for session in (cpu, narrow))
+    for cache in (ours, other):
+        cache.reserve(10)
+    check_refusals(ours, other)
+    empty = cpu.new_batch_cache(2)
+    empty.copy_prefix(0, 1, 0)
+    assert [array.shape[1] for array in empty.export_prefix(1, 0, 0)] == [0] * 4
+    with pytest.raises(UsageError, match="expected slots within the cache's 0, found 1"):
+        empty.copy_prefix(0, 1, 1)
+
+
+def test_capacities_grow_by_buckets(half: Bundle) -> None:
+    session = OrtSession(half, half.chosen.targets["cpu"], 1)
+    for length in (1, 256, 257, 512, 513):
+        cache = session.new_batch_cache(2)
+        cache.reserve(length)
+        assert session.capacity_for(length) == cache.capacity
+    fixed = half.chosen.targets["cpu"].model_copy(update={"capacity": 300})
+    session = OrtSession(half, fixed, 1)
+    assert session.capacity_for(5) == 300
+    with pytest.raises(UsageError, match="at most 300 tokens"):
+        session.capacity_for(301)

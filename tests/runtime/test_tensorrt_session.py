@@ -5,6 +5,7 @@ over a GPU acted out in host memory.
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import importlib
 import shutil
@@ -25,6 +26,7 @@ from host_gpu import MAGIC, HostCuda, HostDriver, host_tensorrt
 from hypothesis import given
 from hypothesis import strategies as st
 from once import TracedOnce
+from prefix_checks import check_forwards_behind_a_prefix, check_random_copies, check_refusals
 from safetensors.torch import load_file, save_file
 
 from trimode.compiler.passes.base import to_bytes
@@ -445,6 +447,59 @@ def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
                 )
     del batch, rows, row
     ours.close()
+
+
+@pytest.mark.parametrize("kind", ["rtx", "rtx half", "full"])
+def test_copied_prefixes(host: Host, kind: str) -> None:
+    """Within a cache, between two, and through host memory, while nothing waits for the GPU."""
+    session = host.session(RECORDS[kind])
+
+    def look(cache: Any) -> list[Any]:
+        host.cuda.cudaStreamSynchronize(0)
+        places, like = cache.memory, cache.slots.empty(cache.capacity)
+        found = []
+        for offset in places.cache.layout.offsets.values():
+            size = like[0].nbytes * cache.num_rows
+            memory = (ctypes.c_uint8 * size).from_address(places.keys_values.address + offset)
+            found.append(np.frombuffer(memory, like.dtype).reshape(-1, *like.shape[1:]))
+        return found
+
+    caches = [session.new_batch_cache(rows) for rows in (3, 1, 2)]
+    check_random_copies(caches, look, 4, 12)
+    assert session.capacity_for(7) == caches[0].capacity == 1088
+    del caches
+    check_forwards_behind_a_prefix(session, ("ar", "draft", "verify", "quadratic"))
+    session.close()
+
+
+def test_copies_are_queued_in_lines(host: Host) -> None:
+    session = host.session(RECORDS["rtx"])
+    cache, model = session.new_batch_cache(3), host.references["float32"].model
+    for length in (0, 5):
+        cache.copy_prefix(0, 2, length)
+        cache.copy_prefix(1, 1, length)
+    assert host.cuda.num_line_copies == 2 * model.num_hidden_layers
+    assert len(host.cuda.queue) >= host.cuda.num_line_copies, "nobody has waited"
+    width = cache.bytes_per_token // (2 * model.num_hidden_layers)
+    assert width == model.num_key_value_heads * model.head_dim * 4
+    del cache
+    session.close()
+
+
+def test_copies_that_are_refused(host: Host) -> None:
+    session, another = host.session(RECORDS["rtx"]), host.session(RECORDS["rtx"])
+    cache, other = session.new_batch_cache(2), another.new_batch_cache(2)
+    check_refusals(cache, other)
+    session.close()
+    calls: list[Callable[[], object]] = [
+        lambda: cache.copy_prefix(0, 1, 3),
+        lambda: cache.export_prefix(0, 0, 3),
+        lambda: cache.import_prefix(0, 0, other.export_prefix(0, 0, 3)),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="expected an open model"):
+            call()
+    another.close()
 
 
 def test_full_tensorrt_replays_whole_batches(host: Host) -> None:

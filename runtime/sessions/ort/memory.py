@@ -19,6 +19,7 @@ from trimode.formats.hints import REBUILD
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.base import Array
 from trimode.runtime.sessions.ort.library import Device, ort
+from trimode.runtime.sessions.prefix import STORAGE
 
 ONNX_TYPES: dict[DType, int] = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 """``onnx.TensorProto.DataType``."""
@@ -30,13 +31,6 @@ GRAPH_TYPES: dict[str, DType] = {
     "tensor(bfloat16)": "bfloat16",
 }
 """How ONNX Runtime names the types of a graph's inputs."""
-
-_STORAGE: dict[DType, type[np.generic]] = {
-    "float32": np.float32,
-    "int64": np.int64,
-    "float16": np.float16,
-    "bfloat16": np.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -107,20 +101,20 @@ class Buffer:
 
     @property
     def _address(self) -> int:
-        row_bytes = math.prod(self.shape[1:]) * np.dtype(_STORAGE[self.dtype]).itemsize
+        row_bytes = math.prod(self.shape[1:]) * np.dtype(STORAGE[self.dtype]).itemsize
         return int(self.value.data_ptr()) + self.first * row_bytes
 
 
 def zeros(shape: tuple[int, ...], dtype: DType, device: Device) -> Buffer:
     """A buffer of zeros."""
-    return place(np.zeros(shape, _STORAGE[dtype]), dtype, device)
+    return place(np.zeros(shape, STORAGE[dtype]), dtype, device)
 
 
 def place(array: Array, dtype: DType, device: Device) -> Buffer:
     """A buffer with the values of ``array``: on the CPU its own memory, where it is contiguous and
     aligned; on a GPU a copy.
     """
-    array = np.require(array, _STORAGE[dtype], ["C_CONTIGUOUS", "ALIGNED"])
+    array = np.require(array, STORAGE[dtype], ["C_CONTIGUOUS", "ALIGNED"])
     value = ort.OrtValue.ortvalue_from_numpy(array, device, 0)
     return Buffer(value, array if device == "cpu" else None, dtype, array.shape, device)
 
@@ -163,5 +157,5 @@ def _place_weight(pack: PrecisionWeights, name: str, dtype: DType, device: Devic
     entry = pack.entries[name]
     if dtype == "float32":
         return place(pack.widened(name), dtype, device)
-    raw = pack.raw(name).view(_STORAGE[entry.dtype]).reshape(entry.shape)
+    raw = pack.raw(name).view(STORAGE[entry.dtype]).reshape(entry.shape)
     return place(raw, entry.dtype, device)

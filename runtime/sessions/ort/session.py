@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from trimode.errors import BundleError, UsageError
 from trimode.formats.contract import (
     ROLES,
@@ -18,14 +16,14 @@ from trimode.formats.contract import (
     GraphContract,
     ModelInfo,
     Role,
-    TensorSpec,
     cache_specs,
     slots_written,
 )
 from trimode.formats.hints import REBUILD
 from trimode.formats.manifest import TargetRecord
 from trimode.runtime.bundle.open import Bundle
-from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache, bucket
+from trimode.runtime.sessions.base import Array, Closable, Ids, KVCache
+from trimode.runtime.sessions.ort.cache import BoundGraph, GraphBuffers, OrtCache, capacity_for
 from trimode.runtime.sessions.ort.library import (
     PRIVATE_WEIGHTS_BYTES,
     Device,
@@ -33,7 +31,7 @@ from trimode.runtime.sessions.ort.library import (
     load_graph,
     session_options,
 )
-from trimode.runtime.sessions.ort.memory import Buffer, place, place_weights, zeros
+from trimode.runtime.sessions.ort.memory import Buffer, place_weights
 from trimode.runtime.sessions.ort.onnx_file import operators
 from trimode.runtime.sessions.ort.prepacked import prepacked_graphs
 
@@ -136,6 +134,10 @@ class OrtSession(Closable):
         self.check_open()
         return OrtCache(self.model, self._dtype, self._device, self._capacity, num_rows)
 
+    def capacity_for(self, length: int) -> int:
+        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
+        return capacity_for(length, self._capacity)
+
     def run(
         self,
         role: Role,
@@ -210,151 +212,6 @@ class OrtSession(Closable):
         return bound
 
 
-class OrtCache:
-    """Keys and values as one buffer each per layer.
-
-    Grows by copying into buffers of the next bucket.
-
-    Args:
-        model: sizes.
-        dtype: type of keys and values.
-        device: where they are.
-        fixed_capacity: the only capacity that the graphs accept; None = any.
-        num_rows: texts. On the CPU, rows that nobody has written yet take no memory until the
-            buffers grow.
-
-    Attributes:
-        bound: graphs over neighbouring rows and a number of tokens.
-        io: their inputs and outputs, for all rows; graphs over some of them share it.
-    """
-
-    def __init__(
-        self,
-        model: ModelInfo,
-        dtype: DType = "float32",
-        device: Device = "cpu",
-        fixed_capacity: int | None = None,
-        num_rows: int = 1,
-    ) -> None:
-        self._model, self._dtype, self._fixed = model, dtype, fixed_capacity
-        self.device: Device = device
-        self.num_rows = num_rows
-        self._names = [
-            spec.name.removeprefix("past_key_values")
-            for spec in cache_specs(model, "past_key_values")
-        ]
-        self.values: dict[str, Buffer] = {}
-        self.bound: dict[tuple[Role, range, int], BoundGraph] = {}
-        self.io: dict[tuple[Role, int], GraphBuffers] = {}
-        self.capacity = 0
-
-    def reserve(self, length: int) -> None:
-        """See :class:`trimode.runtime.sessions.base.KVCache`."""
-        if length <= self.capacity:
-            return
-        if self._fixed is not None and length > self._fixed:
-            raise UsageError(
-                f"expected at most {self._fixed} tokens, "
-                f"which the cache of this target holds, found {length}",
-                "shorten the text, or build with a larger --max-length",
-            )
-        self.bound.clear()
-        self.capacity = self._fixed or bucket(length)
-        # One after the other, so that never more than one buffer exists twice.
-        for name in self._names:
-            self.values[name] = self._grown(self.values.get(name))
-
-    def move(self, source: int, destination: int) -> None:
-        if self.device != "cpu":
-            self.bound.clear()
-        for name, buffer in self.values.items():
-            values = buffer.numpy()  # on a GPU a copy, as where it grows
-            values[destination] = values[source]
-            if self.device != "cpu":
-                self.values[name] = place(values, self._dtype, self.device)
-
-    def _grown(self, old: Buffer | None) -> Buffer:
-        new = zeros(
-            (self.num_rows, self._model.num_key_value_heads, self.capacity, self._model.head_dim),
-            self._dtype,
-            self.device,
-        )
-        if old is None:
-            return new
-        # on a GPU the copy goes through the host: rare, and ONNX Runtime copies whole tensors only
-        grown = new.numpy()
-        grown[:, :, : old.shape[2]] = old.numpy()
-        return place(grown, self._dtype, self.device)
-
-
-class GraphBuffers:
-    """Inputs and outputs of a graph for a number of rows and of tokens a row."""
-
-    def __init__(
-        self, contract: GraphContract, num_rows: int, num_tokens: int, device: Device
-    ) -> None:
-        sizes = {"batch": num_rows, "rows": num_tokens}
-        self.inputs = {spec.name: _array(spec, sizes) for spec in contract.inputs}
-        self.outputs = {
-            spec.name: zeros(_shape(spec, sizes), spec.dtype, _output_device(spec, device))
-            for spec in contract.outputs
-        }
-
-
-class BoundGraph:
-    """One graph bound to neighbouring rows of one cache.
-
-    A step writes the inputs in place, binds them and runs.
-
-    Args:
-        session: the graph.
-        cache: of one text, or of a batch.
-        rows: which texts of it.
-        io: for at least as many rows; the first of them are used.
-        weights: what the graph takes as further inputs.
-    """
-
-    def __init__(
-        self,
-        session: Any,
-        cache: OrtCache,
-        rows: range,
-        io: GraphBuffers,
-        weights: Mapping[str, Buffer],
-    ) -> None:
-        self.binding = session.io_binding()
-        first = range(len(rows))
-        self._weights = dict(weights)  # kept alive, as all of it: the binding knows addresses only
-        self._cache = {name: buffer.part(rows) for name, buffer in cache.values.items()}
-        self._inputs = {
-            name: array[: len(rows)] if array.ndim else array for name, array in io.inputs.items()
-        }
-        self._buffers = tuple(buffer.part(first) for buffer in io.outputs.values())
-        for name, buffer in zip(io.outputs, self._buffers, strict=True):
-            buffer.bind_output(self.binding, name)
-        for name, buffer in self._weights.items():
-            buffer.bind_input(self.binding, name)
-        for name, buffer in self._cache.items():
-            # The same memory as past and present: TensorScatter then writes the new rows and copies
-            # nothing.
-            buffer.bind_input(self.binding, f"past_key_values{name}")
-            buffer.bind_output(self.binding, f"present{name}")
-        self.bind_inputs()
-        self.input_ids, self.past_length = self._inputs["input_ids"], self._inputs["past_length"]
-        self.input_length, self.drafter_scale = (
-            self._inputs.get("input_length"),
-            self._inputs.get("drafter_scale"),
-        )
-        self.outputs = tuple(_as_array(buffer) for buffer in self._buffers)
-
-    def bind_inputs(self) -> None:
-        """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it
-        there.
-        """
-        for name, array in self._inputs.items():
-            self.binding.bind_cpu_input(name, array)
-
-
 def _operators(graphs: Iterable[Path]) -> set[str]:
     """The operators of all graphs together."""
     found: set[str] = set()
@@ -394,25 +251,6 @@ def _load_int4(
     return {
         role: load_graph(bundle.path / file, options, providers) for role, file in files.items()
     }
-
-
-def _shape(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
-
-
-def _array(spec: TensorSpec, sizes: dict[str, int]) -> Array:
-    return np.zeros(_shape(spec, sizes), np.dtype(spec.dtype))
-
-
-def _output_device(spec: TensorSpec, device: Device) -> Device:
-    """Logits are large and seldom read: they stay where they are computed. All else is small."""
-    return device if spec.name == "logits" else "cpu"
-
-
-def _as_array(buffer: Buffer) -> Any:
-    if buffer.device == "cpu":
-        return buffer.numpy()
-    return DeviceArray(buffer.shape, np.dtype(buffer.dtype), buffer.numpy)
 
 
 def _weight_inputs(session: Any, contract: GraphContract, model: ModelInfo) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,20 @@ CHUNK_BYTES = 16 << 20
 """Weights travel through two page-locked buffers of this size: one is filled while the other is
 sent.
 """
+
+
+class Lines(NamedTuple):
+    """Stretches of memory at equal distances.
+
+    Attributes:
+        address: Where the first begins.
+        pitch: Bytes from the beginning of one to that of the next.
+        is_on_gpu: Whether it is memory of the GPU, not of the host.
+    """
+
+    address: int
+    pitch: int
+    is_on_gpu: bool = True
 
 
 class Stream:
@@ -57,13 +71,28 @@ class Stream:
             cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle),
         )
 
-    def copy_over(self, destination: int, source: int, num_bytes: int) -> None:
-        """Queue a copy from GPU to GPU."""
-        kind = cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        check(
-            f"a copy of {num_bytes} bytes on the GPU",
-            cudart().cudaMemcpyAsync(destination, source, num_bytes, kind, self.handle),
+    def copy_lines(self, destination: Lines, source: Lines, width: int, height: int) -> None:
+        """Queue a copy of ``height`` lines of ``width`` bytes, on the GPU or from or to the host.
+
+        Host memory must stay as it is until it is done.
+        """
+        kinds = cudart().cudaMemcpyKind
+        kind = {
+            (True, True): kinds.cudaMemcpyDeviceToDevice,
+            (True, False): kinds.cudaMemcpyHostToDevice,
+            (False, True): kinds.cudaMemcpyDeviceToHost,
+        }[destination.is_on_gpu, source.is_on_gpu]
+        copied = cudart().cudaMemcpy2DAsync(
+            destination.address,
+            destination.pitch,
+            source.address,
+            source.pitch,
+            width,
+            height,
+            kind,
+            self.handle,
         )
+        check(f"a copy of {height} times {width} bytes", copied)
 
 
 class DeviceMemory:

@@ -7,9 +7,7 @@ Everything that needs no GPU is checked before the first call to one.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVC
 from trimode.runtime.sessions.gpu import find_gpu
 from trimode.runtime.sessions.tensorrt.cache import (
     Launchable,
+    MemoryPool,
     RecordedForward,
     SequenceMemory,
     TensorRTCache,
@@ -103,8 +102,8 @@ class TensorRTSession(Closable):
             for role, graph in self._graphs.items()
         }
         self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
-        self._free: dict[int, list[SequenceMemory]] = {}
-        self._lock = threading.Lock()
+        self._pool = MemoryPool(prepared, self._stream)
+        self._lock = self._pool.lock
 
     @property
     def max_prefill_rows(self) -> int:
@@ -130,12 +129,11 @@ class TensorRTSession(Closable):
         """See :class:`trimode.runtime.sessions.base.BatchSession`. Takes the memory of as many
         sequences that nobody uses any more, where there is some.
         """
-        self.check_open()
-        free = self._free.setdefault(num_rows, [])
-        # what is queued on the stream while a forward is recorded would be recorded with it
-        with self._lock:
-            memory = free.pop() if free else SequenceMemory(self._prepared, self._stream, num_rows)
-        return TensorRTCache(memory, self._prepared.cache, free, self._lock)
+        return TensorRTCache(self._pool, num_rows)
+
+    def capacity_for(self, length: int) -> int:
+        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
+        return self._pool.capacity_for(length)
 
     def run(
         self,
@@ -221,9 +219,7 @@ class TensorRTSession(Closable):
                 graph.save_kernels()
             self._runners.clear()
             self._graphs.clear()
-            for memory in itertools.chain(*self._free.values()):
-                memory.close()
-            self._free.clear()
+            self._pool.close()
             self._weights.close()
             self._pinned.close()
             self._stream.close()

@@ -15,6 +15,7 @@ from trimode.formats.manifest import Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
+from trimode.runtime.sessions.prefix import SlotFormat
 from trimode.runtime.sessions.tensorrt.library import import_library
 from trimode.runtime.sessions.tensorrt.plan import (
     CacheLayout,
@@ -40,6 +41,8 @@ class Prepared:
         engines: engine file of each role.
         io: inputs and outputs of each role, for one sequence.
         cache: type and shape of every cache tensor.
+        capacity: slots of a sequence.
+        slots: what one of them holds.
         lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
             of each role.
     """
@@ -49,6 +52,8 @@ class Prepared:
     weights: PrecisionWeights
     io: dict[Role, IoLayout]
     cache: TensorSpec
+    capacity: int
+    slots: SlotFormat
     lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
     memory: MemoryPlan
 
@@ -87,7 +92,8 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
         cache_layout.layout.num_bytes,
         io_bytes,
     )
-    return Prepared(trt, engines, weights, io, cache, lay_out, memory)
+    slots = SlotFormat.of(manifest.model, target.compute_dtype)
+    return Prepared(trt, engines, weights, io, cache, capacity, slots, lay_out, memory)
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:

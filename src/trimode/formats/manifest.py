@@ -26,7 +26,7 @@ name that leaves the folder.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -56,7 +56,19 @@ FileName = Annotated[str, AfterValidator(_plain)]
 
 
 class _Record(BaseModel):
+    """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+    _left_out: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in self._left_out or getattr(self, name)
+        }
 
 
 class FileRecord(_Record):
@@ -137,7 +149,11 @@ class TargetRecord(_Record):
         library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
         only under that version.
         graphs: one for each graph of the bundle.
+        revision: digest of the code that lowered and compiled the graphs; absent where these are
+        the portable ones, and in bundles of before. Another revision is built again.
     """
+
+    _left_out = frozenset({"revision"})
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     device: Literal["cpu", "cuda"]
@@ -148,6 +164,7 @@ class TargetRecord(_Record):
     workspace_mib: int | None
     library: str
     graphs: dict[Role, EngineRecord]
+    revision: str | None = None
 
 
 class PrecisionRecord(_Record):
@@ -204,6 +221,8 @@ class Manifest(_Record):
             readers of the schema that know none take it.
     """
 
+    _left_out = frozenset({"sampler"})
+
     schema_version: int
     trimode_version: str
     model: ModelInfo
@@ -214,13 +233,6 @@ class Manifest(_Record):
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]
     sampler: SamplerRecord | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        if self.sampler is None:
-            fields.pop("sampler", None)
-        return fields
 
     @property
     def first_precision(self) -> PrecisionName:

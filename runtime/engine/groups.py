@@ -1,0 +1,154 @@
+"""Rows by capacity: texts of like length share a cache, so short ones do not pay for long ones.
+
+Attention costs by the slots that a cache has, whether they are used or not. A row begins in the
+smallest capacity that holds its next forward, and moves up by one copy of what is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.sessions.base import BatchCache, BatchSession
+
+
+class CacheGroup:
+    """Rows of one capacity, over one cache.
+
+    Attributes:
+        cache: K/V of the rows.
+        rows: What lies where; None = free.
+        spent: Seconds that a row of it has had on average, for taking turns with other groups.
+        num_steps: Steps that its rows have run.
+    """
+
+    def __init__(self, cache: BatchCache, num_rows: int) -> None:
+        self.cache = cache
+        self.rows: list[EngineRow | None] = [None] * num_rows
+        self.spent, self.num_steps = 0.0, 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.cache.capacity
+
+    @property
+    def texts(self) -> list[EngineRow]:
+        """Rows that are taken."""
+        return [row for row in self.rows if row is not None]
+
+    def at(self, place: int) -> EngineRow:
+        """The row at a place that is taken."""
+        row = self.rows[place]
+        assert row is not None
+        return row
+
+    def take(self, row: EngineRow, place: int) -> None:
+        """Give a free place to a row."""
+        assert self.rows[place] is None
+        self.rows[place], row.group, row.place = row, self, place
+        row.since = self.num_steps
+
+    def free(self, row: EngineRow) -> None:
+        """The only way that a row loses its place."""
+        assert self.rows[row.place] is row
+        self.rows[row.place], row.group = None, None
+
+    def compact(self) -> int:
+        """Move rows from the end into free places, so that those in use are neighbours.
+
+        Returns:
+            Slots that were copied.
+        """
+        copied, count = 0, len(self.texts)
+        while None in self.rows[:count]:
+            free = self.rows.index(None)
+            last = max(place for place, row in enumerate(self.rows) if row is not None)
+            row = self.at(last)
+            if row.valid_length:
+                self.cache.move(last, free, row.valid_length)
+            copied += row.valid_length
+            self.free(row)
+            self.take(row, free)
+        return copied
+
+
+class CacheGroups:
+    """The groups of an engine, made as they are needed.
+
+    Args:
+        session: Loaded graphs.
+        max_rows: Most texts at a time, in all groups together.
+
+    Attributes:
+        num_copied: Slots that were copied within the caches.
+    """
+
+    def __init__(self, session: BatchSession, max_rows: int) -> None:
+        self._session, self._max_rows = session, max_rows
+        self._groups: dict[int, CacheGroup] = {}
+        self.num_copied = 0
+
+    def __iter__(self) -> Iterator[CacheGroup]:
+        yield from self._groups.values()
+
+    @property
+    def rows(self) -> list[EngineRow]:
+        """Rows that lie in a group."""
+        return [row for group in self for row in group.texts]
+
+    def place(self, row: EngineRow) -> None:
+        """Let a row lie where its forward has room; what is valid goes along.
+
+        A failure leaves the row where it was.
+        """
+        if row.group is not None and row.end <= row.group.capacity:
+            return
+        group = self._with_room(row.end)
+        place, old = group.rows.index(None), row.group
+        if old is not None:
+            group.cache.copy_from(old.cache, row.place, place, row.valid_length)
+            self.num_copied += row.valid_length
+            old.free(row)
+        group.take(row, place)
+
+    def compact(self) -> None:
+        """Let rows be neighbours in each group."""
+        for group in self:
+            self.num_copied += group.compact()
+
+    def close(self) -> None:
+        """Give the caches back."""
+        self._groups.clear()
+
+    def _with_room(self, length: int) -> CacheGroup:
+        """The group of the smallest capacity that holds ``length``, with a free place."""
+        capacity = self._session.capacity_for(length)
+        if capacity not in self._groups:
+            self._groups[capacity] = self._new_group(length, 1)
+        group = self._groups[capacity]
+        if None not in group.rows:
+            self._grow(group, length)
+        return group
+
+    def _new_group(self, length: int, num_rows: int) -> CacheGroup:
+        return CacheGroup(self._new_cache(length, num_rows), num_rows)
+
+    def _new_cache(self, length: int, num_rows: int) -> BatchCache:
+        cache = self._session.new_batch_cache(num_rows)
+        cache.reserve(length)
+        return cache
+
+    def _grow(self, group: CacheGroup, length: int) -> None:
+        """Double the places of a group: memory for all rows at the longest capacity may be much
+        more than is ever used.
+        """
+        num_rows = min(2 * len(group.rows), self._max_rows)
+        assert num_rows > len(group.rows), "more rows than the engine has"
+        cache = self._new_cache(length, num_rows)
+        for place, row in enumerate(group.rows):
+            if row is not None and row.valid_length:
+                cache.copy_from(group.cache, place, place, row.valid_length)
+                self.num_copied += row.valid_length
+        group.cache = cache
+        group.rows += [None] * (num_rows - len(group.rows))

@@ -1,0 +1,171 @@
+"""One text at work in an engine: its sequence, its stream, and where its K/V lie."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from trimode.errors import UsageError
+from trimode.formats.contract import Role, slots_written
+from trimode.runtime.decode.forward import Forward, Outputs
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.decode.stream import Chunk, Stream
+from trimode.runtime.engine.request import Request
+from trimode.runtime.sessions.base import Ids, KVCache, SessionView
+
+if TYPE_CHECKING:
+    from trimode.runtime.engine.groups import CacheGroup
+    from trimode.runtime.engine.modes import RowPolicy
+
+CAUSAL: tuple[Role, ...] = ("ar", "verify")
+"""Graphs whose K/V are worth keeping. ``commit`` runs the first."""
+
+
+class EngineSession(SessionView):
+    """The session as a sequence of an engine sees it: its forwards are run by the engine alone."""
+
+    def new_cache(self) -> KVCache:
+        """A cache without slots: the engine has its own."""
+        return _NoCache()
+
+    def run(
+        self,
+        role: Role,  # noqa: ARG002
+        cache: KVCache,  # noqa: ARG002
+        input_ids: Ids,  # noqa: ARG002
+        past_length: int,  # noqa: ARG002
+        drafter_scale: float = 0.0,  # noqa: ARG002
+    ) -> tuple[Any, ...]:
+        raise UsageError(
+            "expected the engine to run this forward, found somebody else", "submit it"
+        )
+
+
+class _NoCache:
+    capacity = 0
+
+    def reserve(self, length: int) -> None:
+        """Nothing to reserve."""
+
+
+class EngineRow:
+    """A text at work.
+
+    Attributes:
+        request: What was asked for.
+        sequence: Its tokens.
+        stream: Iterates over what it commits.
+        policy: Follows the plan of all rows; None where it keeps its own way.
+        group: Rows with as many slots, of which it is one; None before its first forward.
+        place: Its number in the group.
+        forward: Forward that it waits for; None after a commit.
+        num_read: Tokens of that forward that have run: a prompt is read in parts.
+        since: Step of its group in which it asked for the forward.
+        attempts: Times that the forward has failed.
+        causal_length: First slots that hold what causal graphs wrote.
+        is_broken: Whether it has failed, so that nothing of it is kept.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        sequence: Sequence,
+        stream: Stream,
+        policy: RowPolicy | None = None,
+    ) -> None:
+        self.request, self.handle = request, request.handle
+        self.sequence, self.stream, self.policy = sequence, stream, policy
+        self.group: CacheGroup | None = None
+        self.place = -1
+        self.forward: Forward | None = None
+        self.num_read = self.since = self.attempts = self.causal_length = 0
+        self.is_broken = False
+        self._begun = time.perf_counter()
+
+    @property
+    def valid_length(self) -> int:
+        """Slots that a copy must keep."""
+        if self.num_read and self.forward is not None:
+            return self.forward.past_length + self.num_read
+        return self.sequence.cached_length
+
+    @property
+    def stored_length(self) -> int:
+        """Tokens whose K/V others may have."""
+        if self.num_read and self.forward is not None:
+            return self.forward.past_length + self.num_read
+        return min(self.causal_length, self.sequence.cached_length)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it waits for a forward, and has room for it."""
+        return (
+            self.forward is not None
+            and self.group is not None
+            and self.end <= self.group.capacity
+            and not self.handle.done
+        )
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether its forward reads a prompt, in which more than one token is left to read."""
+        forward = self.forward
+        return (
+            forward is not None
+            and forward.role == "ar"
+            and len(forward.token_ids) - self.num_read > 1
+            and forward.past_length + len(forward.token_ids) <= len(self.sequence.tokens)
+        )
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of its forward that have not run."""
+        assert self.forward is not None
+        return len(self.forward.token_ids) - self.num_read
+
+    @property
+    def end(self) -> int:
+        """Slots that its forward needs."""
+        assert self.forward is not None
+        return self.forward.past_length + slots_written(
+            self.forward.role, len(self.forward.token_ids)
+        )
+
+    def part(self, most_tokens: int) -> Forward:
+        """The next part of its forward, of so many tokens at most."""
+        forward = self.forward
+        assert forward is not None
+        if not self.num_read and len(forward.token_ids) <= most_tokens:
+            return forward
+        ids = forward.token_ids[self.num_read : self.num_read + most_tokens]
+        return Forward(forward.role, ids, forward.past_length + self.num_read)
+
+    def read(self, num_tokens: int) -> bool:
+        """Take note that a part has run; whether it was the last one."""
+        assert self.forward is not None
+        self.attempts = 0
+        if num_tokens < self.num_left:
+            self.num_read += num_tokens
+            self.sequence.forwards.prefill += 1
+            return False
+        return True
+
+    def advance(self, outputs: Outputs | None = None) -> Chunk | None:
+        """Let the algorithm go on until it commits something or needs a forward.
+
+        Returns:
+            What it has committed; None where it waits for a forward.
+        """
+        answered = self.forward
+        self.forward, self.num_read = None, 0
+        step = self.stream.advance(outputs)
+        if outputs is not None and answered is not None and answered.role in CAUSAL:
+            self.causal_length = self.sequence.cached_length
+        if isinstance(step, Forward):
+            self.forward, self.since = step, self.group.num_steps if self.group else 0
+            return None
+        return step or Chunk([], self.stream.finish_reason)
+
+    def spend(self) -> None:
+        """Count its time in the engine as its own."""
+        self.stream.spend(time.perf_counter() - self._begun)

@@ -1,0 +1,37 @@
+"""Reads the counts of an engine at work."""
+
+from __future__ import annotations
+
+from trimode.runtime.engine.core import EngineCore
+from trimode.runtime.engine.stats import EngineStats
+
+
+def snapshot(core: EngineCore) -> EngineStats:
+    """Read what an engine counts; from any thread."""
+    counts, rows, reuse = core.counts, list(core.rows), core.reuse
+    groups = [row.group for row in rows]
+    capacities = [group.capacity for group in groups if group is not None]
+    return EngineStats(
+        is_healthy=core.error is None,
+        running=len(rows),
+        waiting=len(core.waiting),
+        free_rows=core.settings.max_rows - len(rows),
+        rows_by_capacity={size: capacities.count(size) for size in sorted(set(capacities))},
+        finished=counts.finished,
+        failed=counts.failed,
+        steps=counts.steps,
+        failed_steps=counts.failed_steps,
+        forwards=dict(counts.forwards),
+        rows_per_forward=counts.rows_per_forward,
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        completion_tokens=counts.completion_tokens,
+        hits=reuse.num_hits,
+        kept_tokens=reuse.num_tokens,
+        kept_bytes=reuse.num_bytes,
+        evicted_tokens=reuse.num_evicted,
+        copied_tokens=core.groups.num_copied,
+        prefill_s=counts.prefill_s,
+        decode_s=counts.decode_s,
+        mode_switches=tuple(core.modes.switches),
+    )

@@ -1,0 +1,120 @@
+"""What an engine counts, and how it reports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trimode.formats.contract import Role
+from trimode.runtime.engine.handle import Handle
+
+
+@dataclass(frozen=True)
+class ModeSwitch:
+    """A plan for the running rows that differs from the one before.
+
+    Attributes:
+        before: Block length before; 1 stands for AR.
+        after: Block length from then on.
+        num_rows: Rows that ran.
+        reason: Reason that the policy gave.
+    """
+
+    before: int
+    after: int
+    num_rows: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Reports what an engine has done so far, and what it is doing.
+
+    Attributes:
+        is_healthy: Whether it takes requests.
+        running: Rows at work.
+        waiting: Requests that wait for a row.
+        free_rows: Rows that are free.
+        rows_by_capacity: Slots of a cache -> rows at work in it.
+        finished: Requests that ended with a result.
+        failed: Requests that ended with an error, cancelled and late ones included.
+        steps: Steps that ran.
+        failed_steps: Steps that failed and left every row at its last committed token.
+        forwards: Forwards by graph.
+        rows_per_forward: Rows that a forward served on average.
+        prompt_tokens: Tokens of the prompts that got a row.
+        cached_tokens: Those of them that were not computed again.
+        completion_tokens: Tokens that were delivered.
+        hits: Requests that had something computed before.
+        kept_tokens: Tokens of ended texts in host memory.
+        kept_bytes: Bytes of their K/V.
+        evicted_tokens: Tokens that made room for others there.
+        copied_tokens: Tokens whose K/V were copied as rows moved.
+        prefill_s: Seconds in which prompts were read.
+        decode_s: Seconds of all other steps.
+        mode_switches: Plans that changed, the newest last; the last hundred.
+    """
+
+    is_healthy: bool
+    running: int
+    waiting: int
+    free_rows: int
+    rows_by_capacity: dict[int, int]
+    finished: int
+    failed: int
+    steps: int
+    failed_steps: int
+    forwards: dict[Role, int]
+    rows_per_forward: float
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    hits: int
+    kept_tokens: int
+    kept_bytes: int
+    evicted_tokens: int
+    copied_tokens: int
+    prefill_s: float
+    decode_s: float
+    mode_switches: tuple[ModeSwitch, ...]
+
+
+@dataclass
+class Counts:
+    """What the engine's thread counts; see :class:`EngineStats`."""
+
+    finished: int = 0
+    failed: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    forwards: dict[Role, int] = field(default_factory=dict)
+    rows_served: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def ended(self, handle: Handle) -> None:
+        """Count a request that is over."""
+        if handle.error is None:
+            self.finished += 1
+        else:
+            self.failed += 1
+
+    def ran(self, role: Role, num_rows: int) -> None:
+        """Count a forward."""
+        self.forwards[role] = self.forwards.get(role, 0) + 1
+        self.rows_served += num_rows
+
+    def took(self, seconds: float, *, is_prefill: bool) -> None:
+        """Count a step."""
+        self.steps += 1
+        if is_prefill:
+            self.prefill_s += seconds
+        else:
+            self.decode_s += seconds
+
+    @property
+    def rows_per_forward(self) -> float:
+        """Rows that a forward served on average."""
+        return self.rows_served / max(1, sum(self.forwards.values()))

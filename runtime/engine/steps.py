@@ -1,0 +1,121 @@
+"""Runs the forwards of one step, and hands the outputs to their rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from functools import partial
+
+import numpy as np
+
+from trimode.formats.contract import ModelInfo, Role, slots_written
+from trimode.runtime.decode.forward import Outputs
+from trimode.runtime.engine.batch import keep
+from trimode.runtime.engine.grouping import JointForward, join_forwards
+from trimode.runtime.engine.groups import CacheGroup
+from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.stats import Counts
+from trimode.runtime.engine.turns import StepPlan
+from trimode.runtime.sessions.base import BatchSession, of_row
+
+
+class Outcome(Enum):
+    """Says how a step went.
+
+    ``NOTHING``: no row waits for a forward. ``COMMITTED``: forwards ran. ``RETRYABLE``: they
+    failed, and every row stands where it stood. ``FATAL``: the engine cannot go on.
+    """
+
+    NOTHING = "nothing"
+    COMMITTED = "committed"
+    RETRYABLE = "retryable"
+    FATAL = "fatal"
+
+
+class Steps:
+    """Runs steps.
+
+    Args:
+        session: Loaded graphs.
+        model: Facts about the model.
+        counts: What is counted.
+        committed: Lets a row go on with its outputs.
+        failed: Takes note of rows whose forward has failed.
+
+    Attributes:
+        seconds: Time of the last step.
+        clock: Gives the time in seconds.
+    """
+
+    def __init__(
+        self,
+        session: BatchSession,
+        model: ModelInfo,
+        counts: Counts,
+        committed: Callable[[EngineRow, Outputs], None],
+        failed: Callable[[Sequence[EngineRow], Exception], Outcome],
+    ) -> None:
+        self._session, self._model, self._counts = session, model, counts
+        self._committed, self._failed = committed, failed
+        self.seconds = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
+
+    def run(self, plan: StepPlan) -> Outcome:
+        """Run the forwards of a plan, up to one that fails."""
+        start, group = self.clock(), plan.group
+        group.num_steps += 1
+        outcome = Outcome.COMMITTED
+        for joint in self._joints(plan):
+            outcome = self._run(group, joint)
+            if outcome is not Outcome.COMMITTED:
+                break
+        self.seconds = self.clock() - start
+        if outcome is Outcome.COMMITTED:
+            self._counts.took(self.seconds, is_prefill=plan.is_prefill)
+        return outcome
+
+    def _joints(self, plan: StepPlan) -> Iterator[JointForward]:
+        group, role = plan.group, plan.waiting[0].forward.role
+        return join_forwards(
+            plan.waiting,
+            lambda place: group.at(place).valid_length,
+            partial(self._fits, group, role),
+            self._session.free_tokens,
+        )
+
+    def _run(self, group: CacheGroup, joint: JointForward) -> Outcome:
+        """Run a forward, and let its members go on with what it says of them."""
+        members = [group.at(one.row) for one in joint.members]
+        try:
+            outputs = self._outputs(group, joint)
+        except Exception as error:
+            return self._failed(members, error)
+        self._counts.ran(joint.role, len(members))
+        for row, one in zip(members, joint.members, strict=True):
+            if row.read(one.num_tokens):
+                place = one.row - joint.rows.start
+                self._committed(row, tuple(of_row(output, place) for output in outputs))
+        return Outcome.COMMITTED
+
+    def _outputs(self, group: CacheGroup, joint: JointForward) -> Outputs:
+        """Run a forward. A row that only lies between gets padding behind what is valid."""
+        shape, first = (len(joint.rows), joint.num_tokens), joint.rows.start
+        ids, real = np.zeros(shape, np.int64), np.ones(shape[0], np.int64)
+        past = np.array([group.at(place).valid_length for place in joint.rows])
+        for one in joint.members:
+            ids[one.row - first, : one.num_tokens] = one.forward.token_ids
+            past[one.row - first] = one.forward.past_length
+            real[one.row - first] = one.num_tokens
+        run = self._session.run_rows
+        return keep(
+            joint.role,
+            run(joint.role, group.cache, joint.rows, ids, past, real, joint.drafter_scale),
+        )
+
+    def _fits(self, group: CacheGroup, role: Role, past_length: int, num_tokens: int) -> bool:
+        """Whether padding stays within the cache and within the position tables."""
+        return (
+            past_length + slots_written(role, num_tokens) <= group.capacity
+            and past_length + num_tokens <= self._model.num_positions
+        )

@@ -1,0 +1,183 @@
+"""Which rows run next: reading prompts takes turns with decoding, and capacities with each other.
+
+What a row's tokens are does not depend on any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimode.runtime.decode.sequence import PREFILL_CHUNK
+from trimode.runtime.engine.grouping import Waiting, choose_group
+from trimode.runtime.engine.groups import CacheGroup
+from trimode.runtime.engine.row import EngineRow
+
+LEAST_CHUNK = 16
+"""Fewest prompt tokens of a forward, however long it takes."""
+_NEW = 0.3
+"""Weight of the newest measurement."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: forwards of one kind, of rows that have the same capacity.
+
+    Attributes:
+        group: Rows that it is about.
+        waiting: Those that run.
+        num_rows: Rows that share its group's time.
+        is_prefill: Whether it reads prompts.
+        is_shared: Whether rows wait that read, and others that decode.
+    """
+
+    group: CacheGroup
+    waiting: list[Waiting]
+    num_rows: int
+    is_prefill: bool
+    is_shared: bool
+
+
+class ChunkCosts:
+    """Knows how long reading takes, from what reading took."""
+
+    def __init__(self) -> None:
+        self._per_token: dict[tuple[int, int], float] = {}
+
+    def record(self, capacity: int, num_tokens: int, seconds: float) -> None:
+        """Take note of a forward of ``num_tokens``, those of all rows together."""
+        key, found = (capacity, num_tokens.bit_length()), seconds / num_tokens
+        self._per_token[key] = found + (1 - _NEW) * (self._per_token.get(key, found) - found)
+
+    def seconds(self, capacity: int, num_tokens: int) -> float | None:
+        """Expected time; None where nothing was measured yet.
+
+        A size that was not measured counts as the nearest one, another capacity as many times as
+        its slots are.
+        """
+        if not self._per_token:
+            return None
+        size = num_tokens.bit_length()
+        near = min(
+            self._per_token,
+            key=lambda key: (abs(key[0].bit_length() - capacity.bit_length()), abs(key[1] - size)),
+        )
+        return self._per_token[near] * num_tokens * max(1.0, capacity / near[0])
+
+    def chunk(self, capacity: int, target_s: float) -> int:
+        """Most tokens that are read within ``target_s``, by what is known."""
+        size = PREFILL_CHUNK
+        while size > LEAST_CHUNK:
+            seconds = self.seconds(capacity, size)
+            if seconds is not None and seconds <= target_s:
+                break
+            size //= 2
+        return size
+
+
+class TimeShare:
+    """Lets reading have a share of the time while others decode.
+
+    Args:
+        share: Of reading, from 0 to below 1.
+        most_s: Most seconds that decoding may be ahead; so chunks never come in a row.
+    """
+
+    def __init__(self, share: float, most_s: float) -> None:
+        self._ratio, self._most = share / (1 - share), most_s
+        self._credit = 0.0
+
+    @property
+    def may_read(self) -> bool:
+        """Whether reading is due."""
+        return self._credit >= 0
+
+    def record(self, seconds: float, *, is_prefill: bool, is_shared: bool) -> None:
+        """Take note of a step; ``is_shared``: somebody else would have liked to run."""
+        if not is_shared:
+            self._credit = 0.0
+        elif is_prefill:
+            self._credit -= seconds
+        else:
+            self._credit = min(self._credit + seconds * self._ratio, self._most)
+
+
+class Turns:
+    """Plans the steps.
+
+    Args:
+        latency_target_s: Most seconds that a part of a prompt may keep a decoding row waiting.
+        prefill_share: Share of the time that reading has while others decode.
+
+    Attributes:
+        costs: What reading takes.
+    """
+
+    def __init__(self, latency_target_s: float, prefill_share: float) -> None:
+        self.costs = ChunkCosts()
+        self._target = latency_target_s
+        self._share = TimeShare(prefill_share, latency_target_s)
+        self._least_spent = 0.0
+
+    def plan(self, rows: Sequence[EngineRow]) -> StepPlan | None:
+        """The next step over rows that wait for a forward and have a place; None without any."""
+        reading = [row for row in rows if row.is_reading]
+        decoding = [row for row in rows if not row.is_reading]
+        is_shared = bool(reading and decoding)
+        if reading and (not decoding or self._share.may_read):
+            return self._read(reading, is_shared=is_shared)
+        return self._decode(decoding, is_shared=is_shared) if decoding else None
+
+    def record(self, plan: StepPlan, seconds: float) -> None:
+        """Take note of how long a step took."""
+        if plan.is_prefill:
+            tokens = max(one.num_tokens for one in plan.waiting) * len(plan.waiting)
+            self.costs.record(plan.group.capacity, tokens, seconds)
+        else:
+            plan.group.spent += seconds / plan.num_rows
+        self._share.record(seconds, is_prefill=plan.is_prefill, is_shared=plan.is_shared)
+
+    def _read(self, reading: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:
+        """Read for the row that comes first, and for others where all have room in one chunk."""
+        order = sorted(reading, key=lambda row: (-row.request.priority, row.request.number))
+        first, group = order[0], group_of(order[0])
+        budget = self.costs.chunk(group.capacity, self._target) if is_shared else PREFILL_CHUNK
+        taken = [_waiting(first, budget)]
+        longest = taken[0].num_tokens
+        for row in order[1:]:
+            one = _waiting(row, longest)
+            fits = longest * (len(taken) + 1) <= budget and _size(one.num_tokens) == _size(longest)
+            if fits and row.group is group and not (row.attempts or first.attempts):
+                taken.append(one)
+        return StepPlan(group, taken, len(taken), True, is_shared)
+
+    def _decode(self, decoding: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:
+        """The group whose rows have had least time, and of it the kind of forward that comes
+        next.
+        """
+        groups = {group_of(row) for row in decoding}
+        for group in groups:  # one that was empty for a while has nothing to make up for
+            group.spent = max(group.spent, self._least_spent)
+        group = min(groups, key=lambda group: group.spent)
+        self._least_spent = group.spent
+        members = [row for row in decoding if row.group is group]
+        suspects = [row for row in members if row.attempts]
+        running = suspects[:1] or members  # alone, to know whose forward it is that fails
+        waiting = [_waiting(row, row.num_left) for row in running]
+        chosen = choose_group(waiting, group.num_steps)
+        return StepPlan(group, chosen, len(members), False, is_shared)
+
+
+def group_of(row: EngineRow) -> CacheGroup:
+    """The group of a row that has a place."""
+    assert row.group is not None
+    return row.group
+
+
+def _waiting(row: EngineRow, most_tokens: int) -> Waiting:
+    return Waiting(row.place, row.part(most_tokens), row.since)
+
+
+def _size(num_tokens: int) -> int:
+    """Chunks of one size run in one forward."""
+    return (num_tokens - 1).bit_length()
