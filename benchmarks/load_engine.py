@@ -61,9 +61,9 @@ def table_of(model: TriModeModel, threads: int, forwards: tuple[ForwardTime, ...
 
 def where_ar_wins(timings: Timings) -> tuple[ForwardTime, ...]:
     """The same forwards, drafts and verifications taking ten times as long."""
-    factors = {
-        name: 10.0 for name in ("least_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms")
-    }
+    factors = dict.fromkeys(
+        ("least_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms"), 10.0
+    )
     return tuple(
         one
         if one.graph == "ar"
