@@ -110,7 +110,7 @@ def files_of(record: PrecisionRecord) -> set[str]:
     return {
         *record.packs,
         *record.graphs.values(),
-        *(graph.file for target in record.targets.values() for graph in target.graphs.values()),
+        *(engine.file for target in record.targets.values() for engine in target.engines),
     }
 
 

@@ -48,6 +48,7 @@ FLAGS = {
 _OF_BUILD = (
     "block_lengths",
     "calibration",
+    "capacities",
     "drafter",
     "force",
     "max_batch",

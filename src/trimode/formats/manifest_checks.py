@@ -100,14 +100,30 @@ def _of_precision(
 
 def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest) -> Iterator[str]:
     files = {role: engine.file for role, engine in target.graphs.items()}
-    yield from _of_graphs(manifest, "graphs", files)
     if target.placement == "external" and files != record.graphs:
         yield "expected the portable graphs of the precision, found others"
+    for one in target.by_capacity():
+        yield from _of_capacity(one, manifest)
+    if target.smaller:
+        yield from _of_lengths(target, manifest.model.max_length)
+
+
+def _of_capacity(target: TargetRecord, manifest: Manifest) -> Iterator[str]:
+    files = {role: engine.file for role, engine in target.graphs.items()}
+    yield from _of_graphs(manifest, "graphs", files)
     if target.backend != "onnxruntime":
         yield from _of_engines(target)
     for role, engine in target.graphs.items():
         for profile in engine.profiles:
             yield from (f"{role}: {what}" for what in _of_profile(profile))
+
+
+def _of_lengths(target: TargetRecord, max_length: int) -> Iterator[str]:
+    lengths = [*(one.max_length for one in target.smaller), max_length]
+    slots = [*(one.capacity for one in target.smaller), target.capacity or 0]
+    for what, found in (("lengths", lengths), ("capacities", slots)):
+        if found != sorted(set(found)):
+            yield f"expected {what} of text that ascend, found {', '.join(map(str, found))}"
 
 
 def _of_engines(target: TargetRecord) -> Iterator[str]:
