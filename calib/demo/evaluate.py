@@ -63,14 +63,14 @@ class Evaluation:
 
     Attributes:
         num_questions: Questions per family.
-        exact_match: share of the questions answered exactly right, greedily and one token at a
+        exact_match: Share of the questions answered exactly right, greedily and one token at a
         time, per family.
         diffusion_exact_match: Same share by block diffusion at :data:`THRESHOLD`.
         diffusion_tokens_per_forward: Ratio over all questions.
-        acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
+        acceptance_length: Tokens per cycle of linear self-speculation, with the drafter.
         acceptance_length_base: Same number without the drafter.
-        acceptance_length_per_family: family -> the two of them, without and with the drafter.
-        num_unlike: answers that self-speculation wrote differently.
+        acceptance_length_per_family: Both numbers by family, without and with the drafter.
+        num_unlike: Number of answers that self-speculation wrote differently.
     """
 
     num_questions: int

@@ -48,8 +48,8 @@ FAMILIES_IN_TURN = (
     "addition",
     "reverse",
 )
-"""What denoising gets wrong comes more often: steps that each need the one before, and words that
-have to agree with an earlier one.
+"""Families of a step. Those that denoising gets wrong come more often: steps that each need the one
+before, and words that have to agree with an earlier one.
 """
 DIFFUSION_WEIGHT = 1.0
 """More than in the joint stage, for next-token prediction has little left to learn."""

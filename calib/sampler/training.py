@@ -26,7 +26,7 @@ LEAST_STD = 1e-4
 """A feature that varies less is a constant, and rounding its variation."""
 LOSS_WINDOW = 100
 CHECKS = 20
-"""How often the weights are tried on other texts."""
+"""Number of times that the weights are tried on other texts."""
 MAX_CHECKED = 4096
 """States of a block length that they are tried on."""
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trimode.cli.flags import BUILD_FLAGS, flags_in_errors
 from trimode.cli.options import build as options
 from trimode.cli.options.shared import CheckpointPath, Json
 from trimode.cli.parse import need, parse_optional_ints
@@ -69,7 +70,7 @@ def run_build(checkpoint: Path, output: Path, chosen: BuildOptions, *, as_json: 
     from trimode.cli.output import print_json
     from trimode.compiler.pipeline import build_bundle
 
-    with RichProgress() as progress:
+    with flags_in_errors(BUILD_FLAGS), RichProgress() as progress:
         result = build_bundle(checkpoint, output, chosen, progress)
     if as_json:
         print_json(_as_data(output, result))
