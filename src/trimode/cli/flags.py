@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from trimode.errors import TrimodeError
@@ -44,11 +45,23 @@ FLAGS = {
 """Flags of ``trimode calibrate`` and ``trimode report``, by parameter of the library."""
 
 
+VERIFY_FLAGS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("calibration", "long", "max_length", "max_new_tokens", "sampler", "seed", "target")
+}
+"""Flags of ``trimode verify``."""
+
+
+def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:
+    """Name flags in a text that names `parameters`."""
+    return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
+
+
 @contextmanager
-def flags_in_errors() -> Iterator[None]:
-    """Name :data:`FLAGS` in the errors of the block."""
+def flags_in_errors(flags: Mapping[str, str] = FLAGS) -> Iterator[None]:
+    """Name ``flags`` in the errors of the block."""
     try:
         yield
     except TrimodeError as error:
-        error.rename(FLAGS)
+        error.rename(flags)
         raise
