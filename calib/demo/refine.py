@@ -132,7 +132,7 @@ class RefinementTraining(Training):
         )
 
     def _corruption(self, size: int) -> Corruption:
-        """Return the slots that are masked in the rows' blocks, and their rates."""
+        """Return the masked slots of the rows' blocks, and their rates."""
         masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
         rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows])
         return Corruption(masked, rate.repeat_interleave(size, 1))

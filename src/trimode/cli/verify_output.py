@@ -88,7 +88,7 @@ def _summary(found: Verification) -> str:
 
 
 def _quantized_lines(verification: Verification) -> Iterator[str]:
-    """What is said of quantized weights, their scales and quantized inputs."""
+    """Yield lines on quantized weights, their scales and quantized inputs."""
     weights, scales = verification.weights, verification.scales
     if weights is not None:
         differing = "".join(
@@ -128,7 +128,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _graph_table(records: Sequence[GraphParity]) -> Table:
-    """A line an output; portable graphs are marked."""
+    """Make a table with a line an output; portable graphs are marked."""
     table = _table("graphs against the torch trunk", _GRAPH_HEADINGS)
     for record in records:
         for index, output in enumerate(record.outputs):
@@ -137,7 +137,10 @@ def _graph_table(records: Sequence[GraphParity]) -> Table:
 
 
 def _graph_row(record: GraphParity, output: OutputRecord, *, is_first: bool) -> Iterator[str]:
-    """Cells of one output; the first line of a comparison speaks for its ids too."""
+    """Return the cells of one output.
+
+    The first line of a comparison speaks for its ids too.
+    """
     same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
     yield record.graph
     yield record.subject
@@ -172,7 +175,7 @@ def _token_table(records: Sequence[TokenParity]) -> Table:
 
 
 def _preference(record: TokenParity) -> str:
-    """By how much the reference prefers its own token; blank where nothing differs."""
+    """Say how much the reference prefers its token; blank without difference."""
     return "" if record.first_divergence is None else _figure(record.preference)
 
 
