@@ -103,7 +103,8 @@ def run_verify(
 ) -> bool:
     """Verify, write ``verification.json``, and tell whether all passed.
 
-    What was found is printed. An earlier ``verification.json`` stays as it is where an error is raised.
+    What was found is printed. An earlier ``verification.json`` stays as it is where an error is
+    raised.
 
     Raises:
         UsageError: an option is out of range, the bundle has no such precision or target, or
