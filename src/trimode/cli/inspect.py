@@ -224,7 +224,7 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
 
 
 def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
-    """Yield the price of weights that engines hold beside the pack, a line a target."""
+    """Yield for each target the bytes that engines hold beside packs."""
     for name, record in targets.items():
         held = [engine.constant_bytes for engine in record.graphs.values() if engine.constant_bytes]
         if held and record.placement != "baked":
