@@ -29,12 +29,14 @@ def inspect(
     plans: Annotated[
         bool,
         typer.Option(
-            "--plans", help="Show the memory traffic of a forward, for each TensorRT-RTX engine."
+            "--plans",
+            help="Show the memory traffic of a forward, for each TensorRT-RTX engine; with "
+            "--target cpu, what ONNX Runtime packs and what it rearranges.",
         ),
     ] = False,
     target: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Target whose engines --plans shows; default: all."),
+        typer.Option(metavar="NAME", help="Target that --plans shows; default: all with engines."),
     ] = None,
     as_json: Json = False,
 ) -> None:
