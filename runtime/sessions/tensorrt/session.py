@@ -14,7 +14,7 @@ import numpy as np
 
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
-from trimode.formats.safetensors import widen
+from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
@@ -217,7 +217,8 @@ class TensorRTSession(Closable):
                 self.check_open()
                 self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return widen(raw, spec.dtype).reshape(count, *shape[1:])
+            values = to_float32(raw, SAFETENSORS_NAMES[spec.dtype])
+            return values.reshape(count, *shape[1:])
 
         return DeviceArray(shape, np.float32, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
 
