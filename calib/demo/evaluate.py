@@ -142,7 +142,7 @@ def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[E
 def greedy_answers(
     trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
-    """Write the autoregressive greedy answer to each prompt, cut after the end token.
+    """Write the greedy answer to each prompt, cut after its end token.
 
     Prompts of one length go together.
     """
@@ -275,7 +275,7 @@ def _rows(
     tokens: list[int],
     drafter_scale: float | None = None,
 ) -> list[int]:
-    """The greedy token of each row."""
+    """Return the greedy token of each row."""
     ids = torch.tensor([tokens], device=device_of(trunk))
     positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
     greedy: list[int] = (

@@ -17,8 +17,10 @@ from trimode.formats.manifest import (
     PrecisionName,
     PrecisionRecord,
 )
+from trimode.formats.manifest_checks import contradiction
 from trimode.formats.record import OtherVersion, read_record
 from trimode.formats.texts import Unreadable, reason_of
+from trimode.runtime.bundle.shapes import check_shapes
 from trimode.runtime.bundle.weights import PrecisionWeights
 
 _UNREADABLE = f"check the file's permissions, or {REBUILD}"
@@ -80,7 +82,9 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
         # the weights.
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda item: _check_digest(path / item[0], item[1]), read))
-    return Bundle(path, manifest, chosen, verify)
+    bundle = Bundle(path, manifest, chosen, verify)
+    check_shapes(bundle.weights().entries, manifest.model)
+    return bundle
 
 
 def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
@@ -119,11 +123,11 @@ def read_manifest(path: Path) -> Manifest:
     """Read ``manifest.json`` of a bundle without looking at the other files.
 
     Raises:
-        BundleError: there is none, it cannot be read, or is of another schema.
+        BundleError: there is none, it cannot be read, is of another schema, or contradicts itself.
     """
     file = path / MANIFEST
     try:
-        return read_record(file, Manifest, (SCHEMA_VERSION,))
+        manifest = read_record(file, Manifest, (SCHEMA_VERSION,))
     except OtherVersion as error:
         hint = f"update trimode, or {REBUILD}" if error.found > SCHEMA_VERSION else REBUILD
         raise BundleError(f"{file}: {error.reason}", hint) from error
@@ -137,6 +141,9 @@ def read_manifest(path: Path) -> Manifest:
             f"{file}: expected a valid manifest, found one that cannot be read ({error.reason})",
             _UNREADABLE,
         ) from error
+    if wrong := contradiction(manifest):
+        raise BundleError(f"{file}: {wrong}", REBUILD)
+    return manifest
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

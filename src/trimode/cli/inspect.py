@@ -1,4 +1,4 @@
-"""``trimode inspect``: what a bundle holds, and what sharing the weights saves."""
+"""Implements ``trimode inspect``: shows a bundle's contents."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def inspect(
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
-    """Print the manifest, for people or as JSON with the figures of :func:`sharing`."""
+    """Print the manifest as text, or as JSON with shared bytes."""
     from trimode.cli.output import print_json
     from trimode.runtime.bundle.open import read_manifest
 
@@ -94,7 +94,7 @@ def _readers(record: PrecisionRecord) -> int:
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """The manifest in lines for people."""
+    """Describe the manifest in lines for people."""
     precisions = [
         line
         for name, record in manifest.precisions.items()

@@ -1,4 +1,4 @@
-"""``trimode run``: prompts in, text or JSON out."""
+"""Implements ``trimode run``: answers prompts in text or JSON."""
 
 from __future__ import annotations
 
