@@ -133,8 +133,20 @@ def make_plan(
     )
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
+    widens_int8 = _widens_int8(precision, quantization, base)
+    if options.capacities is not None and (precision == "int4" or widens_int8):
+        _check_holds_none(precision, targets)
     records = {
-        name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized)
+        name: plan_target(
+            target,
+            options,
+            model,
+            dtype,
+            names,
+            roles,
+            is_quantized=is_quantized,
+            one_row=not widens_int8,
+        )
         for name, target in targets.items()
     }
     sampler = plan_sampler(options.sampler, model, base)
@@ -163,6 +175,7 @@ def plan_target(
     roles: tuple[Role, ...] = ROLES,
     *,
     is_quantized: bool = False,
+    one_row: bool = True,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
@@ -175,7 +188,7 @@ def plan_target(
             "pass a shorter one in --block-lengths, or leave --quadratic out",
         )
     folder = names.target(target.name)
-    largest = plan_engines(options, model, roles, folder)
+    largest = plan_engines(options, model, roles, folder, one_row=one_row)
     return TargetRecord(
         backend=target.backend,
         device="cuda",
@@ -187,8 +200,30 @@ def plan_target(
         library=library_of(target.backend),
         revision=lowering_revision(),
         graphs=largest.graphs,
-        smaller=plan_smaller(options, model, roles, folder),
+        smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
     )
+
+
+def _check_holds_none(precision: Precision, targets: dict[str, Target]) -> None:
+    """Raise :class:`UsageError` where engines hold weights, which each capacity would hold again."""
+    holding = [name for name, target in targets.items() if target.backend == "tensorrt_rtx"]
+    if holding:
+        raise UsageError(
+            "expected, with --capacities, weights that engines read from the pack, found"
+            f" {precision}, of which each engine of {', '.join(holding)} holds a copy",
+            "leave --capacities out, or choose bf16, fp8, or int8 with a calibration",
+        )
+
+
+def _widens_int8(
+    precision: Precision, quantization: Quantization | None, base: Manifest | None
+) -> bool:
+    """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
+    if precision != "int8":
+        return False
+    there = base.precisions.get(precision) if base else None
+    calibration = quantization.record if quantization else there and there.calibration
+    return calibration is not None and calibration.scales_sha256 is None
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:

@@ -26,6 +26,8 @@ def plan_engines(
     roles: tuple[Role, ...],
     folder: str,
     max_length: int | None = None,
+    *,
+    one_row: bool = True,
 ) -> CapacityRecord:
     """Plan the engines of one capacity.
 
@@ -36,6 +38,7 @@ def plan_engines(
         folder: Folder of the target in the bundle.
         max_length: Tokens of the longest text, which is part of the files' names; None = the
             model's, and plain names.
+        one_row: Whether decoding may be compiled for exactly one row.
     """
     lengths = lengths_of_blocks(options, model)
     capacity = plan_capacity(roles, model, lengths, options.max_batch, max_length)
@@ -43,7 +46,9 @@ def plan_engines(
     graphs = {
         role: EngineRecord(
             file=f"{folder}/{role}{suffix}.engine",
-            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
+            profiles=plan_profiles(
+                role, model, lengths, options.max_batch, capacity, one_row=one_row
+            ),
         )
         for role in roles
     }
@@ -53,7 +58,12 @@ def plan_engines(
 
 
 def plan_smaller(
-    options: BuildOptions, model: ModelInfo, roles: tuple[Role, ...], folder: str
+    options: BuildOptions,
+    model: ModelInfo,
+    roles: tuple[Role, ...],
+    folder: str,
+    *,
+    one_row: bool = True,
 ) -> tuple[CapacityRecord, ...]:
     """Plan the engines of the capacities below the largest, ascending.
 
@@ -65,7 +75,7 @@ def plan_smaller(
         return ()
     check_capacities(options, model)
     return tuple(
-        plan_engines(options, model, roles, folder, length)
+        plan_engines(options, model, roles, folder, length, one_row=one_row)
         for length in options.capacities
         if length < model.max_length
     )

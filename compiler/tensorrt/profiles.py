@@ -58,6 +58,8 @@ def plan_profiles(
     block_lengths: tuple[int, ...],
     max_batch: int,
     capacity: int | None = None,
+    *,
+    one_row: bool = True,
 ) -> tuple[ProfileRecord, ...]:
     """Profiles of one graph, in the engine's order.
 
@@ -67,10 +69,14 @@ def plan_profiles(
         block_lengths: Rows of the other graphs.
         max_batch: Most sequences in one forward.
         capacity: Slots of the cache; None = a text and a block.
+        one_row: Whether decoding may be compiled for exactly one row. TensorRT-RTX then expands
+            int8 weights that are multiplied in high precision; a profile that admits a second row
+            widens them on the way.
     """
     batch = (1, 1, max_batch)
     if role == "ar":
-        most = 1 if (capacity or model.num_positions) + model.head_dim <= _ONE_ROW_SLOTS else 2
+        slots = (capacity or model.num_positions) + model.head_dim
+        most = 1 if one_row and slots <= _ONE_ROW_SLOTS else 2
         longest = min(model.max_length, capacity or model.max_length)
         chunk = max(min(PREFILL_CHUNK, longest), *block_lengths)
         return (

@@ -121,14 +121,15 @@ def test_plans_name_the_capacity(built: Path) -> None:
     assert sorted({one["capacity"] for one in json.loads(result.stdout)}) == list(SLOTS)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
-def test_shared_weights_of_any_type_may_have_capacities(checkpoint: Path, precision: str) -> None:
-    calibration: Any = None if precision == "fp8" else "rtn"
-    if precision == "fp8":
-        pytest.skip("needs a calibration; its engines take weights as those of int8 do")
-    options = replace(OPTIONS, precision=precision, calibration=calibration)
-    record = make_plan(open_checkpoint(checkpoint), options).records["rtx-4090"]
-    assert [one.capacity for one in record.by_capacity()] == list(SLOTS)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_engines_that_hold_weights_have_one_capacity(checkpoint: Path, precision: str) -> None:
+    """Those of full TensorRT hold none, nor those of the CPU."""
+    opened = open_checkpoint(checkpoint)
+    options = replace(OPTIONS, precision=precision, calibration="rtn")
+    with pytest.raises(UsageError, match=f"found {precision}, of which each engine of rtx-4090"):
+        make_plan(opened, options)
+    assert make_plan(opened, replace(options, targets=("cpu",))).records["cpu"].smaller == ()
+    assert make_plan(opened, replace(options, capacities=None)).records["rtx-4090"].smaller == ()
 
 
 def test_every_block_fits_behind_every_text(checkpoint: Path) -> None:

@@ -97,7 +97,7 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     smallest = capacities[0]
     memory = MemoryPlan(
         sum(check_engine_file(path) for one in capacities for path in one.files.values()),
-        sum(entry.num_bytes for entry in bound),
+        sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
         smallest.lay_out(1)[0].layout.num_bytes,
         sum(one.layout.num_bytes for one in smallest.io.values()),
     )
@@ -124,6 +124,13 @@ def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> P
         cache=cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0],
         lay_out=lay_out,
     )
+
+
+def _constant_bytes(target: TargetRecord) -> int:
+    """Bytes of the pack that no engine takes as inputs."""
+    if target.placement == "baked":
+        return 0
+    return min(engine.constant_bytes for engine in target.graphs.values())
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:

@@ -112,6 +112,7 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
 
 
 def _in_words(output: Path, result: BuildResult) -> str:
+    from trimode.cli.inspect import held_weights
     from trimode.compiler.plan import SAMPLER_FILE
 
     manifest = result.manifest
@@ -130,7 +131,11 @@ def _in_words(output: Path, result: BuildResult) -> str:
     others = [name for name in manifest.precisions if name != result.precision]
     beside = f" beside {', '.join(others)}" if others else ""
     cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
-    return (
-        f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} "
-        f"MB{cached}"
+    built = {name: result.record.targets[name] for name in result.built}
+    return "\n".join(
+        [
+            f"built {output}: {', '.join(built)} in {result.precision}{beside}, {size:.1f} "
+            f"MB{cached}",
+            *held_weights(built),
+        ]
     )

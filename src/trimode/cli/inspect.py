@@ -242,6 +242,20 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
     names = [name for name, record in targets.items() if record.placement == "baked"]
     if names:
         yield f"               the engines of {', '.join(names)} hold copies of their own"
+    for line in held_weights(targets):
+        yield f"               {line}"
+
+
+def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
+    """Yield the price of weights that engines hold beside the pack, a line a target."""
+    for name, record in targets.items():
+        held = [engine.constant_bytes for engine in record.engines if engine.constant_bytes]
+        if held and record.placement != "baked":
+            yield (
+                f"each of the {len(held)} engines of {name} holds"
+                f" {held[0] / 1e6:.1f} MB of weights and scales:"
+                f" {sum(held) / 1e6:.1f} MB on the GPU"
+            )
 
 
 def _profiles(profiles: tuple[ProfileRecord, ...]) -> str:

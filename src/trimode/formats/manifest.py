@@ -130,13 +130,16 @@ class EngineRecord(_Part):
         profiles: in the engine's order; none if shapes are free (ONNX Runtime).
         plans: what a forward under each profile moves, by the engine's plan; absent where it holds
         none that is understood, and in bundles of before.
+        constant_bytes: size of the weights and scales that the engine holds itself, which every
+        engine has on the GPU once more; absent where all are inputs.
     """
 
-    _left_out = frozenset({"plans"})
+    _left_out = frozenset({"plans", "constant_bytes"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
+    constant_bytes: int = 0
 
 
 class CapacityRecord(_Part):
@@ -215,7 +218,8 @@ class TargetRecord(_Part):
 
     def without_plans(self) -> TargetRecord:
         """The record as it is planned, before there are engines to read."""
-        return self.with_engines(lambda engine: engine.model_copy(update={"plans": ()}))
+        absent = {"plans": (), "constant_bytes": 0}
+        return self.with_engines(lambda engine: engine.model_copy(update=absent))
 
 
 class PrecisionRecord(_Part):
