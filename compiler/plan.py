@@ -205,7 +205,7 @@ def plan_target(
 
 
 def _check_holds_none(precision: Precision, targets: dict[str, Target]) -> None:
-    """Raise :class:`UsageError` where engines hold weights, which each capacity would hold again."""
+    """Raise :class:`UsageError` where engines are built, each of which holds weights."""
     holding = [name for name, target in targets.items() if target.backend == "tensorrt_rtx"]
     if holding:
         raise UsageError(

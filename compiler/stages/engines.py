@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from trimode.compiler.tensorrt.pool import (
 )
 from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
-from trimode.formats.manifest import TargetRecord
+from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.graphs.numerics.integers import Floats
 from trimode.runtime.bundle.weights import PrecisionWeights
 
@@ -74,11 +75,12 @@ def _record_constants(state: BuildState) -> None:
     records = {}
     for name, record in state.plan.records.items():
         sizes = [state.tensors[one].num_bytes for one in constants_of(record, state.tensors)]
-        held = {"constant_bytes": sum(sizes)}
-        records[name] = record.with_engines(
-            lambda engine, held=held: engine.model_copy(update=held)
-        )
+        records[name] = record.with_engines(partial(_holding, sum(sizes)))
     state.plan = replace(state.plan, records=records)
+
+
+def _holding(constant_bytes: int, engine: EngineRecord) -> EngineRecord:
+    return engine.model_copy(update={"constant_bytes": constant_bytes})
 
 
 def _is_compiled(record: TargetRecord) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import make_plan
 from trimode.compiler.plans.report import read_plans
-from trimode.errors import UsageError
+from trimode.errors import BundleError, UsageError
 from trimode.formats.contract import ROLES
 from trimode.formats.manifest import Manifest
 from trimode.graphs.checkpoint import open_checkpoint
@@ -110,6 +112,32 @@ def test_a_bundle_of_before_is_read(built: Path, tmp_path: Path) -> None:
     assert [one["capacity"] for one in target.pop("smaller")] == [128, 256]
     record = Manifest.model_validate(manifest).precisions["bf16"].targets["rtx-4090"]
     assert [one.capacity for one in record.by_capacity()] == [512]
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "descending": (lambda smaller: smaller.reverse(), "192 in 256, 64 in 128, 448 in 512 slots"),
+    "beyond the largest": (
+        lambda smaller: smaller[1].update(capacity=512),
+        "expected capacities that grow and hold their tokens, found 64 in 128, 192 in 512",
+    ),
+    "too few slots": (lambda smaller: smaller[0].update(capacity=63), "64 in 63"),
+    "no graphs": (lambda smaller: smaller[0].update(graphs={}), "expected graphs of ar, draft"),
+    "no such file": (
+        lambda smaller: smaller[0]["graphs"]["ar"].update(file="engines/rtx-4090/ar-65.engine"),
+        "expected graphs among the files of the manifest, found engines/rtx-4090/ar-65",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_whose_capacities_contradict_it(built: Path, tmp_path: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    bundle = shutil.copytree(built / "bundle", tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest["precisions"]["bf16"]["targets"]["rtx-4090"]["smaller"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
 
 
 def test_plans_name_the_capacity(built: Path) -> None:

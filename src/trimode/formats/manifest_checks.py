@@ -6,6 +6,7 @@ each other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from trimode.formats.contract import GraphContract, ModelInfo, Role, graph_contract
@@ -94,8 +95,9 @@ def _of_precision(
     if record.weight_bytes > size:
         yield f"expected packs of at least {record.weight_bytes} bytes, found {size}"
     for name, target in record.targets.items():
-        for what in _of_target(target, record, manifest):
-            yield f"target {name}: {what}"
+        for one in target.by_capacity():
+            yield from (f"target {name}: {what}" for what in _of_target(one, record, manifest))
+        yield from (f"target {name}: {what}" for what in _of_capacities(target, manifest.model))
 
 
 def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest) -> Iterator[str]:
@@ -118,6 +120,18 @@ def _of_engines(target: TargetRecord) -> Iterator[str]:
         )
     if target.capacity is None or target.capacity < 1:
         yield f"expected engines with a capacity of at least 1, found {target.capacity}"
+
+
+def _of_capacities(target: TargetRecord, model: ModelInfo) -> Iterator[str]:
+    """Each is larger than the one before, in slots and in tokens, and holds its tokens."""
+    if not target.smaller:
+        return
+    sizes = [(one.max_length, one.capacity) for one in target.smaller]
+    sizes.append((model.max_length, target.capacity or 0))
+    grow = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(sizes))
+    if not grow or any(length > slots for length, slots in sizes):
+        found = ", ".join(f"{length} in {slots}" for length, slots in sizes)
+        yield f"expected capacities that grow and hold their tokens, found {found} slots"
 
 
 def _of_profile(profile: ProfileRecord) -> Iterator[str]:
