@@ -15,7 +15,12 @@ from safetensors.numpy import load_file
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
-from trimode.compiler.tensorrt.capacities import lengths_of_blocks, plan_engines, plan_smaller
+from trimode.compiler.tensorrt.capacities import (
+    check_one_capacity,
+    lengths_of_blocks,
+    plan_engines,
+    plan_smaller,
+)
 from trimode.compiler.toolchain import library_of
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import load_record
@@ -134,8 +139,9 @@ def make_plan(
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     widens_int8 = _widens_int8(precision, quantization, base)
-    if options.capacities is not None and (precision == "int4" or widens_int8):
-        _check_holds_none(precision, targets)
+    is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
+    if is_rtx and (precision == "int4" or widens_int8):
+        check_one_capacity(options, precision)
     records = {
         name: plan_target(
             target,
@@ -204,17 +210,6 @@ def plan_target(
     )
 
 
-def _check_holds_none(precision: Precision, targets: dict[str, Target]) -> None:
-    """Raise :class:`UsageError` where engines are built, each of which holds weights."""
-    holding = [name for name, target in targets.items() if target.backend == "tensorrt_rtx"]
-    if holding:
-        raise UsageError(
-            "expected, with --capacities, weights that engines read from the pack, found"
-            f" {precision}, of which each engine of {', '.join(holding)} holds a copy",
-            "leave --capacities out, or choose bf16, fp8, or int8 with a calibration",
-        )
-
-
 def _widens_int8(
     precision: Precision, quantization: Quantization | None, base: Manifest | None
 ) -> bool:
@@ -222,7 +217,9 @@ def _widens_int8(
     if precision != "int8":
         return False
     there = base.precisions.get(precision) if base else None
-    calibration = quantization.record if quantization else there and there.calibration
+    calibration = there.calibration if there else None
+    if quantization is not None:
+        calibration = quantization.record
     return calibration is not None and calibration.scales_sha256 is None
 
 

@@ -75,12 +75,9 @@ def _record_constants(state: BuildState) -> None:
     records = {}
     for name, record in state.plan.records.items():
         sizes = [state.tensors[one].num_bytes for one in constants_of(record, state.tensors)]
-        records[name] = record.with_engines(partial(_holding, sum(sizes)))
+        update = {"constant_bytes": sum(sizes)}
+        records[name] = record.with_engines(partial(EngineRecord.model_copy, update=update))
     state.plan = replace(state.plan, records=records)
-
-
-def _holding(constant_bytes: int, engine: EngineRecord) -> EngineRecord:
-    return engine.model_copy(update={"constant_bytes": constant_bytes})
 
 
 def _is_compiled(record: TargetRecord) -> bool:

@@ -7,6 +7,7 @@ attention has fewer slots to pass over, and moves up when it has grown.
 from __future__ import annotations
 
 from trimode.compiler.options import BuildOptions
+from trimode.compiler.targets import Precision
 from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.errors import UsageError
 from trimode.formats.contract import ModelInfo, Role
@@ -79,6 +80,16 @@ def plan_smaller(
         for length in options.capacities
         if length < model.max_length
     )
+
+
+def check_one_capacity(options: BuildOptions, precision: Precision) -> None:
+    """Raise :class:`UsageError` for several capacities of engines that hold the weights."""
+    if options.capacities is not None:
+        raise UsageError(
+            f"expected one capacity in {precision}, whose engines hold the weights,"
+            f" found {len(options.capacities)}: each would hold another copy for each graph",
+            "leave --capacities out, or choose bf16, fp8, or int8 with a calibration",
+        )
 
 
 def check_capacities(options: BuildOptions, model: ModelInfo) -> None:

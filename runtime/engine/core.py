@@ -22,12 +22,13 @@ from trimode.runtime.decode.stream import Stream
 from trimode.runtime.engine.groups import CacheGroups
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.state import ModePolicy
-from trimode.runtime.engine.modes import MakeRowPolicy, Modes, PlainRowPolicy
+from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.reuse import PrefixReuse
 from trimode.runtime.engine.row import EngineRow, EngineSession
+from trimode.runtime.engine.row_policy import MakeRowPolicy, PlainRowPolicy
 from trimode.runtime.engine.stats import Counts
-from trimode.runtime.engine.steps import Outcome, Steps
+from trimode.runtime.engine.steps import Observe, Outcome, Steps
 from trimode.runtime.engine.turns import Turns, group_of
 from trimode.runtime.engine.waiting import Deadlines, WaitingQueue
 from trimode.runtime.sessions.base import BatchSession
@@ -55,6 +56,7 @@ class Settings:
         is_fair: Whether requests of one priority take turns by key.
         mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
         make_row_policy: Makes the policy of a row that follows such a plan.
+        observe: Told of each forward how long it took; None = nobody is.
         clock: Gives the time in seconds; never goes back.
     """
 
@@ -65,6 +67,7 @@ class Settings:
     is_fair: bool = False
     mode_policy: ModePolicy | None = None
     make_row_policy: MakeRowPolicy = PlainRowPolicy
+    observe: Observe | None = None
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -102,7 +105,7 @@ class EngineCore:
         self._num_failures = 0
         self.counts = Counts()
         self._steps = Steps(session, model, self.counts, self._committed, self._failed)
-        self._steps.clock = self.settings.clock
+        self._steps.clock, self._steps.observe = self.settings.clock, self.settings.observe
         self.error: EngineError | None = None
         self.rows: list[EngineRow] = []
         self.waiting = WaitingQueue(is_fair=self.settings.is_fair)
@@ -167,28 +170,27 @@ class EngineCore:
         for request in list(self.waiting):
             request.handle.fail(error)
             self.waiting.discard(request.handle)
-            self.counts.ended(request.handle)
 
     # --- requests come and go
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Request):
+            message.handle.add_closer(self.counts.ended)
             if self.error is not None:
                 message.handle.fail(self.error)
-                self.counts.ended(message.handle)
                 return
             self.waiting.push(message)
             if message.deadline is not None:
                 self._deadlines.add(message.deadline, message.handle)
-        elif message is not None and self.waiting.discard(message):
-            self.counts.ended(message)
+        elif message is not None:
+            self.waiting.discard(message)
 
     def _expire(self) -> None:
         for handle in self._deadlines.passed(self.settings.clock()):
             text = f"expected a text within its time, found {len(handle.token_ids)} tokens of it"
             hint = "allow more time with timeout_s, or ask for fewer tokens"
-            if handle.fail(RequestTimeoutError(text, hint)) and self.waiting.discard(handle):
-                self.counts.ended(handle)
+            handle.fail(RequestTimeoutError(text, hint))
+            self.waiting.discard(handle)
 
     def _let_go(self) -> None:
         """Free the rows of requests that have ended: with their texts, or because somebody ended
@@ -199,7 +201,6 @@ class EngineCore:
                 self.reuse.keep(row)
             group_of(row).free(row)
             self.rows.remove(row)
-            self.counts.ended(row.handle)
 
     def _admit(self) -> None:
         """Give free rows to those who wait; a row is room for prompt and answer."""
@@ -209,9 +210,7 @@ class EngineCore:
             )
             if request is None:
                 return
-            if request.handle.done:
-                self.counts.ended(request.handle)
-            else:
+            if not request.handle.done:
                 self._begin(request)
 
     def _begin(self, request: Request) -> None:
@@ -219,7 +218,6 @@ class EngineCore:
         hit = self.reuse.find(request, self.rows)
         row = self._new_row(request, hit.length)
         if not self._advance(row):
-            self.counts.ended(request.handle)
             return
         try:
             self.groups.place(row)
@@ -248,7 +246,6 @@ class EngineCore:
             self.waiting.push(row.request)
         else:
             row.handle.fail(given_up(error))
-            self.counts.ended(row.handle)
         self._note_failure(error)
 
     # --- one step

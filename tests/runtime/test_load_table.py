@@ -165,6 +165,17 @@ def test_a_machine_that_is_slow_in_all_is_slow_where_it_was_not_seen() -> None:
     assert found.drift == pytest.approx(1.6, rel=0.1)
 
 
+def test_what_a_probe_shows_of_drafts_goes_for_larger_ones_too() -> None:
+    """While all is AR, a row that drafts now and then must be able to contradict the table."""
+    found = table()
+    for number in range(400):
+        found.observe("ar", 8, 1, 512, 2 * device_ms(8, 1, 512))
+        if number % 10 == 0:
+            found.observe("draft", 1, 4, 512, device_ms(1, 4, 512))
+    assert found.ms("draft", 8, 32, 512) < 1.15 * device_ms(8, 32, 512)
+    assert found.ms("ar", 16, 1, 512) > 1.8 * device_ms(16, 1, 512)
+
+
 def test_one_outlier_moves_little_and_nothing_goes_beyond_the_limits() -> None:
     found = table()
     found.observe("ar", 8, 1, 512, 1e6)
@@ -190,8 +201,8 @@ def test_a_frozen_table_learns_nothing() -> None:
 def test_factors_stay_within_their_limits(ratios: list[float]) -> None:
     corrections = Corrections()
     for number, ratio in enumerate(ratios):
-        corrections.observe(number % 3, ratio)
-        assert 0.5 <= corrections.factor(number % 3) <= 2
+        corrections.observe(number % 2, number % 3, ratio)
+        assert 0.5 <= corrections.factor(number % 2, number % 3) <= 2
         assert 0.5 <= corrections.common <= 2
 
 

@@ -7,6 +7,7 @@ Everything that needs no GPU is checked before the first call to one.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -208,19 +209,21 @@ class TensorRTSession(Closable):
         # the output keeps the lease: nobody else writes there as long as it may be read
         io = lease.memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
-        shape, row_bytes = tensor_shape(spec, rows, batch), tensor_bytes(spec, rows, batch) // batch
+        shape = tensor_shape(spec, rows, batch)
+        item_bytes = tensor_bytes(spec, rows, batch) // math.prod(shape)
 
-        def fetch(first: int, count: int) -> Array:
-            raw = np.empty(count * row_bytes, np.uint8)
-            address = lease.memory.io(role).address + io.layout.offsets[name] + first * row_bytes
+        def fetch(*index: int) -> Array:
+            part = shape[len(index) :]
+            first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))
+            raw = np.empty(math.prod(part) * item_bytes, np.uint8)
+            address = lease.memory.io(role).address + io.layout.offsets[name] + first * item_bytes
             with self._lock:
                 self.check_open()
                 self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            values = to_float32(raw, SAFETENSORS_NAMES[spec.dtype])
-            return values.reshape(count, *shape[1:])
+            return to_float32(raw, SAFETENSORS_NAMES[spec.dtype]).reshape(part)
 
-        return DeviceArray(shape, np.float32, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
+        return DeviceArray(shape, np.float32, fetch, fetch)
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:

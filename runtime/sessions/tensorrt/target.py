@@ -130,7 +130,7 @@ def _constant_bytes(target: TargetRecord) -> int:
     """Bytes of the pack that no engine takes as inputs."""
     if target.placement == "baked":
         return 0
-    return min(engine.constant_bytes for engine in target.graphs.values())
+    return min(engine.constant_bytes for engine in target.engines)
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:

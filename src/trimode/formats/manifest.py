@@ -218,7 +218,7 @@ class TargetRecord(_Part):
 
     def without_plans(self) -> TargetRecord:
         """The record as it is planned, before there are engines to read."""
-        absent = {"plans": (), "constant_bytes": 0}
+        absent: dict[str, Any] = {"plans": (), "constant_bytes": 0}
         return self.with_engines(lambda engine: engine.model_copy(update=absent))
 
 

@@ -6,7 +6,6 @@ each other.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from trimode.formats.contract import GraphContract, ModelInfo, Role, graph_contract
@@ -95,21 +94,39 @@ def _of_precision(
     if record.weight_bytes > size:
         yield f"expected packs of at least {record.weight_bytes} bytes, found {size}"
     for name, target in record.targets.items():
-        for one in target.by_capacity():
-            yield from (f"target {name}: {what}" for what in _of_target(one, record, manifest))
-        yield from (f"target {name}: {what}" for what in _of_capacities(target, manifest.model))
+        for what in _of_target(target, record, manifest):
+            yield f"target {name}: {what}"
 
 
 def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest) -> Iterator[str]:
     files = {role: engine.file for role, engine in target.graphs.items()}
-    yield from _of_graphs(manifest, "graphs", files)
     if target.placement == "external" and files != record.graphs:
         yield "expected the portable graphs of the precision, found others"
+    for one in target.by_capacity():
+        yield from _of_capacity(one, manifest)
+    if target.smaller:
+        yield from _of_lengths(target, manifest.model.max_length)
+
+
+def _of_capacity(target: TargetRecord, manifest: Manifest) -> Iterator[str]:
+    files = {role: engine.file for role, engine in target.graphs.items()}
+    yield from _of_graphs(manifest, "graphs", files)
     if target.backend != "onnxruntime":
         yield from _of_engines(target)
     for role, engine in target.graphs.items():
         for profile in engine.profiles:
             yield from (f"{role}: {what}" for what in _of_profile(profile))
+
+
+def _of_lengths(target: TargetRecord, max_length: int) -> Iterator[str]:
+    lengths = [*(one.max_length for one in target.smaller), max_length]
+    slots = [*(one.capacity for one in target.smaller), target.capacity or 0]
+    for what, found in (("lengths", lengths), ("capacities", slots)):
+        if found != sorted(set(found)):
+            yield f"expected {what} of text that ascend, found {', '.join(map(str, found))}"
+    for length, capacity in zip(lengths, slots, strict=True):
+        if capacity < length:
+            yield f"expected a capacity for texts of {length} tokens, found {capacity} slots"
 
 
 def _of_engines(target: TargetRecord) -> Iterator[str]:
@@ -122,25 +139,13 @@ def _of_engines(target: TargetRecord) -> Iterator[str]:
         yield f"expected engines with a capacity of at least 1, found {target.capacity}"
 
 
-def _of_capacities(target: TargetRecord, model: ModelInfo) -> Iterator[str]:
-    """Each is larger than the one before, in slots and in tokens, and holds its tokens."""
-    if not target.smaller:
-        return
-    sizes = [(one.max_length, one.capacity) for one in target.smaller]
-    sizes.append((model.max_length, target.capacity or 0))
-    grow = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(sizes))
-    if not grow or any(length > slots for length, slots in sizes):
-        found = ", ".join(f"{length} in {slots}" for length, slots in sizes)
-        yield f"expected capacities that grow and hold their tokens, found {found} slots"
-
-
 def _of_profile(profile: ProfileRecord) -> Iterator[str]:
     for name, (least, usual, most) in (("batch", profile.batch), ("rows", profile.rows)):
         if not 1 <= least <= usual <= most:
             yield f"expected {name} as least, usual and most, found {least}, {usual}, {most}"
 
 
-def _of_graphs(manifest: Manifest, what: str, files: Mapping[str, str]) -> Iterator[str]:
+def _of_graphs(manifest: Manifest, what: str, files: Mapping[Role, str]) -> Iterator[str]:
     if files.keys() != manifest.contracts.keys():
         yield (
             f"expected {what} of {', '.join(manifest.contracts)}, "
