@@ -17,7 +17,7 @@ import numpy as np
 from trimode.errors import DeviceError
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
-from trimode.formats.safetensors import widen
+from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
@@ -288,7 +288,7 @@ class TensorRTSession(Closable):
                 self.check_open()
                 self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return widen(raw, spec.dtype).reshape(part)
+            return to_float32(raw, SAFETENSORS_NAMES[spec.dtype]).reshape(part)
 
         return DeviceArray(shape, np.float32, fetch, fetch)
 
