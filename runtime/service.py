@@ -91,7 +91,7 @@ class Engine:
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
 
     Attributes:
-        model: Model that runs.
+        model: Opened model that runs.
 
     Raises:
         UsageError: a value is out of its range, or the session runs single texts only.
@@ -131,8 +131,9 @@ class Engine:
             mode_policy=mode_policy,
         )
         is_own = not isinstance(model, TriModeModel)
-        opened = TriModeModel.from_pretrained(model, **opening) if is_own else model
-        self.model, self._mode = opened, mode
+        opened = _opened(model, opening)
+        self.model: TriModeModel = opened
+        self._mode = mode
         try:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
@@ -285,7 +286,7 @@ class Engine:
                     "try again later, or make the engine with a larger max_queue",
                 )
             for request in requests:
-                request.handle.add_done_callback(lambda _: self._places.release())
+                request.handle.add_closer(lambda _: self._places.release())
                 self._core.post(request)
 
     def _check_open(self) -> None:
@@ -293,6 +294,17 @@ class Engine:
             raise UsageError("expected an open engine, found it closed", "make a new one")
         if (error := self._core.error) is not None:
             raise EngineError(error.message, error.hint) from error.__cause__
+
+
+def _opened(model: str | Path | TriModeModel, opening: dict[str, Any]) -> TriModeModel:
+    if not isinstance(model, TriModeModel):
+        return TriModeModel.from_pretrained(model, **opening)
+    if opening:
+        raise UsageError(
+            f"expected no {', '.join(opening)} with an opened model, found it",
+            "give it to TriModeModel.from_pretrained",
+        )
+    return model
 
 
 def _open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:

@@ -22,10 +22,11 @@ from trimode.runtime.decode.stream import Stream
 from trimode.runtime.engine.groups import CacheGroups
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.state import ModePolicy
-from trimode.runtime.engine.modes import MakeRowPolicy, Modes, PlainRowPolicy
+from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.reuse import PrefixReuse
 from trimode.runtime.engine.row import EngineRow, EngineSession
+from trimode.runtime.engine.row_policy import MakeRowPolicy, PlainRowPolicy
 from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.steps import Observe, Outcome, Steps
 from trimode.runtime.engine.turns import Turns, group_of
@@ -169,28 +170,27 @@ class EngineCore:
         for request in list(self.waiting):
             request.handle.fail(error)
             self.waiting.discard(request.handle)
-            self.counts.ended(request.handle)
 
     # --- requests come and go
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Request):
+            message.handle.add_closer(self.counts.ended)
             if self.error is not None:
                 message.handle.fail(self.error)
-                self.counts.ended(message.handle)
                 return
             self.waiting.push(message)
             if message.deadline is not None:
                 self._deadlines.add(message.deadline, message.handle)
-        elif message is not None and self.waiting.discard(message):
-            self.counts.ended(message)
+        elif message is not None:
+            self.waiting.discard(message)
 
     def _expire(self) -> None:
         for handle in self._deadlines.passed(self.settings.clock()):
             text = f"expected a text within its time, found {len(handle.token_ids)} tokens of it"
             hint = "allow more time with timeout_s, or ask for fewer tokens"
-            if handle.fail(RequestTimeoutError(text, hint)) and self.waiting.discard(handle):
-                self.counts.ended(handle)
+            handle.fail(RequestTimeoutError(text, hint))
+            self.waiting.discard(handle)
 
     def _let_go(self) -> None:
         """Free the rows of requests that have ended: with their texts, or because somebody ended
@@ -201,7 +201,6 @@ class EngineCore:
                 self.reuse.keep(row)
             group_of(row).free(row)
             self.rows.remove(row)
-            self.counts.ended(row.handle)
 
     def _admit(self) -> None:
         """Give free rows to those who wait; a row is room for prompt and answer."""
@@ -211,9 +210,7 @@ class EngineCore:
             )
             if request is None:
                 return
-            if request.handle.done:
-                self.counts.ended(request.handle)
-            else:
+            if not request.handle.done:
                 self._begin(request)
 
     def _begin(self, request: Request) -> None:
@@ -221,7 +218,6 @@ class EngineCore:
         hit = self.reuse.find(request, self.rows)
         row = self._new_row(request, hit.length)
         if not self._advance(row):
-            self.counts.ended(request.handle)
             return
         try:
             self.groups.place(row)
@@ -250,7 +246,6 @@ class EngineCore:
             self.waiting.push(row.request)
         else:
             row.handle.fail(given_up(error))
-            self.counts.ended(row.handle)
         self._note_failure(error)
 
     # --- one step

@@ -83,6 +83,7 @@ class Handle:
         self._cached_tokens = 0
         self._listeners: list[Callable[[], None]] = []
         self._callbacks: list[Callable[[Handle], Any]] = []
+        self._closers: list[Callable[[Handle], Any]] = []
         self.on_piece: Callable[[list[int]], Any] | None = None
 
     @property
@@ -214,6 +215,14 @@ class Handle:
         """Take note that it has a row, and how much of the prompt it need not compute."""
         self.times.begun, self._cached_tokens = time.perf_counter(), cached_tokens
 
+    def add_closer(self, closer: Callable[[Handle], Any]) -> None:
+        """Have something short done at the end, before anybody learns of it."""
+        with self._changed:
+            if not self._is_done:
+                self._closers.append(closer)
+                return
+        closer(self)
+
     def deliver(self, token_ids: list[int]) -> bool:
         """Hand tokens to whoever reads; False, and nothing, once it has ended."""
         with self._changed:
@@ -242,6 +251,8 @@ class Handle:
                 return False
             self._result, self._error, self._is_done = result, error, True
             self.times.ended = time.perf_counter()
+            for closer in self._closers:
+                closer(self)
             callbacks, self._callbacks = self._callbacks, []
             self._notify()
         for callback in callbacks:

@@ -13,8 +13,7 @@ from trimode.formats.contract import ModelInfo, Role, slots_written
 from trimode.runtime.decode.forward import Outputs
 from trimode.runtime.engine.batch import keep
 from trimode.runtime.engine.grouping import JointForward, join_forwards
-from trimode.runtime.engine.groups import CacheGroup
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.turns import StepPlan
 from trimode.runtime.sessions.base import BatchSession, of_row

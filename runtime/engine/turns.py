@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 from trimode.runtime.engine.grouping import Waiting, choose_group
-from trimode.runtime.engine.groups import CacheGroup
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 
 LEAST_CHUNK = 16
 """Fewest prompt tokens of a forward, however long it takes."""

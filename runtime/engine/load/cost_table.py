@@ -165,7 +165,7 @@ class _Grid:
     @property
     def most_tokens(self) -> float:
         """Most new tokens of a text that were measured."""
-        return self._axes[1][-1]
+        return float(self._axes[1][-1])
 
     def ms(self, at: Sequence[float]) -> float:
         """Milliseconds of a forward of ``(rows, tokens, cached)``."""

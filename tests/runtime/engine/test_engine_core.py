@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from engine_driver import Driver
 from fake_session import BLOCK, MASK, MAX_LENGTH, FakeSession
