@@ -9,7 +9,7 @@ from trimode.compiler.plan import BuildPlan
 from trimode.errors import BundleError, UsageError
 from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName
 from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.identity import SourceDigest, stamp_of
+from trimode.graphs.identity import digest_of, stamp_of
 from trimode.progress import Progress
 from trimode.runtime.bundle.open import files_of, open_bundle
 
@@ -37,7 +37,8 @@ def read_existing(output: Path) -> Manifest | None:
 def without_built(plan: BuildPlan, base: Manifest) -> BuildPlan:
     """Leave out of a plan the targets that the bundle has exactly as planned."""
     there = base.precisions[plan.precision].targets if plan.precision in base.precisions else {}
-    left = {name: record for name, record in plan.records.items() if there.get(name) != record}
+    built = {name: record.without_plans() for name, record in there.items()}
+    left = {name: record for name, record in plan.records.items() if built.get(name) != record}
     return replace(plan, records=left, targets={name: plan.targets[name] for name in left})
 
 
@@ -117,13 +118,8 @@ def _same_source(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     """
     if base.source.stamp == stamp_of(checkpoint):
         return True
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage(
-        "compare weights", sum(entry.num_bytes for entry in checkpoint.tensors.values())
-    )
-    for count in digest.read_all():
-        advance(count)
-    return digest.hexdigest() == base.source.sha256
+    advance = progress.stage("compare weights", checkpoint.num_bytes)
+    return digest_of(checkpoint, advance).hexdigest() == base.source.sha256
 
 
 def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> str:
@@ -133,10 +129,5 @@ def _base_digest(base: Manifest, checkpoint: Checkpoint, progress: Progress) -> 
     """
     if checkpoint.drafter is None:
         return base.source.sha256
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage(
-        "compare digests", sum(entry.num_bytes for entry in checkpoint.tensors.values())
-    )
-    for count in digest.read_all():
-        advance(count)
-    return digest.base_hexdigest()
+    advance = progress.stage("compare digests", checkpoint.num_bytes)
+    return digest_of(checkpoint, advance).base_hexdigest()

@@ -7,20 +7,29 @@ and is whole all the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from trimode.compiler.additions import check_same, drop_targets, read_existing, without_built
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.layout import read_tensors
+from trimode.compiler.pack.writer import PackWriter
 from trimode.compiler.plan import BuildPlan, make_plan
 from trimode.compiler.stages.engines import compile_targets
 from trimode.compiler.stages.extras import copy_tokenizer, export_sampler
 from trimode.compiler.stages.graphs import write_graphs
 from trimode.compiler.stages.manifest import describe_additions, describe_bundle
-from trimode.compiler.stages.pack import finish_weights, lay_out_beside, lay_out_pack, start_weights
-from trimode.compiler.stages.state import BuildState
+from trimode.compiler.stages.pack import (
+    check_weights,
+    finish_weights,
+    lay_out_beside,
+    lay_out_pack,
+    start_weights,
+)
+from trimode.compiler.stages.plans import record_plans
+from trimode.compiler.stages.state import AddedPrecision, Addition, BuildState, NewBundle
 from trimode.compiler.stages.trace import trace_graphs
 from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.store.staging import (
@@ -32,31 +41,45 @@ from trimode.compiler.store.staging import (
 from trimode.compiler.toolchain import require_toolchain
 from trimode.formats.manifest import MANIFEST, Manifest, PrecisionName, PrecisionRecord
 from trimode.graphs.checkpoint import open_checkpoint
+from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress, Silent
 from trimode.runtime.bundle.weights import PrecisionWeights
 
-Stages = tuple[Callable[[BuildState], None], ...]
-NEW_BUNDLE: Stages = (
+NEW_BUNDLE: tuple[Callable[[NewBundle], None], ...] = (
     start_weights,
     trace_graphs,
+    check_weights,
     write_graphs,
     export_sampler,
+    check_weights,
     compile_targets,
+    record_plans,
     copy_tokenizer,
     finish_weights,
+    check_weights,
     describe_bundle,
 )
-ADDED_PRECISION: Stages = (
+ADDED_PRECISION: tuple[Callable[[AddedPrecision], None], ...] = (
     start_weights,
     trace_graphs,
+    check_weights,
     write_graphs,
     export_sampler,
+    check_weights,
     compile_targets,
+    record_plans,
     finish_weights,
     describe_additions,
 )
-ADDED_TARGETS: Stages = (trace_graphs, export_sampler, compile_targets, describe_additions)
-ADDED_SAMPLER: Stages = (export_sampler, describe_additions)
+ADDED_TARGETS: tuple[Callable[[Addition], None], ...] = (
+    trace_graphs,
+    export_sampler,
+    compile_targets,
+    record_plans,
+    describe_additions,
+)
+ADDED_SAMPLER: tuple[Callable[[Addition], None], ...] = (export_sampler, describe_additions)
+S = TypeVar("S", bound=BuildState)
 
 
 @dataclass(frozen=True)
@@ -115,62 +138,98 @@ def build_bundle(
     base = None if options.force else read_existing(output)
     plan = make_plan(opened, options, base)
     cache = ContentCache(options.cache, options.cache_limit_bytes) if options.cache else None
-    result = (
-        _create(plan, output, progress, cache)
-        if base is None
-        else _extend(base, plan, output, progress, cache)
-    )
+    build = _Build(plan, output, progress, cache)
+    result = _create(build) if base is None else _extend(build, base)
     if cache is not None and result.built:
         cache.prune()
     return result
 
 
-def _create(
-    plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None
-) -> BuildResult:
-    for target in plan.targets.values():
-        require_toolchain(target)
-    layout, source = lay_out_pack(plan)
-    with staged_folder(output, force=plan.options.force) as folder:
-        check_space(output, layout.num_bytes)
-        packs, tensors = [folder / plan.names.pack], layout.tensors
-        state = BuildState(plan, progress, cache, folder, packs, tensors, layout, source)
+@dataclass(frozen=True)
+class _Build:
+    """Holds what a build is given, whatever its kind."""
+
+    plan: BuildPlan
+    output: Path
+    progress: Progress
+    cache: ContentCache | None
+
+    def check_toolchain(self) -> None:
+        for target in self.plan.targets.values():
+            require_toolchain(target)
+
+
+def _create(build: _Build) -> BuildResult:
+    plan, source = build.plan, SourceDigest(build.plan.checkpoint)
+    build.check_toolchain()
+    layout = lay_out_pack(plan, source.read)
+    with staged_folder(build.output, force=plan.options.force) as folder:
+        check_space(build.output, layout.num_bytes)
+        pack = folder / plan.names.pack
+        state = NewBundle(
+            plan=plan,
+            progress=build.progress,
+            cache=build.cache,
+            folder=folder,
+            packs=[pack],
+            tensors=layout.tensors,
+            writer=PackWriter(layout, pack),
+            source=source,
+        )
         return _run(NEW_BUNDLE, state)
 
 
-def _extend(
-    base: Manifest, plan: BuildPlan, output: Path, progress: Progress, cache: ContentCache | None
-) -> BuildResult:
-    check_same(base, output, plan, progress)
-    plan = without_built(plan, base)
+def _extend(build: _Build, base: Manifest) -> BuildResult:
+    check_same(base, build.output, build.plan, build.progress)
+    plan = without_built(build.plan, base)
+    build = replace(build, plan=plan)
     if not plan.targets and plan.sampler is None:
         return BuildResult(base, plan.precision, (), 0)
-    for target in plan.targets.values():
-        require_toolchain(target)
+    build.check_toolchain()
     rest = drop_targets(base, plan.precision, list(plan.targets))
     folders = [plan.names.target(name) for name in plan.targets]
-    with added_to_bundle(output, base, rest, folders) as folder:
+    with added_to_bundle(build.output, base, rest, folders) as folder:
         if plan.precision in base.precisions:
-            packs = [output / name for name in base.precisions[plan.precision].packs]
-            tensors = read_tensors(PrecisionWeights(packs))
-            state = BuildState(plan, progress, cache, folder, packs, tensors, base=base)
-            return _run(ADDED_TARGETS if plan.targets else ADDED_SAMPLER, state)
-        layout, packs = lay_out_beside(base, plan, output, folder)
-        check_space(output, layout.num_bytes)
-        tensors = layout.tensors
-        state = BuildState(plan, progress, cache, folder, packs, tensors, layout, base=base)
-        return _run(ADDED_PRECISION, state)
+            return _add_targets(build, base, folder)
+        return _add_precision(build, base, folder)
 
 
-def _run(stages: Stages, state: BuildState) -> BuildResult:
+def _add_targets(build: _Build, base: Manifest, folder: Path) -> BuildResult:
+    packs = [build.output / name for name in base.precisions[build.plan.precision].packs]
+    state = Addition(
+        plan=build.plan,
+        progress=build.progress,
+        cache=build.cache,
+        folder=folder,
+        packs=packs,
+        tensors=read_tensors(PrecisionWeights(packs)),
+        base=base,
+    )
+    return _run(ADDED_TARGETS if build.plan.targets else ADDED_SAMPLER, state)
+
+
+def _add_precision(build: _Build, base: Manifest, folder: Path) -> BuildResult:
+    layout, packs = lay_out_beside(base, build.plan, build.output, folder)
+    check_space(build.output, layout.num_bytes)
+    state = AddedPrecision(
+        plan=build.plan,
+        progress=build.progress,
+        cache=build.cache,
+        folder=folder,
+        packs=packs,
+        tensors=layout.tensors,
+        base=base,
+        writer=PackWriter(layout, packs[0]),
+    )
+    return _run(ADDED_PRECISION, state)
+
+
+def _run(stages: Iterable[Callable[[S], None]], state: S) -> BuildResult:
     try:
         for stage in stages:
             stage(state)
-            state.check_weights()
     finally:
-        if state.writer is not None:
-            state.writer.stop()
-    assert state.manifest is not None
+        state.stop()
     (state.folder / MANIFEST).write_text(
         state.manifest.model_dump_json(indent=1) + "\n", encoding="utf-8"
     )

@@ -4,8 +4,8 @@ Each says what it can compute, and which library compiles for it.
 
 Compute capabilities and memory are those of NVIDIA's product pages
 (https://developer.nvidia.com/cuda-gpus); what TensorRT-RTX compiles ahead of time, without the GPU,
-is its ``ComputeCapability`` enumeration. Memory bandwidths are those of NVIDIA's data sheets (per
-GPU; SXM modules where there are several forms): peak figures, which no kernel quite reaches.
+is its ``ComputeCapability`` enumeration. Memory bandwidths are peak figures, which no kernel quite
+reaches, each with its source; for SXM modules where there are several forms.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Target:
             depends on the machine.
         bandwidth_gb_s: Bandwidth of that memory, in 10^9 bytes a second; None where it depends on
             the machine.
+        bandwidth_source: Page that has the bandwidth; None where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     precisions: tuple[Precision, ...]
     memory_gb: int | None = None
     bandwidth_gb_s: int | None = None
+    bandwidth_source: str | None = None
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -73,21 +75,22 @@ _ARCHITECTURES: dict[str, tuple[Backend, tuple[Precision, ...]]] = {
     "12.1": ("tensorrt_rtx", _BLACKWELL),
 }
 
-_GPUS: tuple[tuple[str, str, int, int], ...] = (
-    ("rtx-pro-6000", "12.0", 96, 1792),
-    ("rtx-5090", "12.0", 32, 1792),
-    ("dgx-spark", "12.1", 128, 273),
-    ("rtx-4090", "8.9", 24, 1008),
-    ("l4", "8.9", 24, 300),
-    ("l40s", "8.9", 48, 864),
-    ("rtx-3090", "8.6", 24, 936),
-    ("a10", "8.6", 24, 600),
-    ("a100", "8.0", 40, 1555),
-    ("t4", "7.5", 16, 320),
-    ("h100", "9.0", 80, 3350),
-    ("h200", "9.0", 141, 4800),
-    ("b200", "10.0", 180, 8000),
-    ("gb200", "10.0", 186, 8000),
+_DATABASE = "https://www.techpowerup.com/gpu-specs/"
+_GPUS: tuple[tuple[str, str, int, int, str], ...] = (
+    ("rtx-pro-6000", "12.0", 96, 1792, _DATABASE + "rtx-pro-6000-blackwell.c4272"),
+    ("rtx-5090", "12.0", 32, 1792, _DATABASE + "geforce-rtx-5090.c4216"),
+    ("dgx-spark", "12.1", 128, 273, _DATABASE + "gb10.c4342"),
+    ("rtx-4090", "8.9", 24, 1008, _DATABASE + "geforce-rtx-4090.c3889"),
+    ("l4", "8.9", 24, 300, _DATABASE + "l4.c4091"),
+    ("l40s", "8.9", 48, 864, _DATABASE + "l40s.c4173"),
+    ("rtx-3090", "8.6", 24, 936, _DATABASE + "geforce-rtx-3090.c3622"),
+    ("a10", "8.6", 24, 600, _DATABASE + "a10-pcie.c3793"),
+    ("a100", "8.0", 40, 1555, _DATABASE + "a100-sxm4-40-gb.c3506"),
+    ("t4", "7.5", 16, 320, _DATABASE + "tesla-t4.c3316"),
+    ("h100", "9.0", 80, 3350, "https://www.nvidia.com/en-us/data-center/h100/"),
+    ("h200", "9.0", 141, 4800, "https://www.nvidia.com/en-us/data-center/h200/"),
+    ("b200", "10.0", 180, 8000, "https://modal.com/gpu-glossary/perf/memory-bandwidth"),
+    ("gb200", "10.0", 186, 8000, "https://www.nvidia.com/en-us/data-center/gb200-nvl72/"),
 )
 
 TARGETS: dict[str, Target] = {
@@ -96,8 +99,10 @@ TARGETS: dict[str, Target] = {
     ),
     "cuda": Target("cuda", "onnxruntime", None, ("fp16", "bf16")),
     **{
-        name: Target(name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory, bandwidth)
-        for name, cc, memory, bandwidth in _GPUS
+        name: Target(
+            name, _ARCHITECTURES[cc][0], cc, _ARCHITECTURES[cc][1], memory, bandwidth, source
+        )
+        for name, cc, memory, bandwidth, source in _GPUS
     },
 }
 

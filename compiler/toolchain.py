@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 
 from trimode.compiler.targets import Backend, Target
 from trimode.errors import BuildError, DependencyError
+from trimode.formats.versions import version_of
 from trimode.runtime.sessions.gpu import Gpu, NoGpu, find_gpu
 
 _DISTRIBUTIONS: dict[Backend, tuple[str, str, str]] = {
@@ -34,13 +34,8 @@ def library_of(backend: Backend) -> str:
             ", on a machine with the GPU that the engines are for" if backend == "tensorrt" else ""
         )
         raise DependencyError(f"expected {module}, found it not installed", f"{hint}{where}")
-    try:
-        version = importlib.metadata.version(distribution)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # unpacked by hand: only the library itself can tell
-        version = importlib.import_module(module).__version__
-    return f"{module} {version}"
+    # where it was unpacked by hand, only the library itself can tell
+    return f"{module} {version_of(distribution) or importlib.import_module(module).__version__}"
 
 
 def is_installed(backend: Backend) -> bool:

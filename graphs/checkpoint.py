@@ -9,7 +9,7 @@ drafter adapter in ``linear_spec_lora/``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ class Checkpoint:
     """Holds an opened checkpoint: every tensor is there with the right shape.
 
     Attributes:
-        tensors: by the checkpoint's names, in the trunk's order, the adapter's after all others and
-        named ``encoder...o_proj.lora_A.weight``.
-        drafter: the adapter's shape, or None where there is none.
-        adapter: the adapter's folder, or None where there is none.
+        path: Folder of the checkpoint.
+        config: Contents of ``config.json``.
+        tensors: Tensors by the checkpoint's names, in the trunk's order. The adapter's come after
+            all others and are named ``encoder...o_proj.lora_A.weight``.
+        drafter: Shape of the adapter; None where there is none.
+        adapter: Folder of the adapter; None where there is none.
     """
 
     path: Path
@@ -54,6 +56,23 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     drafter: Drafter | None
     adapter: Path | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor's bytes in order, as they lie in the file.
+
+        Raises:
+            CheckpointError: the file has gone or become shorter since it was opened.
+        """
+        return self.tensors[name].chunks()
+
+
+Read = Callable[[str], Iterator[bytes]]
+"""Yields the bytes of a tensor by its name, as :meth:`Checkpoint.read` does."""
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:

@@ -11,56 +11,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
-from trimode.errors import BuildError
-from trimode.formats.contract import DType
-from trimode.formats.finite import FiniteCheck, first_not_finite
-from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.graphs.checkpoint import Checkpoint, is_adapter_tensor
-
-NUMPY_DTYPES: dict[DType, np.dtype[np.generic]] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class SourceDigest:
-    """Digests a checkpoint's tensors while they are copied, so nothing is read twice."""
+    """Digests a checkpoint's tensors while somebody reads them, so nothing is read twice.
+
+    Args:
+        checkpoint: Opened checkpoint, whose :meth:`Checkpoint.read` is wrapped.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
-        self._drafter = checkpoint.drafter
+        self._checkpoint = checkpoint
         self._whole = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
         self._base = self._whole  # another one from the adapter's first tensor on
 
-    def read(self, name: str, dtype: DType) -> Iterator[bytes]:
-        """Yield a tensor's bytes in ``dtype``.
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor's bytes as :meth:`Checkpoint.read` does.
 
         Tensors must be read once each, in the checkpoint's order.
 
         Raises:
-            CheckpointError: a weight is NaN or infinite.
-            BuildError: a weight is too large for ``dtype``.
+            CheckpointError: the file has gone or become shorter since it was opened.
         """
-        entry = self._tensors[name]
-        finite = FiniteCheck(name, entry.shape, entry.dtype)
-        for raw in map(finite.pass_by, self._raw(name)):
-            yield (
-                raw
-                if entry.dtype == SAFETENSORS_NAMES[dtype]
-                else _converted(raw, entry.dtype, dtype, name)
-            )
+        entry = self._checkpoint.tensors[name]
+        if is_adapter_tensor(name) and self._base is self._whole:
+            self._begin_adapter()
+        self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        for raw in self._checkpoint.read(name):
+            self._whole.update(raw)
+            yield raw
 
     def read_all(self) -> Iterator[int]:
         """Read every tensor for the digest alone; yields the number of bytes of each piece."""
-        for name in self._tensors:
-            for raw in self._raw(name):
+        for name in self._checkpoint.tensors:
+            for raw in self.read(name):
                 yield len(raw)
 
     def hexdigest(self) -> str:
@@ -74,17 +62,27 @@ class SourceDigest:
         """
         return self._base.hexdigest()
 
-    def _raw(self, name: str) -> Iterator[bytes]:
-        entry = self._tensors[name]
-        if is_adapter_tensor(name) and self._base is self._whole:
-            assert self._drafter is not None
-            self._base = self._whole.copy()
-            # what the tensors do not tell; the graphs hold it
-            self._whole.update(f"alpha {self._drafter.alpha}".encode())
-        self._whole.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        for raw in entry.chunks():
-            self._whole.update(raw)
-            yield raw
+    def _begin_adapter(self) -> None:
+        assert self._checkpoint.drafter is not None
+        self._base = self._whole.copy()
+        # what the tensors do not tell; the graphs hold it
+        self._whole.update(f"alpha {self._checkpoint.drafter.alpha}".encode())
+
+
+def digest_of(checkpoint: Checkpoint, on_bytes: Callable[[int], object]) -> SourceDigest:
+    """Read a whole checkpoint for its digests alone.
+
+    Args:
+        checkpoint: Opened checkpoint.
+        on_bytes: Listener that is told the size of every piece that is read.
+
+    Raises:
+        CheckpointError: a file has gone or become shorter since it was opened.
+    """
+    digest = SourceDigest(checkpoint)
+    for count in digest.read_all():
+        on_bytes(count)
+    return digest
 
 
 def stamp_of(checkpoint: Checkpoint) -> str:
@@ -111,32 +109,3 @@ def _name_of(file: Path, checkpoint: Checkpoint) -> str:
         if file.is_relative_to(checkpoint.path)
         else file.resolve()
     )
-
-
-_LARGEST: dict[DType, tuple[str, str, str]] = {
-    "float16": ("65504", "fp16", "pass --precision bf16 or fp32"),
-    "bfloat16": ("3.38953e+38", "bf16", "pass --precision fp32"),
-}
-"""The largest number of a type, its name among precisions, and what to do about a weight beyond
-it.
-"""
-
-
-def _converted(raw: bytes, source: str, dtype: DType, name: str) -> bytes:
-    """Finite numbers in another type.
-
-    Raises:
-        BuildError: one is too large for it.
-    """
-    wide = to_float32(raw, source)
-    with np.errstate(over="ignore"):  # looked for below
-        narrow = wide.astype(NUMPY_DTYPES[dtype])
-    converted = narrow.tobytes()
-    if dtype in _LARGEST and first_not_finite(converted, SAFETENSORS_NAMES[dtype]) is not None:
-        most, precision, hint = _LARGEST[dtype]
-        found = f"{float(np.abs(wide).max()):.6g}"
-        raise BuildError(
-            f"{name}: expected weights up to {most}, the largest of {precision}, found {found}",
-            hint,
-        )
-    return converted

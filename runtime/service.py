@@ -28,6 +28,7 @@ from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Stream
 from trimode.runtime.engine.core import EngineCore, Settings
 from trimode.runtime.engine.handle import Handle
+from trimode.runtime.engine.load.setup import load_modes
 from trimode.runtime.engine.load.state import ModePolicy
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.snapshot import snapshot
@@ -36,6 +37,7 @@ from trimode.runtime.engine.worker import Worker
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.request.batches import check_batches, check_max_rows
 from trimode.runtime.request.prompts import check_row
+from trimode.runtime.sessions.base import takes_block
 
 DEFAULT_KV_BYTES = 1 << 30
 DEFAULT_NEW_TOKENS = 128
@@ -48,6 +50,8 @@ _MAKING = {
     "latency_target_ms": NUMBER,
     "prefill_share": NUMBER,
     "is_fair": FLAG,
+    "by_load": FLAG,
+    "freeze_timings": FLAG,
 }
 _SUBMITTING: dict[str, Kind] = {
     "mode": MODE["mode"].or_none(),
@@ -79,8 +83,11 @@ class Engine:
         prefill_share: Share of the time that reading prompts has while others decode, above 0 and
             below 1.
         is_fair: Whether waiting requests of one priority take turns by their ``fair_key``.
-        mode_policy: Plans for all rows in mode ``auto`` without a seed; None = each row goes by its
-            own policy.
+        by_load: Whether one plan is made for all rows in mode ``auto`` without a seed, by the
+            table of ``trimode bench --batch`` where there is one. Else each row has its own. It
+            is made where the engine's mode is ``auto``.
+        freeze_timings: Whether that table stays as it was measured; else it learns.
+        mode_policy: Plans to use in place of these.
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
 
     Attributes:
@@ -106,6 +113,8 @@ class Engine:
         latency_target_ms: float = 50.0,
         prefill_share: float = 0.5,
         is_fair: bool = False,
+        by_load: bool = True,
+        freeze_timings: bool = False,
         mode_policy: ModePolicy | None = None,
         **opening: Any,
     ) -> None:
@@ -129,6 +138,8 @@ class Engine:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
             opened.read_options(mode, {}, max_rows)
+            if by_load and mode == "auto" and mode_policy is None:
+                settings = _by_load(settings, opened, is_frozen=freeze_timings)
         except BaseException:
             if is_own:
                 opened.close()
@@ -298,6 +309,22 @@ def _opened(model: str | Path | TriModeModel, opening: dict[str, Any]) -> TriMod
 
 def _open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:
     return Stream(sequence, request.mode, request.options, lambda: model.codec)
+
+
+def _by_load(settings: Settings, model: TriModeModel, *, is_frozen: bool) -> Settings:
+    """Settings with one plan for all rows, where timings of several texts were measured."""
+    modes = None
+    if model.timings is not None:
+        modes = load_modes(
+            model.timings,
+            use_drafter=model.model.has_drafter,
+            takes_length=lambda length: takes_block(model.session, length),
+            is_frozen=is_frozen,
+        )
+    if modes is None:
+        return settings
+    observe, plans = modes.table.observe, modes.policy
+    return replace(settings, mode_policy=plans, make_row_policy=modes.row, observe=observe)
 
 
 def _shut(worker: Worker, model: TriModeModel | None) -> None:

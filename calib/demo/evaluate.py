@@ -26,7 +26,7 @@ THRESHOLD = 0.9
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedExample:
     """Holds an example as token ids.
 
     ``expected`` are all right answers, each with its end token.
@@ -131,7 +131,7 @@ def evaluate(
     )
 
 
-def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Question]:
+def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[EncodedExample]:
     """Held-out questions of a family, as token ids."""
     return [
         _question(example, tokenizer)
@@ -142,7 +142,7 @@ def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[Q
 def greedy_answers(
     trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
-    """Write the autoregressive greedy answer to each prompt, cut after the end token.
+    """Write the greedy answer to each prompt, cut after its end token.
 
     Prompts of one length go together.
     """
@@ -246,9 +246,11 @@ def _model_info(trunk: TriModeTrunk, block_length: int) -> ModelInfo:
     )
 
 
-def _question(example: Example, tokenizer: Tokenizer) -> Question:
+def _question(example: Example, tokenizer: Tokenizer) -> EncodedExample:
     expected = [tokenizer.encode(answer + IM_END).ids for answer in example.answers]
-    return Question(example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected)
+    return EncodedExample(
+        example.family, tokenizer.encode(render_prompt(example.prompt)).ids, expected
+    )
 
 
 def _greedy_batch(
@@ -273,7 +275,7 @@ def _rows(
     tokens: list[int],
     drafter_scale: float | None = None,
 ) -> list[int]:
-    """The greedy token of each row."""
+    """Return the greedy token of each row."""
     ids = torch.tensor([tokens], device=device_of(trunk))
     positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
     greedy: list[int] = (

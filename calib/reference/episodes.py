@@ -29,7 +29,7 @@ from trimode.runtime.text.prompts import Text
 THRESHOLDS: dict[Mode, float] = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0}
 
 
-class Block(NamedTuple):
+class BlockForward(NamedTuple):
     """Holds a forward of the draft or the verify graph.
 
     ``ids`` are L tokens after the first ``past_length`` of the text.
@@ -41,7 +41,7 @@ class Block(NamedTuple):
     drafter_scale: float
 
 
-class Forward(NamedTuple):
+class ReplayedForward(NamedTuple):
     """Holds a forward of any graph, as it is replayed.
 
     ``first_logits_row`` is the first of its rows that the head reads.
@@ -56,11 +56,11 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """A prompt with the answer that a mode gave, and the blocks that led there."""
+    """Holds a prompt with a mode's answer, and the blocks behind it."""
 
     tokens: Text
     prompt_length: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockForward, ...]
 
 
 class RecordingSession(TorchSession):
@@ -73,7 +73,7 @@ class RecordingSession(TorchSession):
     def __init__(self, trunk: TriModeTrunk, roles: Sequence[Role]) -> None:
         super().__init__(trunk)
         self._roles = roles
-        self._blocks: list[Block] = []
+        self._blocks: list[BlockForward] = []
         self.failure: NotFiniteError | None = None
 
     def run(
@@ -84,13 +84,15 @@ class RecordingSession(TorchSession):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Run a role, and record the forward of a draft or a verification."""
+        """Run a role, and record the forward of a draft or verification."""
         if role != "ar" and role in self._roles:
-            self._blocks.append(Block(role, input_ids[0].tolist(), past_length, drafter_scale))
+            self._blocks.append(
+                BlockForward(role, input_ids[0].tolist(), past_length, drafter_scale)
+            )
         return super().run(role, cache, input_ids, past_length, drafter_scale)
 
-    def take(self) -> tuple[Block, ...]:
-        """The blocks since the last call."""
+    def take(self) -> tuple[BlockForward, ...]:
+        """Return the blocks since the last call."""
         taken, self._blocks = tuple(self._blocks), []
         return taken
 
@@ -144,13 +146,13 @@ def merged(episodes: Sequence[Episode]) -> list[Episode]:
     return list(found.values())
 
 
-def forwards_of(episode: Episode) -> list[Forward]:
-    """What a replay of the episode runs: its text in chunks, then its blocks."""
+def forwards_of(episode: Episode) -> list[ReplayedForward]:
+    """List the forwards of a replay: text in chunks, then blocks."""
     starts = range(0, len(episode.tokens), PREFILL_CHUNK)
     # The ar graph returns logits of a prompt's last row and of each row after it, the others of
     # every row.
     texts = [
-        Forward(
+        ReplayedForward(
             "ar",
             episode.tokens[i : i + PREFILL_CHUNK],
             i,
@@ -159,10 +161,10 @@ def forwards_of(episode: Episode) -> list[Forward]:
         )
         for i in starts
     ]
-    return texts + [Forward(*block, first_logits_row=0) for block in episode.blocks]
+    return texts + [ReplayedForward(*block, first_logits_row=0) for block in episode.blocks]
 
 
-def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
+def pattern_for(forward: ReplayedForward, text: TorchCache) -> TorchCache:
     """Choose how a forward attends.
 
     The text's own chunks fill ``text``. Blocks read what lies before them and leave it alone.
@@ -177,7 +179,7 @@ def pattern_for(forward: Forward, text: TorchCache) -> TorchCache:
 
 
 def count_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
-    """Tokens of all forwards, by role."""
+    """Count the tokens of all forwards, by role."""
     counts: dict[Role, int] = {}
     for forward in (forward for episode in episodes for forward in forwards_of(episode)):
         counts[forward.role] = counts.get(forward.role, 0) + len(forward.ids)

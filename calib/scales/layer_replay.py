@@ -1,4 +1,7 @@
-"""Runs the model in parts, one in memory at a time: decoder layers, then the head."""
+"""Runs the model in parts: decoder layers, then the head.
+
+One part is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trimode.calib.reference.episodes import Episode, Forward, forwards_of, pattern_for
+from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.mapped import float32_tensor, load_layer
 from trimode.calib.reference.torch_session import TorchCache
-from trimode.calib.scales.layers import HEAD
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
+from trimode.graphs.numerics.scales import HEAD
 
 Hidden = NDArray[np.float32]
 """Hidden states of all rows of all forwards in the order of the replay, ``(rows, hidden_size)``."""
@@ -33,23 +36,26 @@ class Step(NamedTuple):
 
 
 class Part(Protocol):
-    """A piece of the model, in float32.
+    """Computes a piece of the model, in float32.
 
     Attributes:
         device: Device of the part.
-        linears: its layers that are to be quantized, by the checkpoint's names.
+        linears: Layers of it to quantize, by the checkpoint's names.
     """
 
     device: str
     linears: dict[str, nn.Linear]
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
-        """Take ``x (rows, hidden_size)`` through; ``text`` is the episode's cache of this part."""
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:
+        """Take ``x (rows, hidden_size)`` through the part.
+
+        ``text`` is the episode's cache of this part.
+        """
         ...
 
 
 class DecoderPart:
-    """A decoder layer; see :class:`Part`."""
+    """Computes one decoder layer."""
 
     def __init__(
         self, checkpoint: Checkpoint, index: int, rope: Rope, quantized: Container[str]
@@ -71,7 +77,7 @@ class DecoderPart:
                 lambda _module, inputs, name=name: captured.__setitem__(name, inputs[0])
             )
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:
         """Run the layer on a forward."""
         positions = torch.arange(
             forward.past_length, forward.past_length + len(forward.ids), device=x.device
@@ -85,9 +91,9 @@ class DecoderPart:
 
 
 class HeadPart:
-    """Runs the last norm and the head on the rows whose logits a graph returns.
+    """Computes the last norm and the head on rows with logits.
 
-    See :class:`Part`. Nothing reads its outputs, so it has none.
+    Nothing reads its outputs, so it has none.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
@@ -101,13 +107,13 @@ class HeadPart:
             HEAD: linear_of(float32_tensor(checkpoint.tensors[f"{HEAD}.weight"], device))
         }
 
-    def run(self, forward: Forward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
+    def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:  # noqa: ARG002
         """Run the norm and give the head's inputs."""
         return Step({HEAD: self._norm(x)[forward.first_logits_row :]}, x[:0])
 
 
 def linear_of(weight: Tensor) -> nn.Linear:
-    """A linear layer without bias over a weight ``(out, in)``."""
+    """Make a linear layer without bias from a weight ``(out, in)``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = (
         weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
@@ -118,8 +124,11 @@ def linear_of(weight: Tensor) -> nn.Linear:
 @torch.no_grad()
 def replay(
     part: Part, episodes: Sequence[Episode], hidden: Hidden
-) -> Iterator[tuple[Forward, Step]]:
-    """Run every forward of the episodes through a part, from the hidden states that enter it."""
+) -> Iterator[tuple[ReplayedForward, Step]]:
+    """Run every forward of the episodes through a part.
+
+    ``hidden`` are the states that enter the part.
+    """
     begin = 0
     for episode in episodes:
         text = TorchCache()

@@ -26,20 +26,18 @@ from numpy.typing import NDArray
 from trimode.compiler.pack.integer_stream import WeightStream
 from trimode.compiler.pack.nvfp4_stream import Nvfp4Stream
 from trimode.formats.contract import DType
-from trimode.formats.finite import FiniteCheck
 from trimode.formats.safetensors import (
     PACKED_DTYPES,
     SAFETENSORS_NAMES,
     PackEntry,
     TensorEntry,
     stored_bytes,
-    to_float32,
 )
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.rope import rope_tables
-from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import FORMATS
-from trimode.graphs.numerics.scales import Quantization
+from trimode.graphs.numerics.quantization import Quantization
+from trimode.graphs.numerics.stored import stored_as
 from trimode.runtime.bundle.weights import PrecisionWeights, WeightPack, is_common
 
 _DATA_ALIGNMENT = 4096
@@ -108,7 +106,8 @@ def plan_pack(
     *,
     file: str = "weights.safetensors",
     held: Mapping[str, PackedTensor] = MappingProxyType({}),
-) -> tuple[PackLayout, SourceDigest]:
+    read: Read | None = None,
+) -> PackLayout:
     """Lay out the pack of a checkpoint.
 
     It holds the tensors in ``dtype``, or quantized; the position tables, always in float32; and
@@ -116,9 +115,7 @@ def plan_pack(
 
     Angles need the precision at long positions, whatever the weights are stored in. Scales come
     last: some are single numbers, behind which nothing would be aligned, and some are known only
-    when their weight has been read; those of nvfp4's blocks follow their weight. The returned
-    digest is complete once every tensor has been written, where there are no others that hold some
-    of them.
+    when their weight has been read; those of nvfp4's blocks follow their weight.
 
     Args:
         checkpoint: Opened checkpoint.
@@ -128,8 +125,10 @@ def plan_pack(
         file: The pack's name in the bundle.
         held: Tensors that other packs of the bundle hold in ``dtype``, by name (see
             :func:`read_shared_tensors`). They are not written again.
+        read: Function that reads the other tensors, in the checkpoint's order; None = the
+            checkpoint's own.
     """
-    digest = SourceDigest(checkpoint)
+    read = read or checkpoint.read
     sources: list[_Source] = []
     scales: list[_Source] = []
     shared: dict[str, PackedTensor] = {}
@@ -139,9 +138,13 @@ def plan_pack(
             if name in held:
                 shared[name] = held[name]
             else:
-                sources.append(_Source(name, entry.shape, dtype, partial(digest.read, name, dtype)))
+                sources.append(
+                    _Source(name, entry.shape, dtype, partial(_stored, dtype, name, entry, read))
+                )
             continue
-        stream = _stream(quantization, layer, entry, partial(digest.read, name, "float32"), dtype)
+        stream = _stream(
+            quantization, layer, entry, partial(_stored, "float32", name, entry, read), dtype
+        )
         sources.append(
             _Source(name, entry.shape, FORMATS[quantization.precision].dtype, stream.weight)
         )
@@ -158,7 +161,7 @@ def plan_pack(
         elif table is not None:
             column = np.ascontiguousarray(table.reshape(num_positions, -1), "<f4")
             sources.append(_Source(name, column.shape, "float32", partial(_whole, column)))
-    return _lay_out([*sources, *scales], file, shared), digest
+    return _lay_out([*sources, *scales], file, shared)
 
 
 def _stream(
@@ -170,18 +173,17 @@ def _stream(
 ) -> WeightStream | Nvfp4Stream:
     given = quantization.layers[layer]
     if quantization.precision == "nvfp4":
-        look = partial(_looked_at, f"{layer}.weight", entry)
+        name = f"{layer}.weight"  # looked at once more: the digest must see it once
+        look = partial(_stored, "float32", name, entry, lambda _: entry.chunks())
         return Nvfp4Stream(layer, entry.shape, read, look, given, stored)
     return WeightStream(
         layer, entry.shape, read, scales=given, precision=quantization.precision, stored=stored
     )
 
 
-def _looked_at(name: str, entry: TensorEntry) -> Iterator[bytes]:
-    """A tensor's bytes as float32, outside of the digest."""
-    finite = FiniteCheck(name, entry.shape, entry.dtype)
-    for raw in map(finite.pass_by, entry.chunks()):
-        yield to_float32(raw, entry.dtype).tobytes()
+def _stored(dtype: DType, name: str, entry: TensorEntry, read: Read) -> Iterator[bytes]:
+    """A tensor's bytes in the type of the pack; nothing is read before the first is asked for."""
+    yield from stored_as(dtype, name, entry, read(name))
 
 
 def read_shared_tensors(packs: Iterable[Path]) -> dict[str, PackedTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from trimode.compiler.pack.layout import PackLayout
@@ -30,22 +30,36 @@ def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) 
 
 
 class PackWriter:
-    """Writes a pack in a thread of its own.
+    """Writes a pack in a thread of its own, once it is started.
 
     Args:
         layout: Layout of the pack.
-        path: File to write. It exists in its full size when the constructor returns, so that graphs
-            which point into it can be checked.
-        on_bytes: Listener that is told the size of every piece written.
+        path: File to write. It exists in its full size as soon as writing has started, so that
+            graphs which point into it can be checked.
     """
 
-    def __init__(self, layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) -> None:
-        self._on_bytes = on_bytes
+    def __init__(self, layout: PackLayout, path: Path) -> None:
+        self._layout, self._path = layout, path
         self._stopped = threading.Event()
-        with path.open("wb") as stream:
-            stream.truncate(layout.num_bytes)
         self._pool = ThreadPoolExecutor(1)
-        self._digest = self._pool.submit(write_pack, layout, path, self._advance)
+        self._digest: Future[str] = Future()  # that of the thread, once there is one
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the pack."""
+        return self._layout.num_bytes
+
+    def start(self, on_bytes: Callable[[int], None]) -> None:
+        """Begin to write; ``on_bytes`` is told the size of every piece."""
+
+        def advance(num_bytes: int) -> None:
+            if self._stopped.is_set():
+                raise InterruptedError
+            on_bytes(num_bytes)
+
+        with self._path.open("wb") as stream:
+            stream.truncate(self._layout.num_bytes)
+        self._digest = self._pool.submit(write_pack, self._layout, self._path, advance)
 
     def result(self) -> str:
         """Wait until the pack is written; its sha256. Raises what writing raised."""
@@ -64,8 +78,3 @@ class PackWriter:
         """Give up writing, if it has not ended, and wait for the thread."""
         self._stopped.set()
         self._pool.shutdown()
-
-    def _advance(self, num_bytes: int) -> None:
-        if self._stopped.is_set():
-            raise InterruptedError
-        self._on_bytes(num_bytes)

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trimode.compiler.plans.records import Cause, CopyRecord, PlanRecord, UnreadPlan
 from trimode.compiler.plans.sizes import INTEGERS, Sizes
 from trimode.compiler.plans.text import Operation, PlanUnreadable, Program, Tensor, read_programs
 from trimode.formats.manifest import ProfileRecord
+from trimode.formats.plans import Cause, CopyRecord, PlanRecord, UnreadPlan
 
 _PRODUCTS = frozenset({"fully_connected", "runtime_fusion"})
 _KERNELS = frozenset({*_PRODUCTS, "function", "copy", "memset"})

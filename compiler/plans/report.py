@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.records import PlanRecord, UnreadPlan
 from trimode.compiler.targets import TARGETS
 from trimode.formats.manifest import PrecisionName, PrecisionRecord, TargetRecord
+from trimode.formats.plans import Computed, PlanRecord, UnreadPlan
 
 WARN_ABOVE = 1.1
 """A build warns where weights, keys and values, and copies of them are more than this multiple of
@@ -20,21 +20,30 @@ what they are once each.
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Holds one engine of a bundle with its plan."""
+    """Holds one engine of a bundle with its plan.
+
+    Attributes:
+        capacity: Slots of its cache; None where the target has one capacity.
+    """
 
     precision: str
     target: str
     role: str
     plan: tuple[PlanRecord, ...] | UnreadPlan
+    capacity: int | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.precision} {self.target} {self.role}"
+        slots = "" if self.capacity is None else f", {self.capacity} slots"
+        return f"{self.precision} {self.target} {self.role}{slots}"
 
     def as_data(self) -> dict[str, Any]:
         """For JSON; every ``predicted_ms`` is computed, not measured."""
-        facts = {"precision": self.precision, "target": self.target, "graph": self.role}
+        facts: dict[str, Any] = {"precision": self.precision, "target": self.target}
+        facts["graph"] = self.role
+        if self.capacity is not None:
+            facts["capacity"] = self.capacity
         if isinstance(self.plan, UnreadPlan):
             return {**facts, "library": self.plan.library, "not_understood": self.plan.reason}
         return {**facts, "profiles": [self._profile(record) for record in self.plan]}
@@ -42,7 +51,7 @@ class EnginePlan:
     def _profile(self, record: PlanRecord) -> dict[str, Any]:
         figures = {"floor": record.floor, "moved": record.moved, "ratio": record.ratio}
         return {
-            **record.model_dump(mode="json"),
+            **record.model_dump(mode="json", exclude={"computed"}),
             **figures,
             "predicted_ms": predict_ms(record, self.target),
         }
@@ -51,18 +60,23 @@ class EnginePlan:
 def read_plans(
     bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord], target: str | None = None
 ) -> list[EnginePlan]:
-    """The plans of every engine of TensorRT-RTX, or of those of one target."""
+    """The plans of every engine of TensorRT-RTX, or of those of one target.
+
+    They come from the manifest, or from the engine where the manifest has none.
+    """
     return [
         EnginePlan(
             name,
             target_name,
             role,
-            audit_engine(bundle / engine.file, record.library, engine.profiles),
+            engine.plans or audit_engine(bundle / engine.file, record.library, engine.profiles),
+            capacity=one.capacity if record.smaller else None,
         )
         for name, precision in precisions.items()
         for target_name, record in precision.targets.items()
         if carries_plans(record) and target in (None, target_name)
-        for role, engine in record.graphs.items()
+        for one in record.by_capacity()
+        for role, engine in one.graphs.items()
     ]
 
 
@@ -74,15 +88,27 @@ def carries_plans(record: TargetRecord) -> bool:
     return record.backend == "tensorrt_rtx"
 
 
-def predict_ms(record: PlanRecord, target: str) -> float | None:
-    """Predict a forward's milliseconds from its bytes and the bandwidth.
+def compute(record: PlanRecord, target: str) -> Computed:
+    """Compute a forward's milliseconds from its bytes and the GPU's bandwidth.
 
-    Computed, not measured. None where the target names no GPU.
+    Computed, not measured.
     """
     known = TARGETS.get(target)
-    if known is None or known.bandwidth_gb_s is None:
-        return None
-    return record.moved / (known.bandwidth_gb_s * 1e6)
+    bandwidth = None if known is None else known.bandwidth_gb_s
+    return Computed(
+        floor=record.floor,
+        moved=record.moved,
+        bandwidth_gb_s=bandwidth,
+        predicted_ms=None if bandwidth is None else record.moved / (bandwidth * 1e6),
+    )
+
+
+def predict_ms(record: PlanRecord, target: str) -> float | None:
+    """Predict a forward's milliseconds; None where the target names no GPU.
+
+    The manifest's figure, if it has one. Computed, not measured.
+    """
+    return (record.computed or compute(record, target)).predicted_ms
 
 
 def warnings_of(plans: list[EnginePlan]) -> Iterator[str]:

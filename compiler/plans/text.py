@@ -202,6 +202,8 @@ def _scratch(header: str) -> Iterator[int]:
     for kind, line in _STATEMENT.findall(header):
         fields = dict(_FIELD.findall(line))
         if kind == "region" and fields.get("place") == "accelerator" and "constant" not in fields:
+            if not fields.get("size", "").isdigit():
+                raise PlanUnreadable("found a region of the GPU's memory without a size")
             yield int(fields["size"])
 
 

@@ -13,12 +13,12 @@ import onnx_ir as ir
 from trimode.compiler.pack.layout import PackedTensor
 from trimode.compiler.passes.base import IR_DTYPES
 from trimode.compiler.passes.recipes import lower_portable
-from trimode.compiler.stages.state import BuildState
+from trimode.compiler.stages.state import WithPack
 from trimode.errors import BuildError
 from trimode.formats.safetensors import PACKED_DTYPES
 
 
-def write_graphs(state: BuildState) -> None:
+def write_graphs(state: WithPack) -> None:
     """Save the portable graphs beside the packs they refer to, and check them."""
     advance = state.progress.stage("write graphs", len(state.plan.roles))
     with _stand_ins(state.packs, state.folder):

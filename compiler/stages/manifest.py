@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import trimode
 from trimode.compiler.additions import drop_targets
-from trimode.compiler.stages.state import BuildState
+from trimode.compiler.stages.state import Addition, BuildState, NewBundle
 from trimode.compiler.store.fingerprint import LIBRARIES
 from trimode.formats.contract import graph_contract
 from trimode.formats.manifest import SCHEMA_VERSION, Manifest, PrecisionRecord, SourceRecord
 from trimode.formats.texts import name_of
+from trimode.formats.versions import versions
 from trimode.graphs.identity import stamp_of
 
 
-def describe_bundle(state: BuildState) -> None:
+def describe_bundle(state: NewBundle) -> None:
     """Make the manifest of a new bundle."""
     plan, checkpoint = state.plan, state.plan.checkpoint
-    assert state.source is not None
     state.manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
@@ -36,17 +34,16 @@ def describe_bundle(state: BuildState) -> None:
         contracts={role: graph_contract(role, plan.model) for role in plan.roles},
         precisions={plan.precision: _describe_precision(state)},
         files=state.files,
-        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        libraries=versions(LIBRARIES),
         sampler=plan.sampler.describe() if plan.sampler else None,
     )
 
 
-def describe_additions(state: BuildState) -> None:
+def describe_additions(state: Addition) -> None:
     """Make the manifest of a bundle with its additions.
 
     These are a new precision, new targets of one, or a sampler.
     """
-    assert state.base is not None
     precision = state.plan.precision
     rest = drop_targets(state.base, precision, list(state.plan.targets))
     there = rest.precisions.get(precision)

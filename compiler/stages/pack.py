@@ -7,17 +7,22 @@ from pathlib import Path
 from types import MappingProxyType
 
 from trimode.compiler.pack.layout import PackedTensor, PackLayout, plan_pack, read_shared_tensors
-from trimode.compiler.pack.writer import PackWriter
 from trimode.compiler.plan import BuildPlan
-from trimode.compiler.stages.state import BuildState
+from trimode.compiler.stages.state import WithPack
 from trimode.formats.manifest import Manifest
-from trimode.graphs.identity import SourceDigest
+from trimode.graphs.checkpoint import Read
 
 
 def lay_out_pack(
-    plan: BuildPlan, held: Mapping[str, PackedTensor] = MappingProxyType({})
-) -> tuple[PackLayout, SourceDigest]:
-    """Lay out the pack of a precision; tensors of ``held`` lie in other packs."""
+    plan: BuildPlan, read: Read, held: Mapping[str, PackedTensor] = MappingProxyType({})
+) -> PackLayout:
+    """Lay out the pack of a precision.
+
+    Args:
+        plan: Plan of the build.
+        read: Function that reads the checkpoint's tensors.
+        held: Tensors that lie in other packs.
+    """
     return plan_pack(
         plan.checkpoint,
         plan.model.num_positions,
@@ -25,6 +30,7 @@ def lay_out_pack(
         plan.quantization,
         file=plan.names.pack,
         held=held,
+        read=read,
     )
 
 
@@ -43,23 +49,26 @@ def lay_out_beside(
         The layout, and the packs that the precision uses, its own first.
     """
     names = dict.fromkeys(name for record in base.precisions.values() for name in record.packs)
-    layout, _ = lay_out_pack(plan, read_shared_tensors(output / name for name in names))
+    held = read_shared_tensors(output / name for name in names)
+    layout = lay_out_pack(plan, plan.checkpoint.read, held)
     used = {tensor.file for tensor in layout.tensors.values()}
     others = [output / name for name in names if name in used]
     return layout, [folder / plan.names.pack, *others]
 
 
-def start_weights(state: BuildState) -> None:
+def start_weights(state: WithPack) -> None:
     """Begin to copy the checkpoint into one pack.
 
     Writing waits for the disk while the next stages keep the processor busy.
     """
-    assert state.layout is not None
-    state.writer = PackWriter(
-        state.layout, state.packs[0], state.progress.stage("write weights", state.layout.num_bytes)
-    )
+    state.writer.start(state.progress.stage("write weights", state.writer.num_bytes))
 
 
-def finish_weights(state: BuildState) -> None:
+def check_weights(state: WithPack) -> None:
+    """Raise what has gone wrong with the weights by now, before more work is done."""
+    state.check_weights()
+
+
+def finish_weights(state: WithPack) -> None:
     """Wait until the pack is written."""
     state.record(state.packs[0].name, state.pack_sha256(state.packs[0]))

@@ -1,13 +1,14 @@
-"""Holds what the stages of a build hand on."""
+"""Holds what the stages of a build hand on: one class a kind of build."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
-from trimode.compiler.pack.layout import PackedTensor, PackLayout
+from trimode.compiler.pack.layout import PackedTensor
 from trimode.compiler.pack.writer import PackWriter
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.store.cache import ContentCache
@@ -18,23 +19,24 @@ from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress
 
 Graphs = dict[Role, ir.Model]
-Packs = dict[Path, str]
-"""Weight packs of a precision, its own first, and the sha256 of each."""
 
 
-@dataclass
-class BuildState:
-    """Holds what the stages hand on.
+@dataclass(kw_only=True)
+class BuildState(ABC):
+    """Holds what every build has.
 
     Attributes:
+        plan: Plan of the build.
+        progress: Listener that is told about stages.
+        cache: Cache of graphs and engines; None keeps none.
         folder: Folder that files are written to; it becomes the bundle, or part of it.
         packs: Paths of the precision's weight packs, its own first; outside ``folder`` where the
             bundle has them already.
         tensors: Places of the tensors in the packs.
-        layout: Layout of the pack that is written; None where the precision is there already.
-        source: Digest of the checkpoint, complete when the pack is written; None for a bundle that
-            exists already, which was compared with it.
-        base: Manifest of the bundle that exists already.
+        graphs: Traced graphs.
+        files: Files that have been written.
+        num_cached: Number of engines that came from the cache.
+        manifest: Manifest of the bundle, which the last stage makes.
     """
 
     plan: BuildPlan
@@ -43,14 +45,10 @@ class BuildState:
     folder: Path
     packs: list[Path]
     tensors: dict[str, PackedTensor]
-    layout: PackLayout | None = None
-    source: SourceDigest | None = None
-    base: Manifest | None = None
     graphs: Graphs = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
-    writer: PackWriter | None = None
     num_cached: int = 0
-    manifest: Manifest | None = None
+    manifest: Manifest = field(init=False)
 
     def record(self, name: str, sha256: str | None = None) -> None:
         """Enter a written file into the manifest's list."""
@@ -59,21 +57,87 @@ class BuildState:
             sha256=sha256 or sha256_of(path), num_bytes=path.stat().st_size
         )
 
+    @abstractmethod
     def pack_sha256(self, path: Path) -> str:
-        """Digest of a weight pack, once it is written."""
-        if self.base is not None and path.name in self.base.files:
-            return self.base.files[path.name].sha256
-        assert self.writer is not None
+        """Digest of a weight pack; waits until it is written."""
+
+    def wait_for_weights(self) -> None:  # noqa: B027  (most builds write no pack)
+        """Wait until all packs are written."""
+
+    def stop(self) -> None:  # noqa: B027
+        """Give up what has been begun; nothing happens where all is done."""
+
+
+@dataclass(kw_only=True)
+class NewBundle(BuildState):
+    """Builds a bundle of one precision.
+
+    Attributes:
+        writer: Writer of the weight pack.
+        source: Digest of the checkpoint, complete when the pack is written.
+    """
+
+    writer: PackWriter
+    source: SourceDigest
+
+    def pack_sha256(self, path: Path) -> str:  # noqa: ARG002  (there is one)
         return self.writer.result()
+
+    def wait_for_weights(self) -> None:
+        self.writer.result()
+
+    def stop(self) -> None:
+        self.writer.stop()
 
     def check_weights(self) -> None:
         """Raise what has gone wrong with the weights by now.
 
         That is what writing the pack raised, or a calibration or sampler of another checkpoint.
         """
-        if self.writer is None or not self.writer.check() or self.source is None:
+        if not self.writer.check():
             return
-        if self.plan.quantization is not None:
-            self.plan.quantization.check_source(self.source.base_hexdigest())
-        if self.plan.sampler is not None:
-            self.plan.sampler.check_source(self.source.base_hexdigest())
+        for origin in (self.plan.quantization, self.plan.sampler):
+            if origin is not None:
+                origin.check_source(self.source.base_hexdigest())
+
+
+@dataclass(kw_only=True)
+class Addition(BuildState):
+    """Adds targets or a sampler to a bundle, which was compared with the checkpoint before.
+
+    Attributes:
+        base: Manifest of the bundle.
+    """
+
+    base: Manifest
+
+    def pack_sha256(self, path: Path) -> str:
+        return self.base.files[path.name].sha256
+
+
+@dataclass(kw_only=True)
+class AddedPrecision(Addition):
+    """Adds a precision, with a pack of what the other packs lack.
+
+    Attributes:
+        writer: Writer of the pack.
+    """
+
+    writer: PackWriter
+
+    def pack_sha256(self, path: Path) -> str:
+        return self.writer.result() if path == self.packs[0] else super().pack_sha256(path)
+
+    def wait_for_weights(self) -> None:
+        self.writer.result()
+
+    def stop(self) -> None:
+        self.writer.stop()
+
+    def check_weights(self) -> None:
+        """Raise what writing the pack has raised by now."""
+        self.writer.check()
+
+
+WithPack = NewBundle | AddedPrecision
+"""The builds that write a pack."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import trimode
+from trimode.formats.versions import versions
 
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 MODULES = (
@@ -40,10 +40,9 @@ def tracing_fingerprint() -> str:
 
     Computed once a process.
     """
-    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     return digest_of(
         (root for name in MODULES for root in roots_of(name)),
-        versions | {"trimode": trimode.__version__},
+        versions(LIBRARIES) | {"trimode": trimode.__version__},
     )
 
 

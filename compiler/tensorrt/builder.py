@@ -14,14 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from trimode.formats.manifest import ProfileRecord
+from trimode.formats.record import Record
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.tensorrt.library import make_logger
 
 
-class EngineJob(BaseModel):
+class EngineJob(Record):
     """Says what to compile.
 
     Attributes:
@@ -36,8 +35,6 @@ class EngineJob(BaseModel):
         timing_cache: File that is read before and written after, where the library has timing
             caches (TensorRT has, TensorRT-RTX has not).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     library: Literal["tensorrt_rtx", "tensorrt"]
     graph: Path

@@ -10,9 +10,8 @@ from trimode.compiler.verify.rounding import NUM_DITHERED, DitheredSession, Guid
 from trimode.compiler.verify.weights import load_quantized_trunk
 from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.verification import ScalesParity, WeightsParity
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.trunk import TriModeTrunk
-from trimode.graphs.identity import SourceDigest
 from trimode.runtime.model import TriModeModel
 
 
@@ -25,14 +24,14 @@ class LoadedTrunk(NamedTuple):
 
 
 def load_reference(
-    model: TriModeModel, checkpoint: Checkpoint, digest: SourceDigest, calibration: Path | None
+    model: TriModeModel, checkpoint: Checkpoint, read: Read, calibration: Path | None
 ) -> LoadedTrunk:
     """Load the checkpoint's trunk, its weights stored as the bundle stores them.
 
     Args:
         model: The bundle.
         checkpoint: Its checkpoint.
-        digest: Digest of the checkpoint; it sees every tensor that is read.
+        read: Function that reads the checkpoint's tensors; each is read once, in order.
         calibration: Folder of the scales that quantized weights were built by; None takes those of
             the bundle.
     """
@@ -40,10 +39,10 @@ def load_reference(
     for precision in get_args(QuantizedPrecision):
         if bundle.precision == precision:
             return LoadedTrunk(
-                *load_quantized_trunk(bundle, precision, checkpoint, digest, calibration)
+                *load_quantized_trunk(bundle, precision, checkpoint, read, calibration)
             )
     return LoadedTrunk(
-        load_trunk(checkpoint, model.model.num_positions, bundle.manifest.dtype, digest)
+        load_trunk(checkpoint, model.model.num_positions, bundle.manifest.dtype, read)
     )
 
 

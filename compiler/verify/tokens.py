@@ -45,7 +45,7 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True)
-class Denoised:
+class DenoiseForward:
     """Records one denoise forward.
 
     It has the input and the best candidates of every slot, ``(L,)`` and ``(L, 5)``.
@@ -56,7 +56,7 @@ class Denoised:
     ids: Array
     probabilities: Array
 
-    def has_input_of(self, other: Denoised) -> bool:
+    def has_input_of(self, other: DenoiseForward) -> bool:
         """Whether both forwards were given the same tokens at the same place."""
         return self.past_length == other.past_length and np.array_equal(self.block, other.block)
 
@@ -72,7 +72,7 @@ class Run:
 
     token_ids: list[int]
     nfe: int
-    denoised: list[Denoised]
+    denoised: list[DenoiseForward]
     is_whole: bool = True
 
 
@@ -81,7 +81,7 @@ class Witness(SessionView):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self.denoised: list[Denoised] = []
+        self.denoised: list[DenoiseForward] = []
 
     def run(
         self,
@@ -95,7 +95,9 @@ class Witness(SessionView):
         outputs = super().run(role, cache, input_ids, past_length, drafter_scale)
         if role == "draft":
             ids, probabilities = (np.array(output[0]) for output in outputs)
-            self.denoised.append(Denoised(past_length, input_ids[0].copy(), ids, probabilities))
+            self.denoised.append(
+                DenoiseForward(past_length, input_ids[0].copy(), ids, probabilities)
+            )
         return outputs
 
 
@@ -223,7 +225,7 @@ class Judge:
         bound = 2 * self.tolerance.probabilities(
             float(np.abs(self._next_logits(self._reference, before)).max())
         )
-        last: tuple[Denoised, Denoised] | None = None
+        last: tuple[DenoiseForward, DenoiseForward] | None = None
         for pair in zip(
             *(_of_block(run, len(self.prompt) + start) for run in (expected, found)), strict=False
         ):
@@ -242,12 +244,16 @@ class Judge:
         )
         return Verdict(_largest_gap(*last, self._model.mask_token_id), bound + 2 * spread)
 
-    def _denoise(self, session: TorchSession, before: list[int], like: Denoised) -> Denoised:
+    def _denoise(
+        self, session: TorchSession, before: list[int], like: DenoiseForward
+    ) -> DenoiseForward:
         """The same denoise forward by another session."""
         text = CachedText(session, np.array(self.prompt + before, np.int64))
         text.read_to(like.past_length)
         ids, probabilities = session.run("draft", text.cache, like.block[None], like.past_length)
-        return Denoised(like.past_length, like.block, np.array(ids[0]), np.array(probabilities[0]))
+        return DenoiseForward(
+            like.past_length, like.block, np.array(ids[0]), np.array(probabilities[0])
+        )
 
     def _next_logits(self, session: TorchSession, before: list[int]) -> NDArray[Any]:
         text = CachedText(session, np.array(self.prompt + before, np.int64))
@@ -294,11 +300,11 @@ def _record(
     )
 
 
-def _of_block(run: Run, past_length: int) -> list[Denoised]:
+def _of_block(run: Run, past_length: int) -> list[DenoiseForward]:
     return [forward for forward in run.denoised if forward.past_length == past_length]
 
 
-def _largest_gap(expected: Denoised, found: Denoised, mask_token_id: int) -> float:
+def _largest_gap(expected: DenoiseForward, found: DenoiseForward, mask_token_id: int) -> float:
     """Largest gap of two denoise forwards over the masked slots.
 
     It is how far the two best probabilities are apart. Where the best ids differ, it is how much

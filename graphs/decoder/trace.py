@@ -173,7 +173,10 @@ def declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter warns and logs about its own internals; a user can do nothing about them."""
+    """Silence the exporter's warnings and logs about its own internals.
+
+    A user can do nothing about them.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -52,17 +52,17 @@ class SamplerShape:
 
 
 class BlockSampler(nn.Module):
-    """Scores slots: features, standardised, through a small transformer.
+    """Scores slots by a small transformer over standardised features.
 
     The slots of a block see each other.
 
     Args:
-        shape: sizes of the network.
-        vocab_size: tokens.
+        shape: Sizes of the network.
+        vocab_size: Number of tokens.
 
     Attributes:
-        token_table: ``(V, 32)`` float16, see :func:`token_semantics`.
-        feature_mean, feature_std: ``(F,)``, of the data that the network was trained on.
+        token_table: Semantics of the tokens, ``(V, 32)`` float16, see :func:`token_semantics`.
+        feature_mean, feature_std: Statistics ``(F,)`` of the data that the network was trained on.
     """
 
     token_table: Tensor
@@ -101,7 +101,7 @@ class BlockSampler(nn.Module):
     def logits(
         self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
     ) -> Tensor:
-        """What :meth:`forward` takes the sigmoid of."""
+        """Return what :meth:`forward` takes the sigmoid of."""
         hidden = self.embed(
             (self.features(input_ids, masked, top_ids, top_probabilities) - self.feature_mean)
             / self.feature_std
@@ -117,7 +117,7 @@ class BlockSampler(nn.Module):
     def features(
         self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
     ) -> Tensor:
-        """``(B, L, F)``, before standardisation; what each is, is said beside it."""
+        """Compute the features ``(B, L, F)``, before standardisation."""
         p = top_probabilities  # (B, L, 5)
         log_p = p.clamp(min=LEAST_PROBABILITY).log()
         flags = masked.to(p.dtype)  # (B, L)

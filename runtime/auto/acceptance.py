@@ -42,15 +42,24 @@ class Acceptance:
         self._tried, self._accepted = [0.0] * len(prior.rejection), [0.0] * len(prior.rejection)
 
     def record(
-        self, num_verified: int, num_accepted: int, unverified: Iterable[float] = ()
+        self,
+        num_verified: int,
+        num_accepted: int,
+        unverified: Iterable[float] = (),
+        *,
+        first_slot: int = 0,
     ) -> None:
         """Take note of a cycle: drafts that were verified, those of them that were accepted, and
         the confidence of those behind them.
+
+        ``first_slot`` is the slot that the first draft counts for: not 0 where the cycle goes on
+        from one whose drafts were all accepted. Slots behind the last one are left out.
         """
         tried, accepted = self._tried, self._accepted
-        for slot in range(min(num_accepted + 1, num_verified)):
+        end = min(first_slot + num_verified, len(tried))
+        for slot in range(first_slot, min(first_slot + num_accepted + 1, end)):
             tried[slot] += 1
-        for slot in range(num_accepted):
+        for slot in range(first_slot, min(first_slot + num_accepted, end)):
             accepted[slot] += 1
         if num_accepted == num_verified:
             reached = 1.0
@@ -59,7 +68,11 @@ class Acceptance:
                 reached *= confidence
                 accepted[slot] += reached
 
-    def forget(self, num_tokens: int) -> None:
+    def lean_on(self, prior: Prior) -> None:
+        """Expect something else from now on of what was not seen; as many slots as before."""
+        self._weight, self._rejection = prior.weight, prior.rejection
+
+    def forget(self, num_tokens: float) -> None:
         """Let what was seen weigh less, so many tokens later."""
         factor = weight_after(num_tokens)
         self._tried = [factor * value for value in self._tried]
@@ -93,6 +106,6 @@ class Acceptance:
         return result
 
 
-def weight_after(num_tokens: int) -> float:
+def weight_after(num_tokens: float) -> float:
     """Of what was seen, so many tokens later."""
     return math.exp(-num_tokens / MEMORY_TOKENS)

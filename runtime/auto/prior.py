@@ -19,7 +19,9 @@ from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trimode.formats.record import Record
 
 PRIOR_ACCEPTANCE = 0.93
 """Of a slot whose predecessors were accepted, where nothing was measured."""
@@ -39,7 +41,7 @@ values (Silverman 1986, eq. 3.31).
 """
 
 
-class PromptGroup(BaseModel):
+class PromptGroup(Record):
     """Prompts that begin with the same tokens, and what came of them.
 
     Attributes:
@@ -51,8 +53,6 @@ class PromptGroup(BaseModel):
         the texts of a kind differ, the fewer.
         lengths: of the texts that ended by themselves, in tokens, ascending.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_tokens: int = Field(ge=0)
     sha256: str

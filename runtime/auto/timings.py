@@ -10,7 +10,6 @@ the GPU. A table is therefore right or absent, never of something else.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -18,15 +17,16 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from trimode.errors import UsageError
 from trimode.formats.contract import Role
 from trimode.formats.disk import what_is_wrong
 from trimode.formats.files import replace_text
 from trimode.formats.hints import BENCH
-from trimode.formats.records import OtherVersion, read_record
+from trimode.formats.record import OtherVersion, Record, read_record
 from trimode.formats.texts import Unreadable, reason_of
+from trimode.formats.versions import version_of
 from trimode.runtime.auto.policy import StepCosts
 from trimode.runtime.auto.prior import (
     AcceptanceHistory,
@@ -44,11 +44,7 @@ logger = logging.getLogger("trimode.runtime")
 _Key = tuple[Role, int, int, bool]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ForwardTime(_Record):
+class ForwardTime(Record):
     """Wall time of one forward, ids in to ids out, in milliseconds.
 
     Attributes:
@@ -72,7 +68,7 @@ class ForwardTime(_Record):
     upper_quartile_ms: float = Field(gt=0)
 
 
-class Subject(_Record):
+class Subject(Record):
     """What was measured, where: all that the figures depend on.
 
     Attributes:
@@ -103,7 +99,7 @@ class Subject(_Record):
         ).hexdigest()
 
 
-class AcceptanceRecord(_Record):
+class AcceptanceRecord(Record):
     """Share of drafts that are accepted, those before them in the block having been, over some
     prompts, and the kinds that these are of.
     """
@@ -131,7 +127,7 @@ class AcceptanceRecord(_Record):
         )
 
 
-class Timings(_Record):
+class Timings(Record):
     """Holds the timings of one machine and bundle.
 
     ``command``, ``date`` and ``system`` say how they came about. ``acceptance`` is there if
@@ -201,7 +197,7 @@ def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
     graphs = (
         bundle.chosen.graphs.values()
         if portable or record is None
-        else [engine.file for engine in record.graphs.values()]
+        else [engine.file for engine in record.engines]
     )
     digests = [bundle.manifest.files[name].sha256 for name in (*bundle.chosen.packs, *graphs)]
     gpu = find_gpu() if record is not None and record.device == "cuda" else None
@@ -306,8 +302,6 @@ def _cpu() -> str:
 
 def _onnxruntime() -> str:
     for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        if version := version_of(name):
+            return f"{name} {version}"
     return "onnxruntime"

@@ -28,7 +28,7 @@ from trimode.runtime.engine.reuse import PrefixReuse
 from trimode.runtime.engine.row import EngineRow, EngineSession
 from trimode.runtime.engine.row_policy import MakeRowPolicy, PlainRowPolicy
 from trimode.runtime.engine.stats import Counts
-from trimode.runtime.engine.steps import Outcome, Steps
+from trimode.runtime.engine.steps import Observe, Outcome, Steps
 from trimode.runtime.engine.turns import Turns, group_of
 from trimode.runtime.engine.waiting import Deadlines, WaitingQueue
 from trimode.runtime.sessions.base import BatchSession
@@ -56,6 +56,7 @@ class Settings:
         is_fair: Whether requests of one priority take turns by key.
         mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
         make_row_policy: Makes the policy of a row that follows such a plan.
+        observe: Told of each forward how long it took; None = nobody is.
         clock: Gives the time in seconds; never goes back.
     """
 
@@ -66,6 +67,7 @@ class Settings:
     is_fair: bool = False
     mode_policy: ModePolicy | None = None
     make_row_policy: MakeRowPolicy = PlainRowPolicy
+    observe: Observe | None = None
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -103,7 +105,7 @@ class EngineCore:
         self._num_failures = 0
         self.counts = Counts()
         self._steps = Steps(session, model, self.counts, self._committed, self._failed)
-        self._steps.clock = self.settings.clock
+        self._steps.clock, self._steps.observe = self.settings.clock, self.settings.observe
         self.error: EngineError | None = None
         self.rows: list[EngineRow] = []
         self.waiting = WaitingQueue(is_fair=self.settings.is_fair)

@@ -6,7 +6,6 @@ seed, keep their own way.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 
@@ -19,8 +18,6 @@ from trimode.runtime.engine.row_policy import MakeRowPolicy, RowPolicy
 from trimode.runtime.engine.stats import ModeSwitch
 
 _KEPT_SWITCHES = 100
-
-logger = logging.getLogger("trimode.runtime")
 
 
 class Modes:
@@ -55,12 +52,20 @@ class Modes:
         states = [_state_of(row) for row in rows if not row.is_reading]
         self.plan = self._policy.plan(states, now_ms, num_queued=num_queued)
         if self.plan.block_length != before.block_length:
-            self._note(before.block_length, len(rows))
+            self._note(before.block_length, len(rows), num_queued)
 
-    def _note(self, before: int, num_rows: int) -> None:
-        after, reason = self.plan.block_length, self.plan.reason
-        self.switches.append(ModeSwitch(before, after, num_rows, reason))
-        logger.info("block length %d -> %d for %d rows: %s", before, after, num_rows, reason)
+    def _note(self, before: int, num_rows: int, num_queued: int) -> None:
+        plan = self.plan
+        self.switches.append(
+            ModeSwitch(
+                before,
+                plan.block_length,
+                num_rows,
+                num_queued,
+                plan.predicted_gain,
+                plan.reason,
+            )
+        )
 
 
 def _state_of(row: EngineRow) -> RowState:

@@ -17,12 +17,16 @@ class ModeSwitch:
         before: Block length before; 1 stands for AR.
         after: Block length from then on.
         num_rows: Rows that ran.
+        num_queued: Requests that waited for a row.
+        predicted_gain: Tokens a millisecond over those of the plan before, less 1.
         reason: Reason that the policy gave.
     """
 
     before: int
     after: int
     num_rows: int
+    num_queued: int
+    predicted_gain: float
     reason: str
 
 

@@ -47,7 +47,7 @@ def mark_end(messages: list[dict[str, Any]], field: str, template: str) -> str:
 
 
 def cut_at_mark(rendered: str, text: str) -> str:
-    """Cut what was rendered where the text ends that is to be continued.
+    """Cut a rendered text where the message to continue ends.
 
     Raises:
         UsageError: the template changed the text.

@@ -56,7 +56,7 @@ def test_loading_completes_the_digest(tmp_path: Path) -> None:
     whole, loading = SourceDigest(checkpoint), SourceDigest(checkpoint)
     for _ in whole.read_all():
         pass
-    load_trunk(checkpoint, 10, digest=loading)
+    load_trunk(checkpoint, 10, read=loading.read)
     assert loading.hexdigest() == whole.hexdigest()
 
 

@@ -5,7 +5,9 @@ expected bytes are counted by hand.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,13 +19,15 @@ from typer.testing import CliRunner
 from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.plans import text
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.records import CopyRecord, PlanRecord, UnreadPlan
 from trimode.compiler.plans.report import EnginePlan, causes_of, predict_ms, warnings_of
 from trimode.compiler.plans.text import parse_program
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
 from trimode.errors import UsageError
 from trimode.formats.manifest import ProfileRecord
+from trimode.formats.plans import Computed, CopyRecord, PlanRecord, UnreadPlan
+from trimode.runtime.bundle.open import open_bundle
 
 EXCERPTS = Path(__file__).parent / "plans"
 HEADS, KV_HEADS, SIZE, SLOTS, ROWS = 8, 2, 64, 320, 8
@@ -170,11 +174,11 @@ def test_sizes_that_depend_on_the_batch_are_computed() -> None:
     ],
 )
 def test_what_is_not_understood_is_said(tmp_path: Path, old: str, new: str, reason: str) -> None:
-    text = (EXCERPTS / "attention_batches.txt").read_text(encoding="latin1")
+    whole = (EXCERPTS / "attention_batches.txt").read_text(encoding="latin1")
     if old == "past_k.1":
         old, new = '"input_ids.1"', '"input_ids [profile 1].1"'
-    assert old in text
-    (tmp_path / "m.engine").write_text(text.replace(old, new), encoding="latin1")
+    assert old in whole
+    (tmp_path / "m.engine").write_text(whole.replace(old, new), encoding="latin1")
     found = audit_engine(
         tmp_path / "m.engine", "tensorrt_rtx 9.9", (ProfileRecord(batch=(1, 2, 4), rows=(1, 1, 1)),)
     )
@@ -183,6 +187,20 @@ def test_what_is_not_understood_is_said(tmp_path: Path, old: str, new: str, reas
     (line,) = warnings_of([EnginePlan("bf16", "rtx-4090", "ar", found)])
     assert "plan not understood: found" in line
     assert line.endswith("(tensorrt_rtx 9.9)")
+
+
+def test_a_damaged_text_is_no_fault_of_the_reader(tmp_path: Path) -> None:
+    whole, rng = (EXCERPTS / "attention_batches.txt").read_text(encoding="latin1"), Random(1)
+    profile = ProfileRecord(batch=(1, 2, 4), rows=(1, 1, 1))
+    begin = whole.index("  region")
+    (tmp_path / "m.engine").write_text(whole.replace(" size=", " sighs="), encoding="latin1")
+    assert isinstance(audit_engine(tmp_path / "m.engine", "it", (profile,)), UnreadPlan)
+    for number in range(600):
+        place = rng.randrange(begin, begin + 400 if number < 200 else len(whole))
+        length, put = rng.choice((0, 1, 3, 20, 100)), rng.choice('{}"= \n9-ab')
+        text_of = whole[:place] + put + whole[place + length :]
+        (tmp_path / "m.engine").write_text(text_of, encoding="latin1")
+        audit_engine(tmp_path / "m.engine", "it", (profile,))  # nothing is raised
 
 
 def test_files_that_hold_no_plan(tmp_path: Path) -> None:
@@ -285,6 +303,94 @@ def test_inspect_shows_what_engines_move(tmp_path: Path) -> None:
     table = run(app, ["inspect", str(tmp_path / "b"), "--plans", "--target", "rtx-4090"]).stdout
     assert "bf16 rtx-4090 ar" in table
     assert "Computed from the plans, not measured" in table
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines of one layer; nobody may change it."""
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder / "it", config_of(num_hidden_layers=1))
+    options = BuildOptions(
+        targets=("rtx-4090", "sm89", "cpu"),
+        precision="bf16",
+        block_lengths=(8,),
+        cache=folder / "c",
+    )
+    build_bundle(folder / "it", folder / "b", options)
+    return folder
+
+
+def plans_of(bundle: Path) -> Any:
+    return json.loads(CliRunner().invoke(app, ["inspect", str(bundle), "--plans", "--json"]).stdout)
+
+
+def without_records(bundle: Path, copy: Path) -> Path:
+    """The bundle as it was written before manifests had plans and revisions."""
+    shutil.copytree(bundle, copy)
+    data = json.loads((copy / "manifest.json").read_text())
+    for target in data["precisions"]["bf16"]["targets"].values():
+        target.pop("revision", None)
+        for engine in target["graphs"].values():
+            engine.pop("plans", None)
+    (copy / "manifest.json").write_text(json.dumps(data))
+    return copy
+
+
+def test_the_manifest_has_the_plan_of_each_profile(small: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(small / "b").manifest
+    targets = manifest.precisions["bf16"].targets
+    assert all(engine.plans == () for engine in targets["cpu"].graphs.values())
+    for name, bandwidth in {"rtx-4090": 1008, "sm89": None}.items():
+        for engine in targets[name].graphs.values():
+            counted = [plan.model_copy(update={"computed": None}) for plan in engine.plans]
+            library = targets[name].library
+            found = audit_engine(small / "b" / engine.file, library, engine.profiles)
+            assert tuple(counted) == found
+            for plan in engine.plans:
+                moved = plan.weights + plan.keys_values + plan.activations + plan.copied
+                floor = plan.weights + plan.keys_values
+                predicted = None if bandwidth is None else moved / (bandwidth * 1e6)
+                assert plan.computed == Computed(
+                    floor=floor, moved=moved, bandwidth_gb_s=bandwidth, predicted_ms=predicted
+                )
+
+
+def test_inspect_takes_the_record_and_else_the_plan(small: Path, tmp_path: Path) -> None:
+    older = without_records(small / "b", tmp_path / "older")
+    assert plans_of(older) == plans_of(small / "b")
+    damaged = shutil.copytree(small / "b", tmp_path / "damaged")
+    for engine in damaged.glob("engines/*/*.engine"):  # the record is enough
+        engine.write_bytes(bytes(engine.stat().st_size))
+    assert plans_of(damaged) == plans_of(small / "b")
+    for engine in older.glob("engines/*/*.engine"):
+        engine.write_bytes(bytes(engine.stat().st_size))
+    assert all("not_understood" in one for one in plans_of(older))
+
+
+def test_engines_from_the_cache_have_their_plans_too(small: Path, tmp_path: Path) -> None:
+    options = BuildOptions(targets=("l4",), precision="bf16", block_lengths=(8,), cache=small / "c")
+    older = without_records(small / "b", tmp_path / "older")
+    like = open_bundle(small / "b").manifest.precisions["bf16"].targets["sm89"].graphs
+    for bundle in (older, tmp_path / "new"):
+        result = build_bundle(small / "it", bundle, options)
+        assert result.num_cached == 3
+        for role, engine in result.record.targets["l4"].graphs.items():
+            there = like[role].plans
+            assert [plan.moved for plan in engine.plans] == [plan.moved for plan in there]
+            found = {plan.computed and plan.computed.bandwidth_gb_s for plan in engine.plans}
+            assert found == {300}
+    assert build_bundle(small / "it", older, options).built == ()
+
+
+def test_a_plan_that_is_not_understood_is_not_recorded(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_HEADER", b"of another version")
+    arguments = ["build", str(small / "it"), "-o", str(tmp_path / "b"), "--target", "sm89"]
+    monkeypatch.setenv("TRIMODE_CACHE", str(small / "c"))
+    result = CliRunner().invoke(app, [*arguments, "--block-lengths", "8"])
+    assert result.stderr.count("plan not understood: found no program") == 3
+    assert '"plans"' not in (tmp_path / "b" / "manifest.json").read_text()
 
 
 def fails(*arguments: str) -> UsageError:

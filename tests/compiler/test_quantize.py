@@ -38,9 +38,11 @@ from trimode.formats.calibration import Calibration, QuantizedPrecision, save_ca
 from trimode.formats.contract import ROLES, Role
 from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
-from trimode.graphs.identity import NUMPY_DTYPES, SourceDigest
+from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import FORMATS, dequantize, quantize, round_to, scale_of
-from trimode.graphs.numerics.scales import LayerScales, load_quantization
+from trimode.graphs.numerics.quantization import load_quantization
+from trimode.graphs.numerics.scales import LayerScales
+from trimode.graphs.numerics.stored import NUMPY_DTYPES
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.bundle.weights import WeightPack
 from trimode.runtime.sessions.ort.session import OrtSession
@@ -167,8 +169,8 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
     raw = weight.tobytes()
     given = LayerScales(
         None,
-        2 if precision == "int4" else None,
-        pre_quant_scale=np.linspace(0.5, 2, 6, dtype=np.float32),
+        pre_quant=np.linspace(0.5, 2, 6, dtype=np.float32),
+        block_size=2 if precision == "int4" else None,
     )
 
     def read() -> Iterator[bytes]:
@@ -176,7 +178,7 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
 
     stream = WeightStream("it", (7, 6), read, scales=given, precision=precision, stored="bfloat16")
     found = b"".join(stream.weight())
-    scaled = weight / round_to(given.pre_quant_scale, "bfloat16")  # type: ignore[arg-type]
+    scaled = weight / round_to(given.pre_quant, "bfloat16")  # type: ignore[arg-type]
     amax = np.abs(scaled).max(1) if precision != "int4" else np.abs(scaled).reshape(7, 3, 2).max(2)
     scale = scale_of(amax, precision, "bfloat16")
     assert found == quantize(scaled, scale, precision).tobytes()
@@ -190,9 +192,10 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_that_are_no_numbers(precision: QuantizedPrecision) -> None:
     weight = np.array([[1, np.nan]], np.float32)
-    given = LayerScales(
+    given = LayerScales.from_amax(
+        precision,
         np.ones((1, 1) if precision == "int4" else (1,), np.float32),
-        2 if precision == "int4" else None,
+        block_size=2 if precision == "int4" else None,
     )
     stream = WeightStream(
         "a.layer",
@@ -611,7 +614,7 @@ def test_constant_scales_are_those_of_the_pack(
     )
     opened = open_checkpoint(checkpoint)
     quantization = load_quantization(folder, precision, opened)
-    layout, _ = plan_pack(opened, describe_model(opened).num_positions, "bfloat16", quantization)
+    layout = plan_pack(opened, describe_model(opened).num_positions, "bfloat16", quantization)
     write_pack(layout, tmp_path / "weights.safetensors", lambda _: None)
     known, held = (
         known_scales(quantization, "bfloat16"),

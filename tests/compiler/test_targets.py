@@ -24,6 +24,36 @@ def test_names_and_architectures() -> None:
     }
 
 
+MEMORIES = {
+    "rtx-pro-6000": (512, 28.0),
+    "rtx-5090": (512, 28.0),
+    "dgx-spark": (256, 8.533),
+    "rtx-4090": (384, 21.0),
+    "l4": (192, 12.5),
+    "l40s": (384, 18.0),
+    "rtx-3090": (384, 19.5),
+    "a10": (384, 12.5),
+    "a100": (5120, 2.43),
+    "t4": (256, 10.0),
+    "h100": (5120, 5.23),
+    "h200": (6144, 6.25),
+    "b200": (8192, 8.0),
+    "gb200": (8192, 8.0),
+}
+"""Width of a GPU's memory bus in bits, and gigabits a second of each line."""
+
+
+def test_bandwidths_are_those_of_the_memory_and_have_a_source() -> None:
+    known = {name: target for name, target in TARGETS.items() if target.bandwidth_gb_s is not None}
+    assert known.keys() == MEMORIES.keys()
+    for name, (bits, gigabits) in MEMORIES.items():
+        assert known[name].bandwidth_gb_s == pytest.approx(bits * gigabits / 8, rel=0.025)
+        assert str(known[name].bandwidth_source).startswith("https://")
+    assert all(
+        target.bandwidth_source is None for name, target in TARGETS.items() if name not in known
+    )
+
+
 @pytest.mark.parametrize("name", ["", "rtx", "sm", "sm7", "sm61", "sm1234", "4090"])
 def test_unknown_targets(name: str) -> None:
     with pytest.raises(UsageError, match=r"expected a (target|GPU architecture)"):

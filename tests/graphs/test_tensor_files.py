@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
 from trimode.errors import CheckpointError
@@ -74,6 +74,63 @@ def test_types_of_the_format_are_listed(tmp_path: Path) -> None:
     assert {
         name: entry.shape for name, entry in read_safetensors_header(tmp_path / "f").items()
     } == dict.fromkeys(tensors, (2, 4))
+
+
+NAMES = [
+    "BOOL",
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "C64",
+    "F64",
+    "I64",
+    "U64",
+    "F31",
+    "f32",
+]
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+def test_a_type_takes_the_bits_that_the_reference_gives_it(dtype: str, tmp_path: Path) -> None:
+    """Eight numbers: as many bytes as a number has bits."""
+    accepted = []
+    for bits in (4, 6, 8, 16, 32, 64):
+        (tmp_path / "f").write_bytes(
+            with_header(
+                json.dumps({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, bits]}}),
+                bytes(bits),
+            )
+        )
+        try:
+            read_safetensors_header(tmp_path / "f")
+        except CheckpointError:
+            pass
+        else:
+            accepted.append(bits)
+        assert (bits in accepted) == is_accepted((tmp_path / "f").read_bytes())
+    assert len(accepted) == (dtype.upper() == dtype != "F31")
+
+
+def is_accepted(raw: bytes) -> bool:
+    try:
+        deserialize(raw)
+    except SafetensorError:
+        return False
+    return True
 
 
 DAMAGES: dict[str, bytes] = {

@@ -74,6 +74,21 @@ NOT_TOKENS: tuple[Any, ...] = (
     b"\x0b",
     INF,
 )
+NOT_BIASES: tuple[Any, ...] = (
+    1,
+    "11=2",
+    [(11, 2.0)],
+    {11: "2"},
+    {11: NAN},
+    {11: True},
+    {"11": 2.0},
+    {1.5: 2.0},
+    {True: 2.0},
+    {None: 2.0},
+    (11, 2.0),
+    ((11, 2.0, 3.0),),
+    {11},
+)
 NOT_PATH: tuple[Any, ...] = (1, b"x", ["x"], True)
 
 WRONG: dict[str, tuple[tuple[Any, ...], bool]] = {
@@ -96,6 +111,9 @@ WRONG: dict[str, tuple[tuple[Any, ...], bool]] = {
     "top_p": (NOT_NUMBER, False),
     "min_p": (NOT_NUMBER, False),
     "repetition_penalty": (NOT_NUMBER, False),
+    "presence_penalty": (NOT_NUMBER, False),
+    "frequency_penalty": (NOT_NUMBER, False),
+    "logit_bias": (NOT_BIASES, True),
     "seed": (NOT_WHOLE, True),
 }
 """By option: values of the wrong type, and whether None is allowed."""
@@ -105,6 +123,9 @@ CHOICES = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
     "seed",
     "min_new_tokens",
     "stop",
@@ -315,6 +336,9 @@ WRONG_IDS: tuple[Any, ...] = (
     [[20.0]],
     [[NAN]],
     [[True]],
+    [[20, True]],
+    [(20, False)],
+    ([20, 30, np.bool_(True)],),
     [[None]],
     [],
     [[]],

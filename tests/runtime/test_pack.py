@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trimode.errors import BundleError
-from trimode.formats.safetensors import PackEntry, widen
+from trimode.formats.safetensors import SAFETENSORS_NAMES, PackEntry, to_float32
 from trimode.runtime.bundle.weights import WeightPack
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -72,7 +73,7 @@ def test_float32_is_a_view_of_the_file(pack: Path) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_specials(dtype: Any) -> None:
     tensor = torch.tensor(SPECIALS).to(TYPES[dtype])
-    wide = widen(tensor.view(torch.uint8).numpy(), dtype)
+    wide = to_float32(tensor.view(torch.uint8).numpy(), SAFETENSORS_NAMES[dtype])
     np.testing.assert_array_equal(wide, tensor.float().numpy())
     np.testing.assert_array_equal(np.signbit(wide), np.signbit(tensor.float().numpy()))
 
@@ -82,7 +83,7 @@ def test_every_bit_pattern(dtype: Any) -> None:
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        wide = widen(bits.view(torch.uint8).numpy(), dtype)
+        wide = to_float32(bits.view(torch.uint8).numpy(), SAFETENSORS_NAMES[dtype])
     np.testing.assert_array_equal(wide, bits.view(TYPES[dtype]).float().numpy())
 
 
@@ -90,7 +91,7 @@ def test_every_bit_pattern(dtype: Any) -> None:
 def test_halves(values: list[float]) -> None:
     narrow = np.array(values, np.float16)
     np.testing.assert_array_equal(
-        widen(narrow.view(np.uint8), "float16"), narrow.astype(np.float32)
+        to_float32(narrow.view(np.uint8), "F16"), narrow.astype(np.float32)
     )
 
 
@@ -121,6 +122,12 @@ BROKEN = {
     "data cut off": header(a=entry()) + bytes(7),
     "too few bytes for the shape": header(a=entry(shape=(3,))) + bytes(8),
     "too many bytes for the shape": header(a=entry(shape=(1,))) + bytes(8),
+    "bytes at the end": header(a=entry()) + bytes(9),
+    "a gap": header(a=entry(), b=entry(offsets=(12, 20))) + bytes(20),
+    "tensors that overlap": header(a=entry(), b=entry(offsets=(4, 12))) + bytes(12),
+    "a packed type of another name": header(__metadata__={"U8": "int3"}, a=entry("U8", (8,)))
+    + bytes(8),
+    "a packed type that is no text": header(__metadata__={"U8": 4}, a=entry("U8", (8,))) + bytes(8),
     "before the data": header(a=entry(offsets=(-8, 0))) + bytes(8),
     "a negative shape": header(a=entry(shape=(-1, -2))) + bytes(8),
     "a shape that is no list": header(a=entry(shape=2)) + bytes(8),
@@ -141,7 +148,8 @@ def test_broken_files(tmp_path: Path, name: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing"):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for somebody who writes
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "pipe"):
         with pytest.raises(BundleError, match="expected a weight pack"):
             WeightPack(path)
 

@@ -19,8 +19,8 @@ class RowState:
         mode: Mode that the row is in now.
         cached_length: Tokens in its cache.
         left: Tokens that may still come, 1 or more.
-        likely: Probability that a cycle's first, second, ... token comes and is of use. The first
-            is 1; a row whose block is longer than this has 0 for the rest.
+        likely: Probability that a cycle of the longest block gives a first, second, ... token.
+            The first is 1, and each is at most the one before.
         block_length: Block length that the row has now; 1 stands for AR.
         is_pinned: Whether the row keeps its mode and length: it has a seed, is in diffusion or in
             quadratic self-speculation, or its mode was asked for.
@@ -37,8 +37,14 @@ class RowState:
     priority: int = 0
 
     def expected_tokens(self, block_length: int) -> float:
-        """Tokens of use that a cycle of this length is expected to give."""
-        return sum(self.likely[: min(block_length, self.left)])
+        """Tokens of use that a cycle of this length is expected to give, on the average.
+
+        Shorter blocks do not begin where longer ones do: what one long cycle gives takes several
+        of them. The longest gives ``sum(likely)`` tokens. A cycle of length ``L`` is needed for
+        them at the beginning, another if more than ``L`` tokens come, and so on.
+        """
+        coming = self.likely[: self.left]
+        return sum(coming) / sum(coming[::block_length])
 
 
 @dataclass(frozen=True, slots=True)

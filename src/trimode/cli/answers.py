@@ -1,4 +1,7 @@
-"""Answers of ``trimode run``: prompts are encoded, and answered alone or side by side."""
+"""Encodes the prompts of ``trimode run``, and answers them.
+
+They are answered alone or side by side.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from trimode.runtime.text.prompts import BadLine, Prompt
 
 
-class Question(NamedTuple):
+class EncodedPrompt(NamedTuple):
     """Holds a prompt that the model accepts, and its token ids."""
 
     prompt: Prompt
@@ -34,30 +37,33 @@ class Answer(NamedTuple):
 
 def encode_all(
     model: TriModeModel, prompts: Sequence[Prompt | BadLine]
-) -> list[Question | BadLine]:
-    """Encode the prompts; a line that the model refuses becomes a bad line."""
+) -> list[EncodedPrompt | BadLine]:
+    """Encode the prompts; a line that is refused becomes a bad line."""
     from trimode.runtime.text.prompts import BadLine, warn_of_plain_text
 
     encoded = [one if isinstance(one, BadLine) else _encode_one(model, one) for one in prompts]
     warn_of_plain_text(
-        [one.prompt for one in encoded if isinstance(one, Question)], lambda: model.codec
+        [one.prompt for one in encoded if isinstance(one, EncodedPrompt)], lambda: model.codec
     )
     return encoded
 
 
-def _encode_one(model: TriModeModel, prompt: Prompt) -> Question | BadLine:
+def _encode_one(model: TriModeModel, prompt: Prompt) -> EncodedPrompt | BadLine:
     from trimode.runtime.text.prompts import BadLine, encode_checked, encode_prompt
 
     if prompt.line is None:  # the model says what is wrong with its ids
-        return Question(prompt, encode_prompt(prompt, lambda: model.codec))
+        return EncodedPrompt(prompt, encode_prompt(prompt, lambda: model.codec))
     try:
-        return Question(prompt, encode_checked(prompt, lambda: model.codec, model.model))
+        return EncodedPrompt(prompt, encode_checked(prompt, lambda: model.codec, model.model))
     except UsageError as error:
         return BadLine(prompt.line, error)
 
 
 def one_by_one(
-    model: TriModeModel, questions: Sequence[Question | BadLine], mode: Mode, request: RunRequest
+    model: TriModeModel,
+    questions: Sequence[EncodedPrompt | BadLine],
+    mode: Mode,
+    request: RunRequest,
 ) -> Iterator[Answer | BadLine]:
     """Answer one prompt after another; without --json print text as it arrives."""
     from trimode.runtime.text.prompts import BadLine
@@ -84,7 +90,10 @@ def one_by_one(
 
 
 def side_by_side(
-    model: TriModeModel, questions: Sequence[Question | BadLine], mode: Mode, request: RunRequest
+    model: TriModeModel,
+    questions: Sequence[EncodedPrompt | BadLine],
+    mode: Mode,
+    request: RunRequest,
 ) -> Iterator[Answer | BadLine]:
     """Answer several prompts at the same time.
 
@@ -96,7 +105,7 @@ def side_by_side(
     asked = [
         BatchQuestion(one.token_ids, _has_text(model, one.prompt))
         for one in questions
-        if isinstance(one, Question)
+        if isinstance(one, EncodedPrompt)
     ]
     outcomes = answer_side_by_side(
         model.new_batch(request.batch), asked, mode, dict(request.decoding)

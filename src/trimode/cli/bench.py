@@ -1,4 +1,4 @@
-"""``trimode bench``: milliseconds per forward on this machine, kept for mode ``auto``."""
+"""Implements ``trimode bench``; mode ``auto`` reads its timings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trimode.cli.options.shared import (
     Threads,
 )
 from trimode.cli.parse import given, need, parse_optional_ints
-from trimode.cli.prompt_options import Questions, prompt_style
+from trimode.cli.prompt_options import PromptsFile, prompt_style
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def bench(
     _check_options(timer, {**counter, "no_figure": no_figure or None}, counts=speed_of_light)
     machine = {"num_threads": threads, "runtime_cache": runtime_cache}
     model = {"precision": precision, "target": target, **machine}
-    questions = Questions(prompts_file, prompt_style(raw, system, enable_thinking))
+    questions = PromptsFile(prompts_file, prompt_style(raw, system, enable_thinking))
     if not speed_of_light:
         run_bench(bundle, BenchRequest(model, timer_settings(**timer), questions, output, as_json))
         return
@@ -95,7 +95,7 @@ def _check_options(timer: dict[str, Any], counter: dict[str, Any], *, counts: bo
 def timer_settings(
     *, rows: str | None, past: str | None, batch: str | None, repeats: int | None
 ) -> TimerSettings:
-    """Parse the options of the timer; the values are checked against the model later."""
+    """Parse the timer's options; values are checked against the model later."""
     from trimode.runtime.measure.forwards import TimerSettings
 
     return TimerSettings(
@@ -120,7 +120,7 @@ class BenchRequest:
 
     model: Mapping[str, Any]
     settings: TimerSettings
-    questions: Questions
+    questions: PromptsFile
     output: Path | None
     as_json: bool
 
@@ -193,7 +193,7 @@ def _measure(model: TriModeModel, questions: list[Prompt], request: BenchRequest
 def _acceptance(
     model: TriModeModel, prompts: list[list[int]], settings: TimerSettings, progress: RichProgress
 ) -> tuple[AcceptanceRecord, ...]:
-    """Measure drafts of the longest block that was timed, with and without the drafter.
+    """Measure drafts of the longest timed block, with and without drafter.
 
     Returns:
         Nothing if there are no prompts or no blocks.

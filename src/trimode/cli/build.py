@@ -26,6 +26,7 @@ def build(
     sampler: options.Sampler = None,
     max_length: options.MaxLength = None,
     block_lengths: options.BlockLengths = None,
+    capacities: options.Capacities = None,
     max_batch: options.MaxBatch = 1,
     quadratic: options.Quadratic = False,
     weights: options.Weights = "shared",
@@ -49,6 +50,7 @@ def build(
         sampler=sampler,
         max_length=max_length,
         block_lengths=parse_optional_ints(block_lengths),
+        capacities=parse_optional_ints(capacities),
         max_batch=max_batch,
         quadratic=quadratic,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
@@ -88,7 +90,7 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
 
 def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
     """``rtn`` is the method, anything else a folder (``./rtn`` too)."""
-    from trimode.graphs.numerics.scales import RTN
+    from trimode.graphs.numerics.quantization import RTN
 
     if value is None or value == RTN:
         return None if value is None else RTN
@@ -110,6 +112,7 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
 
 
 def _in_words(output: Path, result: BuildResult) -> str:
+    from trimode.cli.inspect import held_weights
     from trimode.compiler.plan import SAMPLER_FILE
 
     manifest = result.manifest
@@ -128,7 +131,11 @@ def _in_words(output: Path, result: BuildResult) -> str:
     others = [name for name in manifest.precisions if name != result.precision]
     beside = f" beside {', '.join(others)}" if others else ""
     cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
-    return (
-        f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} "
-        f"MB{cached}"
+    built = {name: result.record.targets[name] for name in result.built}
+    return "\n".join(
+        [
+            f"built {output}: {', '.join(built)} in {result.precision}{beside}, {size:.1f} "
+            f"MB{cached}",
+            *held_weights(built),
+        ]
     )

@@ -1,4 +1,4 @@
-"""``trimode inspect``: what a bundle holds, and what sharing the weights saves."""
+"""Implements ``trimode inspect``: shows a bundle's contents."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def inspect(
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
-    """Print the manifest, for people or as JSON with the figures of :func:`sharing`."""
+    """Print the manifest as text, or as JSON with shared bytes."""
     from trimode.cli.output import print_json
     from trimode.runtime.bundle.open import read_manifest
 
@@ -91,7 +91,7 @@ def _readers(record: PrecisionRecord) -> int:
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """The manifest in lines for people."""
+    """Describe the manifest in lines for people."""
     precisions = [
         line
         for name, record in manifest.precisions.items()
@@ -219,6 +219,20 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
     names = [name for name, record in targets.items() if record.placement == "baked"]
     if names:
         yield f"               the engines of {', '.join(names)} hold copies of their own"
+    for line in held_weights(targets):
+        yield f"               {line}"
+
+
+def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
+    """Yield the price of weights that engines hold beside the pack, a line a target."""
+    for name, record in targets.items():
+        held = [engine.constant_bytes for engine in record.graphs.values() if engine.constant_bytes]
+        if held and record.placement != "baked":
+            yield (
+                f"each of the {len(held)} engines of {name} holds"
+                f" {held[0] / 1e6:.1f} MB of weights and scales:"
+                f" {sum(held) / 1e6:.1f} MB on the GPU"
+            )
 
 
 def _profiles(profiles: tuple[ProfileRecord, ...]) -> str:

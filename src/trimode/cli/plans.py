@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from trimode.cli.output import print_json
-from trimode.compiler.plans.records import PlanRecord, UnreadPlan
 from trimode.compiler.plans.report import (
     EnginePlan,
     carries_plans,
@@ -20,6 +19,7 @@ from trimode.compiler.plans.report import (
 )
 from trimode.errors import UsageError
 from trimode.formats.manifest import Manifest
+from trimode.formats.plans import PlanRecord, UnreadPlan
 from trimode.runtime.bundle.open import open_bundle
 
 _COLUMNS = (

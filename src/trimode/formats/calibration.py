@@ -38,7 +38,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -46,7 +45,7 @@ from trimode.errors import CheckpointError
 from trimode.formats.contract import Role
 from trimode.formats.files import staged_replacement
 from trimode.formats.hints import CALIBRATE
-from trimode.formats.records import OtherVersion, read_record
+from trimode.formats.record import OtherVersion, Record, read_record
 from trimode.formats.texts import Unreadable, read_bytes, reason_of
 
 SCHEMA_VERSION = 2
@@ -59,11 +58,7 @@ _HINT = f"make one with {CALIBRATE}"
 Scales = dict[str, NDArray[np.float32]]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataRecord(_Record):
+class CalibrationDataRecord(Record):
     """The texts that were run.
 
     Attributes:
@@ -77,14 +72,14 @@ class DataRecord(_Record):
     num_tokens: dict[Role, int]
 
 
-class LayerRecord(_Record):
+class LayerRecord(Record):
     """Statistics of one quantized layer, for people; ``input_amax`` as seen in each mode alone."""
 
     input_amax: dict[str, float]
     weight_snr_db: float
 
 
-class SensitivityRecord(_Record):
+class SensitivityRecord(Record):
     """Holds the decisions of a sensitivity search, and its measurements.
 
     Attributes:
@@ -106,12 +101,12 @@ class SensitivityRecord(_Record):
     max_drop: float
     drops: dict[str, float]
     drops_if_none_kept: dict[str, float]
-    data: DataRecord
+    data: CalibrationDataRecord
     max_new_tokens: int
     scales_sha256: str
 
 
-class Calibration(_Record):
+class Calibration(Record):
     """The contents of ``calibration.json``.
 
     Attributes:
@@ -132,13 +127,13 @@ class Calibration(_Record):
     source_name: str
     source_sha256: str
     scales_sha256: str
-    data: DataRecord | None
+    data: CalibrationDataRecord | None
     layers: dict[str, LayerRecord]
     libraries: dict[str, str]
     sensitivity: SensitivityRecord | None = None
 
 
-class ScalesRecord(_Record):
+class ScalesRecord(Record):
     """The calibration that weights were quantized with, as what was made of them names it."""
 
     name: str
@@ -146,7 +141,7 @@ class ScalesRecord(_Record):
     scales_sha256: str
 
 
-class PromptsRecord(_Record):
+class PromptsRecord(Record):
     """The prompts of a training: the digest of their file, and how many of them each part has."""
 
     sha256: str

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from trimode.formats.record import Record
 
 Role = Literal["ar", "draft", "verify", "quadratic"]
 ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
@@ -48,11 +48,7 @@ DEFAULT_MAX_LENGTH = 32768
 Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelInfo(_Record):
+class ModelInfo(Record):
     """The facts about the model that decoding needs.
 
     Attributes:
@@ -100,7 +96,7 @@ class ModelInfo(_Record):
         )
 
 
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """Holds name, element type and shape of a graph input or output.
 
     A text in the shape is a dynamic dimension.
@@ -111,7 +107,7 @@ class TensorSpec(_Record):
     shape: tuple[Dimension, ...]
 
 
-class GraphContract(_Record):
+class GraphContract(Record):
     """Inputs and outputs of one role, without the cache, and how its rows attend to each other."""
 
     role: Role

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from trimode.formats.calibration import PromptsRecord, ScalesRecord
 from trimode.formats.contract import DType
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 1
 RECORD = "drafter.json"
 Kept = Literal["trained", "checkpoint", "untrained"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TrainingRecord(_Record):
+class DrafterTrainingRecord(Record):
     """Holds what the training did.
 
     Losses are running means. ``accepted`` is the mean number of accepted slots in a window.
@@ -34,7 +29,7 @@ class TrainingRecord(_Record):
     accepted: float
 
 
-class Drafting(BaseModel):
+class Drafting(Record):
     """Linear self-speculation over some prompts, greedy, a block drafted in one forward.
 
     Attributes:
@@ -45,8 +40,6 @@ class Drafting(BaseModel):
             but the rounding of a forward over many rows can, where two tokens are equally probable.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     num_prompts: int
     num_tokens: int
     num_forwards: int
@@ -56,7 +49,7 @@ class Drafting(BaseModel):
     num_unlike: int
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """Compares self-speculation with different adapters over the same prompts.
 
     They are none, the checkpoint's if it has one, and the trained one.
@@ -67,7 +60,7 @@ class Comparison(_Record):
     trained: Drafting
 
 
-class DrafterRecord(_Record):
+class DrafterRecord(Record):
     """The contents of ``drafter.json``.
 
     Attributes:
@@ -97,7 +90,7 @@ class DrafterRecord(_Record):
     block_length: int
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: DrafterTrainingRecord
     held_out: Comparison
     validation: Comparison
     kept: Kept

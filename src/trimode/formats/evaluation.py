@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.contract import DType, Role
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 1
 ModeName = Literal["ar", "diffusion", "linear-spec"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FidelityRecord(_Record):
+class FidelityRecord(Record):
     """Holds signal-to-noise ratio and mean cosine.
 
     The ratio is in decibels, 200 where nothing differs. Formulas are in
@@ -28,7 +23,7 @@ class FidelityRecord(_Record):
     cosine: float
 
 
-class OutputRecord(_Record):
+class OutputFidelity(Record):
     """Probabilities against the original's, over the rows whose logits a graph returns."""
 
     num_rows: int
@@ -36,7 +31,7 @@ class OutputRecord(_Record):
     top1_agreement: float
 
 
-class DivergenceRecord(_Record):
+class DivergenceRecord(Record):
     """A question that self-speculation answers otherwise than autoregression of the same weights.
 
     Attributes:
@@ -51,7 +46,7 @@ class DivergenceRecord(_Record):
     preference: float | None
 
 
-class DecodingRecord(_Record):
+class DecodingRecord(Record):
     """One way of decoding, over all questions.
 
     Attributes:
@@ -80,7 +75,7 @@ class DecodingRecord(_Record):
     partings: tuple[DivergenceRecord, ...]
 
 
-class PrecisionRecord(_Record):
+class MeasuredPrecision(Record):
     """One precision.
 
     Attributes:
@@ -106,11 +101,11 @@ class PrecisionRecord(_Record):
     weight_bytes: int
     local: dict[str, dict[Role, FidelityRecord]]
     accumulated: tuple[dict[Role, FidelityRecord], ...]
-    outputs: dict[Role, OutputRecord]
+    outputs: dict[Role, OutputFidelity]
     decoding: tuple[DecodingRecord, ...]
 
 
-class DataRecord(_Record):
+class QuestionsRecord(Record):
     """The questions.
 
     Attributes:
@@ -128,7 +123,7 @@ class DataRecord(_Record):
     num_rows: dict[Role, int]
 
 
-class Report(_Record):
+class Report(Record):
     """The contents of ``report.json``.
 
     Attributes:
@@ -145,14 +140,14 @@ class Report(_Record):
     trimode_version: str
     source_name: str
     source_sha256: str
-    data: DataRecord
+    data: QuestionsRecord
     modes: tuple[ModeName, ...]
     max_new_tokens: int
     block_length: int
     thresholds: dict[ModeName, float]
     compute_type: DType
     dense_bytes: int
-    precisions: tuple[PrecisionRecord, ...]
+    precisions: tuple[MeasuredPrecision, ...]
     libraries: dict[str, str]
 
     @property

@@ -25,19 +25,20 @@ name that leaves the folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.plans import PlanRecord
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
@@ -55,10 +56,9 @@ def _plain(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain)]
 
 
-class _Record(BaseModel):
+class _Part(Record):
     """A part of the manifest; a field of ``_left_out`` is not written where nothing is in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     _left_out: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
@@ -71,14 +71,14 @@ class _Record(BaseModel):
         }
 
 
-class FileRecord(_Record):
+class FileRecord(_Part):
     """Digest (lower-case hex) and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
 
 
-class SourceRecord(_Record):
+class SourceRecord(_Part):
     """The checkpoint a bundle was built from.
 
     Attributes:
@@ -95,7 +95,7 @@ class SourceRecord(_Record):
     num_parameters: int
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(_Part):
     """Where the scales of a quantized precision come from.
 
     Attributes:
@@ -112,7 +112,7 @@ class CalibrationRecord(_Record):
     scales_sha256: str | None
 
 
-class ProfileRecord(_Record):
+class ProfileRecord(_Part):
     """An optimization profile: fewest, usual and most of each dynamic dimension."""
 
     batch: tuple[int, int, int]
@@ -123,17 +123,40 @@ class ProfileRecord(_Record):
         return self.batch[0] <= batch <= self.batch[2] and self.rows[0] <= rows <= self.rows[2]
 
 
-class EngineRecord(_Record):
+class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
-    ``profiles`` are in the engine's order; none if shapes are free (ONNX Runtime).
+    Attributes:
+        profiles: in the engine's order; none if shapes are free (ONNX Runtime).
+        plans: what a forward under each profile moves, by the engine's plan; absent where it holds
+        none that is understood, and in bundles of before.
+        constant_bytes: size of the weights and scales that the engine holds itself, which every
+        engine has on the GPU once more; absent where all are inputs.
     """
+
+    _left_out = frozenset({"plans", "constant_bytes"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
+    constant_bytes: int = 0
 
 
-class TargetRecord(_Record):
+class CapacityRecord(_Part):
+    """Engines over a smaller cache than the target's largest.
+
+    Attributes:
+        max_length: most tokens of prompt and answer together.
+        capacity: slots of the K/V cache: the text's, and those that are written behind it.
+        graphs: one for each graph of the bundle.
+    """
+
+    max_length: int = Field(ge=1)
+    capacity: int = Field(ge=1)
+    graphs: dict[Role, EngineRecord]
+
+
+class TargetRecord(_Part):
     """What was built for one target.
 
     Attributes:
@@ -144,16 +167,18 @@ class TargetRecord(_Record):
         compute_dtype: type of activations and of the K/V cache.
         placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT
             engines hold their own copy; ``external``: the portable graphs, which map the pack.
-        capacity: slots of the K/V cache where the engines fix it.
+        capacity: slots of the K/V cache where the engines fix it; the largest, where there are
+        several.
         workspace_mib: limit on an engine's scratch memory that was asked for.
         library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
         only under that version.
-        graphs: one for each graph of the bundle.
+        graphs: one for each graph of the bundle; of the largest capacity.
+        smaller: engines of smaller capacities, ascending; absent where there are none.
         revision: digest of the code that lowered and compiled the graphs; absent where these are
         the portable ones, and in bundles of before. Another revision is built again.
     """
 
-    _left_out = frozenset({"revision"})
+    _left_out = frozenset({"revision", "smaller"})
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     device: Literal["cpu", "cuda"]
@@ -164,10 +189,40 @@ class TargetRecord(_Record):
     workspace_mib: int | None
     library: str
     graphs: dict[Role, EngineRecord]
+    smaller: tuple[CapacityRecord, ...] = ()
     revision: str | None = None
 
+    @property
+    def engines(self) -> Iterator[EngineRecord]:
+        """Compiled graphs of all capacities."""
+        for record in self.by_capacity():
+            yield from record.graphs.values()
 
-class PrecisionRecord(_Record):
+    def by_capacity(self) -> Iterator[TargetRecord]:
+        """Each capacity as a target of its own, ascending."""
+        for one in self.smaller:
+            update = {"capacity": one.capacity, "graphs": one.graphs, "smaller": ()}
+            yield self.model_copy(update=update)
+        yield self.model_copy(update={"smaller": ()})
+
+    def with_engines(self, change: Callable[[EngineRecord], EngineRecord]) -> TargetRecord:
+        """The record with each engine changed, of all capacities."""
+
+        def changed(graphs: dict[Role, EngineRecord]) -> dict[Role, EngineRecord]:
+            return {role: change(engine) for role, engine in graphs.items()}
+
+        smaller = tuple(
+            one.model_copy(update={"graphs": changed(one.graphs)}) for one in self.smaller
+        )
+        return self.model_copy(update={"graphs": changed(self.graphs), "smaller": smaller})
+
+    def without_plans(self) -> TargetRecord:
+        """The record as it is planned, before there are engines to read."""
+        absent: dict[str, Any] = {"plans": (), "constant_bytes": 0}
+        return self.with_engines(lambda engine: engine.model_copy(update=absent))
+
+
+class PrecisionRecord(_Part):
     """One precision of the model: its weights, its portable graphs, its targets.
 
     Attributes:
@@ -187,7 +242,7 @@ class PrecisionRecord(_Record):
     targets: dict[str, TargetRecord]
 
 
-class SamplerRecord(_Record):
+class SamplerRecord(_Part):
     """The learned sampler of block diffusion.
 
     Attributes:
@@ -207,7 +262,7 @@ class SamplerRecord(_Record):
     threshold: float = Field(ge=0, le=1)
 
 
-class Manifest(_Record):
+class Manifest(_Part):
     """The contents of ``manifest.json``.
 
     Attributes:

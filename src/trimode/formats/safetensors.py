@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,67 +22,58 @@ from trimode.formats.contract import DType
 from trimode.formats.json_fields import is_integer, named, nothing_at, shown
 from trimode.formats.texts import Unreadable, decode_text, parse_json, reason_of
 
-ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 DOWNLOAD_HINT = "download the checkpoint again; the file is incomplete or was changed"
-# Of every type in the format: others than ITEM_SIZES can be skipped, not read.
-_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
-
+_BITS = {
+    name: bits
+    for bits, names in {
+        4: "F4",
+        6: "F6_E2M3 F6_E3M2",
+        8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+        16: "I16 U16 F16 BF16",
+        32: "I32 U32 F32",
+        64: "I64 U64 F64 C64",
+    }.items()
+    for name in names.split()
+}
+"""Bits of a number, by the names of the format's types."""
 SAFETENSORS_NAMES: dict[DType, str] = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
     "float8e4m3fn": "F8_E4M3",
     "int8": "I8",
-    # safetensors has no such type: two of them along the last axis are one byte, the first in the
-    # low four bits
     "int4": "U8",
-    "float4e2m1": "U8",  # likewise; the header says which of the two it is
+    "float4e2m1": "U8",
 }
-
-SAFETENSORS_DTYPES: dict[str, DType] = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8e4m3fn",
-    "I8": "int8",
-}
+"""The format's name of each type of weights."""
 PACKED_DTYPES: tuple[DType, ...] = ("int4", "float4e2m1")
-"""Two numbers to a byte, ``U8`` to safetensors. A pack has one of them at most, and its metadata
-says under ``U8`` which; int4 where it does not.
+"""Two numbers to a byte along the last axis, the first in the low four bits: ``U8`` to safetensors.
+
+A pack has one of them at most, and its metadata says under ``U8`` which; int4 where it does not.
 """
-NUMBER_BYTES: dict[DType, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "float8e4m3fn": 1,
-    "int8": 1,
+_PLAIN: dict[DType, str] = {
+    dtype: name for dtype, name in SAFETENSORS_NAMES.items() if dtype not in PACKED_DTYPES
+}
+NUMBER_BYTES: dict[DType, int] = {dtype: _BITS[name] // 8 for dtype, name in _PLAIN.items()} | {
+    "int64": 8
 }
 """Bytes of one number, of types that are not packed."""
+ITEM_SIZES = {name: _BITS[name] // 8 for name in ("F32", "F16", "BF16")}
+"""Bytes of one number, of the types that checkpoints of this family have."""
+_DTYPES: dict[str, DType] = {name: dtype for dtype, name in _PLAIN.items()}
+
+
+class Malformed(Unreadable):
+    """A file is no safetensors file.
+
+    Attributes:
+        hint: Next step for the owner of a checkpoint.
+    """
+
+    def __init__(self, reason: str, hint: str = DOWNLOAD_HINT) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -126,25 +117,58 @@ class TensorEntry:
             ) from error
 
 
+class Header(NamedTuple):
+    """Holds a file's header: its tensors by name, and what its metadata says."""
+
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, Any]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header, and check that the file holds exactly the bytes that it promises.
+
+    Entries may have any type of the format.
+
+    Raises:
+        OSError, ValueError: the file cannot be opened.
+        Unreadable: it is no safetensors file.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+        raise Malformed("expected a file, found something else")  # a pipe would wait for a writer
+    with path.open("rb") as stream:
+        size, length = facts.st_size, int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise Malformed(
+                f"expected a safetensors header of {length} bytes, found a file of {size} bytes"
+            )
+        header = parse_json(decode_text(stream.read(length)), unique=True)
+    if not isinstance(header, dict):
+        raise Malformed(f"expected a JSON object as header, found {type(header).__name__}")
+    metadata, start = header.pop("__metadata__", None), 8 + length
+    entries = {name: _entry(path, name, value, start) for name, value in header.items()}
+    _check_layout(entries, start, size)
+    return Header(entries, metadata if isinstance(metadata, dict) else {})
+
+
 def read_safetensors_header(
     path: Path, missing_hint: str = "download the missing file into the checkpoint folder"
 ) -> dict[str, TensorEntry]:
-    """Read a safetensors header and check that the file holds exactly the bytes it promises.
-
-    Entries may have any type of the format: see :func:`check_readable`.
+    """Read the tensors of a checkpoint's file, of any type: see :func:`check_readable`.
 
     Raises:
         CheckpointError: the file is missing, unreadable or malformed.
     """
     try:
-        with path.open("rb") as stream:
-            return _read_entries(path, stream)
+        return read_header(path).entries
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path}: expected a file, found {nothing_at(path)}", missing_hint
         ) from error
     except IsADirectoryError as error:
         raise CheckpointError(f"{path}: expected a file, found a folder", missing_hint) from error
+    except Malformed as error:
+        raise CheckpointError(f"{path}: {error.reason}", error.hint) from error
     except (OSError, ValueError, Unreadable) as error:  # ValueError: a name with a NUL byte
         raise CheckpointError(
             f"{path}: expected a safetensors file, found one that cannot be read "
@@ -167,47 +191,20 @@ def check_readable(name: str, entry: TensorEntry) -> None:
         )
 
 
-def to_float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
-    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor.
+def to_float32(raw: bytes | NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Convert the bytes of an ``F32``, ``F16`` or ``BF16`` tensor to numbers, ``(n,)``.
 
-    Each of these values is exact in float32.
+    Each of these values is exact in float32. Bytes of ``F32`` are not copied.
     """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
     if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype(np.float32)
-    return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def _read_entries(path: Path, stream: BinaryIO) -> dict[str, TensorEntry]:
-    size = _size_of(path)
-    length = int.from_bytes(stream.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{path}: expected a safetensors header of {length} bytes, found a file of {size} "
-            "bytes",
-            DOWNLOAD_HINT,
-        )
-    header = parse_json(decode_text(stream.read(length)), unique=True)
-    if not isinstance(header, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object as header, found {type(header).__name__}",
-            DOWNLOAD_HINT,
-        )
-    entries = {
-        name: _entry(path, name, value, 8 + length)
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
-    _check_layout(path, entries, 8 + length, size)
-    return entries
-
-
-def _size_of(path: Path) -> int:
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise CheckpointError(f"{path}: expected a file, found something else", DOWNLOAD_HINT)
-    return facts.st_size
+    if dtype != "BF16":
+        raise ValueError(f"expected float32, float16 or bfloat16, found {dtype}")
+    wide = np.frombuffer(raw, "<u2").astype(np.uint32)  # bfloat16 is the upper half of a float32
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
@@ -219,24 +216,20 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         or not _are_lengths(offsets)
         or len(offsets) != 2
     ):
-        raise CheckpointError(
-            f"{path}: expected dtype, shape and data_offsets for {named(name)}, found "
-            f"{shown(value)}",
-            DOWNLOAD_HINT,
+        raise Malformed(
+            f"expected dtype, shape and data_offsets for {named(name)}, found {shown(value)}"
         )
     if dtype not in _BITS:
-        raise CheckpointError(
-            f"{path}: expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found "
-            f"{shown(dtype)}",
+        raise Malformed(
+            f"expected {named(name)} to be one of {', '.join(ITEM_SIZES)}, found {shown(dtype)}",
             "start from the published 16-bit checkpoint",
         )
     begin, end = offsets
     # Python's numbers: no shape overflows them
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise CheckpointError(
-            f"{path}: expected {named(name)} to have the bytes of {dtype} {shown(shape)}, "
-            f"found {end - begin}",
-            DOWNLOAD_HINT,
+        raise Malformed(
+            f"expected {named(name)} to have the bytes of {dtype} {shown(shape)}, "
+            f"found {end - begin}"
         )
     return TensorEntry(path, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -245,7 +238,7 @@ def _are_lengths(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(is_integer(one) and one >= 0 for one in values)
 
 
-def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
+def _check_layout(entries: dict[str, TensorEntry], start: int, size: int) -> None:
     """Check that tensors follow each other without gaps.
 
     The first begins at ``start``, and the last ends the file.
@@ -255,21 +248,20 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size:
         entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
     ):
         if entry.offset != end:
-            raise CheckpointError(
-                f"{path}: expected {named(name)} to begin at byte {end}, found {entry.offset}",
-                DOWNLOAD_HINT,
-            )
+            raise Malformed(f"expected {named(name)} to begin at byte {end}, found {entry.offset}")
         end += entry.num_bytes
     if end != size:
-        raise CheckpointError(f"{path}: expected {end} bytes, found {size}", DOWNLOAD_HINT)
+        raise Malformed(f"expected {end} bytes, found {size}")
 
 
 @dataclass(frozen=True)
 class PackEntry:
-    """One tensor of the pack; ``offset`` is in bytes from the start of the file.
+    """Says where one tensor of a weight pack lies.
 
-    A packed type lies in the file as bytes of two numbers each, along the last axis, the first in
-    the low four bits; ``shape`` counts numbers.
+    Attributes:
+        dtype: Type of the numbers; a packed one lies as :data:`PACKED_DTYPES` says.
+        shape: Shape in numbers.
+        offset: Bytes from the start of the file.
     """
 
     dtype: DType
@@ -287,65 +279,31 @@ def stored_bytes(dtype: DType, num_elements: int) -> int:
     return num_elements // 2 if dtype in PACKED_DTYPES else num_elements * NUMBER_BYTES[dtype]
 
 
-def widen(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float32]:
-    """Bytes of a floating-point type of 16 bits or more as float32, exactly."""
-    if dtype == "bfloat16":  # the upper half of a float32
-        wide = np.zeros((raw.size // 2, 2), "<u2")
-        wide[:, 1] = raw.view("<u2")
-        return wide.view("<f4")[:, 0]
-    if dtype == "float16":
-        return raw.view("<f2").astype(np.float32)
-    if dtype != "float32":
-        raise ValueError(f"expected float32, float16 or bfloat16, found {dtype}")
-    return raw.view("<f4")
-
-
 def read_pack_header(path: Path) -> dict[str, PackEntry]:
     """Read the place of each tensor in a weight pack.
 
-    Raises ValueError, KeyError or TypeError if it is no pack.
+    Raises:
+        OSError, ValueError: the file cannot be opened.
+        Unreadable: it is no pack.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = parse_json(decode_text(stream.read(length)))
-    dtypes = {**SAFETENSORS_DTYPES, "U8": _packed_dtype(header.get("__metadata__", {}))}
-    return {
-        name: _read_pack_entry(name, value, dtypes, 8 + length, size)
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
+    header = read_header(path)
+    dtypes = _DTYPES | {"U8": _packed_dtype(header.metadata)}
+    return {name: _pack_entry(name, entry, dtypes) for name, entry in header.entries.items()}
 
 
-def _packed_dtype(metadata: Mapping[str, str]) -> DType:
+def _packed_dtype(metadata: Mapping[str, Any]) -> DType:
     """The packed type of a file: the first word of what its metadata says of ``U8``."""
-    named = metadata.get("U8", "int4").partition(",")[0]
+    found = str(metadata.get("U8", "int4")).partition(",")[0]
     for dtype in PACKED_DTYPES:
-        if dtype == named:
+        if dtype == found:
             return dtype
-    raise ValueError(f"U8 stands for {named!r}")
+    raise Malformed(f"U8 stands for {found!r}")
 
 
-def _read_pack_entry(
-    name: str, value: Any, dtypes: Mapping[str, DType], base: int, size: int
-) -> PackEntry:
-    if value["dtype"] not in dtypes:
-        raise ValueError(f"{name} has type {value['dtype']!r}")
-    begin, end = value["data_offsets"]
-    if any(type(number) is not int for number in (begin, end, *value["shape"])):
-        raise ValueError(f"{name} of shape {value['shape']} at bytes {begin} to {end}")
-    dtype, shape = dtypes[value["dtype"]], tuple(value["shape"])
-    entry = PackEntry(
-        dtype, (*shape[:-1], shape[-1] * 2) if dtype in PACKED_DTYPES else shape, base + begin
-    )
-    if (
-        min(entry.shape, default=0) < 0
-        or end - begin != entry.num_bytes
-        or not 0 <= begin <= end <= size - base
-    ):
-        raise ValueError(
-            f"{name} of shape {entry.shape} at bytes {begin} to {end} of {size - base}"
-        )
-    return entry
+def _pack_entry(name: str, entry: TensorEntry, dtypes: Mapping[str, DType]) -> PackEntry:
+    dtype, shape = dtypes.get(entry.dtype), entry.shape
+    if dtype is None or (dtype in PACKED_DTYPES and not shape):
+        raise Malformed(f"{named(name)} has type {entry.dtype} and shape {list(shape)}")
+    if dtype in PACKED_DTYPES:
+        shape = (*shape[:-1], shape[-1] * 2)
+    return PackEntry(dtype, shape, entry.offset)

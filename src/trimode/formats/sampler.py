@@ -12,13 +12,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from trimode.errors import CheckpointError
 from trimode.formats.calibration import PromptsRecord, ScalesRecord
 from trimode.formats.contract import DType
 from trimode.formats.hints import TRAIN_SAMPLER
-from trimode.formats.records import OtherVersion, read_record
+from trimode.formats.record import OtherVersion, Record, read_record
 from trimode.formats.texts import Unreadable, read_bytes
 
 SCHEMA_VERSION = 1
@@ -26,11 +26,7 @@ RECORD = "sampler.json"
 WEIGHTS = "sampler.safetensors"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShapeRecord(_Record):
+class ShapeRecord(Record):
     """Sizes of the network, :class:`trimode.graphs.sampler.network.SamplerShape`."""
 
     d_model: int = Field(ge=2)
@@ -39,7 +35,7 @@ class ShapeRecord(_Record):
     feed_forward: int = Field(ge=1)
 
 
-class TrainingRecord(_Record):
+class SamplerTrainingRecord(Record):
     """Holds the figures of the training.
 
     Attributes:
@@ -61,7 +57,7 @@ class TrainingRecord(_Record):
     best_step: int
 
 
-class ScoresRecord(_Record):
+class ScoresRecord(Record):
     """How good scores are, over the masked slots of states of held-out texts.
 
     Attributes:
@@ -87,7 +83,7 @@ class ScoresRecord(_Record):
     confidence_calibration_error: float
 
 
-class DenoisingRecord(_Record):
+class DenoisingRecord(Record):
     """Texts under one policy.
 
     Attributes:
@@ -108,7 +104,7 @@ class DenoisingRecord(_Record):
     tokens_per_forward: float
 
 
-class SamplerFile(_Record):
+class SamplerFile(Record):
     """The contents of ``sampler.json``.
 
     Attributes:
@@ -141,7 +137,7 @@ class SamplerFile(_Record):
     threshold: float = Field(ge=0, le=1)
     settings: dict[str, Any]
     prompts: PromptsRecord
-    training: TrainingRecord
+    training: SamplerTrainingRecord
     scores: tuple[ScoresRecord, ...]
     held_out: tuple[DenoisingRecord, ...]
     validation: tuple[DenoisingRecord, ...]

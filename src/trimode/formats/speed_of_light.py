@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from trimode.formats.record import Record
 
 SCHEMA_VERSION = 1
 REPORT = "speed_of_light.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WayRecord(_Record):
+class WayRecord(Record):
     """One way to decode, over all prompts.
 
     Attributes:
@@ -44,7 +40,7 @@ class WayRecord(_Record):
     num_exhausted: int | None = None
 
 
-class LightReport(_Record):
+class LightReport(Record):
     """The contents of the file; ``ways`` in the order of the table."""
 
     schema_version: int = SCHEMA_VERSION

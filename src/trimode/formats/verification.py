@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from trimode.errors import BundleError, TrimodeError
 from trimode.formats.contract import DType, Mode, Role
 from trimode.formats.disk import what_is_wrong
 from trimode.formats.files import check_file_place, replace_text
 from trimode.formats.manifest import PrecisionName
+from trimode.formats.record import Record
 from trimode.formats.texts import Unreadable, read_bytes
 
 VERIFICATION = "verification.json"
@@ -23,15 +24,11 @@ _COPY = "verify a copy of the bundle"
 Subject = Literal["target", "portable"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Judged(_Record):
+class _Judged(Record):
     passed: bool
 
 
-class CheckpointRecord(_Record):
+class CheckpointRecord(Record):
     """The checkpoint that was compared against.
 
     Attributes:
@@ -44,7 +41,7 @@ class CheckpointRecord(_Record):
     is_source: bool
 
 
-class BoundsRecord(_Record):
+class BoundsRecord(Record):
     """Holds the tolerances (see :mod:`trimode.compiler.verify.tolerance`).
 
     Attributes:
@@ -250,7 +247,7 @@ class Verification(_Judged):
     versions: dict[str, str]
 
 
-class Verifications(_Record):
+class Verifications(Record):
     """The contents of ``verification.json``: the latest of each target of each precision."""
 
     schema_version: Literal[2] = 2

@@ -65,6 +65,13 @@ BlockLengths = Annotated[
         help="Block lengths to compile engines for; default: 8,16,32 and the model's block size.",
     ),
 ]
+Capacities = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,...",
+        help="Shorter texts to compile engines for too, as 2048,8192; default: --max-length alone.",
+    ),
+]
 MaxBatch = Annotated[int, typer.Option(help="Most sequences in one forward of an engine.")]
 Quadratic = Annotated[
     bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")

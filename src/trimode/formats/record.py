@@ -1,6 +1,7 @@
-"""Reads records: JSON files of a declared form.
+"""Declares what all records share, and reads them.
 
-Anyone may have changed or damaged them since.
+A record is a JSON file of a declared form, or a part of one. Anyone may have changed or damaged the
+file since it was written.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimode.formats.texts import Unreadable, parse_json, read_text, reason_of
 
-R = TypeVar("R", bound=BaseModel)
+
+class Record(BaseModel):
+    """Holds one record: it cannot be changed, and a field that it does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+R = TypeVar("R", bound=Record)
 
 
 class OtherVersion(Unreadable):

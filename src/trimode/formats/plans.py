@@ -1,10 +1,12 @@
-"""Holds what the plan of an engine says, as data."""
+"""Records what the plan of an engine says."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trimode.formats.record import Record
 
 Cause = Literal[
     "weights expanded",
@@ -15,11 +17,7 @@ Cause = Literal[
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CopyRecord(_Record):
+class CopyRecord(Record):
     """Counts bytes that a kernel copies only to arrange them.
 
     Later kernels read them again: tensors do not lie as a product or attention wants them.
@@ -34,7 +32,24 @@ class CopyRecord(_Record):
     num_bytes: int = Field(ge=0)
 
 
-class PlanRecord(_Record):
+class Computed(Record):
+    """Holds what follows from the counts and the GPU: computed, not measured.
+
+    Attributes:
+        floor: Bytes that a forward cannot do without.
+        moved: Bytes that it moves.
+        bandwidth_gb_s: Bandwidth of the GPU's memory, in 10^9 bytes a second; None where the
+            target names no GPU.
+        predicted_ms: Milliseconds that moving the bytes takes at that bandwidth; None without one.
+    """
+
+    floor: int = Field(ge=0)
+    moved: int = Field(ge=0)
+    bandwidth_gb_s: int | None
+    predicted_ms: float | None
+
+
+class PlanRecord(Record):
     """Counts what one forward moves through the GPU's memory.
 
     The counts follow the engine's plan. Caches of the GPU are not in it.
@@ -50,6 +65,7 @@ class PlanRecord(_Record):
         activations: Bytes of all else that kernels read and write, in tensors of 1 MB and more.
         copies: Copies that come on top, the largest first.
         scratch: Bytes of memory for temporaries.
+        computed: What follows for the target's GPU; None before a bundle's manifest has it.
     """
 
     library: str
@@ -62,6 +78,7 @@ class PlanRecord(_Record):
     activations: int
     copies: tuple[CopyRecord, ...]
     scratch: int
+    computed: Computed | None = None
 
     @property
     def copied(self) -> int:
@@ -84,7 +101,7 @@ class PlanRecord(_Record):
         return self.moved / max(self.floor, 1)
 
 
-class UnreadPlan(_Record):
+class UnreadPlan(Record):
     """Says why a plan could not be read."""
 
     library: str

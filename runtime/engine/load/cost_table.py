@@ -1,0 +1,190 @@
+"""Milliseconds of a forward by role, rows, new tokens and cached tokens: measured, then learned.
+
+Between measured points the time follows the roofline that fits them; at the points it is what was
+measured. How far the two differ is interpolated, in powers of two, and held beyond the last point.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.errors import UsageError
+from trimode.formats.contract import Role
+from trimode.formats.hints import BENCH
+from trimode.runtime.auto.timings import Timings
+from trimode.runtime.engine.load.learning import Corrections
+from trimode.runtime.engine.load.roofline import Forwards, fit_roofline
+
+CACHED_STEP = 32
+"""Cached tokens between which a prediction is taken to be the same."""
+
+
+class Cell(NamedTuple):
+    """A forward that was measured.
+
+    Attributes:
+        rows: Texts in the forward.
+        tokens: New tokens of each text.
+        cached: Tokens cached before them.
+        ms: Time of the forward, in milliseconds.
+    """
+
+    rows: int
+    tokens: int
+    cached: int
+    ms: float
+
+
+class CostTable:
+    """Predicts forwards, and learns from those that ran.
+
+    Args:
+        cells: Measured forwards of the roles ``ar``, ``draft`` and ``verify``.
+        is_frozen: Whether :meth:`observe` changes nothing, so that choices can be repeated.
+
+    Raises:
+        UsageError: a role has no cells, or none of one token in ``ar``.
+    """
+
+    def __init__(self, cells: Mapping[Role, Sequence[Cell]], *, is_frozen: bool = False) -> None:
+        self.is_frozen = is_frozen
+        self._corrections = Corrections()
+        if not cells.get("ar") or not any(cell.tokens == 1 for cell in cells["ar"]):
+            raise UsageError("expected timings of AR steps, found none", BENCH)
+        self._grids = {role: _Grid(found) for role, found in cells.items() if found}
+        drafted, verified = ({cell.tokens for cell in cells.get(role, ())} for role in _SPECULATION)
+        self.lengths = tuple(sorted(drafted & verified))
+        self._known: dict[tuple[Role, int, int, int], tuple[float, _Place]] = {}
+
+    @classmethod
+    def from_timings(
+        cls, timings: Timings, *, use_drafter: bool, is_frozen: bool = False
+    ) -> CostTable:
+        """Make the table from what ``trimode bench --batch`` stored, from its least times."""
+        cells: dict[Role, list[Cell]] = {}
+        for one in timings.forwards:
+            if one.graph != "draft" or one.drafter == use_drafter:
+                cell = Cell(one.batch, one.rows, one.past, one.least_ms)
+                cells.setdefault(one.graph, []).append(cell)
+        return cls(cells, is_frozen=is_frozen)
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether AR was measured for one text and for several in a forward."""
+        return self._grids["ar"].num_row_counts > 1
+
+    @property
+    def drift(self) -> float:
+        """Measured over predicted milliseconds, of late and over all forwards."""
+        return self._corrections.common
+
+    def ms(self, role: Role, rows: int, tokens: int, cached: int) -> float:
+        """Milliseconds that a forward is expected to take.
+
+        Raises:
+            UsageError: the role was not measured.
+        """
+        base, place = self._predicted(role, rows, tokens, cached)
+        return base * self._corrections.factor((role, tokens > 1), place)
+
+    def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
+        """Learn from a forward that took ``ms`` milliseconds, its host time included.
+
+        Of forwards with more new tokens than were measured nothing is learned: how far a fit is
+        off there says nothing of the forwards that it was made from.
+        """
+        if self.is_frozen or role not in self._grids or tokens > self._grids[role].most_tokens:
+            return
+        base, place = self._predicted(role, rows, tokens, cached)
+        self._corrections.observe((role, tokens > 1), place, ms / base)
+
+    def _predicted(self, role: Role, rows: int, tokens: int, cached: int) -> tuple[float, _Place]:
+        key = role, rows, tokens, round(cached / CACHED_STEP)
+        if key not in self._known:
+            if role not in self._grids:
+                raise UsageError(f"expected timings of {role}, found none", BENCH)
+            grid, at = self._grids[role], (float(rows), float(tokens), float(key[3] * CACHED_STEP))
+            self._known[key] = grid.ms(at), _Place(role, *grid.nearest(at))
+        return self._known[key]
+
+
+_SPECULATION: tuple[Role, Role] = ("draft", "verify")
+
+
+class _Place(NamedTuple):
+    """A cell of the table, by the place of its rows, tokens and cached tokens on their axes."""
+
+    role: Role
+    rows: int
+    tokens: int
+    cached: int
+
+
+class _Grid:
+    """One role's roofline, and measured over its milliseconds at each point of a grid."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        columns = np.array(cells, np.float64).T
+        found = Forwards(*columns)
+        self._roofline = fit_roofline(found)
+        self._axes = [np.unique(axis).tolist() for axis in columns[:3]]
+        self._ratios = self._filled(columns, self._roofline.ms(*columns[:3]))
+
+    def _filled(self, columns: NDArray[np.float64], fitted: NDArray[np.float64]) -> _Numbers:
+        """Ratios at all points; one that was not measured has the mean of those that were."""
+        ratios = columns[3] / fitted
+        filled = np.full([len(axis) for axis in self._axes], np.exp(np.log(ratios).mean()))
+        places = tuple(
+            np.searchsorted(axis, column)
+            for axis, column in zip(self._axes, columns[:3], strict=True)
+        )
+        filled[places] = ratios
+        return filled
+
+    @property
+    def num_row_counts(self) -> int:
+        """Numbers of texts in a forward that were measured."""
+        return len(self._axes[0])
+
+    @property
+    def most_tokens(self) -> float:
+        """Most new tokens of a text that were measured."""
+        return float(self._axes[1][-1])
+
+    def ms(self, at: Sequence[float]) -> float:
+        """Milliseconds of a forward of ``(rows, tokens, cached)``."""
+        between = [_between(axis, value) for axis, value in zip(self._axes, at, strict=True)]
+        ratio = sum(
+            math.prod(share for _, share in corner)
+            * float(self._ratios[tuple(place for place, _ in corner)])
+            for corner in product(*between)
+        )
+        return ratio * float(self._roofline.ms(*at))
+
+    def nearest(self, at: Sequence[float]) -> tuple[int, int, int]:
+        """The point that weighs most there."""
+        rows, tokens, cached = (
+            max(_between(axis, value), key=lambda one: one[1])[0]
+            for axis, value in zip(self._axes, at, strict=True)
+        )
+        return rows, tokens, cached
+
+
+_Numbers = NDArray[np.float64]
+
+
+def _between(axis: Sequence[float], value: float) -> tuple[tuple[int, float], ...]:
+    """Neighbouring places of a value on an axis with their shares, in powers of two."""
+    right = bisect_right(axis, value)
+    if right in (0, len(axis)):
+        return ((max(right - 1, 0), 1.0),)
+    low, high = math.log2(axis[right - 1] + 1), math.log2(axis[right] + 1)
+    share = (math.log2(value + 1) - low) / (high - low)
+    return (right - 1, 1 - share), (right, share)
