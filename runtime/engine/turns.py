@@ -120,8 +120,10 @@ class Turns:
 
     def plan(self, rows: Sequence[EngineRow]) -> StepPlan | None:
         """The next step over rows that wait for a forward and have a place; None without any."""
-        reading = [row for row in rows if row.is_reading]
-        decoding = [row for row in rows if not row.is_reading]
+        reading: list[EngineRow] = []
+        decoding: list[EngineRow] = []
+        for row in rows:
+            (reading if row.is_reading else decoding).append(row)
         is_shared = bool(reading and decoding)
         if reading and (not decoding or self._share.may_read):
             return self._read(reading, is_shared=is_shared)
