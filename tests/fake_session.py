@@ -193,9 +193,7 @@ class FakeSession:
         greedy = logits.argmax(-1)
         if role == "ar":
             return greedy[real - 1], logits[real - 1]
-        accepted = next(
-            (i for i in range(len(ids) - 1) if ids[i + 1] != greedy[i]), len(ids) - 1
-        )
+        accepted = next((i for i in range(len(ids) - 1) if ids[i + 1] != greedy[i]), len(ids) - 1)
         return greedy, accepted, logits
 
 
