@@ -139,7 +139,8 @@ def make_plan(
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     widens_int8 = _widens_int8(precision, quantization, base)
-    if precision == "int4" or widens_int8:
+    is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
+    if is_rtx and (precision == "int4" or widens_int8):
         check_one_capacity(options, precision)
     records = {
         name: plan_target(

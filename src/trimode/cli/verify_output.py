@@ -86,7 +86,7 @@ def _summary(found: Verification) -> str:
 
 
 def _quantized_lines(verification: Verification) -> Iterator[str]:
-    """What is said of quantized weights, their scales and quantized inputs."""
+    """Yield lines on quantized weights, their scales and quantized inputs."""
     weights, scales = verification.weights, verification.scales
     if weights is not None:
         differing = "".join(
@@ -122,7 +122,7 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
 
 
 def _graph_table(records: Sequence[GraphParity]) -> Table:
-    """A line an output; portable graphs are marked."""
+    """Make a table with a line an output; portable graphs are marked."""
     table = plain_table(*_GRAPH_HEADINGS, title="graphs against the torch trunk")
     for record in records:
         for index, output in enumerate(record.outputs):
@@ -131,7 +131,10 @@ def _graph_table(records: Sequence[GraphParity]) -> Table:
 
 
 def _graph_row(record: GraphParity, output: OutputRecord, *, is_first: bool) -> Iterator[str]:
-    """Yield the cells of one output; the first line speaks for the ids."""
+    """Return the cells of one output.
+
+    The first line of a comparison speaks for its ids too.
+    """
     same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
     yield record.graph
     yield record.subject
@@ -166,7 +169,7 @@ def _token_table(records: Sequence[TokenParity]) -> Table:
 
 
 def _preference(record: TokenParity) -> str:
-    """Format the reference's preference; blank where nothing differs."""
+    """Say how much the reference prefers its token; blank without difference."""
     return "" if record.first_divergence is None else _figure(record.preference)
 
 
