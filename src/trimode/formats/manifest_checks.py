@@ -100,10 +100,10 @@ def _of_precision(
 
 def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest) -> Iterator[str]:
     files = {role: engine.file for role, engine in target.graphs.items()}
-    if target.placement == "external" and files != record.graphs:
-        yield "expected the portable graphs of the precision, found others"
     for one in target.by_capacity():
         yield from _of_capacity(one, manifest)
+    if target.placement == "external" and files != record.graphs:
+        yield "expected the portable graphs of the precision, found others"
     if target.smaller:
         yield from _of_lengths(target, manifest.model.max_length)
 
