@@ -75,7 +75,8 @@ class Handle:
         self.choices: tuple[Handle, ...] = (self,)
         self.times = Times(time.perf_counter())
         self._wake = wake
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed, self._over = threading.Condition(lock), threading.Condition(lock)
         self._pieces: list[list[int]] = []
         self._result: Generation | None = None
         self._error: BaseException | None = None
@@ -135,8 +136,8 @@ class Handle:
             RequestTimeoutError: its own time ran out.
             EngineError: the engine could not go on.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout_s):
+        with self._over:
+            if not self._over.wait_for(lambda: self._is_done, timeout_s):
                 raise TimeoutError(
                     f"expected the text's end within {timeout_s} s, found it running"
                 )
@@ -255,6 +256,7 @@ class Handle:
                 closer(self)
             callbacks, self._callbacks = self._callbacks, []
             self._notify()
+            self._over.notify_all()
         for callback in callbacks:
             _call(callback, self)
         return True

@@ -182,6 +182,7 @@ class CacheGroup:
         self.cache = cache
         self.rows: list[EngineRow | None] = [None] * num_rows
         self.spent, self.num_steps = 0.0, 0
+        self._has_gaps = False
 
     @property
     def capacity(self) -> int:
@@ -209,6 +210,7 @@ class CacheGroup:
         """The only way that a row loses its place."""
         assert self.rows[row.place] is row
         self.rows[row.place], row.group = None, None
+        self._has_gaps = True
 
     def compact(self) -> int:
         """Move rows from the end into free places, so that those in use are neighbours.
@@ -216,6 +218,8 @@ class CacheGroup:
         Returns:
             Slots that were copied.
         """
+        if not self._has_gaps:
+            return 0
         copied, count = 0, len(self.texts)
         while None in self.rows[:count]:
             free = self.rows.index(None)
@@ -226,4 +230,5 @@ class CacheGroup:
             copied += row.valid_length
             self.free(row)
             self.take(row, free)
+        self._has_gaps = False
         return copied

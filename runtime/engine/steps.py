@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 
@@ -79,8 +79,12 @@ class Steps:
             self._counts.took(self.seconds, is_prefill=plan.is_prefill)
         return outcome
 
-    def _joints(self, plan: StepPlan) -> Iterator[JointForward]:
-        group, role = plan.group, plan.waiting[0].forward.role
+    def _joints(self, plan: StepPlan) -> Iterable[JointForward]:
+        group, first = plan.group, plan.waiting[0]
+        role, scale = first.forward.role, first.forward.drafter_scale
+        if len(plan.waiting) == 1:
+            alone = range(first.row, first.row + 1)
+            return (JointForward(role, scale, first.num_tokens, alone, (first,)),)
         return join_forwards(
             plan.waiting,
             lambda place: group.at(place).valid_length,

@@ -30,12 +30,14 @@ def inspect(
     plans: Annotated[
         bool,
         typer.Option(
-            "--plans", help="Show the memory traffic of a forward, for each TensorRT-RTX engine."
+            "--plans",
+            help="Show the memory traffic of a forward, for each TensorRT-RTX engine; with "
+            "--target cpu, what ONNX Runtime packs and what it rearranges.",
         ),
     ] = False,
     target: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Target whose engines --plans shows; default: all."),
+        typer.Option(metavar="NAME", help="Target that --plans shows; default: all with engines."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -247,7 +249,7 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
 
 
 def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
-    """Yield the price of weights that engines hold beside the pack, a line a target."""
+    """Yield for each target the bytes that engines hold beside packs."""
     for name, record in targets.items():
         held = [engine.constant_bytes for engine in record.engines if engine.constant_bytes]
         if held and record.placement != "baked":
