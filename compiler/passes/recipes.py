@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trimode.compiler.passes.base import lower
 from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.constant_weights import constant_weights
 from trimode.compiler.passes.mask_slots import MaskSlots
 from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
 from trimode.compiler.passes.narrow_logits import NarrowLogits
@@ -43,6 +44,17 @@ def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) ->
     return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
+def constants_of(record: TargetRecord, pack: Mapping[str, Stored]) -> tuple[str, ...]:
+    """Names of the weights and scales that a target's engines hold, beside those of ``scales``.
+
+    Everything is in a baked engine.
+    """
+    if record.placement == "baked":
+        return tuple(sorted(pack))
+    is_rtx = record.backend == "tensorrt_rtx" and record.placement == "shared"
+    return constant_weights(pack) if is_rtx else ()
+
+
 def lower_for(
     record: TargetRecord,
     graph: ir.Model,
@@ -67,5 +79,5 @@ def lower_for(
     if record.backend == "tensorrt_rtx" and record.placement == "shared":
         passes.append(ScalesToConstants(scales))
     if record.placement == "shared":
-        passes.append(WeightsToInputs())
+        passes.append(WeightsToInputs(constants_of(record, pack)))
     return lower(graph, *passes)

@@ -28,6 +28,7 @@ from trimode.runtime.sessions.base import (
     Ids,
     Session,
     check_open,
+    expect_length,
     of_row,
 )
 
@@ -153,6 +154,8 @@ class Sequence:
         self.cached_length = min(self.cached_length, len(self.tokens) - 1)
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
+        if phase == "prefill":
+            expect_length(self._cache, len(self.tokens))
         chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
         predicted = -1
         for start in range(0, len(pending), chunk):

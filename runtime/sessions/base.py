@@ -278,6 +278,21 @@ class BatchSession(Session, Protocol):
         ...
 
 
+@runtime_checkable
+class ExpectsLength(Protocol):
+    """A cache for which it is cheaper to know a text's length than to grow with it."""
+
+    def expect(self, num_tokens: int) -> None:
+        """Prepare for a text of so many tokens."""
+        ...
+
+
+def expect_length(cache: KVCache, num_tokens: int) -> None:
+    """Tell a cache how long its text will be, where that matters to it."""
+    if isinstance(cache, ExpectsLength):
+        cache.expect(num_tokens)
+
+
 class DeviceArray:
     """An array in GPU memory that is copied when somebody asks for its values.
 
