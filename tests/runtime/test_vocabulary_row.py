@@ -137,6 +137,21 @@ def test_a_row_is_processed_as_a_slow_version_does(
     np.testing.assert_array_equal(row.logits, before)
 
 
+@pytest.mark.parametrize("case", [{"top_k": 3}, {"top_k": 97}, {"min_p": 0.5}, {"top_k": 60}])
+def test_a_replaced_token_among_many_that_stay(case: dict[str, Any]) -> None:
+    """Where most tokens reach the bound, as among equal ones, those below it go all the same."""
+    row = Row(np.full(100, -7.25, np.float32), np.array([3, 50, 60]), np.array([-9.25, -8.0, -7.0]))
+    whole = row.logits.astype(np.float64)
+    whole[row.ids] = row.scores
+    sampling = SamplingOptions(1.0, **case)
+    found = dense(row_distribution(row, sampling), 100)
+    assert agrees(found, whole.tolist(), sampling)
+    assert found[60] > found[0] > found[3] == 0
+    few = Row(np.append(row.logits, np.full(20, -9.0, np.float32)), row.ids, row.scores)
+    whole = np.append(whole, np.full(20, -9.0))
+    assert agrees(dense(row_distribution(few, sampling), 120), whole.tolist(), sampling)
+
+
 @pytest.mark.parametrize("kind", ["normal", "flat", "bf16", "equal", "zipf", "wide"])
 @pytest.mark.parametrize("top_p", [0.9999, 0.9, 0.5, 0.1])
 def test_top_p_of_a_large_vocabulary(kind: str, top_p: float) -> None:
