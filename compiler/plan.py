@@ -143,6 +143,7 @@ def make_plan(
             roles,
             is_quantized=is_quantized,
             one_row=not _widens_int8(precision, quantization, base),
+            joint=precision == "int4" or _widens_int8(precision, quantization, base),
         )
         for name, target in targets.items()
     }
@@ -173,8 +174,12 @@ def plan_target(
     *,
     is_quantized: bool = False,
     one_row: bool = True,
+    joint: bool = False,
 ) -> TargetRecord:
-    """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
+    """The manifest's entry of one target; ``dtype`` is what GPUs compute in.
+
+    ``joint`` makes one engine of ``ar``, ``draft`` and ``verify`` where engines hold weights.
+    """
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
     lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
@@ -194,6 +199,8 @@ def plan_target(
         )
         for role in roles
     }
+    if joint and target.backend == "tensorrt_rtx" and options.weights == "shared":
+        graphs = _joined(graphs, f"{names.target(target.name)}/joint.engine")
     return TargetRecord(
         backend=target.backend,
         device="cuda",
@@ -206,6 +213,17 @@ def plan_target(
         revision=lowering_revision(),
         graphs=graphs,
     )
+
+
+def _joined(graphs: dict[Role, EngineRecord], file: str) -> dict[Role, EngineRecord]:
+    """Make one engine of the three roles: the profiles of ``ar``, then those of both others."""
+    first = {"ar": 0, "draft": len(graphs["ar"].profiles), "verify": len(graphs["ar"].profiles)}
+    return {
+        role: EngineRecord(file=file, profiles=engine.profiles, first_profile=first[role])
+        if role in first
+        else engine
+        for role, engine in graphs.items()
+    }
 
 
 def _widens_int8(

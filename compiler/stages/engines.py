@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trimode.compiler.pack.layout import PackedTensor
-from trimode.compiler.passes.base import to_bytes, weights
+from trimode.compiler.passes.base import lower, to_bytes, weights
 from trimode.compiler.passes.constant_weights import digest_of
+from trimode.compiler.passes.join_roles import JoinRoles
 from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.plan import BuildPlan
@@ -157,7 +158,7 @@ def compile_engines(
     record = next(iter(records.values()))
     lowered = {
         role: _write_lowered(record, role, graph, state.tensors, scales, state.folder)
-        for role, graph in state.graphs.items()
+        for role, graph in _compiled_graphs(record, state.graphs).items()
     }
     tasks = [
         _task(plan, name, role, path, constants)
@@ -171,6 +172,14 @@ def compile_engines(
     finally:
         for path in lowered.values():
             path.unlink()
+
+
+def _compiled_graphs(record: TargetRecord, graphs: Graphs) -> Graphs:
+    """The graph of each engine file; the joint one in place of ``draft``."""
+    alone = {role: graph for role, graph in graphs.items() if not record.is_joint(role)}
+    if len(alone) == len(graphs):
+        return graphs
+    return {"draft": lower(graphs["draft"], JoinRoles()), **alone}
 
 
 def _write_lowered(
@@ -204,7 +213,7 @@ def _task(
         packs=constants.packs if constants else (),
         output=output,
         compute_capability=record.compute_capability,
-        profiles=record.graphs[role].profiles,
+        profiles=record.engines[record.graphs[role].file],
         workspace_bytes=workspace,
         timing_cache=plan.options.timing_cache,
     )

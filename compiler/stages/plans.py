@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.report import carries_plans, compute
+from trimode.compiler.plans.report import carries_plans, compute, plans_of
 from trimode.compiler.stages.state import BuildState
 from trimode.formats.manifest import EngineRecord, TargetRecord
-from trimode.formats.plans import UnreadPlan
+from trimode.formats.plans import PlanRecord, UnreadPlan
 
 
 def record_plans(state: BuildState) -> None:
@@ -27,16 +27,22 @@ def record_plans(state: BuildState) -> None:
 
 
 def _with_plans(record: TargetRecord, target: str, folder: Path) -> TargetRecord:
+    found = {
+        file: audit_engine(folder / file, record.library, profiles)
+        for file, profiles in record.engines.items()
+    }
     graphs = {
-        role: _audited(engine, record.library, target, folder)
+        role: _with_own(engine, found[engine.file], target)
         for role, engine in record.graphs.items()
     }
     return record.model_copy(update={"graphs": graphs})
 
 
-def _audited(engine: EngineRecord, library: str, target: str, folder: Path) -> EngineRecord:
-    plans = audit_engine(folder / engine.file, library, engine.profiles)
-    if isinstance(plans, UnreadPlan):
+def _with_own(
+    engine: EngineRecord, plans: tuple[PlanRecord, ...] | UnreadPlan, target: str
+) -> EngineRecord:
+    own = plans_of(engine, plans)
+    if isinstance(own, UnreadPlan):
         return engine
-    known = tuple(plan.model_copy(update={"computed": compute(plan, target)}) for plan in plans)
+    known = tuple(plan.model_copy(update={"computed": compute(plan, target)}) for plan in own)
     return engine.model_copy(update={"plans": known})

@@ -16,7 +16,7 @@ import numpy as np
 from trimode.errors import DeviceError
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
-from trimode.formats.safetensors import widen
+from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
@@ -28,6 +28,7 @@ from trimode.runtime.sessions.tensorrt.cache import (
     TensorRTCache,
 )
 from trimode.runtime.sessions.tensorrt.graph import LoadedGraph, Runner
+from trimode.runtime.sessions.tensorrt.joint import joint_outputs, joint_values
 from trimode.runtime.sessions.tensorrt.library import EngineLibrary
 from trimode.runtime.sessions.tensorrt.memory import (
     DeviceMemory,
@@ -83,25 +84,13 @@ class TensorRTSession(Closable):
         self._target, self._prepared, self._model = target, prepared, bundle.manifest.model
         self._stream = Stream()
         library = EngineLibrary(prepared.trt)
-        self._graphs: dict[Role, LoadedGraph] = {
-            role: LoadedGraph(
-                library,
-                role,
-                target.graphs[role],
-                prepared.engines[role],
-                io=prepared.io[role],
-                cache=prepared.cache,
-                model=self._model,
-                pack=prepared.weights.entries,
-                runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
-            )
-            for role in prepared.engines
-        }
+        self._graphs = self._load(library, runtime_cache)
         self._weights, self._addresses = self._upload_weights()
-        self._runners = {
-            role: Runner(graph, graph.new_context(), self._addresses, self._stream)
-            for role, graph in self._graphs.items()
+        runners = {
+            graph.role: Runner(graph, graph.new_context(), self._addresses, self._stream)
+            for graph in dict.fromkeys(self._graphs.values())
         }
+        self._runners = {role: runners[graph.role] for role, graph in self._graphs.items()}
         self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
         self._pool = MemoryPool(prepared, self._stream)
         self._lock = self._pool.lock
@@ -188,7 +177,8 @@ class TensorRTSession(Closable):
             choose_profile(self._target.graphs[role], rows, len(sequences)),
             len(sequences),
         )
-        io = memory.layouts[role]
+        graph, is_joint = self._graphs[role], self._target.is_joint(role)
+        io, values = memory.layouts[role], joint_values(role, values) if is_joint else values
         with self._lock:
             self.check_open()  # again: another thread may have closed it meanwhile
             # a batch's; nothing is on its way between two forwards
@@ -196,7 +186,7 @@ class TensorRTSession(Closable):
                 self._pinned.close()
                 self._pinned = PinnedMemory(io.copied_end)
             write_inputs(io, self._pinned.bytes, values)
-            address, returned = memory.io(role).address, io.copied_end - io.inputs_end
+            address, returned = memory.io(graph.role).address, io.copied_end - io.inputs_end
             self._stream.copy_in(address, self._pinned.address, io.inputs_end)
             self._forward(role, memory, sequences, profile, rows)
             self._stream.copy_out(
@@ -204,11 +194,14 @@ class TensorRTSession(Closable):
             )
             self._stream.synchronize()
             copied = read_outputs(io, self._pinned.bytes, rows, batch)
-        outputs = (spec.name for spec in io.contract.outputs)
-        return tuple(
-            copied[name] if name in copied else self._on_device(role, memory, name, rows, batch)
-            for name in outputs
-        )
+        kept = {
+            spec.name: self._on_device(role, memory, spec.name, rows, batch)
+            for spec in io.contract.outputs
+            if spec.name not in copied
+        }
+        if is_joint:
+            return joint_outputs(role, values, copied, kept["logits"])
+        return tuple({**copied, **kept}[spec.name] for spec in io.contract.outputs)
 
     def close(self) -> None:
         """Save compiled kernels where they are kept, and give the GPU's memory back."""
@@ -216,7 +209,7 @@ class TensorRTSession(Closable):
             if self.is_closed:
                 return
             self.is_closed = True
-            for graph in self._graphs.values():
+            for graph in set(self._graphs.values()):
                 graph.save_kernels()
             self._runners.clear()
             self._graphs.clear()
@@ -224,6 +217,24 @@ class TensorRTSession(Closable):
             self._weights.close()
             self._pinned.close()
             self._stream.close()
+
+    def _load(self, library: EngineLibrary, runtime_cache: Path | None) -> dict[Role, LoadedGraph]:
+        """The engine of each role; one that is several is loaded once, under the first."""
+        prepared, loaded = self._prepared, dict[Path, LoadedGraph]()
+        for role, path in prepared.engines.items():
+            if path not in loaded:
+                loaded[path] = LoadedGraph(
+                    library,
+                    role,
+                    self._target.graphs[role],
+                    path,
+                    io=prepared.io[role],
+                    cache=prepared.cache,
+                    model=self._model,
+                    pack=prepared.weights.entries,
+                    runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
+                )
+        return {role: loaded[path] for role, path in prepared.engines.items()}
 
     def _upload_weights(self) -> tuple[DeviceMemory, dict[str, int]]:
         names = sorted({name for graph in self._graphs.values() for name in graph.bindings.weights})
@@ -242,23 +253,25 @@ class TensorRTSession(Closable):
         them, and each would need a context.
         """
         graph, is_whole = self._graphs[role], len(sequences) == memory.batch
+        engine = self._target.graphs[role]
+        number = engine.first_profile + profile
         recorded = memory.recorded.get((role, rows)) if is_whole else None
         if recorded is not None:
             recorded.launch()
         elif (
             graph.replays_itself
             or not is_whole
-            or not recurs(graph.record.profiles[profile], rows, self._model)
+            or not recurs(engine.profiles[profile], rows, self._model)
         ):
             runner = self._runners[role]
-            runner.prepare(memory, sequences, profile, rows)
+            runner.prepare(memory, sequences, number, rows)
             runner.launch()
         else:
             # A recorded forward holds only as long as its context is left alone, so it gets one of
             # its own. The first forward on it is executed step by step: it settles what depends on
             # the shapes, which must not be recorded.
             runner = Runner(graph, graph.new_recorded_context(), self._addresses, self._stream)
-            runner.prepare(memory, sequences, profile, rows)
+            runner.prepare(memory, sequences, number, rows)
             runner.launch()
             memory.recorded[role, rows] = self._record(runner)
 
@@ -279,12 +292,16 @@ class TensorRTSession(Closable):
 
         def fetch(first: int, count: int) -> Array:
             raw = np.empty(count * row_bytes, np.uint8)
-            address = memory.io(role).address + io.layout.offsets[name] + first * row_bytes
+            address = (
+                memory.io(self._graphs[role].role).address
+                + io.layout.offsets[name]
+                + first * row_bytes
+            )
             with self._lock:
                 self.check_open()
                 self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return widen(raw, spec.dtype).reshape(count, *shape[1:])
+            return to_float32(raw, SAFETENSORS_NAMES[spec.dtype]).reshape(count, *shape[1:])
 
         return DeviceArray(shape, np.float32, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs
+from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, joint_contract
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
 from trimode.formats.manifest import Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
@@ -71,7 +71,7 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     check_library(trt, target)
     manifest = bundle.manifest
     engines = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
-    engine_bytes = sum(check_engine_file(path) for path in engines.values())
+    engine_bytes = sum(check_engine_file(path) for path in set(engines.values()))
     weights = bundle.weights()
     capacity = target.capacity or manifest.model.num_positions
     cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
@@ -86,7 +86,8 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
         for name, entry in weights.entries.items()
         if target.placement == "shared" or name.startswith("rope.")
     ]
-    io_bytes = sum(one.layout.num_bytes for one in io.values())
+    # a joint engine has one place for the inputs and outputs of its roles
+    io_bytes = sum({engines[role]: one.layout.num_bytes for role, one in io.items()}.values())
     memory = MemoryPlan(
         engine_bytes,
         sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
@@ -105,14 +106,16 @@ def _constant_bytes(target: TargetRecord) -> int:
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
-    rows = max_rows(target.graphs[role])
+    joint = target.is_joint(role)
+    record = target.graphs["ar" if joint else role]  # which has the most rows
+    rows = max_rows(record)
     scratch = (
         query_bytes(manifest.model, target.compute_dtype, role, rows, batch)
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    contract = engine_contract(manifest.contracts[role], target.compute_dtype)
-    return lay_out_io(contract, rows, batch, scratch)
+    contract = joint_contract(manifest.model) if joint else manifest.contracts[role]
+    return lay_out_io(engine_contract(contract, target.compute_dtype), rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

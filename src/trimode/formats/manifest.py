@@ -125,19 +125,23 @@ class ProfileRecord(_Part):
 class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
+    Several graphs of a target may be one engine, each with profiles of its own in it.
+
     Attributes:
         profiles: in the engine's order; none if shapes are free (ONNX Runtime).
         plans: what a forward under each profile moves, by the engine's plan; absent where it holds
         none that is understood, and in bundles of before.
+        first_profile: index of the first of ``profiles`` in the engine; absent where it is 0.
         constant_bytes: size of the weights and scales that the engine holds itself, which every
         engine has on the GPU once more; absent where all are inputs.
     """
 
-    _left_out = frozenset({"plans", "constant_bytes"})
+    _left_out = frozenset({"plans", "first_profile", "constant_bytes"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
+    first_profile: int = 0
     constant_bytes: int = 0
 
 
@@ -173,6 +177,22 @@ class TargetRecord(_Part):
     library: str
     graphs: dict[Role, EngineRecord]
     revision: str | None = None
+
+    @property
+    def engines(self) -> dict[FileName, tuple[ProfileRecord, ...]]:
+        """All profiles of each engine file, in the engine's order."""
+        parts: dict[FileName, dict[int, tuple[ProfileRecord, ...]]] = {}
+        for engine in self.graphs.values():
+            parts.setdefault(engine.file, {})[engine.first_profile] = engine.profiles
+        return {
+            file: tuple(profile for _, part in sorted(found.items()) for profile in part)
+            for file, found in parts.items()
+        }
+
+    def is_joint(self, role: Role) -> bool:
+        """Whether the engine of a graph is that of others, too."""
+        file = self.graphs[role].file
+        return sum(engine.file == file for engine in self.graphs.values()) > 1
 
     def without_plans(self) -> TargetRecord:
         """The record as it is planned, before there are engines to read."""
