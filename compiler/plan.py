@@ -232,8 +232,10 @@ def _widens_int8(
     """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
     if precision != "int8":
         return False
+    if quantization is not None:
+        return quantization.record.scales_sha256 is None
     there = base.precisions.get(precision) if base else None
-    calibration = quantization.record if quantization else there and there.calibration
+    calibration = there.calibration if there else None
     return calibration is not None and calibration.scales_sha256 is None
 
 

@@ -52,6 +52,7 @@ class JoinRoles(ir.passes.InPlacePass):
         for value in graph.outputs:
             if value.name in _BY_ROWS:
                 _producer(value).replace_input_with(1, shape)
+                assert value.shape is not None
                 value.shape = ir.Shape(["batch", "window", value.shape[2]])
         _return_logits(graph, head, shape)
         return ir.passes.PassResult(model, modified=True)

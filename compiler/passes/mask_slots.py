@@ -44,7 +44,9 @@ class MaskSlots(ir.passes.InPlacePass):
             key = found[0].inputs[1]
             assert key is not None
             assert key.shape is not None
-            mask = _mask(model.graph, found[0], int(key.shape[2]), is_causal=_is_causal(found[0]))
+            capacity = key.shape[2]
+            assert isinstance(capacity, int)
+            mask = _mask(model.graph, found[0], capacity, is_causal=_is_causal(found[0]))
             for node in found:
                 node.replace_input_with(_MASK, mask)
         for node in masked:

@@ -32,7 +32,7 @@ def joint_outputs(
         logits: The window's, ``(batch, window, vocabulary)``.
     """
     ids = copied["top_ids"]
-    greedy = np.ascontiguousarray(ids[..., 0])
+    greedy: Ids = np.ascontiguousarray(ids[..., 0], np.int64)
     if role == "draft":
         return ids, copied["top_probabilities"]
     if role == "verify":
@@ -50,7 +50,8 @@ def accepted_length(greedy: Ids, input_ids: Ids) -> NDArray[np.int64]:
 def _last_rows(length: Any, batch: int, window: int) -> NDArray[np.int64]:
     """Where in its window the last real row of each sequence is."""
     lengths = np.broadcast_to(np.asarray(length, np.int64).reshape(-1), (batch,))
-    return np.minimum(lengths, window) - 1
+    last: NDArray[np.int64] = np.minimum(lengths, window) - 1
+    return last
 
 
 def _rows_of(logits: DeviceArray, rows: NDArray[np.int64]) -> DeviceArray:
