@@ -30,7 +30,7 @@ CODE_RANGES: dict[DType, tuple[float, float]] = {
     "int8": (-128, 127),
     "float4e2m1": (-6, 6),
 }
-"""What the types of inputs hold, in steps of a scale."""
+"""Ranges of the types of inputs, in steps of a scale."""
 SMALLEST_NORMAL = 2.0**-126
 """Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0
 again.
@@ -46,7 +46,7 @@ def quantize_trunk(
 
     Args:
         trunk: Trunk whose layers are replaced.
-        precision: the type.
+        precision: Type of the quantized weights.
         layers: Scales as the pack stores them, by the checkpoint's names without ``.weight``; none
             is left to be taken from the weight.
 
@@ -88,7 +88,7 @@ class InputQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` as the product reads it."""
+        """Return ``x (..., in)`` as the product reads it."""
         if self.factor is not None:
             x = x * self.factor
         if self.scale is None:
@@ -112,12 +112,15 @@ class QuantizedLinear(nn.Linear):
         self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` -> ``(..., out)``."""
+        """Multiply ``x (..., in)``; the result is ``(..., out)``."""
         return functional.linear(self.quantizer(x), self.weight)
 
 
 class QuantizedLowRankLinear(LowRankLinear):
-    """The same for a layer with the drafter's branch, which reads the input as it was."""
+    """Multiplies a quantized input, and adds the drafter's branch.
+
+    The branch reads the input as it was.
+    """
 
     def __init__(
         self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LayerScales
@@ -145,23 +148,21 @@ def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def blocks_of(x: Tensor) -> Tensor:
-    """``(..., in)`` -> ``(..., in / 16, 16)``."""
+    """Reshape ``(..., in)`` to ``(..., in / 16, 16)``."""
     return x.reshape(*x.shape[:-1], -1, BLOCK_SIZE)
 
 
 def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """Give the scales of the blocks of ``x (..., in)``, ``(..., in / 16, 1)``.
+    """Compute the scales of the blocks of ``x (..., in)``.
 
-    They are over the global one, and cut to E4M3's range.
+    They are ``(..., in / 16, 1)``, over the global one, and cut to E4M3's range.
     """
-    return torch.clamp(
-        blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale),
-        *CODE_RANGES["float8e4m3fn"],
-    )
+    largest = blocks_of(x).abs().amax(-1, keepdim=True)
+    return torch.clamp(largest / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
 
 
 def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Blocks ``(..., 16)`` over their scales ``(..., 1)``, cut to E2M1's range."""
+    """Divide blocks ``(..., 16)`` by their scales, within E2M1's range."""
     return torch.clamp(blocks / torch.clamp(scale, min=SMALLEST_NORMAL), *CODE_RANGES["float4e2m1"])
 
 
@@ -171,7 +172,7 @@ def spacing_of_e2m1(steps: Tensor) -> Tensor:
 
 
 def nearest_code(steps: Tensor, dtype: DType) -> Tensor:
-    """The nearest code of an input's type, as a number; of two, the even one."""
+    """Round to the nearest code of an input's type, ties to even."""
     if dtype == "float4e2m1":
         spacing = spacing_of_e2m1(steps)
         return torch.round(steps / spacing) * spacing

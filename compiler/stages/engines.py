@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from trimode.compiler.tensorrt.pool import (
 )
 from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
-from trimode.formats.manifest import TargetRecord
+from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.graphs.numerics.integers import Floats
 from trimode.runtime.bundle.weights import PrecisionWeights
 
@@ -51,7 +52,7 @@ def compile_targets(state: BuildState) -> None:
     state.num_cached = compile_engines(state, _constants(state), _constant_scales(state))
     _record_constants(state)
     for record in state.plan.records.values():
-        for engine in record.graphs.values():
+        for engine in record.engines:
             # portable graphs are recorded already
             if engine.file not in state.files and (state.folder / engine.file).is_file():
                 state.record(engine.file)
@@ -75,11 +76,8 @@ def _record_constants(state: BuildState) -> None:
     records = {}
     for name, record in state.plan.records.items():
         sizes = [state.tensors[one].num_bytes for one in constants_of(record, state.tensors)]
-        graphs = {
-            role: engine.model_copy(update={"constant_bytes": sum(sizes)})
-            for role, engine in record.graphs.items()
-        }
-        records[name] = record.model_copy(update={"graphs": graphs})
+        update = {"constant_bytes": sum(sizes)}
+        records[name] = record.with_engines(partial(EngineRecord.model_copy, update=update))
     state.plan = replace(state.plan, records=records)
 
 
@@ -154,16 +152,18 @@ def compile_engines(
     if not records:
         return 0
     # Records of one plan differ in the GPU only, and passes do not depend on it. So each graph is
-    # lowered once, and lies beside the engines meanwhile.
+    # lowered once for each capacity, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
     lowered = {
-        role: _write_lowered(record, role, graph, state.tensors, scales, state.folder)
-        for role, graph in _compiled_graphs(record, state.graphs).items()
+        (one.capacity, role): _write_lowered(one, role, graph, state.tensors, scales, state.folder)
+        for one in record.by_capacity()
+        for role, graph in _compiled_graphs(one, state.graphs).items()
     }
     tasks = [
-        _task(plan, name, role, path, constants)
-        for name in records
-        for role, path in lowered.items()
+        _task(plan, name, one, role, lowered[one.capacity, role], constants)
+        for name, record in records.items()
+        for one in record.by_capacity()
+        for role in _compiled_graphs(one, state.graphs)
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     num_workers = plan.options.num_jobs or default_num_workers()
@@ -193,15 +193,35 @@ def _write_lowered(
     lowered = lower_for(record, graph, tensors, scales)
     if weights(lowered):
         point_into_packs(lowered, tensors, folder)
-    path = folder / f".{role}.onnx"
+        if record.placement != "baked":
+            _forget_places(lowered)
+    path = folder / f".{role}-{record.capacity}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
 
 
+def _forget_places(graph: ir.Model) -> None:
+    """Leave out where constants lie in which pack: an engine depends on their bytes alone.
+
+    The builder hands them to the parser by name.
+    """
+    for value in graph.graph.initializers.values():
+        found = value.const_value
+        if isinstance(found, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                "constants", 0, found.length, found.dtype, shape=found.shape, name=found.name
+            )
+
+
 def _task(
-    plan: BuildPlan, name: str, role: Role, graph: Path, constants: Constants | None
+    plan: BuildPlan,
+    name: str,
+    record: TargetRecord,
+    role: Role,
+    graph: Path,
+    constants: Constants | None,
 ) -> EngineTask:
-    record, target = plan.records[name], plan.targets[name]
+    target = plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
     output = graph.parent / record.graphs[role].file
@@ -213,7 +233,7 @@ def _task(
         packs=constants.packs if constants else (),
         output=output,
         compute_capability=record.compute_capability,
-        profiles=record.engines[record.graphs[role].file],
+        profiles=record.profiles_in(record.graphs[role].file),
         workspace_bytes=workspace,
         timing_cache=plan.options.timing_cache,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from trimode.compiler.plans.audit import audit_engine
@@ -27,15 +28,11 @@ def record_plans(state: BuildState) -> None:
 
 
 def _with_plans(record: TargetRecord, target: str, folder: Path) -> TargetRecord:
-    found = {
-        file: audit_engine(folder / file, record.library, profiles)
-        for file, profiles in record.engines.items()
-    }
-    graphs = {
-        role: _with_own(engine, found[engine.file], target)
-        for role, engine in record.graphs.items()
-    }
-    return record.model_copy(update={"graphs": graphs})
+    @cache
+    def audited(file: str) -> tuple[PlanRecord, ...] | UnreadPlan:
+        return audit_engine(folder / file, record.library, record.profiles_in(file))
+
+    return record.with_engines(lambda engine: _with_own(engine, audited(engine.file), target))
 
 
 def _with_own(

@@ -187,6 +187,6 @@ def _read_calibration(
         raise UsageError(
             f"{folder}: expected the calibration that the bundle was built by ({record.name}),"
             " found another",
-            "pass that one, or leave --calibration out",
+            "pass that one, or leave `calibration` out",
         )
     return linear_scales(scales, precision, stored)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trimode.runtime.decode.sampling import SamplingOptions
 from trimode.runtime.decode.vocabulary_row import Row
-from trimode.runtime.sessions.base import Ids
+from trimode.runtime.sessions.base import Array, Ids
 
 _NONE = np.empty(0, np.int64)
 
@@ -30,7 +30,7 @@ class Penalties:
 
     def __init__(self, sampling: SamplingOptions, vocab_size: int, prompt: list[int]) -> None:
         self._sampling = sampling
-        self._seen, self._counts = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.int64)
+        self._seen, self._counts = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.int32)
         self._seen[prompt] = True
         self._bias = np.zeros(vocab_size) if sampling.logit_bias else None
         # whose logits are not the model's
@@ -66,7 +66,7 @@ class Penalties:
         scores[np.isin(ids, forbidden)] = -np.inf
         return Row(logits, ids, scores)
 
-    def changed(self, ids: Ids, scores: NDArray[Any], more: Ids = _NONE) -> NDArray[np.float64]:
+    def changed(self, ids: Array, scores: NDArray[Any], more: Ids = _NONE) -> NDArray[np.float64]:
         """Logits or log-probabilities of tokens, as the penalties leave them.
 
         The repetition penalty is another one to log-probabilities; the rest is the same.

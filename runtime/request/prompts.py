@@ -75,7 +75,22 @@ def _check_tokens(array: NDArray[Any], model: ModelInfo) -> list[int]:
     return array.tolist()  # type: ignore[no-any-return]
 
 
+def _holds_bool(values: Any) -> bool:
+    """Tell whether True or False is among nested lists of numbers.
+
+    Numpy would make it 1 or 0.
+    """
+    if not isinstance(values, list | tuple):
+        return False
+    kinds = set(map(type, values))
+    return not kinds.isdisjoint((bool, np.bool_)) or (
+        not kinds.isdisjoint((list, tuple)) and any(map(_holds_bool, values))
+    )
+
+
 def _as_array(ids: Any, shape: str, hint: str) -> NDArray[Any]:
+    if _holds_bool(ids):
+        raise UsageError("expected whole numbers as token ids, found True or False", hint)
     try:
         return np.asarray(ids)
     except ValueError as error:

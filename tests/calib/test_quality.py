@@ -464,13 +464,13 @@ def test_no_folder_without_its_picture(
     [
         (
             {"modes": ("ar", "quadratic")},
-            "expected --modes among ar,diffusion,linear-spec, found quadratic",
+            "expected `modes` among ar,diffusion,linear-spec, found quadratic",
         ),
         ({"modes": ()}, "found none"),
-        ({"modes": ("ar", "ar")}, "each of --modes once"),
+        ({"modes": ("ar", "ar")}, "each of `modes` once"),
         ({"num_samples": 5}, "expected at least 5 prompts, found 4"),
-        ({"num_samples": 0}, "--samples of at least 1"),
-        ({"device": "tpu"}, "--device cpu or cuda"),
+        ({"num_samples": 0}, "`num_samples` of at least 1"),
+        ({"device": "tpu"}, "`device` cpu or cuda"),
     ],
 )
 def test_settings_that_are_refused(model: Model, settings: Any, message: str) -> None:
@@ -615,9 +615,9 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
 
 @pytest.mark.parametrize("max_drop", [-0.1, 100.1, float("nan"), float("inf")])
 def test_budgets_that_are_refused(max_drop: float) -> None:
-    with pytest.raises(UsageError, match="--max-drop from 0 to 100 points"):
+    with pytest.raises(UsageError, match="`max_drop` from 0 to 100 points"):
         DropLimit(max_drop).check()
-    with pytest.raises(UsageError, match="--ranking-samples of at least 1"):
+    with pytest.raises(UsageError, match="`ranking_samples` of at least 1"):
         DropLimit(1, 0).check()
 
 

@@ -145,7 +145,7 @@ def fractions(
         one_row=not is_rtn,
         joint=joint,
     )
-    profiles = record.engines[record.graphs[role].file]
+    profiles = record.profiles_in(record.graphs[role].file)
     layout = plan_pack(
         checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
     )

@@ -502,7 +502,7 @@ def test_gpus_before_blackwell_are_refused(
         ),
     ) as refusal:
         build_bundle(checkpoint, tmp_path / "b", options)
-    assert "--precision bf16" in refusal.value.hint or target == "t4"
+    assert "`precision` bf16" in refusal.value.hint or target == "t4"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -548,27 +548,18 @@ def test_the_job_finds_the_magnitudes(tmp_path: Path) -> None:
     """Those of the weights are looked up here; those of inputs are the ones that fp8 has, which
     other tests compare with hooks.
     """
-    from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+    from trimode.calib.scales.settings import QuantizeSettings
+    from trimode.cli.calibrate.scales import run_calibrate
     from trimode.formats.calibration import load_calibration
+    from trimode.runtime.text.prompts import USUAL_STYLE
 
     folder = write_checkpoint(tmp_path / "c", config_of(**CONFIG, block_size=8), rank=2)
     (tmp_path / "data.jsonl").write_text(json.dumps({"token_ids": [5, 20, 33, 48]}) + "\n")
     found = {}
     for precision in ("nvfp4", "fp8"):
-        request = CalibrateRequest(
-            precision,
-            tmp_path / "data.jsonl",
-            None,
-            "ar,draft,verify",
-            8,
-            0,
-            None,
-            False,
-            False,
-            "cpu",
-            False,
-        )
-        run_calibrate(folder, tmp_path / precision, request)
+        settings = QuantizeSettings(precision, max_new_tokens=8)  # type: ignore[arg-type]
+        data = tmp_path / "data.jsonl"
+        run_calibrate(folder, tmp_path / precision, data, settings, style=USUAL_STYLE)
         found[precision] = load_calibration(tmp_path / precision)
     record, scales = found["nvfp4"]
     assert (record.algorithm, record.block_size) == ("max", 16)

@@ -33,7 +33,6 @@ from trimode.compiler.verify.rounding import (
     _spacing,
     guide_inputs,
 )
-from trimode.compiler.verify.run import VerifyRequest
 from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens
 from trimode.compiler.verify.tolerance import tolerance_for
@@ -147,7 +146,7 @@ def copied(
 
 def verify(bundle: Path, checkpoint: Path, **options: Any) -> Verification:
     passed = run_verify(
-        bundle, VerifyRequest(checkpoint, threads=1, **{"max_new_tokens": 6, "long": 20, **options})
+        bundle, checkpoint, threads=1, **{"max_new_tokens": 6, "long": 20, **options}
     )
     found = read_verifications(bundle).verifications[-1]
     assert found.passed == passed

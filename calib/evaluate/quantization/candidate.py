@@ -1,4 +1,4 @@
-"""Quantizes a trunk in a given way, and counts the bytes of its weights."""
+"""Quantizes a trunk, and counts the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trimode.graphs.numerics.quantization import RTN, load_quantization
 from trimode.graphs.numerics.scales import LayerScales
 
 COMPUTE_TYPE: DType = "bfloat16"
-"""What GPUs compute in: the type of scales, and of weights that are not quantized."""
+"""Compute type of GPUs: the type of scales, and of weights that are not quantized."""
 
 ROUNDED: dict[str, QuantizedPrecision] = {
     "rtn-int8": "int8",
@@ -38,16 +38,17 @@ ROUNDED: dict[str, QuantizedPrecision] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds a way to quantize a checkpoint.
+    """Describes a way to quantize a checkpoint.
 
     Attributes:
         name: Name that the caller gave.
+        precision: Type of the quantized weights.
         algorithm: Algorithm that found the scales.
-        block_size: inputs that share a scale; None where blocks are not used.
-        layers: Scales of the layers to quantize, by the checkpoint's names without ``.weight``;
-            where weights are rounded to nearest, they are taken from the weights.
+        block_size: Inputs that share a scale; None if blocks are not used.
+        layers: Scales of the layers to quantize, by the checkpoint's names without ``.weight``. If
+            weights are rounded to nearest, they are taken from the weights.
         scales_sha256: Digest of the calibration's scales.
-        source_sha256: digest of the checkpoint that was calibrated.
+        source_sha256: Digest of the checkpoint that was calibrated.
     """
 
     name: str
@@ -65,11 +66,11 @@ class Candidate:
     def linear_scales(
         self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()
     ) -> dict[str, LayerScales]:
-        """Scales by layer, rounded to :data:`COMPUTE_TYPE` as a pack for GPUs holds them.
+        """Return scales by layer, rounded to :data:`COMPUTE_TYPE` as a GPU's pack.
 
         Args:
-            trunk: the checkpoint's, not quantized.
-            leave_out: layers that stay in high precision.
+            trunk: Trunk of the checkpoint, not quantized.
+            leave_out: Layers that stay in high precision.
 
         Raises:
             BuildError: a scale is too large.
@@ -81,7 +82,7 @@ class Candidate:
         }
 
     def _known(self, trunk: TriModeTrunk, layer: str) -> LayerScales:
-        """The scales of a layer, from its weights where nothing is known beforehand."""
+        """Return a layer's scales, from its weights if none are known."""
         scales = self.layers[layer]
         if scales.weight is not None:
             return scales
@@ -91,7 +92,7 @@ class Candidate:
 def quantized_copy(
     trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LayerScales]
 ) -> TriModeTrunk:
-    """A second trunk in which these layers are quantized; everything else is the same memory.
+    """Copy a trunk with these layers quantized; share the other weights.
 
     Raises:
         CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
@@ -116,7 +117,7 @@ def weight_bytes(
 
     Args:
         checkpoint: Checkpoint whose weights are counted.
-        stored: type of the scales and of the weights that are not quantized.
+        stored: Type of the scales and of the weights that are not quantized.
         precision: Type of the quantized weights; None = there are none.
         layers: Scales of the quantized layers, by name.
     """
@@ -165,7 +166,7 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
         found = (
-            f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
+            f"`calibrations`: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
             f"found {name}"
         )
         command = CALIBRATE.replace("PRECISION", "fp8")

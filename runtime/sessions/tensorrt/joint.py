@@ -44,7 +44,8 @@ def joint_outputs(
 def accepted_length(greedy: Ids, input_ids: Ids) -> NDArray[np.int64]:
     """How many drafts ``input_ids[:, 1:]`` agree with the greedy ids before them, ``(batch,)``."""
     mismatch = greedy[:, :-1] != np.asarray(input_ids)[:, 1:]
-    return (np.cumsum(mismatch, 1) == 0).sum(1).astype(np.int64)
+    accepted: NDArray[np.int64] = (np.cumsum(mismatch, 1) == 0).sum(1).astype(np.int64)
+    return accepted
 
 
 def _last_rows(length: Any, batch: int, window: int) -> NDArray[np.int64]:

@@ -74,12 +74,14 @@ def parse_biases(texts: list[str] | None) -> dict[int, float] | None:
     return biases
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse ``"ar, draft"`` into ``("ar", "draft")``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_modes(text: str) -> tuple[Mode, ...]:
     """Parse ``ar,linear-spec``; :meth:`QualitySettings.check` refuses unknown modes."""
-    return cast(
-        "tuple[Mode, ...]",
-        tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip()),
-    )
+    return cast("tuple[Mode, ...]", parse_names(text.replace("-", "_")))
 
 
 def parse_mode(text: str) -> Mode:

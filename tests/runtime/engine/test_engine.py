@@ -85,7 +85,8 @@ def test_many_threads(model: TriModeModel) -> None:
         stats = engine.stats()
     assert len(found) == stats.finished == 20
     for ids, mode, options, result in found.values():
-        assert same(result, alone(model, ids, mode, **options)), mode
+        expected = alone(model, ids, mode, **options)
+        assert same(result, expected), (mode, options, result, expected)
     assert stats.hits > 10
     assert stats.cached_tokens < stats.prompt_tokens
     assert stats.rows_per_forward > 1
@@ -108,34 +109,37 @@ def test_asyncio(model: TriModeModel, engine: Engine) -> None:
 
 
 def test_a_cancelled_task_cancels_its_request(engine: Engine) -> None:
-    async def main() -> tuple[Handle, Handle]:
-        awaited = engine.submit(prompt_of(20), mode="ar", max_new_tokens=200, eos_token_ids=())
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.ensure_future(_wait(awaited)), 0.05)
-        iterated = engine.submit(prompt_of(20), mode="ar", max_new_tokens=200, eos_token_ids=())
-        async with asyncio.timeout(None) as scope:
-            async for _ in iterated:
-                scope.reschedule(0)
-                break
-        task = asyncio.ensure_future(_read(iterated))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        return awaited, iterated
+    def slow() -> Handle:
+        return engine.submit(
+            prompt_of(20),
+            mode="ar",
+            max_new_tokens=200,
+            eos_token_ids=(),
+            on_piece=lambda _: time.sleep(0.01),
+        )
 
-    async def _wait(handle: Handle) -> Generation:
-        return await handle
+    async def wait(handle: Handle) -> None:
+        await handle
 
-    async def _read(handle: Handle) -> None:
+    async def read(handle: Handle) -> None:
         async for _ in handle:
             pass
 
-    try:
-        handles = asyncio.run(main())
-    except TimeoutError:
-        pytest.fail("the scope has ended it")
-    for handle in handles:
+    async def main() -> list[Handle]:
+        handles = [slow(), slow()]
+        tasks = [asyncio.ensure_future(wait(handles[0])), asyncio.ensure_future(read(handles[1]))]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+        return handles
+
+    for handle in asyncio.run(main()):
         assert isinstance(handle.error, RequestCancelledError)
+        seen = handle.token_ids
+        time.sleep(0.03)
+        assert handle.token_ids == seen
 
 
 def test_callbacks(engine: Engine) -> None:
@@ -229,11 +233,24 @@ def test_closing(model: TriModeModel) -> None:
     engine.close()
     with pytest.raises(UsageError, match="an open engine"):
         engine.submit([20])
-    with pytest.raises(KeyError), Engine(model, max_rows=1) as engine:
-        late = engine.submit([20], mode="ar", max_new_tokens=250, eos_token_ids=())
-        raise KeyError
-    assert isinstance(late.error, RequestCancelledError)
     model.check_open()  # it was not the engine's
+
+
+def test_an_error_in_the_block_stops_at_once(model: TriModeModel) -> None:
+    handles: list[Handle] = []
+
+    def block() -> None:
+        with Engine(model, max_rows=1) as engine:
+            handles.append(
+                engine.submit(
+                    [20], mode="ar", max_new_tokens=250, on_piece=lambda _: time.sleep(0.01)
+                )
+            )
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        block()
+    assert isinstance(handles[0].error, RequestCancelledError)
 
 
 def test_closing_within_a_time(model: TriModeModel) -> None:

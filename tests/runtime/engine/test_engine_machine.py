@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
 from engine_driver import Driver
 from fake_session import BLOCK, MASK
 from hypothesis import HealthCheck, settings

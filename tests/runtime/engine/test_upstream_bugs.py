@@ -9,11 +9,10 @@ import pytest
 from engine_driver import Driver
 from fake_session import BLOCK, MASK
 
-from trimode.runtime.engine.groups import CacheGroup
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.prefix_cache import PrefixCache
 from trimode.runtime.engine.reuse import Hit, PrefixReuse
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 from trimode.runtime.engine.steps import Steps
 from trimode.runtime.engine.turns import Turns
 
@@ -106,7 +105,7 @@ def drafts_are_kept(patch: Patch) -> Callable[[Driver], None]:
 
 def hits_are_lost(patch: Patch) -> Callable[[Driver], None]:
     """From vLLM #54360: speculation loses hits, and nobody sees."""
-    patch.setattr(PrefixReuse, "keep", lambda self, row: None)
+    patch.setattr(PrefixReuse, "keep", lambda *_: None)
 
     def talk(driver: Driver) -> None:
         turns(driver, (prompt(20), "linear_spec"), ([*prompt(20), 4], "linear_spec"))
@@ -116,7 +115,7 @@ def hits_are_lost(patch: Patch) -> Callable[[Driver], None]:
 
 
 def stale_outputs_after_a_failure(patch: Patch) -> Callable[[Driver], None]:
-    """From vLLM #28558, #30916, #20247: after a step was given up, older outputs are taken for its."""
+    """From vLLM #28558, #30916, #20247: older outputs are taken for a failed step's."""
     run, last = Steps._outputs, [()]
 
     def outputs(self: Steps, *what: Any) -> Any:

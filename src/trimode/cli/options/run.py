@@ -1,4 +1,4 @@
-"""Options of ``trimode run``."""
+"""Declares the options of ``trimode run``."""
 
 from __future__ import annotations
 
