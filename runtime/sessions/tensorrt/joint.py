@@ -16,8 +16,10 @@ Values = dict[str, Any]
 
 
 def joint_values(role: Role, values: Values) -> Values:
-    """Inputs of a forward."""
-    return {**values, "is_causal": int(role != "draft")}
+    """Inputs of a forward; the drafter's adapter is off but for ``draft``."""
+    if role == "draft":
+        return {**values, "is_causal": 0}
+    return {**values, "is_causal": 1, "drafter_scale": 0.0}
 
 
 def joint_outputs(
