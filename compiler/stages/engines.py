@@ -166,7 +166,8 @@ def compile_engines(
         for role in _compiled_graphs(one, state.graphs)
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
-    num_workers = plan.options.num_jobs or default_num_workers()
+    # compiling takes about three times the memory of what an engine holds
+    num_workers = plan.options.num_jobs or (1 if constants else default_num_workers())
     try:
         return build_engines(tasks, state.cache, num_workers, advance)
     finally:
