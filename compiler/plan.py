@@ -152,6 +152,7 @@ def make_plan(
             roles,
             is_quantized=is_quantized,
             one_row=not widens_int8,
+            joint=precision == "int4" or widens_int8,
         )
         for name, target in targets.items()
     }
@@ -182,8 +183,12 @@ def plan_target(
     *,
     is_quantized: bool = False,
     one_row: bool = True,
+    joint: bool = False,
 ) -> TargetRecord:
-    """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
+    """The manifest's entry of one target; ``dtype`` is what GPUs compute in.
+
+    ``joint`` makes one engine of ``ar``, ``draft`` and ``verify`` where engines hold weights.
+    """
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
     shortest = min(lengths_of_blocks(options, model))
@@ -195,6 +200,9 @@ def plan_target(
         )
     folder = names.target(target.name)
     largest = plan_engines(options, model, roles, folder, one_row=one_row)
+    graphs = largest.graphs
+    if joint and target.backend == "tensorrt_rtx" and options.weights == "shared":
+        graphs = _joined(graphs, f"{folder}/joint.engine")
     return TargetRecord(
         backend=target.backend,
         device="cuda",
@@ -205,9 +213,20 @@ def plan_target(
         workspace_mib=options.workspace_mib,
         library=library_of(target.backend),
         revision=lowering_revision(),
-        graphs=largest.graphs,
+        graphs=graphs,
         smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
     )
+
+
+def _joined(graphs: dict[Role, EngineRecord], file: str) -> dict[Role, EngineRecord]:
+    """Make one engine of the three roles: the profiles of ``ar``, then those of both others."""
+    first = {"ar": 0, "draft": len(graphs["ar"].profiles), "verify": len(graphs["ar"].profiles)}
+    return {
+        role: EngineRecord(file=file, profiles=engine.profiles, first_profile=first[role])
+        if role in first
+        else engine
+        for role, engine in graphs.items()
+    }
 
 
 def _widens_int8(
@@ -216,10 +235,10 @@ def _widens_int8(
     """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
     if precision != "int8":
         return False
+    if quantization is not None:
+        return quantization.record.scales_sha256 is None
     there = base.precisions.get(precision) if base else None
     calibration = there.calibration if there else None
-    if quantization is not None:
-        calibration = quantization.record
     return calibration is not None and calibration.scales_sha256 is None
 
 

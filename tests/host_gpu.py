@@ -228,6 +228,7 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._is_recorded = False
         self.num_profile_switches = 0
+        self.forwards: set[tuple[int, int]] = set()
 
     def set_optimization_profile_async(self, profile_index: int, _stream: int) -> bool:
         assert not self._is_recorded
@@ -256,6 +257,7 @@ class IExecutionContext:
             return False
         self._is_recorded = self._is_recorded or self._cuda.recording is not None
         shapes, addresses = dict(self._shapes), dict(self._addresses)
+        self.forwards.add((self._profile, shapes["input_ids"][1]))
         self._cuda._enqueue(lambda: self._engine.execute(shapes, addresses))
         return True
 
@@ -300,6 +302,7 @@ class ICudaEngine:
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         sizes = dict(zip(("batch", "rows"), shapes["input_ids"], strict=True))
+        sizes["window"] = min(sizes["rows"], 64)
         sizes["query_rows"] = (
             sizes["rows"] * (sizes["rows"] + 1)
             if "top_ids" in self.tensors and "greedy_ids" in self.tensors

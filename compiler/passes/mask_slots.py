@@ -15,6 +15,8 @@ from trimode.compiler.passes.nodes import Nodes
 
 _MASK, _LENGTH = 3, 6
 """Inputs of the operator Attention."""
+JOINT = "is_causal"
+"""Input of a graph that attends in either way, 0 or 1; it decides where there is one."""
 
 
 class MaskSlots(ir.passes.InPlacePass):
@@ -59,6 +61,13 @@ class MaskSlots(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name} is not limited by a mask alone")
 
 
+def _choose(nodes: Nodes, is_causal: ir.Value, own: ir.Value, last: ir.Value) -> ir.Value:
+    """``own`` where ``is_causal`` is 1, ``last`` where it is 0."""
+    less = nodes.add("Sub", [own, last], "mask.less", ir.DataType.INT64)
+    less = nodes.add("Mul", [less, is_causal], "mask.part", ir.DataType.INT64)
+    return nodes.add("Add", [last, less], "mask.chosen", ir.DataType.INT64)
+
+
 def _attentions(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "Attention"]
 
@@ -89,9 +98,12 @@ def _mask(graph: ir.Graph, before: ir.Node, capacity: int, *, is_causal: bool) -
     one, axis = nodes.constant("mask.one", np.array(1)), nodes.shape(0)
     rows = nodes.add("Squeeze", [shape, axis], "mask.count", int64)
     last = nodes.add("Sub", [rows, one], "mask.last", int64)
-    if is_causal:
+    if is_causal or JOINT in inputs:
         zero = nodes.constant("mask.zero", np.array(0))
-        last = nodes.add("Range", [zero, rows, one], "mask.row", int64)
+        own = nodes.add("Range", [zero, rows, one], "mask.own", int64)
+        if JOINT in inputs:
+            own = _choose(nodes, inputs[JOINT], own, last)
+        last = own
     else:
         last = nodes.add("Expand", [last, shape], "mask.row", int64)
     begin = nodes.add("Unsqueeze", [inputs["past_length"], nodes.shape(1)], "mask.begin", int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 from trimode.compiler.plans.audit import audit_engine
 from trimode.compiler.targets import TARGETS
-from trimode.formats.manifest import PrecisionName, PrecisionRecord, TargetRecord
+from trimode.formats.manifest import EngineRecord, PrecisionName, PrecisionRecord, TargetRecord
 from trimode.formats.plans import Computed, PlanRecord, UnreadPlan
 
 WARN_ABOVE = 1.1
@@ -69,7 +69,7 @@ def read_plans(
             name,
             target_name,
             role,
-            engine.plans or audit_engine(bundle / engine.file, record.library, engine.profiles),
+            engine.plans or _audit(bundle, record, engine),
             capacity=one.capacity if record.smaller else None,
         )
         for name, precision in precisions.items()
@@ -78,6 +78,22 @@ def read_plans(
         for one in record.by_capacity()
         for role, engine in one.graphs.items()
     ]
+
+
+def _audit(
+    bundle: Path, record: TargetRecord, engine: EngineRecord
+) -> tuple[PlanRecord, ...] | UnreadPlan:
+    profiles = record.profiles_in(engine.file)
+    return plans_of(engine, audit_engine(bundle / engine.file, record.library, profiles))
+
+
+def plans_of(
+    engine: EngineRecord, plans: tuple[PlanRecord, ...] | UnreadPlan
+) -> tuple[PlanRecord, ...] | UnreadPlan:
+    """Choose a graph's own plans from those of all profiles of its engine."""
+    if isinstance(plans, UnreadPlan):
+        return plans
+    return plans[engine.first_profile : engine.first_profile + len(engine.profiles)]
 
 
 def carries_plans(record: TargetRecord) -> bool:

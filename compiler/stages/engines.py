@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trimode.compiler.pack.layout import PackedTensor
-from trimode.compiler.passes.base import to_bytes, weights
+from trimode.compiler.passes.base import lower, to_bytes, weights
 from trimode.compiler.passes.constant_weights import digest_of
+from trimode.compiler.passes.join_roles import JoinRoles
 from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.plan import BuildPlan
@@ -156,21 +157,30 @@ def compile_engines(
     lowered = {
         (one.capacity, role): _write_lowered(one, role, graph, state.tensors, scales, state.folder)
         for one in record.by_capacity()
-        for role, graph in state.graphs.items()
+        for role, graph in _compiled_graphs(one, state.graphs).items()
     }
     tasks = [
         _task(plan, name, one, role, lowered[one.capacity, role], constants)
         for name, record in records.items()
         for one in record.by_capacity()
-        for role in state.graphs
+        for role in _compiled_graphs(one, state.graphs)
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
-    num_workers = plan.options.num_jobs or default_num_workers()
+    # compiling takes about three times the memory of what an engine holds
+    num_workers = plan.options.num_jobs or (1 if constants else default_num_workers())
     try:
         return build_engines(tasks, state.cache, num_workers, advance)
     finally:
         for path in lowered.values():
             path.unlink()
+
+
+def _compiled_graphs(record: TargetRecord, graphs: Graphs) -> Graphs:
+    """The graph of each engine file; the joint one in place of ``draft``."""
+    alone = {role: graph for role, graph in graphs.items() if not record.is_joint(role)}
+    if len(alone) == len(graphs):
+        return graphs
+    return {"draft": lower(graphs["draft"], JoinRoles()), **alone}
 
 
 def _write_lowered(
@@ -184,9 +194,24 @@ def _write_lowered(
     lowered = lower_for(record, graph, tensors, scales)
     if weights(lowered):
         point_into_packs(lowered, tensors, folder)
+        if record.placement != "baked":
+            _forget_places(lowered)
     path = folder / f".{role}-{record.capacity}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
+
+
+def _forget_places(graph: ir.Model) -> None:
+    """Leave out where constants lie in which pack: an engine depends on their bytes alone.
+
+    The builder hands them to the parser by name.
+    """
+    for value in graph.graph.initializers.values():
+        found = value.const_value
+        if isinstance(found, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                "constants", 0, found.length, found.dtype, shape=found.shape, name=found.name
+            )
 
 
 def _task(
@@ -209,7 +234,7 @@ def _task(
         packs=constants.packs if constants else (),
         output=output,
         compute_capability=record.compute_capability,
-        profiles=record.graphs[role].profiles,
+        profiles=record.profiles_in(record.graphs[role].file),
         workspace_bytes=workspace,
         timing_cache=plan.options.timing_cache,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from trimode.compiler.plans.audit import audit_engine
-from trimode.compiler.plans.report import carries_plans, compute
+from trimode.compiler.plans.report import carries_plans, compute, plans_of
 from trimode.compiler.stages.state import BuildState
 from trimode.formats.manifest import EngineRecord, TargetRecord
-from trimode.formats.plans import UnreadPlan
+from trimode.formats.plans import PlanRecord, UnreadPlan
 
 
 def record_plans(state: BuildState) -> None:
@@ -27,12 +28,18 @@ def record_plans(state: BuildState) -> None:
 
 
 def _with_plans(record: TargetRecord, target: str, folder: Path) -> TargetRecord:
-    return record.with_engines(lambda engine: _audited(engine, record.library, target, folder))
+    @cache
+    def audited(file: str) -> tuple[PlanRecord, ...] | UnreadPlan:
+        return audit_engine(folder / file, record.library, record.profiles_in(file))
+
+    return record.with_engines(lambda engine: _with_own(engine, audited(engine.file), target))
 
 
-def _audited(engine: EngineRecord, library: str, target: str, folder: Path) -> EngineRecord:
-    plans = audit_engine(folder / engine.file, library, engine.profiles)
-    if isinstance(plans, UnreadPlan):
+def _with_own(
+    engine: EngineRecord, plans: tuple[PlanRecord, ...] | UnreadPlan, target: str
+) -> EngineRecord:
+    own = plans_of(engine, plans)
+    if isinstance(own, UnreadPlan):
         return engine
-    known = tuple(plan.model_copy(update={"computed": compute(plan, target)}) for plan in plans)
+    known = tuple(plan.model_copy(update={"computed": compute(plan, target)}) for plan in own)
     return engine.model_copy(update={"plans": known})

@@ -17,8 +17,9 @@ from checkpoints import config_of
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.layout import PackLayout, plan_pack
-from trimode.compiler.passes.base import to_bytes
-from trimode.compiler.passes.recipes import lower_for
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.join_roles import JoinRoles
+from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales
 from trimode.compiler.plan import make_plan, plan_target
 from trimode.compiler.plans.audit import audit_engine
@@ -126,6 +127,8 @@ def fractions(
     length: int,
     folder: Path,
     quantization: Quantization | None,
+    *,
+    joint: bool = False,
 ) -> list[tuple[PlanRecord, float]]:
     """Of each profile, and the bytes on top of the layers' weights as a fraction of these."""
     options = BuildOptions(
@@ -134,8 +137,15 @@ def fractions(
     plan = make_plan(checkpoint, options)
     is_rtn = quantization is not None and quantization.record.scales_sha256 is None
     record: TargetRecord = plan_target(
-        plan.targets[target], options, plan.model, "bfloat16", plan.names, one_row=not is_rtn
+        plan.targets[target],
+        options,
+        plan.model,
+        "bfloat16",
+        plan.names,
+        one_row=not is_rtn,
+        joint=joint,
     )
+    profiles = record.profiles_in(record.graphs[role].file)
     layout = plan_pack(
         checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
     )
@@ -151,14 +161,17 @@ def fractions(
         packs=(pack,),
         output=folder / "m.engine",
         compute_capability=record.compute_capability,
-        profiles=record.graphs[role].profiles,
+        profiles=profiles,
     )
     build_engine(job, lambda _: True)
-    plans = audit_engine(folder / "m.engine", record.library, record.graphs[role].profiles)
+    plans = audit_engine(folder / "m.engine", record.library, profiles)
     assert isinstance(plans, tuple), plans.reason
     assert record.capacity is not None
     check_attention(folder / "m.engine", record.capacity)
+    held = [layout.tensors[name].num_bytes for name in constants_of(record, layout.tensors)]
+    size = (folder / "m.engine").stat().st_size
     (folder / "m.engine").unlink()
+    assert size < sum(held) * 1.02 + (25 << 20)  # one copy for all profiles, and code
     of_layers = sum(
         tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name
     )
@@ -234,30 +247,43 @@ def test_8_bits(
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind", "role", "target", "length", "most"),
+    ("role", "target", "length"),
+    [("ar", "sm120", 8192), ("draft", "sm121", 8192), ("verify", "sm120", LONGEST)],
+)
+def test_nvfp4(
+    checkpoint: Checkpoint,
+    graph_of: Callable[[Role], ir.Model],
+    role: Role,
+    target: str,
+    length: int,
+    tmp_path: Path,
+) -> None:
+    """Numbers of four bits on both sides; the scales of blocks lie inside."""
+    scales = scales_for(checkpoint, "nvfp4", "tensor")
+    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales)
+    check(found, length, MOST_OF_4_BITS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "target", "length", "most"),
     [
-        ("int4", "block", "ar", "sm89", 8192, MOST_OF_4_BITS),
-        ("int4", "block", "draft", "sm121", 8192, MOST_OF_4_BITS),
-        ("int4", "block", "verify", "sm120", LONGEST, MOST_OF_4_BITS),
-        ("int8", "rtn", "ar", "sm89", 8192, MOST_ON_TOP),
-        ("int8", "rtn", "verify", "sm120", 8192, MOST_ON_TOP),
-        ("nvfp4", "tensor", "ar", "sm120", 8192, MOST_OF_4_BITS),
-        ("nvfp4", "tensor", "draft", "sm121", 8192, MOST_OF_4_BITS),
-        ("nvfp4", "tensor", "verify", "sm120", LONGEST, MOST_OF_4_BITS),
+        ("int4", "block", "sm89", 8192, MOST_OF_4_BITS),
+        ("int4", "block", "sm121", LONGEST, MOST_OF_4_BITS),
+        ("int8", "rtn", "sm120", 8192, MOST_ON_TOP),
     ],
 )
-def test_weights_and_scales_inside_engines(
+def test_one_engine_of_three_roles_holds_the_weights_once(
     checkpoint: Checkpoint,
     graph_of: Callable[[Role], ir.Model],
     precision: str,
     kind: str,
-    role: Role,
     target: str,
     length: int,
     most: float,
     tmp_path: Path,
 ) -> None:
-    """What TensorRT-RTX reads once only as constants."""
     scales = scales_for(checkpoint, precision, kind)
-    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales)
+    graph = lower(graph_of("draft"), JoinRoles())
+    found = fractions(checkpoint, graph, "draft", target, length, tmp_path, scales, joint=True)
+    assert [plan.rows for plan, _ in found] == [1, 512, 32]
     check(found, length, most)

@@ -393,14 +393,13 @@ def test_rounded_weights_compile(checkpoint: Path, tmp_path: Path, cache: Path) 
 
 
 def test_calibrated_weights_compile(checkpoint: Path, tmp_path: Path) -> None:
-    """Weights and their scales are inputs; global scales of layers' inputs are part of the engines,
-    and of their names in the cache.
-    """
+    """Weights are inputs; all scales are part of the engines, and of their names in the cache."""
     folder, cache = calibrate(checkpoint, tmp_path / "cal"), tmp_path / "cache"
     options = BuildOptions(("sm120",), calibration=folder, block_lengths=(8,), cache=cache)
     assert build_bundle(checkpoint, tmp_path / "one", options).num_cached == 0
+    assert build_bundle(checkpoint, tmp_path / "again", options).num_cached == 3
     calibrate(checkpoint, folder, weights=1.25)
-    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 3
+    assert build_bundle(checkpoint, tmp_path / "two", options).num_cached == 0
     calibrate(checkpoint, folder, inputs=1.25)
     assert build_bundle(checkpoint, tmp_path / "three", options).num_cached == 0
     # Added without the calibration: the scales of inputs come from the pack, and make the same

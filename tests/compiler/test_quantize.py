@@ -575,9 +575,24 @@ def test_rounded_weights_compile(
     assert {record.compute_dtype for record in result.record.targets.values()} == {
         "float16" if "t4" in targets else "bfloat16"
     }
-    assert sum(
-        name.endswith(".engine") for name in open_bundle(tmp_path / "bundle").manifest.files
-    ) == 3 * len(targets)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    # Engines that hold weights are one for all roles, which are told from each other by profiles.
+    each = 1 if placement == "shared" else 3
+    assert sum(name.endswith(".engine") for name in manifest.files) == each * len(targets)
+    held = sum(
+        entry.num_bytes
+        for name, entry in WeightPack(tmp_path / "bundle" / "weights.safetensors").entries.items()
+        if "_proj.weight" in name
+    )
+    for record in result.record.targets.values():
+        for engine in record.graphs.values():
+            first, profiles = engine.first_profile, engine.profiles
+            assert record.profiles_in(engine.file)[first : first + len(profiles)] == profiles
+            assert [plan.rows for plan in engine.plans] == [one.rows[1] for one in profiles]
+            if placement == "shared":
+                assert engine.constant_bytes == held
+    lines = [line for line in describe(manifest) if "on the GPU" in line]
+    assert len(lines) == (len(targets) if placement == "shared" else 0)
 
 
 @pytest.mark.parametrize(

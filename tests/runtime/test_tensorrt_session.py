@@ -29,7 +29,8 @@ from once import TracedOnce
 from prefix_checks import check_forwards_behind_a_prefix, check_random_copies, check_refusals
 from safetensors.torch import load_file, save_file
 
-from trimode.compiler.passes.base import to_bytes
+from trimode.compiler.passes.base import lower, to_bytes
+from trimode.compiler.passes.join_roles import JoinRoles
 from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.tensorrt.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
@@ -106,6 +107,20 @@ def record_of(
         **changes,
     }
     return TargetRecord(**values)
+
+
+def joint_record(dtype: Any = "float32") -> TargetRecord:
+    """One engine for three roles, with the profiles of ``ar`` first."""
+    record = record_of(dtype=dtype)
+    joint = {
+        role: EngineRecord(
+            file=f"joint.{dtype}",
+            profiles=PROFILES[role].profiles,
+            first_profile=0 if role == "ar" else len(PROFILES["ar"].profiles),
+        )
+        for role in ROLES
+    }
+    return record.model_copy(update={"graphs": {**record.graphs, **joint}})
 
 
 def with_capacities(record: TargetRecord) -> TargetRecord:
@@ -196,6 +211,10 @@ def bundles(
         (folder / "float32" / baked).write_bytes(
             MAGIC + with_weights(folder / "float32" / f"{role}.onnx")
         )
+    for record in (joint_record(), joint_record("float16")):
+        graph = lower_for(record, lower(graphs["draft"], JoinRoles()))
+        path = folder / record.compute_dtype / record.graphs["ar"].file
+        path.write_bytes(MAGIC + to_bytes(graph))
     return {
         dtype: Bundle(folder / dtype, read_manifest(folder / dtype), "fp32")
         for dtype in ("float32", "float16")
@@ -259,6 +278,8 @@ RECORDS = {
     "rtx half": record_of(dtype="float16"),
     "full": record_of("tensorrt"),
     "baked": record_of(placement="baked"),
+    "joint": joint_record(),
+    "joint half": joint_record("float16"),
 }
 SEVERAL = {kind: with_capacities(RECORDS[kind]) for kind in ("rtx", "rtx half", "full")}
 
@@ -336,6 +357,51 @@ def test_logits_stay_until_asked_for(host: Host) -> None:
     np.testing.assert_array_equal(accepted, outputs["reference"][1])
     with pytest.raises(ValueError, match="copy"):
         np.array(logits, copy=False)
+
+
+def test_one_engine_for_three_roles(host: Host) -> None:
+    """It is loaded once, has one context, and each forward runs under a profile of its role."""
+    record = RECORDS["joint"]
+    model = host.model(record)
+    assert len(host.libraries["tensorrt_rtx"].engines) == 2  # with that of quadratic_spec
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": 108}
+    model.ar_generate(prompt_of(350), **options)
+    model.linear_spec_generate(prompt_of(7), block_length=8, **options)
+    context, _ = host.contexts(record)
+    assert {number for number, rows in context.forwards if rows == 1} == {0}
+    assert {rows for number, rows in context.forwards if number == 1} >= {100, 50, 7}
+    assert {rows for number, rows in context.forwards if number == 2 + BLOCK_LENGTHS.index(8)} == {
+        8
+    }
+
+
+@pytest.mark.parametrize("kind", ["joint", "joint half"])
+def test_a_joint_engine_says_what_each_graph_says(host: Host, kind: str) -> None:
+    """Every output of every role, for a batch of ragged rows longer than the window."""
+    found = {}
+    dtype = RECORDS[kind].compute_dtype
+    for name, model in (("ours", host.model(RECORDS[kind])), ("theirs", host.references[dtype])):
+        session: Any = model.session
+        cache = session.new_batch_cache(2)
+        lengths, outputs = np.array([100, 3]), []
+        cache.reserve(200)
+        ids = np.random.default_rng(0).integers(12, 100, (2, 100))
+        outputs.append(session.run_rows("ar", cache, range(2), ids, np.zeros(2, np.int64), lengths))
+        block = np.random.default_rng(1).integers(12, 100, (2, 8))
+        for role in ("draft", "verify"):
+            rows = np.full(2, 8)
+            outputs.append(
+                session.run_rows(role, cache, range(2), block, lengths, rows, drafter_scale=1.0)
+            )
+        found[name] = [[np.asarray(one) for one in some] for some in outputs]
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for ours, theirs in zip(found["ours"], found["theirs"], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.shape == other.shape
+            if one.dtype == np.int64 and dtype == "float32":
+                np.testing.assert_array_equal(one, other)
+            elif one.dtype != np.int64:
+                np.testing.assert_allclose(one, other, atol=tolerance)
 
 
 def test_full_tensorrt_replays_recorded_blocks(host: Host) -> None:

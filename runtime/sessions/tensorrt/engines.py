@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimode.errors import DeviceError
 from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.manifest import EngineRecord
 from trimode.runtime.sessions.tensorrt.cache import Launchable, RecordedForward, SequenceMemory
 from trimode.runtime.sessions.tensorrt.graph import LoadedGraph, Runner
 from trimode.runtime.sessions.tensorrt.library import EngineLibrary
@@ -23,7 +24,8 @@ class LoadedEngines:
     """The engines of one capacity.
 
     Args:
-        graphs: loaded engine of each role.
+        graphs: loaded engine of each role; one that is several is the same object.
+        records: profiles of each role.
         model: the model's facts.
         addresses: where each tensor of the weights lies, once they are uploaded.
         stream: where forwards go.
@@ -32,11 +34,12 @@ class LoadedEngines:
     def __init__(
         self,
         graphs: Mapping[Role, LoadedGraph],
+        records: Mapping[Role, EngineRecord],
         model: ModelInfo,
         addresses: Mapping[str, int],
         stream: Stream,
     ) -> None:
-        self._graphs, self._model = graphs, model
+        self._graphs, self._records, self._model = graphs, records, model
         self._addresses, self._stream = addresses, stream
 
     @cached_property
@@ -44,9 +47,11 @@ class LoadedEngines:
         """Made for the first forward: contexts have scratch memory, which a capacity that no text
         needs should not take.
         """
-        return {
-            role: self._runner(graph, graph.new_context()) for role, graph in self._graphs.items()
+        runners = {
+            graph: self._runner(graph, graph.new_context())
+            for graph in dict.fromkeys(self._graphs.values())
         }
+        return {role: runners[graph] for role, graph in self._graphs.items()}
 
     def _runner(self, graph: LoadedGraph, context: object) -> Runner:
         return Runner(graph, context, self._addresses, self._stream)
@@ -55,9 +60,13 @@ class LoadedEngines:
         """Make ready for forwards, which the first one would do otherwise."""
         _ = self._runners
 
+    def place(self, role: Role) -> Role:
+        """Role whose inputs and outputs a forward of a role reads and writes: one for an engine."""
+        return self._graphs[role].role
+
     def choose_profile(self, role: Role, rows: int, batch: int) -> int:
         """Profile for ``batch`` sequences of ``rows`` rows; :class:`UsageError` where none fits."""
-        return choose_profile(self._graphs[role].record, rows, batch)
+        return choose_profile(self._records[role], rows, batch)
 
     def forward(
         self, role: Role, memory: SequenceMemory, sequences: range, profile: int, rows: int
@@ -69,23 +78,25 @@ class LoadedEngines:
         them, and each would need a context.
         """
         graph, is_whole = self._graphs[role], len(sequences) == memory.batch
+        record = self._records[role]
+        number = record.first_profile + profile
         recorded = memory.recorded.get((role, rows)) if is_whole else None
         if recorded is not None:
             recorded.launch()
         elif (
             graph.replays_itself
             or not is_whole
-            or not recurs(graph.record.profiles[profile], rows, self._model)
+            or not recurs(record.profiles[profile], rows, self._model)
         ):
             runner = self._runners[role]
-            runner.prepare(memory, sequences, profile, rows)
+            runner.prepare(memory, sequences, number, rows)
             runner.launch()
         else:
             # A recorded forward holds only as long as its context is left alone, so it gets one of
             # its own. The first forward on it is executed step by step: it settles what depends on
             # the shapes, which must not be recorded.
             runner = self._runner(graph, graph.new_recorded_context())
-            runner.prepare(memory, sequences, profile, rows)
+            runner.prepare(memory, sequences, number, rows)
             runner.launch()
             memory.recorded[role, rows] = self._record(runner)
 
@@ -105,23 +116,24 @@ def load_graphs(
     model: ModelInfo,
     runtime_cache: Path | None,
 ) -> dict[Role, LoadedGraph]:
-    """Load the engines of one capacity.
+    """Load the engines of one capacity; one that is several roles once, under the first.
 
     ``runtime_cache`` is the folder for compiled kernels; None = they are not kept.
     """
     is_largest = engines is prepared.capacities[-1]
     suffix = "" if is_largest else f"-{engines.max_length}"
-    return {
-        role: LoadedGraph(
-            library,
-            role,
-            engines.graphs[role],
-            path,
-            io=engines.io[role],
-            cache=engines.cache,
-            model=model,
-            pack=prepared.weights.entries,
-            runtime_cache=runtime_cache / f"{role}{suffix}.kernels" if runtime_cache else None,
-        )
-        for role, path in engines.files.items()
-    }
+    loaded: dict[Path, LoadedGraph] = {}
+    for role, path in engines.files.items():
+        if path not in loaded:
+            loaded[path] = LoadedGraph(
+                library,
+                role,
+                engines.graphs[role],
+                path,
+                io=engines.io[role],
+                cache=engines.cache,
+                model=model,
+                pack=prepared.weights.entries,
+                runtime_cache=runtime_cache / f"{role}{suffix}.kernels" if runtime_cache else None,
+            )
+    return {role: loaded[path] for role, path in engines.files.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trimode.errors import BundleError, DeviceError, UsageError
 from trimode.formats.contract import (
+    MAX_BLOCK_LENGTH,
     SCRATCH,
     DType,
     GraphContract,
@@ -142,7 +143,7 @@ def lay_out_io(
 
 def tensor_shape(spec: TensorSpec, rows: int, batch: int = 1) -> tuple[int, ...]:
     """The shape of an input or output for ``batch`` sequences of ``rows`` rows."""
-    sizes = {"batch": batch, "rows": rows}
+    sizes = {"batch": batch, "rows": rows, "window": min(rows, MAX_BLOCK_LENGTH)}
     return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
 
 

@@ -21,6 +21,7 @@ from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVC
 from trimode.runtime.sessions.gpu import find_gpu
 from trimode.runtime.sessions.tensorrt.cache import Lease, MemoryPool, TensorRTCache
 from trimode.runtime.sessions.tensorrt.engines import LoadedEngines, load_graphs
+from trimode.runtime.sessions.tensorrt.joint import joint_outputs, joint_values
 from trimode.runtime.sessions.tensorrt.library import EngineLibrary
 from trimode.runtime.sessions.tensorrt.memory import (
     DeviceMemory,
@@ -77,8 +78,10 @@ class TensorRTSession(Closable):
         }
         self._weights, addresses = self._upload_weights()
         self._engines = {
-            capacity: LoadedEngines(graphs, model, addresses, self._stream)
-            for capacity, graphs in self._graphs.items()
+            one.capacity: LoadedEngines(
+                self._graphs[one.capacity], one.graphs, model, addresses, self._stream
+            )
+            for one in prepared.capacities
         }
         self._engines[prepared.capacities[0].capacity].warm_up()
         layouts = [io for one in prepared.capacities for io in one.io.values()]
@@ -159,6 +162,8 @@ class TensorRTSession(Closable):
         self.check_open()
         memory, batch = lease.memory, len(sequences)
         io, engines = memory.layouts[role], self._engines[memory.capacity]
+        is_joint, place = self._target.is_joint(role), engines.place(role)
+        values = joint_values(role, values) if is_joint else values
         profile = engines.choose_profile(role, rows, batch)
         with self._lock:
             self.check_open()  # again: another thread may have closed it meanwhile
@@ -167,7 +172,7 @@ class TensorRTSession(Closable):
                 self._pinned.close()
                 self._pinned = PinnedMemory(io.copied_end)
             write_inputs(io, self._pinned.bytes, values)
-            address, returned = memory.io(role).address, io.copied_end - io.inputs_end
+            address, returned = memory.io(place).address, io.copied_end - io.inputs_end
             self._stream.copy_in(address, self._pinned.address, io.inputs_end)
             engines.forward(role, memory, sequences, profile, rows)
             self._stream.copy_out(
@@ -175,11 +180,14 @@ class TensorRTSession(Closable):
             )
             self._stream.synchronize()
             copied = read_outputs(io, self._pinned.bytes, rows, batch)
-        outputs = (spec.name for spec in io.contract.outputs)
-        return tuple(
-            copied[name] if name in copied else self._on_device(role, lease, name, rows, batch)
-            for name in outputs
-        )
+        kept = {
+            spec.name: self._on_device(role, lease, spec.name, rows, batch)
+            for spec in io.contract.outputs
+            if spec.name not in copied
+        }
+        if is_joint:
+            return joint_outputs(role, values, copied, kept["logits"])
+        return tuple({**copied, **kept}[spec.name] for spec in io.contract.outputs)
 
     def close(self) -> None:
         """Save compiled kernels where they are kept, and give the GPU's memory back."""
@@ -188,7 +196,7 @@ class TensorRTSession(Closable):
                 return
             self.is_closed = True
             for graphs in self._graphs.values():
-                for graph in graphs.values():
+                for graph in set(graphs.values()):
                     graph.save_kernels()
             self._engines.clear()
             self._graphs.clear()
@@ -207,7 +215,7 @@ class TensorRTSession(Closable):
 
     def _on_device(self, role: Role, lease: Lease, name: str, rows: int, batch: int) -> Any:
         # the output keeps the lease: nobody else writes there as long as it may be read
-        io = lease.memory.layouts[role]
+        io, place = lease.memory.layouts[role], self._engines[lease.memory.capacity].place(role)
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
         shape = tensor_shape(spec, rows, batch)
         item_bytes = tensor_bytes(spec, rows, batch) // math.prod(shape)
@@ -216,7 +224,7 @@ class TensorRTSession(Closable):
             part = shape[len(index) :]
             first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))
             raw = np.empty(math.prod(part) * item_bytes, np.uint8)
-            address = lease.memory.io(role).address + io.layout.offsets[name] + first * item_bytes
+            address = lease.memory.io(place).address + io.layout.offsets[name] + first * item_bytes
             with self._lock:
                 self.check_open()
                 self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs
+from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, joint_contract
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
 from trimode.formats.manifest import EngineRecord, Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
@@ -95,11 +95,14 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
         if target.placement == "shared" or name.startswith("rope.")
     ]
     smallest = capacities[0]
+    files = {path for one in capacities for path in one.files.values()}
+    # a joint engine has one place for the inputs and outputs of its roles
+    places = {smallest.files[role]: one.layout.num_bytes for role, one in smallest.io.items()}
     memory = MemoryPlan(
-        sum(check_engine_file(path) for one in capacities for path in one.files.values()),
+        sum(check_engine_file(path) for path in sorted(files)),
         sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
         smallest.lay_out(1)[0].layout.num_bytes,
-        sum(one.layout.num_bytes for one in smallest.io.values()),
+        sum(places.values()),
     )
     slots = SlotFormat.of(model, target.compute_dtype)
     return Prepared(trt, weights, slots, capacities, memory)
@@ -134,14 +137,16 @@ def _constant_bytes(target: TargetRecord) -> int:
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
-    rows = max_rows(target.graphs[role])
+    joint = target.is_joint(role)
+    record = target.graphs["ar" if joint else role]  # which has the most rows
+    rows = max_rows(record)
     scratch = (
         query_bytes(manifest.model, target.compute_dtype, role, rows, batch)
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    contract = engine_contract(manifest.contracts[role], target.compute_dtype)
-    return lay_out_io(contract, rows, batch, scratch)
+    contract = joint_contract(manifest.model) if joint else manifest.contracts[role]
+    return lay_out_io(engine_contract(contract, target.compute_dtype), rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

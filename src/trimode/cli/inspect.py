@@ -251,12 +251,13 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
 def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
     """Yield for each target the bytes that engines hold beside packs."""
     for name, record in targets.items():
-        held = [engine.constant_bytes for engine in record.engines if engine.constant_bytes]
-        if held and record.placement != "baked":
+        held = {engine.file: engine.constant_bytes for engine in record.engines}
+        each, count = max(held.values(), default=0), len(held)
+        if each and record.placement != "baked":
+            engines = "the engine" if count == 1 else f"each of the {count} engines"
             yield (
-                f"each of the {len(held)} engines of {name} holds"
-                f" {held[0] / 1e6:.1f} MB of weights and scales:"
-                f" {sum(held) / 1e6:.1f} MB on the GPU"
+                f"{engines} of {name} holds {each / 1e6:.1f} MB of weights and scales:"
+                f" {sum(held.values()) / 1e6:.1f} MB on the GPU"
             )
 
 

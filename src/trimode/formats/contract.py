@@ -210,6 +210,30 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
     )
 
 
+def joint_contract(model: ModelInfo) -> GraphContract:
+    """Return the contract of one engine that is ``ar``, ``draft`` and ``verify``.
+
+    ``is_causal`` 1 attends as ``ar`` and ``verify`` do, 0 as ``draft``. The outputs are those of a
+    *window* of each sequence's rows, at most :data:`MAX_BLOCK_LENGTH`, that ends at the last real
+    one: candidates, of which the first is the greedy id, and logits.
+    """
+    draft = graph_contract("draft", model)
+    ids, past, *rest = draft.inputs
+    inputs = (
+        ids,
+        past,
+        *rest,
+        _spec("input_length", "int64", "batch"),
+        _spec("is_causal", "int64"),
+    )
+    candidates = (
+        spec.model_copy(update={"shape": ("batch", "window", *spec.shape[2:])})
+        for spec in draft.outputs
+    )
+    logits = _spec("logits", "float32", "batch", "window", model.vocab_size)
+    return draft.model_copy(update={"inputs": inputs, "outputs": (*candidates, logits)})
+
+
 def sampler_contract() -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return the contract of the learned sampler's graph.
 

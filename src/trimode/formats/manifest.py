@@ -130,20 +130,24 @@ class ProfileRecord(_Part):
 class EngineRecord(_Part):
     """Holds one compiled graph of a target.
 
+    Several graphs of a target may be one engine, each with profiles of its own in it.
+
     Attributes:
         file: File of the engine or graph.
         profiles: Profiles in the engine's order; none where shapes are free (ONNX Runtime).
         plans: Bytes that a forward under each profile moves, by the engine's plan; absent where no
             plan is understood, and in bundles of before.
+        first_profile: Index of the first of ``profiles`` in the engine; absent where it is 0.
         constant_bytes: Size of the weights and scales that the engine holds itself, which every
             engine has on the GPU once more; absent where all are inputs.
     """
 
-    _left_out = frozenset({"plans", "constant_bytes"})
+    _left_out = frozenset({"plans", "first_profile", "constant_bytes"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
+    first_profile: int = 0
     constant_bytes: int = 0
 
 
@@ -220,6 +224,16 @@ class TargetRecord(_Part):
             one.model_copy(update={"graphs": changed(one.graphs)}) for one in self.smaller
         )
         return self.model_copy(update={"graphs": changed(self.graphs), "smaller": smaller})
+
+    def profiles_in(self, file: FileName) -> tuple[ProfileRecord, ...]:
+        """All profiles of an engine file, in the engine's order."""
+        parts = {one.first_profile: one.profiles for one in self.engines if one.file == file}
+        return tuple(profile for _, part in sorted(parts.items()) for profile in part)
+
+    def is_joint(self, role: Role) -> bool:
+        """Whether the engine of a graph is that of others, too."""
+        file = self.graphs[role].file
+        return sum(engine.file == file for engine in self.graphs.values()) > 1
 
     def without_plans(self) -> TargetRecord:
         """The record as it is planned, before there are engines to read."""

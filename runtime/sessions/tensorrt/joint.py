@@ -1,0 +1,70 @@
+"""What one engine for ``ar``, ``draft`` and ``verify`` is given, and what its outputs say to each
+(:func:`trimode.formats.contract.joint_contract`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimode.formats.contract import Role
+from trimode.runtime.sessions.base import Array, DeviceArray, Ids
+
+Values = dict[str, Any]
+
+
+def joint_values(role: Role, values: Values) -> Values:
+    """Inputs of a forward; the drafter's adapter is off but for ``draft``."""
+    if role == "draft":
+        return {**values, "is_causal": 0}
+    return {**values, "is_causal": 1, "drafter_scale": 0.0}
+
+
+def joint_outputs(
+    role: Role, values: Values, copied: dict[str, Array], logits: DeviceArray
+) -> tuple[Any, ...]:
+    """Outputs of a role, as its contract says.
+
+    Args:
+        role: Role that ran.
+        values: Inputs of the forward.
+        copied: ``top_ids`` and ``top_probabilities (batch, window, n)``.
+        logits: The window's, ``(batch, window, vocabulary)``.
+    """
+    ids = copied["top_ids"]
+    greedy: Ids = np.ascontiguousarray(ids[..., 0], np.int64)
+    if role == "draft":
+        return ids, copied["top_probabilities"]
+    if role == "verify":
+        return greedy, accepted_length(greedy, values["input_ids"]), logits
+    last = _last_rows(values["input_length"], *greedy.shape)
+    return greedy[np.arange(len(last)), last], _rows_of(logits, last)
+
+
+def accepted_length(greedy: Ids, input_ids: Ids) -> NDArray[np.int64]:
+    """How many drafts ``input_ids[:, 1:]`` agree with the greedy ids before them, ``(batch,)``."""
+    mismatch = greedy[:, :-1] != np.asarray(input_ids)[:, 1:]
+    accepted: NDArray[np.int64] = (np.cumsum(mismatch, 1) == 0).sum(1).astype(np.int64)
+    return accepted
+
+
+def _last_rows(length: Any, batch: int, window: int) -> NDArray[np.int64]:
+    """Where in its window the last real row of each sequence is."""
+    lengths = np.broadcast_to(np.asarray(length, np.int64).reshape(-1), (batch,))
+    last: NDArray[np.int64] = np.minimum(lengths, window) - 1
+    return last
+
+
+def _rows_of(logits: DeviceArray, rows: NDArray[np.int64]) -> DeviceArray:
+    """Logits of one row of each sequence, ``(batch, vocabulary)``; they stay on the GPU."""
+
+    def fetch_row(sequence: int) -> Array:
+        row: Array = np.asarray(logits.of_row(sequence).of_row(int(rows[sequence])))
+        return row
+
+    def fetch() -> Array:
+        return np.stack([fetch_row(sequence) for sequence in range(len(rows))])
+
+    return DeviceArray((len(rows), logits.shape[2]), logits.dtype, fetch, fetch_row)
