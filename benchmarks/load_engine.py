@@ -32,6 +32,9 @@ from trimode.runtime.measure.forwards import TimerSettings, check_settings, time
 LENGTHS = (4, 8, 16, 32)
 CONCURRENCY = (1, 4, 16)
 MAX_NEW_TOKENS = 128
+WARM_UP = 2
+"""Rounds that do not count, in which estimates and tables settle."""
+PROMPTS = 24
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     **{f"linear_spec {n}": {"mode": "linear_spec", "block_length": n} for n in LENGTHS},
@@ -61,9 +64,8 @@ def table_of(model: TriModeModel, threads: int, forwards: tuple[ForwardTime, ...
 
 def where_ar_wins(timings: Timings) -> tuple[ForwardTime, ...]:
     """The same forwards, drafts and verifications taking ten times as long."""
-    factors = dict.fromkeys(
-        ("least_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms"), 10.0
-    )
+    names = ("least_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms")
+    factors = dict.fromkeys(names, 10.0)
     return tuple(
         one
         if one.graph == "ar"
@@ -91,7 +93,7 @@ def race(
     cpu: dict[str, list[float]] = {way: [] for way in ways}
     wall: dict[str, list[float]] = {way: [] for way in ways}
     expected: list[Any] | None = None
-    for _ in range(rounds + 1):  # the first warms up, and lets estimates and table settle
+    for _ in range(rounds + WARM_UP):
         for way in order.sample(list(ways), len(ways)):
             start = time.perf_counter(), time.process_time()
             found = [result.token_ids for result in ways[way](prompts)]
@@ -100,8 +102,8 @@ def race(
             expected = expected or found
             assert found == expected, f"{way}: other tokens"
     return (
-        {way: min(values[1:]) for way, values in cpu.items()},
-        {way: min(values[1:]) for way, values in wall.items()},
+        {way: min(values[WARM_UP:]) for way, values in cpu.items()},
+        {way: min(values[WARM_UP:]) for way, values in wall.items()},
     )
 
 
@@ -126,7 +128,7 @@ def cost(model: TriModeModel, timings: Timings, rows: int, rounds: int) -> dict[
             "ar": answer_with(plain, {"mode": "ar"}),
             "auto by load": answer_with(engine, {"mode": "auto"}),
         }
-        cpu, wall = race(ways, questions(model, 3 * rows), rounds)
+        cpu, wall = race(ways, questions(model, PROMPTS), rounds)
     ratio = {"cpu": cpu["auto by load"] / cpu["ar"], "wall": wall["auto by load"] / wall["ar"]}
     print(f"rows {rows}: auto that picks AR over ar: {ratio}", flush=True)
     return {"rows": rows, "cpu_s": cpu, "wall_s": wall, "auto_over_ar": ratio}
@@ -134,7 +136,7 @@ def cost(model: TriModeModel, timings: Timings, rows: int, rounds: int) -> dict[
 
 def speed(model: TriModeModel, rows: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of every way."""
-    prompts = questions(model, 3 * rows)
+    prompts = questions(model, PROMPTS)
     with (
         Engine(model, max_rows=rows, kv_bytes=0, by_load=False) as plain,
         Engine(model, max_rows=rows, kv_bytes=0) as engine,

@@ -124,13 +124,22 @@ def policy_at(count: int, **chosen: float) -> LoadPolicy:
     return policy
 
 
+def chosen_at(count: int, rate: float, *, is_prior_measured: bool = True) -> int:
+    policy = LoadPolicy(table(), is_prior_measured=is_prior_measured)
+    return policy.plan(rows_of(count, rate), 0.0).block_length
+
+
 def test_blocks_get_shorter_as_rows_come_and_end_in_ar() -> None:
-    found = [policy_at(n).plan(rows_of(n, 0.8), 1.0).block_length for n in (1, 8, 16, 32, 64, 128)]
-    chosen = [LoadPolicy(table()).plan(rows_of(n, 0.8), 0.0).block_length for n in (1, 8, 32, 128)]
+    chosen = [chosen_at(count, 0.8) for count in (1, 8, 32, 128)]
     assert chosen == sorted(chosen, reverse=True)
-    assert chosen[0] == 32
-    assert chosen[-1] == AR_STEP
-    assert found[0] == 32
+    assert (chosen[0], chosen[-1]) == (32, AR_STEP)
+
+
+def test_where_nothing_is_known_of_the_texts_drafts_are_tried_first() -> None:
+    assert chosen_at(128, 0.2) == AR_STEP
+    assert chosen_at(128, 0.2, is_prior_measured=False) == 4
+    policy = LoadPolicy(table(), lengths=())
+    assert policy.plan(rows_of(1), 0.0).block_length == AR_STEP
 
 
 def test_a_gain_has_to_hold_for_three_evaluations() -> None:
@@ -206,10 +215,12 @@ def test_it_is_due_at_first_after_some_time_and_when_the_load_changes() -> None:
     policy = LoadPolicy(table())
     assert not policy.is_due(0, 0.0)
     assert policy.is_due(8, 0.0)
-    policy.plan(rows_of(8), 0.0)
-    assert not policy.is_due(8, 0.1)
-    assert not policy.is_due(9, 49.0)
-    assert policy.is_due(10, 49.0)
+    for number in range(40):
+        policy.plan(rows_of(8), float(number))
+    assert not policy.is_due(10, 39.1), "not again at once"
+    assert not policy.is_due(9, 100.0)
+    assert policy.is_due(10, 100.0)
+    assert policy.is_due(6, 100.0)
     assert policy.is_due(8, 1e6)
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.errors import UsageError
+from trimode.formats.contract import Role
 from trimode.runtime.auto.timings import ForwardTime, Subject, Timings
-from trimode.runtime.engine.load.cost_table import Cell, CostTable
+from trimode.runtime.engine.load.cost_table import LEARNED_FORWARDS, Cell, CostTable
 from trimode.runtime.engine.load.learning import Corrections
 from trimode.runtime.engine.load.roofline import Forwards, fit_roofline
 from trimode.runtime.engine.load.waiting import ComingRows, ReadyRows, first_to_run, steps_to_wait
@@ -146,12 +147,18 @@ def test_the_table_of_bench_is_read_with_or_without_the_drafter(
     assert found.ms("draft", 8, 8, 64) == pytest.approx(factor * device_ms(8, 8, 64))
 
 
+def learn(found: CostTable, role: Role, forward: tuple[int, int, int], ms: float) -> None:
+    """As many forwards as are needed for one to be learned from."""
+    for _ in range(LEARNED_FORWARDS):
+        found.observe(role, *forward, ms)
+
+
 def test_it_learns_what_a_cell_takes_and_not_what_others_do() -> None:
     found = table()
     before = found.ms("draft", 1, 8, 64)
     for _ in range(200):
-        found.observe("ar", 8, 1, 512, 1.5 * device_ms(8, 1, 512))
-        found.observe("draft", 1, 8, 64, device_ms(1, 8, 64))
+        learn(found, "ar", (8, 1, 512), 1.5 * device_ms(8, 1, 512))
+        learn(found, "draft", (1, 8, 64), device_ms(1, 8, 64))
     assert found.ms("ar", 8, 1, 512) == pytest.approx(1.5 * device_ms(8, 1, 512), rel=0.05)
     assert found.ms("draft", 1, 8, 64) == pytest.approx(before, rel=0.05)
 
@@ -160,7 +167,7 @@ def test_a_machine_that_is_slow_in_all_is_slow_where_it_was_not_seen() -> None:
     """Else what does not run would look better than what does, and modes would swing."""
     found = table()
     for _ in range(200):
-        found.observe("ar", 8, 1, 512, 1.6 * device_ms(8, 1, 512))
+        learn(found, "ar", (8, 1, 512), 1.6 * device_ms(8, 1, 512))
     assert found.ms("verify", 8, 32, 512) / device_ms(8, 32, 512) == pytest.approx(1.6, rel=0.1)
     assert found.drift == pytest.approx(1.6, rel=0.1)
 
@@ -169,29 +176,29 @@ def test_what_a_probe_shows_of_drafts_goes_for_larger_ones_too() -> None:
     """While all is AR, a row that drafts now and then must be able to contradict the table."""
     found = table()
     for number in range(400):
-        found.observe("ar", 8, 1, 512, 2 * device_ms(8, 1, 512))
+        learn(found, "ar", (8, 1, 512), 2 * device_ms(8, 1, 512))
         if number % 10 == 0:
-            found.observe("draft", 1, 4, 512, device_ms(1, 4, 512))
+            learn(found, "draft", (1, 4, 512), device_ms(1, 4, 512))
     assert found.ms("draft", 8, 32, 512) < 1.15 * device_ms(8, 32, 512)
     assert found.ms("ar", 16, 1, 512) > 1.8 * device_ms(16, 1, 512)
 
 
 def test_one_outlier_moves_little_and_nothing_goes_beyond_the_limits() -> None:
     found = table()
-    found.observe("ar", 8, 1, 512, 1e6)
+    learn(found, "ar", (8, 1, 512), 1e6)
     assert found.ms("ar", 8, 1, 512) <= 1.5 * device_ms(8, 1, 512)
     for _ in range(500):
-        found.observe("ar", 8, 1, 512, 1e6)
+        learn(found, "ar", (8, 1, 512), 1e6)
     assert found.ms("ar", 8, 1, 512) == pytest.approx(2 * device_ms(8, 1, 512), rel=0.02)
     for _ in range(500):
-        found.observe("ar", 8, 1, 512, 1e-6)
+        learn(found, "ar", (8, 1, 512), 1e-6)
     assert found.ms("ar", 8, 1, 512) == pytest.approx(device_ms(8, 1, 512) / 2, rel=0.05)
 
 
 def test_a_frozen_table_learns_nothing() -> None:
     found = table(is_frozen=True)
     for _ in range(50):
-        found.observe("ar", 8, 1, 512, 99.0)
+        learn(found, "ar", (8, 1, 512), 99.0)
     assert found.ms("ar", 8, 1, 512) == pytest.approx(device_ms(8, 1, 512))
     assert found.drift == 1
 

@@ -98,6 +98,7 @@ class LoadPolicy:
         table: Costs of the forwards; who runs them calls its ``observe``.
         settings: How readily plans change.
         lengths: Block lengths to choose from; None = all that the table has.
+        is_prior_measured: Whether what rows expect at first was measured on such texts.
 
     Attributes:
         switches: The latest changes of plan.
@@ -109,8 +110,10 @@ class LoadPolicy:
         table: CostTable,
         settings: LoadSettings | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        is_prior_measured: bool = False,
     ) -> None:
-        self._table = table
+        self._table, self._is_prior_measured = table, is_prior_measured
         self._settings = settings or LoadSettings()
         self._lengths = table.lengths if lengths is None else tuple(lengths)
         self.switches: deque[Switch] = deque(maxlen=KEPT_SWITCHES)
@@ -165,9 +168,15 @@ class LoadPolicy:
     def _current_prospect(
         self, rows: Sequence[RowState], prospects: Sequence[Prospect], now_ms: float
     ) -> Prospect:
-        """What the present plan gives now; the first plan is simply the best one."""
+        """What the present plan gives now; the first plan is simply the best one.
+
+        Where nothing is known of the texts, it is the best one with blocks. In AR nothing would be
+        learned, and a prior that is too low would keep it.
+        """
         if self._current is None:
-            best = max(prospects, key=lambda one: one.tokens_per_ms)
+            drafting = [one for one in prospects if one.candidate.block_length != AR_STEP]
+            tried = prospects if self._is_prior_measured else drafting or prospects
+            best = max(tried, key=lambda one: one.tokens_per_ms)
             self._adopt(best, now_ms, 0.0, "start")
             self._switch_after_ms = now_ms  # the first plan stands on nothing that was seen
             return best
@@ -219,7 +228,7 @@ class LoadPolicy:
         soon_ms = max(round_ms, SHORT_INTERVAL * least_ms)
         later_ms = max(self._settings.dwell_cycles * round_ms, least_ms)
         self._next_ms = now_ms + (later_ms if is_settled else soon_ms)
-        self._soonest_ms = now_ms + min(round_ms, SHORT_INTERVAL * least_ms)
+        self._soonest_ms = now_ms + SHORT_INTERVAL * least_ms
 
     def _with_probe(self, rows: Sequence[RowState], current: Prospect, now_ms: float) -> ModePlan:
         """The plan, for a moment with one row that drafts where all are in AR."""

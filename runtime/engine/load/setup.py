@@ -67,4 +67,5 @@ def load_modes(
     found = [one for one in timings.acceptance if one.drafter == use_drafter]
     history = AcceptanceHistory(found[0].rate, found[0].kinds) if found else AcceptanceHistory()
     pools = Pools(history, max(lengths, default=2 * AR_STEP))
-    return LoadModes(LoadPolicy(table, settings, lengths), table, pools)
+    policy = LoadPolicy(table, settings, lengths, is_prior_measured=bool(found))
+    return LoadModes(policy, table, pools)
