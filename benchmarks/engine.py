@@ -43,20 +43,38 @@ def summary(first: list[float], second: list[float]) -> dict[str, Any]:
 
 
 def overhead(model: TriModeModel, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
-    """One request after the other, through the engine and without."""
-    found = {}
+    """One request after the other, through the engine and without: wall time and, as the machine
+    is shared, processor time of the whole process.
+    """
     with Engine(model, kv_bytes=0) as engine:
-        for mode in MODES:
-            alone, through = [], []
-            for _ in range(rounds + 1):
-                alone.append(
-                    seconds(lambda: [model.stream([p], mode).finish() for p in prompts])
-                )
-                through.append(
-                    seconds(lambda: [engine.submit(p, mode=mode).result() for p in prompts])
-                )
-            found[mode] = summary(alone[1:], through[1:])
-    return found
+        found = {mode: overhead_of(model, engine, mode, prompts, rounds) for mode in MODES}
+    return {
+        f"{mode} {clock}": value
+        for mode, clocks in found.items()
+        for clock, value in clocks.items()
+    }
+
+
+def overhead_of(
+    model: TriModeModel, engine: Engine, mode: Any, prompts: list[list[int]], rounds: int
+) -> dict[str, Any]:
+    def alone() -> None:
+        for prompt in prompts:
+            model.stream([prompt], mode).finish()
+
+    def through() -> None:
+        for prompt in prompts:
+            engine.submit(prompt, mode=mode).result()
+
+    alone(), through()
+    times: dict[str, tuple[list[float], list[float]]] = {"wall": ([], []), "processor": ([], [])}
+    for _ in range(rounds):
+        for side, run in enumerate((alone, through)):
+            start, cpu = time.perf_counter(), time.process_time()
+            run()
+            times["wall"][side].append(time.perf_counter() - start)
+            times["processor"][side].append(time.process_time() - cpu)
+    return {clock: summary(*sides) for clock, sides in times.items()}
 
 
 def auto_of_ar(model: TriModeModel, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
@@ -101,13 +119,13 @@ def shared_prefix(model: TriModeModel, rounds: int) -> dict[str, Any]:
 
 
 def conversation(model: TriModeModel) -> dict[str, Any]:
-    """Turns through the chat template: share of the prompts' tokens that is not computed again,
-    from the second turn on.
+    """Turns through the chat template, from the second one on: share of the prompts' tokens that
+    is not computed again, and share of what an earlier turn had computed.
     """
     found = {}
-    questions = [example.prompt for example in itertools.islice(examples(2, "held-out"), 6)]
+    questions = [example.prompt for example in itertools.islice(examples(2, "held-out"), 12)]
     for mode in MODES:
-        cached = total = 0
+        cached = total = known = before = 0
         with Engine(model) as engine:
             messages: list[dict[str, str]] = []
             for number, question in enumerate(questions):
@@ -116,10 +134,19 @@ def conversation(model: TriModeModel) -> dict[str, Any]:
                 handle = engine.submit(ids, mode=mode, max_new_tokens=120)
                 text = model.codec.decode(handle.result().token_ids)
                 messages.append({"role": "assistant", "content": text})
+                usage = handle.usage
                 if number:
-                    cached += handle.usage.cached_tokens
-                    total += handle.usage.prompt_tokens
-        found[mode] = {"cached_tokens": cached, "prompt_tokens": total, "share": cached / total}
+                    cached += usage.cached_tokens
+                    total += usage.prompt_tokens
+                    known += before
+                before = usage.prompt_tokens + usage.completion_tokens
+        found[mode] = {
+            "cached_tokens": cached,
+            "prompt_tokens": total,
+            "earlier_tokens": known,
+            "share_of_prompts": cached / total,
+            "share_of_earlier_tokens": cached / known,
+        }
     return found
 
 

@@ -71,18 +71,19 @@ class BuildOptions:
         self._check_capacities()
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise UsageError(
-                f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}",
+                f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
                 "each size costs memory; 1 is usual on a desk",
             )
         if self.weights not in ("shared", "baked"):
             raise UsageError(
-                f"expected --weights shared or baked, found {self.weights!r}",
+                f"expected `weights` shared or baked, found {self.weights!r}",
                 "shared keeps one copy for all engines",
             )
-        for name, value in (("--workspace", self.workspace_mib), ("--jobs", self.num_jobs)):
+        for name, value in (("workspace_mib", self.workspace_mib), ("num_jobs", self.num_jobs)):
             if value is not None and value < 1:
                 raise UsageError(
-                    f"expected {name} of at least 1, found {value}", "leave it out for the default"
+                    f"expected `{name}` of at least 1, found {value}",
+                    "leave it out for the default",
                 )
 
     def _check_block_lengths(self) -> None:
@@ -90,12 +91,12 @@ class BuildOptions:
             if not 1 <= length <= MAX_BLOCK_LENGTH:
                 raise UsageError(
                     f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}",
-                    "pass for example --block-lengths 8,16,32",
+                    "pass for example `block_lengths` 8,16,32",
                 )
         if self.block_lengths == ():
             raise UsageError(
                 "expected at least one block length, found none",
-                "pass for example --block-lengths 8,16,32",
+                "pass for example `block_lengths` 8,16,32",
             )
 
     def _check_capacities(self) -> None:
@@ -109,5 +110,5 @@ class BuildOptions:
             found = ",".join(map(str, self.capacities)) or "none"
             raise UsageError(
                 f"expected capacities in ascending order, each once and at least 1, found {found}",
-                "pass for example --capacities 2048,8192,32768",
+                "pass for example `capacities` 2048,8192,32768",
             )

@@ -139,7 +139,8 @@ def make_plan(
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     widens_int8 = _widens_int8(precision, quantization, base)
-    if precision == "int4" or widens_int8:
+    is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
+    if is_rtx and (precision == "int4" or widens_int8):
         check_one_capacity(options, precision)
     records = {
         name: plan_target(
@@ -188,9 +189,9 @@ def plan_target(
     shortest = min(lengths_of_blocks(options, model))
     if "quadratic" in roles and shortest > model.max_quadratic_length:
         raise UsageError(
-            f"expected, with --quadratic, a block length up to {model.max_quadratic_length},"
+            f"expected, with `quadratic`, a block length up to {model.max_quadratic_length},"
             f" found {shortest}",
-            "pass a shorter one in --block-lengths, or leave --quadratic out",
+            "pass a shorter one in `block_lengths`, or leave `quadratic` out",
         )
     folder = names.target(target.name)
     largest = plan_engines(options, model, roles, folder, one_row=one_row)
@@ -229,7 +230,7 @@ def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...
     if options.quadratic and "quadratic" not in base.contracts:
         raise UsageError(
             "expected a bundle with the graph of quadratic self-speculation, found one without",
-            "pass --force to build it again with --quadratic, or leave --quadratic out",
+            "pass `force` to build it again with `quadratic`, or leave `quadratic` out",
         )
     return tuple(base.contracts)
 
@@ -253,9 +254,9 @@ def _plan_quantization(
     if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
             raise UsageError(
-                "expected --calibration with --precision fp8, int8, int4 or nvfp4,"
+                "expected `calibration` with `precision` fp8, int8, int4 or nvfp4,"
                 f" found {precision}",
-                "leave --calibration out",
+                "leave `calibration` out",
             )
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
@@ -299,7 +300,7 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
             raise UsageError(
                 f"{target.name}: expected a bundle that computes in a type it can run,"
                 f" found one in {dtype}",
-                "pass --force to build it again for all targets,"
+                "pass `force` to build it again for all targets,"
                 f" or build {target.name} as a bundle of its own",
             )
 
@@ -362,7 +363,7 @@ class SamplerSource:
 def plan_sampler(
     folder: Path | None, model: ModelInfo, base: Manifest | None
 ) -> SamplerSource | None:
-    """Plan what ``--sampler`` writes.
+    """Plan the learned sampler to write.
 
     None where nothing is asked for, or the bundle that is added to has the same.
 
@@ -387,7 +388,7 @@ def plan_sampler(
         raise UsageError(
             f"expected a bundle without a sampler or with that of {folder},"
             f" found one with {base.sampler.name}",
-            "pass --force to replace the bundle, or choose another output",
+            "pass `force` to replace the bundle, or choose another output",
         )
     return None
 

@@ -10,9 +10,10 @@ from fake_session import BLOCK, MODEL, FakeSession, alone
 
 from trimode.runtime.decode.options import make_options
 from trimode.runtime.decode.stream import Generation, Stream
-from trimode.runtime.engine.core import EngineCore, Settings
+from trimode.runtime.engine.core import EngineCore
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.request import Request
+from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.steps import Outcome
 
 

@@ -30,9 +30,9 @@ class Chats:
     """Holds B single-turn chats from position 0.
 
     Attributes:
-        ids: (B, N) int64, filled with the end token after the answer.
-        answer_start: (B, 1) int64, position of the answer's first token.
-        end: (B, 1) int64, position of the answer's end token.
+        ids: Token ids (B, N) int64, filled with the end token after the answer.
+        answer_start: Position of the answer's first token, (B, 1) int64.
+        end: Position of the answer's end token, (B, 1) int64.
     """
 
     ids: Tensor

@@ -78,6 +78,12 @@ class Noisy(NamedTuple):
     targets: Tensor
     corruption: Corruption
 
+    def to(self, device: torch.device) -> Noisy:
+        """Move all of it to a device."""
+        ids, positions, targets = (part.to(device) for part in self[:3])
+        masked, rate = (part.to(device) for part in self.corruption)
+        return Noisy(ids, positions, targets, Corruption(masked, rate))
+
 
 def loss_of(
     trunk: TriModeTrunk,
@@ -102,17 +108,9 @@ def loss_of(
         see: Called with the logits ``(B, W, V)`` of the noisy half.
     """
     device = device_of(trunk)
-    chats, corruption = (
-        chats.to(device),
-        Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device)),
-    )
+    noisy, chats, mask = noisy.to(device), chats.to(device), mask.to(device)
     noisy_hidden, clean_hidden = split_forward(
-        trunk,
-        noisy.ids.to(device),
-        chats.ids,
-        noisy.positions.to(device),
-        chats.positions,
-        mask.to(device),
+        trunk, noisy.ids, chats.ids, noisy.positions, chats.positions, mask
     )
     noisy_logits = trunk.head(noisy_hidden)
     if see is not None:
@@ -124,8 +122,8 @@ def loss_of(
         clean_logits = causal_logits(trunk, chats)
     return joint_loss(
         noisy_logits,
-        noisy.targets.to(device),
-        corruption,
+        noisy.targets,
+        noisy.corruption,
         clean_logits,
         chats.ids,
         chats.target_weights(),

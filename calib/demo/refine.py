@@ -48,8 +48,8 @@ FAMILIES_IN_TURN = (
     "addition",
     "reverse",
 )
-"""What denoising gets wrong comes more often: steps that each need the one before, and words that
-have to agree with an earlier one.
+"""Families of a step. Those that denoising gets wrong come more often: steps that each need the one
+before, and words that have to agree with an earlier one.
 """
 DIFFUSION_WEIGHT = 1.0
 """More than in the joint stage, for next-token prediction has little left to learn."""
@@ -102,33 +102,24 @@ class RefinementTraining(Training):
         self._rows = [self._new_row() for _ in range(self.settings.batch_size)]
 
     def _loss(self, share: float) -> JointLoss:  # noqa: ARG002
-        chats, size = (
-            encode([row.example for row in self._rows], self.tokenizer),
-            self.trunk.config.block_size,
-        )
+        chats = encode([row.example for row in self._rows], self.tokenizer)
+        size, length = self.trunk.config.block_size, chats.ids.shape[1]
         starts = chats.answer_start + torch.tensor(
             [[v.start for v in row.visits] for row in self._rows]
         )
         slots = starts[:, :, None] + torch.arange(size)  # (B, K, L)
         positions = slots.flatten(1)
         # all end tokens after the answer
-        targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))
-        masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
-        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(
-            size, 1
-        )
-        noisy_ids = targets.masked_fill(masked, SPECIAL_IDS[MASK])
-        mask = draft_mask(starts, size, chats.ids.shape[1])
-        noisy = Noisy(noisy_ids, positions, targets, Corruption(masked, rate))
+        targets = chats.ids.gather(1, positions.clamp(max=length - 1))
+        corruption = self._corruption(size)
+        noisy_ids = targets.masked_fill(corruption.masked, SPECIAL_IDS[MASK])
+        mask = draft_mask(starts, size, length)
+        noisy = Noisy(noisy_ids, positions, targets, corruption)
 
         def see(logits: Tensor) -> None:
             logits = logits.detach().float().cpu().view(*slots.shape, -1)
-            self._advance(
-                slots <= chats.end[:, :, None],
-                targets.view(slots.shape),
-                masked.view(slots.shape),
-                logits,
-            )
+            before_end, masked = slots <= chats.end[:, :, None], corruption.masked
+            self._advance(before_end, targets.view(slots.shape), masked.view(slots.shape), logits)
 
         return loss_of(
             self.trunk,
@@ -139,6 +130,12 @@ class RefinementTraining(Training):
             diffusion_weight=DIFFUSION_WEIGHT,
             see=see,
         )
+
+    def _corruption(self, size: int) -> Corruption:
+        """Return the masked slots of the rows' blocks, and their rates."""
+        masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
+        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows])
+        return Corruption(masked, rate.repeat_interleave(size, 1))
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
         """Reveal what the forward was sure of, and replace what is decided.

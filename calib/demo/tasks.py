@@ -34,7 +34,7 @@ from trimode.errors import UsageError
 SPLITS = ("train", "held-out")
 HELD_OUT_ONE_IN = 10
 WORDING_SHARES = 0.46, 0.27, 0.27
-"""How often an answer is written in each of its ways."""
+"""Shares of the ways to write an answer."""
 
 NAMES = (
     "Anna",

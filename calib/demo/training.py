@@ -57,13 +57,13 @@ Report = Callable[[DemoProgress, float], None]
 
 
 class Training(ABC):
-    """Trains, stops and goes on again; the subclass says on what.
+    """Trains, stops and goes on again, on what a subclass says.
 
     Args:
-        trunk: trained in place, on the device where it is; its drafter adapter is left alone.
+        trunk: Trunk to train in place, on its device; its drafter adapter is left alone.
         tokenizer: Tokenizer of the checkpoint.
         settings: Settings of the run.
-        state: file that holds the run's state, written whole or not at all.
+        state: File that holds the run's state, written whole or not at all.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ CODE_RANGES: dict[DType, tuple[float, float]] = {
     "int8": (-128, 127),
     "float4e2m1": (-6, 6),
 }
-"""What the types of inputs hold, in steps of a scale."""
+"""Ranges of the types of inputs, in steps of a scale."""
 SMALLEST_NORMAL = 2.0**-126
 """Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0
 again.

@@ -144,7 +144,7 @@ class _Count:
     forwards: int = 0
 
     def add(self, text: Text, nfe: int, *, is_target: bool, verdict: bool | None) -> None:
-        """Add a text; one whose answer is not known is right if it is the target's."""
+        """Add a text; without a verdict, the target's text is right."""
         self.same += is_target
         self.right += is_target if verdict is None else verdict
         self.tokens += len(text)

@@ -26,7 +26,7 @@ LEAST_STD = 1e-4
 """A feature that varies less is a constant, and rounding its variation."""
 LOSS_WINDOW = 100
 CHECKS = 20
-"""How often the weights are tried on other texts."""
+"""Number of times that the weights are tried on other texts."""
 MAX_CHECKED = 4096
 """States of a block length that they are tried on."""
 
@@ -76,11 +76,18 @@ def new_sampler(
         torch.manual_seed(seed)
         sampler = BlockSampler(shape, len(token_table))
     sampler.token_table.copy_(token_table)
-    count, total, squares = (
-        0,
-        torch.zeros(1, dtype=torch.float64),
-        torch.zeros(1, dtype=torch.float64),
-    )
+    mean, std = _feature_statistics(sampler, states, mask_token_id)
+    sampler.feature_mean.copy_(mean)
+    sampler.feature_std.copy_(torch.where(std < LEAST_STD, 1.0, std))
+    return sampler
+
+
+def _feature_statistics(
+    sampler: BlockSampler, states: Mapping[int, States], mask_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the features over all slots, float64."""
+    count = 0
+    total, squares = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for part in states.values():
         for start in range(0, len(part.blocks), 4096):
             chunk = States(*(tensor[start : start + 4096] for tensor in part))
@@ -88,10 +95,7 @@ def new_sampler(
             count += len(features)
             total, squares = total + features.sum(0), squares + features.square().sum(0)
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    sampler.feature_mean.copy_(mean)
-    sampler.feature_std.copy_(torch.where(std < LEAST_STD, 1.0, std))
-    return sampler
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
 def sampler_loss(sampler: BlockSampler, states: States, mask_token_id: int) -> Tensor:

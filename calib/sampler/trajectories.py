@@ -42,7 +42,7 @@ ONE_BY_ONE: dict[Target, SamplerName] = {"serial": "schedule", "leftmost": "left
 """The policies of denoising whose text is a target."""
 THRESHOLDS = (0.99, 0.9, 0.6, 0.3)
 HIT_RATES = (1.0, 0.5)
-"""Of the samplers that are never wrong: how many of the right slots they fill."""
+"""Shares of the right slots that samplers fill which are never wrong."""
 
 
 _State = tuple[Ids, Array, Array, Ids]
@@ -53,10 +53,10 @@ class States(NamedTuple):
     """Holds N states of blocks of L slots.
 
     Attributes:
-        blocks: ``(N, L)`` int32, what the denoise forward saw.
-        ids: ``(N, L, 5)`` int32, its candidates.
-        probabilities: ``(N, L, 5)`` float32, theirs.
-        targets: ``(N, L)`` int32; the mask token where there is none: behind the end of the text.
+        blocks: Blocks that the denoise forward saw, ``(N, L)`` int32.
+        ids: Candidates of the forward, ``(N, L, 5)`` int32.
+        probabilities: Probabilities of the candidates, ``(N, L, 5)`` float32.
+        targets: Targets, ``(N, L)`` int32; the mask token behind the end of the text.
     """
 
     blocks: Tensor
@@ -213,7 +213,7 @@ def write_states(
 def _pass_through(
     sequence: DecodedSequence, limits: DecodeOptions, targets: Ids, rng: random.Random
 ) -> None:
-    """Denoise a block by every threshold, and by samplers that know the targets."""
+    """Denoise a block by thresholds, and by samplers that know targets."""
     start = len(sequence.tokens)
     for threshold in THRESHOLDS:
         _denoise(sequence, start, limits, threshold=threshold)

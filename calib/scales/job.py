@@ -53,7 +53,7 @@ from trimode.formats.calibration import (
 from trimode.formats.texts import name_of
 from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.decoder.trunk import Rope
-from trimode.graphs.identity import SourceDigest, stamp_of
+from trimode.graphs.identity import digest_of, stamp_of
 from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.text.prompts import Text
 
@@ -111,12 +111,8 @@ class ScalesJob(
         return known if is_same and isinstance(known, str) else ""
 
     def _digest(self) -> str:
-        digest = SourceDigest(self.checkpoint)
-        num_bytes = sum(entry.num_bytes for entry in self.checkpoint.tensors.values())
-        advance = self.progress.stage("read checkpoint", num_bytes)
-        for count in digest.read_all():
-            advance(count)
-        return digest.base_hexdigest()
+        advance = self.progress.stage("read checkpoint", self.checkpoint.num_bytes)
+        return digest_of(self.checkpoint, advance).base_hexdigest()
 
     def write(self, work: WorkFolder) -> list[Episode]:
         """Answer the texts that are not answered yet; return all episodes."""

@@ -30,7 +30,7 @@ from trimode.formats.calibration import Scales
 
 ROWS_AT_ONCE = 1024
 Inputs = dict[str, Tensor]
-"""Of one forward: ``(rows, in)`` by layer."""
+"""Inputs of one forward, ``(rows, in)`` by layer."""
 
 
 def find_scales(

@@ -19,7 +19,7 @@ class QuantizeSettings:
     """Holds the choices of a caller.
 
     Attributes:
-        precision: ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
+        precision: Precision ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
         modes: Graphs whose rows the scales have to fit. ``ar`` is always among them, for every mode
             begins with a causal prefill.
         num_samples: Number of texts to draw; None = all of them.

@@ -132,7 +132,7 @@ def check_range(scale: Floats, precision: QuantizedPrecision, stored: DType) -> 
     """
     largest = float(scale.max(initial=0)) * FORMATS[precision].largest
     if stored == "float16" and largest >= _FIRST_INFINITE_FP16:
-        hint = "build without a t4, whose graphs compute in fp16, or pass --precision bf16 or fp32"
+        hint = "build without a t4, whose graphs compute in fp16, or pass `precision` bf16 or fp32"
         raise BuildError(
             f"expected weights up to 65504, the largest of fp16, found {largest:.6g}", hint
         )

@@ -13,7 +13,7 @@ from trimode.errors import UsageError
 from trimode.formats.contract import ModelInfo, Role
 from trimode.formats.manifest import CapacityRecord, EngineRecord
 
-_EXAMPLE = "pass for example --capacities 2048,8192,32768"
+_EXAMPLE = "pass for example `capacities` 2048,8192,32768"
 
 
 def lengths_of_blocks(options: BuildOptions, model: ModelInfo) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ def check_one_capacity(options: BuildOptions, precision: Precision) -> None:
         raise UsageError(
             f"expected one capacity in {precision}, whose engines hold the weights,"
             f" found {len(options.capacities)}: each would hold another copy for each graph",
-            "leave --capacities out, or calibrate another precision",
+            "leave `capacities` out, or choose bf16, fp8, or int8 with a calibration",
         )
 
 
@@ -97,7 +97,7 @@ def check_capacities(options: BuildOptions, model: ModelInfo) -> None:
     assert options.capacities is not None
     if options.weights == "baked":
         raise UsageError(
-            "expected --weights shared with --capacities, found baked: each capacity would hold"
+            "expected `weights` shared with `capacities`, found baked: each capacity would hold"
             " another copy of the weights for each graph",
             "leave one of the two out",
         )
@@ -113,5 +113,5 @@ def check_capacities(options: BuildOptions, model: ModelInfo) -> None:
             raise UsageError(
                 f"expected capacities up to the longest text, {model.max_length} tokens,"
                 f" found {length}",
-                "leave it out, or pass a larger --max-length if the model allows it",
+                "leave it out, or pass a larger `max_length` if the model allows it",
             )

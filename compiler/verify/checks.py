@@ -31,7 +31,7 @@ def check_calibration(model: TriModeModel, calibration: Path | None) -> None:
     record = model.bundle.chosen.calibration
     if calibration is not None and (record is None or record.scales_sha256 is None):
         raise UsageError(
-            "expected a `calibration` with a precision that was built by one,"
+            "expected `calibration` with a precision that was built by one,"
             f" found {model.bundle.precision}",
             "leave `calibration` out",
         )
@@ -76,7 +76,7 @@ def long_position(checkpoint: Checkpoint, manifest: Manifest, wanted: int | None
         if not 1 <= wanted <= limit:
             raise UsageError(
                 f"expected `long` from 1 to {limit}, found {wanted}",
-                "a block has to fit behind it; a longer bundle needs a larger `max_length`",
+                "a block has to fit behind it; only a bundle that was built longer takes more",
             )
         return wanted
     original = checkpoint.config.rope.original_max_position_embeddings

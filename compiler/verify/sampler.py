@@ -52,7 +52,7 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
     """
     if expected is None:
         raise UsageError(
-            "expected a `sampler` with a bundle that has a learned sampler, found one without",
+            "expected `sampler` with a bundle that has a learned sampler, found one without",
             "leave `sampler` out",
         )
     record = load_sampler_record(folder)

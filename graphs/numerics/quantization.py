@@ -75,16 +75,16 @@ def load_quantization(
         other = (
             ""
             if precision == "fp8"
-            else "; or pass --calibration rtn to round the weights to nearest, without data"
+            else "; or pass `calibration` rtn to round the weights to nearest, without data"
         )
         raise UsageError(
-            f"--precision {precision}: expected --calibration, found none",
+            f"`precision` {precision}: expected `calibration`, found none",
             f"make one with `{command}`{other}",
         )
     if calibration == RTN:
         if precision == "fp8":
             raise UsageError(
-                "--calibration rtn: expected --precision int8, int4 or nvfp4, found fp8",
+                "`calibration` rtn: expected `precision` int8, int4 or nvfp4, found fp8",
                 f"fp8 quantizes inputs too: run `{command}`",
             )
         return _round_to_nearest(precision, checkpoint)
@@ -122,9 +122,9 @@ def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> 
         if block_size is None:
             found = ", ".join(map(str, sorted({shape[1] for shape in shapes.values()})))
             raise UsageError(
-                f"--precision {precision}: expected layers whose inputs are multiples of "
+                f"`precision` {precision}: expected layers whose inputs are multiples of "
                 f"{_RTN_BLOCK_SIZES[-1]}, found {found}",
-                "pass --precision int8",
+                "pass `precision` int8",
             )
     record = CalibrationRecord(name=RTN, algorithm=RTN, block_size=block_size, scales_sha256=None)
     return Quantization(
@@ -183,7 +183,7 @@ def _check_shapes(
             raise CheckpointError(
                 f"{folder}: expected {layer} to have inputs in whole blocks, "
                 f"found {columns} inputs and blocks of {block_size}",
-                "calibrate with a --block-size that is even and divides every layer's inputs",
+                "calibrate with an even block size that divides every layer's inputs",
             )
         wanted |= {"weight_amax": [(rows, columns // block_size)], "input_amax": []}
     found = {kind: scales.get(f"{layer}.{kind}") for kind in KINDS}

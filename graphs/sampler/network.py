@@ -88,10 +88,10 @@ class BlockSampler(nn.Module):
         """Score each slot.
 
         Args:
-            input_ids: ``(B, L)`` int64, the block as the denoise forward saw it.
-            masked: ``(B, L)`` bool, its masked slots.
-            top_ids: ``(B, L, 5)`` int64, what that forward returned.
-            top_probabilities: ``(B, L, 5)`` float32, likewise.
+            input_ids: Block as the denoise forward saw it, ``(B, L)`` int64.
+            masked: Masked slots of the block, ``(B, L)`` bool.
+            top_ids: Candidates that the forward returned, ``(B, L, 5)`` int64.
+            top_probabilities: Probabilities of the candidates, ``(B, L, 5)`` float32.
 
         Returns:
             ``(B, L)`` float32, from 0 to 1; of masked slots alone it means anything.
@@ -205,14 +205,14 @@ def _rotations(length: int, head_dim: int, device: torch.device) -> tuple[Tensor
 
 
 def token_semantics(embeddings: Tensor) -> Tensor:
-    """Stand-ins for tokens: the first 32 principal components of their embeddings.
+    """Compute the first 32 principal components of the tokens' embeddings.
 
     Centred, scaled to a mean square of 1 and rounded to float16. A component's sign is that which
     makes its largest weight positive, so that the same embeddings always give the same table.
     Narrower embeddings, or fewer tokens, leave columns of zeros.
 
     Args:
-        embeddings: ``(V, hidden_size)``.
+        embeddings: Embeddings of the tokens, ``(V, hidden_size)``.
 
     Returns:
         ``(V, 32)`` float16, on the CPU.

@@ -57,11 +57,11 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
     """Open a bundle folder.
 
     Args:
-        path: the folder.
-        precision: one of the bundle's; None = the one that was built first.
-        verify: compare the sha256 of every file that the precision reads (reads each byte once,
-            through the page cache that the sessions map afterwards); False compares sizes only, as
-            it is done for what belongs to other precisions alone.
+        path: Folder of the bundle.
+        precision: Precision to open; None = the one that was built first.
+        verify: Whether to compare the sha256 of every file that the precision reads. Each byte is
+            read once, through the page cache that the sessions map afterwards. Otherwise sizes are
+            compared, as for files of other precisions.
 
     Raises:
         BundleError: not a bundle, another schema, or a file that is missing or was changed.

@@ -1,4 +1,4 @@
-"""Checks that a bundle's weights have the shapes that its manifest's facts imply."""
+"""Checks that weights have the shapes that the manifest implies."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Penalties:
 
     def __init__(self, sampling: SamplingOptions, vocab_size: int, prompt: list[int]) -> None:
         self._sampling = sampling
-        self._seen, self._counts = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.int64)
+        self._seen, self._counts = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.int32)
         self._seen[prompt] = True
         self._bias = np.zeros(vocab_size) if sampling.logit_bias else None
         # whose logits are not the model's

@@ -8,9 +8,7 @@ do nothing here but :meth:`EngineCore.post`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from trimode.errors import DeviceError, EngineError, RequestTimeoutError
@@ -21,14 +19,13 @@ from trimode.runtime.decode.sequence import Sequence as Text
 from trimode.runtime.decode.stream import Stream
 from trimode.runtime.engine.groups import CacheGroups
 from trimode.runtime.engine.handle import Handle
-from trimode.runtime.engine.load.state import ModePolicy
 from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.reuse import PrefixReuse
 from trimode.runtime.engine.row import EngineRow, EngineSession
-from trimode.runtime.engine.row_policy import MakeRowPolicy, PlainRowPolicy
+from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.stats import Counts
-from trimode.runtime.engine.steps import Observe, Outcome, Steps
+from trimode.runtime.engine.steps import Outcome, Steps
 from trimode.runtime.engine.turns import Turns, group_of
 from trimode.runtime.engine.waiting import Deadlines, WaitingQueue
 from trimode.runtime.sessions.base import BatchSession
@@ -42,33 +39,6 @@ OpenStream = Callable[[Text, Request], Stream]
 logger = logging.getLogger("trimode.runtime")
 Message = Request | Handle | None
 """Something to begin, something that was cancelled, or only a reason to look."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an engine works.
-
-    Attributes:
-        max_rows: Most texts at a time.
-        kv_bytes: Most bytes of host memory for what ended texts have computed.
-        latency_target_s: Most seconds that reading may keep a decoding row waiting.
-        prefill_share: Share of the time that reading has while others decode.
-        is_fair: Whether requests of one priority take turns by key.
-        mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
-        make_row_policy: Makes the policy of a row that follows such a plan.
-        observe: Told of each forward how long it took; None = nobody is.
-        clock: Gives the time in seconds; never goes back.
-    """
-
-    max_rows: int = 8
-    kv_bytes: int = 1 << 30
-    latency_target_s: float = 0.05
-    prefill_share: float = 0.5
-    is_fair: bool = False
-    mode_policy: ModePolicy | None = None
-    make_row_policy: MakeRowPolicy = PlainRowPolicy
-    observe: Observe | None = None
-    clock: Callable[[], float] = time.perf_counter
 
 
 class EngineCore:

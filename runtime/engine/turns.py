@@ -146,10 +146,13 @@ class Turns:
         taken = [_waiting(first, budget)]
         longest = taken[0].num_tokens
         for row in order[1:]:
-            one = _waiting(row, longest)
-            fits = longest * (len(taken) + 1) <= budget and _size(one.num_tokens) == _size(longest)
-            if fits and row.group is group and not (row.attempts or first.attempts):
+            if row.group is not group or row.attempts or first.attempts:
+                continue
+            one = _waiting(row, budget)
+            padded = max(longest, one.num_tokens)
+            if _size(one.num_tokens) == _size(longest) and padded * (len(taken) + 1) <= budget:
                 taken.append(one)
+                longest = padded
         return StepPlan(group, taken, len(taken), True, is_shared)
 
     def _decode(self, decoding: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:

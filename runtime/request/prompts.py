@@ -76,7 +76,10 @@ def _check_tokens(array: NDArray[Any], model: ModelInfo) -> list[int]:
 
 
 def _holds_bool(values: Any) -> bool:
-    """Whether True or False is among nested lists of numbers, where numpy would make it 1 or 0."""
+    """Tell whether True or False is among nested lists of numbers.
+
+    Numpy would make it 1 or 0.
+    """
     if not isinstance(values, list | tuple):
         return False
     kinds = set(map(type, values))

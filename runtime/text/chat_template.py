@@ -54,8 +54,8 @@ class ChatTemplates:
         """Choose a template.
 
         Args:
-            name: of one, or a template itself; None: the default one.
-            with_tools: whether the conversation comes with tools.
+            name: Name of a template, or a template itself; None = the default one.
+            with_tools: Whether the conversation comes with tools.
 
         Raises:
             UsageError: there is none, or none is the default one.

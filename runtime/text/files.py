@@ -54,8 +54,8 @@ def read_source(path: Path, what: str) -> str:
     A byte order mark is refused, as by transformers, to which it is part of the text.
 
     Args:
-        path: of the file.
-        what: it should be, for the message.
+        path: Path of the file.
+        what: Kind of the file, for the message.
 
     Raises:
         BundleError: the file is unreadable, not UTF-8, begins with a byte order mark, or is only a

@@ -47,8 +47,8 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, Spe
     """Open a folder's tokenizer.
 
     Args:
-        folder: where ``tokenizer.json`` lies.
-        config: what ``tokenizer_config.json`` says.
+        folder: Folder with ``tokenizer.json``.
+        config: Contents of ``tokenizer_config.json``.
 
     Returns:
         The tokenizer, which neither cuts nor pads, and its special tokens.

@@ -30,13 +30,13 @@ class TextStream:
     and text that may be the beginning of a stop string. All pieces together are the decoded text.
 
     Args:
-        codec: the tokenizer.
-        stop: the text ends before the first of these that is complete, wherever in it tokens begin
+        codec: Tokenizer of the text.
+        stop: Stop strings; the text ends before the first that is complete, wherever tokens begin
             and end.
-        min_tokens: one that is complete before so many tokens ends nothing.
+        min_tokens: Number of tokens before which a complete stop string ends nothing.
 
     Attributes:
-        is_stopped: a stop string is complete; no more text will come.
+        is_stopped: Whether a stop string is complete; no more text will come.
     """
 
     def __init__(self, codec: Codec, stop: Seq[str] = (), min_tokens: int = 0) -> None:

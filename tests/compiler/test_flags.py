@@ -21,11 +21,14 @@ from trimode.calib.evaluate.quantization.sensitivity import DropLimit
 from trimode.calib.sampler.settings import SamplerJobSettings
 from trimode.calib.scales.job import ScalesJob
 from trimode.calib.scales.settings import QuantizeSettings
+from trimode.cli.build import run_build
 from trimode.cli.calibrate.sampler import sampler_command
 from trimode.cli.calibrate.scales import run_calibrate
 from trimode.cli.calibrate.training import run_training
-from trimode.cli.flags import FLAGS
+from trimode.cli.flags import BUILD_FLAGS, FLAGS, VERIFY_FLAGS
 from trimode.cli.main import app
+from trimode.compiler.options import BuildOptions
+from trimode.compiler.verify.run import verify
 from trimode.errors import CheckpointError, TrimodeError, UsageError
 from trimode.runtime.text.prompts import USUAL_STYLE
 
@@ -81,6 +84,67 @@ def test_parameters_and_flags_exist() -> None:
         for option in parameter.opts
     }
     assert set(FLAGS.values()) <= options
+
+
+SPEAKING = ("compiler", "graphs", "src/trimode/formats")
+FROM_OTHERS = ("compiler/passes", "compiler/tensorrt")
+
+
+def errors_of_the_compiler() -> Iterator[tuple[str, str]]:
+    """The texts of errors and hints, with their places."""
+    root = CALIB.parent
+    for folder in SPEAKING:
+        for path in sorted((root / folder).rglob("*.py")):
+            place = str(path.relative_to(root))
+            if path.is_symlink() or place.startswith(FROM_OTHERS):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                    for text in texts(node):
+                        yield f"{place}:{node.lineno}", text
+
+
+def test_parameters_of_the_compiler_have_flags_and_no_error_names_a_flag() -> None:
+    known = BUILD_FLAGS | VERIFY_FLAGS
+    spoken = [
+        (place, name) for place, text in errors_of_the_compiler() for name in SPOKEN.findall(text)
+    ]
+    assert len(spoken) > 20
+    assert [(place, name) for place, name in spoken if name not in known] == []
+    commands = re.compile(r"`(trimode|hf) [^`]*`")
+    for place, text in errors_of_the_compiler():
+        assert not re.search(r"(?<!\S)--[a-z]", commands.sub("", text)), place
+
+
+@pytest.mark.parametrize(
+    ("flags", "called", "command"),
+    [(BUILD_FLAGS, BuildOptions, "build"), (VERIFY_FLAGS, verify, "verify")],
+)
+def test_parameters_and_flags_of_the_compiler_exist(
+    flags: dict[str, str], called: Any, command: str
+) -> None:
+    # a target is chosen when the bundle is opened, before anything is compared
+    assert set(flags) - {"target"} <= set(inspect.signature(called).parameters)
+    group: Any = typer.main.get_command(app)
+    assert set(flags.values()) <= {
+        name for parameter in group.commands[command].params for name in parameter.opts
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BuildOptions(max_batch=0), "expected --max-batch from 1"),
+        (BuildOptions(num_jobs=0), "expected --jobs of at least 1"),
+        (BuildOptions(workspace_mib=0), "expected --workspace of at least 1"),
+        (BuildOptions(targets=("auto",)), "--target auto: expected a GPU"),
+        (BuildOptions(precision="int4"), "--precision int4: expected --calibration, found none"),
+    ],
+)
+def test_a_build_names_its_flags(tmp_path: Path, options: BuildOptions, message: str) -> None:
+    demo = CALIB.parent / "artifacts" / "nld-tiny"
+    with pytest.raises(UsageError, match=message):
+        run_build(demo, tmp_path / "bundle", options, as_json=False)
 
 
 def test_renaming_keeps_the_rest() -> None:

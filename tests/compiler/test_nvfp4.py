@@ -502,7 +502,7 @@ def test_gpus_before_blackwell_are_refused(
         ),
     ) as refusal:
         build_bundle(checkpoint, tmp_path / "b", options)
-    assert "--precision bf16" in refusal.value.hint or target == "t4"
+    assert "`precision` bf16" in refusal.value.hint or target == "t4"
     assert list(tmp_path.iterdir()) == []
 
 

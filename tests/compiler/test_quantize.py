@@ -736,18 +736,18 @@ def test_the_pack_is_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     [
         (
             BuildOptions(precision="int4"),
-            "int4: expected --calibration, found none",
-            "--data PROMPTS.jsonl -o CAL`; or pass --calibration rtn",
+            "int4: expected `calibration`, found none",
+            "--data PROMPTS.jsonl -o CAL`; or pass `calibration` rtn",
         ),
-        (BuildOptions(precision="fp8"), "fp8: expected --calibration, found none", "-o CAL`"),
+        (BuildOptions(precision="fp8"), "fp8: expected `calibration`, found none", "-o CAL`"),
         (
             BuildOptions(precision="fp8", calibration="rtn"),
-            "expected --precision int8, int4 or nvfp4, found fp8",
+            "expected `precision` int8, int4 or nvfp4, found fp8",
             "trimode calibrate",
         ),
         (
             BuildOptions(precision="bf16", calibration="rtn"),
-            "expected --calibration with --precision fp8, int8, int4 or nvfp4, found bf16",
+            "expected `calibration` with `precision` fp8, int8, int4 or nvfp4, found bf16",
             "leave",
         ),
         (

@@ -174,7 +174,7 @@ def methods(model: TriModeModel) -> dict[str, tuple[Callable[..., Any], tuple[st
             lambda **o: model.generate_batch([[20], [30]], "ar", **o),
             tuple(set(every) - {"seed", "max_new_tokens"}),
         ),
-        "join": (lambda **o: model.new_batch(1).add([20], "ar", **o), every),
+        "add": (lambda **o: model.new_batch(1).add([20], "ar", **o), every),
         "resume": (
             lambda **o: (batch := model.new_batch(1)).resume(batch.add([20], "ar"), "ar", **o),
             every,
@@ -203,7 +203,7 @@ METHODS = (
     "stream",
     "continue_sequence",
     "generate_batch",
-    "join",
+    "add",
     "resume",
 )
 
@@ -245,7 +245,7 @@ def test_every_option_is_in_the_table() -> None:
         ("generate_batch", "max_row", "max_rows"),
         ("self_spec_generate", "Seed", "seed"),
         ("auto_generate", "stops", "stop"),
-        ("join", "sampling", "sampler"),
+        ("add", "sampling", "sampler"),
         ("resume", "step", "steps"),
     ],
 )

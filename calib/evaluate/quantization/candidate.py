@@ -26,7 +26,7 @@ from trimode.graphs.numerics.quantization import RTN, load_quantization
 from trimode.graphs.numerics.scales import LayerScales
 
 COMPUTE_TYPE: DType = "bfloat16"
-"""What GPUs compute in: the type of scales, and of weights that are not quantized."""
+"""Compute type of GPUs: the type of scales, and of weights that are not quantized."""
 
 ROUNDED: dict[str, QuantizedPrecision] = {
     "rtn-int8": "int8",
@@ -82,7 +82,7 @@ class Candidate:
         }
 
     def _known(self, trunk: TriModeTrunk, layer: str) -> LayerScales:
-        """Return the scales of a layer, from its weights if none are known."""
+        """Return a layer's scales, from its weights if none are known."""
         scales = self.layers[layer]
         if scales.weight is not None:
             return scales

@@ -150,7 +150,7 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _logits_after(session: TorchSession, tokens: Text) -> NDArray[np.float64]:
-    """Return the logits (V,) of the next token, after a text in one forward."""
+    """Return the next token's logits (V,), after one forward over a text."""
     text = np.array([tokens], np.int64)
     _, logits = session.run("ar", session.new_cache(), text, 0)
     return np.asarray(logits[0], np.float64)

@@ -24,7 +24,7 @@ from trimode.calib.scales.statistics import LOSSLESS_DB
 from trimode.errors import CheckpointError
 
 _ROWS_AT_A_TIME = 64
-"""Of logits in float64: with 131072 tokens, 64 MiB."""
+"""Rows of logits in float64: with 131072 tokens, 64 MiB."""
 
 
 class Fidelity:

@@ -223,7 +223,7 @@ def _paths(oracle: BlockOracle, settings: LightSettings) -> dict[str, Path]:
 
 
 def _up_to_end(tokens: Ids, eos: tuple[int, ...]) -> list[int]:
-    """Return the tokens up to the first that ends a text, it included."""
+    """Return the tokens up to and with the first end token."""
     ends = np.flatnonzero(np.isin(tokens, eos))
     kept: list[int] = tokens[: ends[0] + 1 if len(ends) else None].tolist()
     return kept

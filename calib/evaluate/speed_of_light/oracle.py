@@ -38,7 +38,7 @@ from trimode.runtime.sessions.base import Array, Ids
 Oracle = Literal["prefix", "any"]
 ORACLES: tuple[Oracle, ...] = ("prefix", "any")
 MAX_FORWARDS = 5000
-"""Of one search, as in the report."""
+"""Most forwards of one search, as in the report."""
 
 Denoise = Callable[[Ids], tuple[Array, Array]]
 """Ids and probabilities ``(L, n)`` of each slot's candidates, best first, for a block ``(L,)``."""

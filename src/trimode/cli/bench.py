@@ -60,7 +60,10 @@ def bench(
     output: options.Output = None,
     as_json: Json = False,
 ) -> None:
-    """Measure milliseconds per forward on this machine, and keep them for `run --mode auto`."""
+    """Measure milliseconds per forward on this machine.
+
+    `run --mode auto` uses the timings.
+    """
     timer: dict[str, Any] = {"rows": rows, "past": past, "batch": batch, "repeats": repeats}
     counter: dict[str, Any] = {"block_length": block_length, "thresholds": thresholds}
     counter["max_new_tokens"] = max_new_tokens

@@ -1,4 +1,4 @@
-"""``trimode build``: options to a bundle, and what to say about it."""
+"""Implements ``trimode build``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trimode.cli.flags import BUILD_FLAGS, flags_in_errors
 from trimode.cli.options import build as options
 from trimode.cli.options.shared import CheckpointPath, Json
 from trimode.cli.parse import need, parse_optional_ints
@@ -37,7 +38,10 @@ def build(
     force: options.Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, or add targets or a precision to a bundle."""
+    """Compile a checkpoint into a bundle, or add to a bundle.
+
+    Targets and precisions can be added.
+    """
     need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock")
     from trimode.compiler.options import BuildOptions
     from trimode.runtime.bundle.cache_folder import usual_folder
@@ -64,12 +68,12 @@ def build(
 
 
 def run_build(checkpoint: Path, output: Path, chosen: BuildOptions, *, as_json: bool) -> None:
-    """Build with progress on stderr; report on stderr or, as JSON, on stdout."""
+    """Build with progress on stderr; report there or as JSON."""
     from trimode.cli.console import RichProgress
     from trimode.cli.output import print_json
     from trimode.compiler.pipeline import build_bundle
 
-    with RichProgress() as progress:
+    with flags_in_errors(BUILD_FLAGS), RichProgress() as progress:
         result = build_bundle(checkpoint, output, chosen, progress)
     if as_json:
         print_json(_as_data(output, result))
@@ -78,7 +82,7 @@ def run_build(checkpoint: Path, output: Path, chosen: BuildOptions, *, as_json: 
 
 
 def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
-    """What the plans of the engines that were built now give reason to say."""
+    """Return what the plans of newly built engines give reason to say."""
     from trimode.compiler.plans.report import read_plans, warnings_of
 
     targets = {
@@ -89,7 +93,10 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
 
 
 def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
-    """``rtn`` is the method, anything else a folder (``./rtn`` too)."""
+    """Parse ``rtn`` as the method, anything else as a folder.
+
+    ``./rtn`` is a folder, too.
+    """
     from trimode.graphs.numerics.quantization import RTN
 
     if value is None or value == RTN:

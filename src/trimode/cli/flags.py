@@ -45,10 +45,28 @@ FLAGS = {
 """Flags of ``trimode calibrate`` and ``trimode report``, by parameter of the library."""
 
 
-VERIFY_FLAGS = {
-    name: f"--{name.replace('_', '-')}"
-    for name in ("calibration", "long", "max_length", "max_new_tokens", "sampler", "seed", "target")
+_OF_BUILD = (
+    "block_lengths",
+    "calibration",
+    "capacities",
+    "drafter",
+    "force",
+    "max_batch",
+    "max_length",
+    "precision",
+    "quadratic",
+    "sampler",
+    "weights",
+)
+BUILD_FLAGS = {
+    **{name: f"--{name.replace('_', '-')}" for name in _OF_BUILD},
+    "num_jobs": "--jobs",
+    "targets": "--target",
+    "workspace_mib": "--workspace",
 }
+"""Flags of ``trimode build``."""
+_OF_VERIFY = ("calibration", "long", "max_new_tokens", "sampler", "seed", "target")
+VERIFY_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_VERIFY}
 """Flags of ``trimode verify``."""
 
 

@@ -13,6 +13,7 @@ from trimode.cli.options.shared import BundlePath, Json
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
+    from trimode.formats.contract import ModelInfo
     from trimode.formats.manifest import (
         CalibrationRecord,
         Manifest,
@@ -29,12 +30,14 @@ def inspect(
     plans: Annotated[
         bool,
         typer.Option(
-            "--plans", help="Show the memory traffic of a forward, for each TensorRT-RTX engine."
+            "--plans",
+            help="Show the memory traffic of a forward, for each TensorRT-RTX engine; with "
+            "--target cpu, what ONNX Runtime packs and what it rearranges.",
         ),
     ] = False,
     target: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Target whose engines --plans shows; default: all."),
+        typer.Option(metavar="NAME", help="Target that --plans shows; default: all with engines."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +89,9 @@ def sharing(manifest: Manifest) -> dict[str, int]:
 def _readers(record: PrecisionRecord) -> int:
     """Compiled graphs that read the packs."""
     return sum(
-        len(target.graphs) for target in record.targets.values() if target.placement != "baked"
+        len(list(target.engines))
+        for target in record.targets.values()
+        if target.placement != "baked"
     )
 
 
@@ -179,10 +184,10 @@ def _precision(manifest: Manifest, name: PrecisionName, record: PrecisionRecord)
     )
     yield f"               {record.weight_bytes / 1e6:.1f} MB of weights, in {packs}"
     yield f"               portable graphs {', '.join(record.graphs.values())}"
-    yield from _targets(record)
+    yield from _targets(manifest, record)
 
 
-def _targets(precision: PrecisionRecord) -> Iterator[str]:
+def _targets(manifest: Manifest, precision: PrecisionRecord) -> Iterator[str]:
     for name, record in precision.targets.items():
         where = (
             f"compute capability {record.compute_capability}"
@@ -194,12 +199,32 @@ def _targets(precision: PrecisionRecord) -> Iterator[str]:
             f"weights {record.placement}"
         )
         if record.capacity is not None:
-            yield f"               K/V cache of {record.capacity} slots"
-            yield from (
-                f"               {role:<9} {_profiles(engine.profiles)}"
-                for role, engine in record.graphs.items()
-            )
+            yield from _capacities(manifest, record)
     yield from _baked(precision.targets)
+
+
+def _capacities(manifest: Manifest, record: TargetRecord) -> Iterator[str]:
+    from trimode.formats.safetensors import NUMBER_BYTES
+
+    lengths = (*(one.max_length for one in record.smaller), manifest.model.max_length)
+    for one, length in zip(record.by_capacity(), lengths, strict=True):
+        assert one.capacity is not None
+        slot_bytes = NUMBER_BYTES[one.compute_dtype] * _slot_numbers(manifest.model)
+        cache = f"{one.capacity * slot_bytes / 1e6:.1f} MB a sequence"
+        size = sum(manifest.files[engine.file].num_bytes for engine in one.graphs.values())
+        yield (
+            f"               K/V cache of {one.capacity} slots ({cache}), texts of up to {length} "
+            f"tokens, engines of {size / 1e6:.1f} MB"
+        )
+        yield from (
+            f"               {role:<9} {_profiles(engine.profiles)}"
+            for role, engine in one.graphs.items()
+        )
+
+
+def _slot_numbers(model: ModelInfo) -> int:
+    """Numbers of one slot: keys and values of all layers."""
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
 
 
 def _sharing(manifest: Manifest) -> Iterator[str]:
@@ -224,9 +249,9 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
 
 
 def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
-    """Yield the price of weights that engines hold beside the pack, a line a target."""
+    """Yield for each target the bytes that engines hold beside packs."""
     for name, record in targets.items():
-        held = [engine.constant_bytes for engine in record.graphs.values() if engine.constant_bytes]
+        held = [engine.constant_bytes for engine in record.engines if engine.constant_bytes]
         if held and record.placement != "baked":
             yield (
                 f"each of the {len(held)} engines of {name} holds"

@@ -1,4 +1,4 @@
-"""``trimode inspect --plans``: what the engines of a bundle move in a forward."""
+"""Implements ``trimode inspect --plans``: bytes that engines move in a forward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from trimode.cli.cpu_plans import inspect_cpu_graphs, is_cpu
 from trimode.cli.output import print_json
 from trimode.compiler.plans.report import (
     EnginePlan,
@@ -18,7 +19,7 @@ from trimode.compiler.plans.report import (
     read_plans,
 )
 from trimode.errors import UsageError
-from trimode.formats.manifest import Manifest
+from trimode.formats.manifest import Manifest, TargetRecord
 from trimode.formats.plans import PlanRecord, UnreadPlan
 from trimode.runtime.bundle.open import open_bundle
 
@@ -49,6 +50,9 @@ def inspect_plans(path: Path, target: str | None, *, as_json: bool) -> None:
         UsageError: the bundle has no such target, or no engine that holds its plan.
     """
     manifest = open_bundle(path, verify=False).manifest
+    if target is not None and any(is_cpu(one) for one in _records(manifest, target)):
+        inspect_cpu_graphs(path, manifest, target, as_json=as_json)
+        return
     _check_target(path, manifest, target)
     plans = read_plans(path, manifest.precisions, target)
     if as_json:
@@ -58,6 +62,12 @@ def inspect_plans(path: Path, target: str | None, *, as_json: bool) -> None:
     console.print(_table(plans))
     for line in (*_notes(plans), _NOTE):
         console.print(line, markup=False)
+
+
+def _records(manifest: Manifest, target: str) -> list[TargetRecord]:
+    """The records of one target, of each precision that has it."""
+    precisions = manifest.precisions.values()
+    return [one.targets[target] for one in precisions if target in one.targets]
 
 
 def _check_target(path: Path, manifest: Manifest, target: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from trimode.cli.calibrate.questions import Inputs, read_inputs
 from trimode.cli.flags import flags_in_errors
 from trimode.cli.options import calibrate as options
 from trimode.cli.options.shared import CheckpointPath, Device, Json, NoFigure, Raw, System, Thinking
@@ -96,7 +97,7 @@ def run_report(
         check_apart(output, checkpoint_path, data, *folders)
         if draws:
             load_matplotlib()  # it takes minutes to need it, and no time to miss it
-        report = _measure(checkpoint_path, data, calibrations, settings, style)
+        report = _measure(read_inputs(checkpoint_path, calibrations, data, style), settings)
     save_report(output, report, draws=draws)
     if as_json:
         print_json(report, indent=1)
@@ -111,34 +112,20 @@ def run_report(
     return report.passed
 
 
-def _measure(
-    checkpoint_path: Path,
-    data: Path,
-    calibrations: Sequence[str],
-    settings: QualitySettings,
-    style: PromptStyle,
-) -> Report:
-    from trimode.calib.evaluate.quantization.candidate import read_candidate
+def _measure(inputs: Inputs, settings: QualitySettings) -> Report:
     from trimode.calib.evaluate.quantization.job import measure
-    from trimode.calib.evaluate.quantization.questions import read_questions
     from trimode.cli.console import RichProgress
-    from trimode.formats.files import sha256_of
-    from trimode.graphs.checkpoint import describe_model, open_checkpoint
 
-    checkpoint = open_checkpoint(checkpoint_path)
-    candidates = [read_candidate(name, checkpoint) for name in calibrations]
-    model = describe_model(checkpoint)
-    questions, to_text = read_questions(data, style, checkpoint_path, model)
     with RichProgress() as progress:
         return measure(
-            checkpoint,
-            model,
-            questions,
-            sha256_of(data),
-            candidates,
+            inputs.checkpoint,
+            inputs.model,
+            inputs.questions,
+            inputs.sha256,
+            inputs.candidates,
             settings,
             progress=progress,
-            to_text=to_text,
+            to_text=inputs.to_text,
         )
 
 

@@ -67,7 +67,10 @@ def run(
     timings: options.TimingsFile = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text or token ids; exit code 2 if a line of --prompts-file has no answer."""
+    """Generate text or token ids.
+
+    The exit code is 2 if a line of --prompts-file has no answer.
+    """
     decoding = {
         "max_new_tokens": max_new_tokens,
         "use_drafter": not no_drafter,

@@ -1,4 +1,4 @@
-"""``trimode verify``: compares a bundle with its checkpoint.
+"""Implements ``trimode verify``: compares a bundle with its checkpoint.
 
 Graphs are compared output by output, generations token by token.
 """
@@ -65,7 +65,10 @@ def verify(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with its checkpoint in PyTorch; exit code 1 if they differ."""
+    """Compare a bundle with its checkpoint in PyTorch.
+
+    The exit code is 1 if they differ.
+    """
     need("the reference", "verify", "torch", "polygraphy", "onnxruntime")
     passed = run_verify(
         bundle,
@@ -98,9 +101,10 @@ def run_verify(
     as_json: bool = False,
     **choices: Unpack[VerifyChoices],
 ) -> bool:
-    """Verify, write ``verification.json``, print what was found; returns whether all of it passed.
+    """Verify, write ``verification.json``, and tell whether all passed.
 
-    An earlier ``verification.json`` stays as it is where an error is raised.
+    What was found is printed. An earlier ``verification.json`` stays as it is where an error is
+    raised.
 
     Raises:
         UsageError: an option is out of range, the bundle has no such precision or target, or

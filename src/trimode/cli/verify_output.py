@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from trimode.cli.tables import plain_table, table_console
 from trimode.formats.verification import (
     GraphParity,
     OutputRecord,
@@ -49,9 +49,7 @@ _NO_NUMBER = "no number"
 
 def show_verification(verification: Verification, checkpoint: Path) -> None:
     """Print the figures as two tables, and what they come to."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
+    console = table_console()
     console.print(_subject(verification, checkpoint))
     for line in _quantized_lines(verification):
         console.print(line)
@@ -88,7 +86,7 @@ def _summary(found: Verification) -> str:
 
 
 def _quantized_lines(verification: Verification) -> Iterator[str]:
-    """What is said of quantized weights, their scales and quantized inputs."""
+    """Yield lines on quantized weights, their scales and quantized inputs."""
     weights, scales = verification.weights, verification.scales
     if weights is not None:
         differing = "".join(
@@ -123,13 +121,9 @@ def _quantized_lines(verification: Verification) -> Iterator[str]:
         )
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    return Table(*headings, title=title, title_justify="left", box=None, header_style="bold")
-
-
 def _graph_table(records: Sequence[GraphParity]) -> Table:
-    """A line an output; portable graphs are marked."""
-    table = _table("graphs against the torch trunk", _GRAPH_HEADINGS)
+    """Make a table with a line an output; portable graphs are marked."""
+    table = plain_table(*_GRAPH_HEADINGS, title="graphs against the torch trunk")
     for record in records:
         for index, output in enumerate(record.outputs):
             table.add_row(*_graph_row(record, output, is_first=index == 0))
@@ -137,7 +131,10 @@ def _graph_table(records: Sequence[GraphParity]) -> Table:
 
 
 def _graph_row(record: GraphParity, output: OutputRecord, *, is_first: bool) -> Iterator[str]:
-    """Cells of one output; the first line of a comparison speaks for its ids too."""
+    """Return the cells of one output.
+
+    The first line of a comparison speaks for its ids too.
+    """
     same = " ".join(f"{ids.num_equal}/{ids.num_compared}" for ids in record.ids)
     yield record.graph
     yield record.subject
@@ -153,7 +150,7 @@ def _graph_row(record: GraphParity, output: OutputRecord, *, is_first: bool) -> 
 
 
 def _token_table(records: Sequence[TokenParity]) -> Table:
-    table = _table("tokens", _TOKEN_HEADINGS)
+    table = plain_table(*_TOKEN_HEADINGS, title="tokens")
     for record in records:
         table.add_row(
             record.mode.replace("_", "-"),
@@ -172,7 +169,7 @@ def _token_table(records: Sequence[TokenParity]) -> Table:
 
 
 def _preference(record: TokenParity) -> str:
-    """By how much the reference prefers its own token; blank where nothing differs."""
+    """Say how much the reference prefers its token; blank without difference."""
     return "" if record.first_divergence is None else _figure(record.preference)
 
 

@@ -124,6 +124,9 @@ def _of_lengths(target: TargetRecord, max_length: int) -> Iterator[str]:
     for what, found in (("lengths", lengths), ("capacities", slots)):
         if found != sorted(set(found)):
             yield f"expected {what} of text that ascend, found {', '.join(map(str, found))}"
+    for length, capacity in zip(lengths, slots, strict=True):
+        if capacity < length:
+            yield f"expected a capacity for texts of {length} tokens, found {capacity} slots"
 
 
 def _of_engines(target: TargetRecord) -> Iterator[str]:

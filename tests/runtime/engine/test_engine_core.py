@@ -275,7 +275,7 @@ def test_reading_alone_takes_whole_chunks() -> None:
 def test_no_row_starves() -> None:
     """A lone row in a capacity and a mode of its own goes on among many that come and go."""
     driver = Driver(max_rows=4)
-    lone = driver.submit(prompt(150), "linear_spec", max_new_tokens=40)
+    lone = driver.submit(prompt(150), "linear_spec", max_new_tokens=20)
     last, gaps, number = 0.0, [], 0
     while not lone.handle.done:
         while len(driver.core.rows) + len(driver.core.waiting) < 8:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimode.cli.calibrate.questions import Inputs, read_inputs
 from trimode.cli.flags import flags_in_errors
 from trimode.cli.options import calibrate as options
 from trimode.cli.options.shared import CheckpointPath, Device, Json, Raw, System, Thinking
@@ -82,7 +83,8 @@ def run_sensitivity(
         CALIBRATION.check(output)
         check_apart(output, checkpoint_path, data)
         calibration, scales = load_calibration(calibration_path)
-        found = _search(checkpoint_path, data, calibration_path, limit, settings, style)
+        inputs = read_inputs(checkpoint_path, [str(calibration_path)], data, style)
+        found = _search(inputs, limit, settings)
     record = save_without(output, calibration, scales, found)
     if as_json:
         print_json(_as_data(output, record.algorithm, found))
@@ -91,36 +93,21 @@ def run_sensitivity(
     sys.stderr.write(_in_words(output, found) + "\n")
 
 
-def _search(
-    checkpoint_path: Path,
-    data: Path,
-    calibration_path: Path,
-    limit: DropLimit,
-    settings: QualitySettings,
-    style: PromptStyle,
-) -> SensitivityRecord:
-    from trimode.calib.evaluate.quantization.candidate import read_candidate
-    from trimode.calib.evaluate.quantization.questions import read_questions
+def _search(inputs: Inputs, limit: DropLimit, settings: QualitySettings) -> SensitivityRecord:
     from trimode.calib.evaluate.quantization.sensitivity import search
     from trimode.cli.console import RichProgress
-    from trimode.formats.files import sha256_of
-    from trimode.graphs.checkpoint import describe_model, open_checkpoint
 
-    checkpoint = open_checkpoint(checkpoint_path)
-    candidate = read_candidate(str(calibration_path), checkpoint)
-    model = describe_model(checkpoint)
-    questions, to_text = read_questions(data, style, checkpoint_path, model)
     with RichProgress() as progress:
         return search(
-            checkpoint,
-            model,
-            candidate,
-            questions,
-            sha256_of(data),
+            inputs.checkpoint,
+            inputs.model,
+            inputs.candidates[0],
+            inputs.questions,
+            inputs.sha256,
             limit,
             settings,
             progress=progress,
-            to_text=to_text,
+            to_text=inputs.to_text,
         )
 
 

@@ -1,4 +1,4 @@
-"""Options of ``trimode build``."""
+"""Declares the options of ``trimode build``."""
 
 from __future__ import annotations
 
