@@ -29,6 +29,9 @@ from trimode import Engine, TriModeModel
 from trimode.calib.demo.tasks import examples
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.auto.timings import ForwardTime, Timings, read_timings, subject_of
+from trimode.runtime.engine.load.policy import SHORT_INTERVAL, LoadSettings
+from trimode.runtime.engine.load.setup import load_modes
+from trimode.runtime.engine.load.state import RowState
 from trimode.runtime.measure.forwards import TimerSettings, check_settings, time_forwards
 
 LENGTHS = (4, 8, 16, 32)
@@ -37,6 +40,7 @@ MAX_NEW_TOKENS = 128
 WARM_UP = 2
 """Rounds that do not count, in which estimates and tables settle."""
 PROMPTS = 24
+SHORTEST_INTERVAL_MS = SHORT_INTERVAL * LoadSettings().least_interval_ms
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     **{f"linear_spec {n}": {"mode": "linear_spec", "block_length": n} for n in LENGTHS},
@@ -131,7 +135,7 @@ def cost(model: TriModeModel, timings: Timings, rows: int, rounds: int) -> dict[
             "auto by load": answer_with(engine, {"mode": "auto"}),
         }
         cpu, wall = race(ways, questions(model, PROMPTS), rounds)
-        work_us = following_us(engine)
+        work_us, evaluation_us = following_us(engine), evaluating_us(loaded, rows)
         step_us = 1e6 * cpu["ar"] / (plain.stats().steps / (rounds + WARM_UP))
     ratio = {"cpu": cpu["auto by load"] / cpu["ar"], "wall": wall["auto by load"] / wall["ar"]}
     share = work_us / step_us
@@ -144,7 +148,22 @@ def cost(model: TriModeModel, timings: Timings, rows: int, rounds: int) -> dict[
         "following_us_a_row_and_step": work_us,
         "ar_step_us": step_us,
         "following_over_ar_step": rows * share,
+        "evaluation_us": evaluation_us,
+        "evaluations_share_at_most": evaluation_us / 1e3 / SHORTEST_INTERVAL_MS,
     }
+
+
+def evaluating_us(model: TriModeModel, rows: int) -> float:
+    """Processor time of one evaluation of all choices for so many rows."""
+    assert model.timings is not None
+    modes = load_modes(model.timings, use_drafter=model.model.has_drafter)
+    assert modes is not None
+    likely = modes.row([1], lambda: AR_STEP).likely
+    states = [RowState(key, "auto", 100, 100, likely) for key in range(rows)]
+    timed = timeit.repeat(
+        lambda: modes.policy.plan(states, 0.0), number=200, timer=time.process_time
+    )
+    return 1e6 * min(timed) / 200
 
 
 def following_us(engine: Engine) -> float:
