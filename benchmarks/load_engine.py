@@ -15,6 +15,7 @@ import argparse
 import itertools
 import random
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ from benchmarks.auto_mode import encode
 from benchmarks.common import arguments_of, save
 from trimode import Engine, TriModeModel
 from trimode.calib.demo.tasks import examples
-from trimode.runtime.auto.timings import ForwardTime, Timings, subject_of
+from trimode.runtime.auto.policy import AR_STEP
+from trimode.runtime.auto.timings import ForwardTime, Timings, read_timings, subject_of
+from trimode.runtime.engine.load.policy import SHORT_INTERVAL, LoadSettings
+from trimode.runtime.engine.load.setup import load_modes
+from trimode.runtime.engine.load.state import RowState
 from trimode.runtime.measure.forwards import TimerSettings, check_settings, time_forwards
 
 LENGTHS = (4, 8, 16, 32)
@@ -35,6 +40,7 @@ MAX_NEW_TOKENS = 128
 WARM_UP = 2
 """Rounds that do not count, in which estimates and tables settle."""
 PROMPTS = 24
+SHORTEST_INTERVAL_MS = SHORT_INTERVAL * LoadSettings().least_interval_ms
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     **{f"linear_spec {n}": {"mode": "linear_spec", "block_length": n} for n in LENGTHS},
@@ -63,9 +69,9 @@ def table_of(model: TriModeModel, threads: int, forwards: tuple[ForwardTime, ...
 
 
 def where_ar_wins(timings: Timings) -> tuple[ForwardTime, ...]:
-    """The same forwards, drafts and verifications taking ten times as long."""
+    """The same forwards, drafts and verifications taking thirty times as long."""
     names = ("least_ms", "lower_quartile_ms", "median_ms", "upper_quartile_ms")
-    factors = dict.fromkeys(names, 10.0)
+    factors = dict.fromkeys(names, 30.0)
     return tuple(
         one
         if one.graph == "ar"
@@ -129,9 +135,55 @@ def cost(model: TriModeModel, timings: Timings, rows: int, rounds: int) -> dict[
             "auto by load": answer_with(engine, {"mode": "auto"}),
         }
         cpu, wall = race(ways, questions(model, PROMPTS), rounds)
+        work_us, evaluation_us = following_us(engine), evaluating_us(loaded, rows)
+        step_us = 1e6 * cpu["ar"] / (plain.stats().steps / (rounds + WARM_UP))
     ratio = {"cpu": cpu["auto by load"] / cpu["ar"], "wall": wall["auto by load"] / wall["ar"]}
-    print(f"rows {rows}: auto that picks AR over ar: {ratio}", flush=True)
-    return {"rows": rows, "cpu_s": cpu, "wall_s": wall, "auto_over_ar": ratio}
+    share = work_us / step_us
+    print(f"rows {rows}: auto that picks AR over ar: {ratio}, counted {share:.4f}", flush=True)
+    return {
+        "rows": rows,
+        "cpu_s": cpu,
+        "wall_s": wall,
+        "auto_over_ar": ratio,
+        "following_us_a_row_and_step": work_us,
+        "ar_step_us": step_us,
+        "following_over_ar_step": rows * share,
+        "evaluation_us": evaluation_us,
+        "evaluations_share_at_most": evaluation_us / 1e3 / SHORTEST_INTERVAL_MS,
+    }
+
+
+def evaluating_us(model: TriModeModel, rows: int) -> float:
+    """Processor time of one evaluation of all choices for so many rows."""
+    assert model.timings is not None
+    modes = load_modes(model.timings, use_drafter=model.model.has_drafter)
+    assert modes is not None
+    likely = modes.row([1], lambda: AR_STEP).likely
+    states = [RowState(key, "auto", 100, 100, likely) for key in range(rows)]
+    timed = timeit.repeat(
+        lambda: modes.policy.plan(states, 0.0), number=200, timer=time.process_time
+    )
+    return 1e6 * min(timed) / 200
+
+
+def following_us(engine: Engine) -> float:
+    """Processor time of what a row does in an AR step because it follows a plan.
+
+    Ratios of two runs vary by more than this on a busy machine, so it is timed alone.
+    """
+    settings, count = engine._core.settings, 20_000
+    policy, observe = settings.mode_policy, settings.observe
+    assert policy is not None
+    assert observe is not None
+    row = settings.make_row_policy([1, 2, 3], lambda: AR_STEP)
+
+    def step() -> None:
+        policy.is_due(1, -1e12)
+        row.choose(100, 50)
+        observe("ar", 1, 1, 100, 1.0)
+        row.record(1)
+
+    return 1e6 * min(timeit.repeat(step, number=count, timer=time.process_time)) / count
 
 
 def speed(model: TriModeModel, rows: int, rounds: int) -> dict[str, Any]:
@@ -168,9 +220,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--timings", type=Path, help="of `trimode bench -o`; else measured here")
     args = parser.parse_args()
     with TriModeModel.from_pretrained(args.bundle, num_threads=args.threads) as opened:
-        timings = measured(opened, args.threads, args.repeats)
+        timings = (
+            read_timings(args.timings)
+            if args.timings
+            else measured(opened, args.threads, args.repeats)
+        )
         model = TriModeModel(opened.bundle, opened.session, opened.target, args.threads, timings)
         costs = [cost(model, timings, rows, args.rounds) for rows in (1, 4)]
         speeds = [speed(model, rows, args.rounds) for rows in CONCURRENCY]

@@ -5,7 +5,7 @@
 Nothing is measured but on the CPU's own table: times are the machine's table
 (`benchmarks.simulator.machines`), texts are drawn (`benchmarks.simulator.texts`). The policy, the
 estimates of acceptance, the grouping and the rule for waiting are the runtime's. Writes
-`results/load_simulator.json` and a picture.
+`results/load_simulator.json`, and the picture of `docs/results/`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def draw(steady_rows: list[dict[str, Any]], changing: list[dict[str, Any]]) -> N
         _draw_steady(axes, own, texts)
     _draw_ramp(panels[1][1], next(one for one in changing if one["load"] == "ramp"))
     figure.suptitle("Simulated: 8B, BF16, one B200 (times from published throughput)")
-    path = RESULTS / "load_simulator.png"
+    path = RESULTS.parents[1] / "docs" / "results" / "load_simulator.png"
     figure.savefig(path, dpi=120)
     print(f"picture: {path.name}")
 
