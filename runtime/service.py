@@ -38,6 +38,7 @@ from trimode.runtime.service_parts import (
     check_fits,
     check_least,
     check_share,
+    check_within,
     open_model,
     open_stream,
     planned_by_load,
@@ -204,6 +205,7 @@ class Engine:
         if max_new_tokens is None:
             max_new_tokens = min(DEFAULT_NEW_TOKENS, room)
         check_fits(max_new_tokens, len(prompt), room)
+        check_within("system_length", system_length, len(prompt))
         choices["max_new_tokens"] = max_new_tokens
         options = self.model.read_options(mode, choices, self._core.settings.max_rows)
         now = time.perf_counter()

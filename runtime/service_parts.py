@@ -73,6 +73,14 @@ def check_least(name: str, value: int, least: int) -> None:
         raise UsageError(f"expected {name} of at least {least}, found {value}", "ask for more")
 
 
+def check_within(name: str, value: int, most: int) -> None:
+    """Raise :class:`UsageError` for a number of tokens that a prompt does not have."""
+    if not 0 <= value <= most:
+        raise UsageError(
+            f"expected {name} from 0 to {most}, found {value}", "count tokens of the prompt"
+        )
+
+
 def check_share(prefill_share: float, latency_target_ms: float) -> None:
     """Raise :class:`UsageError` for a share or a target out of its range."""
     if not 0 < prefill_share < 1:

@@ -29,6 +29,7 @@ from once import TracedOnce
 from prefix_checks import check_forwards_behind_a_prefix, check_random_copies, check_refusals
 from safetensors.torch import load_file, save_file
 
+from trimode import Engine
 from trimode.compiler.passes.base import lower, to_bytes
 from trimode.compiler.passes.join_roles import JoinRoles
 from trimode.compiler.passes.recipes import lower_for
@@ -609,6 +610,27 @@ def test_batches_move_to_larger_capacities(host: Host, kind: str) -> None:
             alone.nfe,
         )
     del batch, found
+    ours.close()
+
+
+@pytest.mark.parametrize("kind", [*SEVERAL, "one capacity"])
+def test_an_engine_reuses_prefixes_and_moves_rows(host: Host, kind: str) -> None:
+    """Prompts with common beginnings: the first at work, ended, and in another capacity."""
+    record = RECORDS["rtx"] if kind == "one capacity" else SEVERAL[kind]
+    ours, reference = host.model(record), host.references[record.compute_dtype]
+    modes: list[Any] = ["ar", "linear_spec", "diffusion", "quadratic_spec"]
+    options: dict[str, Any] = {"block_length": 8, "eos_token_ids": (), "max_new_tokens": 60}
+    stem = prompt_of(300)[0]
+    prompts = [[*stem[:n], 20 + n % 50] for n in (3, 40, 119, 130, 290, 40, 300, 119)]
+    with Engine(ours, max_rows=4) as engine:
+        handles = [
+            engine.submit(prompt, mode=mode, **options)
+            for prompt, mode in zip(prompts, modes * 2, strict=True)
+        ]
+        for handle, prompt, mode in zip(handles, prompts, modes * 2, strict=True):
+            alone = reference.stream([prompt], mode, **options).finish()
+            assert (handle.result().token_ids, handle.result().nfe) == (alone.token_ids, alone.nfe)
+        assert engine.stats().hits >= 5
     ours.close()
 
 

@@ -187,6 +187,7 @@ def test_refused_at_once(model: TriModeModel, engine: Engine) -> None:
         ({"ids": [1], "temperature": -1.0}, "temperature"),
         ({"ids": [1], "n": 0}, "n of at least 1"),
         ({"ids": [1], "tokens": 5}, "a keyword"),
+        ({"ids": [1, 2], "system_length": 3}, "system_length from 0 to 2"),
         ({"ids": [1], "cache_salt": 5}, "a string"),
         ({"ids": [1], "timeout_s": "soon"}, "a finite number"),
     ]:
