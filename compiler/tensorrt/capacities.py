@@ -87,7 +87,7 @@ def check_one_capacity(options: BuildOptions, precision: Precision) -> None:
     if options.capacities is not None:
         raise UsageError(
             f"expected one capacity in {precision}, whose engines hold the weights,"
-            f" found {len(options.capacities)}: each would hold another copy for each graph",
+            f" found {len(options.capacities)}: each would hold another copy",
             "leave `capacities` out, or choose bf16, fp8, or int8 with a calibration",
         )
 

@@ -192,7 +192,7 @@ def _failure(
     return BuildError(
         f"{task.name}: expected an engine,"
         f" found that the compiling process ended with {returncode}",
-        "check free memory (about 1 GB for each process), or pass --jobs 1",
+        "check free memory (about 1 GB for each process), or pass `num_jobs` 1",
     )
 
 
@@ -207,14 +207,14 @@ def explain_refusal(task: EngineTask, messages: list[str]) -> BuildError:
         )
         return BuildError(
             f"{where}: expected types the GPU can compute in, found {types[1]} ({task.precision})",
-            f"pass --precision {able}",
+            f"pass `precision` {able}",
         )
     if "workspace limit" in text:
         found = f"{(task.job.workspace_bytes or 0) >> 20} MiB"
         return BuildError(
             f"{task.name}: expected enough workspace for at least one kernel of each layer,"
             f" found {found}",
-            "pass a larger --workspace",
+            "pass a larger `workspace_mib`",
         )
     first = messages[0].splitlines()[0] if messages else "no message"
     return BuildError(

@@ -99,7 +99,7 @@ def check_settings(settings: TimerSettings, model: ModelInfo, session: Session) 
     """
     if settings.repeats is not None and settings.repeats < 1:
         raise UsageError(
-            f"expected --repeats of at least 1, found {settings.repeats}",
+            f"expected `repeats` of at least 1, found {settings.repeats}",
             f"{USUAL_REPEATS} is usual",
         )
     rows = _usual_rows(model, session) if settings.rows is None else settings.rows
@@ -111,12 +111,12 @@ def check_settings(settings: TimerSettings, model: ModelInfo, session: Session) 
     for cached in past:
         if not 1 <= cached <= longest:
             raise UsageError(
-                f"expected --past from 1 to {longest}, found {cached}",
+                f"expected `past` from 1 to {longest}, found {cached}",
                 "past and rows together fit into the model's longest text",
             )
     if not rows or not past:
         raise UsageError(
-            "expected at least one number for --rows and for --past, found none",
+            "expected at least one number for `rows` and for `past`, found none",
             "leave them out for the usual ones",
         )
     _check_batch(settings.batch, session)
@@ -137,7 +137,7 @@ def _check_rows(rows: Sequence[int], model: ModelInfo, session: Session) -> None
     for length in rows:
         if not 1 <= length <= model.max_block_length:
             raise UsageError(
-                f"expected --rows from 1 to {model.max_block_length}, found {length}",
+                f"expected `rows` from 1 to {model.max_block_length}, found {length}",
                 "1 is an AR step, the others are blocks",
             )
         if length > 1:
@@ -154,8 +154,8 @@ def _check_batch(sizes: Sequence[int], session: Session) -> None:
                 else f"from 1 to {most}, which the target was built for"
             )
             raise UsageError(
-                f"expected --batch {expected}, found {batch}",
-                "leave it out for single sequences, or build with a larger --max-batch",
+                f"expected `batch` {expected}, found {batch}",
+                "leave it out for single sequences, or build with a larger `max_batch`",
             )
 
 

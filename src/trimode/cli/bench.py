@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trimode
 from trimode.cli.bench_output import show
+from trimode.cli.flags import BENCH_FLAGS, flags_in_errors
 from trimode.cli.options import bench as options
 from trimode.cli.options.shared import (
     BundlePath,
@@ -143,7 +144,10 @@ def run_bench(bundle: Path, request: BenchRequest) -> None:
         if request.questions.file
         else []
     )
-    with TriModeModel.from_pretrained(bundle, **request.model) as model:
+    with (
+        flags_in_errors(BENCH_FLAGS),
+        TriModeModel.from_pretrained(bundle, **request.model) as model,
+    ):
         timings = _measure(model, questions, request)
     _keep(timings, request.output)
     if request.as_json:

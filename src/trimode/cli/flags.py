@@ -68,6 +68,9 @@ BUILD_FLAGS = {
 _OF_VERIFY = ("calibration", "long", "max_new_tokens", "sampler", "seed", "target")
 VERIFY_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_VERIFY}
 """Flags of ``trimode verify``."""
+_OF_BENCH = ("batch", "max_batch", "past", "repeats", "rows")
+BENCH_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_BENCH}
+"""Flags of ``trimode bench``, and of the build that it may ask for."""
 
 
 def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:
