@@ -335,8 +335,11 @@ def test_a_seed_reproduces_a_text_and_is_reported(built: Callable[[str], Built],
     drawn = model.stream([[20, 30]], mode, **options).finish()
     assert drawn.seed is not None
     again = model.stream([[20, 30]], mode, seed=drawn.seed, **options).finish()
-    other = model.stream([[20, 30]], mode, seed=drawn.seed + 1, **options).finish()
-    assert drawn.token_ids == again.token_ids != other.token_ids
+    assert drawn.token_ids == again.token_ids
+    # two seeds may draw the same text, and five hardly
+    seeds = range(drawn.seed + 1, drawn.seed + 6)
+    others = [model.stream([[20, 30]], mode, seed=seed, **options).finish() for seed in seeds]
+    assert any(other.token_ids != drawn.token_ids for other in others)
     # greedy: nothing is drawn
     assert model.stream([[20, 30]], mode, seed=3, max_new_tokens=3).finish().seed is None
 
