@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import fill, table
 from trimode.compiler.targets import TARGETS
 
 TOKENS_PER_CYCLE = {"3b": 4.36, "8b": 5.99, "14b": 5.96}
@@ -27,28 +27,13 @@ PUBLISHED = {
 
 
 def write_tables(measured: dict[str, Any], path: Path) -> None:
-    """Put the recorded figures into the page, each table between its two marks."""
-    text = path.read_text(encoding="utf-8")
+    """Put the recorded figures into the page."""
     parts = {
         "sizes": table(_size_rows(measured)),
         "published": table(_published_rows(measured)),
         "check": _check(measured.get("check")),
     }
-    for name, part in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(
-            pattern, lambda marks, part=part: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise RuntimeError(f"expected one table {name} in {path}, found {count}")
-    path.write_text(text, encoding="utf-8")
-
-
-def table(rows: Iterator[tuple[str, ...]]) -> str:
-    """A table in Markdown; the first row is the header."""
-    head, *rest = rows
-    lines = [head, ("---",) * len(head), *rest]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    fill(path, parts)
 
 
 def _size_rows(measured: dict[str, Any]) -> Iterator[tuple[str, ...]]:
