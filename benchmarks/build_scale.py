@@ -13,6 +13,7 @@ import json
 import resource
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from benchmarks.common import save
 from trimode.compiler.pipeline import build_bundle
+from trimode.graphs.adapter import ADAPTER_PREFIX, expected_adapter_tensors
 from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import parse_config
 from trimode.progress import Advance, Silent
@@ -28,14 +30,22 @@ SIZES = {"3b": (3072, 9216, 26, 1e6), "8b": (4096, 14336, 34, 1e6), "14b": (5120
 
 
 def write_sparse_checkpoint(
-    folder: Path, size: str, *, vocab_size: int = 131072, heads: tuple[int, int, int] = (32, 8, 128)
+    folder: Path,
+    size: str,
+    *,
+    vocab_size: int = 131072,
+    heads: tuple[int, int, int] = (32, 8, 128),
+    num_layers: int | None = None,
+    rank: int = 0,
 ) -> int:
     """Config and a safetensors file of zeros that takes no disk; returns the number of bytes it
     stands for.
 
-    ``heads``: of queries, of keys and values, and their size.
+    ``heads``: of queries, of keys and values, and their size. ``num_layers``: None = the size's
+    own. ``rank``: of the drafter's adapter; 0 = there is none.
     """
     hidden, inner, layers, theta = SIZES[size]
+    layers = num_layers or layers
     config = {
         "architectures": ["NemotronLabsDiffusionModel"],
         "vocab_size": vocab_size,
@@ -61,13 +71,27 @@ def write_sparse_checkpoint(
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    parsed = parse_config(config)
+    if rank:
+        adapter = folder / "linear_spec_lora"
+        adapter.mkdir()
+        facts = {"peft_type": "LORA", "target_modules": ["o_proj"], "r": rank}
+        settings = {**facts, "lora_alpha": 4 * rank, "bias": "none"}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        shapes = expected_adapter_tensors(parsed, rank)
+        names = {ADAPTER_PREFIX + name: shape for name, shape in shapes.items()}
+        _write_zeros(adapter / "adapter_model.safetensors", names)
+    return _write_zeros(folder / "model.safetensors", expected_tensors(parsed))
+
+
+def _write_zeros(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     header: dict[str, Any] = {}
     end = 0
-    for name, shape in expected_tensors(parse_config(config)).items():
+    for name, shape in shapes.items():
         begin, end = end, end + 2 * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as stream:
+    with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)
     return end
