@@ -26,6 +26,7 @@ def write_pack(layout: PackLayout, path: Path, on_bytes: Callable[[int], None]) 
                 whole.update(data)
                 stream.write(data)
                 on_bytes(len(data))
+        stream.truncate()  # what another pack has left behind
     return whole.hexdigest()
 
 

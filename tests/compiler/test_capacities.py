@@ -187,7 +187,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"capacities": (24,), "block_lengths": None},
         "longest block, 32 tokens, found 24",
     ),
-    "baked": ({"weights": "baked"}, "expected --weights shared with --capacities, found baked"),
+    "baked": ({"weights": "baked"}, "expected `weights` shared with `capacities`, found baked"),
 }
 
 

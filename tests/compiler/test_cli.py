@@ -382,6 +382,8 @@ def test_targets_lists_what_this_machine_can_do() -> None:
         "backend": "tensorrt_rtx",
         "precisions": ["bf16", "fp16", "int8", "int4", "fp8"],
         "memory_gb": 24,
+        "bandwidth_gb_s": 1008,
+        "bandwidth_source": by_name["rtx-4090"]["bandwidth_source"],
         "why_not_build": None,
         "why_not_run": by_name["rtx-4090"]["why_not_run"],
     }

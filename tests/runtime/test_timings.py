@@ -131,7 +131,7 @@ def test_batches_are_timed(built: Callable[[str], Built]) -> None:
     for graph, rows in cases:
         assert (graph, 3, (3, rows), 40) in runs
     for batch in (0, -1):
-        with pytest.raises(UsageError, match="--batch"):
+        with pytest.raises(UsageError, match="`batch`"):
             check_settings(TimerSettings(batch=(batch,)), model.model, model.session)
 
 
