@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 
 from benchmarks.common import save
 from trimode.calib.scales.modelopt import load_modelopt
-from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.cli.calibrate.scales import run_calibrate
 from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import parse_config
+from trimode.runtime.text.prompts import USUAL_STYLE
 
 HIDDEN, INNER, VOCABULARY = 2048, 8192, 1024
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 2, 64, 3
@@ -126,24 +128,11 @@ def measure(folder: Path, num_layers: int, precision: str) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(200, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).tolist()
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps({"token_ids": ids}) + "\n" for ids in tokens))
-    request = CalibrateRequest(
-        precision,
-        data,
-        None,
-        "ar,draft,verify",
-        NEW_TOKENS,
-        0,
-        None,
-        False,
-        False,
-        "cpu",
-        False,
-        memory_gib=0.0,
-    )
+    settings = QuantizeSettings(precision, max_new_tokens=NEW_TOKENS, memory_gib=0.0)  # type: ignore[arg-type]
     load_modelopt()  # what the libraries take is not the point
     before, peak, start = memory(), PeakMemory(), time.perf_counter()
     peak.start()
-    run_calibrate(folder, folder / "calibration", request)
+    run_calibrate(folder, folder / "calibration", data, settings, style=USUAL_STYLE)
     seconds, highest = time.perf_counter() - start, peak.stop()
     layer = (num_weights - 2 * VOCABULARY * HIDDEN - HIDDEN) // num_layers
     return {

@@ -20,14 +20,16 @@ from typing import Any
 from benchmarks.common import held_out_questions, save, write_prompts
 from trimode.calib.demo.tasks import FAMILIES
 from trimode.calib.drafter.settings import DrafterJobSettings
-from trimode.cli.calibrate.drafter import run_drafter
-from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
-from trimode.cli.calibrate.training import TrainingRequest
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.cli.calibrate.drafter import drafter_command
+from trimode.cli.calibrate.scales import run_calibrate
+from trimode.cli.calibrate.training import run_training
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.formats.calibration import load_record
 from trimode.formats.drafter import RECORD
 from trimode.runtime import TriModeModel
+from trimode.runtime.text.prompts import USUAL_STYLE
 
 DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
 MODES: dict[str, dict[str, Any]] = {
@@ -116,28 +118,26 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     write_prompts(folder / "prompts.jsonl", options.prompts + 16)
     calibration = options.calibration or folder / "calibration"
     if options.calibration is None and not options.resume:
-        request = CalibrateRequest(
-            options.precision,
+        run_calibrate(
+            options.checkpoint,
+            calibration,
             folder / "prompts.jsonl",
-            options.samples,
-            "ar,draft,verify",
-            128,
-            0,
-            None,
-            False,
-            False,
-            "cpu",
-            True,
+            QuantizeSettings(options.precision, num_samples=options.samples),
+            style=USUAL_STYLE,
+            as_json=True,
         )
-        run_calibrate(options.checkpoint, calibration, request)
     settings = DrafterJobSettings(
         steps=options.steps, num_held_out=16, from_scratch=options.from_scratch
     )
-    run_drafter(
+    run_training(
+        drafter_command(),
         options.checkpoint,
         folder / "adapter",
-        TrainingRequest(folder / "prompts.jsonl", calibration, options.resume),
+        folder / "prompts.jsonl",
         settings,
+        style=USUAL_STYLE,
+        calibration=calibration,
+        resume=options.resume,
     )
     results = {}
     for name, adapter in (("before", None), ("after", folder / "adapter")):

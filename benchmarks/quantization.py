@@ -18,13 +18,16 @@ from typing import Any, Literal
 from benchmarks.common import save, write_prompts
 from benchmarks.demo_quality import measure
 from trimode.calib.demo.tasks import FAMILIES
-from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+from trimode.calib.scales.settings import QuantizeSettings
+from trimode.cli.calibrate.scales import run_calibrate
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.formats.contract import ROLES, Role
 from trimode.runtime import TriModeModel
+from trimode.runtime.text.prompts import USUAL_STYLE
 
 DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
-ALL_MODES, AR_ALONE = "ar,draft,verify", "ar"
+AR_ALONE: tuple[Role, ...] = ("ar",)
 PRECISIONS = ("fp8", "int8", "int4")
 
 
@@ -62,22 +65,11 @@ def main() -> None:
         )
         for precision in PRECISIONS:
             calibrations: dict[str, Path | Literal["rtn"]] = {}
-            for label, modes in (("all modes", ALL_MODES), ("ar alone", AR_ALONE)):
-                calibrations[label] = output = folder / f"{precision}-{modes}"
-                request = CalibrateRequest(
-                    precision,
-                    folder / "prompts.jsonl",
-                    None,
-                    modes,
-                    128,
-                    0,
-                    None,
-                    False,
-                    False,
-                    "cpu",
-                    True,
-                )
-                run_calibrate(DEMO, output, request)
+            for label, modes in (("all modes", ROLES), ("ar alone", AR_ALONE)):
+                calibrations[label] = output = folder / f"{precision}-{'-'.join(modes)}"
+                settings = QuantizeSettings(precision, modes)
+                data = folder / "prompts.jsonl"
+                run_calibrate(DEMO, output, data, settings, style=USUAL_STYLE, as_json=True)
             if precision != "fp8":
                 calibrations["rounded to nearest"] = "rtn"
             for label, calibration in calibrations.items():

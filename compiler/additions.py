@@ -13,7 +13,7 @@ from trimode.graphs.identity import digest_of, stamp_of
 from trimode.progress import Progress
 from trimode.runtime.bundle.open import files_of, open_bundle
 
-_FORCE = "pass --force to replace it, or choose another output"
+_FORCE = "pass `force` to replace it, or choose another output"
 
 
 def read_existing(output: Path) -> Manifest | None:

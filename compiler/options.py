@@ -32,6 +32,8 @@ class BuildOptions:
             32768.
         block_lengths: Block lengths that TensorRT's ``draft`` and ``verify`` are compiled for; None
             = 8, 16, 32 and the model's own.
+        capacities: Lengths of texts that TensorRT engines are compiled for besides ``max_length``,
+            ascending; a text runs in the smallest that holds it. None = ``max_length`` alone.
         max_batch: Most sequences in one forward of a TensorRT engine.
         quadratic: Whether the graph of quadratic self-speculation is built too; a bundle that is
             added to has it or has it not.
@@ -52,6 +54,7 @@ class BuildOptions:
     sampler: Path | None = None
     max_length: int | None = None
     block_lengths: tuple[int, ...] | None = None
+    capacities: tuple[int, ...] | None = None
     max_batch: int = 1
     quadratic: bool = False
     weights: Placement = "shared"
@@ -64,29 +67,48 @@ class BuildOptions:
 
     def check(self) -> None:
         """Raise :class:`UsageError` for a value out of its range."""
-        for length in self.block_lengths or ():
-            if not 1 <= length <= MAX_BLOCK_LENGTH:
-                raise UsageError(
-                    f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}",
-                    "pass for example --block-lengths 8,16,32",
-                )
-        if self.block_lengths == ():
-            raise UsageError(
-                "expected at least one block length, found none",
-                "pass for example --block-lengths 8,16,32",
-            )
+        self._check_block_lengths()
+        self._check_capacities()
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise UsageError(
-                f"expected --max-batch from 1 to {MAX_BATCH}, found {self.max_batch}",
+                f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
                 "each size costs memory; 1 is usual on a desk",
             )
         if self.weights not in ("shared", "baked"):
             raise UsageError(
-                f"expected --weights shared or baked, found {self.weights!r}",
+                f"expected `weights` shared or baked, found {self.weights!r}",
                 "shared keeps one copy for all engines",
             )
-        for name, value in (("--workspace", self.workspace_mib), ("--jobs", self.num_jobs)):
+        for name, value in (("workspace_mib", self.workspace_mib), ("num_jobs", self.num_jobs)):
             if value is not None and value < 1:
                 raise UsageError(
-                    f"expected {name} of at least 1, found {value}", "leave it out for the default"
+                    f"expected `{name}` of at least 1, found {value}",
+                    "leave it out for the default",
                 )
+
+    def _check_block_lengths(self) -> None:
+        for length in self.block_lengths or ():
+            if not 1 <= length <= MAX_BLOCK_LENGTH:
+                raise UsageError(
+                    f"expected block lengths from 1 to {MAX_BLOCK_LENGTH}, found {length}",
+                    "pass for example `block_lengths` 8,16,32",
+                )
+        if self.block_lengths == ():
+            raise UsageError(
+                "expected at least one block length, found none",
+                "pass for example `block_lengths` 8,16,32",
+            )
+
+    def _check_capacities(self) -> None:
+        """Refuse what no model would suit; :mod:`trimode.compiler.tensorrt.capacities` has the
+        rest.
+        """
+        if self.capacities is None:
+            return
+        ascending = tuple(sorted(set(self.capacities)))
+        if not ascending or ascending[0] < 1 or self.capacities != ascending:
+            found = ",".join(map(str, self.capacities)) or "none"
+            raise UsageError(
+                f"expected capacities in ascending order, each once and at least 1, found {found}",
+                "pass for example `capacities` 2048,8192,32768",
+            )

@@ -15,7 +15,12 @@ from safetensors.numpy import load_file
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
-from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
+from trimode.compiler.tensorrt.capacities import (
+    check_one_capacity,
+    lengths_of_blocks,
+    plan_engines,
+    plan_smaller,
+)
 from trimode.compiler.toolchain import library_of
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import load_record
@@ -32,7 +37,7 @@ from trimode.formats.manifest import (
 from trimode.formats.sampler import WEIGHTS, SamplerFile, check_sampler_source, load_sampler_record
 from trimode.formats.texts import name_of, reason_of
 from trimode.graphs.checkpoint import Checkpoint, describe_model
-from trimode.graphs.numerics.scales import Quantization, load_quantization
+from trimode.graphs.numerics.quantization import Quantization, load_quantization
 from trimode.runtime.text.check import check_text
 
 DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -133,8 +138,21 @@ def make_plan(
     )
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
+    widens_int8 = _widens_int8(precision, quantization, base)
+    is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
+    if is_rtx and (precision == "int4" or widens_int8):
+        check_one_capacity(options, precision)
     records = {
-        name: plan_target(target, options, model, dtype, names, roles, is_quantized=is_quantized)
+        name: plan_target(
+            target,
+            options,
+            model,
+            dtype,
+            names,
+            roles,
+            is_quantized=is_quantized,
+            one_row=not widens_int8,
+        )
         for name, target in targets.items()
     }
     sampler = plan_sampler(options.sampler, model, base)
@@ -163,37 +181,46 @@ def plan_target(
     roles: tuple[Role, ...] = ROLES,
     *,
     is_quantized: bool = False,
+    one_row: bool = True,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in."""
     if target.backend == "onnxruntime":
         return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
-    lengths = options.block_lengths or (*DEFAULT_BLOCK_LENGTHS, model.block_size)
-    if "quadratic" in roles and min(lengths) > model.max_quadratic_length:
+    shortest = min(lengths_of_blocks(options, model))
+    if "quadratic" in roles and shortest > model.max_quadratic_length:
         raise UsageError(
-            f"expected, with --quadratic, a block length up to {model.max_quadratic_length},"
-            f" found {min(lengths)}",
-            "pass a shorter one in --block-lengths, or leave --quadratic out",
+            f"expected, with `quadratic`, a block length up to {model.max_quadratic_length},"
+            f" found {shortest}",
+            "pass a shorter one in `block_lengths`, or leave `quadratic` out",
         )
-    capacity = plan_capacity(roles, model, lengths, options.max_batch)
-    graphs = {
-        role: EngineRecord(
-            file=f"{names.target(target.name)}/{role}.engine",
-            profiles=plan_profiles(role, model, lengths, options.max_batch, capacity),
-        )
-        for role in roles
-    }
+    folder = names.target(target.name)
+    largest = plan_engines(options, model, roles, folder, one_row=one_row)
     return TargetRecord(
         backend=target.backend,
         device="cuda",
         compute_capability=target.compute_capability,
         compute_dtype=dtype,
         placement=options.weights,
-        capacity=capacity,
+        capacity=largest.capacity,
         workspace_mib=options.workspace_mib,
         library=library_of(target.backend),
         revision=lowering_revision(),
-        graphs=graphs,
+        graphs=largest.graphs,
+        smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
     )
+
+
+def _widens_int8(
+    precision: Precision, quantization: Quantization | None, base: Manifest | None
+) -> bool:
+    """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
+    if precision != "int8":
+        return False
+    there = base.precisions.get(precision) if base else None
+    calibration = there.calibration if there else None
+    if quantization is not None:
+        calibration = quantization.record
+    return calibration is not None and calibration.scales_sha256 is None
 
 
 def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
@@ -203,7 +230,7 @@ def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...
     if options.quadratic and "quadratic" not in base.contracts:
         raise UsageError(
             "expected a bundle with the graph of quadratic self-speculation, found one without",
-            "pass --force to build it again with --quadratic, or leave --quadratic out",
+            "pass `force` to build it again with `quadratic`, or leave `quadratic` out",
         )
     return tuple(base.contracts)
 
@@ -227,9 +254,9 @@ def _plan_quantization(
     if precision not in ("fp8", "int8", "int4", "nvfp4"):
         if options.calibration is not None:
             raise UsageError(
-                "expected --calibration with --precision fp8, int8, int4 or nvfp4,"
+                "expected `calibration` with `precision` fp8, int8, int4 or nvfp4,"
                 f" found {precision}",
-                "leave --calibration out",
+                "leave `calibration` out",
             )
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
@@ -273,7 +300,7 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
             raise UsageError(
                 f"{target.name}: expected a bundle that computes in a type it can run,"
                 f" found one in {dtype}",
-                "pass --force to build it again for all targets,"
+                "pass `force` to build it again for all targets,"
                 f" or build {target.name} as a bundle of its own",
             )
 
@@ -336,7 +363,7 @@ class SamplerSource:
 def plan_sampler(
     folder: Path | None, model: ModelInfo, base: Manifest | None
 ) -> SamplerSource | None:
-    """Plan what ``--sampler`` writes.
+    """Plan the learned sampler to write.
 
     None where nothing is asked for, or the bundle that is added to has the same.
 
@@ -361,7 +388,7 @@ def plan_sampler(
         raise UsageError(
             f"expected a bundle without a sampler or with that of {folder},"
             f" found one with {base.sampler.name}",
-            "pass --force to replace the bundle, or choose another output",
+            "pass `force` to replace the bundle, or choose another output",
         )
     return None
 

@@ -150,7 +150,7 @@ def resolve_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
     """
     if not names:
         raise UsageError(
-            "expected at least one target, found none", "pass --target, for example --target cpu"
+            "expected at least one target, found none", "pass `targets`, for example `targets` cpu"
         )
     found = [_auto() if name == "auto" else find_target(name) for name in names]
     return tuple({target.name: target for target in found}.values())
@@ -183,7 +183,7 @@ def choose_precision(asked: str | None, targets: tuple[Target, ...]) -> Precisio
         if precision == asked:
             return precision
     raise UsageError(
-        f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {asked!r}",
+        f"expected `precision` {', '.join(BUILT_PRECISIONS)}, found {asked!r}",
         "this version builds no other",
     )
 
@@ -192,7 +192,7 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
     known = get_args(Precision)
     if precision not in known:
         raise UsageError(
-            f"expected --precision {', '.join(BUILT_PRECISIONS)}, found {precision!r}",
+            f"expected `precision` {', '.join(BUILT_PRECISIONS)}, found {precision!r}",
             "this version builds no other",
         )
     for target in targets:
@@ -207,7 +207,7 @@ def _check_precision(precision: str, targets: tuple[Target, ...]) -> None:
             raise UsageError(
                 f"{where}: expected a precision it can run ({', '.join(target.precisions)}),"
                 f" found {precision}{why}",
-                f"pass --precision {able[0]}, or build {target.name} as a bundle of its own",
+                f"pass `precision` {able[0]}, or build {target.name} as a bundle of its own",
             )
 
 
@@ -217,7 +217,7 @@ def _auto() -> Target:
     found = find_gpu()
     if not isinstance(found, Gpu):
         raise UsageError(
-            f"--target auto: expected a GPU, found none: {found.reason}",
-            "name the target, for example --target rtx-4090",
+            f"`targets` auto: expected a GPU, found none: {found.reason}",
+            "name the target, for example `targets` rtx-4090",
         )
     return architecture(found.compute_capability)

@@ -247,7 +247,7 @@ def describe_model(checkpoint: Checkpoint, max_length: int | None = None) -> Mod
         raise UsageError(
             f"expected a maximum length from 2 to {limit} (the model's max_position_embeddings), "
             f"found {max_length}",
-            "choose --max-length in that range",
+            "choose `max_length` in that range",
         )
     return ModelInfo(
         vocab_size=config.vocab_size,

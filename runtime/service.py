@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,19 +22,28 @@ from trimode.runtime.decode.arguments import (
     checks_arguments,
     instance_of,
 )
-from trimode.runtime.decode.options import KINDS, MODE, DecodeOptions
-from trimode.runtime.decode.sequence import Sequence
-from trimode.runtime.decode.stream import Stream
-from trimode.runtime.engine.core import EngineCore, Settings
+from trimode.runtime.decode.options import KINDS, MODE
+from trimode.runtime.engine.core import EngineCore
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.state import ModePolicy
 from trimode.runtime.engine.request import Request
+from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.snapshot import snapshot
 from trimode.runtime.engine.stats import EngineStats
 from trimode.runtime.engine.worker import Worker
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.request.batches import check_batches, check_max_rows
 from trimode.runtime.request.prompts import check_row
+from trimode.runtime.service_parts import (
+    check_fits,
+    check_least,
+    check_share,
+    open_model,
+    open_stream,
+    planned_by_load,
+    shut,
+    with_seed,
+)
 
 DEFAULT_KV_BYTES = 1 << 30
 DEFAULT_NEW_TOKENS = 128
@@ -48,6 +56,8 @@ _MAKING = {
     "latency_target_ms": NUMBER,
     "prefill_share": NUMBER,
     "is_fair": FLAG,
+    "by_load": FLAG,
+    "freeze_timings": FLAG,
 }
 _SUBMITTING: dict[str, Kind] = {
     "mode": MODE["mode"].or_none(),
@@ -79,12 +89,15 @@ class Engine:
         prefill_share: Share of the time that reading prompts has while others decode, above 0 and
             below 1.
         is_fair: Whether waiting requests of one priority take turns by their ``fair_key``.
-        mode_policy: Plans for all rows in mode ``auto`` without a seed; None = each row goes by its
-            own policy.
+        by_load: Whether one plan is made for all rows in mode ``auto`` without a seed, by the
+            table of ``trimode bench --batch`` where there is one. Else each row has its own. It
+            is made where the engine's mode is ``auto``.
+        freeze_timings: Whether that table stays as it was measured; else it learns.
+        mode_policy: Plans to use in place of these.
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
 
     Attributes:
-        model: Model that runs.
+        model: Opened model that runs.
 
     Raises:
         UsageError: a value is out of its range, or the session runs single texts only.
@@ -106,13 +119,15 @@ class Engine:
         latency_target_ms: float = 50.0,
         prefill_share: float = 0.5,
         is_fair: bool = False,
+        by_load: bool = True,
+        freeze_timings: bool = False,
         mode_policy: ModePolicy | None = None,
         **opening: Any,
     ) -> None:
         kv_bytes = DEFAULT_KV_BYTES if kv_bytes is None else kv_bytes
-        _check_least("max_queue", max_queue, 0)
-        _check_least("kv_bytes", kv_bytes, 0)
-        _check_share(prefill_share, latency_target_ms)
+        check_least("max_queue", max_queue, 0)
+        check_least("kv_bytes", kv_bytes, 0)
+        check_share(prefill_share, latency_target_ms)
         settings = Settings(
             max_rows=max_rows,
             kv_bytes=kv_bytes,
@@ -122,23 +137,26 @@ class Engine:
             mode_policy=mode_policy,
         )
         is_own = not isinstance(model, TriModeModel)
-        opened = TriModeModel.from_pretrained(model, **opening) if is_own else model
-        self.model, self._mode = opened, mode
+        opened = open_model(model, opening)
+        self.model: TriModeModel = opened
+        self._mode = mode
         try:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
             opened.read_options(mode, {}, max_rows)
+            if by_load and mode == "auto" and mode_policy is None:
+                settings = planned_by_load(settings, opened, is_frozen=freeze_timings)
         except BaseException:
             if is_own:
                 opened.close()
             raise
-        self._core = EngineCore(session, opened.model, partial(_open_stream, opened), settings)
+        self._core = EngineCore(session, opened.model, partial(open_stream, opened), settings)
         self._places = threading.BoundedSemaphore(max_rows + max_queue)
         self._most = max_rows + max_queue
         self._gate = threading.Lock()
         self._is_closed = False
         self._worker = Worker(self._core)
-        self._finalizer = weakref.finalize(self, _shut, self._worker, opened if is_own else None)
+        self._finalizer = weakref.finalize(self, shut, self._worker, opened if is_own else None)
 
     @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key"))
     def submit(
@@ -179,13 +197,13 @@ class Engine:
             QueueFullError: as many requests wait as may.
             EngineError: the engine has stopped after an error.
         """
-        _check_least("n", n, 1)
+        check_least("n", n, 1)
         prompt = check_row(ids, self.model.model)
         mode = mode or self._mode
         room = self.model.model.max_length - len(prompt)
         if max_new_tokens is None:
             max_new_tokens = min(DEFAULT_NEW_TOKENS, room)
-        _check_fits(max_new_tokens, len(prompt), room)
+        check_fits(max_new_tokens, len(prompt), room)
         choices["max_new_tokens"] = max_new_tokens
         options = self.model.read_options(mode, choices, self._core.settings.max_rows)
         now = time.perf_counter()
@@ -194,7 +212,7 @@ class Engine:
                 handle=Handle(prompt, self._core.post),
                 ids=prompt,
                 mode=mode,
-                options=_with_seed(options, number),
+                options=with_seed(options, number),
                 namespace=("salt", cache_salt),
                 fair_key=("salt", cache_salt) if fair_key is None else ("key", fair_key),
                 priority=priority,
@@ -274,7 +292,7 @@ class Engine:
                     "try again later, or make the engine with a larger max_queue",
                 )
             for request in requests:
-                request.handle.add_done_callback(lambda _: self._places.release())
+                request.handle.add_closer(lambda _: self._places.release())
                 self._core.post(request)
 
     def _check_open(self) -> None:
@@ -282,48 +300,3 @@ class Engine:
             raise UsageError("expected an open engine, found it closed", "make a new one")
         if (error := self._core.error) is not None:
             raise EngineError(error.message, error.hint) from error.__cause__
-
-
-def _open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:
-    return Stream(sequence, request.mode, request.options, lambda: model.codec)
-
-
-def _shut(worker: Worker, model: TriModeModel | None) -> None:
-    """What is left of an engine that nobody holds: its thread, and the model it has opened."""
-    worker.stop(drain=False)
-    worker.join(None)
-    if model is not None:
-        model.close()
-
-
-def _with_seed(options: DecodeOptions, number: int) -> DecodeOptions:
-    """Options of the text of this number among several after one prompt."""
-    seed = options.sampling.seed
-    if seed is None or not number:
-        return options
-    return replace(options, sampling=replace(options.sampling, seed=seed + number))
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"expected {name} of at least {least}, found {value}", "ask for more")
-
-
-def _check_share(prefill_share: float, latency_target_ms: float) -> None:
-    if not 0 < prefill_share < 1:
-        raise UsageError(
-            f"expected a prefill_share above 0 and below 1, found {prefill_share}", "0.5 is usual"
-        )
-    if latency_target_ms <= 0:
-        raise UsageError(
-            f"expected a latency_target_ms above 0, found {latency_target_ms}", "50 is usual"
-        )
-
-
-def _check_fits(max_new_tokens: int, prompt_length: int, room: int) -> None:
-    if max_new_tokens > room:
-        raise UsageError(
-            f"expected at most {room} new tokens after a prompt of {prompt_length}, "
-            f"found max_new_tokens {max_new_tokens}",
-            "ask for fewer, shorten the prompt, or build with a larger --max-length",
-        )

@@ -84,14 +84,16 @@ class HostCuda(ModuleType):
         return (OK,)
 
     def cudaMalloc(self, size: int) -> Any:
-        if (
-            sum(self.on_gpu.get(address, 0) for address in self.live) + size
-            > self.properties.totalGlobalMem
-        ):
+        if self.num_bytes + size > self.properties.totalGlobalMem:
             return cudaError_t.cudaErrorMemoryAllocation, None
         _, address = self._allocate(size)
         self.on_gpu[address] = size
         return OK, address
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the GPU that are in use."""
+        return sum(size for address, size in self.on_gpu.items() if address in self.live)
 
     def is_on_gpu(self, address: int) -> bool:
         live = (begin for begin in self.on_gpu if begin in self.live)

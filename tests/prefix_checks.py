@@ -109,6 +109,10 @@ def check_random_copies(caches: list[Any], look: Look, seed: int, steps: int) ->
     for arrays, kept in copies.exported:
         for array, tensor in zip(arrays, kept, strict=True):
             np.testing.assert_array_equal(bits(array), tensor[0])
+    for cache in caches:  # whoever gets the memory next must find numbers
+        zeros = np.zeros_like(cache.slots.empty(cache.capacity))
+        for row in range(cache.num_rows):
+            cache.import_prefix(row, 0, list(zeros))
 
 
 def check_forwards_behind_a_prefix(session: Any, roles: tuple[Role, ...]) -> None:
@@ -141,6 +145,7 @@ def check_forwards_behind_a_prefix(session: Any, roles: tuple[Role, ...]) -> Non
                     for c, r in ((cache, 2), (alone, 0))
                 )
                 for ours, theirs in zip(found, expected, strict=True):
+                    assert np.isfinite(theirs).all()
                     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
                     if ours.dtype == np.int64:
                         np.testing.assert_array_equal(ours, theirs)

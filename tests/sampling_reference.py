@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,14 @@ import torch
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from trimode.runtime.decode.sampling import SamplingOptions, accept_or_replace, draw
+from trimode.runtime.decode.sampling import SamplingOptions
+from trimode.runtime.decode.token_distribution import TokenDistribution, accept_or_replace
 
 FALSE_ALARM = 1e-3
 """A right sampler fails a test with this probability; seeds are fixed, so that a test which has
@@ -64,35 +68,62 @@ def with_transformers(logits: np.ndarray, s: SamplingOptions, seen: np.ndarray) 
     return scores.softmax(-1)[0].numpy()
 
 
+def with_penalties(
+    logits: np.ndarray, s: SamplingOptions, prompt: Sequence[int], answer: Sequence[int]
+) -> np.ndarray:
+    """Logits ``(n,)`` in float64: transformers' bias and repetition penalty, then OpenAI's
+    formula, ``mu[j] - c[j] * frequency - float(c[j] > 0) * presence``, token by token.
+    """
+    scores, ids = torch.from_numpy(logits.astype(np.float64))[None], [*prompt, *answer]
+    if s.logit_bias:
+        biases = {(token,): bias for token, bias in s.logit_bias}
+        scores = SequenceBiasLogitsProcessor(biases)(torch.tensor([ids]), scores)
+    if s.repetition_penalty != 1:
+        scores = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(torch.tensor([ids]), scores)
+    changed = scores[0].numpy().copy()
+    for j in set(answer):
+        count = list(answer).count(j)
+        changed[j] -= count * s.frequency_penalty + float(count > 0) * s.presence_penalty
+    return changed
+
+
+def without_penalties(s: SamplingOptions) -> SamplingOptions:
+    """What is left to do after :func:`with_penalties`."""
+    return replace(
+        s, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=()
+    )
+
+
 def exact_match(
-    draft: int, p: np.ndarray, q_ids: np.ndarray, q: np.ndarray, rng: Any
+    draft: int, p: TokenDistribution, q_ids: np.ndarray, q: np.ndarray, rng: Any
 ) -> tuple[int, bool]:
     """The rule of the model's reference implementation: an independent draw, and the draft is right
     if it is the same.
     """
-    token = int(draw(p, rng))
+    token = p.draw(rng)
     return token, token == draft
 
 
 def always(
-    draft: int, p: np.ndarray, q_ids: np.ndarray, q: np.ndarray, rng: Any
+    draft: int, p: TokenDistribution, q_ids: np.ndarray, q: np.ndarray, rng: Any
 ) -> tuple[int, bool]:
     return draft, True
 
 
 def by_p_alone(
-    draft: int, p: np.ndarray, q_ids: np.ndarray, q: np.ndarray, rng: Any
+    draft: int, p: TokenDistribution, q_ids: np.ndarray, q: np.ndarray, rng: Any
 ) -> tuple[int, bool]:
     if rng.random() < p[draft]:
         return draft, True
-    return accept_or_replace(draft, np.where(np.arange(len(p)) == draft, 0.0, p), q_ids, q, rng)
+    others = p.less(np.array([draft]), np.array([p[draft]])) or p
+    return accept_or_replace(draft, others, q_ids, q, rng)
 
 
 def no_residual(
-    draft: int, p: np.ndarray, q_ids: np.ndarray, q: np.ndarray, rng: Any
+    draft: int, p: TokenDistribution, q_ids: np.ndarray, q: np.ndarray, rng: Any
 ) -> tuple[int, bool]:
     token, is_accepted = accept_or_replace(draft, p, q_ids, q, rng)
-    return (token, True) if is_accepted else (int(draw(p, rng)), False)
+    return (token, True) if is_accepted else (p.draw(rng), False)
 
 
 WRONG_RULES = (always, by_p_alone, no_residual)

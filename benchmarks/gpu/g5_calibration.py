@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.common import TINY, arguments, save, show, write_random_checkpoint
-from trimode.calib.scales.job import calibrate
+from trimode.calib.data.prompts import Prompts
+from trimode.calib.scales.job import ScalesJob
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.formats.calibration import QuantizedPrecision, Scales, load_calibration
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
@@ -60,7 +61,7 @@ def run(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     watch, start = Stopwatch(), time.perf_counter()
-    calibrate(opened, model, texts, "", output, settings, watch)
+    ScalesJob(opened, model, Prompts(texts, ""), output, settings, watch).run()
     watch.end()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     measured = {

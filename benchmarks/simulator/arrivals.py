@@ -41,7 +41,7 @@ def closed_loop(simulator: Simulator, source: Source, clients: Clients, until_ms
     """Run with so many clients, each of whom asks again when answered."""
     starts = [
         at
-        for at in np.arange(0.0, until_ms, until_ms / 400)
+        for at in np.arange(0.0, until_ms, until_ms / 400).tolist()
         for _ in range(clients(at) - (clients(at - until_ms / 400) if at else 0))
     ]
     count = len(starts)
@@ -64,7 +64,7 @@ def open_loop(
     """Run with requests that come at random, ``rate`` a second, until all are answered."""
     rng, now, texts = np.random.default_rng(source.seed), 0.0, []
     most = max(rate(at) for at in np.linspace(0, until_ms, 400))
-    while (now := now + 1e3 * rng.exponential(1 / most)) < until_ms:
+    while (now := now + 1e3 * float(rng.exponential(1 / most))) < until_ms:
         if rng.random() < rate(now) / most:
             texts.append(source.text(len(texts), now))
     return simulator.run(texts)

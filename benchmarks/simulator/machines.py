@@ -42,8 +42,8 @@ CACHED = (256, 1024, 4096)
 def b200() -> CostTable:
     """The table that published throughput on a B200 implies."""
     ar = [Cell(n, 1, 1024, 1e3 * n / speed) for n, speed in zip(ROWS, B200_AR, strict=True)]
-    prompts = _b200_cells(PROMPT_TOKENS)
-    blocks = _b200_cells(LENGTHS)
+    prompts = b200_cells(PROMPT_TOKENS)
+    blocks = b200_cells(LENGTHS)
     return CostTable({"ar": ar + prompts, "draft": blocks, "verify": blocks}, is_frozen=True)
 
 
@@ -64,7 +64,7 @@ def b200_forward_ms(num_tokens: int) -> float:
     return float(np.exp(np.interp(np.log(num_tokens), np.log(tokens), np.log(ms))))
 
 
-def _b200_cells(lengths: tuple[int, ...]) -> list[Cell]:
+def b200_cells(lengths: tuple[int, ...]) -> list[Cell]:
     return [Cell(n, k, 1024, b200_forward_ms(n * k)) for n in ROWS for k in lengths]
 
 

@@ -1,1 +1,1 @@
-"""Prompts that jobs read: drawn, split and checked."""
+"""Draws, splits and checks the prompts that jobs read."""

@@ -1,4 +1,4 @@
-"""Draws the texts that a calibration runs, after a check that the model can read them."""
+"""Draws texts after a check that the model can read them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trimode.runtime.text.prompts import Text, check_token_ids
 def draw_texts(
     texts: Sequence[Text], num_samples: int | None, seed: int, model: ModelInfo
 ) -> list[Text]:
-    """Draw ``num_samples`` of the texts without repetition, in their order; None draws all.
+    """Draw some texts without repetition, in their order.
 
     Args:
-        texts: token ids of each prompt.
-        num_samples: Number of texts to draw.
-        seed: which.
+        texts: Token ids of each prompt.
+        num_samples: Number of texts to draw; None = all of them.
+        seed: Seed of the draw.
         model: Model that the ids are for.
 
     Raises:
@@ -29,7 +29,7 @@ def draw_texts(
     if len(texts) < wanted:
         raise UsageError(
             f"expected at least {wanted} prompts, found {len(texts)}",
-            "add prompts, or ask for fewer --samples",
+            "add prompts, or pass a smaller `num_samples`",
         )
     for number, text in enumerate(texts, 1):
         _check(text, f"prompt {number}", model)

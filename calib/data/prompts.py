@@ -1,4 +1,4 @@
-"""Prompts, split into those to train on and those that are not."""
+"""Splits prompts into those to train on and the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEFAULT_HELD_OUT, DEFAULT_VALIDATION = 64, 128
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is asked.
+    """Holds the prompts of a job.
 
     Attributes:
-        texts: token ids of prompts.
+        texts: Token ids of the prompts.
         sha256: Digest of the file that they came from.
-        answers: the texts of all right answers, by the prompt's token ids, where they are known.
-        to_text: the tokenizer's decoder; None where no answer is known.
+        answers: Texts of all right answers, by the prompt's token ids, where they are known.
+        to_text: Decoder of the tokenizer; None if no answer is known.
     """
 
     texts: Sequence[Text]
@@ -31,14 +31,18 @@ class Prompts:
     to_text: Callable[[Text], str] | None = None
 
     def is_right(self, prompt: Text, answer: Text) -> bool | None:
-        """Tell whether the answer is right, character by character; None where not known."""
+        """Tell whether an answer is right, character by character.
+
+        Returns:
+            None if no answer to the prompt is known.
+        """
         right = self.answers.get(tuple(prompt))
         return None if not right or self.to_text is None else self.to_text(answer) in right
 
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts, each in one part only.
+    """Holds prompts, each in one part only.
 
     Attributes:
         train: Prompts to train on.
@@ -68,11 +72,12 @@ def split_texts(
     A prompt that occurs twice must not be trained on and held out.
 
     Args:
-        texts: token ids of prompts.
-        num_samples: how many to train on and to decide by together; None = all that are not held
-        out.
-        num_held_out: None = a quarter, at most :data:`DEFAULT_HELD_OUT`.
-        seed: which.
+        texts: Token ids of the prompts.
+        num_samples: Number of prompts to train on and to decide by together; None = all that are
+            not held out.
+        num_held_out: Number of held-out prompts; None = a quarter, at most
+            :data:`DEFAULT_HELD_OUT`.
+        seed: Seed of the draw.
         model: Model that the ids are for.
 
     Raises:
@@ -91,7 +96,7 @@ def split_texts(
         raise UsageError(
             f"expected at least {needed} different prompts, {held_out} of them held out, "
             f"found {len(unique)}",
-            "add prompts, or ask for fewer --held-out or --samples",
+            "add prompts, or pass a smaller `num_held_out` or `num_samples`",
         )
     random.Random(seed).shuffle(unique)
     rest = unique[held_out:][:num_samples]

@@ -22,19 +22,26 @@ from rich.progress import (
 
 from trimode.errors import TrimodeError, exit_with
 
+_FLAGS = {"device": "--device", "resume": "--resume"}
+"""Flags that errors name instead of parameters."""
+
 
 def run_command(command: Callable[..., Any]) -> None:
-    """Run a typer command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run a typer command.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
         app()
     except TrimodeError as error:
+        error.rename(_FLAGS)
         exit_with(error)
 
 
 class StageProgress:
-    """A bar a stage, with one line of figures; silent unless entered."""
+    """Shows a bar a stage, with figures; silent unless entered."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)

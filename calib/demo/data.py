@@ -30,9 +30,9 @@ class Chats:
     """Holds B single-turn chats from position 0.
 
     Attributes:
-        ids: (B, N) int64, filled with the end token after the answer.
-        answer_start: (B, 1) int64, position of the answer's first token.
-        end: (B, 1) int64, position of the answer's end token.
+        ids: Token ids (B, N) int64, filled with the end token after the answer.
+        answer_start: Position of the answer's first token, (B, 1) int64.
+        end: Position of the answer's end token, (B, 1) int64.
     """
 
     ids: Tensor
@@ -45,11 +45,11 @@ class Chats:
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand(self.ids.shape)
 
     def to(self, device: torch.device) -> Chats:
-        """The same on a device."""
+        """Move the chats to a device."""
         return Chats(self.ids.to(device), self.answer_start.to(device), self.end.to(device))
 
     def target_weights(self) -> Tensor:
-        """(B, N) float: weight of each token as something to predict from what precedes it."""
+        """Weight of each token as a target, (B, N) float."""
         weights = torch.full(self.ids.shape, PROMPT_WEIGHT, device=self.ids.device)
         weights[self.positions >= self.answer_start] = 1.0
         weights[self.positions > self.end] = TAIL_WEIGHT
@@ -58,13 +58,13 @@ class Chats:
 
 @dataclass(frozen=True)
 class NoisyWindow:
-    """Holds the noisy half of a batch: whole blocks that begin inside the answers.
+    """Holds the noisy half of a batch: blocks that begin in answers.
 
     Attributes:
-        positions: (B, W) int64.
-        targets: (B, W) int64, uncorrupted tokens.
-        trainable: (B, W) bool, slots that a denoising forward would meet.
-        first_boundary: (B, 1) int64, position at which the first block begins.
+        positions: Positions of the slots, (B, W) int64.
+        targets: Uncorrupted tokens, (B, W) int64.
+        trainable: Slots that a denoising forward would meet, (B, W) bool.
+        first_boundary: Position at which the first block begins, (B, 1) int64.
     """
 
     positions: Tensor
@@ -73,9 +73,9 @@ class NoisyWindow:
     first_boundary: Tensor
 
     def corrupt(self, generator: torch.Generator) -> Corruption:
-        """Corrupt half of the sequences at a random rate, and mask the others whole.
+        """Corrupt half of the sequences; mask the others whole.
 
-        A drafter meets every trainable slot masked.
+        The rate of corruption is random. A drafter meets every trainable slot masked.
         """
         random = corrupt(self.trainable, generator, least_rate=LEAST_RATE)
         drafting = torch.rand((self.trainable.shape[0], 1), generator=generator) < DRAFT_STATE_SHARE
@@ -84,13 +84,13 @@ class NoisyWindow:
 
 
 def batches(examples: Iterator[Example], tokenizer: Tokenizer, batch_size: int) -> Iterator[Chats]:
-    """Endless batches, in the order of the examples."""
+    """Yield batches without end, in the order of the examples."""
     while True:
         yield encode(list(islice(examples, batch_size)), tokenizer)
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer) -> Chats:
-    """Render each example through the chat template and pad to a common length."""
+    """Render examples by the chat template; pad them to one length."""
     prompts = [tokenizer.encode(render_prompt(e.prompt)).ids for e in examples]
     answers = [tokenizer.encode(e.answer + IM_END).ids for e in examples]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

@@ -63,14 +63,14 @@ class Evaluation:
 
     Attributes:
         num_questions: Questions per family.
-        exact_match: share of the questions answered exactly right, greedily and one token at a
+        exact_match: Share of the questions answered exactly right, greedily and one token at a
         time, per family.
         diffusion_exact_match: Same share by block diffusion at :data:`THRESHOLD`.
         diffusion_tokens_per_forward: Ratio over all questions.
-        acceptance_length: tokens per cycle of linear self-speculation, with the drafter.
+        acceptance_length: Tokens per cycle of linear self-speculation, with the drafter.
         acceptance_length_base: Same number without the drafter.
-        acceptance_length_per_family: family -> the two of them, without and with the drafter.
-        num_unlike: answers that self-speculation wrote differently.
+        acceptance_length_per_family: Both numbers by family, without and with the drafter.
+        num_unlike: Number of answers that self-speculation wrote differently.
     """
 
     num_questions: int
@@ -104,19 +104,10 @@ def evaluate(
         base = [linear_speculation(trunk, q.prompt, length, drafter=False) for q in questions]
         drafted = [linear_speculation(trunk, q.prompt, length, drafter=True) for q in questions]
     names = [q.family for q in questions]
-
-    def exact_match(answers: Sequence[list[int]]) -> dict[str, float]:
-        right = [
-            (q.family, answer in q.expected) for q, answer in zip(questions, answers, strict=True)
-        ]
-        return {
-            family: sum(r for f, r in right if f == family) / num_questions for family in FAMILIES
-        }
-
     return Evaluation(
         num_questions=num_questions,
-        exact_match=exact_match(greedy),
-        diffusion_exact_match=exact_match([d.tokens for d in diffused]),
+        exact_match=_exact_match(questions, greedy),
+        diffusion_exact_match=_exact_match(questions, [d.tokens for d in diffused]),
         diffusion_tokens_per_forward=sum(len(d.tokens) for d in diffused)
         / sum(d.nfe for d in diffused),
         acceptance_length=acceptance_length(drafted),
@@ -131,8 +122,18 @@ def evaluate(
     )
 
 
+def _exact_match(
+    questions: Sequence[EncodedExample], answers: Sequence[list[int]]
+) -> dict[str, float]:
+    """Return the share of right answers in each family."""
+    right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    for question, answer in zip(questions, answers, strict=True):
+        right[question.family].append(answer in question.expected)
+    return {family: sum(found) / len(found) for family, found in right.items()}
+
+
 def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[EncodedExample]:
-    """Held-out questions of a family, as token ids."""
+    """Draw held-out questions of a family, as token ids."""
     return [
         _question(example, tokenizer)
         for example in islice(examples(seed, "held-out", [family]), count)
@@ -142,7 +143,7 @@ def held_out(family: str, count: int, seed: int, tokenizer: Tokenizer) -> list[E
 def greedy_answers(
     trunk: TriModeTrunk, prompts: Sequence[list[int]], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[list[int]]:
-    """Write the autoregressive greedy answer to each prompt, cut after the end token.
+    """Write the greedy answer to each prompt, cut after its end token.
 
     Prompts of one length go together.
     """
@@ -275,7 +276,7 @@ def _rows(
     tokens: list[int],
     drafter_scale: float | None = None,
 ) -> list[int]:
-    """The greedy token of each row."""
+    """Return the greedy token of each row."""
     ids = torch.tensor([tokens], device=device_of(trunk))
     positions = (cache.length + torch.arange(len(tokens), device=ids.device))[None]
     greedy: list[int] = (

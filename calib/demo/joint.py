@@ -1,4 +1,4 @@
-"""Trains the trunk on chats: next-token prediction alone first, then the joint objective.
+"""Trains the trunk on chats: next tokens first, then jointly.
 
 All that is drawn is drawn on the CPU, so that a seed means the same on every device, and moved to
 where the trunk is.
@@ -24,7 +24,7 @@ AUTOREGRESSIVE_SHARE = 0.15
 
 
 class JointTraining(Training):
-    """Next-token prediction alone for a while, then the joint objective on random corruption."""
+    """Trains on next tokens for a while, then on the joint objective."""
 
     def _begin(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -40,25 +40,23 @@ class JointTraining(Training):
 
 
 def autoregressive_loss(trunk: TriModeTrunk, chats: Chats) -> JointLoss:
-    """The objective without its noisy half."""
+    """Compute the objective without its noisy half."""
     chats = chats.to(device_of(trunk))
     logits = causal_logits(trunk, chats)
     nothing = torch.zeros(chats.ids.shape[0], 0, device=chats.ids.device)
-    empty = Corruption(nothing.bool(), nothing)
-    return joint_loss(
-        logits[:, :0], nothing.long(), empty, logits, chats.ids, chats.target_weights()
-    )
+    empty, weights = Corruption(nothing.bool(), nothing), chats.target_weights()
+    return joint_loss(logits[:, :0], nothing.long(), empty, logits, chats.ids, weights)
 
 
 def causal_logits(trunk: TriModeTrunk, chats: Chats) -> Tensor:
-    """``(B, N, V)``."""
+    """Compute causal logits, ``(B, N, V)``."""
     length = chats.ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=chats.ids.device).tril()
     return trunk.head(trunk(chats.ids, chats.positions, MaskedAttention(causal)))
 
 
 def denoising_loss(trunk: TriModeTrunk, chats: Chats, generator: torch.Generator) -> JointLoss:
-    """The joint objective on one random window per chat."""
+    """Compute the joint objective on one random window per chat."""
     block_size = trunk.config.block_size
     window = noisy_window(chats, block_size, generator)
     corruption = window.corrupt(generator)
@@ -80,6 +78,12 @@ class Noisy(NamedTuple):
     targets: Tensor
     corruption: Corruption
 
+    def to(self, device: torch.device) -> Noisy:
+        """Move all of it to a device."""
+        ids, positions, targets = (part.to(device) for part in self[:3])
+        masked, rate = (part.to(device) for part in self.corruption)
+        return Noisy(ids, positions, targets, Corruption(masked, rate))
+
 
 def loss_of(
     trunk: TriModeTrunk,
@@ -91,30 +95,22 @@ def loss_of(
     diffusion_weight: float = 0.3,
     see: Callable[[Tensor], None] | None = None,
 ) -> JointLoss:
-    """The joint objective on the trunk's device, wherever what is given lies.
+    """Compute the joint objective on the trunk's device.
 
     Args:
-        trunk: the model.
-        noisy: half of the forward.
-        chats: the other half.
-        mask: (B, 1, W + N, W + N) bool.
-        texts: what next-token prediction is trained on, in a forward of its own; None = ``chats``,
-        in the same one.
+        trunk: Trunk that is trained.
+        noisy: Noisy half of the forward.
+        chats: Clean half of the forward.
+        mask: Attention mask, (B, 1, W + N, W + N) bool.
+        texts: Texts for next-token prediction, in a forward of their own; None = ``chats``, in the
+            same one.
         diffusion_weight: Weight of the noisy half.
         see: Called with the logits ``(B, W, V)`` of the noisy half.
     """
     device = device_of(trunk)
-    chats, corruption = (
-        chats.to(device),
-        Corruption(noisy.corruption.masked.to(device), noisy.corruption.rate.to(device)),
-    )
+    noisy, chats, mask = noisy.to(device), chats.to(device), mask.to(device)
     noisy_hidden, clean_hidden = split_forward(
-        trunk,
-        noisy.ids.to(device),
-        chats.ids,
-        noisy.positions.to(device),
-        chats.positions,
-        mask.to(device),
+        trunk, noisy.ids, chats.ids, noisy.positions, chats.positions, mask
     )
     noisy_logits = trunk.head(noisy_hidden)
     if see is not None:
@@ -126,8 +122,8 @@ def loss_of(
         clean_logits = causal_logits(trunk, chats)
     return joint_loss(
         noisy_logits,
-        noisy.targets.to(device),
-        corruption,
+        noisy.targets,
+        noisy.corruption,
         clean_logits,
         chats.ids,
         chats.target_weights(),
@@ -136,7 +132,7 @@ def loss_of(
 
 
 def device_of(trunk: TriModeTrunk) -> torch.device:
-    """Where the trunk's weights are."""
+    """Return the device of the trunk's weights."""
     return trunk.encoder.norm.weight.device
 
 

@@ -1,4 +1,4 @@
-"""Gives the demo model's shape: all that sets this family apart, at a small size."""
+"""Defines the demo model: the family's traits at a small size."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def demo_config() -> dict[str, Any]:
 
 
 def build_trunk(config: dict[str, Any], seed: int) -> TriModeTrunk:
-    """A freshly initialised trunk with an idle drafter adapter."""
+    """Build a fresh trunk with an idle drafter adapter."""
     torch.manual_seed(seed)
     parsed = parse_config(config)
     trunk = TriModeTrunk(

@@ -25,7 +25,7 @@ from trimode.calib.demo.joint import Noisy, loss_of
 from trimode.calib.demo.tasks import FAMILIES, Example, examples
 from trimode.calib.demo.tokenizer import MASK, SPECIAL_IDS
 from trimode.calib.demo.training import Training, hash_seed
-from trimode.calib.drafter.training import draft_mask
+from trimode.calib.drafter.windows import draft_mask
 from trimode.calib.training.objective import Corruption, JointLoss
 
 NUM_BLOCKS = 4
@@ -48,8 +48,8 @@ FAMILIES_IN_TURN = (
     "addition",
     "reverse",
 )
-"""What denoising gets wrong comes more often: steps that each need the one before, and words that
-have to agree with an earlier one.
+"""Families of a step. Those that denoising gets wrong come more often: steps that each need the one
+before, and words that have to agree with an earlier one.
 """
 DIFFUSION_WEIGHT = 1.0
 """More than in the joint stage, for next-token prediction has little left to learn."""
@@ -57,14 +57,14 @@ DIFFUSION_WEIGHT = 1.0
 
 @dataclass
 class Visit:
-    """One block on its way through the decoder.
+    """Holds one block on its way through the decoder.
 
     Attributes:
-        start: tokens of the answer before the block.
-        threshold: confidence at which slots are revealed.
-        masked: (L,) bool, slots that hold the mask token.
-        rate: probability with which they were masked; 1 once they are what a forward left.
-        flawless: whether every slot revealed so far would have been filled with the true token.
+        start: Tokens of the answer before the block.
+        threshold: Confidence at which slots are revealed.
+        masked: Slots that hold the mask token, (L,) bool.
+        rate: Probability with which they were masked; 1 once they are what a forward left.
+        flawless: Whether every slot revealed so far would have been filled with the true token.
     """
 
     start: int
@@ -76,7 +76,7 @@ class Visit:
 
 @dataclass
 class Row:
-    """Holds a chat with the blocks that are being denoised in its answer.
+    """Holds a chat with the blocks that are denoised in its answer.
 
     ``waiting`` are those that have not arrived once.
     """
@@ -102,33 +102,24 @@ class RefinementTraining(Training):
         self._rows = [self._new_row() for _ in range(self.settings.batch_size)]
 
     def _loss(self, share: float) -> JointLoss:  # noqa: ARG002
-        chats, size = (
-            encode([row.example for row in self._rows], self.tokenizer),
-            self.trunk.config.block_size,
-        )
+        chats = encode([row.example for row in self._rows], self.tokenizer)
+        size, length = self.trunk.config.block_size, chats.ids.shape[1]
         starts = chats.answer_start + torch.tensor(
             [[v.start for v in row.visits] for row in self._rows]
         )
         slots = starts[:, :, None] + torch.arange(size)  # (B, K, L)
         positions = slots.flatten(1)
         # all end tokens after the answer
-        targets = chats.ids.gather(1, positions.clamp(max=chats.ids.shape[1] - 1))
-        masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
-        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows]).repeat_interleave(
-            size, 1
-        )
-        noisy_ids = targets.masked_fill(masked, SPECIAL_IDS[MASK])
-        mask = draft_mask(starts, size, chats.ids.shape[1])
-        noisy = Noisy(noisy_ids, positions, targets, Corruption(masked, rate))
+        targets = chats.ids.gather(1, positions.clamp(max=length - 1))
+        corruption = self._corruption(size)
+        noisy_ids = targets.masked_fill(corruption.masked, SPECIAL_IDS[MASK])
+        mask = draft_mask(starts, size, length)
+        noisy = Noisy(noisy_ids, positions, targets, corruption)
 
         def see(logits: Tensor) -> None:
             logits = logits.detach().float().cpu().view(*slots.shape, -1)
-            self._advance(
-                slots <= chats.end[:, :, None],
-                targets.view(slots.shape),
-                masked.view(slots.shape),
-                logits,
-            )
+            before_end, masked = slots <= chats.end[:, :, None], corruption.masked
+            self._advance(before_end, targets.view(slots.shape), masked.view(slots.shape), logits)
 
         return loss_of(
             self.trunk,
@@ -139,6 +130,12 @@ class RefinementTraining(Training):
             diffusion_weight=DIFFUSION_WEIGHT,
             see=see,
         )
+
+    def _corruption(self, size: int) -> Corruption:
+        """Return the masked slots of the rows' blocks, and their rates."""
+        masked = torch.stack([torch.cat([v.masked for v in row.visits]) for row in self._rows])
+        rate = torch.tensor([[v.rate for v in row.visits] for row in self._rows])
+        return Corruption(masked, rate.repeat_interleave(size, 1))
 
     def _advance(self, before_end: Tensor, targets: Tensor, masked: Tensor, logits: Tensor) -> None:
         """Reveal what the forward was sure of, and replace what is decided.
@@ -170,17 +167,13 @@ class RefinementTraining(Training):
     def _new_row(self) -> Row:
         example = next(self._source)
         length = len(self.tokenizer.encode(example.answer).ids) + 1
-        return Row(
-            example,
-            length,
-            [self._new_visit(length) for _ in range(NUM_BLOCKS)],
-            set(range(NUM_BLOCKS)),
-        )
+        visits = [self._new_visit(length) for _ in range(NUM_BLOCKS)]
+        return Row(example, length, visits, set(range(NUM_BLOCKS)))
 
     def _new_visit(self, length: int) -> Visit:
-        """Draw any block that begins before the last token of an answer of ``length``.
+        """Draw a block that begins before the answer's last token.
 
-        Its first slot is known and never masked.
+        Its first slot is known and never masked. The answer has ``length`` tokens.
         """
         size = self.trunk.config.block_size
         aligned = self._draw(0, 1) < ALIGNED_SHARE
@@ -199,14 +192,14 @@ class RefinementTraining(Training):
 
 
 def revealed(logits: Tensor, masked: Tensor, thresholds: Tensor) -> Tensor:
-    """Mark the masked slots that a decoder would fill, (B, K, L) bool.
+    """Mark the masked slots that a decoder would fill, (B, K, L).
 
     It fills the most probable one of each block and all that reach the threshold.
 
     Args:
-        logits: (B, K, L, V).
-        masked: (B, K, L) bool.
-        thresholds: (B, K, 1) float.
+        logits: Logits of the slots, (B, K, L, V).
+        masked: Slots that are masked, (B, K, L) bool.
+        thresholds: Threshold of each block, (B, K, 1) float.
     """
     confidence = logits.softmax(-1).amax(-1).masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter_(-1, confidence.argmax(-1, keepdim=True), True)

@@ -24,7 +24,7 @@ def save_demo(folder: Path, trunk: TriModeTrunk, config: dict[str, Any]) -> None
 
 
 def demo_texts() -> dict[str, str]:
-    """The files of the folder that hold no weights, by name."""
+    """Return the folder's files without weights, by name."""
     generation = {"bos_token_id": SPECIAL_IDS[BOS], "eos_token_id": [SPECIAL_IDS[IM_END]]}
     return {
         "generation_config.json": json.dumps(generation, indent=2) + "\n",

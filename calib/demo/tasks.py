@@ -34,7 +34,7 @@ from trimode.errors import UsageError
 SPLITS = ("train", "held-out")
 HELD_OUT_ONE_IN = 10
 WORDING_SHARES = 0.46, 0.27, 0.27
-"""How often an answer is written in each of its ways."""
+"""Shares of the ways to write an answer."""
 
 NAMES = (
     "Anna",
@@ -116,7 +116,10 @@ OPERATIONS = (
 
 @dataclass(frozen=True)
 class Example:
-    """One question; ``answer`` is one of ``answers``, all of them right, the most usual first."""
+    """Holds one question, and all right answers to it.
+
+    ``answer`` is one of ``answers``, the most usual of which comes first.
+    """
 
     family: str
     prompt: str
@@ -136,7 +139,7 @@ class Draft(NamedTuple):
 
 
 def json_record(rng: random.Random) -> Draft:
-    """A sentence about a person, as a JSON object."""
+    """Draw a sentence about a person, and its JSON object."""
     name, age, city = rng.choice(NAMES), rng.randint(18, 89), rng.choice(CITIES)
     prompt = rng.choice(
         (
@@ -203,7 +206,7 @@ def addition(rng: random.Random) -> Draft:
 
 
 def reverse_word(rng: random.Random) -> Draft:
-    """Draw a made-up word of four to six letters, and write it backwards.
+    """Draw a made-up word of four to six letters, and reverse it.
 
     Its letters are numbered, read backwards, and put together, after commas or arrows.
     """
@@ -231,7 +234,7 @@ def sort_numbers(rng: random.Random) -> Draft:
 
 
 def date_formats(rng: random.Random) -> Draft:
-    """A written date in ISO 8601 and in the American form."""
+    """Draw a written date, in ISO 8601 and in the American form."""
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2049)
     written = rng.choice(
         (f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}")
@@ -244,7 +247,10 @@ def date_formats(rng: random.Random) -> Draft:
 
 
 def markdown_table(rng: random.Random) -> Draft:
-    """Two or three goods with their counts, as a Markdown table under one heading or another."""
+    """Draw two or three goods with counts, as a Markdown table.
+
+    Its heading is one of several.
+    """
     rows = [(name, rng.randint(2, 99)) for name in rng.sample(GOODS, rng.randint(2, 3))]
     key = ", ".join(f"{name} {count}" for name, count in rows)
     body = "".join(f"\n| {name} | {count} |" for name, count in rows)
@@ -255,7 +261,7 @@ def markdown_table(rng: random.Random) -> Draft:
 
 
 def roman_numeral(rng: random.Random) -> Draft:
-    """A number below 1000 as a Roman numeral, place by place."""
+    """Draw a number below 1000, as a Roman numeral place by place."""
     number = rng.randint(101, 999)
     places = [(number // 100 * 100, ROMAN_HUNDREDS[number // 100])]
     places += [
@@ -296,7 +302,7 @@ def examples(seed: int, split: str, families: Sequence[str] | None = None) -> It
 
 
 def split_of(family: str, key: str) -> str:
-    """The split that a task with this content belongs to."""
+    """Return the split of a task with this content."""
     digest = hashlib.sha256(f"{family} {key}".encode()).digest()
     return SPLITS[int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0]
 

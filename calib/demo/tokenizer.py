@@ -76,7 +76,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """The contents of ``tokenizer_config.json``."""
+    """Return the contents of ``tokenizer_config.json``."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -96,7 +96,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     enable_thinking: bool = False,
 ) -> str:
-    """The chat as the checkpoint's own template renders it."""
+    """Render a chat as the checkpoint's own template does."""
     rendered: str = _template().render(
         messages=messages,
         add_generation_prompt=add_generation_prompt,
@@ -106,7 +106,7 @@ def render_chat(
 
 
 def render_prompt(prompt: str) -> str:
-    """A single user turn, ready for the answer."""
+    """Render a single user turn, ready for the answer."""
     return render_chat([{"role": "user", "content": prompt}])
 
 

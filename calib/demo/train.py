@@ -53,21 +53,22 @@ REFINEMENT_RATE, REFINEMENT_WARM_UP, REFINEMENT_DECAY = 6e-4, 0.03, 0.9
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole run is told.
+    """Holds the choices of a whole run.
 
     Attributes:
-        output: folder of the checkpoint.
-        state: file with the joint stage's state; the refinement's lies beside it.
-        refinement: None leaves that stage out.
-        base: checkpoint to begin with instead of the joint stage.
-        resume: take up the run in ``state``; without it, that file must not exist.
-        num_questions: held-out questions per family; 0 leaves the evaluation out.
-        batch_size: chats in a step of the joint stage.
-        refinement_batch_size: in a step of the refinement, each with several blocks, and of the
-        drafter.
-        num_answers: training prompts that the model answers for its drafter.
-        device: ``cpu`` or ``cuda``.
-        config: the contents of ``config.json``.
+        output: Folder of the checkpoint.
+        state: File with the joint stage's state; the refinement's lies beside it.
+        joint, drafter: Budgets of these stages.
+        refinement: Budget of the refinement; None leaves that stage out.
+        base: Checkpoint to begin with instead of the joint stage.
+        resume: Whether to continue the run in ``state``; without it, that file must not exist.
+        num_questions: Number of held-out questions per family; 0 leaves the evaluation out.
+        batch_size: Chats in a step of the joint stage.
+        refinement_batch_size: Chats in a step of the refinement, each with several blocks, and of
+            the drafter.
+        num_answers: Number of training prompts that the model answers for its drafter.
+        device: Device of the training, ``cpu`` or ``cuda``.
+        config: Contents of ``config.json``.
     """
 
     output: Path
@@ -133,12 +134,12 @@ def _check_states(plan: Plan) -> None:
     if plan.resume and states[0] not in found:
         raise UsageError(
             f"{states[0]}: expected the state of an earlier run, found none",
-            "leave out --resume to begin anew",
+            "leave out `resume` to begin anew",
         )
     if found and not plan.resume:
         raise UsageError(
             f"{found[0]}: expected no earlier run, found one",
-            "pass --resume to take it up, or delete it",
+            "pass `resume` to take it up, or delete it",
         )
 
 
@@ -195,7 +196,7 @@ def _refine(
 def _train_trunk(
     training: Training, name: str, budget: Budget, progress: StageProgress
 ) -> dict[str, Any]:
-    """Run a stage, taking it up where there is a state, and round the weights.
+    """Run a stage, from any state it left, and round the weights.
 
     Returns what it was told and did.
     """

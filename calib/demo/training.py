@@ -1,4 +1,7 @@
-"""Runs a training: learning rate, optimizer, running means, and a state to go on from."""
+"""Runs a training that can be interrupted and resumed.
+
+It has a learning rate, an optimizer, running means, and a state to go on from.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tokenizers import Tokenizer
 
 from trimode.calib.training.budget import Budget, rate_at
 from trimode.calib.training.objective import JointLoss
+from trimode.calib.training.optimizer import descend, set_rate
 from trimode.graphs.decoder.trunk import TriModeTrunk
 
 log = logging.getLogger(__name__)
@@ -22,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run is told."""
+    """Holds the settings of a training run."""
 
     seed: int = 0
     batch_size: int = 32
@@ -35,12 +39,12 @@ class Settings:
 
 @dataclass
 class DemoProgress:
-    """What a training run has done so far.
+    """Counts what a training run has done so far.
 
     Attributes:
-        seconds: wall-clock time, which other work on the machine makes longer.
-        processor_seconds: time on all cores together, which it hardly changes.
-        losses: running means, and other figures that a stage keeps.
+        seconds: Wall-clock time, which other work on the machine makes longer.
+        processor_seconds: Time on all cores together, which it hardly changes.
+        losses: Running means, and other figures that a stage keeps.
     """
 
     step: int = 0
@@ -53,13 +57,13 @@ Report = Callable[[DemoProgress, float], None]
 
 
 class Training(ABC):
-    """Trains, stops and goes on again; the subclass says on what.
+    """Trains, stops and goes on again, on what a subclass says.
 
     Args:
-        trunk: trained in place, on the device where it is; its drafter adapter is left alone.
+        trunk: Trunk to train in place, on its device; its drafter adapter is left alone.
         tokenizer: Tokenizer of the checkpoint.
         settings: Settings of the run.
-        state: file that holds the run's state, written whole or not at all.
+        state: File that holds the run's state, written whole or not at all.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Training(ABC):
         )
 
     def run(self, budget: Budget, report: Report = lambda _progress, _share: None) -> DemoProgress:
-        """Train until the budget is used up, counting what an earlier run has used.
+        """Train until the budget is used up; earlier use of it counts.
 
         ``report`` is called after each step.
         """
@@ -124,9 +128,8 @@ class Training(ABC):
     def load(self) -> None:
         """Take up the run that the state file holds."""
         state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
-        adapter = {
-            name: tensor for name, tensor in self.trunk.state_dict().items() if ".lora_" in name
-        }
+        own = self.trunk.state_dict()
+        adapter = {name: tensor for name, tensor in own.items() if ".lora_" in name}
         self.trunk.load_state_dict({**state["trunk"], **adapter})
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = DemoProgress(**state["progress"])
@@ -137,19 +140,15 @@ class Training(ABC):
 
     @abstractmethod
     def _loss(self, share: float) -> JointLoss:
-        """The loss of the next step, ``share`` of the way through the budget."""
+        """Compute the loss of the next step, at ``share`` of the budget."""
 
     def _step(self, share: float) -> JointLoss:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * rate_at(
-                share, warm_up=self.settings.warm_up, decay=self.settings.decay
-            )
+        settings = self.settings
+        rate = rate_at(share, warm_up=settings.warm_up, decay=settings.decay)
+        set_rate(self.optimizer, settings.learning_rate * rate)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self._loss(share)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
+        descend(self.optimizer, loss.total, self.optimizer.param_groups[0]["params"])
         return loss
 
     def _record(self, loss: JointLoss) -> None:
@@ -164,5 +163,5 @@ class Training(ABC):
 
 
 def hash_seed(text: str) -> int:
-    """A seed below 2**31 from a text, the same in every process."""
+    """Derive a seed below 2**31 from a text, alike in every process."""
     return int.from_bytes(text.encode(), "big") % (2**31 - 1)

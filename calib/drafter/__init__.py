@@ -1,9 +1,10 @@
-"""Trains a checkpoint's drafter on answers that the model writes as it will be served.
+"""Trains a checkpoint's drafter on answers that the model writes.
 
-- ``settings``: what a caller can choose
-- ``answers``: prompts answered, and made into batches
-- ``adapter``: the adapter on the trunk
+- ``settings``: choices of a caller
+- ``answers``: prompts answered by the model, in batches
+- ``adapter``: the adapter, apart from a trunk
+- ``windows``: windows of answers, drafted and verified, and their loss
 - ``training``: the training itself
-- ``measure``: how well an adapter drafts
-- ``job``: all of it, from beginning to end
+- ``measure``: tokens that an adapter gets accepted
+- ``job``: all steps in order
 """

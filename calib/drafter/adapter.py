@@ -1,4 +1,7 @@
-"""Holds the drafter's adapter apart from a trunk, so that several can be tried on one."""
+"""Holds a drafter's adapter apart from a trunk.
+
+So several adapters can be tried on one trunk.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank branch for every ``o_proj``, scaled by ``alpha / rank``.
+    """Holds a low-rank branch for every ``o_proj``, scaled by ``alpha / rank``.
 
     Attributes:
-        weights: float32 on the CPU, by the checkpoint's names:
+        weights: Weights in float32 on the CPU, by the checkpoint's names:
             ``encoder.layers.0.self_attn.o_proj.lora_A.weight (rank, in)`` and ``.lora_B.weight
             (out, rank)``.
     """
@@ -28,7 +31,7 @@ class Adapter:
     weights: Mapping[str, Tensor]
 
     def rounded(self, stored: DType) -> Adapter:
-        """The weights as a pack stores them, float32 still.
+        """Round the weights as a pack stores them; they stay float32.
 
         Raises:
             BuildError: a weight is not finite, or too large for ``stored``.
@@ -40,13 +43,13 @@ class Adapter:
         if lost:
             raise BuildError(
                 f"{lost[0]}: expected weights that {stored} holds, found larger ones",
-                "train with a lower --learning-rate",
+                "train with a lower `learning_rate`",
             )
         return replace(self, weights=weights)
 
 
 def blank_adapter(trunk: TriModeTrunk, rank: int, alpha: float) -> Adapter:
-    """An adapter of zeros for this trunk."""
+    """Return an adapter of zeros for this trunk."""
     weights = {}
     for name, layer in _places(trunk):
         weights[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
@@ -55,9 +58,9 @@ def blank_adapter(trunk: TriModeTrunk, rank: int, alpha: float) -> Adapter:
 
 
 def adapter_of(trunk: TriModeTrunk, alpha: float) -> Adapter:
-    """Copy the adapter that the trunk has.
+    """Copy the adapter of a trunk.
 
-    ``alpha`` is as it was given, for the trunk keeps the quotient alone.
+    ``alpha`` is given because the trunk keeps the quotient alone.
     """
     weights = {
         name: tensor.detach().float().cpu().clone()
@@ -68,7 +71,7 @@ def adapter_of(trunk: TriModeTrunk, alpha: float) -> Adapter:
 
 
 def install_adapter(trunk: TriModeTrunk, adapter: Adapter) -> None:
-    """Give the trunk a copy of this adapter, in place of any that it has."""
+    """Replace the trunk's adapter, if any, by a copy of this one."""
     device = trunk.diffusion_head.weight.device
     for name, layer in _places(trunk):
         layer.lora_A, layer.lora_B = (

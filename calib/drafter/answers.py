@@ -1,8 +1,7 @@
-"""Prompts answered by the model, and made into batches.
+"""Has the model answer prompts, and makes batches of the answers.
 
-A drafter has to guess what the verifier will say, and that is what the model itself writes,
-greedily, token after token. An answer from elsewhere would have the drafter trained on prefixes
-that never occur.
+A drafter has to guess what the verifier will say. That is what the model itself writes, greedily,
+token after token. With answers from elsewhere it would learn prefixes that never occur.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ drafted.
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt and what the model wrote after it, the end token included."""
+    """Holds a prompt and the model's answer, the end token included."""
 
     prompt: Text
     answer: Text
@@ -39,9 +38,9 @@ class Written:
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Holds B texts with answers, each filled with its last token after its end.
+    """Holds B texts with answers, padded with their last tokens.
 
-    See :class:`trimode.calib.drafter.training.Answers`.
+    It is a :class:`trimode.calib.drafter.windows.Answers`.
     """
 
     ids: Tensor
@@ -50,14 +49,14 @@ class AnswerBatch:
 
 
 def write_answer(session: Session, model: ModelInfo, prompt: Text, max_new_tokens: int) -> Text:
-    """The model's greedy answer, one token at a time, the end token included."""
+    """Write the model's greedy answer, the end token included."""
     sequence = DecodedSequence(session, model, prompt)
     options = DecodeOptions(max_new_tokens=max_new_tokens)
     return [token for tokens in decode_ar(sequence, options, Counters()) for token in tokens]
 
 
 def long_enough(written: Sequence[Written], what: str) -> list[Written]:
-    """Those of which something can be drafted.
+    """Keep the answers of which something can be drafted.
 
     Raises:
         UsageError: there are none.
@@ -73,7 +72,7 @@ def long_enough(written: Sequence[Written], what: str) -> list[Written]:
 
 
 def encode(written: Sequence[Written]) -> AnswerBatch:
-    """Pad to a common length."""
+    """Pad texts to a common length."""
     texts = [one.prompt + one.answer for one in written]
     longest = -(-max(map(len, texts)) // LENGTH_STEP) * LENGTH_STEP
     ids = torch.tensor([text + text[-1:] * (longest - len(text)) for text in texts])

@@ -1,4 +1,4 @@
-"""How well an adapter drafts: the runtime's self-speculation over the trunk that holds it."""
+"""Measures how well an adapter drafts, by the runtime's self-speculation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def measure(
     Args:
         session: Session over the trunk with the adapter in question.
         model: Facts that decoding needs.
-        written: prompts with the autoregressive answers.
-        options: say the block length, whether the adapter is used, and the limit that the answers
-        were written with.
+        written: Prompts with the autoregressive answers.
+        options: Block length, use of the adapter, and the limit that the answers were written with.
         advance: Called with 1 after each prompt.
     """
     counters, num_tokens, num_unlike = Counters(), 0, 0

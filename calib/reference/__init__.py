@@ -1,1 +1,1 @@
-"""Runs the model in PyTorch: eagerly, from mapped files, or rounded as in a bundle."""
+"""Runs the model in PyTorch: eager, mapped, or rounded as bundles."""

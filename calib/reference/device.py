@@ -1,4 +1,4 @@
-"""Where the jobs compute: on the CPU, or on a CUDA device where there is one."""
+"""Checks that the device of a job is here."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "expected a CUDA device, found none that torch can use",
-            "leave out --device to use the CPU",
+            "leave out `device` to use the CPU",
         )

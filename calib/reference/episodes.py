@@ -56,7 +56,7 @@ class ReplayedForward(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """A prompt with the answer that a mode gave, and the blocks that led there."""
+    """Holds a prompt with a mode's answer, and the blocks behind it."""
 
     tokens: Text
     prompt_length: int
@@ -84,7 +84,7 @@ class RecordingSession(TorchSession):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Run a role, and record the forward of a draft or a verification."""
+        """Run a role, and record the forward of a draft or verification."""
         if role != "ar" and role in self._roles:
             self._blocks.append(
                 BlockForward(role, input_ids[0].tolist(), past_length, drafter_scale)
@@ -92,7 +92,7 @@ class RecordingSession(TorchSession):
         return super().run(role, cache, input_ids, past_length, drafter_scale)
 
     def take(self) -> tuple[BlockForward, ...]:
-        """The blocks since the last call."""
+        """Return the blocks since the last call."""
         taken, self._blocks = tuple(self._blocks), []
         return taken
 
@@ -147,7 +147,7 @@ def merged(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 def forwards_of(episode: Episode) -> list[ReplayedForward]:
-    """What a replay of the episode runs: its text in chunks, then its blocks."""
+    """List the forwards of a replay: text in chunks, then blocks."""
     starts = range(0, len(episode.tokens), PREFILL_CHUNK)
     # The ar graph returns logits of a prompt's last row and of each row after it, the others of
     # every row.
@@ -179,7 +179,7 @@ def pattern_for(forward: ReplayedForward, text: TorchCache) -> TorchCache:
 
 
 def count_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
-    """Tokens of all forwards, by role."""
+    """Count the tokens of all forwards, by role."""
     counts: dict[Role, int] = {}
     for forward in (forward for episode in episodes for forward in forwards_of(episode)):
         counts[forward.role] = counts.get(forward.role, 0) + len(forward.ids)

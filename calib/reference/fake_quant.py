@@ -10,84 +10,35 @@ Bengio et al. 2013), so that a drafter can be trained behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trimode.errors import CheckpointError
-from trimode.formats.calibration import QuantizedPrecision, Scales
+from trimode.formats.calibration import QuantizedPrecision
 from trimode.formats.contract import DType
 from trimode.formats.hints import CALIBRATE
 from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
-from trimode.graphs.numerics.integers import FORMATS, Floats, round_to, round_trip, scale_of
+from trimode.graphs.numerics.integers import FORMATS, Floats, round_trip
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE, GLOBAL_STEPS, LARGEST_CODE
+from trimode.graphs.numerics.scales import LayerScales
 
 CODE_RANGES: dict[DType, tuple[float, float]] = {
     "float8e4m3fn": (-448, 448),
     "int8": (-128, 127),
     "float4e2m1": (-6, 6),
 }
-"""What the types of inputs hold, in steps of a scale."""
+"""Ranges of the types of inputs, in steps of a scale."""
 SMALLEST_NORMAL = 2.0**-126
 """Stands in for a block's scale of 0, to divide by: the block's numbers are multiplied by 0
 again.
 """
 
 
-@dataclass(frozen=True)
-class LinearScales:
-    """The scales of one layer, as the pack stores them, in float32.
-
-    Attributes:
-        weight: ``()``, ``(out,)`` or ``(out, in / block)``; of nvfp4 the global scale ``()``.
-        input: ``()``; None = the input stays as it is.
-        pre_quant: ``(in,)``, which multiplies the input and divides the weight; None = there is
-            none.
-    """
-
-    weight: Floats
-    input: Floats | None = None
-    pre_quant: Floats | None = None
-
-
-def linear_scales(
-    scales: Scales,
-    precision: QuantizedPrecision,
-    stored: DType = "float32",
-    leave_out: Iterable[str] = (),
-) -> dict[str, LinearScales]:
-    """A calibration's scales by layer, rounded to the type ``stored`` as a pack rounds them.
-
-    Args:
-        scales: Scales from :func:`trimode.formats.calibration.load_calibration`.
-        precision: Type that the calibration is for.
-        stored: the compute type of the bundle.
-        leave_out: layers that stay in high precision.
-
-    Raises:
-        BuildError: a scale is too large for ``stored``.
-    """
-    skipped = set(leave_out)
-    layers = {
-        name.removesuffix(".weight_amax") for name in scales if name.endswith(".weight_amax")
-    } - skipped
-
-    def layer_scales(layer: str) -> LinearScales:
-        inputs, factor = scales.get(f"{layer}.input_amax"), scales.get(f"{layer}.pre_quant_scale")
-        return LinearScales(
-            weight=scale_of(scales[f"{layer}.weight_amax"], precision, stored),
-            input=None if inputs is None else scale_of(inputs, precision, stored),
-            pre_quant=None if factor is None else round_to(factor, stored),
-        )
-
-    return {layer: layer_scales(layer) for layer in sorted(layers)}
-
-
 def quantize_trunk(
-    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
+    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LayerScales]
 ) -> None:
     """Quantize linear layers of a float32 trunk in place.
 
@@ -95,8 +46,9 @@ def quantize_trunk(
 
     Args:
         trunk: Trunk whose layers are replaced.
-        precision: the type.
-        layers: by the checkpoint's names, without ``.weight``.
+        precision: Type of the quantized weights.
+        layers: Scales as the pack stores them, by the checkpoint's names without ``.weight``; none
+            is left to be taken from the weight.
 
     Raises:
         CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
@@ -120,7 +72,7 @@ class InputQuantizer(nn.Module):
     scale: Tensor | None
 
     def __init__(
-        self, precision: QuantizedPrecision, scales: LinearScales, device: torch.device
+        self, precision: QuantizedPrecision, scales: LayerScales, device: torch.device
     ) -> None:
         super().__init__()
         self.precision = precision
@@ -136,7 +88,7 @@ class InputQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` as the product reads it."""
+        """Return ``x (..., in)`` as the product reads it."""
         if self.factor is not None:
             x = x * self.factor
         if self.scale is None:
@@ -153,22 +105,25 @@ class QuantizedLinear(nn.Linear):
     """Multiplies a quantized input with a weight that holds quantized values."""
 
     def __init__(
-        self, linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales
+        self, linear: nn.Linear, precision: QuantizedPrecision, scales: LayerScales
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = _quantized_weight(linear, precision, scales)
         self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` -> ``(..., out)``."""
+        """Multiply ``x (..., in)``; the result is ``(..., out)``."""
         return functional.linear(self.quantizer(x), self.weight)
 
 
 class QuantizedLowRankLinear(LowRankLinear):
-    """The same for a layer with the drafter's branch, which reads the input as it was."""
+    """Multiplies a quantized input, and adds the drafter's branch.
+
+    The branch reads the input as it was.
+    """
 
     def __init__(
-        self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LinearScales
+        self, linear: LowRankLinear, precision: QuantizedPrecision, scales: LayerScales
     ) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, 0, 0.0)
@@ -193,23 +148,21 @@ def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def blocks_of(x: Tensor) -> Tensor:
-    """``(..., in)`` -> ``(..., in / 16, 16)``."""
+    """Reshape ``(..., in)`` to ``(..., in / 16, 16)``."""
     return x.reshape(*x.shape[:-1], -1, BLOCK_SIZE)
 
 
 def steps_of_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
-    """Give the scales of the blocks of ``x (..., in)``, ``(..., in / 16, 1)``.
+    """Compute the scales of the blocks of ``x (..., in)``.
 
-    They are over the global one, and cut to E4M3's range.
+    They are ``(..., in / 16, 1)``, over the global one, and cut to E4M3's range.
     """
-    return torch.clamp(
-        blocks_of(x).abs().amax(-1, keepdim=True) / (LARGEST_CODE * global_scale),
-        *CODE_RANGES["float8e4m3fn"],
-    )
+    largest = blocks_of(x).abs().amax(-1, keepdim=True)
+    return torch.clamp(largest / (LARGEST_CODE * global_scale), *CODE_RANGES["float8e4m3fn"])
 
 
 def steps_in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Blocks ``(..., 16)`` over their scales ``(..., 1)``, cut to E2M1's range."""
+    """Divide blocks ``(..., 16)`` by their scales, within E2M1's range."""
     return torch.clamp(blocks / torch.clamp(scale, min=SMALLEST_NORMAL), *CODE_RANGES["float4e2m1"])
 
 
@@ -219,7 +172,7 @@ def spacing_of_e2m1(steps: Tensor) -> Tensor:
 
 
 def nearest_code(steps: Tensor, dtype: DType) -> Tensor:
-    """The nearest code of an input's type, as a number; of two, the even one."""
+    """Round to the nearest code of an input's type, ties to even."""
     if dtype == "float4e2m1":
         spacing = spacing_of_e2m1(steps)
         return torch.round(steps / spacing) * spacing
@@ -239,7 +192,8 @@ def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
     return linear
 
 
-def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
+def _check_shapes(name: str, linear: nn.Linear, scales: LayerScales) -> None:
+    assert scales.weight is not None
     rows, columns = linear.weight.shape
     shape = scales.weight.shape
     fits = shape in ((), (rows,)) or (
@@ -254,8 +208,9 @@ def _check_shapes(name: str, linear: nn.Linear, scales: LinearScales) -> None:
 
 
 def _quantized_weight(
-    linear: nn.Linear, precision: QuantizedPrecision, scales: LinearScales
+    linear: nn.Linear, precision: QuantizedPrecision, scales: LayerScales
 ) -> nn.Parameter:
+    assert scales.weight is not None
     weight: Floats = linear.weight.detach().float().numpy(force=True)
     divided: Floats = weight if scales.pre_quant is None else weight / scales.pre_quant
     values = round_trip(divided, scales.weight, precision)

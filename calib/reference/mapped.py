@@ -1,9 +1,10 @@
-"""The trunk over weights that stay in the checkpoint's files, for checkpoints larger than memory.
+"""Computes with weights that stay in the checkpoint's files.
 
-A weight is a mapped range of its file, in the type that it is stored in: pages that the kernel can
-drop and read again. It becomes float32, which is exact for every stored type, right before its
-product, at most :data:`WIDENED_BYTES` at a time. Products are those of the float32 trunk, bit for
-bit; of a weight larger than that, up to the order in which its rows' sums are taken.
+So a checkpoint may be larger than memory. A weight is a mapped range of its file, in the type that
+it is stored in: pages that the kernel can drop and read again. It becomes float32, which is exact
+for every stored type, right before its product, at most :data:`WIDENED_BYTES` at a time. Products
+are those of the float32 trunk, bit for bit; of a weight larger than that, up to the order in which
+its rows' sums are taken.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimode.calib.reference.torch_session import blank_trunk, drafter_shape
 from trimode.formats.safetensors import ITEM_SIZES, TensorEntry
 from trimode.graphs.adapter import FoldedEntry
 from trimode.graphs.checkpoint import Checkpoint
@@ -42,12 +44,12 @@ def mapped_tensor(entry: TensorEntry) -> Tensor:
 
 
 def float32_tensor(entry: TensorEntry, device: str) -> Tensor:
-    """A copy of a tensor of a checkpoint."""
+    """Copy a checkpoint's tensor in float32."""
     return mapped_tensor(entry).to(device, torch.float32, copy=True)
 
 
 def float32_bytes(checkpoint: Checkpoint) -> int:
-    """What all weights take in float32."""
+    """Count the bytes of all weights in float32."""
     return sum(
         entry.num_bytes // ITEM_SIZES[entry.dtype] * 4 for entry in checkpoint.tensors.values()
     )
@@ -58,20 +60,15 @@ def open_trunk(
 ) -> TriModeTrunk:
     """Open the trunk for inference, its weights in float32 or mapped.
 
-    They are in float32 where these fit into ``memory_bytes`` (None = they do).
+    They are in float32 if these fit into ``memory_bytes`` (None = they do).
 
     Args:
-        checkpoint: an opened checkpoint; its files have to stay as they are while the trunk is
-        used.
-        num_positions: rows of the position tables.
+        checkpoint: Opened checkpoint; its files have to stay as they are while the trunk is used.
+        num_positions: Rows of the position tables.
         device: Device that computes. Mapped weights are sent there for each product.
-        memory_bytes: for weights that stay in memory.
+        memory_bytes: Memory for weights that stay in memory.
     """
-    rank, alpha = _drafter(checkpoint)
-    with torch.device("meta"):
-        trunk = TriModeTrunk(
-            checkpoint.config, num_positions, drafter_rank=rank, drafter_alpha=alpha
-        )
+    trunk = blank_trunk(checkpoint, num_positions)
     if memory_bytes is not None and float32_bytes(checkpoint) > memory_bytes:
         _map_weights(trunk, "", checkpoint)
     _load(trunk, "", checkpoint, device)
@@ -83,7 +80,7 @@ def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer
 
     To an attention pattern it is layer 0, whichever it is.
     """
-    rank, alpha = _drafter(checkpoint)
+    rank, alpha = drafter_shape(checkpoint)
     with torch.device("meta"):
         layer = Layer(checkpoint.config, 0, rank, alpha)
     _load(layer, f"encoder.layers.{index}.", checkpoint, device)
@@ -91,7 +88,7 @@ def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer
 
 
 class MappedLinear(nn.Module):
-    """A linear layer without bias over a mapped weight ``(out, in)``."""
+    """Multiplies with a mapped weight ``(out, in)``, without bias."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -112,7 +109,7 @@ class MappedLinear(nn.Module):
 
 
 class MappedLowRankLinear(nn.Module):
-    """:class:`trimode.graphs.decoder.trunk.LowRankLinear` over mapped weights."""
+    """Computes :class:`trimode.graphs.decoder.trunk.LowRankLinear` over mapped weights."""
 
     def __init__(
         self, base: MappedLinear, lora_a: MappedLinear, lora_b: MappedLinear, scaling: float
@@ -129,21 +126,20 @@ class MappedLowRankLinear(nn.Module):
 
 
 class MappedEmbedding(nn.Module):
-    """An embedding whose table ``(V, hidden_size)`` is mapped."""
+    """Looks up ids in a mapped table ``(V, hidden_size)``."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Ids of any shape -> ``(..., hidden_size)`` float32, where the ids are."""
+        """Look up ids of any shape; the result is float32.
+
+        It is ``(..., hidden_size)``, on the device of the ids.
+        """
         return functional.embedding(input_ids.to(self.weight.device), self.weight).to(
             input_ids.device, torch.float32
         )
-
-
-def _drafter(checkpoint: Checkpoint) -> tuple[int, float]:
-    return (checkpoint.drafter.rank, checkpoint.drafter.alpha) if checkpoint.drafter else (0, 0.0)
 
 
 def _load(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: str) -> None:

@@ -9,9 +9,9 @@ import torch
 
 
 def free_memory_bytes(device: str) -> int:
-    """Count the bytes that this process could still take on ``cpu`` or ``cuda``.
+    """Count the bytes that this process could still take on a device.
 
-    On the CPU (Linux) also what its control group leaves is asked.
+    The device is ``cpu`` or ``cuda``. On the CPU (Linux) the limit of the control group counts too.
     """
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])

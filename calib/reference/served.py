@@ -1,17 +1,18 @@
-"""Loads the trunk with a bundle's weights: rounded to its type, quantized where it is."""
+"""Loads the trunk with a bundle's weights, rounded and quantized alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimode.calib.reference.fake_quant import linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.calib.reference.torch_session import load_trunk
 from trimode.formats.calibration import Calibration, check_source, load_calibration
 from trimode.formats.contract import DType
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.scales import linear_scales
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ServedTrunk:
     """Holds a trunk in float32 arithmetic.
 
     Attributes:
-        base_sha256: digest of the checkpoint without its adapter.
+        base_sha256: Digest of the checkpoint without its adapter.
         sha256: Digest of the checkpoint with its adapter.
         calibration: Calibration of the weights; None = they are not quantized.
     """
@@ -33,17 +34,19 @@ class ServedTrunk:
 def load_served(
     checkpoint: Checkpoint, num_positions: int, dtype: DType, calibration: Path | None
 ) -> ServedTrunk:
-    """Read a checkpoint as a bundle would hold it; four bytes of memory a parameter.
+    """Read a checkpoint as a bundle would hold it.
+
+    It takes four bytes of memory a parameter.
 
     Args:
-        checkpoint: an opened checkpoint.
-        num_positions: rows of the position tables.
+        checkpoint: Opened checkpoint.
+        num_positions: Rows of the position tables.
         dtype: Type of the bundle's scales, and of its weights that are not quantized.
-        calibration: folder of the scales; None = nothing is quantized.
+        calibration: Folder of the scales; None = nothing is quantized.
 
     Raises:
         CheckpointError: the checkpoint or the calibration cannot be read, or do not belong
-        together.
+            together.
         BuildError: a weight is too large for ``dtype``.
     """
     digest = SourceDigest(checkpoint)

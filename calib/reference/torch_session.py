@@ -40,26 +40,19 @@ def load_trunk(
     It takes four bytes of memory a parameter.
 
     Args:
-        checkpoint: an opened checkpoint.
-        num_positions: rows of the position tables.
-        stored: the type that weights are rounded to first, as a bundle stores them.
+        checkpoint: Opened checkpoint.
+        num_positions: Rows of the position tables.
+        stored: Type that weights are rounded to first, as a bundle stores them.
         read: Function that reads the tensors, in the checkpoint's order; None = the checkpoint's
             own. A :class:`trimode.graphs.identity.SourceDigest` has seen all of it afterwards.
-        exact: names of the weights that are not rounded, because something else will be done to
+        exact: Names of the weights that are not rounded, because something else will be done to
             them: those that a bundle quantizes.
 
     Raises:
         CheckpointError: a file of the checkpoint ends too early.
         BuildError: a weight is too large for ``stored``.
     """
-    drafter, read = checkpoint.drafter, read or checkpoint.read
-    with torch.device("meta"):  # no weight is drawn that would be replaced at once
-        trunk = TriModeTrunk(
-            checkpoint.config,
-            num_positions,
-            drafter_rank=drafter.rank if drafter else 0,
-            drafter_alpha=drafter.alpha if drafter else 0.0,
-        )
+    trunk, read = blank_trunk(checkpoint, num_positions), read or checkpoint.read
     weights = {}
     for name, entry in checkpoint.tensors.items():
         dtype: DType = "float32" if name in exact else stored
@@ -71,10 +64,25 @@ def load_trunk(
     return trunk.eval().requires_grad_(False)
 
 
-class TorchCache(GrowingCacheAttention):
-    """Holds what has been run and nothing more; it is itself the attention pattern.
+def blank_trunk(checkpoint: Checkpoint, num_positions: int) -> TriModeTrunk:
+    """Make a trunk of the checkpoint's shape, without memory for its weights."""
+    rank, alpha = drafter_shape(checkpoint)
+    with torch.device("meta"):  # no weight is drawn that would be replaced at once
+        return TriModeTrunk(
+            checkpoint.config, num_positions, drafter_rank=rank, drafter_alpha=alpha
+        )
 
-    A :class:`trimode.runtime.sessions.base.KVCache`.
+
+def drafter_shape(checkpoint: Checkpoint) -> tuple[int, float]:
+    """Return rank and alpha of the drafter; 0 without one."""
+    drafter = checkpoint.drafter
+    return (drafter.rank, drafter.alpha) if drafter else (0, 0.0)
+
+
+class TorchCache(GrowingCacheAttention):
+    """Holds what has been run; it is itself the attention pattern.
+
+    It is a :class:`trimode.runtime.sessions.base.KVCache`.
     """
 
     @property
@@ -83,7 +91,7 @@ class TorchCache(GrowingCacheAttention):
         return self.length
 
     def reserve(self, length: int) -> None:
-        """Nothing to do: the cache grows as it is written."""
+        """Do nothing: the cache grows as it is written."""
 
     @property
     def layers(self) -> list[LayerSlots]:
@@ -96,7 +104,7 @@ class TorchCache(GrowingCacheAttention):
 
     @classmethod
     def of(cls, layers: list[LayerSlots]) -> TorchCache:
-        """A cache with these contents."""
+        """Make a cache with these contents."""
         cache = cls()
         cache.replace(layers)
         return cache
@@ -114,10 +122,10 @@ class TorchSession:
         self.trunk = trunk
 
     def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
-        """Any will do."""
+        """Accept any length."""
 
     def close(self) -> None:
-        """Nothing to do: Python counts the references."""
+        """Do nothing: Python counts the references."""
 
     def new_cache(self) -> TorchCache:
         """Give an empty cache."""
@@ -172,9 +180,10 @@ class TorchSession:
         return best.indices.numpy(force=True), best.values.numpy(force=True)
 
     def _quadratic(self, cache: TorchCache, input_ids: Ids, past_length: int) -> tuple[Array, ...]:
-        """Run a causal forward, then a bidirectional one over masked slots behind it.
+        """Run a causal forward, then a bidirectional one behind it.
 
-        The slots follow what the causal one accepts, whose K/V are kept.
+        The second runs masked slots, which follow what the causal one accepts. The K/V of the first
+        are kept.
         """
         greedy, accepted, logits = self.forward("verify", cache, input_ids, past_length)
         kept = cache.layers
@@ -200,9 +209,9 @@ class TorchSession:
 
 
 def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Array, Array]:
-    """Replace the candidates of the first slot by those of causal ``logits (B, V)``.
+    """Replace the first slot's candidates by those of causal logits.
 
-    Candidates and probabilities of slots are ``(B, T, 5)``.
+    Candidates and probabilities of slots are ``(B, T, 5)``, the logits ``(B, V)``.
     """
     best = torch.from_numpy(logits).softmax(-1).topk(ids.shape[-1], -1)
     ids[:, 0], probabilities[:, 0] = best.indices.numpy(), best.values.numpy()
@@ -210,7 +219,7 @@ def led_by_causal(ids: Array, probabilities: Array, logits: Array) -> tuple[Arra
 
 
 def accepted_lengths(greedy_ids: Ids, input_ids: Ids) -> Ids:
-    """Count the drafts in a row that equal the greedy ids before them.
+    """Count the drafts in a row that equal the greedy ids.
 
     The drafts are ``input_ids[:, 1:]``: ``(B, T)``, ``(B, T)`` -> ``(B,)``.
     """

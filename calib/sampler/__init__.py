@@ -1,10 +1,9 @@
-"""Trains a sampler for block diffusion on the states that the decoder passes through.
+"""Trains a sampler on the states that block diffusion passes through.
 
-- ``settings``: what a caller can choose
-- ``trajectories``: denoised blocks, state by state, beside the tokens that serial denoising ends
-  with
+- ``settings``: choices of a caller
+- ``trajectories``: denoised blocks, state by state, beside the tokens of serial denoising
 - ``training``: a network on these states
 - ``scorer``: the network where the runtime asks for scores
-- ``measure``: what it is worth
-- ``job``: all of it, from beginning to end
+- ``measure``: quality of the scores, and of texts
+- ``job``: all steps in order
 """

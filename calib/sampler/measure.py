@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from trimode.runtime.text.prompts import Text
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 SCORES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 USUAL_CONFIDENCE = 0.9
+_POLICIES: tuple[tuple[SamplerName, float], ...] = (
+    *(("threshold", value) for value in CONFIDENCES),
+    *(("learned", value) for value in SCORES),
+)
 NUM_BINS = 10
 LEAST_PROBABILITY = 1e-7
 
@@ -31,7 +36,7 @@ Values = NDArray[np.float64]
 
 
 def measure_scores(sampler: BlockSampler, states: States, mask_token_id: int) -> ScoresRecord:
-    """Scores and probabilities of the same slots, each beside whether these are right."""
+    """Compare scores and probabilities of the same slots with the truth."""
     labels, counts = (tensor.numpy() for tensor in states.labels(mask_token_id))
     right = labels[counts]
     scores = score_states(sampler, states, mask_token_id).double().numpy()[counts]
@@ -52,7 +57,10 @@ def measure_scores(sampler: BlockSampler, states: States, mask_token_id: int) ->
 def auc(values: Values, right: NDArray[np.bool_]) -> float | None:
     """Compute the area under the ROC curve by ranks (Mann-Whitney).
 
-    Equal values count half. None where all are right, or none.
+    Equal values count half.
+
+    Returns:
+        None if all are right, or none.
     """
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
@@ -63,19 +71,16 @@ def auc(values: Values, right: NDArray[np.bool_]) -> float | None:
 
 
 def cross_entropy(values: Values, right: NDArray[np.bool_]) -> float:
-    """Nats a slot."""
+    """Compute the mean cross-entropy, in nats a slot."""
     p = np.clip(values, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     return float(-np.where(right, np.log(p), np.log1p(-p)).mean())
 
 
 def calibration_error(values: Values, right: NDArray[np.bool_]) -> float:
-    """Expected calibration error over :data:`NUM_BINS` bins of equal width."""
+    """Compute the expected calibration error over :data:`NUM_BINS` equal bins."""
     bins = np.minimum((values * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [
-        abs(float(values[bins == one].mean() - right[bins == one].mean()))
-        * int((bins == one).sum())
-        for one in np.unique(bins)
-    ]
+    members = [bins == one for one in np.unique(bins)]
+    gaps = [abs(float(values[i].mean() - right[i].mean())) * int(i.sum()) for i in members]
     return sum(gaps) / len(values)
 
 
@@ -91,7 +96,7 @@ def measure_texts(
     is_right: Callable[[Text, Text], bool | None],
     advance: Callable[[int], None],
 ) -> tuple[DenoisingRecord, ...]:
-    """Count how often each policy writes the target's text, or a right one.
+    """Count how often each policy writes the target, or a right text.
 
     The policies are thresholds on the probability and on the score.
 
@@ -103,56 +108,70 @@ def measure_texts(
         max_new_tokens: Longest answer, in tokens.
         target: Kind of text that counts as the target.
         scorer: Scorer of the slots.
-        is_right: Tells whether an answer to a prompt is right; None where that is not known.
+        is_right: Tells whether an answer to a prompt is right; None if that is not known.
         advance: Called with 1 after each prompt.
     """
-    policies: list[tuple[SamplerName, float]] = [
-        *(("threshold", value) for value in CONFIDENCES),
-        *(("learned", value) for value in SCORES),
-    ]
-    options = [
-        DecodeOptions(max_new_tokens, block_length, value, sampler=name, scorer=scorer)
-        for name, value in policies
-    ]
-    same, right, tokens, forwards = np.zeros((4, len(policies)), int)
+    counts = [_Count(*policy) for policy in _POLICIES]
     num_known = 0
     for prompt in prompts:
         expected = _target_text(session, model, prompt, block_length, max_new_tokens, target)
         num_known += is_right(prompt, expected) is not None
-        for row, chosen in enumerate(options):
-            text, nfe = _decode(decode_diffusion, session, model, prompt, chosen)
-            same[row] += text == expected
-            tokens[row] += len(text)
-            forwards[row] += nfe
-            verdict = is_right(prompt, text)
-            right[row] += text == expected if verdict is None else verdict
+        for count in counts:
+            options = DecodeOptions(
+                max_new_tokens,
+                block_length,
+                count.threshold,
+                sampler=count.sampler,
+                scorer=scorer,
+            )
+            text, nfe = _decode(decode_diffusion, session, model, prompt, options)
+            count.add(text, nfe, is_target=text == expected, verdict=is_right(prompt, text))
         advance(1)
     return tuple(
-        DenoisingRecord(
-            block_length=block_length,
-            sampler=name,
-            threshold=value,
-            num_texts=len(prompts),
-            same_as_target=same[row] / len(prompts),
-            exact_match=right[row] / len(prompts) if num_known else None,
-            num_tokens=tokens[row],
-            num_forwards=forwards[row],
-            tokens_per_forward=tokens[row] / forwards[row],
-        )
-        for row, (name, value) in enumerate(policies)
+        count.record(block_length, len(prompts), knows_answers=num_known > 0) for count in counts
     )
 
 
-def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
-    """Choose the score to fill from where nobody says otherwise.
+@dataclass
+class _Count:
+    """Counts the texts of a policy, its tokens and its forwards."""
 
-    It is the highest where a sampler is no good.
+    sampler: SamplerName
+    threshold: float
+    same: int = 0
+    right: int = 0
+    tokens: int = 0
+    forwards: int = 0
+
+    def add(self, text: Text, nfe: int, *, is_target: bool, verdict: bool | None) -> None:
+        """Add a text; without a verdict, the target's text is right."""
+        self.same += is_target
+        self.right += is_target if verdict is None else verdict
+        self.tokens += len(text)
+        self.forwards += nfe
+
+    def record(self, block_length: int, num_texts: int, *, knows_answers: bool) -> DenoisingRecord:
+        return DenoisingRecord(
+            block_length=block_length,
+            sampler=self.sampler,
+            threshold=self.threshold,
+            num_texts=num_texts,
+            same_as_target=self.same / num_texts,
+            exact_match=self.right / num_texts if knows_answers else None,
+            num_tokens=self.tokens,
+            num_forwards=self.forwards,
+            tokens_per_forward=self.tokens / self.forwards,
+        )
+
+
+def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
+    """Choose the score from which a bundle fills slots by default.
 
     It is the fastest of those under which, over all block lengths, as many texts are right as under
     the best score, less one standard error of that share (the rule by which Breiman et al.,
     Classification and Regression Trees, 1984, choose a tree's size), and at least as many as under
-    the usual threshold on the probability. A text is right that is a known answer; where no answer
-    is known, the target's.
+    the usual threshold on the probability. A text is right that is a known answer; if no answer is
+    known, the target's. If the sampler is no good, it is the highest score.
     """
 
     def over_lengths(sampler: str, threshold: float) -> tuple[float, float]:
@@ -175,7 +194,7 @@ def choose_threshold(measured: Sequence[DenoisingRecord]) -> float:
 
 
 def share_right(row: DenoisingRecord) -> float:
-    """Give the share of right texts; where no answer is known, of the target's."""
+    """Return the share of right texts; if none is known, the target's."""
     return row.same_as_target if row.exact_match is None else row.exact_match
 
 
@@ -197,10 +216,6 @@ def _target_text(
 def _decode(
     decode: Algorithm, session: Session, model: ModelInfo, prompt: Text, options: DecodeOptions
 ) -> tuple[Text, int]:
-    counters = Counters()
-    text = [
-        token
-        for tokens in decode(DecodedSequence(session, model, prompt), options, counters)
-        for token in tokens
-    ]
+    counters, sequence = Counters(), DecodedSequence(session, model, prompt)
+    text = [token for tokens in decode(sequence, options, counters) for token in tokens]
     return text, counters.nfe

@@ -1,4 +1,4 @@
-"""The network where the runtime asks for scores; a bundle has its graph there."""
+"""Scores slots by the network in PyTorch, as a bundle's graph does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimode.runtime.sessions.base import Array, Ids
 
 
 class TorchScorer:
-    """A :class:`trimode.runtime.decode.unmasking.Scorer` over the network in PyTorch."""
+    """Implements :class:`trimode.runtime.decode.unmasking.Scorer` over the network."""
 
     def __init__(self, sampler: BlockSampler) -> None:
         self._sampler = sampler.eval()

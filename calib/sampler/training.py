@@ -14,32 +14,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from trimode.calib.sampler.trajectories import States
 from trimode.calib.training.budget import Budget, rate_at
+from trimode.calib.training.optimizer import descend, set_rate
 from trimode.graphs.sampler.network import BlockSampler, SamplerShape
 
 LEAST_STD = 1e-4
 """A feature that varies less is a constant, and rounding its variation."""
 LOSS_WINDOW = 100
 CHECKS = 20
-"""How often the weights are tried on other texts."""
+"""Number of times that the weights are tried on other texts."""
 MAX_CHECKED = 4096
 """States of a block length that they are tried on."""
 
 
 @dataclass
 class SamplerProgress:
-    """What a training has done so far.
+    """Counts what a training has done so far.
 
     Attributes:
-        first_loss, loss: means over :data:`LOSS_WINDOW` steps, or all where there were fewer.
-        untrained_loss, best_loss: on the states that decide, of the untrained weights and of the
-        best so far.
-        best_step: steps that the best weights have been trained.
-        checks: Number of times they have been tried.
+        first_loss, loss: Means over :data:`LOSS_WINDOW` steps, or all if there were fewer.
+        untrained_loss, best_loss: Losses on the states that decide, of the untrained weights and of
+            the best so far.
+        best_step: Number of steps that the best weights have been trained.
+        checks: Number of times that weights have been tried.
     """
 
     step: int = 0
@@ -62,24 +63,31 @@ def new_sampler(
     mask_token_id: int,
     seed: int,
 ) -> BlockSampler:
-    """An untrained network, its features standardised over all slots of these states.
+    """Return an untrained network, its features standardised over these states.
 
     Args:
-        shape: sizes of the network.
-        token_table: ``(V, 32)`` float16.
-        states: by block length.
-        mask_token_id: marks masked slots.
-        seed: Seed of its weights.
+        shape: Sizes of the network.
+        token_table: Semantics of the tokens, ``(V, 32)`` float16.
+        states: States by block length.
+        mask_token_id: Token that marks masked slots.
+        seed: Seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sampler = BlockSampler(shape, len(token_table))
     sampler.token_table.copy_(token_table)
-    count, total, squares = (
-        0,
-        torch.zeros(1, dtype=torch.float64),
-        torch.zeros(1, dtype=torch.float64),
-    )
+    mean, std = _feature_statistics(sampler, states, mask_token_id)
+    sampler.feature_mean.copy_(mean)
+    sampler.feature_std.copy_(torch.where(std < LEAST_STD, 1.0, std))
+    return sampler
+
+
+def _feature_statistics(
+    sampler: BlockSampler, states: Mapping[int, States], mask_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the features over all slots, float64."""
+    count = 0
+    total, squares = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for part in states.values():
         for start in range(0, len(part.blocks), 4096):
             chunk = States(*(tensor[start : start + 4096] for tensor in part))
@@ -87,14 +95,14 @@ def new_sampler(
             count += len(features)
             total, squares = total + features.sum(0), squares + features.square().sum(0)
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    sampler.feature_mean.copy_(mean)
-    sampler.feature_std.copy_(torch.where(std < LEAST_STD, 1.0, std))
-    return sampler
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
 def sampler_loss(sampler: BlockSampler, states: States, mask_token_id: int) -> Tensor:
-    """Mean binary cross-entropy over the slots that have a label; 0 where none has."""
+    """Compute the mean binary cross-entropy over slots with a label.
+
+    It is 0 if no slot has one.
+    """
     labels, counts = states.labels(mask_token_id)
     logits = sampler.logits(*_inputs(states, mask_token_id))
     losses = functional.binary_cross_entropy_with_logits(
@@ -104,15 +112,15 @@ def sampler_loss(sampler: BlockSampler, states: States, mask_token_id: int) -> T
 
 
 class SamplerTraining:
-    """A training that can be stopped after any step and taken up again.
+    """Trains a network in place, interruptible after any step.
 
     Args:
-        sampler: trained in place.
-        states: by block length; each step draws one length and a batch of its states.
-        validation: states of other texts, which decide what weights are kept.
-        mask_token_id: marks masked slots.
-        learning_rate: its peak.
-        batch_size: slots in a step, so that steps take alike long whatever the length of a block.
+        sampler: Network to train.
+        states: States by block length; each step draws one length and a batch of its states.
+        validation: States of other texts, which decide what weights are kept.
+        mask_token_id: Token that marks masked slots.
+        learning_rate: Peak of the learning rate.
+        batch_size: Slots in a step, so that steps take the same time at every block length.
         seed: Seed of the steps' data.
     """
 
@@ -148,9 +156,7 @@ class SamplerTraining:
     ) -> SamplerProgress:
         """Train until the budget is used up, and leave the best weights.
 
-        What has been used before counts.
-
-        ``report`` is called after each step.
+        Earlier use of the budget counts. ``report`` is called after each step.
         """
         progress, started = self.progress, time.monotonic() - self.progress.seconds
         while (share := budget.progress(progress.seconds, progress.step)) < 1:
@@ -164,7 +170,7 @@ class SamplerTraining:
         return progress
 
     def state(self) -> dict[str, Any]:
-        """Give what :meth:`load` takes up.
+        """Return what :meth:`load` takes up.
 
         Its types are those that ``torch.load(weights_only=True)`` reads. Tensors are not copied.
         """
@@ -177,10 +183,7 @@ class SamplerTraining:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue a training of the same settings and states.
-
-        The next step is the one that it would have made.
-        """
+        """Continue a training with the step that it would have made."""
         self.sampler.load_state_dict(state["sampler"])
         self._best = dict(state["best"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -196,21 +199,17 @@ class SamplerTraining:
         )
         device = self.sampler.feature_mean.device
         batch = States(*(tensor[chosen].to(device) for tensor in states))
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * rate_at(share, warm_up=0.05, decay=0.7)
+        set_rate(self._optimizer, self._rate * rate_at(share, warm_up=0.05, decay=0.7))
         self.sampler.train()
         # dropout draws by the step alone, so that a run that is taken up draws the same
         with torch.random.fork_rng():
             torch.manual_seed((self._seed << 32) + self.progress.step)
             loss = sampler_loss(self.sampler, batch, self._mask)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.sampler.parameters(), 1.0)
-        self._optimizer.step()
+        descend(self._optimizer, loss, self.sampler.parameters())
         return loss.item()
 
     def _check(self) -> None:
-        """Try the weights on the states that decide, and keep the best so far."""
+        """Try the weights on the states that decide; keep the best."""
         progress = self.progress
         parts = [
             validation_loss(self.sampler, states, self._mask)
@@ -227,10 +226,7 @@ class SamplerTraining:
             }
 
     def _record(self, loss: float) -> None:
-        """Count a step and its loss, as running means.
-
-        Means begin plain and then forget at the rate of their window.
-        """
+        """Count a step; means begin plain, then forget as their window."""
         progress = self.progress
         progress.step += 1
         progress.loss += (loss - progress.loss) / min(progress.step, LOSS_WINDOW)
@@ -239,7 +235,7 @@ class SamplerTraining:
 
 
 def _inputs(states: States, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the network takes."""
+    """Return what the network takes."""
     return (
         states.blocks.long(),
         states.blocks == mask_token_id,
@@ -249,14 +245,14 @@ def _inputs(states: States, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _some(states: States, count: int) -> States:
-    """At most so many of the states, evenly spread."""
+    """Keep at most ``count`` of the states, evenly spread."""
     every = -(-len(states.blocks) // count)
     return States(*(tensor[::every] for tensor in states))
 
 
 @torch.inference_mode()
 def validation_loss(sampler: BlockSampler, states: States, mask_token_id: int) -> float:
-    """:func:`sampler_loss` without dropout, over as many states as there are."""
+    """Compute :func:`sampler_loss` without dropout, over all states."""
     labels, counts = states.labels(mask_token_id)
     scores = score_states(sampler, states, mask_token_id)[counts].double()
     return float(functional.binary_cross_entropy(scores, labels[counts].double()))
@@ -264,11 +260,9 @@ def validation_loss(sampler: BlockSampler, states: States, mask_token_id: int) -
 
 @torch.inference_mode()
 def score_states(sampler: BlockSampler, states: States, mask_token_id: int) -> Tensor:
-    """Scores ``(N, L)`` of every slot, on the CPU."""
+    """Score every slot, ``(N, L)``, on the CPU."""
     sampler.eval()
     device = sampler.feature_mean.device
-    chunks = (
-        States(*(tensor[start : start + 1024].to(device) for tensor in states))
-        for start in range(0, len(states.blocks), 1024)
-    )
+    parts = zip(*(torch.split(tensor, 1024) for tensor in states), strict=True)
+    chunks = (States(*(tensor.to(device) for tensor in part)) for part in parts)
     return torch.cat([sampler(*_inputs(chunk, mask_token_id)).cpu() for chunk in chunks])

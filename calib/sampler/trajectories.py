@@ -1,16 +1,16 @@
-"""Denoises blocks state by state, beside the *targets* that should have come out.
+"""Denoises blocks state by state, beside the *targets* of their slots.
 
-With the targets the text goes on.
+The text goes on with the targets.
 
 Targets are what denoising ends with that fills one slot a forward: the most probable one (*serial*,
 as in the report), or the *leftmost*, which is often the better text; or what the model writes
 autoregressively. The first two are what denoising can reach and bold filling misses. The last may
-be better still, but where it parts from what denoising writes, there is no way to it.
+be better still, but where it leaves what denoising writes, there is no way to it.
 
 The runtime's own decoder denoises each block of a text several times, more or less boldly, over a
-session that takes notes: with confidence thresholds, down to careless ones, then as a sampler that
-is never wrong would, which fills every slot whose candidate is the target, and as one that misses
-half of these. A trained sampler will pass through states like those, and no threshold does.
+session that takes notes. It does so with confidence thresholds, down to careless ones; then as a
+sampler that is never wrong, which fills every slot whose candidate is the target; and as one that
+misses half of these. A trained sampler will pass through states like those, and no threshold does.
 
 A slot's label is whether its best candidate is the target. Two kinds of states are left out: those
 that have been seen in the same block, and those in which a slot has been filled with something else
@@ -42,17 +42,21 @@ ONE_BY_ONE: dict[Target, SamplerName] = {"serial": "schedule", "leftmost": "left
 """The policies of denoising whose text is a target."""
 THRESHOLDS = (0.99, 0.9, 0.6, 0.3)
 HIT_RATES = (1.0, 0.5)
-"""Of the samplers that are never wrong: how many of the right slots they fill."""
+"""Shares of the right slots that samplers fill which are never wrong."""
+
+
+_State = tuple[Ids, Array, Array, Ids]
+"""A block, its candidates, their probabilities, and the targets."""
 
 
 class States(NamedTuple):
     """Holds N states of blocks of L slots.
 
     Attributes:
-        blocks: ``(N, L)`` int32, what the denoise forward saw.
-        ids: ``(N, L, 5)`` int32, its candidates.
-        probabilities: ``(N, L, 5)`` float32, theirs.
-        targets: ``(N, L)`` int32; the mask token where there is none: behind the end of the text.
+        blocks: Blocks that the denoise forward saw, ``(N, L)`` int32.
+        ids: Candidates of the forward, ``(N, L, 5)`` int32.
+        probabilities: Probabilities of the candidates, ``(N, L, 5)`` float32.
+        targets: Targets, ``(N, L)`` int32; the mask token behind the end of the text.
     """
 
     blocks: Tensor
@@ -72,7 +76,7 @@ class States(NamedTuple):
 
 @dataclass
 class _Notes:
-    """What the forwards of one block took and returned."""
+    """Holds what the forwards of one block took and returned."""
 
     denoised: dict[bytes, tuple[Ids, Array, Array]] = field(default_factory=dict)
     causal: dict[tuple[int, bytes], tuple[Array, ...]] = field(default_factory=dict)
@@ -80,11 +84,11 @@ class _Notes:
 
 
 class StateRecorder(SessionView):
-    """Notes the states of blocks, and runs nothing twice until :meth:`forget`.
+    """Records the states of blocks, and runs nothing twice until :meth:`forget`.
 
-    Right only where one sequence denoises, from the same place, again and again, and is rolled back
-    to that place before every :meth:`forget`: what a forward that is left out would have written
-    into the cache is then either there or not read again.
+    It is right only where one sequence denoises, from the same place, again and again, and is
+    rolled back to that place before every :meth:`forget`: what a forward that is left out would
+    have written into the cache is then either there or not read again.
     """
 
     def __init__(self, session: Session) -> None:
@@ -92,12 +96,12 @@ class StateRecorder(SessionView):
         self._notes = _Notes()
 
     def forget(self) -> None:
-        """Another block comes."""
+        """Begin another block."""
         self._notes = _Notes()
 
     @property
     def denoised(self) -> list[tuple[Ids, Array, Array]]:
-        """List every state since, in order.
+        """States of the block so far, in order.
 
         A state is a block ``(L,)``, candidates and probabilities ``(L, 5)``.
         """
@@ -105,7 +109,7 @@ class StateRecorder(SessionView):
 
     @property
     def committed(self) -> Ids:
-        """The rows ``(T,)`` of the last causal forward."""
+        """Input ``(T,)`` of the last causal forward."""
         assert self._notes.last_causal is not None
         return self._notes.last_causal
 
@@ -140,7 +144,7 @@ class StateRecorder(SessionView):
 
 
 class _KnowsTargets:
-    """A scorer that is never wrong, and misses some of what is right."""
+    """Scores slots without a mistake, and misses some right ones."""
 
     def __init__(self, targets: Ids, hit_rate: float, rng: random.Random) -> None:
         self._targets, self._hit_rate, self._rng = targets, hit_rate, rng
@@ -171,44 +175,32 @@ def write_states(
     target: Target,
     rng: random.Random,
 ) -> States:
-    """All states of the blocks of one text, which goes on as its targets.
+    """Denoise the blocks of one text; return all their states.
 
     Args:
         session: Session over the model.
         model: Facts that decoding needs.
         prompt: Tokens that the text begins with.
-        block_length: L.
+        block_length: Slots of a block, L.
         max_new_tokens: Longest answer, in tokens.
         target: Kind of the targets.
         rng: Source of the misses of a sampler.
     """
     sequence = DecodedSequence(session, model, prompt)
     end = len(prompt) + min(max_new_tokens, sequence.room)
-    found: list[tuple[Ids, Array, Array, Ids]] = []
+    found: list[_State] = []
     while len(sequence.tokens) < end and not (
         len(sequence.tokens) > len(prompt) and sequence.tokens[-1] in model.eos_token_ids
     ):
-        start = len(sequence.tokens)
         session.forget()
-        limits = DecodeOptions(
-            max_new_tokens=min(block_length, end - start), block_length=block_length
-        )
+        limit = min(block_length, end - len(sequence.tokens))
+        limits = DecodeOptions(max_new_tokens=limit, block_length=block_length)
         kept, targets = (
             _autoregressive(sequence, limits)
             if target == "ar"
             else _one_by_one(session, sequence, limits, ONE_BY_ONE[target])
         )
-        for threshold in THRESHOLDS:
-            _denoise(sequence, start, limits, threshold=threshold)
-        for hit_rate in HIT_RATES:
-            _denoise(
-                sequence,
-                start,
-                limits,
-                sampler="learned",
-                threshold=0.75,
-                scorer=_KnowsTargets(targets, hit_rate, rng),
-            )
+        _pass_through(sequence, limits, targets, rng)
         found += [
             (*state, targets)
             for state in session.denoised
@@ -218,13 +210,25 @@ def write_states(
     return _stack(found, block_length)
 
 
+def _pass_through(
+    sequence: DecodedSequence, limits: DecodeOptions, targets: Ids, rng: random.Random
+) -> None:
+    """Denoise a block by thresholds, and by samplers that know targets."""
+    start = len(sequence.tokens)
+    for threshold in THRESHOLDS:
+        _denoise(sequence, start, limits, threshold=threshold)
+    for hit_rate in HIT_RATES:
+        scorer = _KnowsTargets(targets, hit_rate, rng)
+        _denoise(sequence, start, limits, sampler="learned", threshold=0.75, scorer=scorer)
+
+
 def join(parts: Sequence[States]) -> States:
-    """The states of several texts."""
+    """Join the states of several texts."""
     return States(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def batches(states: States, batch_size: int, generator: torch.Generator) -> Iterator[States]:
-    """Endless batches, drawn with repetition."""
+    """Yield batches without end, drawn with repetition."""
     while True:
         chosen = torch.randint(len(states.blocks), (batch_size,), generator=generator)
         yield States(*(tensor[chosen] for tensor in states))
@@ -236,7 +240,7 @@ def _one_by_one(
     limits: DecodeOptions,
     sampler: SamplerName,
 ) -> tuple[Text, Ids]:
-    """Denoise a block, and give what would be kept of it and all of it.
+    """Denoise a block; return what would be kept, and all of it.
 
     It may end before it comes to what follows the end of the text.
     """
@@ -245,7 +249,7 @@ def _one_by_one(
 
 
 def _autoregressive(sequence: DecodedSequence, limits: DecodeOptions) -> tuple[Text, Ids]:
-    """The same of the model's own text; the targets are padded with the mask token."""
+    """Write a block autoregressively; pad the targets with the mask token."""
     start = len(sequence.tokens)
     kept = [token for tokens in decode_ar(sequence, limits, Counters()) for token in tokens]
     sequence.truncate(start)
@@ -257,7 +261,7 @@ def _autoregressive(sequence: DecodedSequence, limits: DecodeOptions) -> tuple[T
 def _denoise(
     sequence: DecodedSequence, start: int, limits: DecodeOptions, **policy: Any
 ) -> list[int]:
-    """Denoise one block and forget it; returns what would be kept of it."""
+    """Denoise one block and forget it; return what would be kept."""
     options = DecodeOptions(limits.max_new_tokens, limits.block_length, **policy)
     kept = [token for tokens in decode_diffusion(sequence, options, Counters()) for token in tokens]
     sequence.truncate(start)
@@ -265,16 +269,12 @@ def _denoise(
 
 
 def _agrees(block: Ids, targets: Ids, mask_token_id: int) -> bool:
-    """Whether every filled slot that has a target has that."""
+    """Tell whether every filled slot has its target, where it has one."""
     return bool(((block == targets) | (block == mask_token_id) | (targets == mask_token_id)).all())
 
 
-def _stack(found: list[tuple[Ids, Array, Array, Ids]], block_length: int) -> States:
-    columns = list(zip(*found, strict=True))
-    blocks, ids, probabilities, targets = (np.stack(column) for column in columns)
+def _stack(found: list[_State], block_length: int) -> States:
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*found, strict=True)]
+    blocks, ids, probabilities, targets = columns
     assert blocks.shape[1] == block_length
-    as_int = (torch.from_numpy(array.astype(np.int32)) for array in (blocks, ids, targets))
-    small_blocks, small_ids, small_targets = as_int
-    return States(
-        small_blocks, small_ids, torch.from_numpy(probabilities.astype(np.float32)), small_targets
-    )
+    return States(blocks.int(), ids.int(), probabilities.float(), targets.int())

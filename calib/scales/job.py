@@ -1,24 +1,22 @@
-"""Calibrates from beginning to end.
+"""Finds the scales of a checkpoint, from the checks to the calibration.
 
-The checkpoint is decoded, then calibrated a part at a time, and every step can be resumed after.
+The checkpoint is decoded, then calibrated a part at a time; every step can be resumed.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
-import platform
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import trimode
 from trimode.calib.data.draw import draw_texts
+from trimode.calib.jobs.job import Job, OutputKind
+from trimode.calib.jobs.work import Facts
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import (
     Episode,
@@ -35,20 +33,14 @@ from trimode.calib.reference.mapped import (
     open_trunk,
 )
 from trimode.calib.reference.memory import free_memory_bytes
-from trimode.calib.scales.layer_replay import DecoderPart, HeadPart, Part, replay
-from trimode.calib.scales.layers import Shapes, quantized_layers
+from trimode.calib.scales.layer_replay import DecoderPart, HeadPart, Hidden, Part, replay
+from trimode.calib.scales.layers import quantized_layers
 from trimode.calib.scales.modelopt import ALGORITHMS, load_modelopt
 from trimode.calib.scales.modelopt_inputs import find_scales
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.calib.scales.statistics import InputStatistics, quantize_weight, snr_db
-from trimode.calib.scales.work_folder import (
-    WorkFolder,
-    check_work_folder,
-    open_work,
-    read_record,
-    work_folder_of,
-)
-from trimode.errors import BuildError, CheckpointError, UsageError
+from trimode.calib.scales.work_folder import LAYOUT_VERSION, WorkFolder
+from trimode.errors import CheckpointError
 from trimode.formats.calibration import (
     RECORD,
     SCHEMA_VERSION,
@@ -58,156 +50,108 @@ from trimode.formats.calibration import (
     Scales,
     save_calibration,
 )
-from trimode.formats.contract import ModelInfo, Role
-from trimode.formats.disk import mount_of
-from trimode.formats.files import check_apart, check_replaceable
 from trimode.formats.texts import name_of
-from trimode.graphs.checkpoint import Checkpoint
+from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.decoder.trunk import Rope
-from trimode.graphs.identity import SourceDigest, stamp_of
-from trimode.progress import Progress
+from trimode.graphs.identity import digest_of, stamp_of
 from trimode.runtime.decode.forward import NotFiniteError
 from trimode.runtime.text.prompts import Text
 
 log = logging.getLogger(__name__)
-LIBRARIES = ("nvidia-modelopt", "torch", "numpy")
+LIBRARIES = (PYTHON, "nvidia-modelopt", "torch", "numpy")
+CALIBRATION = OutputKind(RECORD, "a calibration", WorkFolder)
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    model: ModelInfo,
-    texts: Sequence[Text],
-    texts_sha256: str,
-    output: Path,
-    settings: QuantizeSettings,
-    progress: Progress,
-    *,
-    resume: bool = False,
-) -> Calibration:
-    """Find the scales of a checkpoint's linear layers and write them to the folder ``output``.
+Parts = tuple[Scales, dict[str, LayerRecord]]
 
-    Work that is done lies in a folder beside ``output`` until the calibration is written. It stays
-    there when anything ends the run but an error in what the caller gave, with which nobody can go
-    on.
 
-    Args:
-        checkpoint: Checkpoint whose weights are quantized.
-        model: Facts that decoding needs.
-        texts: token ids of prompts.
-        texts_sha256: Digest of the file that they came from.
-        output: new, empty, or an earlier calibration, which is replaced whole.
-        settings: Choices of the caller.
-        progress: Display of the stages.
-        resume: go on where a run with the same arguments was interrupted. Without it, what such a
-            run left is deleted.
+class ScalesJob(
+    Job[QuantizeSettings, WorkFolder, list[Episode], Parts, None, Calibration],
+):
+    """Finds the scales of a checkpoint's linear layers.
 
-    Raises:
-        UsageError: a setting or a text cannot be used, ``output`` is something else, a layer never
-            saw anything but zeros, or there is nothing that could be resumed.
-        CheckpointError: the checkpoint cannot be read, or a layer's input is not finite.
-        DeviceError: the device is not here.
-        DependencyError: ModelOpt is not installed.
-        BuildError: ModelOpt gives up, or the work cannot be written.
+    Work that is done lies in a folder beside the output until the calibration is written. Without
+    ``resume``, what an interrupted run left is deleted.
     """
-    settings.check()
-    check_output(output)
-    check_apart(output, checkpoint.path)
-    folder = work_folder_of(output)
-    check_work_folder(folder, resume=resume)
-    check_device(settings.device)
-    drawn = draw_texts(texts, settings.num_samples, settings.seed, model)
-    layers, block_size = quantized_layers(checkpoint.config, settings)
-    load_modelopt()  # it takes minutes to need it, and no time to miss it
-    job = _Job(checkpoint, model, settings, layers, block_size, progress)
-    facts = _facts(checkpoint, texts_sha256, settings)
-    facts["source_sha256"] = _source_digest(
-        checkpoint, read_record(folder) if resume else {}, facts, progress
-    )
-    with open_work(folder, facts, resume=resume) as work:
-        try:
-            episodes = job.decode(work, drawn)
-            scales, records = job.calibrate_parts(work, episodes)
-            if job.failures:
-                raise CheckpointError(job.failures[0].message, job.failures[0].hint)
-        except (UsageError, CheckpointError):
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        except OSError as error:
-            found = (
-                f"{folder}: expected to write what is done, "
-                f"found: {error} (on the disk {mount_of(folder)})"
-            )
-            raise BuildError(found, "free disk space, then go on with --resume") from error
-        worst = min(records, key=lambda name: records[name].weight_snr_db)
-        log.info(
-            "%d layers; the weight that loses most is %s, %.1f dB",
-            len(records),
-            worst,
-            records[worst].weight_snr_db,
-        )
-        calibration = job.record(facts, count_rows(episodes), len(drawn), records)
-        save_calibration(output, calibration, scales)
-        shutil.rmtree(folder, ignore_errors=True)
-    return calibration
 
+    kind = CALIBRATION
+    failure: NotFiniteError | None = None
+    source_sha256 = ""
 
-def check_output(output: Path) -> None:
-    """Raise :class:`UsageError` where ``output`` is neither empty nor a calibration."""
-    check_replaceable(output, RECORD, "a calibration")
+    def check(self) -> None:
+        """Check settings and folders, draw texts, choose layers, load ModelOpt."""
+        settings = self.settings
+        settings.check()
+        self.kind.check_run(self.output, self.checkpoint.path, resume=self.resume)
+        check_device(settings.device)
+        self.drawn = draw_texts(self.prompts.texts, settings.num_samples, settings.seed, self.model)
+        self.layers, self.block_size = quantized_layers(self.checkpoint.config, settings)
+        load_modelopt()  # it takes minutes to need it, and no time to miss it
 
+    def read(self, work: WorkFolder) -> Facts:
+        """Take the checkpoint's digest; whether weights are mapped changes no result."""
+        chosen = asdict(self.settings)
+        facts = {
+            "layout_version": LAYOUT_VERSION,
+            "trimode_version": trimode.__version__,
+            "libraries": versions(LIBRARIES),
+            "checkpoint": name_of(self.checkpoint.path),
+            "checkpoint_stamp": stamp_of(self.checkpoint),
+            "data_sha256": self.prompts.sha256,
+            **{name: value for name, value in chosen.items() if name != "memory_gib"},
+        }
+        resumed = work.take_up() if self.resume else {}
+        self.source_sha256 = self._known_digest(resumed, facts) or self._digest()
+        return {**facts, "source_sha256": self.source_sha256}
 
-@dataclass(frozen=True)
-class _Job:
-    """What all steps of one calibration need."""
+    def _known_digest(self, resumed: Facts, facts: Facts) -> str:
+        """Return the resumed run's digest if nobody touched the files since."""
+        is_same = resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"]
+        known = resumed.get("source_sha256")
+        return known if is_same and isinstance(known, str) else ""
 
-    checkpoint: Checkpoint
-    model: ModelInfo
-    settings: QuantizeSettings
-    layers: Shapes
-    block_size: int | None
-    progress: Progress
-    failures: list[NotFiniteError] = field(default_factory=list)
+    def _digest(self) -> str:
+        advance = self.progress.stage("read checkpoint", self.checkpoint.num_bytes)
+        return digest_of(self.checkpoint, advance).base_hexdigest()
 
-    def decode(self, work: WorkFolder, texts: Sequence[Text]) -> list[Episode]:
-        """Answer the texts that are not answered yet."""
+    def write(self, work: WorkFolder) -> list[Episode]:
+        """Answer the texts that are not answered yet; return all episodes."""
         done = work.episodes()
-        advance = self.progress.stage("decode", len(texts))
+        advance = self.progress.stage("decode", len(self.drawn))
         advance(len(done))
-        if len(done) < len(texts):
-            trunk = open_trunk(
-                self.checkpoint,
-                self.model.num_positions,
-                self.settings.device,
-                self._memory_bytes(),
-            )
-            session = RecordingSession(trunk, self.settings.modes)
-            for text in texts[len(done) :]:
-                done.append(
-                    answer(
-                        session, self.model, text, self.settings.modes, self.settings.max_new_tokens
-                    )
-                )
+        if len(done) < len(self.drawn):
+            session = self._session()
+            for text in self.drawn[len(done) :]:
+                done.append(self._answer(session, text))
                 if session.failure is not None:  # the replay names the layer
-                    self.failures.append(session.failure)
+                    self.failure = session.failure
                     break
                 work.append_episodes(done[-1])
                 advance(1)
         return merged([episode for answers in done for episode in answers])
 
-    def calibrate_parts(
-        self, work: WorkFolder, episodes: Sequence[Episode]
-    ) -> tuple[Scales, dict[str, LayerRecord]]:
-        """Calibrate the parts that have no scales yet, in order; those of all."""
-        num_parts = self.checkpoint.config.num_hidden_layers + self.settings.quantizes_head
+    def _session(self) -> RecordingSession:
+        settings, gib = self.settings, self.settings.memory_gib
+        memory = free_memory_bytes(settings.device) // 2 if gib is None else int(gib * 2**30)
+        trunk = open_trunk(self.checkpoint, self.model.num_positions, settings.device, memory)
+        return RecordingSession(trunk, settings.modes)
+
+    def _answer(self, session: RecordingSession, text: Text) -> list[Episode]:
+        return answer(session, self.model, text, self.settings.modes, self.settings.max_new_tokens)
+
+    def learn(self, work: WorkFolder, data: list[Episode]) -> Parts:
+        """Calibrate the parts without scales, in order; return those of all."""
+        config = self.checkpoint.config
+        num_parts = config.num_hidden_layers + self.settings.quantizes_head
         advance = self.progress.stage("calibrate", num_parts)
-        rope = Rope(self.checkpoint.config, self.model.num_positions).to(self.settings.device)
+        rope = Rope(config, self.model.num_positions).to(self.settings.device)
         scales: Scales = {}
         records: dict[str, LayerRecord] = {}
         for index in range(num_parts):
             if not work.has_part(index):
                 if index == 0 and not work.has_hidden(0):
-                    self._embed(work, episodes)
-                self._calibrate_part(work, index, rope, episodes)
+                    self._embed(work, data)
+                self._calibrate_part(work, index, rope, data)
                 # in AWQ ModelOpt's modules refer to themselves: their weights would stay while the
                 # next part is loaded
                 gc.collect()
@@ -215,44 +159,13 @@ class _Job:
             scales.update(part_scales)
             records.update(part_records)
             advance(1)
+        if self.failure is not None:
+            raise CheckpointError(self.failure.message, self.failure.hint)
         return scales, {name: records[name] for name in self.layers}
 
-    def record(
-        self,
-        facts: dict[str, Any],
-        num_rows: Mapping[Role, int],
-        num_samples: int,
-        layers: dict[str, LayerRecord],
-    ) -> Calibration:
-        """What the folder says; the digest of its scales is added when they are written."""
-        return Calibration(
-            schema_version=SCHEMA_VERSION,
-            trimode_version=trimode.__version__,
-            precision=self.settings.precision,
-            algorithm=_algorithm_name(self.settings),
-            block_size=self.block_size,
-            source_name=name_of(self.checkpoint.path),
-            source_sha256=facts["source_sha256"],
-            scales_sha256="",
-            data=CalibrationDataRecord(
-                sha256=facts["data_sha256"],
-                num_samples=num_samples,
-                seed=self.settings.seed,
-                num_tokens=dict(num_rows),
-            ),
-            layers=layers,
-            libraries=_libraries(),
-        )
-
-    def _memory_bytes(self) -> int:
-        if self.settings.memory_gib is not None:
-            return int(self.settings.memory_gib * 2**30)
-        return free_memory_bytes(self.settings.device) // 2
-
     def _embed(self, work: WorkFolder, episodes: Sequence[Episode]) -> None:
-        embedding = MappedEmbedding(
-            mapped_tensor(self.checkpoint.tensors["encoder.embed_tokens.weight"])
-        )
+        table = mapped_tensor(self.checkpoint.tensors["encoder.embed_tokens.weight"])
+        embedding = MappedEmbedding(table)
         with work.write_hidden(0) as write:
             for episode in episodes:
                 for forward in forwards_of(episode):
@@ -261,11 +174,10 @@ class _Job:
     def _calibrate_part(
         self, work: WorkFolder, index: int, rope: Rope, episodes: Sequence[Episode]
     ) -> None:
-        """Look at the inputs and compute the next part's, then let ModelOpt quantize."""
+        """Observe a part's inputs, compute the next part's, and find scales."""
         part = self._part(index, rope)
-        hidden = work.hidden(
-            index, sum(count_rows(episodes).values()), self.checkpoint.config.hidden_size
-        )
+        num_rows = sum(count_rows(episodes).values())
+        hidden = work.hidden(index, num_rows, self.checkpoint.config.hidden_size)
         statistics = InputStatistics(part.linears)
         with work.write_hidden(index + 1) as write:
             for forward, step in replay(part, episodes, hidden):
@@ -273,25 +185,35 @@ class _Job:
                     statistics.observe(forward.role, name, x)
                 write(step.outputs)
         statistics.check_seen()
-        scales: Scales = {}
-        if part.linears:
-            weights = {name: linear.weight for name, linear in part.linears.items()}
-            scales = find_scales(
-                weights,
-                statistics,
-                lambda: (step.inputs for _, step in replay(part, episodes, hidden)),
-                self.block_size,
-                self.settings,
-            )
-        records = {name: self._record(name, scales, amax) for name, amax in statistics.amax.items()}
+        scales = self._find_scales(part, statistics, episodes, hidden)
+        records = {
+            name: self._layer_record(name, scales, amax) for name, amax in statistics.amax.items()
+        }
         work.finish_part(index, scales, records)
+
+    def _find_scales(
+        self,
+        part: Part,
+        statistics: InputStatistics,
+        episodes: Sequence[Episode],
+        hidden: Hidden,
+    ) -> Scales:
+        if not part.linears:
+            return {}
+        return find_scales(
+            {name: linear.weight for name, linear in part.linears.items()},
+            statistics,
+            lambda: (step.inputs for _, step in replay(part, episodes, hidden)),
+            self.block_size,
+            self.settings,
+        )
 
     def _part(self, index: int, rope: Rope) -> Part:
         if index < self.checkpoint.config.num_hidden_layers:
             return DecoderPart(self.checkpoint, index, rope, self.layers)
         return HeadPart(self.checkpoint, self.settings.device)
 
-    def _record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
+    def _layer_record(self, name: str, scales: Scales, input_amax: dict[str, float]) -> LayerRecord:
         """Record statistics for people.
 
         The weight is read again: ModelOpt has smoothed the other in place.
@@ -305,47 +227,36 @@ class _Job:
         )
         return LayerRecord(input_amax=input_amax, weight_snr_db=round(snr_db(weight, quantized), 3))
 
+    def measure(self, data: list[Episode], learned: Parts) -> None:  # noqa: ARG002  # weights alone
+        """Log the weight that loses most."""
+        records = learned[1]
+        worst = min(records, key=lambda name: records[name].weight_snr_db)
+        snr = records[worst].weight_snr_db
+        log.info("%d layers; the weight that loses most is %s, %.1f dB", len(records), worst, snr)
 
-def _facts(checkpoint: Checkpoint, texts_sha256: str, settings: QuantizeSettings) -> dict[str, Any]:
-    """List what has to be the same when a run is resumed.
-
-    Whether weights are mapped changes nothing.
-    """
-    return {
-        "trimode_version": trimode.__version__,
-        "libraries": _libraries(),
-        "checkpoint": name_of(checkpoint.path),
-        "checkpoint_stamp": stamp_of(checkpoint),
-        "data_sha256": texts_sha256,
-        **{name: value for name, value in asdict(settings).items() if name != "memory_gib"},
-    }
-
-
-def _source_digest(
-    checkpoint: Checkpoint, resumed: dict[str, Any], facts: dict[str, Any], progress: Progress
-) -> str:
-    """Give the checkpoint's digest.
-
-    Of files that nobody touched since the resumed run took it, that one.
-    """
-    if resumed.get("checkpoint_stamp") == facts["checkpoint_stamp"] and isinstance(
-        resumed.get("source_sha256"), str
-    ):
-        return str(resumed["source_sha256"])
-    digest = SourceDigest(checkpoint)
-    advance = progress.stage(
-        "read checkpoint", sum(entry.num_bytes for entry in checkpoint.tensors.values())
-    )
-    for num_bytes in digest.read_all():
-        advance(num_bytes)
-    return digest.base_hexdigest()
-
-
-def _libraries() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    def record(self, data: list[Episode], learned: Parts, measured: None) -> Calibration:  # noqa: ARG002  # it is in the parts
+        """Write scales and record, all or nothing."""
+        scales, layers = learned
+        calibration = Calibration(
+            schema_version=SCHEMA_VERSION,
+            trimode_version=trimode.__version__,
+            precision=self.settings.precision,
+            algorithm=_algorithm_name(self.settings),
+            block_size=self.block_size,
+            source_name=name_of(self.checkpoint.path),
+            source_sha256=self.source_sha256,
+            scales_sha256="",  # is added when they are written
+            data=CalibrationDataRecord(
+                sha256=self.prompts.sha256,
+                num_samples=len(self.drawn),
+                seed=self.settings.seed,
+                num_tokens=count_rows(data),
+            ),
+            layers=layers,
+            libraries=versions(LIBRARIES),
+        )
+        save_calibration(self.output, calibration, scales)
+        return calibration
 
 
 def _algorithm_name(settings: QuantizeSettings) -> str:

@@ -1,4 +1,7 @@
-"""Runs the model in parts, one in memory at a time: decoder layers, then the head."""
+"""Runs the model in parts: decoder layers, then the head.
+
+One part is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from torch import Tensor, nn
 from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.mapped import float32_tensor, load_layer
 from trimode.calib.reference.torch_session import TorchCache
-from trimode.calib.scales.layers import HEAD
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import Rope
+from trimode.graphs.numerics.scales import HEAD
 
 Hidden = NDArray[np.float32]
 """Hidden states of all rows of all forwards in the order of the replay, ``(rows, hidden_size)``."""
@@ -33,23 +36,26 @@ class Step(NamedTuple):
 
 
 class Part(Protocol):
-    """A piece of the model, in float32.
+    """Computes a piece of the model, in float32.
 
     Attributes:
         device: Device of the part.
-        linears: its layers that are to be quantized, by the checkpoint's names.
+        linears: Layers of it to quantize, by the checkpoint's names.
     """
 
     device: str
     linears: dict[str, nn.Linear]
 
     def run(self, forward: ReplayedForward, x: Tensor, text: TorchCache) -> Step:
-        """Take ``x (rows, hidden_size)`` through; ``text`` is the episode's cache of this part."""
+        """Take ``x (rows, hidden_size)`` through the part.
+
+        ``text`` is the episode's cache of this part.
+        """
         ...
 
 
 class DecoderPart:
-    """A decoder layer; see :class:`Part`."""
+    """Computes one decoder layer."""
 
     def __init__(
         self, checkpoint: Checkpoint, index: int, rope: Rope, quantized: Container[str]
@@ -85,9 +91,9 @@ class DecoderPart:
 
 
 class HeadPart:
-    """Runs the last norm and the head on the rows whose logits a graph returns.
+    """Computes the last norm and the head on rows with logits.
 
-    See :class:`Part`. Nothing reads its outputs, so it has none.
+    Nothing reads its outputs, so it has none.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
@@ -107,7 +113,7 @@ class HeadPart:
 
 
 def linear_of(weight: Tensor) -> nn.Linear:
-    """A linear layer without bias over a weight ``(out, in)``."""
+    """Make a linear layer without bias from a weight ``(out, in)``."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = (
         weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
@@ -119,7 +125,10 @@ def linear_of(weight: Tensor) -> nn.Linear:
 def replay(
     part: Part, episodes: Sequence[Episode], hidden: Hidden
 ) -> Iterator[tuple[ReplayedForward, Step]]:
-    """Run every forward of the episodes through a part, from the hidden states that enter it."""
+    """Run every forward of the episodes through a part.
+
+    ``hidden`` are the states that enter the part.
+    """
     begin = 0
     for episode in episodes:
         text = TorchCache()

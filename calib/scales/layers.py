@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint are quantized, and in what blocks."""
+"""Chooses the layers to quantize, and their blocks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ from collections.abc import Mapping
 
 from trimode.calib.scales.settings import DEFAULT_BLOCK, SMALLEST_BLOCK, QuantizeSettings
 from trimode.errors import UsageError
-from trimode.graphs.checkpoint import expected_tensors
 from trimode.graphs.config import ModelConfig
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
+from trimode.graphs.numerics.scales import HEAD, linear_layers
 
 log = logging.getLogger(__name__)
 
-HEAD = "diffusion_head"
 Shapes = dict[str, tuple[int, int]]
 """``(out, in)`` of linear layers, by the checkpoint's names without ``.weight``."""
 
 
 def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[Shapes, int | None]:
-    """The layers to quantize in the model's order, and for int4 and nvfp4 the block size.
+    """Choose the layers to quantize, and the block size.
 
-    These two leave out layers whose inputs the block size does not divide: they stay in high
-    precision.
+    Only int4 and nvfp4 have blocks. They leave out layers whose inputs the block size does not
+    divide: those stay in high precision.
 
     Raises:
-        UsageError: none is left.
+        UsageError: no layer is left.
     """
-    shapes: Shapes = {}
-    for name, shape in expected_tensors(config).items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith("_proj") or (layer == HEAD and settings.quantizes_head):
-            shapes[layer] = (shape[0], shape[1])
+    shapes: Shapes = linear_layers(config)
+    if not settings.quantizes_head:
+        del shapes[HEAD]
     if settings.precision not in ("int4", "nvfp4"):
         return shapes, None
     block = _block_size(shapes, settings) if settings.precision == "int4" else BLOCK_SIZE
@@ -46,17 +43,15 @@ def quantized_layers(config: ModelConfig, settings: QuantizeSettings) -> tuple[S
     if not shapes:
         raise UsageError(
             f"expected layers whose inputs come in blocks of {block}, found none",
-            "choose another --precision for this checkpoint",
+            "choose another `precision` for this checkpoint",
         )
     return shapes, block
 
 
 def _block_size(shapes: Mapping[str, tuple[int, int]], settings: QuantizeSettings) -> int:
-    """Find the block size: a power of two that divides all inputs.
+    """Find the largest power of two that divides all inputs.
 
-    It is the largest up to the one asked for. Only layers whose inputs 16 divides are asked.
-
-    Only layers whose inputs 16 divides are asked.
+    It is at most the size asked for. Only layers whose inputs 16 divides are asked.
     """
     block = settings.block_size or DEFAULT_BLOCK
     widths = {width for _, width in shapes.values() if width % SMALLEST_BLOCK == 0}

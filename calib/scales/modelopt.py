@@ -40,7 +40,7 @@ _E4M3 = (4, 3)
 
 
 def load_modelopt() -> ModuleType:
-    """``modelopt.torch.quantization``; takes seconds the first time.
+    """Import ``modelopt.torch.quantization``; it takes seconds the first time.
 
     Raises:
         DependencyError: it is not installed, or something that it imports is not.
@@ -63,15 +63,16 @@ def run_modelopt(
     settings: QuantizeSettings,
     forward_loop: Callable[[Any], None],
 ) -> None:
-    """Let ModelOpt replace linear layers of a model by quantized ones and calibrate them.
+    """Let ModelOpt replace linear layers by quantized ones, and calibrate them.
 
     Args:
-        model: changed in place; SmoothQuant and AWQ also divide the weights by ``pre_quant_scale``.
-        linears: modules of the model. ModelOpt changes the class of these objects, which stay the
-        same objects.
-        block_size: int4: inputs that share a scale.
-        settings: the precision and its granularity.
-        forward_loop: runs all data through the model; AWQ calls it twice.
+        model: Model to change in place; SmoothQuant and AWQ also divide the weights by
+            ``pre_quant_scale``.
+        linears: Modules of the model. ModelOpt changes the class of these objects, which stay the
+            same objects.
+        block_size: Inputs that share a scale, for int4.
+        settings: Precision and its granularity.
+        forward_loop: Runs all data through the model; AWQ calls it twice.
 
     Raises:
         BuildError: ModelOpt gives up.
@@ -92,7 +93,7 @@ def run_modelopt(
         raise BuildError(
             f"expected ModelOpt to calibrate {len(linears)} layers, "
             f"found that it gave up: {reason}",
-            "use another --precision, or other prompts",
+            "use another `precision`, or other prompts",
         ) from error
 
 
@@ -144,7 +145,7 @@ def tamed() -> Iterator[None]:
 
 
 def extract_scales(linears: Mapping[str, nn.Module], precision: QuantizedPrecision) -> Scales:
-    """The scales of all layers, by tensor name.
+    """Take the scales of all layers, by tensor name.
 
     Raises:
         BuildError: ModelOpt found a scale that is not a positive number.

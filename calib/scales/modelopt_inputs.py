@@ -1,4 +1,4 @@
-"""Runs ModelOpt on what its algorithms take from a layer's inputs, not on the model.
+"""Runs ModelOpt on a layer's inputs, not on the model.
 
 - ``max`` and SmoothQuant take the largest magnitude of each column. One row that has these gives
   the same as all rows.
@@ -30,7 +30,7 @@ from trimode.formats.calibration import Scales
 
 ROWS_AT_ONCE = 1024
 Inputs = dict[str, Tensor]
-"""Of one forward: ``(rows, in)`` by layer."""
+"""Inputs of one forward, ``(rows, in)`` by layer."""
 
 
 def find_scales(
@@ -43,12 +43,12 @@ def find_scales(
     """Let ModelOpt calibrate layers by themselves.
 
     Args:
-        weights: ``(out, in)`` float32 by layer; SmoothQuant and AWQ leave them divided by
-        ``pre_quant_scale``.
+        weights: Weights ``(out, in)`` in float32, by layer; SmoothQuant and AWQ leave them divided
+            by ``pre_quant_scale``.
         statistics: Statistics of the layers' inputs.
-        inputs: runs all forwards again.
-        block_size: int4: inputs that share a scale.
-        settings: the precision and its granularity.
+        inputs: Runs all forwards again.
+        block_size: Inputs that share a scale, for int4.
+        settings: Precision and its granularity.
 
     Raises:
         BuildError: ModelOpt gives up, or finds a scale that is not a positive number.
@@ -80,7 +80,7 @@ def _feed_rows(linears: Mapping[str, nn.Module], inputs: Iterable[Inputs]) -> No
 
 
 def batches(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
-    """Forwards in their order, as many together as reach :data:`ROWS_AT_ONCE`."""
+    """Yield forwards in order, joined until they reach :data:`ROWS_AT_ONCE`."""
     batch: list[Inputs] = []
     rows = 0
     for forward in inputs:
@@ -94,7 +94,7 @@ def batches(inputs: Iterable[Inputs]) -> Iterator[list[Inputs]]:
 
 
 def weighted_rows(forwards: Iterable[Tensor]) -> Tensor:
-    """Join the rows of forwards, ``(n, in)`` each, so that every forward counts alike.
+    """Join the rows of forwards, ``(n, in)``, so that forwards count alike.
 
     The mean square of products with them is the sum of the forwards' own.
     """

@@ -1,4 +1,4 @@
-"""What a calibration is told."""
+"""Holds the settings of a calibration."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ DEFAULT_BLOCK = 128
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What a caller can choose.
+    """Holds the choices of a caller.
 
     Attributes:
-        precision: ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
-        modes: the graphs whose rows the scales have to fit. ``ar`` is always among them, for every
-        mode begins with a causal prefill.
-        num_samples: texts to draw; None = all of them.
-        max_new_tokens: the longest answer that is decoded after each text, in each mode.
+        precision: Precision ``fp8``, ``int8`` (SmoothQuant), ``int4`` (AWQ) or ``nvfp4``.
+        modes: Graphs whose rows the scales have to fit. ``ar`` is always among them, for every mode
+            begins with a causal prefill.
+        num_samples: Number of texts to draw; None = all of them.
+        max_new_tokens: Longest answer that is decoded after each text, in each mode.
         seed: Seed for drawing prompts.
-        block_size: int4: inputs that share a scale, at most; a power of two from 16 on. None = 128.
-        is_per_channel: fp8: a scale for each row of a weight, instead of one.
-        quantizes_head: quantize ``diffusion_head`` too.
+        block_size: Most inputs that share a scale, for int4: a power of two from 16 on. None = 128.
+        is_per_channel: Whether each row of a weight has a scale, for fp8.
+        quantizes_head: Whether ``diffusion_head`` is quantized too.
         device: Device of the model, ``cpu`` or ``cuda``.
-        memory_gib: decoding keeps all weights in memory, in float32, where they take at most this;
-            otherwise they stay in the checkpoint's files. None = half of what is free.
+        memory_gib: Most memory that float32 weights may take while decoding; larger weights stay in
+            the checkpoint's files. None = half of what is free.
     """
 
     precision: QuantizedPrecision
@@ -45,28 +45,23 @@ class QuantizeSettings:
     memory_gib: float | None = None
 
     def check(self) -> None:
-        """Raise :class:`UsageError` for a value that cannot be used.
+        """Check every value, and that the precision has use for it.
 
-        That includes one that the precision has no use for.
+        Raises:
+            UsageError: a value cannot be used.
         """
         if self.precision not in get_args(QuantizedPrecision):
             raise UsageError(
-                f"expected --precision {', '.join(get_args(QuantizedPrecision))}, "
+                f"expected `precision` {', '.join(get_args(QuantizedPrecision))}, "
                 f"found {self.precision!r}",
                 "choose one of these",
             )
         self._check_modes()
-        check_at_least(
-            (
-                ("samples", self.num_samples, 1),
-                ("max-new-tokens", self.max_new_tokens, 1),
-                ("seed", self.seed, 0),
-            )
-        )
+        check_at_least(self, num_samples=1, max_new_tokens=1, seed=0)
         self._check_granularity()
         if self.memory_gib is not None and not self.memory_gib >= 0:
             raise UsageError(
-                f"expected --memory of at least 0, found {self.memory_gib}",
+                f"expected `memory_gib` of at least 0, found {self.memory_gib}",
                 "leave it out for half of what is free",
             )
         check_device_name(self.device)
@@ -75,13 +70,13 @@ class QuantizeSettings:
         unknown = [mode for mode in self.modes if mode not in ROLES]
         if unknown or not self.modes:
             raise UsageError(
-                f"expected --modes among {','.join(ROLES)}, "
+                f"expected `modes` among {','.join(ROLES)}, "
                 f"found {unknown[0] if unknown else 'none'}",
                 "separate them by commas",
             )
         if "ar" not in self.modes:
             raise UsageError(
-                f"expected --modes to include ar, found {','.join(self.modes)}",
+                f"expected `modes` to include ar, found {','.join(self.modes)}",
                 "every mode begins with a causal prefill",
             )
 
@@ -89,7 +84,7 @@ class QuantizeSettings:
         if self.is_per_channel and self.precision != "fp8":
             finer = "each row in any case" if self.precision == "int8" else "blocks"
             raise UsageError(
-                f"expected --per-channel with --precision fp8, found {self.precision}",
+                f"expected `is_per_channel` with `precision` fp8, found {self.precision}",
                 f"{self.precision} has scales for {finer}",
             )
         if self.block_size is None:
@@ -101,11 +96,11 @@ class QuantizeSettings:
                 else "only int4 has scales for blocks of a size to choose"
             )
             raise UsageError(
-                f"expected --block-size with --precision int4, found {self.precision}", hint
+                f"expected `block_size` with `precision` int4, found {self.precision}", hint
             )
         if self.block_size < SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
             raise UsageError(
-                f"expected --block-size to be a power of two from {SMALLEST_BLOCK} on, "
+                f"expected `block_size` to be a power of two from {SMALLEST_BLOCK} on, "
                 f"found {self.block_size}",
                 "128 is usual",
             )

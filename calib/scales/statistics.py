@@ -1,6 +1,6 @@
-"""Gathers the layers' inputs by mode, and what quantization leaves of each weight.
+"""Gathers layers' inputs by mode, and the error of quantized weights.
 
-Neither asks ModelOpt: inputs are looked at as they come, weights are quantized by
+Neither asks ModelOpt: inputs are observed as they come, weights are quantized by
 :mod:`trimode.graphs.numerics.integers`.
 """
 
@@ -23,13 +23,13 @@ LOSSLESS_DB = 200.0
 
 
 class InputStatistics:
-    """What the inputs of some layers are, by column and by mode.
+    """Gathers the inputs of some layers, by column and by mode.
 
     Args:
-        names: the layers'.
+        names: Names of the layers.
 
     Attributes:
-        amax: largest magnitude by layer and mode.
+        amax: Largest magnitude by layer and mode.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -39,7 +39,7 @@ class InputStatistics:
         self._num_forwards: dict[str, int] = {}
 
     def observe(self, role: Role, name: str, x: Tensor) -> None:
-        """Take in the input ``x (rows, in)`` of a layer in a forward.
+        """Take in a layer's input ``x (rows, in)`` of one forward.
 
         Raises:
             CheckpointError: it is not finite.
@@ -63,7 +63,11 @@ class InputStatistics:
         self._num_forwards[name] = self._num_forwards.get(name, 0) + 1
 
     def check_seen(self) -> None:
-        """Raise :class:`UsageError` where a layer's input was zero all the time, or never came."""
+        """Check that every layer has seen inputs other than zero.
+
+        Raises:
+            UsageError: a layer has not.
+        """
         for name, by_role in self.amax.items():
             if not any(by_role.values()):
                 raise UsageError(
@@ -74,7 +78,7 @@ class InputStatistics:
                 )
 
     def largest(self, name: str) -> Tensor:
-        """Largest magnitude of each column, ``(in,)``."""
+        """Return the largest magnitude of each column, ``(in,)``."""
         return self._largest[name]
 
     def mean(self, name: str) -> Tensor:
@@ -91,13 +95,16 @@ def quantize_weight(
     precision: QuantizedPrecision,
     pre_quant_scale: Floats | None = None,
 ) -> Floats:
-    """The weight as the graphs will see it: quantized and back, ``(out, in)``, float32.
+    """Quantize a weight and back, as the graphs will see it.
 
     Args:
-        weight: (out, in).
-        amax: ``()``, ``(out,)`` or ``(out, in / block)``.
+        weight: Weight, (out, in).
+        amax: Largest magnitudes, ``()``, ``(out,)`` or ``(out, in / block)``.
         precision: Type to quantize to.
-        pre_quant_scale: (in,), divided out before and multiplied back after; None = ones.
+        pre_quant_scale: Factors (in,), divided out before and multiplied back after; None = ones.
+
+    Returns:
+        The weight (out, in) in float32.
     """
     factor = np.float32(1) if pre_quant_scale is None else pre_quant_scale
     scale = scale_of(amax, precision, "float32")
@@ -105,7 +112,7 @@ def quantize_weight(
 
 
 def snr_db(weight: Floats, quantized: Floats) -> float:
-    """Signal-to-noise ratio ``10 log10(sum w^2 / sum (w - w')^2)``, at most :data:`LOSSLESS_DB`."""
+    """Compute ``10 log10(sum w^2 / sum (w - w')^2)``, at most :data:`LOSSLESS_DB`."""
     signal = float(np.square(weight, dtype=np.float64).sum())
     noise = float(np.square(weight - quantized, dtype=np.float64).sum())
     if not noise or not signal:

@@ -1,4 +1,4 @@
-"""How long a training run may take, and the learning rate that goes with it."""
+"""Limits a training run, and schedules its learning rate."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Says when to stop: after ``seconds`` or after ``steps``, whichever comes first."""
+    """Limits a training to ``seconds`` or ``steps``, whichever ends first."""
 
     seconds: float | None = None
     steps: int | None = None
 
     def progress(self, seconds: float, steps: int) -> float:
-        """Share of the budget that is used, 0 to 1."""
+        """Return the share of the budget that is used, 0 to 1."""
         shares = [
             used / limit
             for used, limit in ((seconds, self.seconds), (steps, self.steps))
@@ -23,7 +23,7 @@ class Budget:
 
 
 def budget_of(steps: int | None, minutes: float | None, default_steps: int) -> Budget:
-    """The budget of a command line; the default goes where neither is given."""
+    """Return the budget of these limits; by default, ``default_steps``."""
     return Budget(
         None if minutes is None else minutes * 60,
         default_steps if steps is None and minutes is None else steps,
@@ -31,7 +31,7 @@ def budget_of(steps: int | None, minutes: float | None, default_steps: int) -> B
 
 
 def rate_at(share: float, *, warm_up: float, decay: float) -> float:
-    """Give the learning rate as a share of its peak.
+    """Return the learning rate as a share of its peak.
 
     It goes up over ``warm_up``, is level, and goes down to zero over ``decay``, all in straight
     lines.

@@ -1,7 +1,7 @@
-"""Writes trained weights in the public layout: a whole checkpoint, or an adapter alone.
+"""Writes trained weights as a whole checkpoint, or as an adapter.
 
-A folder is filled beside its destination and renamed when it is complete, so a run that stops
-half-way leaves no half checkpoint.
+The layout is the public one. A folder is filled beside its destination and renamed when it is
+complete, so a run that stops half-way leaves no half checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimode.errors import UsageError
-from trimode.formats.files import check_replaceable, staged_replacement
+from trimode.formats.files import (
+    check_replaceable,
+    replace_bytes,
+    replace_text,
+    staged_replacement,
+)
 from trimode.graphs.adapter import ADAPTER_FOLDER, ADAPTER_PREFIX
 from trimode.graphs.checkpoint import is_adapter_tensor
 from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
@@ -28,14 +33,13 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder, its weights in bfloat16.
 
-    It holds ``config.json``, the drafter adapter where the trunk has one, and ``texts`` as they
-    are.
+    It holds ``config.json``, the drafter adapter if the trunk has one, and ``texts`` as they are.
 
     Args:
-        folder: new, empty, or an earlier checkpoint, which is replaced whole.
+        folder: Folder to write: new, empty, or an earlier checkpoint, which is replaced whole.
         trunk: Trunk whose weights are written.
-        config: the contents of ``config.json``; has to describe the trunk.
-        texts: other files of the folder, by name (tokenizer, chat template, generation defaults).
+        config: Contents of ``config.json``; they have to describe the trunk.
+        texts: Other files of the folder, by name (tokenizer, chat template, generation defaults).
 
     Raises:
         UsageError: the folder holds something that is no checkpoint.
@@ -62,17 +66,23 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
     Raises:
         UsageError: the trunk has no adapter.
     """
-    layers = adapter_layers(trunk)
-    if not layers:
-        raise UsageError(
-            "expected a trunk with a drafter adapter, found one without",
-            "give TriModeTrunk a drafter_rank",
-        )
+    layers = required_adapter_layers(trunk)
     folder.mkdir(parents=True, exist_ok=True)
-    assert layers[0].lora_A is not None
-    rank = layers[0].lora_A.out_features
-    alpha = round(layers[0].scaling * rank, 9)  # the division may have cost a last digit
-    config = {
+    tensors = {
+        ADAPTER_PREFIX + name: tensor.float()
+        for name, tensor in _weights(trunk).items()
+        if is_adapter_tensor(name)
+    }
+    replace_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", _adapter_config(layers[0]))
+
+
+def _adapter_config(layer: LowRankLinear) -> dict[str, Any]:
+    """Describe the adapter to PEFT by one of its layers."""
+    assert layer.lora_A is not None
+    rank = layer.lora_A.out_features
+    alpha = round(layer.scaling * rank, 9)  # the division may have cost a last digit
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
@@ -85,29 +95,15 @@ def write_adapter(folder: Path, trunk: TriModeTrunk) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {
-        ADAPTER_PREFIX + name: tensor.float()
-        for name, tensor in _weights(trunk).items()
-        if is_adapter_tensor(name)
-    }
-    partial = folder / ".adapter_model.safetensors.partial"
-    partial.write_bytes(save(tensors, {"format": "pt"}))
-    partial.replace(folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", config)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def round_weights(trunk: TriModeTrunk) -> None:
-    """Round the weights in place to what :func:`write_checkpoint` will write.
-
-    The adapter keeps float32.
-    """
+    """Round the weights in place as :func:`write_checkpoint` does."""
     with torch.no_grad():
         for name, parameter in trunk.named_parameters():
             if not is_adapter_tensor(name):
@@ -115,12 +111,27 @@ def round_weights(trunk: TriModeTrunk) -> None:
 
 
 def adapter_layers(trunk: TriModeTrunk) -> list[LowRankLinear]:
-    """The projections that carry the drafter's branch; none where the checkpoint has no drafter."""
+    """List the projections with the drafter's branch; none without a drafter."""
     return [
         module
         for module in trunk.modules()
         if isinstance(module, LowRankLinear) and module.lora_A is not None
     ]
+
+
+def required_adapter_layers(trunk: TriModeTrunk) -> list[LowRankLinear]:
+    """List the projections with the drafter's branch.
+
+    Raises:
+        UsageError: the trunk has no adapter.
+    """
+    layers = adapter_layers(trunk)
+    if not layers:
+        raise UsageError(
+            "expected a trunk with a drafter adapter, found one without",
+            "give TriModeTrunk a drafter_rank",
+        )
+    return layers
 
 
 def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
@@ -129,10 +140,7 @@ def _weights(trunk: TriModeTrunk) -> dict[str, Tensor]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which takes the place of ``folder`` at the end.
-
-    Where an error stops the work, the old one stays.
-    """
+    """Yield a folder to fill, which replaces ``folder`` unless an error occurs."""
     folder = folder.absolute()
     check_replaceable(folder, "config.json", "a checkpoint")
     with staged_replacement(folder, "config.json") as staged:

@@ -27,7 +27,10 @@ class Training(Protocol):
     """Gives a state that can be kept."""
 
     def state(self) -> dict[str, Any]:
-        """All that it needs to go on, in types that ``torch.load(weights_only=True)`` reads."""
+        """Return all that it needs to go on.
+
+        The types are those that ``torch.load(weights_only=True)`` reads.
+        """
         ...
 
 
@@ -45,7 +48,7 @@ def run_training(
 
     Args:
         training: Training whose state is kept.
-        run: trains, and calls what it is given after each step.
+        run: Trains, and calls its argument after each step.
         budget: Budget of ``run``, to show how far it is.
         state: State of the job's run.
         progress: Display of the stage.
@@ -57,11 +60,7 @@ def run_training(
 
     def report(done: P, _share: float) -> None:
         nonlocal shown
-        if not math.isfinite(done.loss):
-            raise BuildError(
-                f"expected a finite loss, found {done.loss} at step {done.step}",
-                "train with a lower --learning-rate",
-            )
+        _check_loss(done)
         percent = int(100 * budget.progress(done.seconds, done.step))
         advance(percent - shown)
         shown = percent
@@ -72,3 +71,11 @@ def run_training(
         result = run(report)
     state.save()
     return result
+
+
+def _check_loss(done: TrainingProgress) -> None:
+    if not math.isfinite(done.loss):
+        raise BuildError(
+            f"expected a finite loss, found {done.loss} at step {done.step}",
+            "train with a lower `learning_rate`",
+        )

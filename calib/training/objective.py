@@ -27,7 +27,7 @@ from torch.nn import functional
 
 
 class Corruption(NamedTuple):
-    """Holds which slots are masked, and at which rate.
+    """Holds the masked slots, and the rate of masking.
 
     ``masked`` (B, W) bool is True where the mask token stands. ``rate`` (B, W) float is the
     probability with which it was put there.
@@ -51,14 +51,16 @@ class JointLoss(NamedTuple):
 def joint_mask(
     noisy_positions: Tensor, clean_positions: Tensor, first_boundary: Tensor | int, block_size: int
 ) -> Tensor:
-    """Say who sees whom, ``(B, 1, W + N, W + N)`` bool, rows are queries.
+    """Return the mask of who sees whom; rows are queries.
+
+    Its shape is ``(B, 1, W + N, W + N)``, bool.
 
     Args:
-        noisy_positions: (B, W) int64.
-        clean_positions: (B, N) int64.
-        first_boundary: (B, 1) or a number; blocks begin at ``first_boundary + i * block_size`` for
-        every integer i.
-        block_size: tokens in a block.
+        noisy_positions: Positions of the noisy slots, (B, W) int64.
+        clean_positions: Positions of the clean tokens, (B, N) int64.
+        first_boundary: Start of a block, (B, 1) or a number; blocks begin at ``first_boundary +
+            i * block_size`` for every integer i.
+        block_size: Tokens in a block.
     """
     noisy_block = torch.div(noisy_positions - first_boundary, block_size, rounding_mode="floor")
     clean_block = torch.div(clean_positions - first_boundary, block_size, rounding_mode="floor")
@@ -78,9 +80,9 @@ def corrupt(
     The rate is uniform in ``[least_rate, 1)``.
 
     Args:
-        trainable: (B, W) bool, slots that may be masked.
-        generator: source of randomness.
-        least_rate: lower end of the rate; 1 masks everything.
+        trainable: Slots that may be masked, (B, W) bool.
+        generator: Source of randomness.
+        least_rate: Lower end of the rate; 1 masks everything.
     """
     t = torch.rand((trainable.shape[0], 1), generator=generator)
     rate = ((1 - least_rate) * t + least_rate).expand(trainable.shape)
@@ -104,13 +106,13 @@ def joint_loss(
     A noisy row predicts its own token; a clean row predicts the next one.
 
     Args:
-        noisy_logits: (B, W, V).
-        noisy_targets: (B, W) int64, the uncorrupted tokens.
+        noisy_logits: Logits of the noisy slots, (B, W, V).
+        noisy_targets: Uncorrupted tokens, (B, W) int64.
         corruption: Slots that count, and their weights.
-        clean_logits: (B, N, V).
-        clean_ids: (B, N) int64.
-        clean_weights: (B, N) float, weight of token i as a target; that of token 0 is not used.
-        diffusion_weight: alpha.
+        clean_logits: Logits of the clean tokens, (B, N, V).
+        clean_ids: Clean tokens, (B, N) int64.
+        clean_weights: Weight of token i as a target, (B, N) float; that of token 0 is not used.
+        diffusion_weight: Weight of the noisy half, alpha.
     """
     diffusion = (
         _cross_entropy(noisy_logits, noisy_targets)[corruption.masked]

@@ -61,10 +61,10 @@ class WeightStream:
         rows, columns = self._shape
         given = self._given
         shape = (rows, columns // given.block_size) if given.block_size else (rows,)
-        shapes = {"weight_scale": shape if given.weight_amax is None else given.weight_amax.shape}
-        if given.pre_quant_scale is not None:
-            shapes["pre_quant_scale"] = given.pre_quant_scale.shape
-        if given.input_amax is not None:
+        shapes = {"weight_scale": shape if given.weight is None else given.weight.shape}
+        if given.pre_quant is not None:
+            shapes["pre_quant_scale"] = given.pre_quant.shape
+        if given.input is not None:
             shapes["input_scale"] = ()
         return {kind: (self._stored, shape) for kind, shape in shapes.items()}
 
@@ -77,14 +77,11 @@ class WeightStream:
         """
         self._found = []
         with about(self._layer):
-            divisor = (
-                None
-                if self._given.pre_quant_scale is None
-                else round_to(self._given.pre_quant_scale, self._stored)
-            )
+            divisor, scale = self._rounded(self._given.pre_quant), self._rounded(self._given.weight)
             row = 0
             for values in whole_rows(self._read(), self._shape[1]):
-                yield self._quantized(values if divisor is None else _divided(values, divisor), row)
+                divided = values if divisor is None else _divided(values, divisor)
+                yield self._quantized(divided, scale, row)
                 row += values.shape[0]
 
     def scale(self, kind: str) -> Iterator[bytes]:
@@ -97,34 +94,26 @@ class WeightStream:
             yield from self._scale(kind)
 
     def _scale(self, kind: str) -> Iterator[bytes]:
-        given = self._given
-        if kind == "weight_scale":
-            yield (
-                b"".join(self._found)
-                if given.weight_amax is None
-                else bytes_of(self._scale_of(given.weight_amax), self._stored)
-            )
-        elif kind == "input_scale":
-            assert given.input_amax is not None
-            yield bytes_of(self._scale_of(given.input_amax), self._stored)
-        else:
-            assert given.pre_quant_scale is not None
-            yield bytes_of(round_to(given.pre_quant_scale, self._stored), self._stored)
+        given = {
+            "weight_scale": self._given.weight,
+            "input_scale": self._given.input,
+            "pre_quant_scale": self._given.pre_quant,
+        }
+        values = self._rounded(given[kind])
+        yield b"".join(self._found) if values is None else bytes_of(values, self._stored)
 
-    def _quantized(self, values: Floats, row: int) -> bytes:
-        if self._given.weight_amax is None:
-            scale = self._scale_of(
-                largest_magnitudes(values, self._precision, self._given.block_size)
-            )
+    def _quantized(self, values: Floats, scale: Floats | None, row: int) -> bytes:
+        if scale is None:
+            amax = largest_magnitudes(values, self._precision, self._given.block_size)
+            scale = scale_of(amax, self._precision, self._stored)
             self._found.append(bytes_of(scale, self._stored))
-        else:
-            amax = self._given.weight_amax
-            scale = self._scale_of(amax[row : row + values.shape[0]] if amax.ndim else amax)
+        elif scale.ndim:
+            scale = scale[row : row + values.shape[0]]
         check_range(scale, self._precision, self._stored)
         return quantize(values, scale, self._precision).tobytes()
 
-    def _scale_of(self, amax: Floats) -> Floats:
-        return scale_of(amax, self._precision, self._stored)
+    def _rounded(self, scales: Floats | None) -> Floats | None:
+        return None if scales is None else round_to(scales, self._stored)
 
 
 @contextmanager
@@ -143,7 +132,7 @@ def check_range(scale: Floats, precision: QuantizedPrecision, stored: DType) -> 
     """
     largest = float(scale.max(initial=0)) * FORMATS[precision].largest
     if stored == "float16" and largest >= _FIRST_INFINITE_FP16:
-        hint = "build without a t4, whose graphs compute in fp16, or pass --precision bf16 or fp32"
+        hint = "build without a t4, whose graphs compute in fp16, or pass `precision` bf16 or fp32"
         raise BuildError(
             f"expected weights up to 65504, the largest of fp16, found {largest:.6g}", hint
         )

@@ -36,7 +36,7 @@ from trimode.formats.safetensors import (
 from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.rope import rope_tables
 from trimode.graphs.numerics.integers import FORMATS
-from trimode.graphs.numerics.scales import Quantization
+from trimode.graphs.numerics.quantization import Quantization
 from trimode.graphs.numerics.stored import stored_as
 from trimode.runtime.bundle.weights import PrecisionWeights, WeightPack, is_common
 

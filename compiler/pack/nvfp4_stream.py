@@ -12,7 +12,7 @@ import numpy as np
 
 from trimode.compiler.pack.integer_stream import about, check_range, whole_rows
 from trimode.formats.contract import DType
-from trimode.graphs.numerics.integers import Floats, largest_magnitudes, scale_of
+from trimode.graphs.numerics.integers import Floats, largest_magnitudes, round_to, scale_of
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE, encode
 from trimode.graphs.numerics.scales import LayerScales
 
@@ -58,9 +58,7 @@ class Nvfp4Stream:
             "weight_scale": ("float8e4m3fn", (rows, columns // BLOCK_SIZE)),
             "weight_scale_2": ("float32", ()),
         }
-        return found | (
-            {"input_scale": ("float32", ())} if self._given.input_amax is not None else {}
-        )
+        return found | ({"input_scale": ("float32", ())} if self._given.input is not None else {})
 
     def weight(self) -> Iterator[bytes]:
         """Yield the quantized weight.
@@ -87,20 +85,15 @@ class Nvfp4Stream:
             yield from self._found
             self._found = []
             return
-        amax = self._given.input_amax
-        wanted = self._global if kind == "weight_scale_2" or amax is None else _global_scale(amax)
+        wanted = self._global if kind == "weight_scale_2" else self._given.input
         assert wanted is not None
-        yield wanted.tobytes()
+        yield round_to(wanted, "float32").tobytes()
 
     def _global_scale(self) -> Floats:
-        if self._given.weight_amax is not None:
-            return _global_scale(self._given.weight_amax)
+        if self._given.weight is not None:
+            return round_to(self._given.weight, "float32")
         largest = [
             largest_magnitudes(values, "nvfp4", None)
             for values in whole_rows(self._look(), self._shape[1])
         ]
-        return _global_scale(np.asarray(np.max(largest), np.float32))
-
-
-def _global_scale(amax: Floats) -> Floats:
-    return scale_of(amax, "nvfp4", "float32")
+        return scale_of(np.asarray(np.max(largest), np.float32), "nvfp4", "float32")

@@ -10,7 +10,10 @@ import onnx_ir as ir
 from trimode.compiler.passes.base import lower
 from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.constant_weights import constant_weights
+from trimode.compiler.passes.mask_slots import MaskSlots
 from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
+from trimode.compiler.passes.narrow_logits import NarrowLogits
 from trimode.compiler.passes.nvfp4 import Nvfp4ForTensorRT, Nvfp4InFloat32
 from trimode.compiler.passes.quantize_weights import QuantizeWeights, Stored
 from trimode.compiler.passes.queries_to_outputs import QueriesToOutputs
@@ -41,6 +44,17 @@ def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) ->
     return lower(graph, *passes, MultiplyInt4(INT4_ACCURACY_LEVEL))
 
 
+def constants_of(record: TargetRecord, pack: Mapping[str, Stored]) -> tuple[str, ...]:
+    """Names of the weights and scales that a target's engines hold, beside those of ``scales``.
+
+    Everything is in a baked engine.
+    """
+    if record.placement == "baked":
+        return tuple(sorted(pack))
+    is_rtx = record.backend == "tensorrt_rtx" and record.placement == "shared"
+    return constant_weights(pack) if is_rtx else ()
+
+
 def lower_for(
     record: TargetRecord,
     graph: ir.Model,
@@ -54,14 +68,16 @@ def lower_for(
     """
     passes: list[ir.passes.InPlacePass] = []
     if record.capacity is not None:
-        passes.append(StaticCacheCapacity(record.capacity))
+        passes += [StaticCacheCapacity(record.capacity), MaskSlots()]
     if record.compute_dtype != "float32":
         passes.append(ComputeType(record.compute_dtype))
     passes += [QuantizeWeights(pack), Nvfp4ForTensorRT(pack, scales)]
+    if record.backend != "onnxruntime":
+        passes += [ChooseBeforeWidening(), NarrowLogits()]
     if record.backend == "tensorrt_rtx":
-        passes += [ChooseBeforeWidening(), QueriesToOutputs()]
+        passes.append(QueriesToOutputs())
     if record.backend == "tensorrt_rtx" and record.placement == "shared":
         passes.append(ScalesToConstants(scales))
     if record.placement == "shared":
-        passes.append(WeightsToInputs())
+        passes.append(WeightsToInputs(constants_of(record, pack)))
     return lower(graph, *passes)

@@ -13,8 +13,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trimode.formats.contract import DType
-from trimode.graphs.numerics.integers import Floats, scale_of
-from trimode.graphs.numerics.scales import Quantization
+from trimode.graphs.numerics.integers import Floats
+from trimode.graphs.numerics.quantization import Quantization
 from trimode.runtime.bundle.weights import PrecisionWeights
 
 CONSTANT_SCALES = (".weight_scale", ".input_scale")
@@ -66,15 +66,12 @@ def known_scales(quantization: Quantization, stored: DType) -> dict[str, Floats]
     """
     scales: dict[str, Floats] = {}
     for layer, given in quantization.layers.items():
-        if given.weight_amax is None:
+        rounded = given.rounded(quantization.precision, stored)
+        if rounded.weight is None:
             return None
-        scales[f"{layer}.weight_scale"] = scale_of(
-            given.weight_amax, quantization.precision, stored
-        )
-        if given.input_amax is not None:
-            scales[f"{layer}.input_scale"] = scale_of(
-                given.input_amax, quantization.precision, stored
-            )
+        scales[f"{layer}.weight_scale"] = rounded.weight
+        if rounded.input is not None:
+            scales[f"{layer}.input_scale"] = rounded.input
     return scales
 
 

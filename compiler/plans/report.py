@@ -20,21 +20,30 @@ what they are once each.
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Holds one engine of a bundle with its plan."""
+    """Holds one engine of a bundle with its plan.
+
+    Attributes:
+        capacity: Slots of its cache; None where the target has one capacity.
+    """
 
     precision: str
     target: str
     role: str
     plan: tuple[PlanRecord, ...] | UnreadPlan
+    capacity: int | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.precision} {self.target} {self.role}"
+        slots = "" if self.capacity is None else f", {self.capacity} slots"
+        return f"{self.precision} {self.target} {self.role}{slots}"
 
     def as_data(self) -> dict[str, Any]:
         """For JSON; every ``predicted_ms`` is computed, not measured."""
-        facts = {"precision": self.precision, "target": self.target, "graph": self.role}
+        facts: dict[str, Any] = {"precision": self.precision, "target": self.target}
+        facts["graph"] = self.role
+        if self.capacity is not None:
+            facts["capacity"] = self.capacity
         if isinstance(self.plan, UnreadPlan):
             return {**facts, "library": self.plan.library, "not_understood": self.plan.reason}
         return {**facts, "profiles": [self._profile(record) for record in self.plan]}
@@ -61,11 +70,13 @@ def read_plans(
             target_name,
             role,
             engine.plans or audit_engine(bundle / engine.file, record.library, engine.profiles),
+            capacity=one.capacity if record.smaller else None,
         )
         for name, precision in precisions.items()
         for target_name, record in precision.targets.items()
         if carries_plans(record) and target in (None, target_name)
-        for role, engine in record.graphs.items()
+        for one in record.by_capacity()
+        for role, engine in one.graphs.items()
     ]
 
 

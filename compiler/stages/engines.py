@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from trimode.compiler.pack.layout import PackedTensor
-from trimode.compiler.passes.base import to_bytes
-from trimode.compiler.passes.recipes import lower_for
+from trimode.compiler.passes.base import to_bytes, weights
+from trimode.compiler.passes.constant_weights import digest_of
+from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.stages.graphs import point_into_packs
-from trimode.compiler.stages.state import BuildState, Graphs, Packs
+from trimode.compiler.stages.state import BuildState, Graphs
 from trimode.compiler.store.cache import key_of
 from trimode.compiler.store.fingerprint import builder_revision
 from trimode.compiler.tensorrt.builder import EngineJob
@@ -26,27 +29,59 @@ from trimode.compiler.tensorrt.pool import (
 )
 from trimode.formats.contract import Role
 from trimode.formats.files import sha256_of
-from trimode.formats.manifest import TargetRecord
-from trimode.graphs.numerics.integers import Floats, scale_of
+from trimode.formats.manifest import EngineRecord, TargetRecord
+from trimode.graphs.numerics.integers import Floats
 from trimode.runtime.bundle.weights import PrecisionWeights
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Names the packs that engines copy from, and the digest of what they copy."""
+
+    packs: tuple[Path, ...]
+    sha256: str
 
 
 def compile_targets(state: BuildState) -> None:
     """Lower the graphs for each target and compile its engines.
 
-    Engines that copy the weights wait for the pack.
+    Engines that hold weights wait for the pack.
     """
     write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
-    is_baked = any(record.placement == "baked" for record in state.plan.records.values())
-    packs: Packs | None = (
-        {path: state.pack_sha256(path) for path in state.packs} if is_baked else None
-    )
-    state.num_cached = compile_engines(state, packs, _constant_scales(state))
+    state.num_cached = compile_engines(state, _constants(state), _constant_scales(state))
+    _record_constants(state)
     for record in state.plan.records.values():
-        for engine in record.graphs.values():
+        for engine in record.engines:
             # portable graphs are recorded already
             if engine.file not in state.files and (state.folder / engine.file).is_file():
                 state.record(engine.file)
+
+
+def _constants(state: BuildState) -> Constants | None:
+    """Find what engines hold; None where they hold nothing, since a pack may not be written yet."""
+    record = next((one for one in state.plan.records.values() if _is_compiled(one)), None)
+    names = constants_of(record, state.tensors) if record else ()
+    if record is None or not names:
+        return None
+    packs = tuple(state.packs)
+    if record.placement == "baked":
+        return Constants(packs, "+".join(state.pack_sha256(path) for path in packs))
+    state.wait_for_weights()
+    return Constants(packs, digest_of(packs, names))
+
+
+def _record_constants(state: BuildState) -> None:
+    """Enter into the records how much the engines hold."""
+    records = {}
+    for name, record in state.plan.records.items():
+        sizes = [state.tensors[one].num_bytes for one in constants_of(record, state.tensors)]
+        update = {"constant_bytes": sum(sizes)}
+        records[name] = record.with_engines(partial(EngineRecord.model_copy, update=update))
+    state.plan = replace(state.plan, records=records)
+
+
+def _is_compiled(record: TargetRecord) -> bool:
+    return record.backend != "onnxruntime"
 
 
 def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
@@ -59,14 +94,10 @@ def _constant_scales(state: BuildState) -> Mapping[str, Floats]:
         return {}
     if state.plan.quantization is not None:
         given = {
-            f"{layer}.input_scale": scales.input_amax
+            f"{layer}.input_scale": scales.rounded("nvfp4", "float32").input
             for layer, scales in state.plan.quantization.layers.items()
         }
-        return {
-            name: scale_of(amax, "nvfp4", "float32")
-            for name, amax in given.items()
-            if amax is not None
-        }
+        return {name: scale for name, scale in given.items() if scale is not None}
     weights = PrecisionWeights(state.packs)
     return {
         name: np.array(weights.widened(name))
@@ -98,13 +129,14 @@ def write_lowered_graphs(
                 path.write_bytes(to_bytes(lower_for(record, graph, tensors)))
 
 
-def compile_engines(state: BuildState, packs: Packs | None, scales: Mapping[str, Floats]) -> int:
+def compile_engines(
+    state: BuildState, constants: Constants | None, scales: Mapping[str, Floats]
+) -> int:
     """Compile the engines of TensorRT's targets, each under the name its record gives.
 
     Args:
         state: Plan, traced graphs, places of the weights, folder and cache.
-        packs: Packs that ``baked`` engines copy; None where no engine is baked, since a pack may
-            not be written yet.
+        constants: Weights that the engines hold; None = none.
         scales: Scales by name that become part of the engines and of their keys in the cache: for
             nvfp4 the global scales of inputs, for 8 bits all scales.
 
@@ -115,20 +147,22 @@ def compile_engines(state: BuildState, packs: Packs | None, scales: Mapping[str,
         BuildError: a library refuses a graph.
     """
     plan = state.plan
-    records = {
-        name: record for name, record in plan.records.items() if record.backend != "onnxruntime"
-    }
+    records = {name: record for name, record in plan.records.items() if _is_compiled(record)}
     if not records:
         return 0
     # Records of one plan differ in the GPU only, and passes do not depend on it. So each graph is
-    # lowered once, and lies beside the engines meanwhile.
+    # lowered once for each capacity, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
     lowered = {
-        role: _write_lowered(record, role, graph, state.tensors, scales, state.folder)
+        (one.capacity, role): _write_lowered(one, role, graph, state.tensors, scales, state.folder)
+        for one in record.by_capacity()
         for role, graph in state.graphs.items()
     }
     tasks = [
-        _task(plan, name, role, path, packs) for name in records for role, path in lowered.items()
+        _task(plan, name, one, role, lowered[one.capacity, role], constants)
+        for name, record in records.items()
+        for one in record.by_capacity()
+        for role in state.graphs
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     num_workers = plan.options.num_jobs or default_num_workers()
@@ -148,25 +182,31 @@ def _write_lowered(
     folder: Path,
 ) -> Path:
     lowered = lower_for(record, graph, tensors, scales)
-    if record.placement == "baked":
+    if weights(lowered):
         point_into_packs(lowered, tensors, folder)
-    path = folder / f".{role}.onnx"
+    path = folder / f".{role}-{record.capacity}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
 
 
-def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | None) -> EngineTask:
-    record, target = plan.records[name], plan.targets[name]
+def _task(
+    plan: BuildPlan,
+    name: str,
+    record: TargetRecord,
+    role: Role,
+    graph: Path,
+    constants: Constants | None,
+) -> EngineTask:
+    target = plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
-    assert (packs is not None) == (record.placement == "baked")
     output = graph.parent / record.graphs[role].file
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
     job = EngineJob(
         library=record.backend,
         graph=graph,
-        packs=tuple(packs) if packs else (),
+        packs=constants.packs if constants else (),
         output=output,
         compute_capability=record.compute_capability,
         profiles=record.graphs[role].profiles,
@@ -181,6 +221,6 @@ def _task(plan: BuildPlan, name: str, role: Role, graph: Path, packs: Packs | No
         compute_capability=record.compute_capability,
         profiles=[profile.model_dump() for profile in job.profiles],
         workspace_bytes=workspace,
-        pack="+".join(packs.values()) if packs else None,
+        constants=constants.sha256 if constants else None,
     )
     return EngineTask(target, plan.precision, key, job)

@@ -27,11 +27,7 @@ def record_plans(state: BuildState) -> None:
 
 
 def _with_plans(record: TargetRecord, target: str, folder: Path) -> TargetRecord:
-    graphs = {
-        role: _audited(engine, record.library, target, folder)
-        for role, engine in record.graphs.items()
-    }
-    return record.model_copy(update={"graphs": graphs})
+    return record.with_engines(lambda engine: _audited(engine, record.library, target, folder))
 
 
 def _audited(engine: EngineRecord, library: str, target: str, folder: Path) -> EngineRecord:

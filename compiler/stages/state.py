@@ -19,8 +19,6 @@ from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress
 
 Graphs = dict[Role, ir.Model]
-Packs = dict[Path, str]
-"""Weight packs of a precision, its own first, and the sha256 of each."""
 
 
 @dataclass(kw_only=True)

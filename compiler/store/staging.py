@@ -128,7 +128,7 @@ def _check_free(output: Path, *, force: bool) -> None:
     check_destination(output)
     if (output / MANIFEST).is_file() and not force:
         raise UsageError(
-            f"{output}: expected a new folder, found a bundle", "pass --force to replace it"
+            f"{output}: expected a new folder, found a bundle", "pass `force` to replace it"
         )
 
 

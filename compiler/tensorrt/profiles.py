@@ -28,16 +28,27 @@ a multiple of 256 bytes.
 
 
 def plan_capacity(
-    roles: tuple[Role, ...], model: ModelInfo, block_lengths: tuple[int, ...], max_batch: int = 1
+    roles: tuple[Role, ...],
+    model: ModelInfo,
+    block_lengths: tuple[int, ...],
+    max_batch: int = 1,
+    max_length: int | None = None,
 ) -> int:
     """Slots of a cache for the longest text and its block.
 
     Whatever the graphs write behind the text has to fit.
+
+    Args:
+        roles: Graphs that run over the cache.
+        model: Facts that decide how long blocks may be.
+        block_lengths: Rows of the graphs other than ``ar``.
+        max_batch: Most sequences in one forward.
+        max_length: Tokens of the longest text; None = the model's.
     """
     written = (
         slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths)
     )
-    capacity = model.max_length + max(model.max_block_length, *written)
+    capacity = (max_length or model.max_length) + max(model.max_block_length, *written)
     return capacity if max_batch == 1 else -(-capacity // _BATCH_STEP) * _BATCH_STEP
 
 
@@ -47,6 +58,8 @@ def plan_profiles(
     block_lengths: tuple[int, ...],
     max_batch: int,
     capacity: int | None = None,
+    *,
+    one_row: bool = True,
 ) -> tuple[ProfileRecord, ...]:
     """Profiles of one graph, in the engine's order.
 
@@ -56,11 +69,16 @@ def plan_profiles(
         block_lengths: Rows of the other graphs.
         max_batch: Most sequences in one forward.
         capacity: Slots of the cache; None = a text and a block.
+        one_row: Whether decoding may be compiled for exactly one row. TensorRT-RTX then expands
+            int8 weights that are multiplied in high precision; a profile that admits a second row
+            widens them on the way.
     """
     batch = (1, 1, max_batch)
     if role == "ar":
-        most = 1 if (capacity or model.num_positions) + model.head_dim <= _ONE_ROW_SLOTS else 2
-        chunk = max(min(PREFILL_CHUNK, model.max_length), *block_lengths)
+        slots = (capacity or model.num_positions) + model.head_dim
+        most = 1 if one_row and slots <= _ONE_ROW_SLOTS else 2
+        longest = min(model.max_length, capacity or model.max_length)
+        chunk = max(min(PREFILL_CHUNK, longest), *block_lengths)
         return (
             ProfileRecord(batch=batch, rows=(1, 1, most)),
             ProfileRecord(batch=batch, rows=(1, chunk, chunk)),

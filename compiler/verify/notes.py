@@ -33,25 +33,25 @@ def notes_about(
         yield f"the reference's weights are rounded to {manifest.dtype}, as the bundle's are"
     if loaded.weights is not None and loaded.scales is None:
         yield (
-            "the scales were taken as the bundle has them: --calibration FOLDER compares them with"
+            "the scales were taken as the bundle has them: `calibration` FOLDER compares them with"
             " those it was built by"
         )
     if manifest.sampler is not None and sampler is None:
         yield (
-            "the learned sampler was not compared: --sampler FOLDER compares it with the network"
+            "the learned sampler was not compared: `sampler` FOLDER compares it with the network"
             " that it was built from"
         )
     others = [name for name in model.bundle.chosen.targets if name != model.target]
     if others:
         yield (
             f"other targets of the bundle were not verified: {', '.join(others)}"
-            " (--target NAME, where it runs)"
+            " (`target` NAME, where it runs)"
         )
     original = checkpoint.config.rope.original_max_position_embeddings
     if original and position < original:
         yield (
             f"positions from {original} on, the rope's original length, were not reached:"
-            f" --long {original} would"
+            f" `long` {original} would"
         )
 
 

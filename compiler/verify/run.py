@@ -5,13 +5,18 @@ from __future__ import annotations
 import datetime
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 import trimode
+from trimode.compiler.verify.checks import (
+    check_calibration,
+    check_numbers,
+    check_shape,
+    long_position,
+)
 from trimode.compiler.verify.graphs import (
     SHORT_POSITION,
     compare_portable,
@@ -24,10 +29,9 @@ from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.sampler import compare_sampler, read_trained
 from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens, count_generations
 from trimode.compiler.verify.tolerance import Tolerance, tolerance_for
-from trimode.errors import UsageError
-from trimode.formats.contract import DType
+from trimode.formats.contract import DType, ModelInfo
 from trimode.formats.files import sha256_of
-from trimode.formats.manifest import MANIFEST, Manifest
+from trimode.formats.manifest import MANIFEST
 from trimode.formats.texts import name_of
 from trimode.formats.verification import (
     BoundsRecord,
@@ -41,38 +45,16 @@ from trimode.formats.verification import (
 from trimode.formats.versions import PYTHON, versions
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.identity import SourceDigest
-from trimode.progress import Advance, Progress
+from trimode.progress import Advance, Progress, Silent
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.base import Ids
 from trimode.runtime.sessions.select import PORTABLE
 from trimode.runtime.text.prompts import USUAL_STYLE, PromptStyle, encode_prompts, read_prompts_file
 
-AFFORDABLE_FLOPS = 2e13
-"""What the default long position may cost the reference: some minutes on few cores."""
-DEFAULT_LONG_POSITION = 1024
 LONGEST_PORTABLE = 2048
 """Most tokens in the cache that is handed to a portable graph, whole, as an input."""
 Record = TypeVar("Record")
 LIBRARIES = (PYTHON, "torch", "onnxruntime", "polygraphy", "numpy")
-
-
-@dataclass(frozen=True)
-class VerifyRequest:
-    """Holds the options of the command, as given."""
-
-    checkpoint: Path
-    precision: str | None = None
-    target: str | None = None
-    calibration: Path | None = None
-    prompts_file: Path | None = None
-    seed: int = 0
-    long: int | None = None
-    max_new_tokens: int = 64
-    threads: int | None = None
-    as_json: bool = False
-    drafter: Path | None = None
-    sampler: Path | None = None
-    style: PromptStyle = USUAL_STYLE
 
 
 class _Findings(NamedTuple):
@@ -95,41 +77,63 @@ class _Findings(NamedTuple):
 
 
 def verify(
-    model: TriModeModel, checkpoint: Checkpoint, request: VerifyRequest, progress: Progress
+    model: TriModeModel,
+    checkpoint: Checkpoint,
+    *,
+    calibration: Path | None = None,
+    sampler: Path | None = None,
+    prompts_file: Path | None = None,
+    style: PromptStyle = USUAL_STYLE,
+    seed: int = 0,
+    long: int | None = None,
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare the model's target, and the bundle's portable graphs, with its checkpoint.
 
+    Args:
+        model: The bundle, opened for one target.
+        checkpoint: Checkpoint that it was built from, with the drafter that it was built with.
+        calibration: Folder of the scales to compare the bundle's with; None = the bundle's are
+            taken as they are.
+        sampler: Folder of the learned sampler that it was built with; None = none is compared.
+        prompts_file: File of prompts; None = random tokens.
+        style: How the file's prompts reach the model.
+        seed: Seed for random tokens.
+        long: Position of the long comparisons; None = past the rope's original length, where the
+            reference can afford it.
+        max_new_tokens: Most tokens of each generation.
+        progress: Listener that is told about stages; None is silent.
+
     Raises:
-        UsageError: an option is out of range.
+        UsageError: a number is out of range, the checkpoint is of another shape, or the calibration
+            or the sampler is not the bundle's.
+        CheckpointError: the checkpoint, the calibration or the sampler cannot be read.
+        BundleError: a scale of the bundle is no positive number.
     """
-    manifest, info = model.bundle.manifest, model.model
-    trained = None if request.sampler is None else read_trained(request.sampler, manifest.sampler)
-    position = long_position(checkpoint, manifest, request.long)
-    text = np.random.default_rng(request.seed).integers(
-        0, info.vocab_size, position + info.max_block_length
+    progress, manifest = progress or Silent(), model.bundle.manifest
+    check_numbers(seed, max_new_tokens)
+    check_calibration(model, calibration)
+    check_shape(checkpoint, manifest)
+    trained = None if sampler is None else read_trained(sampler, manifest.sampler)
+    position = long_position(checkpoint, manifest, long)
+    text = _random_text(model.model, position, seed)
+    prompts = (
+        _random_prompts(text, position)
+        if prompts_file is None
+        else _prompts(model, prompts_file, style)
     )
-    prompts = _prompts(model, request, text, position)
     advance = progress.stage("read checkpoint", 1)
     digest = SourceDigest(checkpoint)
-    loaded = load_reference(model, checkpoint, digest.read, request.calibration)
+    loaded = load_reference(model, checkpoint, digest.read, calibration)
     advance(1)
-    bounds: dict[Subject, Tolerance] = {
-        "target": tolerance_for(_place(model).compute_dtype, info.num_hidden_layers),
-        "portable": tolerance_for("float32", info.num_hidden_layers),
-    }
-    reference = Reference(loaded.trunk, bounds["target"].relative, request.seed)
-    graphs, notes = _compare_graphs(
-        model, reference, text, position, bounds, request.seed, progress
-    )
-    tokens = _compare_tokens(
-        model, reference, prompts, request.max_new_tokens, bounds["target"], progress
-    )
-    sampler = (
-        None if trained is None else compare_sampler(model.scorer, trained, info, request.seed)
-    )
-    notes += notes_about(model, checkpoint, loaded, sampler, position)
-    found = _Findings(position, bounds, loaded, graphs, tokens, sampler, notes)
-    return _describe(model, checkpoint, digest.hexdigest(), request.seed, found)
+    comparison = _Comparison(model, loaded, text, position, seed, progress)
+    graphs, notes = comparison.graphs()
+    tokens = comparison.tokens(prompts, max_new_tokens)
+    scored = None if trained is None else compare_sampler(model.scorer, trained, model.model, seed)
+    notes += notes_about(model, checkpoint, loaded, scored, position)
+    found = _Findings(position, comparison.bounds, loaded, graphs, tokens, scored, notes)
+    return _describe(model, checkpoint, digest.hexdigest(), seed, found)
 
 
 def _describe(
@@ -167,40 +171,6 @@ def _describe(
     )
 
 
-def long_position(checkpoint: Checkpoint, manifest: Manifest, wanted: int | None) -> int:
-    """Choose the position of the long comparisons.
-
-    By default, twice the rope's original length and a block, as far as the bundle reaches and the
-    reference is quick.
-
-    Raises:
-        UsageError: ``wanted`` is out of range.
-    """
-    limit = max(1, manifest.model.max_length - manifest.model.block_size)
-    if wanted is not None:
-        if not 1 <= wanted <= limit:
-            raise UsageError(
-                f"expected --long from 1 to {limit}, found {wanted}",
-                "a block has to fit behind it; a longer bundle needs --max-length",
-            )
-        return wanted
-    original = checkpoint.config.rope.original_max_position_embeddings
-    goal = 2 * original + manifest.model.block_size if original else DEFAULT_LONG_POSITION
-    affordable = int(AFFORDABLE_FLOPS / (2 * manifest.source.num_parameters))
-    return max(1, min(goal, affordable, limit))
-
-
-def check_calibration(model: TriModeModel, request: VerifyRequest) -> None:
-    """Raise :class:`UsageError` where a calibration is given for a precision that has none."""
-    record = model.bundle.chosen.calibration
-    if request.calibration is not None and (record is None or record.scales_sha256 is None):
-        raise UsageError(
-            "expected --calibration with a precision that was built by one,"
-            f" found {model.bundle.precision}",
-            "leave --calibration out",
-        )
-
-
 class _Place(NamedTuple):
     """Names where a target runs, and the type it computes in."""
 
@@ -216,129 +186,105 @@ def _place(model: TriModeModel) -> _Place:
     return _Place(record.backend, record.device, record.compute_dtype)
 
 
-def check_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
-    """Raise :class:`UsageError` where the checkpoint is of another shape than the bundle's."""
-    config, model = checkpoint.config, manifest.model
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "mask_token_id",
-    )
-    pairs = [(name, getattr(model, name), getattr(config, name)) for name in names]
-    for name, expected, found in (
-        *pairs,
-        ("a drafter", model.has_drafter, checkpoint.drafter is not None),
-    ):
-        if expected != found:
-            raise UsageError(
-                f"{checkpoint.path}: expected a checkpoint like the bundle's, {name} {expected},"
-                f" found {found}",
-                f"the bundle was built from {manifest.source.name}",
-            )
+def _random_text(model: ModelInfo, position: int, seed: int) -> Ids:
+    """Tokens for the comparisons, one block more than the longest cache, ``(n,)`` int64."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, model.vocab_size, position + model.max_block_length)
 
 
-def _prompts(
-    model: TriModeModel, request: VerifyRequest, text: Ids, position: int
-) -> list[TokenPrompt]:
-    """Read the file's prompts, else draw a short and a long one.
-
-    Nothing ends the texts of random tokens.
-    """
-    if request.prompts_file is None:
-        lengths = sorted({min(SHORT_POSITION, position), position})
-        return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
-    found = read_prompts_file(request.prompts_file, request.style)
-    return [
-        TokenPrompt(ids)
-        for ids in encode_prompts(request.prompts_file, found, lambda: model.codec, model.model)
-    ]
+def _random_prompts(text: Ids, position: int) -> list[TokenPrompt]:
+    """A short and a long prompt; nothing ends their texts."""
+    lengths = sorted({min(SHORT_POSITION, position), position})
+    return [TokenPrompt(text[:length].tolist(), ()) for length in lengths]
 
 
-def _compare_graphs(
-    model: TriModeModel,
-    reference: Reference,
-    text: Ids,
-    position: int,
-    bounds: dict[Subject, Tolerance],
-    seed: int,
-    progress: Progress,
-) -> tuple[list[GraphParity], list[str]]:
-    """The target's graphs and the portable ones, and notes about what was left out."""
-    info = model.model
-    positions = sorted({0, min(SHORT_POSITION, position), position})
-    roles = tuple(model.bundle.manifest.contracts)
-    advance = progress.stage(
-        "compare target", count_comparisons(model.session, info, positions, roles)
-    )
-    read, other, *perturbed = (
-        CachedText(session, text)
-        for session in (reference.session, model.session, *reference.perturbed)
-    )
-    bound = bounds["target"]
-    compared = compare_target(
-        read, other, info, positions, bound, seed, perturbed=perturbed, roles=roles
-    )
-    records = _counted(compared, advance)
-    if importlib.util.find_spec("onnxruntime") is None:
-        return records, [
-            "the portable graphs were not compared: ONNX Runtime is not installed"
-            " (pip install 'trimode[ort]')"
-        ]
-    return records + _compare_portable(
-        model, reference, text, position, bounds["portable"], seed, progress
-    ), []
+def _prompts(model: TriModeModel, file: Path, style: PromptStyle) -> list[TokenPrompt]:
+    found = read_prompts_file(file, style)
+    encoded = encode_prompts(file, found, lambda: model.codec, model.model)
+    return [TokenPrompt(ids) for ids in encoded]
 
 
-def _compare_portable(
-    model: TriModeModel,
-    reference: Reference,
-    text: Ids,
-    position: int,
-    bound: Tolerance,
-    seed: int,
-    progress: Progress,
-) -> list[GraphParity]:
-    bundle, info = model.bundle, model.model
-    files = bundle.chosen.graphs
-    advance = progress.stage("compare portable", len(files) + info.has_drafter)
-    compared = compare_portable(
-        CachedText(reference.session, text),
-        bundle.path,
-        files,
-        info,
-        min(position, LONGEST_PORTABLE),
-        bound,
-        seed=seed,
-        guide=reference.guide,
-    )
-    return _counted(compared, advance)
+class _Comparison:
+    """Compares a bundle with the trunk, graph by graph and token by token."""
 
+    def __init__(
+        self,
+        model: TriModeModel,
+        loaded: LoadedTrunk,
+        text: Ids,
+        position: int,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self._model, self._text, self._position = model, text, position
+        self._seed, self._progress = seed, progress
+        self._roles = tuple(model.bundle.manifest.contracts)
+        num_layers = model.model.num_hidden_layers
+        self.bounds: dict[Subject, Tolerance] = {
+            "target": tolerance_for(_place(model).compute_dtype, num_layers),
+            "portable": tolerance_for("float32", num_layers),
+        }
+        self._reference = Reference(loaded.trunk, self.bounds["target"].relative, seed)
 
-def _compare_tokens(
-    model: TriModeModel,
-    reference: Reference,
-    prompts: list[TokenPrompt],
-    max_new_tokens: int,
-    bound: Tolerance,
-    progress: Progress,
-) -> list[TokenParity]:
-    info, roles = model.model, tuple(model.bundle.manifest.contracts)
-    advance = progress.stage("compare tokens", count_generations(info, len(prompts), roles))
-    compared = compare_tokens(
-        reference.session,
-        model.session,
-        info,
-        prompts,
-        max_new_tokens,
-        bound,
-        perturbed=reference.perturbed,
-        roles=roles,
-    )
-    return _counted(compared, advance)
+    def graphs(self) -> tuple[list[GraphParity], list[str]]:
+        """The target's graphs and the portable ones, and notes about what was left out."""
+        records = self._target()
+        if importlib.util.find_spec("onnxruntime") is None:
+            return records, [
+                "the portable graphs were not compared: ONNX Runtime is not installed"
+                " (pip install 'trimode[ort]')"
+            ]
+        return records + self._portable(), []
+
+    def tokens(self, prompts: list[TokenPrompt], max_new_tokens: int) -> list[TokenParity]:
+        """Every mode's tokens after each prompt."""
+        info = self._model.model
+        count = count_generations(info, len(prompts), self._roles)
+        advance = self._progress.stage("compare tokens", count)
+        compared = compare_tokens(
+            self._reference.session,
+            self._model.session,
+            info,
+            prompts,
+            max_new_tokens,
+            self.bounds["target"],
+            perturbed=self._reference.perturbed,
+            roles=self._roles,
+        )
+        return _counted(compared, advance)
+
+    def _target(self) -> list[GraphParity]:
+        model, reference = self._model, self._reference
+        positions = sorted({0, min(SHORT_POSITION, self._position), self._position})
+        count = count_comparisons(model.session, model.model, positions, self._roles)
+        advance = self._progress.stage("compare target", count)
+        compared = compare_target(
+            CachedText(reference.session, self._text),
+            CachedText(model.session, self._text),
+            model.model,
+            positions,
+            self.bounds["target"],
+            self._seed,
+            perturbed=[CachedText(session, self._text) for session in reference.perturbed],
+            roles=self._roles,
+        )
+        return _counted(compared, advance)
+
+    def _portable(self) -> list[GraphParity]:
+        bundle, info = self._model.bundle, self._model.model
+        files = bundle.chosen.graphs
+        advance = self._progress.stage("compare portable", len(files) + info.has_drafter)
+        compared = compare_portable(
+            CachedText(self._reference.session, self._text),
+            bundle.path,
+            files,
+            info,
+            min(self._position, LONGEST_PORTABLE),
+            self.bounds["portable"],
+            seed=self._seed,
+            guide=self._reference.guide,
+        )
+        return _counted(compared, advance)
 
 
 def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:

@@ -52,8 +52,8 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
     """
     if expected is None:
         raise UsageError(
-            "expected --sampler with a bundle that has a learned sampler, found one without",
-            "leave --sampler out",
+            "expected `sampler` with a bundle that has a learned sampler, found one without",
+            "leave `sampler` out",
         )
     record = load_sampler_record(folder)
     if record.sampler_sha256 != expected.sha256:
@@ -61,7 +61,7 @@ def read_trained(folder: Path, expected: SamplerRecord | None) -> SamplerSource:
             f"{folder}: expected the sampler that the bundle was built with,"
             f" {expected.name} ({expected.sha256[:16]}…),"
             f" found {record.sampler_sha256[:16]}…",
-            "pass the folder that --sampler of `trimode build` had",
+            "pass the `sampler` that the bundle was built with",
         )
     return SamplerSource(folder, record)
 

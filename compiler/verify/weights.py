@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trimode.calib.reference.fake_quant import LinearScales, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.calib.reference.torch_session import load_trunk
 from trimode.errors import BundleError, UsageError
 from trimode.formats.calibration import QuantizedPrecision, load_calibration
@@ -23,8 +23,9 @@ from trimode.formats.manifest import CalibrationRecord
 from trimode.formats.verification import ScalesParity, WeightsParity
 from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.trunk import TriModeTrunk
-from trimode.graphs.numerics.integers import Floats, dequantize, largest_magnitudes, scale_of
+from trimode.graphs.numerics.integers import Floats, dequantize
 from trimode.graphs.numerics.nvfp4 import decode
+from trimode.graphs.numerics.scales import LayerScales, linear_scales
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 
@@ -78,7 +79,7 @@ def load_quantized_trunk(
     )
 
 
-def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
+def stored_scales(weights: PrecisionWeights) -> dict[str, LayerScales]:
     """The scales of every quantized layer as the packs hold them.
 
     Raises:
@@ -100,7 +101,7 @@ def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
         if kind == "weight_scale":
             scale = read(f"{name}_2") if f"{name}_2" in weights.entries else read(name)
             assert scale is not None
-            layers[layer] = LinearScales(
+            layers[layer] = LayerScales(
                 scale, read(f"{layer}.input_scale"), read(f"{layer}.pre_quant_scale")
             )
     return layers
@@ -108,24 +109,22 @@ def stored_scales(weights: PrecisionWeights) -> dict[str, LinearScales]:
 
 def nearest_scales(
     trunk: TriModeTrunk,
-    layers: Mapping[str, LinearScales],
+    layers: Mapping[str, LayerScales],
     precision: QuantizedPrecision,
     block_size: int | None,
     stored: DType,
-) -> dict[str, LinearScales]:
+) -> dict[str, LayerScales]:
     """The scales of rounding to nearest, from weights that are not quantized yet."""
     weights = {layer: trunk.get_parameter(f"{layer}.weight").numpy(force=True) for layer in layers}
     return {
-        layer: LinearScales(
-            scale_of(largest_magnitudes(w, precision, block_size), precision, stored)
-        )
-        for layer, w in weights.items()
+        layer: LayerScales.of_weight(values, precision, block_size).rounded(precision, stored)
+        for layer, values in weights.items()
     }
 
 
 def compare_weights(
     weights: PrecisionWeights,
-    layers: Mapping[str, LinearScales],
+    layers: Mapping[str, LayerScales],
     precision: QuantizedPrecision,
     trunk: TriModeTrunk,
 ) -> WeightsParity:
@@ -146,11 +145,12 @@ def compare_weights(
 def _held(
     weights: PrecisionWeights,
     layer: str,
-    scales: LinearScales,
+    scales: LayerScales,
     precision: QuantizedPrecision,
     rows: int,
 ) -> Floats:
     """What the packs' numbers of a layer stand for, ``(out, in)``."""
+    assert scales.weight is not None
     raw = weights.raw(f"{layer}.weight").reshape(rows, -1)
     if precision == "nvfp4":
         return decode(raw, weights.raw(f"{layer}.weight_scale").reshape(rows, -1), scales.weight)
@@ -158,7 +158,7 @@ def _held(
 
 
 def compare_scales(
-    layers: Mapping[str, LinearScales], given: Mapping[str, LinearScales], name: str
+    layers: Mapping[str, LayerScales], given: Mapping[str, LayerScales], name: str
 ) -> ScalesParity:
     """The packs' scales against those of the calibration, bit for bit."""
     differs = []
@@ -179,7 +179,7 @@ def compare_scales(
 
 def _read_calibration(
     folder: Path | None, record: CalibrationRecord, precision: QuantizedPrecision, stored: DType
-) -> dict[str, LinearScales] | None:
+) -> dict[str, LayerScales] | None:
     if folder is None:
         return None
     found, scales = load_calibration(folder)
@@ -187,6 +187,6 @@ def _read_calibration(
         raise UsageError(
             f"{folder}: expected the calibration that the bundle was built by ({record.name}),"
             " found another",
-            "pass that one, or leave --calibration out",
+            "pass that one, or leave `calibration` out",
         )
     return linear_scales(scales, precision, stored)

@@ -1,1 +1,1 @@
-"""The decoder: trunk, attention, positions, the graph of each role, and tracing."""
+"""Defines the decoder: trunk, attention, positions, role graphs, tracing."""

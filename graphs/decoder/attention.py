@@ -1,4 +1,4 @@
-"""Defines the attention patterns; a mode is one of these and its tokens.
+"""Defines attention patterns; a pattern and its tokens make a mode.
 
 A pattern is called once a layer with the queries, keys and values of the new tokens, already
 rotated, and returns what the queries read: ``q (B, H, T, D)``, ``k`` and ``v`` ``(B, G, T, D)`` ->
@@ -31,19 +31,17 @@ class AttentionPattern(Protocol):
 
 
 class FixedCacheAttention:
-    """Scatters keys and values into a fixed cache, then attends to what is valid.
+    """Scatters keys and values into a fixed cache, then attends.
 
-    For export only.
+    For export only. New tokens attend to the valid slots. ``present`` holds the updated caches in
+    the same order; a runtime that binds present to the memory of past updates in place.
 
     Args:
-        past_key_values: key and value per layer, alternating, each ``(B, G, C, D)``.
-        past_length: ``(B,)`` int64, tokens already in the cache, per sequence.
-        is_causal: causal among the new tokens, or each sees all of them.
-        mask: ``(B, 1, T, C)`` bool, True where a new token sees a slot; None = the whole pattern is
-            what ``is_causal`` says.
-
-    ``present`` holds the updated caches in the same order. A runtime that binds present to the
-    memory of past updates in place.
+        past_key_values: Key and value per layer, alternating, each ``(B, G, C, D)``.
+        past_length: Number of tokens already in the cache, per sequence, ``(B,)`` int64.
+        is_causal: Whether new tokens see only earlier ones, or each sees all of them.
+        mask: Slots that a new token sees, ``(B, 1, T, C)`` bool; None = the whole pattern is what
+            ``is_causal`` says.
     """
 
     def __init__(
@@ -109,7 +107,10 @@ class GrowingCacheAttention:
         self._cache = {i: (k[:, :, :length], v[:, :, :length]) for i, (k, v) in self._cache.items()}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend to the cache and to the new tokens; see the module's docstring for shapes."""
+        """Attend to the cache and the new tokens.
+
+        The module's docstring gives the shapes.
+        """
         rows = q.shape[2]
         if layer in self._cache:
             past_k, past_v = self._cache[layer]

@@ -26,7 +26,10 @@ from torch import Tensor
 
 
 def quadratic_tokens(draft: Tensor, mask_token_id: int) -> Tensor:
-    """``draft (B, k)`` and its masked slots, ``(B, k (k + 1))`` int64."""
+    """Return ``draft (B, k)`` and its masked slots.
+
+    The result is ``(B, k (k + 1))`` int64.
+    """
     batch, rows = draft.shape
     return torch.cat((draft, draft.new_full((1, 1), mask_token_id).expand(batch, rows * rows)), 1)
 
@@ -42,9 +45,9 @@ def quadratic_positions(past_length: Tensor, rows: int) -> Tensor:
 
 
 def quadratic_mask(past_length: Tensor, rows: int, capacity: int) -> Tensor:
-    """Say which slot each row sees, ``(B, 1, k (k + 1), capacity)`` bool.
+    """Return which slots each row sees, as a mask.
 
-    The rows' keys are in the cache by then.
+    It is ``(B, 1, k (k + 1), capacity)`` bool. The rows' keys are in the cache by then.
     """
     token = torch.arange(rows, device=past_length.device)
     # (k k,) the token that a masked slot belongs to

@@ -25,7 +25,7 @@ Cache = list[Tensor]
 
 
 class ArRole(nn.Module):
-    """Runs causal rows; the head sees one row a sequence, the last real one."""
+    """Runs causal rows; the head sees each sequence's last real row."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class ArRole(nn.Module):
 
 
 class DraftRole(nn.Module):
-    """Runs a block whose slots see each other; the head answers for the slot itself.
+    """Runs a block whose slots see each other.
 
-    It denoises and, with the adapter, drafts.
+    The head answers for the slot itself. The role denoises and, with the adapter, drafts.
     """
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -58,7 +58,10 @@ class DraftRole(nn.Module):
         drafter_scale: Tensor | None,
         past_key_values: Cache,
     ) -> tuple[Tensor, Tensor, Cache]:
-        """Return ``top_ids (B, T, 5)``, ``top_probabilities (B, T, 5)`` and the updated cache."""
+        """Return candidates, their probabilities and the updated cache.
+
+        They are ``top_ids (B, T, 5)`` and ``top_probabilities (B, T, 5)``.
+        """
         hidden, present = _run(
             self.trunk,
             input_ids,
@@ -71,7 +74,7 @@ class DraftRole(nn.Module):
 
 
 class VerifyRole(nn.Module):
-    """Runs causal rows over a drafted block, and counts the drafts that agree."""
+    """Runs causal rows over a draft, and counts agreeing tokens."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
         super().__init__()
@@ -165,7 +168,7 @@ def _verified(
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    """``(B * T, n)`` -> ``(B, T, n)``, with B and T of ``like``."""
+    """Reshape ``(B * T, n)`` to ``(B, T, n)`` like ``like``."""
     return flat.reshape(*like.shape[:2], -1)
 
 

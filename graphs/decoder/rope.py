@@ -1,6 +1,6 @@
-"""Computes rotary position tables as the reference does, as data for the graphs.
+"""Computes rotary position tables as the reference does.
 
-They are float32 throughout.
+The tables are data for the graphs, in float32 throughout.
 
 YaRN changes the inverse frequencies at every position, so it lives in these tables alone and no
 graph knows about it. Sources: Su et al. 2021 (RoPE, half-split layout), Peng et al. 2023 (YaRN),
@@ -45,7 +45,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RopeTabl
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float32:
-    """(head_dim / 2,) float32, radians per position."""
+    """Return the inverse frequencies, (head_dim / 2,) float32, radians per position."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     wavelength = np.float32(rope.theta) ** exponent  # over 2 pi
     extrapolated = np.float32(1) / wavelength

@@ -44,9 +44,9 @@ def trace_role(
 
     Args:
         role: Graph to trace.
-        config: the model's sizes and rope.
-        model: the contract's view of it; decides ``num_positions``.
-        drafter: the adapter's shape; only the draft graph has its branch.
+        config: Sizes of the model, and its rope.
+        model: Facts of the contract; they decide ``num_positions``.
+        drafter: Shape of the adapter; only the draft graph has its branch.
 
     Returns:
         A model with inputs and outputs as in the contract and initializers that have a name, dtype
@@ -173,7 +173,10 @@ def declare(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter warns and logs about its own internals; a user can do nothing about them."""
+    """Silence the exporter's warnings and logs about its own internals.
+
+    A user can do nothing about them.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -25,13 +25,13 @@ from trimode.graphs.decoder.rope import rope_tables
 
 
 class TriModeTrunk(nn.Module):
-    """Token ids in, hidden states out; ``head`` turns hidden states into logits.
+    """Turns token ids into hidden states, and by ``head`` into logits.
 
     Args:
-        config: the model.
-        num_positions: rows of the rotary tables, i.e. the largest position plus one.
-        drafter_rank: rank of the drafter's adapter on ``o_proj``; 0 = the checkpoint has none.
-        drafter_alpha: the adapter's numerator; the branch is scaled by alpha / rank.
+        config: Configuration of the model.
+        num_positions: Rows of the rotary tables: the largest position plus one.
+        drafter_rank: Rank of the drafter's adapter on ``o_proj``; 0 = the checkpoint has none.
+        drafter_alpha: Numerator of the adapter's scale; the branch is scaled by alpha / rank.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class TriModeTrunk(nn.Module):
         attend: AttentionPattern,
         drafter_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """Hidden states ``(B, T, hidden_size)`` after the last norm.
+        """Return hidden states ``(B, T, hidden_size)`` after the last norm.
 
         Args:
-            input_ids: (B, T) int64.
-            positions: (B, T) int64, absolute.
-            attend: the attention pattern.
-            drafter_scale: multiplies the drafter's branch, a scalar or one number a row, (B or 1,
-                T, 1); None leaves the branch out of the computation.
+            input_ids: Token ids, (B, T) int64.
+            positions: Absolute positions, (B, T) int64.
+            attend: Attention pattern.
+            drafter_scale: Factor of the drafter's branch, a scalar or one number a row, (B or 1, T,
+                1); None leaves the branch out of the computation.
         """
         if isinstance(drafter_scale, Tensor) and drafter_scale.ndim == 3:
             drafter_scale = drafter_scale.expand(*input_ids.shape, 1).flatten(0, 1)
@@ -105,7 +105,7 @@ class Rotation(NamedTuple):
 
 
 class Rope(nn.Module):
-    """Holds the position tables as buffers, which the exporter turns into named initializers."""
+    """Holds the position tables, which the exporter turns into initializers."""
 
     cos: Tensor
     sin: Tensor
@@ -239,7 +239,10 @@ class LowRankLinear(nn.Linear):
         return y + self.lora_B(self.lora_A(x) * (drafter_scale * self.scaling))  # type: ignore[no-any-return]
 
     def product(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` times the weight, without the branch; for those who quantize it."""
+        """Multiply ``x (..., in)`` by the weight, without the branch.
+
+        Subclasses quantize this product.
+        """
         return functional.linear(x, self.weight)
 
 

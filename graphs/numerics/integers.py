@@ -58,10 +58,13 @@ def scale_of(amax: Floats, precision: QuantizedPrecision, stored: DType) -> Floa
     Raises:
         BuildError: a scale is too large for ``stored``.
     """
-    exact = np.where(
-        amax == 0, np.float32(1), amax / np.float32(FORMATS[precision].largest)
-    ).astype(np.float32)
-    return round_to(exact, "float32" if precision == "nvfp4" else stored)
+    return round_to(exact_scale(amax, precision), "float32" if precision == "nvfp4" else stored)
+
+
+def exact_scale(amax: Floats, precision: QuantizedPrecision) -> Floats:
+    """Give ``amax / largest`` in float32, before it is rounded to a type; 1 where ``amax`` is 0."""
+    largest = np.float32(FORMATS[precision].largest)
+    return np.where(amax == 0, np.float32(1), amax / largest).astype(np.float32)
 
 
 def round_to(values: Floats, stored: DType) -> Floats:

@@ -1,236 +1,137 @@
-"""Finds which weights a build quantizes, and with which scales.
-
-Scales come from a calibration, or from the weights alone (round to nearest).
-"""
+"""Holds the scales of quantized layers, and says which layers can have them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from trimode.formats.calibration import QuantizedPrecision, Scales
+from trimode.formats.contract import DType
+from trimode.graphs.checkpoint import expected_tensors
+from trimode.graphs.config import ModelConfig
+from trimode.graphs.numerics.integers import Floats, exact_scale, largest_magnitudes, round_to
 
-from trimode.errors import CheckpointError, UsageError
-from trimode.formats.calibration import (
-    SCALES,
-    QuantizedPrecision,
-    Scales,
-    check_source,
-    load_calibration,
-)
-from trimode.formats.hints import CALIBRATE
-from trimode.formats.manifest import CalibrationRecord
-from trimode.formats.texts import name_of
-from trimode.graphs.checkpoint import Checkpoint
-from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
-
-RTN: Literal["rtn"] = "rtn"
-_RTN_BLOCK_SIZES = (128, 64, 32, 16)
 BLOCK_PRECISIONS: tuple[QuantizedPrecision, ...] = ("int4", "nvfp4")
 """Those with a scale for each block of inputs."""
-_KINDS = ("weight_amax", "input_amax", "pre_quant_scale")
-_HEAD = "diffusion_head"
-_MAKE_AGAIN = f"calibrate this checkpoint: {CALIBRATE}"
+HEAD = "diffusion_head"
+"""The output matrix, which is quantized only where it is asked for."""
+KINDS = ("weight_amax", "input_amax", "pre_quant_scale")
+"""How the names of a calibration's tensors end, behind the layer's."""
+_AMAX = ".weight_amax"
 
 
 @dataclass(frozen=True)
 class LayerScales:
-    """What is known about one weight ``(out, in)``, float32 throughout.
+    """Holds the scales of one weight ``(out, in)``, float32 throughout.
+
+    A scale is the number that one step of a quantized type stands for.
 
     Attributes:
-        weight_amax: ``()``, ``(out,)`` or ``(out, in / block_size)`` (int4); None = taken from the
-        weight when it is read.
-        block_size: inputs that share a scale; None = all.
-        input_amax: ``()``; None = the input stays as it is.
-        pre_quant_scale: ``(in,)``, which multiplies the input and divides the weight; None = there
-            is none.
+        weight: Scales of the weight: ``()``, ``(out,)`` or, for int4, ``(out, in / block_size)``;
+            for nvfp4 the global one. None = taken from the weight when it is read.
+        input: Scale of the input, ``()``; None = the input stays as it is.
+        pre_quant: Factors that multiply the input and divide the weight, ``(in,)``; None = there
+            are none.
+        block_size: Number of inputs that share a scale; None = all.
     """
 
-    weight_amax: NDArray[np.float32] | None
+    weight: Floats | None
+    input: Floats | None = None
+    pre_quant: Floats | None = None
     block_size: int | None = None
-    input_amax: NDArray[np.float32] | None = None
-    pre_quant_scale: NDArray[np.float32] | None = None
 
+    @classmethod
+    def from_amax(
+        cls,
+        precision: QuantizedPrecision,
+        weight: Floats,
+        input_: Floats | None = None,
+        pre_quant: Floats | None = None,
+        block_size: int | None = None,
+    ) -> LayerScales:
+        """Take the scales from the largest magnitudes of the weight and of the input."""
+        return cls(
+            exact_scale(weight, precision),
+            None if input_ is None else exact_scale(input_, precision),
+            pre_quant,
+            block_size,
+        )
 
-@dataclass(frozen=True)
-class Quantization:
-    """What to quantize.
+    @classmethod
+    def of_weight(
+        cls, values: Floats, precision: QuantizedPrecision, block_size: int | None
+    ) -> LayerScales:
+        """Take the scales that round a weight ``(out, in)`` to nearest."""
+        amax = largest_magnitudes(values, precision, block_size)
+        return cls.from_amax(precision, amax, block_size=block_size)
 
-    Attributes:
-        layers: by the layer's name, without ``.weight``.
-        record: for the manifest.
-        source_sha256: base digest of the checkpoint that was calibrated; None = any will do.
-    """
+    def rounded(self, precision: QuantizedPrecision, stored: DType) -> LayerScales:
+        """Round the scales as a pack stores them, in ``stored``; those of nvfp4 stay float32.
 
-    precision: QuantizedPrecision
-    layers: Mapping[str, LayerScales]
-    record: CalibrationRecord
-    source_sha256: str | None
-
-    def check_source(self, sha256: str) -> None:
-        """Raise :class:`CheckpointError` where other weights were calibrated.
-
-        ``sha256`` is a base digest.
+        Raises:
+            BuildError: a scale is too large for ``stored``.
         """
-        check_source(self.record.name, self.source_sha256, sha256)
+        kept: DType = "float32" if precision == "nvfp4" else stored
+        return LayerScales(
+            None if self.weight is None else round_to(self.weight, kept),
+            None if self.input is None else round_to(self.input, kept),
+            None if self.pre_quant is None else round_to(self.pre_quant, stored),
+            self.block_size,
+        )
 
 
-def load_quantization(
-    calibration: Path | Literal["rtn"] | None, precision: QuantizedPrecision, checkpoint: Checkpoint
-) -> Quantization:
-    """The scales for a build in ``precision``.
+def layer_scales(
+    scales: Scales, precision: QuantizedPrecision, block_size: int | None = None
+) -> dict[str, LayerScales]:
+    """Group a calibration's largest magnitudes by layer, as scales that are not rounded yet.
+
+    Args:
+        scales: Tensors from :func:`trimode.formats.calibration.load_calibration`.
+        precision: Type that the calibration is for.
+        block_size: Number of inputs that share a scale; None = all.
+    """
+    names = [name.removesuffix(_AMAX) for name in scales if name.endswith(_AMAX)]
+    return {
+        name: LayerScales.from_amax(
+            precision,
+            scales[f"{name}{_AMAX}"],
+            scales.get(f"{name}.input_amax"),
+            scales.get(f"{name}.pre_quant_scale"),
+            block_size if precision in BLOCK_PRECISIONS else None,
+        )
+        for name in names
+    }
+
+
+def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shapes ``(out, in)`` of the layers that can be quantized, in the model's order.
+
+    These are all weights that hidden states are multiplied with, without the drafter's. The output
+    matrix, :data:`HEAD`, is the last.
+    """
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in expected_tensors(config).items()
+        if len(shape) == 2 and "embed_tokens" not in name
+    }
+
+
+def linear_scales(
+    scales: Scales,
+    precision: QuantizedPrecision,
+    stored: DType = "float32",
+    leave_out: Container[str] = (),
+) -> dict[str, LayerScales]:
+    """Give a calibration's scales by layer, in alphabetical order, as a pack stores them.
+
+    Args:
+        scales: Tensors from :func:`trimode.formats.calibration.load_calibration`.
+        precision: Type that the calibration is for.
+        stored: Compute type of the bundle.
+        leave_out: Layers that stay in high precision.
 
     Raises:
-        UsageError: no calibration, one for another precision, or ``rtn`` for a type that needs
-        data.
-        CheckpointError: a calibration that cannot be read or does not fit the checkpoint's weights.
+        BuildError: a scale is too large for ``stored``.
     """
-    command = f"trimode calibrate CHECKPOINT --precision {precision} --data PROMPTS.jsonl -o CAL"
-    if calibration is None:
-        other = (
-            ""
-            if precision == "fp8"
-            else "; or pass --calibration rtn to round the weights to nearest, without data"
-        )
-        raise UsageError(
-            f"--precision {precision}: expected --calibration, found none",
-            f"make one with `{command}`{other}",
-        )
-    if calibration == RTN:
-        if precision == "fp8":
-            raise UsageError(
-                "--calibration rtn: expected --precision int8, int4 or nvfp4, found fp8",
-                f"fp8 quantizes inputs too: run `{command}`",
-            )
-        return _round_to_nearest(precision, checkpoint)
-    assert isinstance(calibration, Path)
-    record, scales = load_calibration(calibration)
-    if record.precision != precision:
-        raise UsageError(
-            f"{calibration}: expected a calibration for {precision}, "
-            f"found one for {record.precision}",
-            f"run `{command}`",
-        )
-    manifest = CalibrationRecord(
-        name=name_of(calibration),
-        algorithm=record.algorithm,
-        block_size=record.block_size,
-        scales_sha256=record.scales_sha256,
-    )
-    layers = _read_layers(scales, precision, record.block_size, checkpoint, calibration)
-    return Quantization(precision, layers, manifest, record.source_sha256)
-
-
-def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
-    """Choose every linear layer but the head.
-
-    For int4 and nvfp4 their inputs have to divide into blocks, of int4 the largest that fit all.
-    """
-    shapes = {name: shape for name, shape in _linear_layers(checkpoint).items() if name != _HEAD}
-    block_size = None
-    if precision in BLOCK_PRECISIONS:
-        sizes = _RTN_BLOCK_SIZES if precision == "int4" else (BLOCK_SIZE,)
-        block_size = next(
-            (size for size in sizes if all(shape[1] % size == 0 for shape in shapes.values())), None
-        )
-        if block_size is None:
-            found = ", ".join(map(str, sorted({shape[1] for shape in shapes.values()})))
-            raise UsageError(
-                f"--precision {precision}: expected layers whose inputs are multiples of "
-                f"{_RTN_BLOCK_SIZES[-1]}, found {found}",
-                "pass --precision int8",
-            )
-    record = CalibrationRecord(name=RTN, algorithm=RTN, block_size=block_size, scales_sha256=None)
-    return Quantization(
-        precision, {name: LayerScales(None, block_size) for name in shapes}, record, None
-    )
-
-
-def _linear_layers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that are multiplied with hidden states, without the adapter's."""
-    return {
-        name.removesuffix(".weight"): entry.shape
-        for name, entry in checkpoint.tensors.items()
-        if len(entry.shape) == 2 and "embed_tokens" not in name and ".lora_" not in name
-    }
-
-
-def _read_layers(
-    scales: Scales,
-    precision: QuantizedPrecision,
-    block_size: int | None,
-    checkpoint: Checkpoint,
-    folder: Path,
-) -> dict[str, LayerScales]:
-    known = _linear_layers(checkpoint)
-    layers: dict[str, LayerScales] = {}
-    for name in scales:
-        layer, _, kind = name.rpartition(".")
-        if kind not in _KINDS or layer not in known:
-            raise CheckpointError(
-                f"{folder / SCALES}: expected scales of this checkpoint's linear layers, "
-                f"found {name}",
-                _MAKE_AGAIN,
-            )
-        layers.setdefault(
-            layer, _layer_scales(scales, layer, known[layer], precision, block_size, folder)
-        )
-    if not layers:
-        raise CheckpointError(
-            f"{folder / SCALES}: expected the scales of at least one layer, found none", _MAKE_AGAIN
-        )
-    return layers
-
-
-def _layer_scales(
-    scales: Scales,
-    layer: str,
-    shape: tuple[int, ...],
-    precision: QuantizedPrecision,
-    block_size: int | None,
-    folder: Path,
-) -> LayerScales:
-    rows, columns = shape
-    wanted: dict[str, list[tuple[int, ...]]] = {
-        "weight_amax": [(), (rows,)],
-        "input_amax": [()],
-        "pre_quant_scale": [(columns,)],
-    }
-    if precision == "nvfp4":
-        if block_size != BLOCK_SIZE or columns % BLOCK_SIZE:
-            raise CheckpointError(
-                f"{folder}: expected {layer} to have inputs in blocks of {BLOCK_SIZE}, "
-                f"found {columns} inputs and blocks of {block_size}",
-                _MAKE_AGAIN,
-            )
-        wanted |= {"weight_amax": [()], "pre_quant_scale": []}
-    if precision == "int4":
-        if block_size is None or block_size % 2 or columns % block_size:
-            raise CheckpointError(
-                f"{folder}: expected {layer} to have inputs in whole blocks, "
-                f"found {columns} inputs and blocks of {block_size}",
-                "calibrate with a --block-size that is even and divides every layer's inputs",
-            )
-        wanted |= {"weight_amax": [(rows, columns // block_size)], "input_amax": []}
-    found = {kind: scales.get(f"{layer}.{kind}") for kind in _KINDS}
-    for kind, values in found.items():
-        if (values is None and kind == "weight_amax") or (
-            values is not None and values.shape not in wanted[kind]
-        ):
-            expected = " or ".join(str(list(one)) for one in wanted[kind]) or "nothing"
-            what = "nothing" if values is None else str(list(values.shape))
-            raise CheckpointError(
-                f"{folder / SCALES}: expected {layer}.{kind} of shape {expected} "
-                f"for a weight of {list(shape)} in {precision}, "
-                f"found {what}",
-                _MAKE_AGAIN,
-            )
-    return LayerScales(
-        found["weight_amax"],
-        block_size if precision in BLOCK_PRECISIONS else None,
-        found["input_amax"],
-        found["pre_quant_scale"],
-    )
+    layers = sorted(layer_scales(scales, precision).items())
+    return {name: one.rounded(precision, stored) for name, one in layers if name not in leave_out}

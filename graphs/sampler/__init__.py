@@ -1,1 +1,1 @@
-"""The learned sampler of block diffusion: its network, and tracing."""
+"""Defines the learned sampler of block diffusion, and its tracing."""

@@ -52,17 +52,17 @@ class SamplerShape:
 
 
 class BlockSampler(nn.Module):
-    """Scores slots: features, standardised, through a small transformer.
+    """Scores slots by a small transformer over standardised features.
 
     The slots of a block see each other.
 
     Args:
-        shape: sizes of the network.
-        vocab_size: tokens.
+        shape: Sizes of the network.
+        vocab_size: Number of tokens.
 
     Attributes:
-        token_table: ``(V, 32)`` float16, see :func:`token_semantics`.
-        feature_mean, feature_std: ``(F,)``, of the data that the network was trained on.
+        token_table: Semantics of the tokens, ``(V, 32)`` float16, see :func:`token_semantics`.
+        feature_mean, feature_std: Statistics ``(F,)`` of the data that the network was trained on.
     """
 
     token_table: Tensor
@@ -88,10 +88,10 @@ class BlockSampler(nn.Module):
         """Score each slot.
 
         Args:
-            input_ids: ``(B, L)`` int64, the block as the denoise forward saw it.
-            masked: ``(B, L)`` bool, its masked slots.
-            top_ids: ``(B, L, 5)`` int64, what that forward returned.
-            top_probabilities: ``(B, L, 5)`` float32, likewise.
+            input_ids: Block as the denoise forward saw it, ``(B, L)`` int64.
+            masked: Masked slots of the block, ``(B, L)`` bool.
+            top_ids: Candidates that the forward returned, ``(B, L, 5)`` int64.
+            top_probabilities: Probabilities of the candidates, ``(B, L, 5)`` float32.
 
         Returns:
             ``(B, L)`` float32, from 0 to 1; of masked slots alone it means anything.
@@ -101,7 +101,7 @@ class BlockSampler(nn.Module):
     def logits(
         self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
     ) -> Tensor:
-        """What :meth:`forward` takes the sigmoid of."""
+        """Return what :meth:`forward` takes the sigmoid of."""
         hidden = self.embed(
             (self.features(input_ids, masked, top_ids, top_probabilities) - self.feature_mean)
             / self.feature_std
@@ -117,7 +117,7 @@ class BlockSampler(nn.Module):
     def features(
         self, input_ids: Tensor, masked: Tensor, top_ids: Tensor, top_probabilities: Tensor
     ) -> Tensor:
-        """``(B, L, F)``, before standardisation; what each is, is said beside it."""
+        """Compute the features ``(B, L, F)``, before standardisation."""
         p = top_probabilities  # (B, L, 5)
         log_p = p.clamp(min=LEAST_PROBABILITY).log()
         flags = masked.to(p.dtype)  # (B, L)
@@ -205,14 +205,14 @@ def _rotations(length: int, head_dim: int, device: torch.device) -> tuple[Tensor
 
 
 def token_semantics(embeddings: Tensor) -> Tensor:
-    """Stand-ins for tokens: the first 32 principal components of their embeddings.
+    """Compute the first 32 principal components of the tokens' embeddings.
 
     Centred, scaled to a mean square of 1 and rounded to float16. A component's sign is that which
     makes its largest weight positive, so that the same embeddings always give the same table.
     Narrower embeddings, or fewer tokens, leave columns of zeros.
 
     Args:
-        embeddings: ``(V, hidden_size)``.
+        embeddings: Embeddings of the tokens, ``(V, hidden_size)``.
 
     Returns:
         ``(V, 32)`` float16, on the CPU.

@@ -1,4 +1,4 @@
-"""The learned sampler as an ONNX graph with its weights inside."""
+"""Traces the learned sampler into an ONNX graph with its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXAMPLE_SIZES = {"batch": 2, "rows": 5}
 
 
 def load_sampler(folder: Path, record: SamplerFile) -> BlockSampler:
-    """The network of a trained sampler, on the CPU.
+    """Load the network of a trained sampler on the CPU.
 
     Raises:
         CheckpointError: the weights are not of the sizes that the record names.
@@ -40,7 +40,10 @@ def load_sampler(folder: Path, record: SamplerFile) -> BlockSampler:
 
 
 def trace_sampler(sampler: BlockSampler) -> ir.Model:
-    """Trace a network, standardisation and features included; blocks of any number and length."""
+    """Trace a network with its standardisation and features.
+
+    The graph takes blocks of any number and length.
+    """
     inputs, outputs = sampler_contract()
     dims = {name: torch.export.Dim(name, min=1) for name in _EXAMPLE_SIZES}
 

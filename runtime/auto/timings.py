@@ -197,7 +197,7 @@ def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
     graphs = (
         bundle.chosen.graphs.values()
         if portable or record is None
-        else [engine.file for engine in record.graphs.values()]
+        else [engine.file for engine in record.engines]
     )
     digests = [bundle.manifest.files[name].sha256 for name in (*bundle.chosen.packs, *graphs)]
     gpu = find_gpu() if record is not None and record.device == "cuda" else None

@@ -1,4 +1,4 @@
-"""Where what is made for this machine is kept."""
+"""Finds the folder for files that are made for this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("trimode.runtime")
 
 
 def default_folder() -> Path:
-    """``$TRIMODE_CACHE``, or the user's cache folder by the XDG convention.
+    """Return ``$TRIMODE_CACHE``, or the user's cache folder (XDG).
 
     Raises:
         OSError: the user has no home.
@@ -29,7 +29,7 @@ def default_folder() -> Path:
 
 
 def usual_folder() -> Path | None:
-    """:func:`default_folder`; where there is none, None, and a warning."""
+    """Return :func:`default_folder`; if there is none, warn and return None."""
     try:
         return default_folder()
     except OSError as error:

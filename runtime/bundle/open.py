@@ -17,8 +17,10 @@ from trimode.formats.manifest import (
     PrecisionName,
     PrecisionRecord,
 )
+from trimode.formats.manifest_checks import contradiction
 from trimode.formats.record import OtherVersion, read_record
 from trimode.formats.texts import Unreadable, reason_of
+from trimode.runtime.bundle.shapes import check_shapes
 from trimode.runtime.bundle.weights import PrecisionWeights
 
 _UNREADABLE = f"check the file's permissions, or {REBUILD}"
@@ -26,10 +28,10 @@ _UNREADABLE = f"check the file's permissions, or {REBUILD}"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are as the manifest says, and one of its precisions.
+    """Opens one precision of a bundle whose files match its manifest.
 
     Attributes:
-        is_verified: whether digests were compared, or sizes only.
+        is_verified: Whether digests were compared, or sizes only.
     """
 
     path: Path
@@ -43,7 +45,7 @@ class Bundle:
         return self.manifest.precisions[self.precision]
 
     def weights(self) -> PrecisionWeights:
-        """The tensors of the precision.
+        """Tensors of the precision.
 
         Raises:
             BundleError: a pack cannot be read.
@@ -55,11 +57,11 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
     """Open a bundle folder.
 
     Args:
-        path: the folder.
-        precision: one of the bundle's; None = the one that was built first.
-        verify: compare the sha256 of every file that the precision reads (reads each byte once,
-            through the page cache that the sessions map afterwards); False compares sizes only, as
-            it is done for what belongs to other precisions alone.
+        path: Folder of the bundle.
+        precision: Precision to open; None = the one that was built first.
+        verify: Whether to compare the sha256 of every file that the precision reads. Each byte is
+            read once, through the page cache that the sessions map afterwards. Otherwise sizes are
+            compared, as for files of other precisions.
 
     Raises:
         BundleError: not a bundle, another schema, or a file that is missing or was changed.
@@ -80,12 +82,16 @@ def open_bundle(path: str | Path, precision: str | None = None, *, verify: bool 
         # the weights.
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda item: _check_digest(path / item[0], item[1]), read))
-    return Bundle(path, manifest, chosen, verify)
+    bundle = Bundle(path, manifest, chosen, verify)
+    check_shapes(bundle.weights().entries, manifest.model)
+    return bundle
 
 
 def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
-    """One of the bundle's precisions, the first for None; :class:`UsageError` where it has no
-    such.
+    """Choose one of the bundle's precisions; None is the first.
+
+    Raises:
+        UsageError: the bundle has no such precision.
     """
     if name is None:
         return manifest.first_precision
@@ -100,11 +106,11 @@ def choose_precision(manifest: Manifest, name: str | None) -> PrecisionName:
 
 
 def files_of(record: PrecisionRecord) -> set[str]:
-    """The files that a precision reads."""
+    """List the files that a precision reads."""
     return {
         *record.packs,
         *record.graphs.values(),
-        *(graph.file for target in record.targets.values() for graph in target.graphs.values()),
+        *(engine.file for target in record.targets.values() for engine in target.engines),
     }
 
 
@@ -117,11 +123,11 @@ def read_manifest(path: Path) -> Manifest:
     """Read ``manifest.json`` of a bundle without looking at the other files.
 
     Raises:
-        BundleError: there is none, it cannot be read, or is of another schema.
+        BundleError: there is none, it cannot be read, is of another schema, or contradicts itself.
     """
     file = path / MANIFEST
     try:
-        return read_record(file, Manifest, (SCHEMA_VERSION,))
+        manifest = read_record(file, Manifest, (SCHEMA_VERSION,))
     except OtherVersion as error:
         hint = f"update trimode, or {REBUILD}" if error.found > SCHEMA_VERSION else REBUILD
         raise BundleError(f"{file}: {error.reason}", hint) from error
@@ -135,6 +141,9 @@ def read_manifest(path: Path) -> Manifest:
             f"{file}: expected a valid manifest, found one that cannot be read ({error.reason})",
             _UNREADABLE,
         ) from error
+    if wrong := contradiction(manifest):
+        raise BundleError(f"{file}: {wrong}", REBUILD)
+    return manifest
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

@@ -1,8 +1,7 @@
-"""Reads weight packs: safetensors files (https://github.com/huggingface/safetensors) whose tensors
-are bound to engines by name.
+"""Reads weight packs, whose tensors are bound to engines by name.
 
-A bundle of several precisions has a pack for each, and what they have in common lies in one of
-them.
+They are safetensors files (https://github.com/huggingface/safetensors). A bundle of several
+precisions has a pack for each, and what they have in common lies in one of them.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ _QUANTIZED: tuple[DType, ...] = ("float8e4m3fn", "int8", *PACKED_DTYPES)
 
 
 def is_common(name: str, dtype: DType) -> bool:
-    """Whether a tensor is the same in every precision that has it: it is neither quantized nor a
-    scale.
+    """Tell whether a tensor is the same in every precision with it.
+
+    Such a tensor is neither quantized nor a scale.
     """
     return dtype not in _QUANTIZED and name.rpartition(".")[2] not in SCALE_KINDS
 
 
 class WeightPack:
-    """A mapped pack: nothing is read before it is used, and processes share the pages.
+    """Maps a pack: nothing is read early, and processes share pages.
 
     Args:
-        path: the safetensors file.
+        path: Safetensors file.
 
     Raises:
         BundleError: the file is no pack of this library.
@@ -63,14 +63,14 @@ class WeightPack:
             raise BundleError(found, hint) from error
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The tensor's bytes, mapped."""
+        """Map the bytes of a tensor."""
         entry = self.entries[name]
         return self._bytes[entry.offset : entry.offset + entry.num_bytes]
 
     def widened(self, name: str) -> NDArray[np.float32]:
-        """The tensor, of a floating-point type of 16 bits or more, in float32, shaped.
+        """Return a floating-point tensor in float32, shaped.
 
-        A view of the file where it is float32 there, else a copy.
+        Its type has 16 bits or more. It is a view of the file if it is float32 there, else a copy.
         """
         entry = self.entries[name]
         values = to_float32(self.raw(name), SAFETENSORS_NAMES[entry.dtype])
@@ -78,14 +78,14 @@ class WeightPack:
 
 
 class PrecisionWeights:
-    """The tensors of one precision, each mapped once: all of its own pack, and of other packs what
-    precisions have in common.
+    """Maps the tensors of one precision, each once.
 
+    These are all tensors of its own pack, and those of other packs that precisions have in common.
     A weight that is quantized here may lie there in full, and the other way round: the own pack is
     asked first, and the quantized weights and scales of others are not seen.
 
     Args:
-        paths: the packs; the first is its own.
+        paths: Packs; the first is its own.
 
     Raises:
         BundleError: a file is no pack of this library.
@@ -103,7 +103,7 @@ class PrecisionWeights:
         self.entries = {name: pack.entries[name] for name, pack in self._packs.items()}
 
     def pack_of(self, name: str) -> WeightPack:
-        """The pack that holds a tensor."""
+        """Return the pack that holds a tensor."""
         return self._packs[name]
 
     def raw(self, name: str) -> NDArray[np.uint8]:
@@ -115,7 +115,10 @@ class PrecisionWeights:
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes ``(n,)``, mapped; read into memory where the file system cannot map."""
+    """Map the bytes ``(n,)`` of a file.
+
+    They are read into memory if the file system cannot map.
+    """
     try:
         return np.memmap(path, np.uint8, mode="r")
     except OSError as error:

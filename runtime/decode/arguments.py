@@ -95,6 +95,16 @@ def _several(value: Any) -> Iterable[Any]:
     raise WrongType
 
 
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    # a tuple of pairs is what has been read before
+    if isinstance(value, Mapping | tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in pairs
+    ):
+        return tuple(sorted((_whole(token), _number(bias)) for token, bias in pairs))
+    raise WrongType
+
+
 def _path(value: Any) -> Path:
     if isinstance(value, str | os.PathLike):
         return Path(value)
@@ -107,6 +117,7 @@ FLAG = Kind("True or False", _flag)
 TEXT = Kind("a string", _text)
 TEXTS = Kind("a string or several", _texts)
 TOKEN_IDS = Kind("one token id or several", _token_ids)
+BIASES = Kind("a mapping of token ids to finite numbers", _biases)
 PATH = Kind("a path", _path)
 
 

@@ -95,8 +95,14 @@ def ask(forward: Forward) -> Effect[Outputs]:
     return outputs
 
 
-def read_logits(forward: Forward, logits: Any) -> NDArray[np.float32]:
-    """The logits of a forward, copied from a GPU where they are there.
+def read_logits(forward: Forward, logits: Any, first_row: int | None = None) -> NDArray[np.float32]:
+    """The logits of a forward, or of some of its rows, copied from a GPU where they are there.
+
+    Args:
+        forward: what returned them.
+        logits: ``(V,)`` or ``(n, V)``.
+        first_row: the token that the first row is about; None = the last one for ``(V,)``, else
+            the first one.
 
     Raises:
         NotFiniteError: one is NaN or infinite.
@@ -104,16 +110,19 @@ def read_logits(forward: Forward, logits: Any) -> NDArray[np.float32]:
     if not isinstance(logits, DeviceArray):
         return np.asarray(logits)  # which `ask` has looked at
     values = np.asarray(logits)
-    _check_finite(forward, "logits", values)
+    _check_finite(forward, "logits", values, first_row)
     return values
 
 
-def _check_finite(forward: Forward, what: str, values: NDArray[np.float32]) -> None:
+def _check_finite(
+    forward: Forward, what: str, values: NDArray[np.float32], first_row: int | None = None
+) -> None:
     found = first_not_finite(np.asarray(values, np.float32))
     if found is None:
         return
-    row = found.offset // values.shape[-1] if values.ndim > 1 else len(forward.token_ids) - 1
-    position = forward.past_length + row
+    if first_row is None:
+        first_row = 0 if values.ndim > 1 else len(forward.token_ids) - 1
+    position = forward.past_length + first_row + found.offset // values.shape[-1]
     raise NotFiniteError(
         f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}",
         _HINT,

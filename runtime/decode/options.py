@@ -11,6 +11,7 @@ from trimode.errors import UsageError
 from trimode.formats.contract import TOP_K, Mode, ModelInfo
 from trimode.runtime.auto.policy import StepCosts
 from trimode.runtime.decode.arguments import (
+    BIASES,
     FLAG,
     NUMBER,
     TEXT,
@@ -97,7 +98,7 @@ class DecodeOptions:
         is_free = (
             self.min_new_tokens == 0 and self.max_thinking_tokens is None and self.logprobs is None
         )
-        return is_free and not self.sampling.is_random and self.sampling.repetition_penalty == 1
+        return is_free and not self.sampling.is_random and not self.sampling.changes_logits
 
 
 class TokenChoices(TypedDict, total=False):
@@ -111,6 +112,9 @@ class TokenChoices(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     min_new_tokens: int
     stop: str | Seq[str]
@@ -138,6 +142,9 @@ KINDS: dict[str, Kind] = {
     "top_p": NUMBER,
     "min_p": NUMBER,
     "repetition_penalty": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "logit_bias": BIASES.or_none(),
     "seed": WHOLE.or_none(),
 }
 """What the attributes of :class:`DecodeOptions` and :class:`SamplingOptions` take, by name."""
@@ -148,7 +155,7 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingOptions))
 
 def read_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords in plain types: ``stop`` may be one text or several, ``eos_token_ids`` one id or
-    several.
+    several, ``logit_bias`` a mapping.
 
     Raises:
         UsageError: an unknown keyword, or a value of the wrong type.
@@ -164,10 +171,11 @@ def make_options(**chosen: Any) -> DecodeOptions:
         UsageError: an unknown keyword, or a value of the wrong type.
     """
     read = read_options(chosen)
+    for name in ("stop", "logit_bias"):
+        if name in read:
+            read[name] = read[name] or ()
     sampling = SamplingOptions(**{name: value for name, value in read.items() if name in _SAMPLING})
     rest = {name: value for name, value in read.items() if name not in _SAMPLING}
-    if "stop" in rest:
-        rest["stop"] = rest["stop"] or ()
     return DecodeOptions(sampling=sampling, **rest)
 
 
@@ -187,6 +195,7 @@ def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
         raise UsageError(f"expected no threshold in mode auto, found {options.threshold}", hint)
     _check_sampler(options, mode)
     check_sampling(options.sampling)
+    _check_biases(options, model, mode)
     _check_limits(options, model, mode)
     _check_thinking(options, model)
     _check_logprobs(options, model, mode)
@@ -219,6 +228,17 @@ def _check_sampler(options: DecodeOptions, mode: Mode) -> None:
             f"expected from 1 to {options.block_length} steps, "
             f"one for each slot of a block, found {options.steps}",
             "leave them out for one a slot",
+        )
+
+
+def _check_biases(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
+    for token, _ in options.sampling.logit_bias:
+        _check_token("a token of logit_bias", token, model)
+    if options.sampling.logit_bias and mode == "diffusion":
+        raise UsageError(
+            "expected no logit_bias in mode diffusion, found it",
+            "a denoise forward names five candidates for a slot, and the token need not be among "
+            "them; ar and linear_spec know all logits",
         )
 
 
@@ -300,6 +320,9 @@ def _check_plain(options: DecodeOptions) -> None:
     chosen = {
         "temperature": options.sampling.is_random,
         "repetition_penalty": options.sampling.repetition_penalty != 1,
+        "presence_penalty": options.sampling.presence_penalty != 0,
+        "frequency_penalty": options.sampling.frequency_penalty != 0,
+        "logit_bias": bool(options.sampling.logit_bias),
         "min_new_tokens": options.min_new_tokens > 0,
         "max_thinking_tokens": options.max_thinking_tokens is not None,
         "logprobs": options.logprobs is not None,

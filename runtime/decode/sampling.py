@@ -1,9 +1,10 @@
 """From logits to a distribution to a token: the processors of transformers' ``generate``, in its
 order and meaning, on numpy arrays.
 
-Repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman
-et al. 2020), min-p (Nguyen et al. 2024); and the acceptance rule of speculative sampling (Leviathan
-et al. 2023; Chen et al. 2023). Pure functions; probabilities are float64.
+Temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). What
+comes before these, penalties and biases, is in :mod:`trimode.runtime.decode.penalties`. Pure
+functions; probabilities are float64. They are the definition, made for the few candidates of a
+slot; :mod:`trimode.runtime.decode.vocabulary_row` does the same to a whole vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from trimode.runtime.sessions.base import Ids
 
 Probabilities = NDArray[np.float64]
 
+MOST_PENALTY = 2.0
+"""Of presence and frequency, in either direction: OpenAI's range."""
+MOST_BIAS = 100.0
+"""Likewise of a token's bias."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -33,6 +39,9 @@ class SamplingOptions:
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens
         that the prompt or the text has; 1 = none.
         seed: of the draws; None = one that is drawn itself, and reported.
+        presence_penalty: taken from the logits of tokens that the answer has; 0 = none.
+        frequency_penalty: taken from these logits as often as the answer has the token; 0 = none.
+        logit_bias: added to the logits of some tokens, as pairs of token id and bias.
     """
 
     temperature: float = 0.0
@@ -41,6 +50,19 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether some token's logit is not left as the model gives it."""
+        return self.repetition_penalty != 1 or self.counts_tokens or bool(self.logit_bias)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how often the answer has a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def is_random(self) -> bool:
@@ -67,10 +89,19 @@ def check_sampling(sampling: SamplingOptions) -> None:
             f"expected a repetition_penalty above 0, found {s.repetition_penalty}",
             "1 is none; 1.1 is usual",
         )
+    for name in ("presence_penalty", "frequency_penalty"):
+        _check_span(f"a {name}", getattr(s, name), MOST_PENALTY, "0 is none")
+    for token, bias in s.logit_bias:
+        _check_span(f"a logit_bias of token {token}", bias, MOST_BIAS, "-100 forbids a token")
     if s.seed is not None and s.seed < 0:
         raise UsageError(
             f"expected a seed of 0 or more, found {s.seed}", "leave it out to have one drawn"
         )
+
+
+def _check_span(what: str, value: float, most: float, hint: str) -> None:
+    if not -most <= value <= most:
+        raise UsageError(f"expected {what} from {-most:g} to {most:g}, found {value}", hint)
 
 
 def generator(seed: int | None) -> tuple[np.random.Generator, int]:
@@ -82,24 +113,18 @@ def generator(seed: int | None) -> tuple[np.random.Generator, int]:
     return np.random.Generator(np.random.Philox(chosen)), chosen
 
 
-def distribution(
-    logits: ArrayLike, sampling: SamplingOptions, seen: NDArray[np.bool_] | None = None
-) -> Probabilities:
+def distribution(logits: ArrayLike, sampling: SamplingOptions) -> Probabilities:
     """What a token is drawn from.
 
     Args:
         logits: ``(..., n)``, or log-probabilities; -inf for what must not be drawn, at least one
         finite.
-        sampling: the processors. At temperature 0 all the probability is on the highest of the
-        penalised logits.
-        seen: ``(..., n)``, tokens that the repetition penalty concerns.
+        sampling: the processors. At temperature 0 all the probability is on the highest logit.
 
     Returns:
         ``(..., n)``, each row of sum 1.
     """
     scores = np.array(logits, np.float64)
-    if seen is not None and sampling.repetition_penalty != 1:
-        scores[seen] = _penalised(scores[seen], sampling.repetition_penalty)
     if not sampling.is_random:
         best = np.zeros_like(scores)
         np.put_along_axis(best, scores.argmax(-1)[..., None], 1.0, -1)
@@ -119,14 +144,6 @@ def distribution(
         least = sampling.min_p * probabilities.max(-1, keepdims=True)
         probabilities = _normalised(np.where(probabilities < least, 0.0, probabilities))
     return probabilities
-
-
-def _penalised(repeated: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-    with np.errstate(over="ignore"):
-        penalised = np.where(repeated < 0, repeated * penalty, repeated / penalty)
-    # What overflows is still a score; -inf stays what must not be drawn.
-    most = np.finfo(np.float64).max
-    return np.where(np.isinf(repeated), repeated, np.clip(penalised, -most, most))
 
 
 def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
@@ -149,34 +166,6 @@ def draw(probabilities: Probabilities, rng: np.random.Generator) -> Ids:
         np.nextafter(cumulative[..., -1], 0),
     )
     return np.asarray((cumulative <= aim[..., None]).sum(-1), np.int64)
-
-
-def accept_or_replace(
-    draft: int, p: Probabilities, q_ids: Ids, q: Probabilities, rng: np.random.Generator
-) -> tuple[int, bool]:
-    """The rule of speculative sampling: a token that has distribution ``p``, from a draft that was
-    drawn from ``q``.
-
-    The draft is accepted with probability min(1, p/q); otherwise the token comes from max(0, p -
-    q), normalised. Every other rule that keeps ``p`` accepts less often (Leviathan et al. 2023,
-    theorem 3.5 and appendix A.3).
-
-    Args:
-        draft: drawn from ``q``.
-        p: ``(V,)``.
-        q_ids: ``(k,)``, distinct tokens; ``q`` is 0 for all others.
-        q: ``(k,)``.
-        rng: independent of the draft's draw.
-
-    Returns:
-        The token, and whether it is the accepted draft.
-    """
-    if rng.random() * q[q_ids == draft].sum() < p[draft]:
-        return draft, True
-    rest = p.copy()
-    rest[q_ids] = np.maximum(rest[q_ids] - q, 0.0)
-    # Rejecting has probability 0 where p = q; rounding may still lead here with nothing left.
-    return int(draw(rest if rest.any() else p, rng)), False
 
 
 def _softmax(scores: NDArray[np.float64]) -> Probabilities:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,15 @@ from numpy.typing import NDArray
 from trimode.formats.contract import ModelInfo
 from trimode.runtime.auto.policy import Policy
 from trimode.runtime.decode.forward import Effect, Forward, Outputs, T, ask, perform, read_logits
-from trimode.runtime.sessions.base import Array, Ids, Session, check_open, of_row
+from trimode.runtime.sessions.base import (
+    Array,
+    DeviceArray,
+    Ids,
+    Session,
+    check_open,
+    expect_length,
+    of_row,
+)
 
 PREFILL_CHUNK = 512
 """Most prompt rows in one forward: bounds the score matrix, which grows with rows times
@@ -49,23 +58,32 @@ class Verification:
     Attributes:
         greedy_ids: ``(L,)``, the most probable token after each.
         accepted_length: how many of the block's drafts, from its second token on, are these.
+        forward: what it was.
+        logits: ``(L, V)``, of the token after each, perhaps on a GPU.
     """
 
     greedy_ids: Ids
     accepted_length: int
-    read_logits: Callable[[], NDArray[np.float32]]
-
-    @cached_property
-    def logits(self) -> NDArray[np.float32]:
-        """``(L, V)``, of the token after each; copied from a GPU when first asked for."""
-        return self.read_logits()
+    forward: Forward
+    logits: Any
+    _rows: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     def row(self, index: int) -> NDArray[np.float32]:
-        """One row of :attr:`logits`."""
-        return self.logits[index]  # type: ignore[no-any-return]
+        """One row of the logits, ``(V,)``; copied from a GPU when first asked for, without the
+        others where that is possible.
+        """
+        if not (isinstance(self.logits, DeviceArray) and self.logits.reads_parts):
+            return self._all_rows[index]  # type: ignore[no-any-return]
+        if index not in self._rows:
+            self._rows[index] = read_logits(self.forward, self.logits.of_row(index), index)
+        return self._rows[index]
+
+    @cached_property
+    def _all_rows(self) -> NDArray[np.float32]:
+        return read_logits(self.forward, self.logits)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Speculation(Verification):
     """What a forward of quadratic self-speculation says of L drafts, and what it drafts behind the
     right ones.
@@ -136,6 +154,8 @@ class Sequence:
         self.cached_length = min(self.cached_length, len(self.tokens) - 1)
         pending = self.tokens[self.cached_length :]
         phase = "decode" if len(pending) == 1 and self.cached_length else "prefill"
+        if phase == "prefill":
+            expect_length(self._cache, len(self.tokens))
         chunk = min(PREFILL_CHUNK, self._session.max_prefill_rows or PREFILL_CHUNK)
         predicted = -1
         for start in range(0, len(pending), chunk):
@@ -189,7 +209,7 @@ class Sequence:
         self.forwards.verify += 1
         forward = Forward("verify", block, self.cached_length)
         greedy, accepted, logits = yield from ask(forward)
-        return Verification(greedy, int(accepted), partial(read_logits, forward, logits))
+        return Verification(greedy, int(accepted), forward, logits)
 
     def first_drafts(self, block_length: int) -> Effect[Ids]:
         """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked
@@ -212,9 +232,14 @@ class Sequence:
         self.forwards.quadratic += 1
         forward = Forward("quadratic", drafts, self.cached_length)
         greedy, accepted, logits, ids, _ = yield from ask(forward)
-        last, read = int(accepted), partial(read_logits, forward, logits)
+        last = int(accepted)
         return Speculation(
-            greedy, last, read, drafts[: last + 1].tolist(), _drafts(ids, int(greedy[last]))
+            greedy,
+            last,
+            forward,
+            logits,
+            accepted=drafts[: last + 1].tolist(),
+            next_drafts=_drafts(ids, int(greedy[last])),
         )
 
     def accept_drafts(self, count: int, speculation: Speculation) -> None:

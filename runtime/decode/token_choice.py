@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 
 from trimode.runtime.decode.forward import Effect
 from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.penalties import Penalties
 from trimode.runtime.decode.sampling import (
     Probabilities,
-    accept_or_replace,
     distribution,
     draw,
     generator,
     log_softmax,
 )
 from trimode.runtime.decode.sequence import Sequence, Verification
+from trimode.runtime.decode.token_distribution import TokenDistribution, accept_or_replace
+from trimode.runtime.decode.vocabulary_row import Row, best_token, row_distribution
 from trimode.runtime.sessions.base import Array, Ids
 
 LEAST_PROBABILITY = 1e-30
@@ -154,8 +156,7 @@ class RuledSelector:
         self._end_ids = np.array(sorted(self._ends), np.int64)
         self._rng, seed = generator(self._sampling.seed)
         self.seed = seed if self._sampling.is_random else None
-        self._seen = np.zeros(sequence.model.vocab_size, bool)
-        self._seen[sequence.tokens] = True
+        self._penalties = Penalties(self._sampling, sequence.model.vocab_size, sequence.tokens)
         self._end_think = -1 if options.end_think_token_id is None else options.end_think_token_id
         self._is_thinking = options.max_thinking_tokens is not None
         self._logprobs = logprobs
@@ -212,8 +213,10 @@ class RuledSelector:
         chose the mask token.
         """
         for slot, token in enumerate(token_ids):
-            if slot == 0 and not self._slots.knows(0):
-                continue
+            if slot == 0:
+                if not self._slots.knows(0):
+                    continue
+                self._penalties.take_back(self._sequence.model.mask_token_id)
             self._mark(token)
             if self._options.logprobs is not None:
                 del self._logprobs[self._index + slot :]
@@ -233,14 +236,12 @@ class RuledSelector:
         """
         if self._is_forced(index):
             return self._end_think
+        if self._sampling.is_random:
+            return self._distribution(index, logits()).draw(self._rng)
         is_forbidden = index < self._options.min_new_tokens and greedy in self._ends
-        if (
-            not self._sampling.is_random
-            and self._sampling.repetition_penalty == 1
-            and not is_forbidden
-        ):
-            return greedy
-        return self._choose(self._distribution(index, logits()))
+        if self._sampling.changes_logits or is_forbidden:
+            return best_token(self._row(index, logits()))
+        return greedy
 
     def _verify_row(
         self, index: int, row: int, draft: int | None, verification: Verification
@@ -256,12 +257,13 @@ class RuledSelector:
             draft, self._distribution(index, verification.row(row)), q_ids, q, self._rng
         )
 
-    def _distribution(self, index: int, logits: NDArray[np.float32]) -> Probabilities:
+    def _distribution(self, index: int, logits: NDArray[np.float32]) -> TokenDistribution:
         """Of a causal row ``(V,)``."""
-        scores = logits.astype(np.float64)
-        if index < self._options.min_new_tokens:
-            scores[self._end_ids] = -np.inf
-        return distribution(scores, self._sampling, self._seen)
+        return row_distribution(self._row(index, logits), self._sampling)
+
+    def _row(self, index: int, logits: NDArray[np.float32]) -> Row:
+        is_too_early = index < self._options.min_new_tokens
+        return self._penalties.row(logits, self._end_ids[: None if is_too_early else 0])
 
     def _draw_candidates(
         self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
@@ -280,15 +282,12 @@ class RuledSelector:
         )
         # something must be left; a draft that is forbidden will not be accepted
         ends &= ~(ends | never).all(-1, keepdims=True)
-        seen = self._seen[ids] | np.isin(ids, block[~masked])
-        q = distribution(np.where(never | ends, -np.inf, scores), self._sampling, seen)
-        return self._choose_rows(q), q
-
-    def _choose(self, p: Probabilities) -> int:
-        return int(self._choose_rows(p))
-
-    def _choose_rows(self, p: Probabilities) -> Ids:
-        return draw(p, self._rng) if self._sampling.is_random else p.argmax(-1)
+        # The first slot's token is the text's last, which is known, unless it is decided here.
+        first_new = 0 if self._slots.knows(0) else 1
+        filled = block[first_new:][~masked[first_new:]]
+        scores = self._penalties.changed(ids, scores, filled)
+        q = distribution(np.where(never | ends, -np.inf, scores), self._sampling)
+        return (draw(q, self._rng) if self._sampling.is_random else q.argmax(-1)), q
 
     def _note(self, token: int, logits: Callable[[], NDArray[np.float32]]) -> None:
         self._mark(token)
@@ -296,7 +295,7 @@ class RuledSelector:
             self._logprobs.append(logprob_of(token, logits(), self._options.logprobs))
 
     def _mark(self, token: int) -> None:
-        self._seen[token] = True
+        self._penalties.add(token)
         if token == self._end_think:
             self._is_thinking = False
 
@@ -345,7 +344,7 @@ def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogp
     """From the logits ``(V,)`` of a causal row."""
     values = log_softmax(logits)
     best = (
-        np.argpartition(-values, count - 1)[:count]
+        np.argpartition(logits, values.size - count)[values.size - count :]
         if 0 < count < values.size
         else np.arange(values.size)[: count or 0]
     )

@@ -8,9 +8,7 @@ do nothing here but :meth:`EngineCore.post`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from trimode.errors import DeviceError, EngineError, RequestTimeoutError
@@ -21,11 +19,11 @@ from trimode.runtime.decode.sequence import Sequence as Text
 from trimode.runtime.decode.stream import Stream
 from trimode.runtime.engine.groups import CacheGroups
 from trimode.runtime.engine.handle import Handle
-from trimode.runtime.engine.load.state import ModePolicy
-from trimode.runtime.engine.modes import MakeRowPolicy, Modes, PlainRowPolicy
+from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.reuse import PrefixReuse
 from trimode.runtime.engine.row import EngineRow, EngineSession
+from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.steps import Outcome, Steps
 from trimode.runtime.engine.turns import Turns, group_of
@@ -41,29 +39,6 @@ OpenStream = Callable[[Text, Request], Stream]
 logger = logging.getLogger("trimode.runtime")
 Message = Request | Handle | None
 """Something to begin, something that was cancelled, or only a reason to look."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an engine works.
-
-    Attributes:
-        max_rows: Most texts at a time.
-        kv_bytes: Most bytes of host memory for what ended texts have computed.
-        latency_target_s: Most seconds that reading may keep a decoding row waiting.
-        prefill_share: Share of the time that reading has while others decode.
-        is_fair: Whether requests of one priority take turns by key.
-        mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
-        make_row_policy: Makes the policy of a row that follows such a plan.
-    """
-
-    max_rows: int = 8
-    kv_bytes: int = 1 << 30
-    latency_target_s: float = 0.05
-    prefill_share: float = 0.5
-    is_fair: bool = False
-    mode_policy: ModePolicy | None = None
-    make_row_policy: MakeRowPolicy = PlainRowPolicy
 
 
 class EngineCore:
@@ -100,6 +75,7 @@ class EngineCore:
         self._num_failures = 0
         self.counts = Counts()
         self._steps = Steps(session, model, self.counts, self._committed, self._failed)
+        self._steps.clock, self._steps.observe = self.settings.clock, self.settings.observe
         self.error: EngineError | None = None
         self.rows: list[EngineRow] = []
         self.waiting = WaitingQueue(is_fair=self.settings.is_fair)
@@ -118,7 +94,7 @@ class EngineCore:
     def wait(self) -> None:
         """Sleep until something is posted or a deadline passes."""
         deadline = self._deadlines.next
-        left = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        left = None if deadline is None else max(0.0, deadline - self.settings.clock())
         try:
             self._take(self._inbox.get(timeout=left))
         except Empty:
@@ -164,28 +140,27 @@ class EngineCore:
         for request in list(self.waiting):
             request.handle.fail(error)
             self.waiting.discard(request.handle)
-            self.counts.ended(request.handle)
 
     # --- requests come and go
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Request):
+            message.handle.add_closer(self.counts.ended)
             if self.error is not None:
                 message.handle.fail(self.error)
-                self.counts.ended(message.handle)
                 return
             self.waiting.push(message)
             if message.deadline is not None:
                 self._deadlines.add(message.deadline, message.handle)
-        elif message is not None and self.waiting.discard(message):
-            self.counts.ended(message)
+        elif message is not None:
+            self.waiting.discard(message)
 
     def _expire(self) -> None:
-        for handle in self._deadlines.passed(time.perf_counter()):
+        for handle in self._deadlines.passed(self.settings.clock()):
             text = f"expected a text within its time, found {len(handle.token_ids)} tokens of it"
             hint = "allow more time with timeout_s, or ask for fewer tokens"
-            if handle.fail(RequestTimeoutError(text, hint)) and self.waiting.discard(handle):
-                self.counts.ended(handle)
+            handle.fail(RequestTimeoutError(text, hint))
+            self.waiting.discard(handle)
 
     def _let_go(self) -> None:
         """Free the rows of requests that have ended: with their texts, or because somebody ended
@@ -196,7 +171,6 @@ class EngineCore:
                 self.reuse.keep(row)
             group_of(row).free(row)
             self.rows.remove(row)
-            self.counts.ended(row.handle)
 
     def _admit(self) -> None:
         """Give free rows to those who wait; a row is room for prompt and answer."""
@@ -206,9 +180,7 @@ class EngineCore:
             )
             if request is None:
                 return
-            if request.handle.done:
-                self.counts.ended(request.handle)
-            else:
+            if not request.handle.done:
                 self._begin(request)
 
     def _begin(self, request: Request) -> None:
@@ -216,7 +188,6 @@ class EngineCore:
         hit = self.reuse.find(request, self.rows)
         row = self._new_row(request, hit.length)
         if not self._advance(row):
-            self.counts.ended(request.handle)
             return
         try:
             self.groups.place(row)
@@ -245,13 +216,12 @@ class EngineCore:
             self.waiting.push(row.request)
         else:
             row.handle.fail(given_up(error))
-            self.counts.ended(row.handle)
         self._note_failure(error)
 
     # --- one step
 
     def _step(self) -> Outcome:
-        self.modes.refresh(self.rows, len(self.waiting))
+        self.modes.refresh(self.rows, 1000 * self.settings.clock(), len(self.waiting))
         for row in self.rows:
             if row.forward is None:
                 self._advance(row)
@@ -308,9 +278,8 @@ class EngineCore:
             return False
         if chunk is None:
             return True
-        if not row.handle.done:
+        if row.handle.deliver(chunk.token_ids):
             self.counts.completion_tokens += len(chunk.token_ids)
-            row.handle.deliver(chunk.token_ids)
         if chunk.finish_reason is not None:
             row.spend()
             row.handle.finish(row.stream.result)

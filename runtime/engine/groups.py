@@ -8,69 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 from trimode.runtime.sessions.base import BatchCache, BatchSession
-
-
-class CacheGroup:
-    """Rows of one capacity, over one cache.
-
-    Attributes:
-        cache: K/V of the rows.
-        rows: What lies where; None = free.
-        spent: Seconds that a row of it has had on average, for taking turns with other groups.
-        num_steps: Steps that its rows have run.
-    """
-
-    def __init__(self, cache: BatchCache, num_rows: int) -> None:
-        self.cache = cache
-        self.rows: list[EngineRow | None] = [None] * num_rows
-        self.spent, self.num_steps = 0.0, 0
-
-    @property
-    def capacity(self) -> int:
-        """Slots of each row."""
-        return self.cache.capacity
-
-    @property
-    def texts(self) -> list[EngineRow]:
-        """Rows that are taken."""
-        return [row for row in self.rows if row is not None]
-
-    def at(self, place: int) -> EngineRow:
-        """The row at a place that is taken."""
-        row = self.rows[place]
-        assert row is not None
-        return row
-
-    def take(self, row: EngineRow, place: int) -> None:
-        """Give a free place to a row."""
-        assert self.rows[place] is None
-        self.rows[place], row.group, row.place = row, self, place
-        row.since = self.num_steps
-
-    def free(self, row: EngineRow) -> None:
-        """The only way that a row loses its place."""
-        assert self.rows[row.place] is row
-        self.rows[row.place], row.group = None, None
-
-    def compact(self) -> int:
-        """Move rows from the end into free places, so that those in use are neighbours.
-
-        Returns:
-            Slots that were copied.
-        """
-        copied, count = 0, len(self.texts)
-        while None in self.rows[:count]:
-            free = self.rows.index(None)
-            last = max(place for place, row in enumerate(self.rows) if row is not None)
-            row = self.at(last)
-            if row.valid_length:
-                self.cache.move(last, free, row.valid_length)
-            copied += row.valid_length
-            self.free(row)
-            self.take(row, free)
-        return copied
 
 
 class CacheGroups:

@@ -75,7 +75,8 @@ class Handle:
         self.choices: tuple[Handle, ...] = (self,)
         self.times = Times(time.perf_counter())
         self._wake = wake
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed, self._over = threading.Condition(lock), threading.Condition(lock)
         self._pieces: list[list[int]] = []
         self._result: Generation | None = None
         self._error: BaseException | None = None
@@ -83,6 +84,7 @@ class Handle:
         self._cached_tokens = 0
         self._listeners: list[Callable[[], None]] = []
         self._callbacks: list[Callable[[Handle], Any]] = []
+        self._closers: list[Callable[[Handle], Any]] = []
         self.on_piece: Callable[[list[int]], Any] | None = None
 
     @property
@@ -134,8 +136,8 @@ class Handle:
             RequestTimeoutError: its own time ran out.
             EngineError: the engine could not go on.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout_s):
+        with self._over:
+            if not self._over.wait_for(lambda: self._is_done, timeout_s):
                 raise TimeoutError(
                     f"expected the text's end within {timeout_s} s, found it running"
                 )
@@ -214,17 +216,26 @@ class Handle:
         """Take note that it has a row, and how much of the prompt it need not compute."""
         self.times.begun, self._cached_tokens = time.perf_counter(), cached_tokens
 
-    def deliver(self, token_ids: list[int]) -> None:
-        """Hand tokens to whoever reads; nothing once it has ended."""
+    def add_closer(self, closer: Callable[[Handle], Any]) -> None:
+        """Have something short done at the end, before anybody learns of it."""
+        with self._changed:
+            if not self._is_done:
+                self._closers.append(closer)
+                return
+        closer(self)
+
+    def deliver(self, token_ids: list[int]) -> bool:
+        """Hand tokens to whoever reads; False, and nothing, once it has ended."""
         with self._changed:
             if self._is_done or not token_ids:
-                return
+                return False
             if not self._pieces:
                 self.times.first_token = time.perf_counter()
             self._pieces.append(token_ids)
             self._notify()
         if self.on_piece is not None:
             _call(self.on_piece, token_ids)
+        return True
 
     def finish(self, result: Generation) -> bool:
         """End with a result; False where it had ended before."""
@@ -241,8 +252,11 @@ class Handle:
                 return False
             self._result, self._error, self._is_done = result, error, True
             self.times.ended = time.perf_counter()
+            for closer in self._closers:
+                closer(self)
             callbacks, self._callbacks = self._callbacks, []
             self._notify()
+            self._over.notify_all()
         for callback in callbacks:
             _call(callback, self)
         return True

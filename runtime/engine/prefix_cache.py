@@ -126,10 +126,12 @@ class PrefixCache(Generic[S]):
         self._use(path, ends)
         added = self._make_room(min(len(tokens), self.max_tokens) - matched, path)
         node = path[-1]
-        for start, stop, kind in _runs(ends, matched, matched + added):
-            node = self._append(node, list(tokens[start:stop]), read(start, stop), kind)
-        if not path[0].children:
-            del self._roots[namespace]
+        try:
+            for start, stop, kind in _runs(ends, matched, matched + added):
+                node = self._append(node, list(tokens[start:stop]), read(start, stop), kind)
+        finally:
+            if not path[0].children:
+                del self._roots[namespace]
         return added
 
     def nodes(self) -> Iterator[Node[S]]:

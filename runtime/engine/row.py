@@ -1,9 +1,9 @@
-"""One text at work in an engine: its sequence, its stream, and where its K/V lie."""
+"""Texts at work in an engine: their sequences and streams, and where their K/V lie."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trimode.errors import UsageError
 from trimode.formats.contract import Role, slots_written
@@ -11,11 +11,8 @@ from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
 from trimode.runtime.engine.request import Request
-from trimode.runtime.sessions.base import Ids, KVCache, SessionView
-
-if TYPE_CHECKING:
-    from trimode.runtime.engine.groups import CacheGroup
-    from trimode.runtime.engine.modes import RowPolicy
+from trimode.runtime.engine.row_policy import RowPolicy
+from trimode.runtime.sessions.base import BatchCache, Ids, KVCache, SessionView
 
 CAUSAL: tuple[Role, ...] = ("ar", "verify")
 """Graphs whose K/V are worth keeping. ``commit`` runs the first."""
@@ -169,3 +166,69 @@ class EngineRow:
     def spend(self) -> None:
         """Count its time in the engine as its own."""
         self.stream.spend(time.perf_counter() - self._begun)
+
+
+class CacheGroup:
+    """Rows of one capacity, over one cache.
+
+    Attributes:
+        cache: K/V of the rows.
+        rows: What lies where; None = free.
+        spent: Seconds that a row of it has had on average, for taking turns with other groups.
+        num_steps: Steps that its rows have run.
+    """
+
+    def __init__(self, cache: BatchCache, num_rows: int) -> None:
+        self.cache = cache
+        self.rows: list[EngineRow | None] = [None] * num_rows
+        self.spent, self.num_steps = 0.0, 0
+        self._has_gaps = False
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.cache.capacity
+
+    @property
+    def texts(self) -> list[EngineRow]:
+        """Rows that are taken."""
+        return [row for row in self.rows if row is not None]
+
+    def at(self, place: int) -> EngineRow:
+        """The row at a place that is taken."""
+        row = self.rows[place]
+        assert row is not None
+        return row
+
+    def take(self, row: EngineRow, place: int) -> None:
+        """Give a free place to a row."""
+        assert self.rows[place] is None
+        self.rows[place], row.group, row.place = row, self, place
+        row.since = self.num_steps
+
+    def free(self, row: EngineRow) -> None:
+        """The only way that a row loses its place."""
+        assert self.rows[row.place] is row
+        self.rows[row.place], row.group = None, None
+        self._has_gaps = True
+
+    def compact(self) -> int:
+        """Move rows from the end into free places, so that those in use are neighbours.
+
+        Returns:
+            Slots that were copied.
+        """
+        if not self._has_gaps:
+            return 0
+        copied, count = 0, len(self.texts)
+        while None in self.rows[:count]:
+            free = self.rows.index(None)
+            last = max(place for place, row in enumerate(self.rows) if row is not None)
+            row = self.at(last)
+            if row.valid_length:
+                self.cache.move(last, free, row.valid_length)
+            copied += row.valid_length
+            self.free(row)
+            self.take(row, free)
+        self._has_gaps = False
+        return copied

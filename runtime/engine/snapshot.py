@@ -33,5 +33,5 @@ def snapshot(core: EngineCore) -> EngineStats:
         copied_tokens=core.groups.num_copied,
         prefill_s=counts.prefill_s,
         decode_s=counts.decode_s,
-        mode_switches=tuple(core._modes.switches),
+        mode_switches=tuple(core.modes.switches),
     )

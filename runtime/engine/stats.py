@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from trimode.formats.contract import Role
@@ -16,12 +17,16 @@ class ModeSwitch:
         before: Block length before; 1 stands for AR.
         after: Block length from then on.
         num_rows: Rows that ran.
+        num_queued: Requests that waited for a row.
+        predicted_gain: Tokens a millisecond over those of the plan before, less 1.
         reason: Reason that the policy gave.
     """
 
     before: int
     after: int
     num_rows: int
+    num_queued: int
+    predicted_gain: float
     reason: str
 
 
@@ -93,13 +98,15 @@ class Counts:
     completion_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def ended(self, handle: Handle) -> None:
-        """Count a request that is over."""
-        if handle.error is None:
-            self.finished += 1
-        else:
-            self.failed += 1
+        """Count a request that is over, on whichever thread it ended."""
+        with self._lock:
+            if handle.error is None:
+                self.finished += 1
+            else:
+                self.failed += 1
 
     def ran(self, role: Role, num_rows: int) -> None:
         """Count a forward."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 
@@ -13,11 +13,13 @@ from trimode.formats.contract import ModelInfo, Role, slots_written
 from trimode.runtime.decode.forward import Outputs
 from trimode.runtime.engine.batch import keep
 from trimode.runtime.engine.grouping import JointForward, join_forwards
-from trimode.runtime.engine.groups import CacheGroup
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.turns import StepPlan
 from trimode.runtime.sessions.base import BatchSession, of_row
+
+Observe = Callable[[Role, int, int, int, float], None]
+"""Takes note of a forward: role, rows, new tokens of each, most cached tokens, milliseconds."""
 
 
 class Outcome(Enum):
@@ -45,6 +47,8 @@ class Steps:
 
     Attributes:
         seconds: Time of the last step.
+        clock: Gives the time in seconds.
+        observe: Told of each forward how long it took.
     """
 
     def __init__(
@@ -58,23 +62,29 @@ class Steps:
         self._session, self._model, self._counts = session, model, counts
         self._committed, self._failed = committed, failed
         self.seconds = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
+        self.observe: Observe | None = None
 
     def run(self, plan: StepPlan) -> Outcome:
         """Run the forwards of a plan, up to one that fails."""
-        start, group = time.perf_counter(), plan.group
+        start, group = self.clock(), plan.group
         group.num_steps += 1
         outcome = Outcome.COMMITTED
         for joint in self._joints(plan):
             outcome = self._run(group, joint)
             if outcome is not Outcome.COMMITTED:
                 break
-        self.seconds = time.perf_counter() - start
+        self.seconds = self.clock() - start
         if outcome is Outcome.COMMITTED:
             self._counts.took(self.seconds, is_prefill=plan.is_prefill)
         return outcome
 
-    def _joints(self, plan: StepPlan) -> Iterator[JointForward]:
-        group, role = plan.group, plan.waiting[0].forward.role
+    def _joints(self, plan: StepPlan) -> Iterable[JointForward]:
+        group, first = plan.group, plan.waiting[0]
+        role, scale = first.forward.role, first.forward.drafter_scale
+        if len(plan.waiting) == 1:
+            alone = range(first.row, first.row + 1)
+            return (JointForward(role, scale, first.num_tokens, alone, (first,)),)
         return join_forwards(
             plan.waiting,
             lambda place: group.at(place).valid_length,
@@ -84,17 +94,23 @@ class Steps:
 
     def _run(self, group: CacheGroup, joint: JointForward) -> Outcome:
         """Run a forward, and let its members go on with what it says of them."""
-        members = [group.at(one.row) for one in joint.members]
+        members, start = [group.at(one.row) for one in joint.members], self.clock()
         try:
             outputs = self._outputs(group, joint)
         except Exception as error:
             return self._failed(members, error)
         self._counts.ran(joint.role, len(members))
+        cached = max(one.forward.past_length for one in joint.members)
         for row, one in zip(members, joint.members, strict=True):
             if row.read(one.num_tokens):
                 place = one.row - joint.rows.start
                 self._committed(row, tuple(of_row(output, place) for output in outputs))
+        self._observe(joint, cached, 1000 * (self.clock() - start))
         return Outcome.COMMITTED
+
+    def _observe(self, joint: JointForward, cached: int, ms: float) -> None:
+        if self.observe is not None:
+            self.observe(joint.role, len(joint.rows), joint.num_tokens, cached, ms)
 
     def _outputs(self, group: CacheGroup, joint: JointForward) -> Outputs:
         """Run a forward. A row that only lies between gets padding behind what is valid."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 from trimode.runtime.engine.grouping import Waiting, choose_group
-from trimode.runtime.engine.groups import CacheGroup
-from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.row import CacheGroup, EngineRow
 
 LEAST_CHUNK = 16
 """Fewest prompt tokens of a forward, however long it takes."""
@@ -121,8 +120,10 @@ class Turns:
 
     def plan(self, rows: Sequence[EngineRow]) -> StepPlan | None:
         """The next step over rows that wait for a forward and have a place; None without any."""
-        reading = [row for row in rows if row.is_reading]
-        decoding = [row for row in rows if not row.is_reading]
+        reading: list[EngineRow] = []
+        decoding: list[EngineRow] = []
+        for row in rows:
+            (reading if row.is_reading else decoding).append(row)
         is_shared = bool(reading and decoding)
         if reading and (not decoding or self._share.may_read):
             return self._read(reading, is_shared=is_shared)
@@ -145,10 +146,13 @@ class Turns:
         taken = [_waiting(first, budget)]
         longest = taken[0].num_tokens
         for row in order[1:]:
-            one = _waiting(row, longest)
-            fits = longest * (len(taken) + 1) <= budget and _size(one.num_tokens) == _size(longest)
-            if fits and row.group is group and not (row.attempts or first.attempts):
+            if row.group is not group or row.attempts or first.attempts:
+                continue
+            one = _waiting(row, budget)
+            padded = max(longest, one.num_tokens)
+            if _size(one.num_tokens) == _size(longest) and padded * (len(taken) + 1) <= budget:
                 taken.append(one)
+                longest = padded
         return StepPlan(group, taken, len(taken), True, is_shared)
 
     def _decode(self, decoding: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:

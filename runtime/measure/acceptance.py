@@ -1,4 +1,4 @@
-"""How often drafts are accepted over some prompts, and how long their texts are."""
+"""Measures how often drafts are accepted, and how long texts are."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_NEW_TOKENS = 128
 def write_texts(
     model: TriModeModel, prompts: Iterable[Sequence[int]], block_length: int, *, use_drafter: bool
 ) -> Iterator[FinishedText]:
-    """The text after each prompt, greedy, by linear self-speculation: what became of each slot's
-    drafts.
+    """Yield the text after each prompt, by greedy linear self-speculation.
 
-    Neither the end of a block nor the end of a text counts as a rejection.
+    It has the number of accepted drafts of each slot. Neither the end of a block nor the end of a
+    text counts as a rejection.
     """
     for prompt in prompts:
         tried, accepted = np.zeros((2, block_length - 1), np.int64)

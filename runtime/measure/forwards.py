@@ -30,16 +30,16 @@ _TIMED_PER_ROUND = 2
 
 @dataclass(frozen=True)
 class TimerSettings:
-    """What a caller can choose.
+    """Holds the choices of a caller.
 
     Attributes:
-        rows: of the forwards: 1 and blocks; None = 1, 4, 8, 12, 16, 24, 32 and the model's own, as
-        far as the graphs take them. 1 is always measured.
-        past: tokens cached before a forward; None = 64, 512 and 2048, as far as the model takes
-        them.
-        batch: sequences in a forward. 1 is always measured.
-        repeats: rounds; None = 20, or as many as fit into two minutes, but 3 at least.
-        seed: of the tokens and of the order.
+        rows: Rows of the forwards: 1 and blocks; None = 1, 4, 8, 12, 16, 24, 32 and the model's
+            own, as far as the graphs take them. 1 is always measured.
+        past: Numbers of tokens cached before a forward; None = 64, 512 and 2048, as far as the
+            model takes them.
+        batch: Numbers of sequences in a forward. 1 is always measured.
+        repeats: Number of rounds; None = 20, or as many as fit into two minutes, but 3 at least.
+        seed: Seed of the tokens and of the order.
     """
 
     rows: tuple[int, ...] | None = None
@@ -51,7 +51,7 @@ class TimerSettings:
 
 @dataclass
 class _Texts:
-    """Some texts, as many in a batch and all of them with as many cached tokens."""
+    """Holds the texts of a batch, with equally many cached tokens."""
 
     batch: int
     past: int
@@ -60,7 +60,7 @@ class _Texts:
     def run(
         self, session: Session, graph: Role, ids: Ids, past: int, drafter_scale: float = 0.0
     ) -> None:
-        """A forward of all of them over ``ids (batch, rows)``."""
+        """Run a forward of all of them over ``ids (batch, rows)``."""
         if self.batch == 1:
             session.run(graph, self.cache, ids, past, drafter_scale)
             return
@@ -92,7 +92,7 @@ class _Case:
 
 
 def check_settings(settings: TimerSettings, model: ModelInfo, session: Session) -> TimerSettings:
-    """The settings with every choice made, sorted.
+    """Return the settings with every choice made, sorted.
 
     Raises:
         UsageError: a value is out of its range, or the graphs were not built for it.
@@ -222,8 +222,9 @@ def _cached_texts(
     most_rows: int,
     rng: np.random.Generator,
 ) -> list[_Texts]:
-    """Texts for each number of cached tokens, random ones, in caches of the capacity that texts of
-    that length have.
+    """Make random texts for each number of cached tokens.
+
+    Their caches have the capacity that texts of that length have.
     """
     found: list[_Texts] = []
     chunk = min(PREFILL_CHUNK, session.max_prefill_rows or PREFILL_CHUNK)

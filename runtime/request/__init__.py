@@ -1,1 +1,1 @@
-"""Checks what a caller asks of a model, and fills in what the bundle knows."""
+"""Checks a caller's choices, and completes them from the bundle."""

@@ -1,4 +1,4 @@
-"""Checks the size of a batch, and the options of each of its prompts."""
+"""Checks the size of a batch, and each prompt's options."""
 
 from __future__ import annotations
 

@@ -14,7 +14,11 @@ from trimode.formats.texts import reason_of
 
 
 def check_single(ids: Any, model: ModelInfo) -> list[int]:
-    """Read one prompt ``(1, n)``; raise :class:`UsageError` where the model does not take it."""
+    """Read one prompt ``(1, n)``.
+
+    Raises:
+        UsageError: the model does not take it.
+    """
     hint = "pass one sequence a call, as [[...]]; generate_batch takes several"
     array = _as_array(ids, "(1, n)", hint)
     if array.ndim != 2 or array.shape[0] != 1:
@@ -23,7 +27,11 @@ def check_single(ids: Any, model: ModelInfo) -> list[int]:
 
 
 def check_row(ids: Any, model: ModelInfo) -> list[int]:
-    """Read one prompt ``(n,)``; raise :class:`UsageError` where the model does not take it."""
+    """Read one prompt ``(n,)``.
+
+    Raises:
+        UsageError: the model does not take it.
+    """
     hint = "pass one list of token ids a row, as [1, 2]"
     array = _as_array(ids, "(n,)", hint)
     if array.ndim != 1:
@@ -32,7 +40,11 @@ def check_row(ids: Any, model: ModelInfo) -> list[int]:
 
 
 def check_rows(prompts: Any, model: ModelInfo) -> list[list[int]]:
-    """Read prompts, each ``(n,)``; raise :class:`UsageError` where they are no list of these."""
+    """Read prompts, each ``(n,)``.
+
+    Raises:
+        UsageError: they are no list of prompts.
+    """
     if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping):
         return [check_row(ids, model) for ids in prompts]
     raise UsageError(
@@ -63,7 +75,22 @@ def _check_tokens(array: NDArray[Any], model: ModelInfo) -> list[int]:
     return array.tolist()  # type: ignore[no-any-return]
 
 
+def _holds_bool(values: Any) -> bool:
+    """Tell whether True or False is among nested lists of numbers.
+
+    Numpy would make it 1 or 0.
+    """
+    if not isinstance(values, list | tuple):
+        return False
+    kinds = set(map(type, values))
+    return not kinds.isdisjoint((bool, np.bool_)) or (
+        not kinds.isdisjoint((list, tuple)) and any(map(_holds_bool, values))
+    )
+
+
 def _as_array(ids: Any, shape: str, hint: str) -> NDArray[Any]:
+    if _holds_bool(ids):
+        raise UsageError("expected whole numbers as token ids, found True or False", hint)
     try:
         return np.asarray(ids)
     except ValueError as error:

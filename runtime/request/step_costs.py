@@ -11,7 +11,10 @@ from trimode.runtime.sessions.base import Session, takes_block
 
 
 class StepCostTable:
-    """Keeps the step costs of each kind of run, made once from the timings."""
+    """Keeps the step costs of each kind of run.
+
+    They are made once from the timings.
+    """
 
     def __init__(self, session: Session, model: ModelInfo) -> None:
         self._session, self._model = session, model

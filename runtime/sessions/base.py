@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -277,6 +278,21 @@ class BatchSession(Session, Protocol):
         ...
 
 
+@runtime_checkable
+class ExpectsLength(Protocol):
+    """A cache for which it is cheaper to know a text's length than to grow with it."""
+
+    def expect(self, num_tokens: int) -> None:
+        """Prepare for a text of so many tokens."""
+        ...
+
+
+def expect_length(cache: KVCache, num_tokens: int) -> None:
+    """Tell a cache how long its text will be, where that matters to it."""
+    if isinstance(cache, ExpectsLength):
+        cache.expect(num_tokens)
+
+
 class DeviceArray:
     """An array in GPU memory that is copied when somebody asks for its values.
 
@@ -286,7 +302,8 @@ class DeviceArray:
         shape: as numpy would say.
         dtype: of the values.
         fetch: copies all of it to the host.
-        fetch_row: copies one entry of the first dimension; None = only with all the others.
+        fetch_part: copies what lies at some first indices, ``fetch_part(1, 3)`` for ``[1, 3]``;
+            None = only with all the rest.
     """
 
     def __init__(
@@ -294,11 +311,15 @@ class DeviceArray:
         shape: tuple[int, ...],
         dtype: DTypeLike,
         fetch: Callable[[], Array],
-        fetch_row: Callable[[int], Array] | None = None,
+        fetch_part: Callable[..., Array] | None = None,
     ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
-        self._fetch = fetch
-        self._fetch_row = fetch_row or (lambda row: self._fetch()[row])
+        self._fetch, self._fetch_part = fetch, fetch_part
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether a part can be copied without the rest."""
+        return self._fetch_part is not None
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -312,7 +333,11 @@ class DeviceArray:
 
     def of_row(self, row: int) -> DeviceArray:
         """One entry of the first dimension, which stays on the GPU, too."""
-        return DeviceArray(self.shape[1:], self.dtype, lambda: self._fetch_row(row))
+        # not by way of self: in a cycle it would keep the memory until somebody looks for cycles
+        fetch, part = self._fetch, self._fetch_part
+        if part is None:
+            return DeviceArray(self.shape[1:], self.dtype, lambda: fetch()[row])
+        return DeviceArray(self.shape[1:], self.dtype, partial(part, row), partial(part, row))
 
 
 def of_row(output: Any, row: int) -> Any:

@@ -25,8 +25,12 @@ STORAGE: dict[DType, type[np.generic]] = {
 class Rows(Protocol):
     """A cache as far as its bounds are checked."""
 
-    capacity: int
     num_rows: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        ...
 
 
 @dataclass(frozen=True)

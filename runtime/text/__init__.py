@@ -1,1 +1,1 @@
-"""Text: prompts, chat templates, and tokens to characters."""
+"""Turns prompts and conversations into tokens, and tokens into text."""

@@ -19,9 +19,9 @@ def mark_end(messages: list[dict[str, Any]], field: str, template: str) -> str:
     """Put the mark behind the last message.
 
     Args:
-        messages: plain, changed in place.
-        field: of the message, such as ``content``.
-        template: that will render them.
+        messages: Plain messages, changed in place.
+        field: Name of the message's field, such as ``content``.
+        template: Template that will render them.
 
     Returns:
         The text that is to be continued.
@@ -47,7 +47,7 @@ def mark_end(messages: list[dict[str, Any]], field: str, template: str) -> str:
 
 
 def cut_at_mark(rendered: str, text: str) -> str:
-    """Cut what was rendered where the text ends that is to be continued.
+    """Cut a rendered text where the message to continue ends.
 
     Raises:
         UsageError: the template changed the text.

@@ -1,4 +1,4 @@
-"""Makes a conversation into what a chat template may see: plain dicts, lists, texts and numbers."""
+"""Makes a conversation into plain values that a chat template may see."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 def plain_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
-    """Copy messages, without the keys whose value is None, and with each name of the reasoning.
+    """Copy messages with each name of the reasoning, without None.
 
     Raises:
         UsageError: there is no message, or one is no mapping.

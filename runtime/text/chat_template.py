@@ -1,4 +1,4 @@
-"""The chat templates of a checkpoint: which there are, which one is meant, and what it renders."""
+"""Finds, chooses and renders the chat templates of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
 
 class ConversationError(UsageError):
-    """A template says itself that it does not take a conversation."""
+    """Reports that a template itself refuses a conversation."""
 
 
 class Source(NamedTuple):
-    """A template as it is written, and the file it was read from."""
+    """Holds the text of a template, and its file."""
 
     text: str
     file: Path
 
 
 class ChatTemplates:
-    """The templates of a folder, by name.
+    """Holds the templates of a folder, by name.
 
     Files count before ``chat_template`` in ``tokenizer_config.json``: ``chat_template.jinja`` is
     the one called ``default``, those in ``additional_chat_templates`` have the names of their
     files.
 
     Args:
-        folder: where ``tokenizer.json`` lies.
-        config: what ``tokenizer_config.json`` says.
+        folder: Folder with ``tokenizer.json``.
+        config: Contents of ``tokenizer_config.json``.
 
     Raises:
         BundleError: a file cannot be read.
@@ -54,8 +54,8 @@ class ChatTemplates:
         """Choose a template.
 
         Args:
-            name: of one, or a template itself; None: the default one.
-            with_tools: whether the conversation comes with tools.
+            name: Name of a template, or a template itself; None = the default one.
+            with_tools: Whether the conversation comes with tools.
 
         Raises:
             UsageError: there is none, or none is the default one.

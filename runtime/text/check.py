@@ -1,4 +1,4 @@
-"""Checks at build time that the files which turn text into tokens can be used with the model."""
+"""Checks at build time that the tokenizer's files fit the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CONVERSATION = ({"role": "user", "content": _PLAIN_TEXT},)
 
 
 def check_text(folder: Path, vocab_size: int) -> None:
-    """Open the tokenizer and the chat template of a folder, and use both once.
+    """Use a folder's tokenizer and chat template once each.
 
-    Does nothing when the folder has no ``tokenizer.json``.
+    Does nothing if the folder has no ``tokenizer.json``.
 
     Args:
-        folder: of a checkpoint or a bundle.
-        vocab_size: how many tokens the model has embeddings for.
+        folder: Folder of a checkpoint or a bundle.
+        vocab_size: Number of tokens that the model has embeddings for.
 
     Raises:
         TrimodeError: a file cannot be read or used, or gives ids that the model does not have.

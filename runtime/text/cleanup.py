@@ -17,20 +17,23 @@ _PAIRS = (
 
 
 def clean_up(text: str) -> str:
-    """The text without blanks before punctuation."""
+    """Remove blanks before punctuation."""
     for old, new in _PAIRS:
         text = text.replace(old, new)
     return text
 
 
 class CleanUp:
-    """:func:`clean_up` of a text that comes in pieces; holds back what may still change."""
+    """Applies :func:`clean_up` to a text that comes in pieces.
+
+    It holds back what may still change.
+    """
 
     def __init__(self) -> None:
         self._held = [""] * len(_PAIRS)  # for each pair, text that may begin what it replaces
 
     def push(self, text: str) -> str:
-        """Text that became certain with this piece."""
+        """Return the text that became certain with this piece."""
         for step, (old, new) in enumerate(_PAIRS):
             done, found, rest = (self._held[step] + text).rpartition(old)
             count = next(n for n in range(len(old) - 1, -1, -1) if rest.endswith(old[:n]))
@@ -40,7 +43,7 @@ class CleanUp:
         return text
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Return what was still held back."""
         text = ""
         for step, (old, new) in enumerate(_PAIRS):
             text = (self._held[step] + text).replace(old, new)

@@ -1,5 +1,6 @@
-"""Text to tokens and back: the checkpoint's tokenizer and chat template, as transformers has
-them.
+"""Encodes and decodes text as transformers does.
+
+It has the checkpoint's tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_
 
 
 class TextCodec:
-    """The tokenizer of a folder, equal to what transformers' ``AutoTokenizer`` makes of it.
+    """Opens a folder's tokenizer, equal to transformers' ``AutoTokenizer``.
 
     Args:
-        folder: where ``tokenizer.json`` lies; beside it, where there are such,
-            ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``,
-            ``chat_template.jinja`` and ``additional_chat_templates``.
+        folder: Folder with ``tokenizer.json``, and ``tokenizer_config.json``,
+            ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
+            ``additional_chat_templates`` if it has them.
 
     Raises:
         UsageError: the folder has no tokenizer.
@@ -79,7 +80,9 @@ class TextCodec:
         return Decoding(self._decode_raw, self._is_silent, _byte_values(self._tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, with what the tokenizer adds by itself (such as a first token).
+        """Encode plain text, with what the tokenizer adds by itself.
+
+        A first token is added, for example.
 
         Raises:
             UsageError: the text has half a surrogate pair.
@@ -88,11 +91,11 @@ class TextCodec:
         return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Seq[Message], **options: Any) -> list[int]:
-        """Tokens of a conversation that asks for the assistant's answer.
+        """Encode a conversation that asks for the assistant's answer.
 
         Args:
-            messages: as for :meth:`render_chat`.
-            **options: as for :meth:`render_chat`.
+            messages: Messages, as for :meth:`render_chat`.
+            **options: Options, as for :meth:`render_chat`.
 
         Raises:
             UsageError: as for :meth:`render_chat`, or the text has half a surrogate pair.
@@ -112,19 +115,20 @@ class TextCodec:
         chat_template: str | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """The text of a conversation, by the checkpoint's chat template.
+        """Render a conversation by the checkpoint's chat template.
 
         Args:
-            messages: each with a ``role``, a ``content`` (text, or a list of parts) and what else
-                the template knows, such as ``tool_calls``.
-            enable_thinking: for the template; None: not given to it.
-            tools: JSON schemas; a template called ``tool_use`` counts where they are given.
-            documents: each with a ``title`` and a ``text``.
-            add_generation_prompt: whether the assistant's turn begins; None: unless the last
+            messages: Messages, each with a ``role``, a ``content`` (text, or a list of parts) and
+                what else the template knows, such as ``tool_calls``.
+            enable_thinking: Value for the template; None = it is not given to it.
+            tools: JSON schemas of tools; with any, a template called ``tool_use`` is used.
+            documents: Documents, each with a ``title`` and a ``text``.
+            add_generation_prompt: Whether the assistant's turn begins; None = unless the last
                 message is continued.
-            continue_final_message: leave the last message open; a text names the field to continue.
-            chat_template: the name of one of several, or a template itself.
-            **template_kwargs: what else the template sees.
+            continue_final_message: Whether the last message stays open; a text names the field to
+                continue.
+            chat_template: Name of one of several templates, or a template itself.
+            **template_kwargs: Other values that the template sees.
 
         Raises:
             UsageError: there is no template, or it does not take the conversation.
@@ -154,14 +158,14 @@ class TextCodec:
         return cut_at_mark(rendered, end) if field else rendered
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, such as ``</think>``.
+        """Return the id of a token of the vocabulary, such as ``</think>``.
 
         None if there is no such token.
         """
         return self._tokenizer.token_to_id(token)
 
     def decode(self, token_ids: Seq[int]) -> str:
-        """Text of tokens, without special tokens."""
+        """Decode tokens, without special tokens."""
         text = self._decode_raw(token_ids)
         return clean_up(text) if self._cleans_up else text
 
@@ -202,7 +206,7 @@ def _cleans_up(tokenizer: Tokenizer, config: dict[str, Any]) -> bool:
 
 
 def _byte_values(tokenizer: Tokenizer) -> dict[int, int]:
-    """The tokens that a decoder with byte fallback takes for bytes."""
+    """Return the tokens that a decoder with byte fallback takes for bytes."""
     if "ByteFallback" not in repr(tokenizer.decoder):
         return {}
     digits = "0123456789abcdefABCDEF"

@@ -1,4 +1,4 @@
-"""Reads the files that turn text into tokens, and words what is wrong with one."""
+"""Reads the tokenizer's files, and words what is wrong with one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text_files(folder: Path) -> list[str]:
 
 
 def check_names(folder: Path) -> None:
-    """Check that what bears the name of such a file is a file.
+    """Check that everything named like such a file is a file.
 
     Raises:
         BundleError: it is a folder, or a link that leads nowhere.
@@ -54,8 +54,8 @@ def read_source(path: Path, what: str) -> str:
     A byte order mark is refused, as by transformers, to which it is part of the text.
 
     Args:
-        path: of the file.
-        what: it should be, for the message.
+        path: Path of the file.
+        what: Kind of the file, for the message.
 
     Raises:
         BundleError: the file is unreadable, not UTF-8, begins with a byte order mark, or is only a
@@ -77,7 +77,7 @@ def read_source(path: Path, what: str) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is no such file.
+    """Read a JSON object; a missing file gives an empty one.
 
     Raises:
         BundleError: the file cannot be read, or is not a JSON object.
@@ -94,7 +94,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def unusable(path: Path, what: str, reason: str) -> BundleError:
-    """The error for a file that is not what it should be."""
+    """Make the error for a file that cannot be used."""
     return BundleError(f"{path}: expected {what}, found: {reason}", COPY_AGAIN)
 
 

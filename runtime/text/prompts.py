@@ -36,13 +36,13 @@ Text = list[int]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer: a text, a conversation or token ids.
+    """Holds one text, conversation or list of token ids to answer.
 
     Attributes:
-        answers: all right ones, where these are known.
-        is_raw: the text is taken as it is, without the chat template.
-        template: what else the chat template is given, as :meth:`TextCodec.encode_chat` names it.
-        line: of the file that it came from, counted from 1; None = from no file.
+        answers: All right answers, where these are known.
+        is_raw: Whether the text is taken as it is, without the chat template.
+        template: Other values for the chat template, by the names of :meth:`TextCodec.encode_chat`.
+        line: Line of the file that it came from, counted from 1; None = from no file.
     """
 
     text: str | None = None
@@ -56,13 +56,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How texts and conversations reach the model; token ids always are as they are.
+    """Says how texts and conversations reach the model.
+
+    Token ids always are as they are.
 
     Attributes:
-        is_raw: as they are, without the chat template.
-        system: what a conversation begins with.
-        enable_thinking: told to the chat template; a line that says it itself goes first. None =
-            not told.
+        is_raw: Whether texts are taken as they are, without the chat template.
+        system: System message that begins a conversation.
+        enable_thinking: Value for the chat template; a line's own value wins. None = it is not
+            given to it.
     """
 
     is_raw: bool = False
@@ -83,8 +85,10 @@ class PromptStyle:
         return [name for name in chosen if name]
 
     def check(self) -> None:
-        """Raise :class:`UsageError` where the choices contradict each other, or the text is
-        none.
+        """Check that the choices agree, and that the text is one.
+
+        Raises:
+            UsageError: they contradict each other, or the text is none.
         """
         others = self.options[1:] if self.is_raw else []
         if others:
@@ -103,14 +107,18 @@ USUAL_STYLE = PromptStyle()
 
 
 class BadLine(NamedTuple):
-    """A line of a file that cannot be answered, and why."""
+    """Holds a line of a file that cannot be answered, and why."""
 
     line: int
     error: UsageError
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise :class:`UsageError` where a text of the command line is empty or is not UTF-8."""
+    """Check a text of the command line.
+
+    Raises:
+        UsageError: it is empty or not UTF-8.
+    """
     if not text:
         raise UsageError(
             f"expected a text with {name}, found an empty one",
@@ -159,7 +167,7 @@ def read_prompts_file(path: Path, style: PromptStyle = USUAL_STYLE) -> list[Prom
 def encode_prompts(
     path: Path, prompts: Sequence[Prompt], codec: Codec, model: ModelInfo
 ) -> list[list[int]]:
-    """Token ids of the prompts of a file, of which every one is needed.
+    """Encode the prompts of a file, all of which are needed.
 
     Raises:
         UsageError: the model does not take some, whose lines are all named.
@@ -178,8 +186,10 @@ def encode_prompts(
 
 
 def encode_checked(prompt: Prompt, codec: Codec, model: ModelInfo) -> list[int]:
-    """Token ids of a prompt; :class:`UsageError` where it has none or the model does not take
-    it.
+    """Encode a prompt, and check that the model takes it.
+
+    Raises:
+        UsageError: it has no token, or the model does not take it.
     """
     token_ids = encode_prompt(prompt, codec)
     check_token_ids(token_ids, model)
@@ -187,7 +197,7 @@ def encode_checked(prompt: Prompt, codec: Codec, model: ModelInfo) -> list[int]:
 
 
 def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
-    """Token ids of a prompt.
+    """Encode a prompt.
 
     A text goes through the chat template, unless there is none or it is to be taken as it is.
 
@@ -210,8 +220,11 @@ def encode_prompt(prompt: Prompt, codec: Codec) -> list[int]:
 
 
 def check_token_ids(token_ids: Sequence[int], model: ModelInfo) -> None:
-    """Raise :class:`UsageError` where a prompt is empty, leaves no room for an answer, or has ids
-    that the model does not have.
+    """Check that the model takes a prompt.
+
+    Raises:
+        UsageError: it is empty, leaves no room for an answer, or has ids that the model does not
+            have.
     """
     if not 1 <= len(token_ids) < model.max_length:
         hint = "an answer has to fit behind it; leave out prompts that are longer"
@@ -225,7 +238,10 @@ def check_token_ids(token_ids: Sequence[int], model: ModelInfo) -> None:
 
 
 def warn_of_plain_text(prompts: Iterable[Prompt], codec: Codec) -> None:
-    """Say in the log, once, that texts are read without a chat template for want of one."""
+    """Warn once that texts are read without a chat template.
+
+    Only a folder without a template gives reason to.
+    """
     if (
         any(prompt.text is not None and not prompt.is_raw for prompt in prompts)
         and not codec().has_chat_template
@@ -293,7 +309,7 @@ def parse_prompt_line(line: str) -> Prompt:
 
 
 def apply_style(prompt: Prompt, style: PromptStyle) -> Prompt:
-    """The prompt as the command line wants it.
+    """Return the prompt as the command line wants it.
 
     Raises:
         UsageError: the prompt says otherwise itself.
@@ -372,7 +388,7 @@ def _is_text_parts(content: Any) -> bool:
 
 
 def _template_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line tells the chat template besides the conversation."""
+    """Take from a line what the chat template gets besides messages."""
     template: dict[str, Any] = {}
     for key, kind, words in (
         ("enable_thinking", bool, "true or false"),
@@ -424,6 +440,6 @@ def _answers_of(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: not all of a long one."""
+    """Show a value in a message, a long one in part."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

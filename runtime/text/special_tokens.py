@@ -26,12 +26,12 @@ Token = str | AddedToken
 
 @dataclass
 class SpecialTokens:
-    """The tokens that the files beside ``tokenizer.json`` name.
+    """Holds the tokens that the files beside ``tokenizer.json`` name.
 
     Attributes:
-        named: by what they are for (``bos_token``, ...), the model's own kinds included.
-        extra: without a name.
-        added: by id, as the files say.
+        named: Tokens by their use (``bos_token``, ...), the model's own kinds included.
+        extra: Tokens without a name.
+        added: Tokens by id, as the files say.
     """
 
     named: dict[str, Token] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class SpecialTokens:
     added: dict[int, AddedToken] = field(default_factory=dict)
 
     def texts(self) -> dict[str, str]:
-        """What a chat template sees under each name."""
+        """Return what a chat template sees under each name."""
         return {name: str(token) for name, token in self.named.items()}
 
 
@@ -47,8 +47,8 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, Spe
     """Open a folder's tokenizer.
 
     Args:
-        folder: where ``tokenizer.json`` lies.
-        config: what ``tokenizer_config.json`` says.
+        folder: Folder with ``tokenizer.json``.
+        config: Contents of ``tokenizer_config.json``.
 
     Returns:
         The tokenizer, which neither cuts nor pads, and its special tokens.
@@ -93,7 +93,7 @@ def read_special_tokens(
 
 
 def _take_own_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Take out the kinds of special token that only this model has, such as ``image_token``."""
+    """Take out this model's own kinds of special token, like ``image_token``."""
     names = [n for n, value in config.items() if _is_own(n) and isinstance(value, str)]
     own = {name: config.pop(name) for name in names}
     if isinstance(config.get(_EXTRA), dict):
@@ -136,7 +136,7 @@ def _as_special(value: Any) -> Any:
 
 
 def _added_before_v5(folder: Path, config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
-    """The tokens of ``added_tokens.json``, special where the configuration names them."""
+    """Read ``added_tokens.json``; tokens that the configuration names are special."""
     file = folder / "added_tokens.json"
     special = {_text(config[name]) for name in NAMES if config.get(name)}
     extra = config.get(_EXTRA)
@@ -197,7 +197,10 @@ def _as_added(token: Token, names: Iterable[str]) -> AddedToken:
 
 
 def _token(value: Any) -> Token:
-    """The token that a file describes by its text, or by an object with its flags."""
+    """Make the token that a file describes by text or object.
+
+    An object has flags beside the text.
+    """
     if isinstance(value, dict):
         return AddedToken(**{name: value[name] for name in _FIELDS if name in value})
     if not isinstance(value, str | AddedToken):
@@ -210,7 +213,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """The text of a token, where transformers knows it before it reads ``__type``."""
+    """Return a token's text if transformers knows it before ``__type``."""
     if isinstance(value, dict):
         return "" if "__type" in value else str(value.get("content", ""))
     return str(value)

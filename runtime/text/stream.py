@@ -1,4 +1,4 @@
-"""Turns tokens that arrive in pieces into text that arrives in pieces, up to a stop string."""
+"""Turns pieces of tokens into pieces of text, up to a stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimode.runtime.text.token_window import Decoding, TokenWindow
 
 
 class Codec(Protocol):
-    """What a stream needs of a tokenizer."""
+    """Declares what a stream needs of a tokenizer."""
 
     @property
     def decoding(self) -> Decoding:
@@ -30,13 +30,13 @@ class TextStream:
     and text that may be the beginning of a stop string. All pieces together are the decoded text.
 
     Args:
-        codec: the tokenizer.
-        stop: the text ends before the first of these that is complete, wherever in it tokens begin
+        codec: Tokenizer of the text.
+        stop: Stop strings; the text ends before the first that is complete, wherever tokens begin
             and end.
-        min_tokens: one that is complete before so many tokens ends nothing.
+        min_tokens: Number of tokens before which a complete stop string ends nothing.
 
     Attributes:
-        is_stopped: a stop string is complete; no more text will come.
+        is_stopped: Whether a stop string is complete; no more text will come.
     """
 
     def __init__(self, codec: Codec, stop: Seq[str] = (), min_tokens: int = 0) -> None:
@@ -49,14 +49,14 @@ class TextStream:
         self.is_stopped = False
 
     def push(self, token_ids: Seq[int]) -> str:
-        """Text that became certain with these tokens."""
+        """Return the text that became certain with these tokens."""
         if not self._stop:
             return self._complete(token_ids)
         # One by one, to know the token that completes a stop string.
         return "".join(self._push_watched(token) for token in token_ids)
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Return what was still held back."""
         if self.is_stopped:
             return ""
         rest = self._window.rest()
@@ -80,7 +80,7 @@ class TextStream:
         return out
 
     def _before_stop(self) -> str | None:
-        """The held text before a stop string that is complete now; None where none is."""
+        """Return the held text before a complete stop string, or None."""
         text = self._tail
         if self._clean_up is None and self._window.num_pending:
             last = text + self._window.last_pending(self._longest)
@@ -95,12 +95,12 @@ class TextStream:
 
 
 def first_stop(text: str, stop: Seq[str], passed: int = 0) -> int | None:
-    """Where the stop string begins that is complete first, the longest where several are.
+    """Find the stop string that is complete first, the longest of several.
 
     Args:
-        text: to search.
-        stop: strings, none empty.
-        passed: characters at the beginning in which none may end.
+        text: Text to search.
+        stop: Stop strings, none empty.
+        passed: Number of characters at the beginning in which none may end.
 
     Returns:
         Its first character's place; None if there is none.
@@ -114,7 +114,7 @@ def first_stop(text: str, stop: Seq[str], passed: int = 0) -> int | None:
 
 
 def _beginning(text: str, stop: Seq[str]) -> int:
-    """How many of the last characters of ``text`` may be the beginning of a stop string."""
+    """Count the last characters that may begin a stop string."""
     longest = min(len(text), max(map(len, stop)) - 1)
     return next((n for n in range(longest, 0, -1) if _may_end(text[-n:], stop)), 0)
 

@@ -1,4 +1,4 @@
-"""What Hugging Face chat templates count on: Jinja in a sandbox, with transformers' helpers."""
+"""Gives chat templates Jinja in a sandbox, with transformers' helpers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jinja2.utils import Namespace
 
 
 class RefusalError(TemplateError):
-    """A template refused its conversation by ``raise_exception``."""
+    """Reports that a template called ``raise_exception``."""
 
 
 @cache
 def environment() -> ImmutableSandboxedEnvironment:
-    """The environment that templates are compiled in; it holds no state."""
+    """Make the environment that templates are compiled in; it is stateless."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
@@ -36,7 +36,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks what the assistant wrote; it changes nothing that is rendered."""
+    """Accepts ``{% generation %}`` around the assistant's text; renders it unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
@@ -50,7 +50,10 @@ class _GenerationTag(Extension):
 
 
 class _Dict:
-    """``dict`` without the attributes of a class, which lead out of a sandbox."""
+    """Replaces ``dict`` by one without attributes that lead outside.
+
+    The attributes of a class lead out of a sandbox.
+    """
 
     def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
         return dict(*args, **named)
@@ -60,7 +63,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """``namespace`` that refuses names of Python's own."""
+    """Replaces ``namespace`` by one that refuses names of Python's own."""
 
     def __init__(*args: Any, **named: Any) -> None:  # a name may be `self`
         self, *given = args

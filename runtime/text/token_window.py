@@ -1,4 +1,4 @@
-"""Decodes tokens that come one after the other into text that later tokens do not change.
+"""Decodes tokens one by one into text that stays as it is.
 
 Only a few tokens are decoded at each step: the last ones, whose text is out (for what a decoder
 does at a seam), and the new ones. So the work for a token is bounded, however long the answer is.
@@ -24,12 +24,12 @@ _CONTEXT = 4  # tokens it is cut to: the longest character
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a tokenizer decodes.
+    """Describes how a tokenizer decodes.
 
     Attributes:
-        decode: the text of tokens.
-        is_silent: whether a token is left out of the text, wherever it stands.
-        byte_values: the byte tokens; empty where the decoder knows none.
+        decode: Returns the text of tokens.
+        is_silent: Tells whether a token is left out of the text, wherever it stands.
+        byte_values: Byte tokens; empty if the decoder knows none.
     """
 
     decode: Callable[[Seq[int]], str]
@@ -38,7 +38,7 @@ class Decoding:
 
 
 class TokenWindow:
-    """The last tokens of a text that is decoded step by step."""
+    """Holds the last tokens of a text that is decoded stepwise."""
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
@@ -48,7 +48,7 @@ class TokenWindow:
         self._broken: list[int] = []  # where the window ends in a run that is not: what broke it
 
     def push(self, token_ids: Seq[int]) -> str:
-        """Text that became certain with these tokens."""
+        """Return the text that became certain with these tokens."""
         before = len(self._tokens)
         for token in token_ids:
             self._append(token)
@@ -56,15 +56,15 @@ class TokenWindow:
 
     @property
     def num_pending(self) -> int:
-        """Characters of a run of bytes that are whole, but not certain yet."""
+        """Number of whole characters in a run that may still change."""
         return len(self._run.characters)
 
     def last_pending(self, count: int) -> str:
-        """The last of those characters."""
+        """Return the last of those characters."""
         return "".join(self._run.characters[-count:])
 
     def rest(self) -> str:
-        """All text that is not out."""
+        """Return all text that is not out."""
         return self._decoding.decode([*self._tokens, *self._run.tokens])[self._num_out :]
 
     def _append(self, token: int) -> None:

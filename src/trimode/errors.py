@@ -13,11 +13,13 @@ TrimodeError
 └── DependencyError       an optional package is not installed
 
 Each carries one line of ``message`` (what was expected, what was found) and a ``hint`` (what to do
-next).
+next). Libraries name parameters in backticks; a command names its flags instead.
 """
 
 import contextlib
+import re
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 
@@ -35,6 +37,14 @@ class TrimodeError(Exception):
         super().__init__(f"{message}\nhint: {hint}" if hint else message)
         self.message = message
         self.hint = hint
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace `parameters` that the message and the hint name by other names."""
+
+        def renamed(text: str) -> str:
+            return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+
+        TrimodeError.__init__(self, renamed(self.message), renamed(self.hint))
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.message, self.hint)

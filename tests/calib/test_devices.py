@@ -20,7 +20,7 @@ from trimode.calib.demo.model import build_trunk
 from trimode.calib.demo.refine import RefinementTraining
 from trimode.calib.demo.tasks import examples
 from trimode.calib.demo.training import Settings
-from trimode.calib.drafter.training import draft_forward, window_starts
+from trimode.calib.drafter.windows import draft_forward, window_starts
 from trimode.calib.reference.device import check_device
 from trimode.errors import DeviceError
 from trimode.graphs.decoder.attention import MaskedAttention
@@ -99,4 +99,4 @@ def test_a_device_that_is_not_here() -> None:
     with pytest.raises(DeviceError, match="expected a CUDA device") as raised:
         check_device("cuda")
     assert raised.value.hint is not None
-    assert "--device" in raised.value.hint
+    assert "`device`" in raised.value.hint

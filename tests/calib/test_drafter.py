@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimode.calib.demo.data import Chats
-from trimode.calib.drafter.training import (
-    DrafterSettings,
+from trimode.calib.drafter.training import DrafterSettings, reset_adapter, train_drafter
+from trimode.calib.drafter.windows import (
     DraftForward,
     counted_slots,
     draft_forward,
     draft_mask,
     drafter_loss,
-    reset_adapter,
-    train_drafter,
     window_lengths,
     window_starts,
 )

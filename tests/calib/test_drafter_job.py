@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from trimode.calib.data.prompts import Prompts, split_texts
 from trimode.calib.drafter.adapter import adapter_of, blank_adapter, install_adapter
 from trimode.calib.drafter.answers import Written, batches, encode, write_answer
-from trimode.calib.drafter.job import train_adapter
+from trimode.calib.drafter.job import DrafterJob
 from trimode.calib.drafter.measure import measure
 from trimode.calib.drafter.settings import DrafterJobSettings
-from trimode.calib.drafter.training import DrafterLoss, DrafterSettings, DrafterTraining
+from trimode.calib.drafter.training import DrafterSettings, DrafterTraining
+from trimode.calib.drafter.windows import DrafterLoss
 from trimode.calib.reference.served import ServedTrunk, load_served
 from trimode.calib.reference.torch_session import TorchSession
 from trimode.calib.training.budget import Budget
@@ -69,7 +70,7 @@ def train(
 ) -> DrafterRecord:
     settings = DrafterJobSettings(**{**SETTINGS, **changes})
     prompts = Prompts(some_texts(), "0" * 64)
-    return train_adapter(
+    return DrafterJob(
         open_checkpoint(folder),
         model_of(folder),
         prompts,
@@ -78,7 +79,7 @@ def train(
         progress or Quiet(),
         calibration=calibration,
         resume=resume,
-    )
+    ).run()
 
 
 def lora(folder: Path) -> dict[str, torch.Tensor]:
@@ -246,7 +247,7 @@ def test_a_training_that_diverges(
     monkeypatch.setattr(
         DrafterTraining, "_step", lambda *_: DrafterLoss(*[torch.tensor(float("nan"))] * 4)
     )
-    with pytest.raises(BuildError, match="learning-rate"):
+    with pytest.raises(BuildError, match="learning_rate"):
         train(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -376,19 +377,19 @@ def test_a_calibration_belongs_to_the_checkpoint_whatever_its_adapter(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 8}, "--rank and --alpha together with --from-scratch"),
+        ({"rank": 8}, "`rank` and `alpha` together with `from_scratch`"),
         (
             {"num_held_out": 14},
             "expected at least 16 different prompts, 14 of them held out, found 15",
         ),
         ({"num_samples": 13}, "expected at least 16 different prompts"),
-        ({"steps": 0}, "--steps of at least 1"),
-        ({"minutes": -1.0}, "--minutes above 0"),
-        ({"alpha": float("nan")}, "--alpha above 0"),
-        ({"learning_rate": 2.0}, "--learning-rate above 0 and up to 1"),
-        ({"block_length": 65}, "--block-length up to 64"),
-        ({"dtype": "fp32"}, "--dtype float32, bfloat16, float16"),
-        ({"device": "tpu"}, "--device cpu or cuda"),
+        ({"steps": 0}, "`steps` of at least 1"),
+        ({"minutes": -1.0}, "`minutes` above 0"),
+        ({"alpha": float("nan")}, "`alpha` above 0"),
+        ({"learning_rate": 2.0}, "`learning_rate` above 0 and up to 1"),
+        ({"block_length": 65}, "`block_length` up to 64"),
+        ({"dtype": "fp32"}, "`dtype` float32, bfloat16, float16"),
+        ({"device": "tpu"}, "`device` cpu or cuda"),
     ],
 )
 def test_settings_that_cannot_be_used(
@@ -408,7 +409,7 @@ def test_a_device_that_is_not_here(
 
 
 def test_no_adapter_and_no_rank(bare: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected --rank for a checkpoint without"):
+    with pytest.raises(UsageError, match="expected `rank` for a checkpoint without"):
         train(bare, tmp_path / "out")
 
 

@@ -17,7 +17,7 @@ from checkpoints import SHAPES, config_of, write_checkpoint
 from torch import Tensor
 from whole_trunk import record
 
-from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy, rounding_scales
+from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy
 from trimode.calib.evaluate.quantization.decoding import answer, divergences
 from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
 from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
@@ -38,7 +38,6 @@ from trimode.calib.evaluate.quantization.sensitivity import (
     shortest,
 )
 from trimode.calib.reference.episodes import Episode, count_rows, forwards_of, pattern_for
-from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchCache, TorchSession, load_trunk
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.errors import BuildError, CheckpointError, DependencyError, UsageError
@@ -54,6 +53,7 @@ from trimode.formats.evaluation import DivergenceRecord, Report
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
+from trimode.graphs.numerics.scales import LayerScales, layer_scales
 from trimode.runtime.decode.sequence import Forwards
 from trimode.runtime.decode.stream import Generation
 
@@ -100,17 +100,20 @@ class Model:
         """Every layer and the head at a scale for each row, and some inputs cut; all weights of the
         ruined layers become zero.
         """
-        scales = rounding_scales(self.trunk, [*self.layers, "diffusion_head"], "int8", None)
-        if inputs:
-            scales |= {
-                f"{name}.input_amax": np.array(4, np.float32)
-                for name in (*self.layers, "diffusion_head")
-            }
-        for name in ruined:
-            scales[f"{name}.weight_amax"][:] = 1e4
-        return Candidate(
-            "by-hand", "int8", "by hand", None, (*self.layers, "diffusion_head"), scales, "0" * 64
-        )
+        layers = layer_scales(self.int8_scales(ruined, inputs=inputs), "int8")
+        return Candidate("by-hand", "int8", "by hand", None, layers, "0" * 64)
+
+    def int8_scales(self, ruined: Sequence[str] = (), *, inputs: bool = True) -> Scales:
+        """The same as a calibration has them."""
+        scales: Scales = {}
+        for name in (*self.layers, "diffusion_head"):
+            weight = self.trunk.get_parameter(f"{name}.weight").detach().numpy()
+            scales[f"{name}.weight_amax"] = np.abs(weight).max(1)
+            if name in ruined:
+                scales[f"{name}.weight_amax"][:] = 1e4
+            if inputs:
+                scales[f"{name}.input_amax"] = np.array(4, np.float32)
+        return scales
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +307,7 @@ def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
 
 def test_a_twin_shares_what_is_not_quantized(model: Model) -> None:
     before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
-    quantized = quantized_copy(model.trunk, "int8", {BAD: LinearScales(np.array(0.5, np.float32))})
+    quantized = quantized_copy(model.trunk, "int8", {BAD: LayerScales(np.array(0.5, np.float32))})
     for name, tensor in model.trunk.named_parameters():
         assert torch.equal(tensor, before[name])
         assert (quantized.get_parameter(name).data_ptr() == tensor.data_ptr()) == (
@@ -461,13 +464,13 @@ def test_no_folder_without_its_picture(
     [
         (
             {"modes": ("ar", "quadratic")},
-            "expected --modes among ar,diffusion,linear-spec, found quadratic",
+            "expected `modes` among ar,diffusion,linear-spec, found quadratic",
         ),
         ({"modes": ()}, "found none"),
-        ({"modes": ("ar", "ar")}, "each of --modes once"),
+        ({"modes": ("ar", "ar")}, "each of `modes` once"),
         ({"num_samples": 5}, "expected at least 5 prompts, found 4"),
-        ({"num_samples": 0}, "--samples of at least 1"),
-        ({"device": "tpu"}, "--device cpu or cuda"),
+        ({"num_samples": 0}, "`num_samples` of at least 1"),
+        ({"device": "tpu"}, "`device` cpu or cuda"),
     ],
 )
 def test_settings_that_are_refused(model: Model, settings: Any, message: str) -> None:
@@ -612,9 +615,9 @@ def test_a_drop_is_of_answers_where_known_and_of_tokens_where_not(model: Model) 
 
 @pytest.mark.parametrize("max_drop", [-0.1, 100.1, float("nan"), float("inf")])
 def test_budgets_that_are_refused(max_drop: float) -> None:
-    with pytest.raises(UsageError, match="--max-drop from 0 to 100 points"):
+    with pytest.raises(UsageError, match="`max_drop` from 0 to 100 points"):
         DropLimit(max_drop).check()
-    with pytest.raises(UsageError, match="--ranking-samples of at least 1"):
+    with pytest.raises(UsageError, match="`ranking_samples` of at least 1"):
         DropLimit(1, 0).check()
 
 
@@ -626,7 +629,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
 
 def test_a_calibration_without_the_layers_that_are_kept(model: Model, tmp_path: Path) -> None:
     candidate = model.int8([BAD], inputs=False)
-    scales: Scales = candidate.scales or {}
+    scales = model.int8_scales([BAD], inputs=False)
     calibration = Calibration(
         schema_version=1,
         trimode_version="0",

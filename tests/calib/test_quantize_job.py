@@ -25,6 +25,7 @@ from torch.nn import functional
 from whole_trunk import BranchOutside, quantize_whole_trunk, record, replay
 
 from trimode.calib.data.draw import draw_texts
+from trimode.calib.data.prompts import Prompts
 from trimode.calib.demo.tasks import examples
 from trimode.calib.reference import mapped as mapped_trunk
 from trimode.calib.reference.episodes import Episode
@@ -36,8 +37,8 @@ from trimode.calib.scales.modelopt import extract_scales, load_modelopt, run_mod
 from trimode.calib.scales.modelopt_inputs import weighted_rows
 from trimode.calib.scales.settings import QuantizeSettings
 from trimode.calib.scales.statistics import quantize_weight
-from trimode.calib.scales.work_folder import WorkFolder, open_work, work_folder_of
-from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+from trimode.calib.scales.work_folder import WorkFolder
+from trimode.cli.calibrate.scales import run_calibrate
 from trimode.errors import (
     BuildError,
     CheckpointError,
@@ -52,9 +53,11 @@ from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.graphs.decoder.attention import GrowingCacheAttention
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
+from trimode.progress import Progress
 from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.text.prompts import USUAL_STYLE
 
 DEMO = Path(__file__).parents[2] / "artifacts" / "nld-tiny"
 PRECISIONS: tuple[Any, ...] = ("fp8", "int8", "int4")
@@ -98,22 +101,21 @@ def run(
     folder: Path,
     output: Path,
     settings: QuantizeSettings = FP8,
-    progress: job.Progress | None = None,
+    progress: Progress | None = None,
     *,
     resume: bool = False,
 ) -> tuple[Calibration, Scales]:
     checkpoint = open_checkpoint(folder)
     model = describe_model(checkpoint)
-    job.calibrate(
+    job.ScalesJob(
         checkpoint,
         model,
-        random_texts(model),
-        "0" * 64,
+        Prompts(random_texts(model), "0" * 64),
         output,
         settings,
         progress or Silent(),
         resume=resume,
-    )
+    ).run()
     return load_calibration(output)
 
 
@@ -455,7 +457,7 @@ def test_resumes_to_the_same_bytes(
     output = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
         run(folder, output, settings, Stopped(stage, steps))
-    work = work_folder_of(output)
+    work = WorkFolder.beside(output).path
     num_answered = len(WorkFolder(work).episodes())
     assert num_answered == (2 if stage == "decode" else 3)
     if stage == "decode":
@@ -474,7 +476,7 @@ def test_resumes_to_the_same_bytes(
 def interrupted(folder: Path, output: Path) -> Path:
     with pytest.raises(KeyboardInterrupt):
         run(folder, output, FP8, Stopped("calibrate", 1))
-    return work_folder_of(output)
+    return WorkFolder.beside(output).path
 
 
 def test_refuses_to_resume_other_work(tmp_path: Path) -> None:
@@ -484,9 +486,11 @@ def test_refuses_to_resume_other_work(tmp_path: Path) -> None:
     ):
         run(folder, output, resume=True)
     work = interrupted(folder, output)
-    with pytest.raises(UsageError, match="of a calibration with seed 5, found 0") as caught:
+    with pytest.raises(
+        UsageError, match="of a calibration with seed 5, found one with 0"
+    ) as caught:
         run(folder, output, replace(FP8, seed=5), resume=True)
-    assert "--resume" in caught.value.hint
+    assert "`resume`" in caught.value.hint
     change_weight(folder, "encoder.layers.1.self_attn.q_proj.weight", lambda weight: weight.mul_(2))
     with pytest.raises(UsageError, match="with checkpoint_stamp"):
         run(folder, output, resume=True)
@@ -500,7 +504,7 @@ def test_starts_over_without_resume(folder: Path, tmp_path: Path) -> None:
     interrupted(folder, tmp_path / "out")
     other = run(folder, tmp_path / "out", replace(FP8, max_new_tokens=5))
     assert other[0] == run(folder, tmp_path / "fresh", replace(FP8, max_new_tokens=5))[0]
-    assert not work_folder_of(tmp_path / "out").exists()
+    assert not WorkFolder.beside(tmp_path / "out").path.exists()
 
 
 def test_refuses_hidden_states_that_are_cut_off(folder: Path, tmp_path: Path) -> None:
@@ -534,14 +538,14 @@ def test_a_full_disk_leaves_the_work_to_go_on_with(
 def test_two_runs_do_not_share_a_work_folder(folder: Path, tmp_path: Path) -> None:
     work = interrupted(folder, tmp_path / "out")
     with (
-        open_work(work, {}, resume=False),
+        WorkFolder(work).opened({}, resume=False),
         pytest.raises(UsageError, match="expected no other run at work there"),
     ):
         run(folder, tmp_path / "out")
 
 
 def test_leaves_a_folder_alone_that_only_has_the_name(folder: Path, tmp_path: Path) -> None:
-    work = work_folder_of(tmp_path / "out")
+    work = WorkFolder.beside(tmp_path / "out").path
     work.mkdir()
     (work / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="found something else"):
@@ -564,10 +568,10 @@ def test_an_interruption_says_how_to_go_on(
 
     monkeypatch.setattr(job, "find_scales", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_calibrate(folder, tmp_path / "out", request(data))
+        run_calibrate(folder, tmp_path / "out", **arguments(data))
     assert "repeat the command with --resume" in capsys.readouterr().err
     monkeypatch.setattr(job, "find_scales", original)
-    run_calibrate(folder, tmp_path / "out", request(data, resume=True))
+    run_calibrate(folder, tmp_path / "out", **arguments(data, resume=True))
     assert len(load_calibration(tmp_path / "out")[0].layers) == 14
 
 
@@ -645,25 +649,25 @@ def test_weights_that_are_all_zero_get_a_scale(tmp_path: Path) -> None:
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"precision": "fp4"}, "expected --precision fp8, int8, int4, nvfp4, found 'fp4'"),
-    ({"modes": ("ar", "mtp")}, "expected --modes among ar,draft,verify, found mtp"),
+    ({"precision": "fp4"}, "expected `precision` fp8, int8, int4, nvfp4, found 'fp4'"),
+    ({"modes": ("ar", "mtp")}, "expected `modes` among ar,draft,verify, found mtp"),
     ({"modes": ()}, "found none"),
-    ({"modes": ("draft",)}, "expected --modes to include ar, found draft"),
-    ({"num_samples": 0}, "expected --samples of at least 1, found 0"),
+    ({"modes": ("draft",)}, "expected `modes` to include ar, found draft"),
+    ({"num_samples": 0}, "expected `num_samples` of at least 1, found 0"),
     ({"num_samples": 4}, "expected at least 4 prompts, found 3"),
-    ({"max_new_tokens": 0}, "expected --max-new-tokens of at least 1"),
-    ({"seed": -1}, "expected --seed of at least 0"),
+    ({"max_new_tokens": 0}, "expected `max_new_tokens` of at least 1"),
+    ({"seed": -1}, "expected `seed` of at least 0"),
     (
         {"precision": "int4", "block_size": 24},
-        "expected --block-size to be a power of two from 16 on, found 24",
+        "expected `block_size` to be a power of two from 16 on, found 24",
     ),
-    ({"block_size": 64}, "expected --block-size with --precision int4, found fp8"),
+    ({"block_size": 64}, "expected `block_size` with `precision` int4, found fp8"),
     (
         {"precision": "int4", "is_per_channel": True},
-        "expected --per-channel with --precision fp8, found int4",
+        "expected `is_per_channel` with `precision` fp8, found int4",
     ),
-    ({"memory_gib": -1.0}, "expected --memory of at least 0, found -1"),
-    ({"device": "tpu"}, "expected --device cpu or cuda, found 'tpu'"),
+    ({"memory_gib": -1.0}, "expected `memory_gib` of at least 0, found -1"),
+    ({"device": "tpu"}, "expected `device` cpu or cuda, found 'tpu'"),
 ]
 
 
@@ -701,20 +705,16 @@ BAD_DATA = [
 ]
 
 
-def request(data: Path, **changes: Any) -> CalibrateRequest:
-    options: dict[str, Any] = {
-        "precision": "fp8",
-        "num_samples": None,
-        "modes": "ar,draft,verify",
-        "max_new_tokens": 16,
-        "seed": 0,
-        "block_size": None,
-        "is_per_channel": False,
-        "quantizes_head": False,
-        "device": "cpu",
-        "as_json": False,
+def arguments(data: Path, *, resume: bool = False, as_json: bool = False, **changes: Any) -> Any:
+    """Keywords of :func:`run_calibrate`; ``changes`` are of the settings."""
+    settings = replace(QuantizeSettings("fp8", max_new_tokens=16), **changes)
+    return {
+        "data": data,
+        "settings": settings,
+        "style": USUAL_STYLE,
+        "resume": resume,
+        "as_json": as_json,
     }
-    return CalibrateRequest(data=data, **{**options, **changes})
 
 
 @pytest.mark.parametrize(("lines", "message"), BAD_DATA)
@@ -724,7 +724,7 @@ def test_refuses_data_and_writes_nothing(
     data = tmp_path / "data.jsonl"
     data.write_text(lines)
     with pytest.raises(UsageError) as caught:
-        run_calibrate(folder, tmp_path / "out", request(data))
+        run_calibrate(folder, tmp_path / "out", **arguments(data))
     assert message in caught.value.message
     assert list(tmp_path.iterdir()) == [data]
 
@@ -812,7 +812,7 @@ def test_demo_checkpoint_from_the_command(
         )
     )
     run_calibrate(
-        DEMO, tmp_path / "out", request(data, precision="int4", num_samples=3, as_json=True)
+        DEMO, tmp_path / "out", **arguments(data, precision="int4", num_samples=3, as_json=True)
     )
     said = capsys.readouterr()
     calibration, scales = load_calibration(tmp_path / "out")

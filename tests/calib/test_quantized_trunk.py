@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from trimode.calib.reference.fake_quant import LinearScales, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.errors import CheckpointError
 from trimode.formats.calibration import QuantizedPrecision, Scales
 from trimode.graphs.decoder.attention import GrowingCacheAttention
 from trimode.graphs.decoder.trunk import LowRankLinear, TriModeTrunk
+from trimode.graphs.numerics.scales import LayerScales, linear_scales
 
 LAYERS = (
     "encoder.layers.0.self_attn.q_proj",
@@ -104,7 +105,7 @@ def test_gradients_pass_where_an_input_is_not_cut(
     quantize_trunk(
         small_trunk,
         precision,
-        {name: LinearScales(np.array(0.01, np.float32), np.array(0.005, np.float32))},
+        {name: LayerScales(np.array(0.01, np.float32), np.array(0.005, np.float32))},
     )
     layer = small_trunk.get_submodule(name)
     limit = 0.005 * (448 if precision == "fp8" else 127)
@@ -121,7 +122,7 @@ def test_gradients_of_blocks_pass_where_an_input_is_in_range(small_trunk: TriMod
     quantize_trunk(
         small_trunk,
         "nvfp4",
-        {name: LinearScales(np.array(1e-3, np.float32), np.array(1 / 2688, np.float32))},
+        {name: LayerScales(np.array(1e-3, np.float32), np.array(1 / 2688, np.float32))},
     )
     layer = small_trunk.get_submodule(name)
     x = torch.linspace(-2, 2, layer.weight.shape[1])[None].requires_grad_(True)
@@ -180,4 +181,4 @@ def test_scales_of_another_model(
     small_trunk: TriModeTrunk, name: str, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        quantize_trunk(small_trunk, "int8", {name: LinearScales(np.ones(shape, np.float32))})
+        quantize_trunk(small_trunk, "int8", {name: LayerScales(np.ones(shape, np.float32))})

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from trimode.calib.data.prompts import Prompts, split_texts
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.calib.sampler import measure
-from trimode.calib.sampler.job import train_sampler
+from trimode.calib.sampler.job import SamplerJob
 from trimode.calib.sampler.measure import auc, calibration_error, choose_threshold, cross_entropy
 from trimode.calib.sampler.settings import SamplerJobSettings
 from trimode.calib.sampler.training import SamplerTraining, new_sampler, validation_loss
@@ -76,7 +76,7 @@ def train(
 ) -> SamplerFile:
     settings, checkpoint = SamplerJobSettings(**{**SETTINGS, **changes}), open_checkpoint(folder)
     prompts = Prompts(some_texts(), "0" * 64)
-    return train_sampler(
+    return SamplerJob(
         checkpoint,
         describe_model(checkpoint, 512),
         prompts,
@@ -85,7 +85,7 @@ def train(
         progress or Quiet(),
         calibration=calibration,
         resume=resume,
-    )
+    ).run()
 
 
 def session_of(folder: Path) -> TorchSession:
@@ -312,14 +312,14 @@ def test_answers_that_are_known_decide_what_is_right(folder: Path, tmp_path: Pat
     }
     answers = {tuple(known): ("something else", str(bold[0.5])), tuple(wrong): ("nothing",)}
     job = partial(
-        train_sampler,
+        SamplerJob,
         checkpoint,
         model,
         output=tmp_path / "it",
         settings=settings,
         progress=Quiet(),
     )
-    record = job(prompts=Prompts(prompts, "0" * 64, answers, str))
+    record = job(prompts=Prompts(prompts, "0" * 64, answers, str)).run()
     rows = {
         row.threshold: row
         for row in record.held_out
@@ -329,7 +329,7 @@ def test_answers_that_are_known_decide_what_is_right(folder: Path, tmp_path: Pat
         c: ((bold[c] == bold[0.5]) + agreeing[c]) / 3 for c in measure.CONFIDENCES
     }
     assert all(row.exact_match is None for row in record.validation)
-    assert record.sampler_sha256 == job(prompts=Prompts(prompts, "0" * 64)).sampler_sha256
+    assert record.sampler_sha256 == job(prompts=Prompts(prompts, "0" * 64)).run().sampler_sha256
 
 
 def test_seed_and_target_decide(folder: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_training_that_diverges(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SamplerTraining, "_step", lambda *_: math.nan)
-    with pytest.raises(BuildError, match="learning-rate"):
+    with pytest.raises(BuildError, match="learning_rate"):
         train(folder, tmp_path / "out", block_lengths=(3,))
     assert not (tmp_path / "out").exists()
 
@@ -505,24 +505,27 @@ def test_an_interrupted_run_ends_with_the_same_bytes(folder: Path, tmp_path: Pat
             {"num_held_out": 14},
             "expected at least 16 different prompts, 14 of them held out, found 15",
         ),
-        ({"steps": 0}, "--steps of at least 1"),
-        ({"minutes": math.nan}, "--minutes above 0"),
-        ({"learning_rate": 2.0}, "--learning-rate above 0 and up to 1"),
-        ({"block_lengths": ()}, "--block-length with one or several different lengths, found none"),
+        ({"steps": 0}, "`steps` of at least 1"),
+        ({"minutes": math.nan}, "`minutes` above 0"),
+        ({"learning_rate": 2.0}, "`learning_rate` above 0 and up to 1"),
+        (
+            {"block_lengths": ()},
+            "`block_lengths` with one or several different lengths, found none",
+        ),
         (
             {"block_lengths": (8, 8)},
-            "--block-length with one or several different lengths, found 8,8",
+            "`block_lengths` with one or several different lengths, found 8,8",
         ),
-        ({"block_lengths": (8, 65)}, "--block-length from 2 to 64, found 65"),
-        ({"block_lengths": (1,)}, "--block-length from 2 to 64, found 1"),
+        ({"block_lengths": (8, 65)}, "`block_lengths` from 2 to 64, found 65"),
+        ({"block_lengths": (1,)}, "`block_lengths` from 2 to 64, found 1"),
         (
             {"d_model": 18, "num_heads": 2},
-            r"--d-model that is a multiple of twice the heads \(4\), found 18",
+            r"`d_model` that is a multiple of twice the heads \(4\), found 18",
         ),
-        ({"num_layers": 0}, "--layers of at least 1"),
-        ({"target": "greedy"}, "a --target among serial, leftmost, ar, found 'greedy'"),
-        ({"dtype": "fp32"}, "--dtype float32, bfloat16, float16"),
-        ({"device": "tpu"}, "--device cpu or cuda"),
+        ({"num_layers": 0}, "`num_layers` of at least 1"),
+        ({"target": "greedy"}, "a `target` among serial, leftmost, ar, found 'greedy'"),
+        ({"dtype": "fp32"}, "`dtype` float32, bfloat16, float16"),
+        ({"device": "tpu"}, "`device` cpu or cuda"),
     ],
 )
 def test_settings_that_cannot_be_used(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trimode.calib.scales.work_folder import RECORD, WorkFolder, read_record
+from trimode.calib.scales.work_folder import RECORD, WorkFolder
 from trimode.errors import UsageError
 
 DAMAGED = [b"", b"{", b"[]", b"[" * 100_000, b"9" * 5000, b"\xff\xfe{}", b'{"a": NaN}']
@@ -16,7 +16,7 @@ DAMAGED = [b"", b"{", b"[]", b"[" * 100_000, b"9" * 5000, b"\xff\xfe{}", b'{"a":
 def test_a_damaged_record_is_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / RECORD).write_bytes(content)
     with pytest.raises(UsageError, match="expected a JSON object"):
-        read_record(tmp_path)
+        WorkFolder(tmp_path).take_up()
 
 
 @pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b"[[" + b"9" * 5000 + b"]]", b"\xff", b"3"])

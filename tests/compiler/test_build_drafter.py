@@ -21,7 +21,6 @@ from trimode.cli.main import app
 from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.compiler.verify.run import VerifyRequest
 from trimode.errors import CheckpointError, TrimodeError, UsageError
 from trimode.formats.contract import Role
 from trimode.graphs.adapter import ADAPTER_FOLDER
@@ -171,9 +170,12 @@ def test_verify_with_the_drafter(
     build_bundle(checkpoint, tmp_path / "b", BuildOptions(drafter=adapter))
     assert run_verify(
         tmp_path / "b",
-        VerifyRequest(
-            checkpoint, threads=1, max_new_tokens=8, long=40, as_json=True, drafter=adapter
-        ),
+        checkpoint,
+        threads=1,
+        max_new_tokens=8,
+        long=40,
+        as_json=True,
+        drafter=adapter,
     )
     assert json.loads(capsys.readouterr().out)["checkpoint"]["is_source"]
 

@@ -13,6 +13,9 @@ import pytest
 from checkpoints import config_of, write_checkpoint
 from conftest import Built
 
+from trimode.cli.parse import parse_biases
+from trimode.errors import UsageError
+
 FIELDS = {
     "text",
     "token_ids",
@@ -143,6 +146,15 @@ def test_batches_print_what_single_prompts_print(
         assert "hint:" in refused.stderr
 
 
+def test_biases_are_pairs_of_token_and_number() -> None:
+    assert parse_biases(None) is None
+    assert parse_biases(["11=-100", "12=2.5", "13= 1e1"]) == {11: -100.0, 12: 2.5, 13: 10.0}
+    for wrong in (["11"], ["11="], ["=1"], ["a=1"], ["11=b"], ["1.5=2"], ["11=1", "11=2"]):
+        with pytest.raises(UsageError, match=r"^expected .*--logit-bias.*, found ") as raised:
+            parse_biases(wrong)
+        assert raised.value.hint
+
+
 def test_sampling_from_the_command_line(built: Callable[[str], Built]) -> None:
     it = built("three_kv_heads")
     sampled = (
@@ -156,6 +168,14 @@ def test_sampling_from_the_command_line(built: Callable[[str], Built]) -> None:
         0.01,
         "--repetition-penalty",
         1.1,
+        "--presence-penalty",
+        0.5,
+        "--frequency-penalty",
+        -0.2,
+        "--logit-bias",
+        "60=-0.5",
+        "--logit-bias",
+        "61=100",
         "--min-new-tokens",
         6,
     )

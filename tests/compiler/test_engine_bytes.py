@@ -16,12 +16,14 @@ import pytest
 from checkpoints import config_of
 
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.pack.layout import plan_pack
+from trimode.compiler.pack.layout import PackLayout, plan_pack
 from trimode.compiler.passes.base import to_bytes
 from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales
-from trimode.compiler.plan import make_plan
+from trimode.compiler.plan import make_plan, plan_target
 from trimode.compiler.plans.audit import audit_engine
+from trimode.compiler.plans.text import read_programs
+from trimode.compiler.stages.graphs import point_into_packs
 from trimode.compiler.store.traced import traced_graph
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
 from trimode.formats.contract import ROLES, Role
@@ -29,9 +31,11 @@ from trimode.formats.manifest import CalibrationRecord, TargetRecord
 from trimode.formats.plans import PlanRecord
 from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
 from trimode.graphs.config import parse_config
-from trimode.graphs.numerics.scales import LayerScales, Quantization
+from trimode.graphs.numerics.quantization import Quantization
+from trimode.graphs.numerics.scales import LayerScales
 
 MOST_ON_TOP = 0.05
+MOST_OF_4_BITS = 0.10
 LONGEST = 32768
 SHAPES: dict[str, Any] = {
     "vocab_size": 131072,
@@ -68,18 +72,50 @@ def graph_of(checkpoint: Checkpoint) -> Callable[[Role], ir.Model]:
 
 
 def scales_for(checkpoint: Checkpoint, precision: Any, kind: str) -> Quantization:
-    """Any scales: of a whole weight, or of each of its rows."""
-    layers = {}
+    """Any scales: of a whole weight, of each of its rows, or of blocks of these; of the input, too,
+    but for ``rtn`` and blocks.
+    """
+    layers, block_size = {}, 128 if kind == "block" else None
     for name, entry in checkpoint.tensors.items():
         if name.endswith("_proj.weight"):
-            amax = np.full(() if kind == "tensor" else entry.shape[:1], 2, np.float32)
-            layers[name.removesuffix(".weight")] = LayerScales(amax, None, np.array(3, np.float32))
-    return Quantization(
-        precision,
-        layers,
-        CalibrationRecord(name="x", algorithm="max", block_size=None, scales_sha256=None),
-        None,
+            rows, columns = entry.shape
+            shape = {"tensor": (), "block": (rows, columns // 128)}.get(kind, (rows,))
+            amax, given = np.full(shape, 2, np.float32), kind in ("tensor", "row")
+            layers[name.removesuffix(".weight")] = LayerScales.from_amax(
+                precision, amax, np.array(3, np.float32) if given else None, None, block_size
+            )
+    record = CalibrationRecord(
+        name="x",
+        algorithm="max",
+        block_size=block_size,
+        scales_sha256=None if kind == "rtn" else "0" * 64,
     )
+    return Quantization(precision, layers, record, None)
+
+
+def constant_scales(quantization: Quantization | None) -> dict[str, Any]:
+    """Scales that a graph is lowered with."""
+    if quantization is None:
+        return {}
+    if quantization.precision != "nvfp4":
+        return known_scales(quantization, "bfloat16") or {}
+    return {
+        f"{layer}.input_scale": scales.rounded("nvfp4", "float32").input
+        for layer, scales in quantization.layers.items()
+    }
+
+
+def write_zeros(layout: PackLayout, path: Path) -> None:
+    """A pack of weights that are zero and scales that are one; it takes little of the disk."""
+    ones = {"bfloat16": b"\x80\x3f", "float8e4m3fn": b"\x38", "float32": b"\x00\x00\x80\x3f"}
+    with path.open("wb") as stream:
+        stream.write(layout.header)
+        stream.truncate(layout.num_bytes)
+        for name, tensor in layout.tensors.items():
+            if "_scale" in name:
+                one = ones[tensor.dtype]
+                stream.seek(tensor.offset)
+                stream.write(one * (tensor.num_bytes // len(one)))
 
 
 def fractions(
@@ -95,18 +131,24 @@ def fractions(
     options = BuildOptions(
         targets=(target,), precision="bf16", max_length=length, block_lengths=(32,)
     )
-    record: TargetRecord = make_plan(checkpoint, options).records[target]
+    plan = make_plan(checkpoint, options)
+    is_rtn = quantization is not None and quantization.record.scales_sha256 is None
+    record: TargetRecord = plan_target(
+        plan.targets[target], options, plan.model, "bfloat16", plan.names, one_row=not is_rtn
+    )
     layout = plan_pack(
         checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
     )
-    scales = known_scales(quantization, "bfloat16") if quantization else {}
-    assert scales is not None
-    (folder / "m.onnx").write_bytes(to_bytes(lower_for(record, graph, layout.tensors, scales)))
+    lowered = lower_for(record, graph, layout.tensors, constant_scales(quantization))
+    pack = folder / "weights.safetensors"
+    write_zeros(layout, pack)
+    point_into_packs(lowered, layout.tensors, folder)
+    (folder / "m.onnx").write_bytes(to_bytes(lowered))
     assert record.compute_capability is not None
     job = EngineJob(
         library="tensorrt_rtx",
         graph=folder / "m.onnx",
-        packs=(),
+        packs=(pack,),
         output=folder / "m.engine",
         compute_capability=record.compute_capability,
         profiles=record.graphs[role].profiles,
@@ -114,19 +156,32 @@ def fractions(
     build_engine(job, lambda _: True)
     plans = audit_engine(folder / "m.engine", record.library, record.graphs[role].profiles)
     assert isinstance(plans, tuple), plans.reason
+    assert record.capacity is not None
+    check_attention(folder / "m.engine", record.capacity)
+    (folder / "m.engine").unlink()
     of_layers = sum(
         tensor.num_bytes for name, tensor in layout.tensors.items() if ".layers." in name
     )
     return [(plan, (plan.copied + plan.activations) / of_layers) for plan in plans]
 
 
-def check(found: list[tuple[PlanRecord, float]], length: int) -> None:
+def check_attention(engine: Path, capacity: int) -> None:
+    """Every attention reads a mask: without one it would see slots that hold nothing."""
+    for program in read_programs(engine):
+        attentions = [kernel for kernel in program.kernels if "mha" in kernel.name]
+        assert len(attentions) == 4
+        for kernel in attentions:
+            inputs = [program.tensors[name] for name in kernel.inputs if name in program.tensors]
+            assert [one for one in inputs if one.dims[-1] == capacity], kernel.inputs
+
+
+def check(found: list[tuple[PlanRecord, float]], length: int, most: float = MOST_ON_TOP) -> None:
     cache_bytes = 4 * 2 * 8 * (length + 64) * 128 * 2
     for plan, fraction in found:
         assert plan.copies == ()
         assert plan.keys_values == cache_bytes
         if plan.rows <= 32:  # a chunk of a prompt has large activations
-            assert fraction <= MOST_ON_TOP
+            assert fraction <= most
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -176,3 +231,33 @@ def test_8_bits(
         scales_for(checkpoint, precision, kind),
     )
     check(found, length)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "role", "target", "length", "most"),
+    [
+        ("int4", "block", "ar", "sm89", 8192, MOST_OF_4_BITS),
+        ("int4", "block", "draft", "sm121", 8192, MOST_OF_4_BITS),
+        ("int4", "block", "verify", "sm120", LONGEST, MOST_OF_4_BITS),
+        ("int8", "rtn", "ar", "sm89", 8192, MOST_ON_TOP),
+        ("int8", "rtn", "verify", "sm120", 8192, MOST_ON_TOP),
+        ("nvfp4", "tensor", "ar", "sm120", 8192, MOST_OF_4_BITS),
+        ("nvfp4", "tensor", "draft", "sm121", 8192, MOST_OF_4_BITS),
+        ("nvfp4", "tensor", "verify", "sm120", LONGEST, MOST_OF_4_BITS),
+    ],
+)
+def test_weights_and_scales_inside_engines(
+    checkpoint: Checkpoint,
+    graph_of: Callable[[Role], ir.Model],
+    precision: str,
+    kind: str,
+    role: Role,
+    target: str,
+    length: int,
+    most: float,
+    tmp_path: Path,
+) -> None:
+    """What TensorRT-RTX reads once only as constants."""
+    scales = scales_for(checkpoint, precision, kind)
+    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales)
+    check(found, length, most)

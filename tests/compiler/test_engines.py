@@ -312,7 +312,7 @@ def test_refusals_of_the_builder_are_explained(
         build_bundle(
             checkpoint, tmp_path / "bundle", BuildOptions(targets=("t4",), precision="bf16")
         )
-    assert refusal.value.hint == "pass --precision fp16"
+    assert refusal.value.hint == "pass `precision` fp16"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -132,7 +132,7 @@ def test_a_quantized_weight_beyond_fp16(precision: QuantizedPrecision) -> None:
     weight = np.full((2, 16), 60000, np.float32)
 
     def bytes_for(values: np.ndarray, stored: Any) -> bytes:
-        given = LayerScales(None, 16 if precision == "int4" else None)
+        given = LayerScales(None, block_size=16 if precision == "int4" else None)
         read = lambda: iter([values.tobytes()])  # noqa: E731
         return b"".join(
             WeightStream(
@@ -198,7 +198,9 @@ def test_a_model_with_a_layer_of_zeros_generates(
 
 def test_scales_that_make_a_weight_infinite() -> None:
     weight = np.full((1, 4), 1e38, np.float32)
-    given = LayerScales(np.float32(1), None, None, np.full(4, 1e-3, np.float32))  # type: ignore[arg-type]
+    given = LayerScales.from_amax(
+        "int8", np.array(1, np.float32), pre_quant=np.full(4, 1e-3, np.float32)
+    )
     stream = WeightStream(
         "a.layer",
         (1, 4),
@@ -209,7 +211,7 @@ def test_scales_that_make_a_weight_infinite() -> None:
     )
     with pytest.raises(BuildError, match=r"a\.layer: expected weights that stay finite"):
         b"".join(stream.weight())
-    fine = replace(given, pre_quant_scale=np.ones(4, np.float32))
+    fine = replace(given, pre_quant=np.ones(4, np.float32))
     b"".join(
         WeightStream(
             "a.layer",
@@ -223,7 +225,7 @@ def test_scales_that_make_a_weight_infinite() -> None:
 
 
 def test_an_input_scale_that_does_not_fit_names_its_layer() -> None:
-    given = LayerScales(np.array(1, np.float32), None, np.array(1e30, np.float32))
+    given = LayerScales.from_amax("int8", np.array(1, np.float32), np.array(1e30, np.float32))
     stream = WeightStream(
         "a.layer",
         (1, 4),

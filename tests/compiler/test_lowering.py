@@ -21,6 +21,8 @@ from trimode.compiler.pack.writer import write_pack
 from trimode.compiler.passes.base import caches, lower, to_bytes, weights
 from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
+from trimode.compiler.passes.mask_slots import MaskSlots
+from trimode.compiler.passes.narrow_logits import NarrowLogits
 from trimode.compiler.passes.queries_to_outputs import QueriesToOutputs
 from trimode.compiler.passes.static_capacity import StaticCacheCapacity
 from trimode.compiler.passes.stored_type import StoredType
@@ -243,6 +245,56 @@ def test_tokens_are_chosen_from_narrow_logits_and_are_the_same(
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_a_mask_says_what_the_valid_length_said(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+) -> None:
+    """TensorRT-RTX ignores the length, so nothing but the mask may hide slots. Those behind the
+    new rows hold large numbers: whoever sees one gives other outputs.
+    """
+    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    plain = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    masked = lower(traced[role], StaticCacheCapacity(CAPACITY), MaskSlots(), WeightsToInputs())
+    attentions = [node for node in masked.graph if node.op_type == "Attention"]
+    assert len(attentions) == 2
+    assert {len(node.inputs) for node in attentions} == {4}
+    assert len({node.inputs[3] for node in attentions}) == 1  # computed once
+    fed = feeds(checkpoint, "float32", plain, tmp_path)
+    rows = fed["input_ids"].shape[1]
+    for name in [name for name in fed if name.startswith("past_key_values")]:
+        for sequence, length in enumerate(fed["past_length"]):
+            written = rows * (rows + 1) if role == "quadratic" else rows
+            fed[name][sequence, :, length + written :] = 50
+    for name, one, other in zip(
+        names, run_ort(plain, fed, names), run_ort(masked, fed, names), strict=True
+    ):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_logits_are_returned_as_the_head_gave_them(
+    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+) -> None:
+    """ONNX's reference evaluator: ONNX Runtime computes the product in float32 before a cast."""
+    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    steps = (StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), ChooseBeforeWidening())
+    wide = lower(traced[role], *steps, WeightsToInputs())
+    narrow = lower(traced[role], *steps, NarrowLogits(), WeightsToInputs())
+    fed = feeds(checkpoint, "bfloat16", wide, tmp_path)
+    expected, found = (
+        ReferenceEvaluator(onnx.load_from_string(to_bytes(graph))).run(names, fed)
+        for graph in (wide, narrow)
+    )
+    for name, one, other in zip(names, expected, found, strict=True):
+        assert other.dtype == (ml_dtypes.bfloat16 if name == "logits" else one.dtype)
+        np.testing.assert_array_equal(other.astype(one.dtype), one, err_msg=name)
+    float32 = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    unchanged = lower(
+        traced[role], StaticCacheCapacity(CAPACITY), NarrowLogits(), WeightsToInputs()
+    )
+    assert to_bytes(float32) == to_bytes(unchanged)
+
+
 def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model]) -> None:
     twice = {
         "StaticCacheCapacity": (StaticCacheCapacity(8), StaticCacheCapacity(9)),
@@ -250,6 +302,7 @@ def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model])
         "StoredType": (ComputeType("float16"), StoredType("bfloat16")),
         "WeightsToInputs": (WeightsToInputs(), WeightsToInputs()),
         "QueriesToOutputs": (QueriesToOutputs(), QueriesToOutputs()),
+        "MaskSlots": (MaskSlots(),),
     }
     for name, steps in twice.items():
         with pytest.raises(BuildError, match=rf"lower the graph \({name}\)"):

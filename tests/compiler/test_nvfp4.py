@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import config_of, raw_weight, write_checkpoint
 
-from trimode.calib.reference.fake_quant import in_blocks, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import in_blocks, quantize_trunk
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.calib.scales.modelopt import load_modelopt
 from trimode.cli.inspect import describe
@@ -31,7 +31,7 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import round_trip, scale_of
 from trimode.graphs.numerics.nvfp4 import PAIRS, VALUES, decode, encode
-from trimode.graphs.numerics.scales import LayerScales
+from trimode.graphs.numerics.scales import LayerScales, linear_scales
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.bundle.weights import WeightPack
 from trimode.runtime.sessions.ort.library import load_graph, session_options
@@ -180,7 +180,7 @@ def test_a_byte_is_two_numbers_the_first_in_the_low_bits() -> None:
 def test_weights_that_are_no_numbers() -> None:
     with pytest.raises(BuildError, match="expected finite weights, found NaN"):
         encode(np.full((1, 16), np.nan, np.float32), np.array(1, np.float32))
-    stream = stream_of(np.full((2, 16), np.inf, np.float32), LayerScales(None, 16), 64)
+    stream = stream_of(np.full((2, 16), np.inf, np.float32), LayerScales(None, block_size=16), 64)
     with pytest.raises(BuildError, match=r"a\.layer: expected scales that fit float32"):
         list(stream.weight())
 
@@ -199,8 +199,10 @@ def stream_of(weight: np.ndarray, given: LayerScales, piece: int) -> Nvfp4Stream
 def test_a_weight_is_quantized_in_pieces_of_any_size(piece: int, is_given: bool) -> None:
     weight = some_weights()
     amax = np.array(700, np.float32) if is_given else np.abs(weight).max()
-    given = LayerScales(
-        amax if is_given else None, 16, np.array(3, np.float32) if is_given else None
+    given = (
+        LayerScales.from_amax("nvfp4", amax, np.array(3, np.float32), block_size=16)
+        if is_given
+        else LayerScales(None, block_size=16)
     )
     stream = stream_of(weight, given, piece)
     scale = scale_of(amax, "nvfp4", "float32")
@@ -500,7 +502,7 @@ def test_gpus_before_blackwell_are_refused(
         ),
     ) as refusal:
         build_bundle(checkpoint, tmp_path / "b", options)
-    assert "--precision bf16" in refusal.value.hint or target == "t4"
+    assert "`precision` bf16" in refusal.value.hint or target == "t4"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -546,27 +548,18 @@ def test_the_job_finds_the_magnitudes(tmp_path: Path) -> None:
     """Those of the weights are looked up here; those of inputs are the ones that fp8 has, which
     other tests compare with hooks.
     """
-    from trimode.cli.calibrate.scales import CalibrateRequest, run_calibrate
+    from trimode.calib.scales.settings import QuantizeSettings
+    from trimode.cli.calibrate.scales import run_calibrate
     from trimode.formats.calibration import load_calibration
+    from trimode.runtime.text.prompts import USUAL_STYLE
 
     folder = write_checkpoint(tmp_path / "c", config_of(**CONFIG, block_size=8), rank=2)
     (tmp_path / "data.jsonl").write_text(json.dumps({"token_ids": [5, 20, 33, 48]}) + "\n")
     found = {}
     for precision in ("nvfp4", "fp8"):
-        request = CalibrateRequest(
-            precision,
-            tmp_path / "data.jsonl",
-            None,
-            "ar,draft,verify",
-            8,
-            0,
-            None,
-            False,
-            False,
-            "cpu",
-            False,
-        )
-        run_calibrate(folder, tmp_path / precision, request)
+        settings = QuantizeSettings(precision, max_new_tokens=8)  # type: ignore[arg-type]
+        data = tmp_path / "data.jsonl"
+        run_calibrate(folder, tmp_path / precision, data, settings, style=USUAL_STYLE)
         found[precision] = load_calibration(tmp_path / precision)
     record, scales = found["nvfp4"]
     assert (record.algorithm, record.block_size) == ("max", 16)

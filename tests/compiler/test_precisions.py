@@ -188,7 +188,7 @@ def test_an_added_precision_has_the_graphs_of_the_bundle(
             tmp_path / "without",
             options_for("int4", checkpoint, tmp_path, cache=cache, quadratic=True),
         )
-    assert "--force" in refusal.value.hint
+    assert "`force`" in refusal.value.hint
 
 
 def test_nothing_is_held_twice(checkpoint: Path, tmp_path: Path, cache: Path) -> None:
@@ -333,7 +333,7 @@ def test_what_cannot_be_added(checkpoint: Path, tmp_path: Path, cache: Path) -> 
             "b",
             BuildOptions(precision="int4"),
             UsageError,
-            "int4: expected --calibration, found none",
+            "int4: expected `calibration`, found none",
         ),
         (
             "b",

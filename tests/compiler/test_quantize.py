@@ -40,7 +40,8 @@ from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import FORMATS, dequantize, quantize, round_to, scale_of
-from trimode.graphs.numerics.scales import LayerScales, load_quantization
+from trimode.graphs.numerics.quantization import load_quantization
+from trimode.graphs.numerics.scales import LayerScales
 from trimode.graphs.numerics.stored import NUMPY_DTYPES
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.bundle.weights import WeightPack
@@ -168,8 +169,8 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
     raw = weight.tobytes()
     given = LayerScales(
         None,
-        2 if precision == "int4" else None,
-        pre_quant_scale=np.linspace(0.5, 2, 6, dtype=np.float32),
+        pre_quant=np.linspace(0.5, 2, 6, dtype=np.float32),
+        block_size=2 if precision == "int4" else None,
     )
 
     def read() -> Iterator[bytes]:
@@ -177,7 +178,7 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
 
     stream = WeightStream("it", (7, 6), read, scales=given, precision=precision, stored="bfloat16")
     found = b"".join(stream.weight())
-    scaled = weight / round_to(given.pre_quant_scale, "bfloat16")  # type: ignore[arg-type]
+    scaled = weight / round_to(given.pre_quant, "bfloat16")  # type: ignore[arg-type]
     amax = np.abs(scaled).max(1) if precision != "int4" else np.abs(scaled).reshape(7, 3, 2).max(2)
     scale = scale_of(amax, precision, "bfloat16")
     assert found == quantize(scaled, scale, precision).tobytes()
@@ -191,9 +192,10 @@ def test_a_weight_is_quantized_in_pieces_of_any_size(
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_that_are_no_numbers(precision: QuantizedPrecision) -> None:
     weight = np.array([[1, np.nan]], np.float32)
-    given = LayerScales(
+    given = LayerScales.from_amax(
+        precision,
         np.ones((1, 1) if precision == "int4" else (1,), np.float32),
-        2 if precision == "int4" else None,
+        block_size=2 if precision == "int4" else None,
     )
     stream = WeightStream(
         "a.layer",
@@ -734,18 +736,18 @@ def test_the_pack_is_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     [
         (
             BuildOptions(precision="int4"),
-            "int4: expected --calibration, found none",
-            "--data PROMPTS.jsonl -o CAL`; or pass --calibration rtn",
+            "int4: expected `calibration`, found none",
+            "--data PROMPTS.jsonl -o CAL`; or pass `calibration` rtn",
         ),
-        (BuildOptions(precision="fp8"), "fp8: expected --calibration, found none", "-o CAL`"),
+        (BuildOptions(precision="fp8"), "fp8: expected `calibration`, found none", "-o CAL`"),
         (
             BuildOptions(precision="fp8", calibration="rtn"),
-            "expected --precision int8, int4 or nvfp4, found fp8",
+            "expected `precision` int8, int4 or nvfp4, found fp8",
             "trimode calibrate",
         ),
         (
             BuildOptions(precision="bf16", calibration="rtn"),
-            "expected --calibration with --precision fp8, int8, int4 or nvfp4, found bf16",
+            "expected `calibration` with `precision` fp8, int8, int4 or nvfp4, found bf16",
             "leave",
         ),
         (

@@ -5,6 +5,7 @@ print and what they refuse.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from trimode.calib.evaluate.quantization.candidate import (
     read_candidate,
     weight_bytes,
 )
+from trimode.calib.evaluate.quantization.questions import QualitySettings
+from trimode.calib.evaluate.quantization.sensitivity import DropLimit
 from trimode.calib.reference.torch_session import load_trunk
-from trimode.cli.calibrate.sensitivity import SensitivityRequest, run_sensitivity
+from trimode.cli.calibrate.sensitivity import run_sensitivity
 from trimode.cli.main import app
-from trimode.cli.report import ReportRequest, run_report
+from trimode.cli.parse import parse_modes
+from trimode.cli.report import run_report
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.layout import plan_pack
 from trimode.compiler.pack.writer import write_pack
@@ -40,8 +44,9 @@ from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import dequantize
 from trimode.graphs.numerics.nvfp4 import decode
-from trimode.graphs.numerics.scales import load_quantization
+from trimode.graphs.numerics.quantization import load_quantization
 from trimode.runtime.bundle.weights import WeightPack
+from trimode.runtime.text.prompts import USUAL_STYLE
 
 CONFIG = {
     "num_hidden_layers": 2,
@@ -119,30 +124,43 @@ def calibrated(
     return folder
 
 
-def report_request(data: Path, *calibrations: str, **changes: Any) -> ReportRequest:
-    values = {
-        "num_samples": None,
-        "modes": "ar,diffusion,linear-spec",
-        "max_new_tokens": 8,
-        "seed": 0,
-        "device": "cpu",
-    }
-    return ReportRequest(
-        calibrations, data, **{**values, "draws": False, "as_json": True, **changes}
+def settings_of(modes: str, **changes: Any) -> QualitySettings:
+    return replace(QualitySettings(parse_modes(modes), max_new_tokens=8), **changes)
+
+
+def write_report(
+    checkpoint: Path,
+    output: Path,
+    data: Path,
+    *calibrations: str,
+    modes: str = "ar,diffusion,linear-spec",
+    as_json: bool = True,
+    **changes: Any,
+) -> bool:
+    return run_report(
+        checkpoint,
+        output,
+        data,
+        calibrations,
+        settings_of(modes, **changes),
+        style=USUAL_STYLE,
+        draws=False,
+        as_json=as_json,
     )
 
 
-def sensitivity_request(calibration: Path, data: Path, **changes: Any) -> SensitivityRequest:
-    values = {
-        "max_drop": 50.0,
-        "num_samples": None,
-        "ranking_samples": 2,
-        "modes": "ar,linear-spec",
-        "max_new_tokens": 8,
-        "seed": 0,
-    }
-    return SensitivityRequest(
-        calibration, data, **{**values, "device": "cpu", "as_json": True, **changes}
+def search(
+    checkpoint: Path, output: Path, calibration: Path, data: Path, max_drop: float = 50.0
+) -> None:
+    run_sensitivity(
+        checkpoint,
+        output,
+        data,
+        calibration,
+        DropLimit(max_drop, ranking_samples=2),
+        settings_of("ar,linear-spec"),
+        style=USUAL_STYLE,
+        as_json=True,
     )
 
 
@@ -194,9 +212,7 @@ def test_a_report_from_the_command(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibration = calibrated(checkpoint, tmp_path / "cal", "fp8")
-    assert run_report(
-        checkpoint, tmp_path / "out", report_request(data, str(calibration), "rtn-int4")
-    )
+    assert write_report(checkpoint, tmp_path / "out", data, str(calibration), "rtn-int4")
     said = capsys.readouterr()
     report = Report.model_validate_json(said.out)  # nothing else is on stdout
     assert report == Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
@@ -207,10 +223,8 @@ def test_a_report_from_the_command(
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
 
-    run_report(
-        checkpoint,
-        tmp_path / "out",
-        report_request(data, "rtn-int8", modes="ar,linear-spec", as_json=False),
+    write_report(
+        checkpoint, tmp_path / "out", data, "rtn-int8", modes="ar,linear-spec", as_json=False
     )
     table = capsys.readouterr().out
     assert "linear-spec, no drafter" in table
@@ -222,9 +236,7 @@ def test_a_calibration_with_layers_left_out_builds(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibration = calibrated(checkpoint, tmp_path / "cal", "int4", ruined=BAD)
-    run_sensitivity(
-        checkpoint, tmp_path / "cal2", sensitivity_request(calibration, data, max_drop=75)
-    )
+    search(checkpoint, tmp_path / "cal2", calibration, data, max_drop=75)
     printed = json.loads(capsys.readouterr().out)
     assert printed["kept"][0] == BAD
     record, scales = load_calibration(tmp_path / "cal2")
@@ -282,7 +294,7 @@ def test_reports_that_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(kind, match=message):
-        run_report(checkpoint, tmp_path / "out", report_request(data, *calibrations, **changes))
+        write_report(checkpoint, tmp_path / "out", data, *calibrations, **changes)
     assert not (tmp_path / "out").exists()
 
 
@@ -291,9 +303,9 @@ def test_nothing_is_replaced_but_its_own_kind(checkpoint: Path, data: Path, tmp_
     other.mkdir()
     (other / "thesis.tex").write_text("all of it")
     with pytest.raises(UsageError, match="or a report to replace"):
-        run_report(checkpoint, other, report_request(data, "rtn-int8"))
+        write_report(checkpoint, other, data, "rtn-int8")
     with pytest.raises(UsageError, match="or a calibration to replace"):
-        run_sensitivity(checkpoint, other, sensitivity_request(tmp_path, data))
+        search(checkpoint, other, tmp_path, data)
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
 
 
@@ -302,10 +314,8 @@ def test_another_checkpoint_and_no_data(checkpoint: Path, data: Path, tmp_path: 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     for call in (
-        lambda path: run_report(checkpoint, tmp_path / "out", report_request(path, str(foreign))),
-        lambda path: run_sensitivity(
-            checkpoint, tmp_path / "out", sensitivity_request(foreign, path)
-        ),
+        lambda path: write_report(checkpoint, tmp_path / "out", path, str(foreign)),
+        lambda path: search(checkpoint, tmp_path / "out", foreign, path),
     ):
         with pytest.raises(CheckpointError, match="expected a calibration of this checkpoint"):
             call(data)
@@ -318,7 +328,7 @@ def test_answers_take_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"token_ids": [12, 13], "answer": "yes"}\n')
     with pytest.raises(UsageError, match=r"expected tokenizer\.json, found none"):
-        run_report(checkpoint, tmp_path / "out", report_request(data, "rtn-int8"))
+        write_report(checkpoint, tmp_path / "out", data, "rtn-int8")
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
+from trimode.compiler.verify import run as library
 from trimode.compiler.verify.graphs import compare_target
-from trimode.compiler.verify.run import VerifyRequest
 from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens
 from trimode.compiler.verify.tolerance import tolerance_for
@@ -61,9 +61,7 @@ def copied(built: Callable[[str], Built], tmp_path: Path) -> Callable[[str], tup
 
 
 def verify(bundle: Path, checkpoint: Path, **options: Any) -> Verification:
-    passed = run_verify(
-        bundle, VerifyRequest(checkpoint, threads=1, **{"max_new_tokens": 20, **options})
-    )
+    passed = run_verify(bundle, checkpoint, threads=1, **{"max_new_tokens": 20, **options})
     found = read_verifications(bundle).verifications[-1]
     assert found.passed == passed
     return found
@@ -250,7 +248,7 @@ def test_a_target_that_cannot_run_here_leaves_the_result_alone(
 
     monkeypatch.setattr(TriModeModel, "from_pretrained", no_gpu)
     with pytest.raises(DeviceError, match="nothing was verified: expected a GPU"):
-        run_verify(bundle, VerifyRequest(checkpoint))
+        run_verify(bundle, checkpoint)
     assert (bundle / VERIFICATION).read_text() == "an earlier one"
 
 
@@ -276,27 +274,41 @@ def test_the_portable_graphs_do_not_stand_for_a_gpu(
         with pytest.raises(
             (DeviceError, BundleError, DependencyError), match="nothing was verified"
         ):
-            run_verify(bundle, VerifyRequest(checkpoint, target=target))
+            run_verify(bundle, checkpoint, target=target)
     assert (bundle / VERIFICATION).read_text() == "an earlier one"
     found = verify(bundle, checkpoint, target="portable", max_new_tokens=2)
     assert (found.passed, found.target, found.compute_dtype) == (True, "portable", "float32")
     assert "rtx-4090" in found.notes[0]
 
 
+def test_the_library_names_parameters_and_the_command_its_flags(
+    copied: Callable[[str], tuple[Path, Path]],
+) -> None:
+    checkpoint, bundle = copied("plain")
+    model = TriModeModel.from_pretrained(bundle, num_threads=1)
+    for name, value in (("long", 993), ("max_new_tokens", 0), ("seed", -1)):
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(UsageError, match=f"expected `{name}`"):
+            library.verify(model, open_checkpoint(checkpoint), **options)
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(UsageError, match=f"expected {flag}"):
+            run_verify(bundle, checkpoint, **options)
+
+
 def test_refuses_wrong_usage(copied: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     checkpoint, bundle = copied("plain")
     other = write_checkpoint(tmp_path / "other", config_of())
-    wrong: list[tuple[str, VerifyRequest]] = [
-        ("toaster", VerifyRequest(checkpoint, target="toaster")),
-        ("vocab_size 301, found 109", VerifyRequest(other)),
-        ("--long from 1 to 992", VerifyRequest(checkpoint, long=993)),
-        ("--max-new-tokens", VerifyRequest(checkpoint, max_new_tokens=0)),
-        ("--seed", VerifyRequest(checkpoint, seed=-1)),
-        ("nowhere.jsonl", VerifyRequest(checkpoint, prompts_file=tmp_path / "nowhere.jsonl")),
+    wrong: list[tuple[str, Path, dict[str, Any]]] = [
+        ("toaster", checkpoint, {"target": "toaster"}),
+        ("vocab_size 301, found 109", other, {}),
+        ("--long from 1 to 992", checkpoint, {"long": 993}),
+        ("--max-new-tokens", checkpoint, {"max_new_tokens": 0}),
+        ("--seed", checkpoint, {"seed": -1}),
+        ("nowhere.jsonl", checkpoint, {"prompts_file": tmp_path / "nowhere.jsonl"}),
     ]
-    for message, request in wrong:
+    for message, folder, options in wrong:
         with pytest.raises(UsageError, match=message):
-            run_verify(bundle, request)
+            run_verify(bundle, folder, **options)
     assert not (bundle / VERIFICATION).exists()
 
 
@@ -444,7 +456,11 @@ def test_a_bundle_that_computes_nan_fails_by_the_names_of_its_graphs(
         for subject in ("target", "portable")
     }
     assert not any(record.passed for record in found.tokens)
-    assert "FAILED" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.rstrip().endswith("FAILED")]
+    outputs = [output for record in failed(found) for output in record.outputs]
+    assert len(lines) == sum(not output.passed for output in outputs) + len(found.tokens)
+    assert all("no number" in line for line in lines)
     assert "NaN" not in (bundle / VERIFICATION).read_text()
 
 

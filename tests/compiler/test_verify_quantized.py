@@ -19,12 +19,7 @@ import pytest
 import torch
 from checkpoints import config_of, write_checkpoint
 
-from trimode.calib.reference.fake_quant import (
-    InputQuantizer,
-    LinearScales,
-    linear_scales,
-    quantize_trunk,
-)
+from trimode.calib.reference.fake_quant import InputQuantizer, quantize_trunk
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
@@ -38,7 +33,6 @@ from trimode.compiler.verify.rounding import (
     _spacing,
     guide_inputs,
 )
-from trimode.compiler.verify.run import VerifyRequest
 from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.tokens import TokenPrompt, compare_tokens
 from trimode.compiler.verify.tolerance import tolerance_for
@@ -55,6 +49,7 @@ from trimode.formats.verification import Verification, read_verifications
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.graphs.identity import SourceDigest
 from trimode.graphs.numerics.integers import FORMATS
+from trimode.graphs.numerics.scales import LayerScales, linear_scales
 from trimode.runtime.bundle.weights import WeightPack
 
 PRECISIONS: tuple[QuantizedPrecision, ...] = ("fp8", "int8", "int4", "nvfp4")
@@ -151,7 +146,7 @@ def copied(
 
 def verify(bundle: Path, checkpoint: Path, **options: Any) -> Verification:
     passed = run_verify(
-        bundle, VerifyRequest(checkpoint, threads=1, **{"max_new_tokens": 6, "long": 20, **options})
+        bundle, checkpoint, threads=1, **{"max_new_tokens": 6, "long": 20, **options}
     )
     found = read_verifications(bundle).verifications[-1]
     assert found.passed == passed
@@ -466,7 +461,7 @@ def test_dithering_bounds_what_borders_do_and_no_more(
 def quantizer_of(precision: QuantizedPrecision, scale: float = 0.25) -> InputQuantizer:
     return InputQuantizer(
         precision,
-        LinearScales(np.array(1, np.float32), np.array(scale, np.float32)),
+        LayerScales(np.array(1, np.float32), np.array(scale, np.float32)),
         torch.device("cpu"),
     )
 

@@ -74,6 +74,21 @@ NOT_TOKENS: tuple[Any, ...] = (
     b"\x0b",
     INF,
 )
+NOT_BIASES: tuple[Any, ...] = (
+    1,
+    "11=2",
+    [(11, 2.0)],
+    {11: "2"},
+    {11: NAN},
+    {11: True},
+    {"11": 2.0},
+    {1.5: 2.0},
+    {True: 2.0},
+    {None: 2.0},
+    (11, 2.0),
+    ((11, 2.0, 3.0),),
+    {11},
+)
 NOT_PATH: tuple[Any, ...] = (1, b"x", ["x"], True)
 
 WRONG: dict[str, tuple[tuple[Any, ...], bool]] = {
@@ -96,6 +111,9 @@ WRONG: dict[str, tuple[tuple[Any, ...], bool]] = {
     "top_p": (NOT_NUMBER, False),
     "min_p": (NOT_NUMBER, False),
     "repetition_penalty": (NOT_NUMBER, False),
+    "presence_penalty": (NOT_NUMBER, False),
+    "frequency_penalty": (NOT_NUMBER, False),
+    "logit_bias": (NOT_BIASES, True),
     "seed": (NOT_WHOLE, True),
 }
 """By option: values of the wrong type, and whether None is allowed."""
@@ -105,6 +123,9 @@ CHOICES = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
     "seed",
     "min_new_tokens",
     "stop",
@@ -153,7 +174,7 @@ def methods(model: TriModeModel) -> dict[str, tuple[Callable[..., Any], tuple[st
             lambda **o: model.generate_batch([[20], [30]], "ar", **o),
             tuple(set(every) - {"seed", "max_new_tokens"}),
         ),
-        "join": (lambda **o: model.new_batch(1).add([20], "ar", **o), every),
+        "add": (lambda **o: model.new_batch(1).add([20], "ar", **o), every),
         "resume": (
             lambda **o: (batch := model.new_batch(1)).resume(batch.add([20], "ar"), "ar", **o),
             every,
@@ -182,7 +203,7 @@ METHODS = (
     "stream",
     "continue_sequence",
     "generate_batch",
-    "join",
+    "add",
     "resume",
 )
 
@@ -224,7 +245,7 @@ def test_every_option_is_in_the_table() -> None:
         ("generate_batch", "max_row", "max_rows"),
         ("self_spec_generate", "Seed", "seed"),
         ("auto_generate", "stops", "stop"),
-        ("join", "sampling", "sampler"),
+        ("add", "sampling", "sampler"),
         ("resume", "step", "steps"),
     ],
 )
@@ -315,6 +336,9 @@ WRONG_IDS: tuple[Any, ...] = (
     [[20.0]],
     [[NAN]],
     [[True]],
+    [[20, True]],
+    [(20, False)],
+    ([20, 30, np.bool_(True)],),
     [[None]],
     [],
     [[]],

@@ -413,6 +413,8 @@ RULES = st.fixed_dictionaries(
     {
         "max_new_tokens": st.integers(1, 40),
         "repetition_penalty": st.sampled_from([1.0, 1.4]),
+        "frequency_penalty": st.sampled_from([0.0, 1.3]),
+        "logit_bias": st.sampled_from([None, {20: 3.0, 21: -50.0}]),
         "eos_token_ids": st.lists(st.integers(0, 99), max_size=3),
         "min_new_tokens": st.integers(0, 1),
         "logprobs": st.sampled_from([None, 2]),

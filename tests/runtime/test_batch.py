@@ -90,6 +90,11 @@ def random_options(rng: random.Random, mode: str) -> dict[str, Any]:
         options |= {
             "temperature": rng.choice([0.0, 1.0]),
             "repetition_penalty": rng.choice([1.0, 1.3]),
+            "presence_penalty": rng.choice([0.0, 0.0, 1.5]),
+            "frequency_penalty": rng.choice([0.0, 0.0, 0.7, -0.4]),
+            "logit_bias": rng.choice([None, {30: 4.0, 31: -100.0}])
+            if mode != "diffusion"
+            else None,
             "seed": rng.randint(0, 9),
             "min_new_tokens": rng.randint(0, min(5, options["max_new_tokens"]))
             if mode != "diffusion"

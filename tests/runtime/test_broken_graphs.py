@@ -149,6 +149,38 @@ def test_logits_on_a_gpu_are_looked_at_once_a_text_and_when_they_are_read(
             again.stream([PROMPT], "linear_spec", temperature=1.0, block_length=1, **FREE).finish()
 
 
+class RowsOnGpu(Poisoned):
+    """Its logits can be copied row by row, and it counts what is copied."""
+
+    def _on_gpu(self, values: np.ndarray) -> Any:
+        def fetch(*index: int) -> np.ndarray:
+            if values.dtype == np.float32:  # logits, and not a block's ids
+                self.num_copied += values[index].size // values.shape[-1]
+            return values[index].copy()
+
+        return DeviceArray(values.shape, values.dtype, fetch, fetch)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.3, "seed": 3}, {"logprobs": 2}])
+def test_rows_that_decide_nothing_stay_on_a_gpu(
+    built: Callable[[str], Built], options: dict[str, Any]
+) -> None:
+    whole = built("three_kv_heads").model
+    session = RowsOnGpu(whole.session, "verify", 2, first=10**6, is_gpu=True)
+    choices = {"block_length": 8, **options, **FREE}
+    expected = whole.stream([PROMPT], "linear_spec", **choices).finish()
+    result = TriModeModel(whole.bundle, session).stream([PROMPT], "linear_spec", **choices).finish()
+    assert (result.token_ids, result.nfe) == (expected.token_ids, expected.nfe)
+    # a row for each token, one more for the prompt's check, and those of the last block, cut off
+    assert len(result.token_ids) <= session.num_copied <= len(result.token_ids) + 1 + 8
+    assert session.num_copied < 8 * result.forwards.verify
+    last_of_block = RowsOnGpu(whole.session, "verify", 2, is_gpu=True)
+    with pytest.raises(NotFiniteError, match=r"graph verify: .* at position 4"):
+        TriModeModel(whole.bundle, last_of_block).stream(
+            [PROMPT], "linear_spec", temperature=1.0, block_length=1, **FREE
+        ).finish()
+
+
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec"])
 def test_reports_hold_finite_numbers_or_none(built: Callable[[str], Built], mode: Any) -> None:
     """With tokens forbidden, penalised beyond all measure, and cut off."""

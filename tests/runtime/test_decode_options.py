@@ -14,6 +14,7 @@ import torch
 from conftest import Built
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling_reference import with_penalties
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -23,6 +24,8 @@ from transformers.generation.logits_process import (
 )
 
 from trimode.errors import UsageError
+from trimode.runtime.decode.options import make_options
+from trimode.runtime.decode.penalties import Penalties
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.text.codec import TextCodec
 from trimode.runtime.text.stream import TextStream, first_stop
@@ -39,6 +42,8 @@ OPTIONS = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 0.0, 1.0]),
         "top_k": st.sampled_from([0, 3]),
         "repetition_penalty": st.sampled_from([1.0, 1.4]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 1.5]),
+        "frequency_penalty": st.sampled_from([0.0, 0.0, 0.8, -0.3]),
         "eos_token_ids": st.lists(st.integers(0, 108), max_size=4),
         "min_new_tokens": st.integers(0, 12),
         "max_thinking_tokens": st.sampled_from([None, 0, 3, 17]),
@@ -110,11 +115,15 @@ def test_limits_hold(
 
 
 @PROPERTY
-@given(options=OPTIONS, prompt=st.lists(st.integers(12, 99), min_size=1, max_size=5))
+@given(
+    options=OPTIONS,
+    biases=st.dictionaries(st.integers(0, 108), st.sampled_from([-100.0, -3.0, 2.0]), max_size=4),
+    prompt=st.lists(st.integers(12, 99), min_size=1, max_size=5),
+)
 def test_linear_spec_equals_ar_under_every_rule(
-    model: TriModeModel, options: dict[str, Any], prompt: list[int]
+    model: TriModeModel, options: dict[str, Any], biases: dict[int, float], prompt: list[int]
 ) -> None:
-    options = {**with_ends(model, options, prompt), "temperature": 0.0}
+    options = {**with_ends(model, options, prompt), "temperature": 0.0, "logit_bias": biases}
     expected = model.stream([prompt], "ar", logprobs=3, **options).finish()
     got = model.stream([prompt], "linear_spec", logprobs=3, **options).finish()
     assert got.token_ids == expected.token_ids
@@ -150,6 +159,53 @@ def test_greedy_under_rules_is_that_of_transformers_processors(
     assert (
         it.model.linear_spec_generate([prompt], block_length=8, **chosen)[0][0, 3:].tolist() == out
     )
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec", "auto"])
+def test_greedy_under_penalties_is_the_slow_choice(
+    built: Callable[[str], Built], mode: Any
+) -> None:
+    """Each token is the best one of the reference's logits as OpenAI's formula leaves them; a text
+    that goes on counts the tokens of its own answer alone.
+    """
+    it = built("one_kv_head")
+    prompt, free = [20, 30, 40], it.model.stream([[20, 30, 40]], "ar", max_new_tokens=4).finish()
+    chosen: dict[str, Any] = {
+        "presence_penalty": 0.9,
+        "frequency_penalty": 0.6,
+        "repetition_penalty": 1.1,
+        "logit_bias": {free.token_ids[0]: -100, 33: 1.5},
+    }
+    sampling = make_options(**chosen).sampling
+    tokens = list(prompt)
+    for _ in range(2):
+        begun = len(tokens)
+        while len(tokens) < begun + 20:
+            logits = it.reference.logits(tokens)[-1].numpy()
+            tokens.append(
+                int(with_penalties(logits, sampling, tokens[:begun], tokens[begun:]).argmax())
+            )
+    sequence = it.model.new_sequence([prompt])
+    for _ in range(2):
+        it.model.continue_sequence(
+            sequence, mode, max_new_tokens=20, eos_token_ids=(), block_length=8, **chosen
+        ).finish()
+    assert sequence.tokens == tokens
+    assert free.token_ids[0] not in tokens[len(prompt) :]
+
+
+def test_penalties_know_what_a_denoised_block_has() -> None:
+    """Log-probabilities of candidates, with tokens of the block beside those of the answer."""
+    sampling = make_options(presence_penalty=0.5, frequency_penalty=0.25).sampling
+    penalties = Penalties(sampling, 9, [1, 1, 2])
+    for token in (3, 3, 4, 8):
+        penalties.add(token)
+    penalties.take_back(8)
+    ids, filled = np.array([[0, 1, 3], [4, 5, 8]]), [4, 5, 5]
+    found = penalties.changed(ids, np.zeros((2, 3), np.float32), np.array(filled))
+    expected = with_penalties(np.zeros(9), sampling, [1, 1, 2], [3, 3, 4, *filled])[ids]
+    np.testing.assert_allclose(found, expected)
+    assert found[1, 2] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -335,6 +391,12 @@ def test_an_incomplete_character_does_not_hide_a_stop_string(tmp_path: Path) -> 
         ("ar", {"max_thinking_tokens": 5, "end_think_token_id": 200}),
         ("ar", {"max_thinking_tokens": 5}),
         ("ar", {"logprobs": -1}),
+        ("ar", {"presence_penalty": 2.1}),
+        ("linear_spec", {"frequency_penalty": -2.1}),
+        ("ar", {"logit_bias": {20: 100.5}}),
+        ("linear_spec", {"logit_bias": {109: 1.0}}),
+        ("auto", {"logit_bias": {-1: 1.0}}),
+        ("diffusion", {"logit_bias": {20: 1.0}}),
         ("ar", {"logprobs": 110}),
         ("diffusion", {"logprobs": 6}),
         ("diffusion", {"min_new_tokens": 1, "eos_token_ids": (1, 2, 3, 4, 5)}),

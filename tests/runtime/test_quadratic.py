@@ -149,6 +149,9 @@ def test_what_only_other_modes_do_is_refused(quadratic: Callable[[str], Built]) 
     refused: list[dict[str, Any]] = [
         {"temperature": 0.7},
         {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"logit_bias": {12: 1.0}},
         {"min_new_tokens": 2},
         {"logprobs": 0},
         {"max_thinking_tokens": 3, "end_think_token_id": 12},

@@ -21,7 +21,9 @@ from sampling_reference import (
     WRONG_RULES,
     chi_squared_p_value,
     exact_match,
+    with_penalties,
     with_transformers,
+    without_penalties,
 )
 
 from trimode.calib.reference.torch_session import accepted_lengths
@@ -159,9 +161,11 @@ def exact_ar(model: Reference, sampling: SamplingOptions) -> np.ndarray:
         for i, token in enumerate(text):
             prefix = text[:i]
             if prefix not in conditional:
-                seen = np.isin(np.arange(VOCABULARY), [*PROMPT, *prefix])
+                logits = model.logits([*PROMPT, *prefix])[-1].double().numpy()
                 conditional[prefix] = with_transformers(
-                    model.logits([*PROMPT, *prefix])[-1].double().numpy(), sampling, seen
+                    with_penalties(logits, sampling, PROMPT, prefix),
+                    without_penalties(sampling),
+                    np.zeros(VOCABULARY, bool),
                 )
             value *= conditional[prefix][token]
         table[text] = value
@@ -179,28 +183,39 @@ CASES: dict[str, dict[str, Any]] = {
         "min_p": 0.02,
         "repetition_penalty": 1.5,
     },
+    "every penalty": {
+        "temperature": TEMPERATURE,
+        "threshold": 0.0,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -1.9,
+        "logit_bias": {4: 2.5, 7: -100.0, 1: -1.0},
+    },
 }
+
+
+def sampling_of(case: str) -> SamplingOptions:
+    named = {name: value for name, value in CASES[case].items() if name != "threshold"}
+    return make_options(**named).sampling
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_linear_spec_has_the_distribution_of_ar(session: RememberedSession, case: str) -> None:
-    options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "linear_spec", **CASES[case])
-    assert (
-        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
-        > FALSE_ALARM
-    )
+    assert chi_squared_p_value(counts, exact_ar(session.model, sampling_of(case))) > FALSE_ALARM
 
 
-def test_ar_has_the_distribution_of_ar(session: RememberedSession) -> None:
-    options = {
-        name: value for name, value in CASES["every processor"].items() if name != "threshold"
-    }
+@pytest.mark.parametrize("case", ["every processor", "every penalty"])
+def test_ar_has_the_distribution_of_ar(session: RememberedSession, case: str) -> None:
+    counts, _ = count_texts(session, "ar", **CASES[case])
+    assert chi_squared_p_value(counts, exact_ar(session.model, sampling_of(case))) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("left_out", ["presence_penalty", "frequency_penalty", "logit_bias"])
+def test_each_penalty_is_told_from_none(session: RememberedSession, left_out: str) -> None:
+    options = {name: value for name, value in CASES["every penalty"].items() if name != left_out}
     counts, _ = count_texts(session, "ar", **options)
-    assert (
-        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
-        > FALSE_ALARM
-    )
+    assert chi_squared_p_value(counts, exact_ar(session.model, sampling_of("every penalty"))) < 1e-6
 
 
 class ByTheLastStep:
@@ -223,17 +238,13 @@ class ByTheLastStep:
         self._last = num_tokens
 
 
-@pytest.mark.parametrize("case", ["plain", "every processor"])
+@pytest.mark.parametrize("case", ["plain", "every processor", "every penalty"])
 def test_auto_has_the_distribution_of_ar(
     session: RememberedSession, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(algorithms, "make_policy", lambda *_, **__: ByTheLastStep())
-    options = {name: value for name, value in CASES[case].items() if name != "threshold"}
     counts, _ = count_texts(session, "auto", **CASES[case])
-    assert (
-        chi_squared_p_value(counts, exact_ar(session.model, SamplingOptions(**options)))
-        > FALSE_ALARM
-    )
+    assert chi_squared_p_value(counts, exact_ar(session.model, sampling_of(case))) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("cut", [0, 1])
@@ -283,11 +294,16 @@ def test_more_is_accepted_than_by_exact_match(
     assert ours - 1 > 1.5 * (theirs - 1)  # one token a cycle comes without a draft
 
 
-def test_diffusion_draws_from_the_candidates(session: RememberedSession) -> None:
-    """Two slots: the first from the causal row, the second from the five candidates, processed and
-    normalised, without the mask token.
+@pytest.mark.parametrize(
+    "penalties", [{}, {"presence_penalty": -2.0, "frequency_penalty": 1.5}], ids=["none", "both"]
+)
+def test_diffusion_draws_from_the_candidates(
+    session: RememberedSession, penalties: dict[str, float]
+) -> None:
+    """Two slots: the first from the causal row, the second from the five candidates, penalised,
+    processed and normalised, without the mask token.
     """
-    sampling = {"temperature": 2.0, "top_p": 0.9}
+    sampling = {"temperature": 2.0, "top_p": 0.9, **penalties}
     counts, _ = count_texts(session, "diffusion", threshold=0.0, **sampling)
     first = with_transformers(
         session.model.logits(PROMPT)[-1].double().numpy(),
@@ -301,8 +317,9 @@ def test_diffusion_draws_from_the_candidates(session: RememberedSession) -> None
         for row in rows:
             ids = [i for i in row.topk(5).indices.tolist() if i != MASK]
             slots.append(np.zeros(VOCABULARY))
+            changed = with_penalties(row.log().numpy(), SamplingOptions(**sampling), PROMPT, [a])
             slots[-1][ids] = with_transformers(
-                row[ids].log().numpy(), SamplingOptions(**sampling), np.zeros(len(ids), bool)
+                changed[ids], SamplingOptions(**sampling), np.zeros(len(ids), bool)
             )
         expected[a] = first[a] * slots[0][:, None] * slots[1]
     # a first token that is the mask token leaves its slot to the denoiser

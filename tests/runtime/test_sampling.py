@@ -20,15 +20,16 @@ from sampling_reference import (
 )
 
 from trimode.errors import UsageError
+from trimode.runtime.decode.penalties import Penalties
 from trimode.runtime.decode.sampling import (
     SamplingOptions,
-    accept_or_replace,
     check_sampling,
     distribution,
     draw,
     generator,
     log_softmax,
 )
+from trimode.runtime.decode.token_distribution import TokenDistribution, accept_or_replace
 
 P = np.array([0.3, 0.05, 0.25, 0.1, 0.0, 0.2, 0.1])
 Q_IDS = np.array([1, 0, 4, 2, 6])
@@ -43,6 +44,16 @@ SAMPLING = st.builds(
     min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
 )
+
+
+def penalised(logits: np.ndarray, sampling: SamplingOptions, seen: np.ndarray) -> np.ndarray:
+    """Probabilities ``(..., n)`` of logits whose tokens were in the prompt where ``seen``."""
+    scores = np.empty(logits.shape)
+    for row in np.ndindex(logits.shape[:-1]):
+        prompt = np.flatnonzero(seen[row]).tolist()
+        penalties = Penalties(sampling, logits.shape[-1], prompt)
+        scores[row] = penalties.changed(np.arange(logits.shape[-1]), logits[row])
+    return distribution(scores, sampling)
 
 
 @settings(max_examples=200, deadline=None)
@@ -60,7 +71,7 @@ def test_distributions_are_those_of_transformers(
     if size > 1 and seed % 3 == 0:
         logits[rng.integers(1, size)] = -np.inf  # forbidden
     np.testing.assert_allclose(
-        distribution(logits, sampling, seen),
+        penalised(logits, sampling, seen),
         with_transformers(logits, sampling, seen),
         rtol=1e-9,
         atol=1e-12,
@@ -74,9 +85,9 @@ def test_rows_are_processed_one_by_one() -> None:
         SamplingOptions(0.8, 3, 0.8, 0.1, 1.2),
         SamplingOptions(0.0, repetition_penalty=2.0),
     ):
-        together = distribution(logits, sampling, seen)
+        together = penalised(logits, sampling, seen)
         for i in np.ndindex(4, 3):
-            np.testing.assert_array_equal(together[i], distribution(logits[i], sampling, seen[i]))
+            np.testing.assert_array_equal(together[i], penalised(logits[i], sampling, seen[i]))
 
 
 def test_temperature_zero_and_the_limit_towards_it() -> None:
@@ -85,10 +96,10 @@ def test_temperature_zero_and_the_limit_towards_it() -> None:
     np.testing.assert_allclose(
         distribution(logits, SamplingOptions(1e-308)), [0, 1, 0, 0], atol=1e-12
     )
-    penalised = distribution(
+    found = penalised(
         logits, SamplingOptions(repetition_penalty=2.0), np.array([False, True, False, True])
     )
-    np.testing.assert_array_equal(penalised, [0, 0, 1, 0])
+    np.testing.assert_array_equal(found, [0, 0, 1, 0])
     np.testing.assert_allclose(
         log_softmax(logits), torch.from_numpy(logits).log_softmax(-1).numpy(), rtol=1e-12
     )
@@ -131,7 +142,7 @@ def outcomes(rule: Any, trials: int = 30000) -> tuple[np.ndarray, float]:
     rng, _ = generator(5)
     counts, accepted = np.zeros(7, int), 0
     for slot in draw(np.broadcast_to(Q, (trials, 5)), rng):
-        token, is_accepted = rule(int(Q_IDS[slot]), P, Q_IDS, Q, rng)
+        token, is_accepted = rule(int(Q_IDS[slot]), TokenDistribution(None, P), Q_IDS, Q, rng)
         counts[token] += 1
         accepted += is_accepted
     return counts, accepted / trials
@@ -216,6 +227,6 @@ def test_a_penalty_beyond_all_measure_leaves_a_distribution(
     sampling = SamplingOptions(temperature, repetition_penalty=penalty)
     for seen in ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]):
         for logits in ([3.0, 2.0, -np.inf, -1.0], [-3.0, -2.0, -np.inf, -1.0]):
-            found = distribution(logits, sampling, np.array(seen, bool))
+            found = penalised(np.array(logits), sampling, np.array(seen, bool))
             assert found.sum() == pytest.approx(1)
             assert found[2] == 0

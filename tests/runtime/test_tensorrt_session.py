@@ -34,7 +34,7 @@ from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.tensorrt.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
 from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
-from trimode.formats.manifest import EngineRecord, ProfileRecord, TargetRecord
+from trimode.formats.manifest import CapacityRecord, EngineRecord, ProfileRecord, TargetRecord
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle.open import Bundle, read_manifest
 from trimode.runtime.bundle.weights import WeightPack
@@ -108,6 +108,22 @@ def record_of(
     return TargetRecord(**values)
 
 
+def with_capacities(record: TargetRecord) -> TargetRecord:
+    """The same with engines for texts of up to 40 and up to 200 tokens."""
+    smaller = tuple(
+        CapacityRecord(
+            max_length=length,
+            capacity=capacity,
+            graphs={
+                role: EngineRecord(file=f"{engine.file}-{capacity}", profiles=engine.profiles)
+                for role, engine in record.graphs.items()
+            },
+        )
+        for length, capacity in ((40, 128), (200, 320))
+    )
+    return record.model_copy(update={"smaller": smaller})
+
+
 @dataclass(frozen=True)
 class Host:
     """A bundle with engines for the acted-out GPU, and what to compare them with."""
@@ -122,6 +138,17 @@ class Host:
 
     def model(self, record: TargetRecord, **options: Any) -> TriModeModel:
         return TriModeModel(self.bundles[record.compute_dtype], self.session(record, **options))
+
+    def look(self, cache: Any) -> list[Any]:
+        """Keys and values of a cache as they lie on the GPU."""
+        self.cuda.cudaStreamSynchronize(0)
+        places, like = cache.memory, cache.slots.empty(cache.capacity)
+        found = []
+        for offset in places.cache.layout.offsets.values():
+            size = like[0].nbytes * cache.num_rows
+            memory = (ctypes.c_uint8 * size).from_address(places.keys_values.address + offset)
+            found.append(np.frombuffer(memory, like.dtype).reshape(-1, *like.shape[1:]))
+        return found
 
     def contexts(self, record: TargetRecord) -> list[Any]:
         return [
@@ -156,7 +183,12 @@ def bundles(
     }
     save_file(narrow, folder / "float16" / "weights.safetensors")
     for role, graph in graphs.items():
-        for record in (record_of(), record_of(dtype="float16"), record_of("tensorrt")):
+        several = (
+            record_of(),
+            record_of(dtype="float16"),
+            record_of("tensorrt"),
+        )
+        for record in (one for each in several for one in with_capacities(each).by_capacity()):
             (folder / record.compute_dtype / record.graphs[role].file).write_bytes(
                 MAGIC + to_bytes(lower_for(record, graph))
             )
@@ -228,6 +260,7 @@ RECORDS = {
     "full": record_of("tensorrt"),
     "baked": record_of(placement="baked"),
 }
+SEVERAL = {kind: with_capacities(RECORDS[kind]) for kind in ("rtx", "rtx half", "full")}
 
 
 def prompt_of(length: int) -> list[list[int]]:
@@ -453,23 +486,148 @@ def test_sampled_rows_read_their_own_logits(host: Host, kind: str) -> None:
 def test_copied_prefixes(host: Host, kind: str) -> None:
     """Within a cache, between two, and through host memory, while nothing waits for the GPU."""
     session = host.session(RECORDS[kind])
-
-    def look(cache: Any) -> list[Any]:
-        host.cuda.cudaStreamSynchronize(0)
-        places, like = cache.memory, cache.slots.empty(cache.capacity)
-        found = []
-        for offset in places.cache.layout.offsets.values():
-            size = like[0].nbytes * cache.num_rows
-            memory = (ctypes.c_uint8 * size).from_address(places.keys_values.address + offset)
-            found.append(np.frombuffer(memory, like.dtype).reshape(-1, *like.shape[1:]))
-        return found
-
     caches = [session.new_batch_cache(rows) for rows in (3, 1, 2)]
-    check_random_copies(caches, look, 4, 12)
+    check_random_copies(caches, host.look, 4, 12)
     assert session.capacity_for(7) == caches[0].capacity == 1088
     del caches
     check_forwards_behind_a_prefix(session, ("ar", "draft", "verify", "quadratic"))
     session.close()
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_copied_prefixes_between_capacities(host: Host, kind: str) -> None:
+    session = host.session(SEVERAL[kind])
+    caches = [session.new_batch_cache(rows) for rows in (3, 1, 2)]
+    for cache, length in zip(caches, (1, 129, 321), strict=True):
+        assert cache.capacity == 0
+        cache.reserve(length)
+        assert cache.capacity == session.capacity_for(length)
+    assert [cache.capacity for cache in caches] == [128, 320, 1088]
+    check_random_copies(caches, host.look, 5, 12)
+    del caches, cache
+    check_forwards_behind_a_prefix(session, ("ar", "draft", "verify", "quadratic"))
+    session.close()
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_texts_move_to_larger_capacities(host: Host, kind: str) -> None:
+    """Through all of them, in every mode, from prompts on both sides of a boundary."""
+    ours, reference = host.model(SEVERAL[kind]), host.references[SEVERAL[kind].compute_dtype]
+    modes: list[Any] = ["ar", "diffusion", "linear_spec", "quadratic_spec"]
+    for mode, length in zip(modes * 2, (3, 40, 41, 120, 128, 129, 200, 201), strict=True):
+        options: dict[str, Any] = {"block_length": 8, "eos_token_ids": (), "max_new_tokens": 260}
+        found, expected = (
+            model.stream(prompt_of(length), mode, **options).finish() for model in (ours, reference)
+        )
+        assert (found.token_ids, found.nfe) == (expected.token_ids, expected.nfe)
+    ours.close()
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_batches_move_to_larger_capacities(host: Host, kind: str) -> None:
+    """All rows of it, when one of them has grown; rows leave and others join on the way."""
+    ours, reference = host.model(SEVERAL[kind]), host.references[SEVERAL[kind].compute_dtype]
+    modes: list[Any] = ["ar", "linear_spec", "diffusion", "quadratic_spec"]
+    lengths = [5, 30, 20, 100, 190, 2, 300, 7]
+    options: dict[str, Any] = {"block_length": 8, "eos_token_ids": (), "max_new_tokens": 100}
+    batch = ours.new_batch(3)
+    requests = [
+        BatchRequest(prompt_of(n)[0], mode, options)
+        for n, mode in zip(lengths, modes * 2, strict=True)
+    ]
+    found = {number: row for number, row, _ in batch.answer_all(requests)}
+    for number, (length, mode) in enumerate(zip(lengths, modes * 2, strict=True)):
+        alone = reference.stream(prompt_of(length), mode, **options).finish()
+        assert (found[number].result.token_ids, found[number].result.nfe) == (
+            alone.token_ids,
+            alone.nfe,
+        )
+    del batch, found
+    ours.close()
+
+
+def test_a_capacity_takes_memory_when_a_text_needs_it(host: Host) -> None:
+    """Its contexts too; a prompt goes to its capacity at once, and an answer moves by one copy of
+    all tensors.
+    """
+    record, num_roles = SEVERAL["rtx"], len(ALL_ROLES)
+    session = host.session(record)
+    assert len(host.contexts(record)) == num_roles
+    model = TriModeModel(host.bundles["float32"], session)
+    tensors = 2 * model.model.num_hidden_layers
+
+    def answer(length: int, count: int) -> tuple[int, int]:
+        before, bytes_before = host.cuda.num_line_copies, host.cuda.num_bytes
+        sequence = model.new_sequence(prompt_of(length))
+        options: dict[str, Any] = {"max_new_tokens": count, "eos_token_ids": ()}
+        model.continue_sequence(sequence, "ar", **options).finish()
+        return host.cuda.num_line_copies - before, host.cuda.num_bytes - bytes_before
+
+    slots = [128, 320, 1088]
+    sizes = [session.new_cache().bytes_per_token * capacity for capacity in slots]
+    copies, taken = answer(40, 5)
+    assert (copies, len(host.contexts(record))) == (0, num_roles)
+    assert sizes[0] <= taken < sizes[1]
+    copies, taken = answer(41, 5)  # would fit the slots, but not with every block
+    assert (copies, len(host.contexts(record))) == (0, 2 * num_roles)
+    assert sizes[1] <= taken < sizes[2]
+    copies, taken = answer(30, 120)
+    assert (copies, taken) == (tensors, 0), "the memory of the two before"
+    copies, taken = answer(350, 3)
+    assert (copies, len(host.contexts(record))) == (0, 3 * num_roles)
+    assert taken >= sizes[2]
+    with pytest.raises(UsageError, match=r"at most 1088 tokens.*found 1089"):
+        session.new_cache().reserve(1089)
+    assert session.capacity_for(1088) == 1088
+    with pytest.raises(UsageError, match=r"at most 1088 tokens.*found 1089"):
+        session.capacity_for(1089)
+    model.close()
+
+
+def test_logits_outlive_a_move(host: Host) -> None:
+    """Nobody else gets the memory that they lie in before they are gone."""
+    session = host.session(SEVERAL["rtx"])
+    cache = session.new_cache()
+    _, logits = session.run("ar", cache, np.array(prompt_of(30)), 0)
+    expected = np.array(logits)
+    cache.reserve(300)
+    other = session.new_cache()
+    session.run("ar", other, np.array(prompt_of(29)), 0)
+    np.testing.assert_array_equal(np.asarray(logits), expected)
+    live = len(host.cuda.live)
+    del logits
+    third = session.new_cache()
+    third.reserve(1)
+    assert len(host.cuda.live) == live, "the memory is free now"
+    del cache, other, third
+    session.close()
+
+
+def test_unused_memory_makes_room(host: Host) -> None:
+    session = host.session(SEVERAL["rtx"])
+    for rows in (1, 2, 4):
+        session.new_batch_cache(rows).reserve(1)
+    large = session.new_cache()
+    held = host.cuda.num_bytes
+    host.cuda.properties.totalGlobalMem = held + 1000 * large.bytes_per_token
+    large.reserve(1088)
+    assert host.cuda.num_bytes < held + 1000 * large.bytes_per_token
+    with pytest.raises(DeviceError, match="for the cache of 4 sequences"):
+        session.new_batch_cache(4).reserve(1088)
+    assert large.capacity == 1088
+    session.run("ar", large, np.array(prompt_of(30)), 0)
+    del large
+    session.close()
+
+
+def test_a_gpu_is_large_enough_for_the_smallest_capacity(host: Host) -> None:
+    one, several = (
+        prepare(host.bundles["float32"], record).memory
+        for record in (RECORDS["rtx"], SEVERAL["rtx"])
+    )
+    assert one.cache * 128 == several.cache * 1088
+    assert several.engines > 2 * one.engines
+    assert (several.weights, several.io) == (one.weights, one.io)
 
 
 def test_copies_are_queued_in_lines(host: Host) -> None:
@@ -564,6 +722,12 @@ def test_compiled_kernels_are_kept(host: Host, tmp_path: Path) -> None:
     (tmp_path / "kernels" / "ar.kernels").write_bytes(b"of another machine")
     host.model(RECORDS["rtx"], runtime_cache=tmp_path / "kernels").close()
     assert (tmp_path / "kernels" / "ar.kernels").read_bytes() == b"kernels:+"
+
+
+def test_compiled_kernels_are_kept_for_each_capacity(host: Host, tmp_path: Path) -> None:
+    host.model(SEVERAL["rtx"], runtime_cache=tmp_path).close()
+    names = {f"{role}{suffix}.kernels" for role in ALL_ROLES for suffix in ("", "-40", "-200")}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_library_that_compiles_no_kernels_keeps_none(host: Host, tmp_path: Path) -> None:
@@ -674,10 +838,10 @@ def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> Non
 def test_queries_share_room_behind_all_else(host: Host) -> None:
     for kind in ("rtx", "rtx half"):
         session = host.session(RECORDS[kind])
-        for role, graph in session._graphs.items():
+        for role, graph in session._graphs[1088].items():
             model, rows = host.references["float32"].model, max_rows(RECORDS[kind].graphs[role])
             assert len(graph.bindings.scratch) == model.num_hidden_layers
-            layout = session._prepared.lay_out(3)[1][role].layout
+            layout = session._prepared.capacities[0].lay_out(3)[1][role].layout
             size = query_bytes(model, RECORDS[kind].compute_dtype, role, rows, 3)
             slots = rows * (rows + 1) if role == "quadratic" else rows
             assert size == 3 * slots * model.num_attention_heads * model.head_dim * (
@@ -686,7 +850,7 @@ def test_queries_share_room_behind_all_else(host: Host) -> None:
             assert layout.offsets["scratch"] + size <= layout.num_bytes
             assert all(offset <= layout.offsets["scratch"] for offset in layout.offsets.values())
         session.close()
-    assert host.session(RECORDS["full"])._graphs["verify"].bindings.scratch == ()
+    assert host.session(RECORDS["full"])._graphs[1088]["verify"].bindings.scratch == ()
 
 
 def test_the_narrowest_profile_is_chosen() -> None:

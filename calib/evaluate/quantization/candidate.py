@@ -1,4 +1,4 @@
-"""Quantizes a trunk in a given way, and counts the bytes of its weights."""
+"""Quantizes a trunk, and counts the bytes of its weights."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from trimode.calib.reference.fake_quant import LinearScales, linear_scales, quantize_trunk
+from trimode.calib.reference.fake_quant import quantize_trunk
 from trimode.errors import UsageError
-from trimode.formats.calibration import QuantizedPrecision, Scales, check_source, load_record
+from trimode.formats.calibration import QuantizedPrecision, check_source, load_record
 from trimode.formats.contract import DType
 from trimode.formats.hints import CALIBRATE
 from trimode.formats.safetensors import stored_bytes
 from trimode.formats.texts import whole_text
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
-from trimode.graphs.numerics.integers import FORMATS, Floats, largest_magnitudes
+from trimode.graphs.numerics.integers import FORMATS, Floats
 from trimode.graphs.numerics.nvfp4 import BLOCK_SIZE
-from trimode.graphs.numerics.scales import RTN, Quantization, load_quantization
+from trimode.graphs.numerics.quantization import RTN, load_quantization
+from trimode.graphs.numerics.scales import LayerScales
 
 COMPUTE_TYPE: DType = "bfloat16"
-"""What GPUs compute in: the type of scales, and of weights that are not quantized."""
+"""Compute type of GPUs: the type of scales, and of weights that are not quantized."""
 
 ROUNDED: dict[str, QuantizedPrecision] = {
     "rtn-int8": "int8",
@@ -37,25 +38,24 @@ ROUNDED: dict[str, QuantizedPrecision] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds a way to quantize a checkpoint.
+    """Describes a way to quantize a checkpoint.
 
     Attributes:
         name: Name that the caller gave.
+        precision: Type of the quantized weights.
         algorithm: Algorithm that found the scales.
-        block_size: inputs that share a scale; None where blocks are not used.
-        layers: Layers to quantize, by the checkpoint's names without ``.weight``.
-        scales: of a calibration; None = weights are rounded to nearest, each scale being its own
-        weights' largest magnitude.
+        block_size: Inputs that share a scale; None if blocks are not used.
+        layers: Scales of the layers to quantize, by the checkpoint's names without ``.weight``. If
+            weights are rounded to nearest, they are taken from the weights.
         scales_sha256: Digest of the calibration's scales.
-        source_sha256: digest of the checkpoint that was calibrated.
+        source_sha256: Digest of the checkpoint that was calibrated.
     """
 
     name: str
     precision: QuantizedPrecision
     algorithm: str
     block_size: int | None
-    layers: tuple[str, ...]
-    scales: Scales | None = None
+    layers: Mapping[str, LayerScales]
     scales_sha256: str | None = None
     source_sha256: str | None = None
 
@@ -65,41 +65,34 @@ class Candidate:
 
     def linear_scales(
         self, trunk: TriModeTrunk, leave_out: Iterable[str] = ()
-    ) -> dict[str, LinearScales]:
-        """Scales by layer, rounded to :data:`COMPUTE_TYPE` as a pack for GPUs holds them.
+    ) -> dict[str, LayerScales]:
+        """Return scales by layer, rounded to :data:`COMPUTE_TYPE` as a GPU's pack.
 
         Args:
-            trunk: the checkpoint's, not quantized.
-            leave_out: layers that stay in high precision.
+            trunk: Trunk of the checkpoint, not quantized.
+            leave_out: Layers that stay in high precision.
 
         Raises:
             BuildError: a scale is too large.
         """
-        scales = (
-            self.scales
-            if self.scales is not None
-            else rounding_scales(trunk, self.layers, self.precision, self.block_size)
-        )
-        return linear_scales(scales, self.precision, COMPUTE_TYPE, leave_out)
+        left = self.layers.keys() - set(leave_out)
+        return {
+            layer: self._known(trunk, layer).rounded(self.precision, COMPUTE_TYPE)
+            for layer in sorted(left)
+        }
 
-
-def rounding_scales(
-    trunk: TriModeTrunk,
-    layers: Iterable[str],
-    precision: QuantizedPrecision,
-    block_size: int | None,
-) -> Scales:
-    """``weight_amax`` of each layer as round-to-nearest takes it from the weights themselves."""
-    return {
-        f"{layer}.weight_amax": largest_magnitudes(_weight_of(trunk, layer), precision, block_size)
-        for layer in layers
-    }
+    def _known(self, trunk: TriModeTrunk, layer: str) -> LayerScales:
+        """Return a layer's scales, from its weights if none are known."""
+        scales = self.layers[layer]
+        if scales.weight is not None:
+            return scales
+        return LayerScales.of_weight(_weight_of(trunk, layer), self.precision, self.block_size)
 
 
 def quantized_copy(
-    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LinearScales]
+    trunk: TriModeTrunk, precision: QuantizedPrecision, layers: Mapping[str, LayerScales]
 ) -> TriModeTrunk:
-    """A second trunk in which these layers are quantized; everything else is the same memory.
+    """Copy a trunk with these layers quantized; share the other weights.
 
     Raises:
         CheckpointError: the trunk has no such layer, or the scales do not fit its weight.
@@ -115,7 +108,7 @@ def weight_bytes(
     checkpoint: Checkpoint,
     stored: DType,
     precision: QuantizedPrecision | None = None,
-    layers: Mapping[str, LinearScales] | None = None,
+    layers: Mapping[str, LayerScales] | None = None,
 ) -> int:
     """Count the bytes that the weights take in a pack.
 
@@ -124,7 +117,7 @@ def weight_bytes(
 
     Args:
         checkpoint: Checkpoint whose weights are counted.
-        stored: type of the scales and of the weights that are not quantized.
+        stored: Type of the scales and of the weights that are not quantized.
         precision: Type of the quantized weights; None = there are none.
         layers: Scales of the quantized layers, by name.
     """
@@ -141,7 +134,7 @@ def weight_bytes(
 
 
 def _scale_bytes(
-    scales: LinearScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision
+    scales: LayerScales, shape: tuple[int, ...], stored: DType, precision: QuantizedPrecision
 ) -> int:
     numbers = sum(
         values.size
@@ -173,33 +166,22 @@ def read_candidate(name: str, checkpoint: Checkpoint) -> Candidate:
     if name == RTN or (name.startswith(f"{RTN}-") and name not in ROUNDED):
         names = tuple(ROUNDED)
         found = (
-            f"--calibration: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
+            f"`calibrations`: expected a folder, {', '.join(names[:-1])} or {names[-1]}, "
             f"found {name}"
         )
         command = CALIBRATE.replace("PRECISION", "fp8")
         raise UsageError(found, f"fp8 quantizes inputs too, whose scales take data: {command}")
     if name in ROUNDED:
-        quantization, scales = load_quantization(RTN, ROUNDED[name], checkpoint), None
+        quantization = load_quantization(RTN, ROUNDED[name], checkpoint)
     else:
         quantization = load_quantization(Path(name), load_record(Path(name)).precision, checkpoint)
-        scales = _scales(quantization)
     record = quantization.record
     return Candidate(
         whole_text(name),
         quantization.precision,
         record.algorithm,
         record.block_size,
-        tuple(quantization.layers),
-        scales,
+        quantization.layers,
         record.scales_sha256,
         quantization.source_sha256,
     )
-
-
-def _scales(quantization: Quantization) -> Scales:
-    found = {
-        f"{layer}.{kind}": getattr(scales, kind)
-        for layer, scales in quantization.layers.items()
-        for kind in ("weight_amax", "input_amax", "pre_quant_scale")
-    }
-    return {name: values for name, values in found.items() if values is not None}

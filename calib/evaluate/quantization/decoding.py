@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimode.calib.evaluate.quantization.questions import Decoding, Question, ToText
 from trimode.calib.reference.episodes import Episode, RecordingSession, merged
@@ -18,6 +19,7 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
 from trimode.runtime.decode.stream import Generation, Stream
+from trimode.runtime.text.prompts import Text
 
 Advance = Callable[[int], None]
 Answers = dict[Decoding, list[Generation]]
@@ -26,14 +28,14 @@ Answers = dict[Decoding, list[Generation]]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where self-speculation leaves autoregression.
+    """Records where self-speculation leaves autoregression.
 
     Attributes:
-        question: counted from 0, among those that were drawn.
-        position: Place of the first token that differs, counted from 0 in the answer.
-        preference: what the trunk's logit of AR's token is above that of the other one, AR's text
-            before them being read in one forward; a difference of rounding error says that the two
-            are as good as equal. None where one text ends before the other.
+        question: Number of the question among those drawn, from 0.
+        position: Place of the first token that differs in the answer, from 0.
+        preference: Logit of AR's token minus that of the other one, by the trunk, after AR's text
+            has been read in one forward. The size of a rounding error says that both are equally
+            good. None if one text ends before the other.
     """
 
     question: int
@@ -69,11 +71,11 @@ def answer_and_record(
     """Answer like :func:`answer`, and record the forwards for a replay.
 
     Args:
-        trunk: the model.
+        trunk: Trunk that answers.
         model: Facts that decoding needs.
         questions: Questions to answer.
-        recorded: ways to answer them, each with the roles whose blocks are kept; none = the
-        answer's text is not kept either.
+        recorded: Decodings, each with the roles whose blocks are kept; without any, the answer's
+            text is not kept either.
         max_new_tokens: Longest answer, in tokens.
         advance: Called with 1 after each answer.
     """
@@ -101,9 +103,10 @@ def answer_and_record(
 def right_answers(
     questions: Sequence[Question], generations: Sequence[Generation], to_text: ToText | None
 ) -> list[bool | None]:
-    """Tell for each answer whether it is right; None where that is not known.
+    """Tell which answers are right, character by character.
 
-    A right answer is right character by character.
+    Returns:
+        None for a question whose answer is not known.
     """
     return [
         None
@@ -114,7 +117,7 @@ def right_answers(
 
 
 def same_tokens(first: Sequence[Generation], second: Sequence[Generation]) -> list[bool]:
-    """Whether the answers to each question have the same tokens."""
+    """Tell for each question whether both answers have the same tokens."""
     return [one.token_ids == other.token_ids for one, other in zip(first, second, strict=True)]
 
 
@@ -124,24 +127,33 @@ def divergences(
     autoregressive: Sequence[Generation],
     speculative: Sequence[Generation],
 ) -> list[Divergence]:
-    """Where answers of self-speculation differ from those of autoregression over the same trunk."""
+    """Find where self-speculation differs from autoregression over the same trunk."""
     found = []
     for number, (question, ar, other) in enumerate(
         zip(questions, autoregressive, speculative, strict=True)
     ):
         if ar.token_ids == other.token_ids:
             continue
-        shorter = min(len(ar.token_ids), len(other.token_ids))
-        position = next(
-            (i for i in range(shorter) if ar.token_ids[i] != other.token_ids[i]), shorter
-        )
+        position = _first_difference(ar.token_ids, other.token_ids)
         preference = None
-        if position < shorter:
-            text = np.array([[*question.token_ids, *ar.token_ids[:position]]], np.int64)
-            logits = np.asarray(session.run("ar", session.new_cache(), text, 0)[1], np.float64)[0]
+        if position < min(len(ar.token_ids), len(other.token_ids)):
+            logits = _logits_after(session, [*question.token_ids, *ar.token_ids[:position]])
             preference = float(logits[ar.token_ids[position]] - logits[other.token_ids[position]])
         found.append(Divergence(number, position, preference))
     return found
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the first place that differs, at most the shorter length."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _logits_after(session: TorchSession, tokens: Text) -> NDArray[np.float64]:
+    """Return the next token's logits (V,), after one forward over a text."""
+    text = np.array([tokens], np.int64)
+    _, logits = session.run("ar", session.new_cache(), text, 0)
+    return np.asarray(logits[0], np.float64)
 
 
 def _generate(

@@ -24,18 +24,18 @@ from trimode.calib.scales.statistics import LOSSLESS_DB
 from trimode.errors import CheckpointError
 
 _ROWS_AT_A_TIME = 64
-"""Of logits in float64: with 131072 tokens, 64 MiB."""
+"""Rows of logits in float64: with 131072 tokens, 64 MiB."""
 
 
 class Fidelity:
-    """Signal-to-noise ratio and cosine of one tensor, over as many forwards as there are."""
+    """Sums up the signal-to-noise ratio and the cosine of one tensor."""
 
     def __init__(self) -> None:
         self.num_rows = 0
         self._signal = self._noise = self._cosines = 0.0
 
     def add(self, original: Tensor, other: Tensor) -> None:
-        """Two tensors ``(..., n)`` of one shape, rows along the last axis."""
+        """Add two tensors ``(..., n)``; rows are along the last axis."""
         x, y = (tensor.flatten(0, -2).double() for tensor in (original, other))
         self.num_rows += x.shape[0]
         self._signal += float(x.square().sum())
@@ -47,9 +47,9 @@ class Fidelity:
 
     @property
     def snr_db(self) -> float:
-        """Give the ratio in decibels, at most LOSSLESS_DB.
+        """Ratio in decibels, from -LOSSLESS_DB to LOSSLESS_DB.
 
-        :data:`~trimode.calib.scales.statistics.LOSSLESS_DB` is also said where nothing differs.
+        :data:`~trimode.calib.scales.statistics.LOSSLESS_DB` also stands for no difference.
 
         Raises:
             CheckpointError: something is not finite.
@@ -61,12 +61,16 @@ class Fidelity:
 
     @property
     def cosine(self) -> float:
-        """From -1 to 1; :class:`CheckpointError` where something is not finite."""
+        """Mean cosine of the rows, -1 to 1.
+
+        Raises:
+            CheckpointError: something is not finite.
+        """
         return max(-1.0, min(1.0, _finite(self._cosines) / self.num_rows))
 
 
 class ProbabilityDivergence:
-    """Kullback-Leibler divergence and top-1 agreement of next-token probabilities."""
+    """Sums up the divergence and top-1 agreement of next-token probabilities."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -74,7 +78,7 @@ class ProbabilityDivergence:
         self._num_same = 0
 
     def add(self, original: Tensor, other: Tensor) -> None:
-        """Logits ``(..., vocab_size)`` of both."""
+        """Add the logits ``(..., vocab_size)`` of both."""
         for p, q in zip(
             *(torch.split(logits.flatten(0, -2), _ROWS_AT_A_TIME) for logits in (original, other)),
             strict=True,
@@ -87,7 +91,11 @@ class ProbabilityDivergence:
 
     @property
     def kl_nats(self) -> float:
-        """Mean over rows; :class:`CheckpointError` where a logit is not finite."""
+        """Mean divergence of a row, in nats.
+
+        Raises:
+            CheckpointError: a logit is not finite.
+        """
         return _finite(self._nats) / self.num_rows
 
     @property

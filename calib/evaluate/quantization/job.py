@@ -1,8 +1,9 @@
-"""What quantization costs, measured from beginning to end, and the folder that says so."""
+"""Measures the cost of quantization, and writes the report's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from trimode.calib.evaluate.quantization.decoding import (
     right_answers,
     same_tokens,
 )
-from trimode.calib.evaluate.quantization.fidelity import Fidelity
+from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
 from trimode.calib.evaluate.quantization.lockstep import ByRole, Lockstep
 from trimode.calib.evaluate.quantization.questions import (
     Decoding,
@@ -57,6 +58,7 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress
 from trimode.report.quantization_figure import draw
+from trimode.runtime.decode.stream import Generation
 
 REPORT = "report.json"
 FIGURE = "report.png"
@@ -103,23 +105,8 @@ def measure(
     check_device(settings.device)
     drawn = draw_questions(questions, settings.num_samples, settings.seed, model)
     trunk, digest = read_original(checkpoint, model, candidates, settings.device, progress)
-    decodings = decodings_for(settings.modes, has_drafter=model.has_drafter)
-    advance = progress.stage("answer", len(drawn) * len(decodings))
-    answers, episodes = answer_and_record(
-        trunk, model, drawn, _recorded(decodings), settings.max_new_tokens, advance
-    )
-    bench = _Bench(
-        trunk,
-        model,
-        drawn,
-        answers,
-        [episode for one in episodes for episode in one],
-        settings,
-        progress,
-        to_text,
-    )
+    bench = _answered(trunk, model, drawn, settings, progress, to_text)
     measured = [_measure_candidate(bench, candidate, checkpoint) for candidate in candidates]
-    thresholds = {_name(decoding.mode): decoding.threshold for decoding in decodings}
     return Report(
         schema_version=SCHEMA_VERSION,
         trimode_version=trimode.__version__,
@@ -135,7 +122,7 @@ def measure(
         modes=tuple(map(_name, settings.modes)),
         max_new_tokens=settings.max_new_tokens,
         block_length=model.block_size,
-        thresholds=thresholds,
+        thresholds={_name(decoding.mode): decoding.threshold for decoding in bench.answers},
         compute_type=COMPUTE_TYPE,
         dense_bytes=weight_bytes(checkpoint, COMPUTE_TYPE),
         precisions=(_original_record(bench, checkpoint, measured[0]), *measured),
@@ -144,15 +131,15 @@ def measure(
 
 
 def save_report(output: Path, report: Report, *, draws: bool) -> None:
-    """Write the folder, all of it or nothing; an earlier report there is replaced.
+    """Write the folder, all or nothing; replace an earlier report.
 
     Args:
         output: Folder that :func:`check_output` accepts.
         report: Measurements to write.
-        draws: the picture too.
+        draws: Whether to draw the figure too.
 
     Raises:
-        DependencyError: a picture is wanted, and matplotlib is not installed.
+        DependencyError: a figure is wanted, and matplotlib is not installed.
     """
     with staged_replacement(output, REPORT) as staged:
         (staged / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -185,28 +172,18 @@ def read_original(
     return trunk.to(device), digest.hexdigest()
 
 
+@dataclass(frozen=True)
 class _Bench:
-    """The original with its answers: what every candidate is held against."""
+    """Holds the original with its answers, to compare every candidate with."""
 
-    def __init__(
-        self,
-        trunk: TriModeTrunk,
-        model: ModelInfo,
-        questions: Sequence[Question],
-        answers: Answers,
-        episodes: Sequence[Episode],
-        settings: QualitySettings,
-        progress: Progress,
-        to_text: ToText | None,
-    ) -> None:
-        self.trunk, self.model, self.questions, self.answers, self.episodes = (
-            trunk,
-            model,
-            questions,
-            answers,
-            episodes,
-        )
-        self.settings, self.progress, self._to_text = settings, progress, to_text
+    trunk: TriModeTrunk
+    model: ModelInfo
+    questions: Sequence[Question]
+    answers: Answers
+    episodes: Sequence[Episode]
+    settings: QualitySettings
+    progress: Progress
+    to_text: ToText | None
 
     def decoding_records(self, trunk: TriModeTrunk, answers: Answers) -> tuple[DecodingRecord, ...]:
         """Compare the answers of ``trunk`` with the original's and with each other."""
@@ -216,23 +193,16 @@ class _Bench:
         self, trunk: TriModeTrunk, answers: Answers, decoding: Decoding
     ) -> DecodingRecord:
         generations, autoregressive = answers[decoding], answers.get(Decoding("ar"))
-        right = [
-            known
-            for known in right_answers(self.questions, generations, self._to_text)
-            if known is not None
-        ]
+        verdicts = right_answers(self.questions, generations, self.to_text)
+        right = [known for known in verdicts if known is not None]
+        num_tokens = sum(len(one.token_ids) for one in generations)
+        nfe = sum(one.nfe for one in generations)
         speculates = decoding.mode == "linear_spec"
-        parted = (
-            divergences(TorchSession(trunk), self.questions, autoregressive, generations)
-            if speculates and autoregressive
-            else []
-        )
-        num_tokens, nfe = (
-            sum(len(one.token_ids) for one in generations),
-            sum(one.nfe for one in generations),
-        )
-        cycles = sum(one.forwards.verify for one in generations)
-        accepted = sum((one.acceptance_length or 0) * one.forwards.verify for one in generations)
+        equals_ar: float | None = None
+        partings: tuple[DivergenceRecord, ...] = ()
+        if speculates and autoregressive:
+            partings = self._partings(trunk, autoregressive, generations)
+            equals_ar = 1 - len(partings) / len(generations)
         return DecodingRecord(
             mode=_name(decoding.mode),
             use_drafter=decoding.use_drafter if speculates and self.model.has_drafter else None,
@@ -241,15 +211,44 @@ class _Bench:
             num_tokens=num_tokens,
             nfe=nfe,
             tokens_per_forward=num_tokens / nfe,
-            acceptance_length=accepted / cycles if cycles else None,
-            equals_ar=1 - len(parted) / len(generations) if speculates and autoregressive else None,
-            partings=tuple(
-                DivergenceRecord(
-                    question=one.question, position=one.position, preference=one.preference
-                )
-                for one in parted
-            ),
+            acceptance_length=_acceptance_length(generations),
+            equals_ar=equals_ar,
+            partings=partings,
         )
+
+    def _partings(
+        self,
+        trunk: TriModeTrunk,
+        autoregressive: Sequence[Generation],
+        speculative: Sequence[Generation],
+    ) -> tuple[DivergenceRecord, ...]:
+        found = divergences(TorchSession(trunk), self.questions, autoregressive, speculative)
+        return tuple(DivergenceRecord(**asdict(one)) for one in found)
+
+
+def _answered(
+    trunk: TriModeTrunk,
+    model: ModelInfo,
+    drawn: Sequence[Question],
+    settings: QualitySettings,
+    progress: Progress,
+    to_text: ToText | None,
+) -> _Bench:
+    """Answer the questions by the original, and record its forwards."""
+    decodings = decodings_for(settings.modes, has_drafter=model.has_drafter)
+    advance = progress.stage("answer", len(drawn) * len(decodings))
+    answers, by_question = answer_and_record(
+        trunk, model, drawn, _recorded(decodings), settings.max_new_tokens, advance
+    )
+    episodes = [episode for one in by_question for episode in one]
+    return _Bench(trunk, model, drawn, answers, episodes, settings, progress, to_text)
+
+
+def _acceptance_length(generations: Sequence[Generation]) -> float | None:
+    """Return the mean over all cycles; None without any."""
+    cycles = sum(one.forwards.verify for one in generations)
+    accepted = sum((one.acceptance_length or 0) * one.forwards.verify for one in generations)
+    return accepted / cycles if cycles else None
 
 
 def _measure_candidate(
@@ -257,25 +256,11 @@ def _measure_candidate(
 ) -> MeasuredPrecision:
     layers = candidate.linear_scales(bench.trunk)
     quantized = quantized_copy(bench.trunk, candidate.precision, layers)
-    advance = bench.progress.stage(
-        f"{candidate.name}: answer", len(bench.questions) * len(bench.answers)
-    )
-    answers = answer(
-        TorchSession(quantized),
-        bench.model,
-        bench.questions,
-        tuple(bench.answers),
-        bench.settings.max_new_tokens,
-        advance,
-    )
-    decoding = bench.decoding_records(quantized, answers)
-    # in the model's order
-    names = [name for name, _ in bench.trunk.named_modules() if name in layers]
-    # numbers the quantized's layers anew: after it has answered
-    comparison = Lockstep(bench.trunk, quantized, names)
-    comparison.run(
-        bench.episodes, bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes))
-    )
+    decoding = bench.decoding_records(quantized, _answer(bench, candidate.name, quantized))
+    # it numbers the quantized's layers anew: after these have answered
+    lockstep = Lockstep(bench.trunk, quantized, _in_model_order(bench.trunk, layers))
+    advance = bench.progress.stage(f"{candidate.name}: compare", len(bench.episodes))
+    lockstep.run(bench.episodes, advance)
     return MeasuredPrecision(
         name=candidate.name,
         precision=candidate.precision,
@@ -283,16 +268,27 @@ def _measure_candidate(
         scales_sha256=candidate.scales_sha256,
         num_quantized=len(layers),
         weight_bytes=weight_bytes(checkpoint, COMPUTE_TYPE, candidate.precision, layers),
-        local={name: _fidelity(by_role) for name, by_role in comparison.local.items()},
-        accumulated=tuple(_fidelity(by_role) for by_role in comparison.accumulated),
-        outputs={
-            role: OutputFidelity(
-                num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement
-            )
-            for role, one in comparison.outputs.items()
-        },
+        local={name: _fidelity(by_role) for name, by_role in lockstep.local.items()},
+        accumulated=tuple(_fidelity(by_role) for by_role in lockstep.accumulated),
+        outputs={role: _output_fidelity(one) for role, one in lockstep.outputs.items()},
         decoding=decoding,
     )
+
+
+def _answer(bench: _Bench, name: str, quantized: TriModeTrunk) -> Answers:
+    num_answers = len(bench.questions) * len(bench.answers)
+    return answer(
+        TorchSession(quantized),
+        bench.model,
+        bench.questions,
+        tuple(bench.answers),
+        bench.settings.max_new_tokens,
+        bench.progress.stage(f"{name}: answer", num_answers),
+    )
+
+
+def _in_model_order(trunk: TriModeTrunk, layers: Container[str]) -> list[str]:
+    return [name for name, _ in trunk.named_modules() if name in layers]
 
 
 def _original_record(
@@ -320,15 +316,18 @@ def _original_record(
 
 
 def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
-    """Choose the rows that calibration looks at.
-
-    Self-speculation without the drafter, where there is one, is answered and not recorded.
-    """
+    """Choose the roles to record; self-speculation beside the drafter's has none."""
     with_drafter = any(decoding.use_drafter for decoding in decodings)
     spare = Decoding("linear_spec") if with_drafter else None
     return {
         decoding: () if decoding == spare else roles_for([decoding.mode]) for decoding in decodings
     }
+
+
+def _output_fidelity(one: ProbabilityDivergence) -> OutputFidelity:
+    return OutputFidelity(
+        num_rows=one.num_rows, kl_nats=one.kl_nats, top1_agreement=one.top1_agreement
+    )
 
 
 def _fidelity(by_role: ByRole) -> dict[Role, FidelityRecord]:
@@ -346,7 +345,7 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
         raise UsageError(
             "expected calibrations with names of their own, "
             f"found {twice[0] + ' twice' if twice else 'none'}",
-            "pass --calibration once for each",
+            "pass each in `calibrations` once",
         )
 
 

@@ -1,7 +1,7 @@
-"""Runs the original and a quantized trunk side by side, and keeps nothing.
+"""Runs the original and a quantized trunk side by side.
 
 Both read the same tokens; each attends to the keys and values that it computed itself. They share
-one cache object: the second trunk's layers are numbered behind the first one's.
+one cache object: the second trunk's layers are numbered behind the first one's. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ ByRole = dict[Role, Fidelity]
 
 
 class Lockstep(nn.Module):
-    """Two trunks that are run as one, and what their difference comes to, by role.
+    """Runs two trunks as one, and measures their difference by role.
 
     Args:
-        original: the trunk in float32.
-        quantized: its quantized copy, whose layers are numbered anew.
-        layers: quantized layers whose own error is measured: the output given the *original's*
-        input, against the original's output.
-        first_block: the first decoder block with a quantized layer; those before it are run once
-        for both.
-        outputs_alone: leave hidden states out.
+        original: Trunk in float32.
+        quantized: Quantized copy, whose layers are numbered anew.
+        layers: Quantized layers whose own error is measured: their output given the *original's*
+            input, against the original's output.
+        first_block: First decoder block with a quantized layer; those before it are run once for
+            both.
+        outputs_alone: Whether to leave hidden states out.
 
     Attributes:
-        local: by layer; the output is what the layer returns, in drafts with the adapter's branch.
-        accumulated: of the hidden states after each decoder block, everything before being
-        quantized.
-        outputs: Fidelity of the probabilities, over the rows whose logits a graph returns.
+        local: Fidelity of each layer's output, in drafts with the adapter's branch.
+        accumulated: Fidelity of the hidden states after each decoder block, everything before being
+            quantized.
+        outputs: Divergence of the probabilities, over the rows whose logits a graph returns.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Lockstep(nn.Module):
         attend: AttentionPattern,
         drafter_scale: float | None = None,
     ) -> Tensor:
-        """Hidden states of both, side by side: ``(B, T, 2 * hidden_size)``."""
+        """Return the hidden states of both, ``(B, T, 2 * hidden_size)``."""
         rotation = self._original.rope(positions)
         x = y = self._original.encoder.embed_tokens(input_ids).flatten(0, 1)
         blocks = zip(self._original.encoder.layers, self._twin.encoder.layers, strict=True)
@@ -113,7 +113,7 @@ class Lockstep(nn.Module):
         return both.reshape(*input_ids.shape, -1)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The original's logits; notes how far the other's are from them."""
+        """Return the original's logits; measure how far the other's are."""
         x, y = hidden.chunk(2, -1)
         logits = self._original.head(x)
         assert self._role is not None

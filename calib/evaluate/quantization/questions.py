@@ -1,4 +1,4 @@
-"""What is asked, and how it is decoded."""
+"""Reads questions, and holds the choices of how to answer them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ToText = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt's token ids, and the texts of all right answers where these are known."""
+    """Holds a prompt's token ids, and all right answers if known."""
 
     token_ids: Text
     answers: tuple[str, ...] = ()
 
 
 class Decoding(NamedTuple):
-    """Names a mode, with the drafter's adapter or without it.
+    """Chooses a mode, with or without the drafter's adapter.
 
-    Outside of self-speculation the adapter is not used.
+    Only self-speculation uses the adapter.
     """
 
     mode: Mode
@@ -39,7 +39,7 @@ class Decoding(NamedTuple):
 
     @property
     def threshold(self) -> float:
-        """The mode's usual one."""
+        """Default threshold of the mode."""
         return DEFAULT_THRESHOLDS[self.mode]
 
 
@@ -51,11 +51,11 @@ calibration has rows of it.
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """What a caller can choose.
+    """Holds the choices of a caller.
 
     Attributes:
         modes: Modes that answer the questions.
-        num_samples: questions to draw; None = all of them.
+        num_samples: Number of questions to draw; None = all of them.
         max_new_tokens: Longest answer, in tokens.
         seed: Seed for drawing prompts.
         device: Device of the trunk, ``cpu`` or ``cuda``.
@@ -74,21 +74,15 @@ class QualitySettings:
         if unknown or not self.modes:
             found = unknown[0].replace("_", "-") if unknown else "none"
             raise UsageError(
-                f"expected --modes among {','.join(known)}, found {found}",
+                f"expected `modes` among {','.join(known)}, found {found}",
                 "separate them by commas",
             )
         if len(set(self.modes)) < len(self.modes):
             raise UsageError(
-                f"expected each of --modes once, found {','.join(self.modes).replace('_', '-')}",
+                f"expected each of `modes` once, found {','.join(self.modes).replace('_', '-')}",
                 "leave out what is there twice",
             )
-        check_at_least(
-            (
-                ("samples", self.num_samples, 1),
-                ("max-new-tokens", self.max_new_tokens, 1),
-                ("seed", self.seed, 0),
-            )
-        )
+        check_at_least(self, num_samples=1, max_new_tokens=1, seed=0)
         check_device_name(self.device)
 
 
@@ -106,7 +100,7 @@ def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding
 
 
 def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
-    """The graphs that these modes run."""
+    """Return the graphs that these modes run."""
     roles: list[Role] = ["ar"]
     if "diffusion" in modes or "linear_spec" in modes:
         roles.append("draft")
@@ -118,7 +112,7 @@ def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
 def draw_questions(
     questions: Sequence[Question], num_samples: int | None, seed: int, model: ModelInfo
 ) -> list[Question]:
-    """Draw ``num_samples`` of the questions without repetition, in order; None draws all.
+    """Draw some questions without repetition, in order; None draws all.
 
     Raises:
         UsageError: too few; a prompt that is empty, has no room for an answer, or has ids that the
@@ -136,7 +130,10 @@ def draw_questions(
 def read_questions(
     data: Path, style: PromptStyle, checkpoint_path: Path, model: ModelInfo
 ) -> tuple[list[Question], ToText | None]:
-    """The prompts of a file, and the tokenizer's decoder where an answer is known.
+    """Read the prompts of a file.
+
+    Returns:
+        The questions, and the tokenizer's decoder if an answer is known.
 
     Raises:
         UsageError: the file cannot be read or is empty, or has lines that the checkpoint's

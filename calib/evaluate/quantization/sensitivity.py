@@ -1,8 +1,8 @@
-"""Finds the layers that must stay in high precision for a budget on exact match to hold.
+"""Finds the layers to keep in high precision, within a budget.
 
-Layers are ranked by what quantizing one of them alone does to the probabilities, and the shortest
-head of that ranking is sought with which the budget holds: by bisection, for every trial answers
-all questions in every mode.
+Layers are ranked by what quantizing one of them alone does to the probabilities. The shortest head
+of that ranking is sought with which the budget on exact match holds: by bisection, for every trial
+answers all questions in every mode.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import trimode
+from trimode.calib.data.checks import check_at_least
 from trimode.calib.evaluate.quantization.candidate import Candidate, quantized_copy
 from trimode.calib.evaluate.quantization.decoding import (
     Answers,
@@ -32,7 +33,6 @@ from trimode.calib.evaluate.quantization.questions import (
 )
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
-from trimode.calib.reference.fake_quant import LinearScales
 from trimode.calib.reference.torch_session import TorchSession
 from trimode.errors import BuildError, UsageError
 from trimode.formats.calibration import (
@@ -46,6 +46,7 @@ from trimode.formats.calibration import (
 from trimode.formats.contract import Mode, ModelInfo, Role
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
+from trimode.graphs.numerics.scales import LayerScales
 from trimode.progress import Progress
 
 DEFAULT_RANKING_SAMPLES = 8
@@ -62,16 +63,16 @@ no token.
 
 @dataclass(frozen=True)
 class DropLimit:
-    """Says how much exact match may be lost.
+    """Limits how much exact match may be lost.
 
-    A question counts as matched where its answer is known and the text is exactly that, or where it
-    is not known and the tokens are those of the checkpoint in float32. A mode's drop is 100 times
-    the share that float32 matches minus the share that the quantized model does, over the same
+    A question counts as matched if its answer is known and the text is exactly that, or if it is
+    not known and the tokens are those of the checkpoint in float32. A mode's drop is 100 times the
+    share that float32 matches minus the share that the quantized model does, over the same
     questions; a question lost and another one gained cancel.
 
     Attributes:
-        max_drop: points, 0 to 100, that any of the modes may drop.
-        ranking_samples: questions, the first of those drawn, whose rows rank the layers.
+        max_drop: Most points, 0 to 100, that any of the modes may drop.
+        ranking_samples: Number of questions, the first of those drawn, whose rows rank the layers.
     """
 
     max_drop: float
@@ -81,17 +82,13 @@ class DropLimit:
         """Raise :class:`UsageError` for a value that cannot be used."""
         if not 0 <= self.max_drop <= 100:  # nor NaN
             raise UsageError(
-                f"expected --max-drop from 0 to 100 points, found {self.max_drop}",
+                f"expected `max_drop` from 0 to 100 points, found {self.max_drop}",
                 "1 allows one question in a hundred to be lost",
             )
-        if self.ranking_samples < 1:
-            raise UsageError(
-                f"expected --ranking-samples of at least 1, found {self.ranking_samples}",
-                "leave it out for the default",
-            )
+        check_at_least(self, ranking_samples=1)
 
     def holds(self, drops: dict[Mode, float]) -> bool:
-        """Whether no mode drops more."""
+        """Tell whether no mode drops more."""
         return all(drop <= self.max_drop + 1e-9 for drop in drops.values())
 
 
@@ -107,9 +104,9 @@ def search(
     progress: Progress,
     to_text: ToText | None = None,
 ) -> SensitivityRecord:
-    """Find layers to keep in high precision, as few as the ranking allows.
+    """Find few layers to keep in high precision, along their ranking.
 
-    Match is not monotonic in what is kept, so bisection finds *a* length with which the budget was
+    Match is not monotonic in what is kept. So bisection finds *a* length with which the limit was
     measured to hold and with one less to fail, not always the least. Memory: eight bytes a
     parameter.
 
@@ -120,14 +117,14 @@ def search(
         questions: Questions to draw from.
         questions_sha256: Digest of the file that holds them.
         budget: Exact match that may be lost.
-        settings: Modes that have to hold the budget, and how many questions are asked.
+        settings: Modes that have to hold the budget, and the number of questions.
         progress: Display of the stages.
-        to_text: Tokenizer's decoder; None where no answer is known.
+        to_text: Tokenizer's decoder; None if no answer is known.
 
     Raises:
         UsageError: a setting or a question cannot be used.
         CheckpointError: the checkpoint cannot be read, the calibration is of another one or does
-        not fit it, or numbers are not finite.
+            not fit it, or numbers are not finite.
         BuildError: no layer can be quantized within the budget.
         DeviceError: the device is not here.
     """
@@ -157,7 +154,7 @@ def search(
 def rank_layers(
     trunk: TriModeTrunk,
     candidate: Candidate,
-    layers: dict[str, LinearScales],
+    layers: dict[str, LayerScales],
     episodes: Sequence[Episode],
     progress: Progress,
 ) -> dict[str, float]:
@@ -170,7 +167,7 @@ def rank_layers(
     """
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
-    def divergences(some: dict[str, LinearScales], first_block: int) -> dict[Role, float]:
+    def divergences(some: dict[str, LayerScales], first_block: int) -> dict[Role, float]:
         quantized = quantized_copy(trunk, candidate.precision, some)
         comparison = Lockstep(trunk, quantized, first_block=first_block, outputs_alone=True)
         comparison.run(episodes, advance)
@@ -186,7 +183,7 @@ def rank_layers(
 
 
 def shortest(most: int, holds: Callable[[int], bool]) -> int:
-    """Find by bisection a number that holds while the one before it does not.
+    """Find by bisection a number that holds after one that fails.
 
     It lies from 0 to ``most``, which is known to hold and not tried.
     """
@@ -228,12 +225,12 @@ def save_without(
 
 
 def decoding_of(mode: Mode, model: ModelInfo) -> Decoding:
-    """How a mode is run: with the drafter, where there is one."""
+    """Return how a mode is run: with any drafter there is."""
     return Decoding(mode, use_drafter=mode == "linear_spec" and model.has_drafter)
 
 
 class _Original(NamedTuple):
-    """The original trunk with its answers."""
+    """Holds the original trunk with its answers."""
 
     trunk: TriModeTrunk
     model: ModelInfo
@@ -247,7 +244,7 @@ class _Trials:
 
     original: _Original
     candidate: Candidate
-    layers: dict[str, LinearScales]
+    layers: dict[str, LayerScales]
     ranking: Sequence[str]
     settings: QualitySettings
     to_text: ToText | None
@@ -255,7 +252,7 @@ class _Trials:
     _drops: dict[int, dict[Mode, float]] = field(default_factory=dict)
 
     def drops(self, num_kept: int) -> dict[Mode, float]:
-        """Points that each mode drops; see :class:`DropLimit`."""
+        """Return the points that each mode drops; see :class:`DropLimit`."""
         if num_kept not in self._drops:
             self._drops[num_kept] = self._measure(num_kept)
         return self._drops[num_kept]
@@ -294,7 +291,7 @@ def _answer_originally(
     settings: QualitySettings,
     progress: Progress,
 ) -> tuple[_Original, list[list[Episode]]]:
-    """Answer in every mode, and keep the forwards whose rows decide the tokens."""
+    """Answer in every mode, and record the forwards that decide tokens."""
     recorded: dict[Decoding, Sequence[Role]] = {
         decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes
     }
@@ -312,7 +309,7 @@ def _fewest_kept(trials: _Trials, num_layers: int, budget: DropLimit) -> int:
         raise BuildError(
             f"expected a layer that can be quantized with a drop of at most {budget.max_drop:g} "
             f"points, found none in {num_layers}",
-            "allow a larger --max-drop, or build without quantization",
+            "allow a larger `max_drop`, or build without quantization",
         )
     return num_kept
 
@@ -326,7 +323,7 @@ def _data_record(
 
 
 def _block_of(layer: str, num_blocks: int) -> int:
-    """The decoder block of a layer; of the head, the number of blocks."""
+    """Return a layer's decoder block; the number of blocks for the head."""
     parts = layer.split(".")
     return int(parts[2]) if parts[:2] == ["encoder", "layers"] else num_blocks
 

@@ -1,5 +1,5 @@
-"""Finds the fewest forwards that give the serial result, beside what the modes reach.
+"""Finds the fewest forwards to the serial result, beside the modes.
 
-- ``oracle``  the fewest denoising forwards of one block
-- ``measure`` all ways to decode, over prompts, in tokens per forward
+- ``oracle``  fewest denoising forwards of one block
+- ``measure`` all ways to decode over prompts, in tokens per forward
 """

@@ -1,4 +1,4 @@
-"""Every way to decode over the same prompts: oracles, thresholds, self-speculation."""
+"""Decodes the same prompts in every way: oracles, thresholds, self-speculation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from trimode.errors import UsageError
 from trimode.formats.contract import Mode
 from trimode.formats.speed_of_light import WayRecord
 from trimode.runtime.decode.algorithms import ALGORITHMS
+from trimode.runtime.decode.sequence import Sequence as DecodedSequence
 from trimode.runtime.model import TriModeModel
+from trimode.runtime.sessions.base import Array, Ids
 
 DEFAULT_THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 Target = Literal["serial denoising", "ar"]
@@ -25,10 +27,10 @@ _CYCLE_PHASES = ("verify", "quadratic")
 
 @dataclass(frozen=True)
 class LightSettings:
-    """What a caller can choose.
+    """Holds the choices of a caller.
 
     Attributes:
-        block_length: Length of blocks, where there are any; None = the model's.
+        block_length: Length of blocks, where there are any; None = the model's block size.
         thresholds: Thresholds of diffusion.
         max_new_tokens: Longest answer, in tokens.
         max_forwards: Most forwards of the search for one block.
@@ -42,7 +44,7 @@ class LightSettings:
 
 @dataclass
 class Way:
-    """One way to decode, and what it came to so far."""
+    """Counts the answers of one way to decode."""
 
     name: str
     target: Target
@@ -53,14 +55,14 @@ class Way:
     exhausted: int | None = None
 
     def add(self, token_ids: list[int], *, nfe: int, steps: int, stepped_tokens: int) -> None:
-        """Count an answer; ``stepped_tokens`` are those of its steps."""
+        """Add an answer; ``stepped_tokens`` are the tokens of its steps."""
         self.texts.append(token_ids)
         self.nfe += nfe
         self.steps += steps
         self.stepped_tokens += stepped_tokens
 
     def record(self, targets: Sequence[list[int]]) -> WayRecord:
-        """All of it, beside the texts it is meant to reproduce."""
+        """Return the counts, compared with the texts to reproduce."""
         tokens = sum(map(len, self.texts))
         return WayRecord(
             name=self.name,
@@ -147,7 +149,7 @@ def _streamed_ways(
 
 
 def _can_run(model: TriModeModel, mode: Mode) -> bool:
-    """Whether the bundle has the graphs of a mode."""
+    """Tell whether the bundle has the graphs of a mode."""
     try:
         model.stream([[0]], mode)
     except UsageError:
@@ -186,24 +188,12 @@ def _denoise_by_oracles(
     text: list[int] = []
     steps, blocks = dict.fromkeys(ways, 0), 0
     while left > 0 and not (text and text[-1] in facts.eos_token_ids):
-        block = np.full(length, facts.mask_token_id, np.int64)
-        block[0] = sequence.run(sequence.predict())
-        oracle = BlockOracle(
-            lambda slots: sequence.run(sequence.denoise(slots)),
-            block,
-            facts.mask_token_id,
-            facts.eos_token_ids,
-        )
-        paths: dict[str, Path] = {
-            SERIAL: oracle.serial,
-            **{name: oracle.fewest(name, settings.max_forwards) for name in ORACLES},
-        }
-        for name, path in paths.items():
+        oracle = _block_oracle(sequence, length)
+        for name, path in _paths(oracle, settings).items():
             steps[name] += len(path.steps)
             if ways[name].exhausted is not None:
                 ways[name].exhausted += path.is_exhausted  # type: ignore[operator]
-        ends = np.flatnonzero(np.isin(oracle.target, facts.eos_token_ids))
-        kept = oracle.target[: ends[0] + 1 if len(ends) else None][:left].tolist()
+        kept = _up_to_end(oracle.target, facts.eos_token_ids)[:left]
         total = len(sequence.tokens) + len(kept)
         sequence.run(sequence.commit(oracle.target))
         sequence.truncate(total)
@@ -212,3 +202,28 @@ def _denoise_by_oracles(
         blocks += 1
     for name, way in ways.items():
         way.add(text, nfe=steps[name] + blocks, steps=steps[name], stepped_tokens=len(text))
+
+
+def _block_oracle(sequence: DecodedSequence, length: int) -> BlockOracle:
+    """Return the oracle of the next block, whose first token is predicted."""
+    facts = sequence.model
+    block = np.full(length, facts.mask_token_id, np.int64)
+    block[0] = sequence.run(sequence.predict())
+
+    def denoise(slots: Ids) -> tuple[Array, Array]:
+        return sequence.run(sequence.denoise(slots))
+
+    return BlockOracle(denoise, block, facts.mask_token_id, facts.eos_token_ids)
+
+
+def _paths(oracle: BlockOracle, settings: LightSettings) -> dict[str, Path]:
+    """Return the path of serial denoising, and of each oracle."""
+    fewest: dict[str, Path] = {name: oracle.fewest(name, settings.max_forwards) for name in ORACLES}
+    return {SERIAL: oracle.serial, **fewest}
+
+
+def _up_to_end(tokens: Ids, eos: tuple[int, ...]) -> list[int]:
+    """Return the tokens up to and with the first end token."""
+    ends = np.flatnonzero(np.isin(tokens, eos))
+    kept: list[int] = tokens[: ends[0] + 1 if len(ends) else None].tolist()
+    return kept

@@ -38,7 +38,7 @@ from trimode.runtime.sessions.base import Array, Ids
 Oracle = Literal["prefix", "any"]
 ORACLES: tuple[Oracle, ...] = ("prefix", "any")
 MAX_FORWARDS = 5000
-"""Of one search, as in the report."""
+"""Most forwards of one search, as in the report."""
 
 Denoise = Callable[[Ids], tuple[Array, Array]]
 """Ids and probabilities ``(L, n)`` of each slot's candidates, best first, for a block ``(L,)``."""
@@ -46,11 +46,11 @@ Denoise = Callable[[Ids], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Path:
-    """How a block came about.
+    """Records the steps that filled a block.
 
     Attributes:
-        steps: slots filled by each forward.
-        is_exhausted: whether the search ended at its limit of forwards; the steps are then those of
+        steps: Slots filled by each forward.
+        is_exhausted: Whether the search ended at its limit of forwards; the steps are then those of
             serial denoising.
     """
 
@@ -59,13 +59,13 @@ class Path:
 
 
 class BlockOracle:
-    """One block, after one text.
+    """Searches paths to the target of one block, after one text.
 
     Args:
-        denoise: a forward over the block; must give the same for the same block.
-        block: ``(L,)``, some slots masked.
-        mask_token_id: marks these.
-        eos: tokens that end a text. A block is done when no slot up to the first of them is masked:
+        denoise: Forward over the block; must give the same for the same block.
+        block: Block ``(L,)``, some slots masked.
+        mask_token_id: Token that marks these.
+        eos: Tokens that end a text. A block is done when no slot up to the first of them is masked:
             what follows cannot matter.
     """
 
@@ -91,7 +91,7 @@ class BlockOracle:
         return Path(steps)
 
     def is_done(self, filled: frozenset[int]) -> bool:
-        """Whether every slot that matters is filled."""
+        """Tell whether every slot that matters is filled."""
         ends = np.isin(self.target, self._eos) & (
             self._is_given() | _members(filled, len(self.target))
         )
@@ -99,7 +99,7 @@ class BlockOracle:
         return not any(slot < last and slot not in filled for slot in self._masked)
 
     def candidates(self, filled: frozenset[int], oracle: Oracle) -> list[int]:
-        """The slots that an oracle may fill next, most confident first."""
+        """List the slots that an oracle may fill next, most confident first."""
         tokens, confidence = self.predict_filled(filled)
         ranked = sorted(
             (slot for slot in self._masked if slot not in filled),
@@ -116,7 +116,7 @@ class BlockOracle:
     def predict_filled(
         self, filled: frozenset[int], target: Ids | None = None
     ) -> tuple[Ids, NDArray[np.float64]]:
-        """Give the best token and its probability of each slot ``(L,)``.
+        """Predict every slot's best token and its probability, ``(L,)`` each.
 
         ``filled`` slots have the target's token. Each set is run once.
         """
@@ -140,7 +140,10 @@ class BlockOracle:
         return given
 
     def _fill_serially(self) -> tuple[Ids, Path]:
-        """The whole block, one slot a forward; the path ends where the runtime would stop."""
+        """Fill the block one slot a forward.
+
+        The path ends where the runtime would stop.
+        """
         target = self._block.copy()
         order: list[int] = []
         for _ in self._masked:
@@ -156,7 +159,7 @@ class BlockOracle:
 
 
 class _OutOfForwardsError(Exception):
-    """The search has done as many forwards as it may."""
+    """Ends a search that has done as many forwards as it may."""
 
 
 class _Search:
@@ -170,7 +173,7 @@ class _Search:
         self._dead: set[frozenset[int]] = set()
 
     def run(self, filled: frozenset[int]) -> tuple[tuple[int, ...], ...] | None:
-        """The steps from here to the end, or None."""
+        """Return the steps from here to the end, or None."""
         if self._block.is_done(filled):
             return ()
         if filled in self._dead:

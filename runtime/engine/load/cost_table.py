@@ -25,6 +25,10 @@ from trimode.runtime.engine.load.roofline import Forwards, fit_roofline
 CACHED_STEP = 32
 """Cached tokens between which a prediction is taken to be the same."""
 
+LEARNED_FORWARDS = 5
+"""Forwards of which one is learned from: an odd number, since drafts and verifications take turns.
+"""
+
 
 class Cell(NamedTuple):
     """A forward that was measured.
@@ -56,6 +60,7 @@ class CostTable:
     def __init__(self, cells: Mapping[Role, Sequence[Cell]], *, is_frozen: bool = False) -> None:
         self.is_frozen = is_frozen
         self._corrections = Corrections()
+        self._num_forwards = 0
         if not cells.get("ar") or not any(cell.tokens == 1 for cell in cells["ar"]):
             raise UsageError("expected timings of AR steps, found none", BENCH)
         self._grids = {role: _Grid(found) for role, found in cells.items() if found}
@@ -76,6 +81,11 @@ class CostTable:
         return cls(cells, is_frozen=is_frozen)
 
     @property
+    def has_batches(self) -> bool:
+        """Whether AR was measured for one text and for several in a forward."""
+        return self._grids["ar"].num_row_counts > 1
+
+    @property
     def drift(self) -> float:
         """Measured over predicted milliseconds, of late and over all forwards."""
         return self._corrections.common
@@ -87,13 +97,22 @@ class CostTable:
             UsageError: the role was not measured.
         """
         base, place = self._predicted(role, rows, tokens, cached)
-        return base * self._corrections.factor(place)
+        return base * self._corrections.factor((role, tokens > 1), place)
 
     def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
-        """Learn from a forward that took ``ms`` milliseconds, its host time included."""
-        if not self.is_frozen and role in self._grids:
-            base, place = self._predicted(role, rows, tokens, cached)
-            self._corrections.observe(place, ms / base)
+        """Learn from a forward that took ``ms`` milliseconds, its host time included; every fifth
+        is enough.
+
+        Of forwards with more new tokens than were measured nothing is learned: how far a fit is
+        off there says nothing of the forwards that it was made from.
+        """
+        self._num_forwards += 1
+        if self.is_frozen or self._num_forwards % LEARNED_FORWARDS:
+            return
+        if role not in self._grids or tokens > self._grids[role].most_tokens:
+            return
+        base, place = self._predicted(role, rows, tokens, cached)
+        self._corrections.observe((role, tokens > 1), place, ms / base)
 
     def _predicted(self, role: Role, rows: int, tokens: int, cached: int) -> tuple[float, _Place]:
         key = role, rows, tokens, round(cached / CACHED_STEP)
@@ -137,6 +156,16 @@ class _Grid:
         )
         filled[places] = ratios
         return filled
+
+    @property
+    def num_row_counts(self) -> int:
+        """Numbers of texts in a forward that were measured."""
+        return len(self._axes[0])
+
+    @property
+    def most_tokens(self) -> float:
+        """Most new tokens of a text that were measured."""
+        return float(self._axes[1][-1])
 
     def ms(self, at: Sequence[float]) -> float:
         """Milliseconds of a forward of ``(rows, tokens, cached)``."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 MEMORY_FORWARDS = 32.0
 """Forwards after which what was seen weighs 1/e."""
 COMMON_WEIGHT = 4.0
-"""Forwards of a cell that weigh as much as what all cells together say of it.
+"""Forwards of a cell that weigh as much as what the others together say of it.
 
 A machine that has become slower shows it first in the forwards that it happens to run. If the
 others kept their old times, they would look better than they are, and modes would swing.
@@ -16,30 +17,48 @@ LEAST_FACTOR, GREATEST_FACTOR = 0.5, 2.0
 
 
 class Corrections:
-    """Keeps measured over predicted milliseconds, for each cell of a table and for all of them.
+    """Keeps measured over predicted milliseconds, for each cell of a table, each group of cells,
+    and for all.
 
-    A cell leans on the common factor as far as it was not seen.
+    A cell leans on its group as far as it was not seen, and a group on all.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Hashable, tuple[float, float]] = {}
-        self._weight = self._total = 0.0
+        self._cells: dict[Hashable, _Average] = {}
+        self._groups: dict[Hashable, _Average] = {}
+        self._all = _Average()
 
     @property
     def common(self) -> float:
-        """Factor of a cell that was never seen."""
-        return (self._total + COMMON_WEIGHT) / (self._weight + COMMON_WEIGHT)
+        """Factor of a cell whose group was never seen."""
+        return self._all.leaning_on(1.0)
 
-    def factor(self, cell: Hashable) -> float:
+    def factor(self, group: Hashable, cell: Hashable) -> float:
         """What to multiply a cell's milliseconds by, within 0.5 and 2."""
-        weight, total = self._seen.get(cell, (0.0, 0.0))
-        value = (total + COMMON_WEIGHT * self.common) / (weight + COMMON_WEIGHT)
+        value = self._groups.get(group, _NOTHING).leaning_on(self.common)
+        value = self._cells.get(cell, _NOTHING).leaning_on(value)
         return min(max(value, LEAST_FACTOR), GREATEST_FACTOR)
 
-    def observe(self, cell: Hashable, ratio: float) -> None:
+    def observe(self, group: Hashable, cell: Hashable, ratio: float) -> None:
         """Take note of one forward: measured over predicted; what is out of range is clipped."""
         ratio = min(max(ratio, LEAST_FACTOR), GREATEST_FACTOR)
+        self._cells[cell] = self._cells.get(cell, _NOTHING).after(ratio)
+        self._groups[group] = self._groups.get(group, _NOTHING).after(ratio)
+        self._all = self._all.after(ratio)
+
+
+class _Average(NamedTuple):
+    """A moving average: the weight of what was seen, and the weighted sum of it."""
+
+    weight: float = 0.0
+    total: float = 0.0
+
+    def after(self, value: float) -> _Average:
         keep = 1 - 1 / MEMORY_FORWARDS
-        weight, total = self._seen.get(cell, (0.0, 0.0))
-        self._seen[cell] = keep * weight + 1, keep * total + ratio
-        self._weight, self._total = keep * self._weight + 1, keep * self._total + ratio
+        return _Average(keep * self.weight + 1, keep * self.total + value)
+
+    def leaning_on(self, usual: float) -> float:
+        return (self.total + COMMON_WEIGHT * usual) / (self.weight + COMMON_WEIGHT)
+
+
+_NOTHING = _Average()

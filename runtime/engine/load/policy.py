@@ -32,6 +32,14 @@ from trimode.runtime.engine.load.state import ModePlan, RowState
 logger = logging.getLogger("trimode.runtime")
 CHANGED_LOAD = 0.25
 """Share of the running rows whose coming or going makes an evaluation due at once."""
+FIRST_EVALUATIONS = 24
+"""Evaluations that follow each other closely, since at first nothing is known of the texts."""
+SHORT_INTERVAL = 0.25
+"""Of the usual least interval, where evaluations follow each other closely."""
+SPLIT_GAIN = 0.10
+"""Gain over the best uniform choice from which on a split is considered. It rests on differences
+between rows, and those that look best are mostly not quite as good.
+"""
 KEPT_SWITCHES = 256
 
 
@@ -43,7 +51,8 @@ class LoadSettings:
         least_gain: Predicted gain below which nothing changes.
         num_evaluations: Evaluations in a row that a gain has to hold for.
         dwell_cycles: Cycles between two evaluations, and least cycles between two switches.
-        least_interval_ms: Least time between two evaluations, but for changes of load.
+        least_interval_ms: Least time between two evaluations, a quarter of it after changes of
+            load.
         tpot_ms: Most milliseconds a token of the row served worst, where a plan can keep to it.
         step_ms: Most milliseconds of a forward while requests are waiting, where a plan can.
         probe_share: Share of the time that is spent on drafts to learn from, while all is AR.
@@ -52,7 +61,7 @@ class LoadSettings:
     least_gain: float = 0.05
     num_evaluations: int = 3
     dwell_cycles: int = 8
-    least_interval_ms: float = 50.0
+    least_interval_ms: float = 200.0
     tpot_ms: float | None = None
     step_ms: float | None = None
     probe_share: float = 0.005
@@ -89,6 +98,7 @@ class LoadPolicy:
         table: Costs of the forwards; who runs them calls its ``observe``.
         settings: How readily plans change.
         lengths: Block lengths to choose from; None = all that the table has.
+        is_prior_measured: Whether what rows expect at first was measured on such texts.
 
     Attributes:
         switches: The latest changes of plan.
@@ -100,8 +110,10 @@ class LoadPolicy:
         table: CostTable,
         settings: LoadSettings | None = None,
         lengths: Sequence[int] | None = None,
+        *,
+        is_prior_measured: bool = False,
     ) -> None:
-        self._table = table
+        self._table, self._is_prior_measured = table, is_prior_measured
         self._settings = settings or LoadSettings()
         self._lengths = table.lengths if lengths is None else tuple(lengths)
         self.switches: deque[Switch] = deque(maxlen=KEPT_SWITCHES)
@@ -109,6 +121,7 @@ class LoadPolicy:
         self._current: Candidate | None = None
         self._plan = ModePlan()
         self._held: dict[str, int] = {}
+        self._num_evaluations = 0
         self._load = _Load(0, 0.0, 0.0)
         self._load_at_switch = self._load
         self._next_ms = self._switch_after_ms = -float("inf")
@@ -141,7 +154,9 @@ class LoadPolicy:
         longer = max(found[1:], key=lambda one: one.tokens_per_ms, default=None)
         if longer is not None:
             divided = splits(rows, longer.candidate.block_length)
-            found += [judge(one, rows, self._table) for one in divided]
+            least = (1 + SPLIT_GAIN) * max(one.tokens_per_ms for one in found)
+            divided_too = [judge(one, rows, self._table) for one in divided]
+            found += [one for one in divided_too if one.tokens_per_ms >= least]
         return [one for one in found if self._is_fast_enough(one, num_queued)] or found
 
     def _is_fast_enough(self, one: Prospect, num_queued: int) -> bool:
@@ -153,9 +168,15 @@ class LoadPolicy:
     def _current_prospect(
         self, rows: Sequence[RowState], prospects: Sequence[Prospect], now_ms: float
     ) -> Prospect:
-        """What the present plan gives now; the first plan is simply the best one."""
+        """What the present plan gives now; the first plan is simply the best one.
+
+        Where nothing is known of the texts, it is the best one with blocks. In AR nothing would be
+        learned, and a prior that is too low would keep it.
+        """
         if self._current is None:
-            best = max(prospects, key=lambda one: one.tokens_per_ms)
+            drafting = [one for one in prospects if one.candidate.block_length != AR_STEP]
+            tried = prospects if self._is_prior_measured else drafting or prospects
+            best = max(tried, key=lambda one: one.tokens_per_ms)
             self._adopt(best, now_ms, 0.0, "start")
             self._switch_after_ms = now_ms  # the first plan stands on nothing that was seen
             return best
@@ -195,15 +216,19 @@ class LoadPolicy:
         )
 
     def _schedule(self, round_ms: float, now_ms: float) -> None:
-        """Evaluate again after some cycles, and soon while the plan was made for another load.
+        """Evaluate again after some cycles; sooner at first, and for another load.
 
         Rows that come and go are facts. Acceptance is an estimate that wanders, and evaluations
         close to each other would all see the same of it.
         """
-        is_settled = self.switches and not self._load.has_other_rows_than(self._load_at_switch)
-        cycles = self._settings.dwell_cycles if is_settled else 1
-        self._next_ms = now_ms + max(cycles * round_ms, self._settings.least_interval_ms)
-        self._soonest_ms = now_ms + min(round_ms, self._settings.least_interval_ms)
+        self._num_evaluations += 1
+        is_known = self._num_evaluations > FIRST_EVALUATIONS
+        is_settled = is_known and not self._load.has_other_rows_than(self._load_at_switch)
+        least_ms = self._settings.least_interval_ms
+        soon_ms = max(round_ms, SHORT_INTERVAL * least_ms)
+        later_ms = max(self._settings.dwell_cycles * round_ms, least_ms)
+        self._next_ms = now_ms + (later_ms if is_settled else soon_ms)
+        self._soonest_ms = now_ms + SHORT_INTERVAL * least_ms
 
     def _with_probe(self, rows: Sequence[RowState], current: Prospect, now_ms: float) -> ModePlan:
         """The plan, for a moment with one row that drafts where all are in AR."""

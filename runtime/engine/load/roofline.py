@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
+MOST_TURNS = 12
+"""Fits after which no better one is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +53,30 @@ class Roofline:
 def fit_roofline(found: Forwards) -> Roofline:
     """Fit the two sums to measured forwards, relative errors counting alike.
 
-    Which forwards wait for memory is found by trial: those of at most so many new tokens.
+    Which forwards wait for memory is not known. It is first taken to be those of at most so many
+    new tokens, for each number there is, and then found by taking turns: fit both sums, and ask
+    them. The best result counts.
     """
+    new = found.rows * found.tokens
+    tries = [_refined(new <= most, found) for most in np.unique(new)]
+    return min(tries, key=lambda one: _error(one, found))
+
+
+def _refined(is_memory: NDArray[np.bool_], found: Forwards) -> Roofline:
+    """Fit, and fit again as long as a forward turns out to be on the other side."""
     new = found.rows * found.tokens
     memory = np.stack([np.ones_like(new), found.rows, found.rows * found.cached], 1)
     compute = np.stack([np.ones_like(new), new, new * found.cached], 1)
-    best, least = Roofline((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)), np.inf
-    for most in np.unique(new):
-        is_small = new <= most
-        trial = Roofline(
-            _non_negative(memory[is_small], found.ms[is_small]),
-            _non_negative(compute[~is_small], found.ms[~is_small]),
+    for _ in range(MOST_TURNS):
+        fitted = Roofline(
+            _non_negative(memory[is_memory], found.ms[is_memory]),
+            _non_negative(compute[~is_memory], found.ms[~is_memory]),
         )
-        error = _error(trial, found)
-        if error < least:
-            best, least = trial, error
-    return best
+        following = memory @ np.array(fitted.memory) >= compute @ np.array(fitted.compute)
+        if (following == is_memory).all():
+            break
+        is_memory = following
+    return fitted
 
 
 def _error(roofline: Roofline, found: Forwards) -> float:

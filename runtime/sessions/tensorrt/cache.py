@@ -4,7 +4,6 @@ over.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,17 +12,18 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from trimode.errors import UsageError
+from trimode.errors import DeviceError, UsageError
 from trimode.formats.contract import Role
 from trimode.runtime.sessions.base import Array, BatchCache, Closable
-from trimode.runtime.sessions.prefix import check_same_session, check_slots
+from trimode.runtime.sessions.prefix import SlotFormat, check_same_session, check_slots
 from trimode.runtime.sessions.tensorrt.graph import Runner
 from trimode.runtime.sessions.tensorrt.memory import DeviceMemory, Lines, RecordedWork, Stream
-from trimode.runtime.sessions.tensorrt.target import Prepared
+from trimode.runtime.sessions.tensorrt.target import PreparedEngines
 
 
 class TensorRTCache:
-    """Keys and values of sequences in slots whose number the engines fix.
+    """Keys and values of sequences, in the smallest capacity that engines were built for and that
+    holds what was asked for.
 
     The memory goes to the next ones when this is dropped.
 
@@ -36,12 +36,37 @@ class TensorRTCache:
         self._pool, self.num_rows = pool, num_rows
         self.slots = pool.slots
         self.bytes_per_token = self.slots.bytes_per_token
-        self.memory = pool.take(num_rows)
-        self.capacity = self.memory.capacity
-        weakref.finalize(self, pool.give_back, self.memory).atexit = False
+        self._lease: Lease | None = None
+        if pool.has_one_capacity:  # there is nothing to wait for
+            self.reserve(1)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a sequence; 0 before any were asked for."""
+        return self._lease.memory.capacity if self._lease else 0
+
+    @property
+    def lease(self) -> Lease:
+        """The memory, for whoever needs it longer than this cache does."""
+        if self._lease is None:
+            self.reserve(1)
+        assert self._lease is not None
+        return self._lease
+
+    @property
+    def memory(self) -> SequenceMemory:
+        """Where everything lies; another place after it has grown."""
+        return self.lease.memory
 
     def reserve(self, length: int) -> None:
-        self._pool.capacity_for(length)
+        if length > self.capacity:
+            self._grow(self._pool.engines_for(length))
+
+    def expect(self, num_tokens: int) -> None:
+        """Have the capacity for a text of this length at once, not step by step."""
+        engines = self._pool.engines_for_text(num_tokens)
+        if engines.capacity > self.capacity:
+            self._grow(engines)
 
     def move(self, source: int, destination: int, length: int | None = None) -> None:
         self.copy_prefix(source, destination, self.capacity if length is None else length)
@@ -55,13 +80,9 @@ class TensorRTCache:
         check_slots(self, destination, 0, length)
         check_slots(theirs, source, 0, length)
         if length and (self, destination) != (theirs, source):
+            to, begin = self.memory.lines(destination, 0), theirs.memory.lines(source, 0)
             with self._pool.turn() as stream:
-                self._copy(
-                    stream,
-                    self.memory.lines(destination, 0),
-                    theirs.memory.lines(source, 0),
-                    length,
-                )
+                self._copy(stream, to, begin, length)
 
     def export_prefix(self, row: int, start: int, length: int) -> list[Array]:
         check_slots(self, row, start, length)
@@ -81,12 +102,29 @@ class TensorRTCache:
                 self._copy(stream, self.memory.lines(row, start), _host_lines(arrays), length)
                 stream.synchronize()
 
+    def _grow(self, engines: PreparedEngines) -> None:
+        """Go to memory of a larger capacity, with all rows."""
+        grown, old = self._pool.take(engines, self.num_rows), self._lease
+        if old is not None:
+            heads = self.num_rows * self.slots.num_heads  # those of all rows lie side by side
+            with self._pool.turn() as stream:
+                self._copy(
+                    stream, grown.memory.lines(0, 0), old.memory.lines(0, 0), self.capacity, heads
+                )
+        self._lease = grown
+
     def _copy(
-        self, stream: Stream, destination: list[Lines], source: list[Lines], length: int
+        self,
+        stream: Stream,
+        destination: list[Lines],
+        source: list[Lines],
+        length: int,
+        num_heads: int | None = None,
     ) -> None:
-        """Queue copying slots, tensor by tensor."""
+        """Queue copying slots, tensor by tensor; of one row, or of so many heads."""
+        width, height = length * self.slots.head_bytes, num_heads or self.slots.num_heads
         for to, begin in zip(destination, source, strict=True):
-            stream.copy_lines(to, begin, length * self.slots.head_bytes, self.slots.num_heads)
+            stream.copy_lines(to, begin, width, height)
 
 
 def _host_lines(arrays: Sequence[Array]) -> list[Lines]:
@@ -94,39 +132,60 @@ def _host_lines(arrays: Sequence[Array]) -> list[Lines]:
     return [Lines(array.ctypes.data, array.strides[0], is_on_gpu=False) for array in arrays]
 
 
+class Lease:
+    """Memory that is given back when nobody refers to this any more: no cache, and no output that
+    lies in it.
+    """
+
+    def __init__(self, pool: MemoryPool, memory: SequenceMemory) -> None:
+        self.memory = memory
+        weakref.finalize(self, pool.give_back, memory).atexit = False
+
+
 class MemoryPool(Closable):
     """Memory of sequences, which one cache hands on to the next.
 
     Args:
-        prepared: The target.
+        capacities: Prepared engines of each capacity, ascending.
+        slots: What a slot of a sequence holds.
         stream: Where everything is queued.
 
     Attributes:
         lock: Held while something is queued: what is queued while a forward is recorded would be
             recorded with it.
-        slots: What a slot of a sequence holds.
     """
 
-    def __init__(self, prepared: Prepared, stream: Stream) -> None:
-        self._prepared, self._stream = prepared, stream
-        self._free: dict[int, list[SequenceMemory]] = {}
+    def __init__(
+        self, capacities: Sequence[PreparedEngines], slots: SlotFormat, stream: Stream
+    ) -> None:
+        self._capacities, self.slots, self._stream = capacities, slots, stream
+        self._free: dict[tuple[int, int], list[SequenceMemory]] = {}
         self.lock = threading.Lock()
-        self.slots = prepared.slots
 
-    def capacity_for(self, length: int) -> int:
-        """Smallest capacity that holds ``length`` slots.
+    @property
+    def has_one_capacity(self) -> bool:
+        """Whether all sequences have the same."""
+        return len(self._capacities) == 1
+
+    def engines_for(self, length: int) -> PreparedEngines:
+        """Those of the smallest capacity that holds ``length`` slots.
 
         Raises:
-            UsageError: it is smaller.
+            UsageError: the largest is smaller.
         """
-        capacity = self._prepared.capacity
-        if length > capacity:
-            raise UsageError(
-                f"expected at most {capacity} tokens, "
-                f"which the cache of this target holds, found {length}",
-                "shorten the text, or build with a larger --max-length",
-            )
-        return capacity
+        for engines in self._capacities:
+            if length <= engines.capacity:
+                return engines
+        raise UsageError(
+            f"expected at most {self._capacities[-1].capacity} tokens, "
+            f"which the cache of this target holds, found {length}",
+            "shorten the text, or build with a larger --max-length",
+        )
+
+    def engines_for_text(self, num_tokens: int) -> PreparedEngines:
+        """Those of the smallest capacity for texts of this length, or of the largest."""
+        fitting = (one for one in self._capacities if num_tokens <= one.max_length)
+        return next(fitting, self._capacities[-1])
 
     @contextmanager
     def turn(self) -> Iterator[Stream]:
@@ -139,26 +198,46 @@ class MemoryPool(Closable):
             self.check_open()
             yield self._stream
 
-    def take(self, num_rows: int) -> SequenceMemory:
-        """Memory for so many sequences: of some that nobody uses any more, or new."""
+    def take(self, engines: PreparedEngines, num_rows: int) -> Lease:
+        """Memory for so many sequences: of some that nobody uses any more, or new.
+
+        Where there is no room for new memory, that of other sizes which nobody uses makes room.
+        """
         with self.turn() as stream:
-            free = self._free.setdefault(num_rows, [])
-            return free.pop() if free else SequenceMemory(self._prepared, stream, num_rows)
+            free = self._free.get((engines.capacity, num_rows))
+            if free:
+                return Lease(self, free.pop())
+            try:
+                memory = SequenceMemory(engines, self.slots, stream, num_rows)
+            except DeviceError:
+                if not self._close_free():
+                    raise
+                memory = SequenceMemory(engines, self.slots, stream, num_rows)
+            return Lease(self, memory)
 
     def give_back(self, memory: SequenceMemory) -> None:
-        """Keep memory for the next cache.
+        """Keep memory for the next cache, while the session is open.
 
-        Takes no lock: it is called when a cache is collected, whoever holds the lock.
+        Takes no lock: it is called when a lease is collected, whoever holds the lock.
         """
-        if not self.is_closed:
-            self._free.setdefault(memory.batch, []).append(memory)
+        if self.is_closed:
+            memory.close()
+        else:
+            self._free.setdefault((memory.capacity, memory.batch), []).append(memory)
 
     def close(self) -> None:
         """Give back all memory that no cache uses; the lock is held."""
         self.is_closed = True
-        for memory in itertools.chain(*self._free.values()):
+        self._close_free()
+
+    def _close_free(self) -> bool:
+        """Give back what nobody uses; whether there was anything."""
+        unused = [memory for key in list(self._free) for memory in self._free.pop(key)]
+        if unused:
+            self._stream.synchronize()  # a copy from it may still be queued
+        for memory in unused:
             memory.close()
-        self._free.clear()
+        return bool(unused)
 
 
 class Launchable(Protocol):
@@ -188,10 +267,11 @@ class SequenceMemory:
         recorded: forwards of all the sequences, by role and rows.
     """
 
-    def __init__(self, prepared: Prepared, stream: Stream, batch: int = 1) -> None:
-        self.batch = batch
-        self.capacity, self._slots = prepared.capacity, prepared.slots
-        self.cache, self.layouts = prepared.lay_out(batch)
+    def __init__(
+        self, engines: PreparedEngines, slots: SlotFormat, stream: Stream, batch: int = 1
+    ) -> None:
+        self.batch, self.capacity, self._slots = batch, engines.capacity, slots
+        self.cache, self.layouts = engines.lay_out(batch)
         self._io: dict[Role, DeviceMemory] = {}
         self.recorded: dict[tuple[Role, int], Launchable] = {}
         self.keys_values = DeviceMemory(

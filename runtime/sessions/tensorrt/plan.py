@@ -99,6 +99,17 @@ class IoLayout:
     copied_end: int
 
 
+def engine_contract(contract: GraphContract, dtype: DType) -> GraphContract:
+    """The contract as an engine keeps it: outputs that stay on the GPU are in the type ``dtype`` it
+    computes in. They are widened when they are fetched.
+    """
+    outputs = tuple(
+        spec.model_copy(update={"dtype": dtype}) if spec.name in DEVICE_OUTPUTS else spec
+        for spec in contract.outputs
+    )
+    return contract.model_copy(update={"outputs": outputs})
+
+
 def lay_out_io(
     contract: GraphContract, rows: int, batch: int = 1, scratch_bytes: int = 0
 ) -> IoLayout:

@@ -7,31 +7,24 @@ Everything that needs no GPU is checked before the first call to one.
 
 from __future__ import annotations
 
-import logging
+import math
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from trimode.errors import DeviceError
 from trimode.formats.contract import ROLES, Role, slots_written
 from trimode.formats.manifest import TargetRecord
+from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.sessions.base import Array, Closable, DeviceArray, Ids, KVCache
 from trimode.runtime.sessions.gpu import find_gpu
-from trimode.runtime.sessions.tensorrt.cache import (
-    Launchable,
-    MemoryPool,
-    RecordedForward,
-    SequenceMemory,
-    TensorRTCache,
-)
-from trimode.runtime.sessions.tensorrt.graph import LoadedGraph, Runner
+from trimode.runtime.sessions.tensorrt.cache import Lease, MemoryPool, TensorRTCache
+from trimode.runtime.sessions.tensorrt.engines import LoadedEngines, load_graphs
 from trimode.runtime.sessions.tensorrt.library import EngineLibrary
 from trimode.runtime.sessions.tensorrt.memory import (
     DeviceMemory,
     PinnedMemory,
-    RecordedWork,
     Stream,
     upload,
 )
@@ -39,17 +32,13 @@ from trimode.runtime.sessions.tensorrt.plan import (
     DEVICE_OUTPUTS,
     IoLayout,
     check_memory,
-    choose_profile,
     lay_out,
     max_batch,
     max_rows,
-    recurs,
     tensor_bytes,
     tensor_shape,
 )
 from trimode.runtime.sessions.tensorrt.target import check_block_length, check_gpu, prepare
-
-logger = logging.getLogger("trimode.runtime")
 
 
 class TensorRTSession(Closable):
@@ -79,30 +68,22 @@ class TensorRTSession(Closable):
     ) -> None:
         prepared = prepare(bundle, target)
         check_memory(prepared.memory, check_gpu(target, find_gpu()))
-        self._target, self._prepared, self._model = target, prepared, bundle.manifest.model
+        self._target, self._prepared, model = target, prepared, bundle.manifest.model
         self._stream = Stream()
         library = EngineLibrary(prepared.trt)
-        self._graphs: dict[Role, LoadedGraph] = {
-            role: LoadedGraph(
-                library,
-                role,
-                target.graphs[role],
-                prepared.engines[role],
-                io=prepared.io[role],
-                cache=prepared.cache,
-                model=self._model,
-                pack=prepared.weights.entries,
-                runtime_cache=runtime_cache / f"{role}.kernels" if runtime_cache else None,
-            )
-            for role in prepared.engines
+        self._graphs = {
+            one.capacity: load_graphs(library, prepared, one, model, runtime_cache)
+            for one in prepared.capacities
         }
-        self._weights, self._addresses = self._upload_weights()
-        self._runners = {
-            role: Runner(graph, graph.new_context(), self._addresses, self._stream)
-            for role, graph in self._graphs.items()
+        self._weights, addresses = self._upload_weights()
+        self._engines = {
+            capacity: LoadedEngines(graphs, model, addresses, self._stream)
+            for capacity, graphs in self._graphs.items()
         }
-        self._pinned = PinnedMemory(max(io.copied_end for io in prepared.io.values()))
-        self._pool = MemoryPool(prepared, self._stream)
+        self._engines[prepared.capacities[0].capacity].warm_up()
+        layouts = [io for one in prepared.capacities for io in one.io.values()]
+        self._pinned = PinnedMemory(max(io.copied_end for io in layouts))
+        self._pool = MemoryPool(prepared.capacities, prepared.slots, self._stream)
         self._lock = self._pool.lock
 
     @property
@@ -133,7 +114,7 @@ class TensorRTSession(Closable):
 
     def capacity_for(self, length: int) -> int:
         """See :class:`trimode.runtime.sessions.base.BatchSession`."""
-        return self._pool.capacity_for(length)
+        return self._pool.engines_for(length).capacity
 
     def run(
         self,
@@ -152,7 +133,7 @@ class TensorRTSession(Closable):
             "input_length": rows,
             "drafter_scale": drafter_scale,
         }
-        return self._run(role, cast("TensorRTCache", cache).memory, range(1), rows, values)
+        return self._run(role, cast("TensorRTCache", cache).lease, range(1), rows, values)
 
     def run_rows(
         self,
@@ -170,24 +151,15 @@ class TensorRTSession(Closable):
             "input_length": input_length,
             "drafter_scale": drafter_scale,
         }
-        return self._run(
-            role, cast("TensorRTCache", cache).memory, rows, input_ids.shape[1], values
-        )
+        return self._run(role, cast("TensorRTCache", cache).lease, rows, input_ids.shape[1], values)
 
     def _run(
-        self,
-        role: Role,
-        memory: SequenceMemory,
-        sequences: range,
-        rows: int,
-        values: dict[str, Any],
+        self, role: Role, lease: Lease, sequences: range, rows: int, values: dict[str, Any]
     ) -> tuple[Array, ...]:
         self.check_open()
-        profile, batch = (
-            choose_profile(self._target.graphs[role], rows, len(sequences)),
-            len(sequences),
-        )
-        io = memory.layouts[role]
+        memory, batch = lease.memory, len(sequences)
+        io, engines = memory.layouts[role], self._engines[memory.capacity]
+        profile = engines.choose_profile(role, rows, batch)
         with self._lock:
             self.check_open()  # again: another thread may have closed it meanwhile
             # a batch's; nothing is on its way between two forwards
@@ -197,7 +169,7 @@ class TensorRTSession(Closable):
             write_inputs(io, self._pinned.bytes, values)
             address, returned = memory.io(role).address, io.copied_end - io.inputs_end
             self._stream.copy_in(address, self._pinned.address, io.inputs_end)
-            self._forward(role, memory, sequences, profile, rows)
+            engines.forward(role, memory, sequences, profile, rows)
             self._stream.copy_out(
                 self._pinned.address + io.inputs_end, address + io.inputs_end, returned
             )
@@ -205,7 +177,7 @@ class TensorRTSession(Closable):
             copied = read_outputs(io, self._pinned.bytes, rows, batch)
         outputs = (spec.name for spec in io.contract.outputs)
         return tuple(
-            copied[name] if name in copied else self._on_device(role, memory, name, rows, batch)
+            copied[name] if name in copied else self._on_device(role, lease, name, rows, batch)
             for name in outputs
         )
 
@@ -215,9 +187,10 @@ class TensorRTSession(Closable):
             if self.is_closed:
                 return
             self.is_closed = True
-            for graph in self._graphs.values():
-                graph.save_kernels()
-            self._runners.clear()
+            for graphs in self._graphs.values():
+                for graph in graphs.values():
+                    graph.save_kernels()
+            self._engines.clear()
             self._graphs.clear()
             self._pool.close()
             self._weights.close()
@@ -225,69 +198,32 @@ class TensorRTSession(Closable):
             self._stream.close()
 
     def _upload_weights(self) -> tuple[DeviceMemory, dict[str, int]]:
-        names = sorted({name for graph in self._graphs.values() for name in graph.bindings.weights})
+        loaded = (graph for graphs in self._graphs.values() for graph in graphs.values())
+        names = sorted({name for graph in loaded for name in graph.bindings.weights})
         layout = lay_out({name: self._prepared.weights.entries[name].num_bytes for name in names})
         memory = DeviceMemory(layout.num_bytes, "the weights")
         upload(self._prepared.weights, layout.offsets, memory, self._stream)
         return memory, {name: memory.address + offset for name, offset in layout.offsets.items()}
 
-    def _forward(
-        self, role: Role, memory: SequenceMemory, sequences: range, profile: int, rows: int
-    ) -> None:
-        """Queue a forward: as recorded before, or step by step, and then record it where that is
-        possible.
-
-        Of a batch, forwards of all its sequences are recorded: there are many ways to take some of
-        them, and each would need a context.
-        """
-        graph, is_whole = self._graphs[role], len(sequences) == memory.batch
-        recorded = memory.recorded.get((role, rows)) if is_whole else None
-        if recorded is not None:
-            recorded.launch()
-        elif (
-            graph.replays_itself
-            or not is_whole
-            or not recurs(graph.record.profiles[profile], rows, self._model)
-        ):
-            runner = self._runners[role]
-            runner.prepare(memory, sequences, profile, rows)
-            runner.launch()
-        else:
-            # A recorded forward holds only as long as its context is left alone, so it gets one of
-            # its own. The first forward on it is executed step by step: it settles what depends on
-            # the shapes, which must not be recorded.
-            runner = Runner(graph, graph.new_recorded_context(), self._addresses, self._stream)
-            runner.prepare(memory, sequences, profile, rows)
-            runner.launch()
-            memory.recorded[role, rows] = self._record(runner)
-
-    def _record(self, runner: Runner) -> Launchable:
-        self._stream.synchronize()
-        try:
-            return RecordedForward(RecordedWork(self._stream, runner.launch), runner)
-        except DeviceError as error:
-            logger.info("forwards are queued step by step: %s", error.message)
-            return runner
-
-    def _on_device(
-        self, role: Role, memory: SequenceMemory, name: str, rows: int, batch: int
-    ) -> Any:
-        io = memory.layouts[role]
+    def _on_device(self, role: Role, lease: Lease, name: str, rows: int, batch: int) -> Any:
+        # the output keeps the lease: nobody else writes there as long as it may be read
+        io = lease.memory.layouts[role]
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
-        shape, dtype = tensor_shape(spec, rows, batch), np.dtype(spec.dtype)
+        shape = tensor_shape(spec, rows, batch)
+        item_bytes = tensor_bytes(spec, rows, batch) // math.prod(shape)
 
-        def fetch(first: int, count: int) -> Array:
-            values = np.empty((count, *shape[1:]), dtype)
-            address = (
-                memory.io(role).address + io.layout.offsets[name] + first * (values.nbytes // count)
-            )
+        def fetch(*index: int) -> Array:
+            part = shape[len(index) :]
+            first = sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index))
+            raw = np.empty(math.prod(part) * item_bytes, np.uint8)
+            address = lease.memory.io(role).address + io.layout.offsets[name] + first * item_bytes
             with self._lock:
                 self.check_open()
-                self._stream.copy_out(values.ctypes.data, address, values.nbytes)
+                self._stream.copy_out(raw.ctypes.data, address, raw.nbytes)
                 self._stream.synchronize()
-            return values
+            return to_float32(raw, SAFETENSORS_NAMES[spec.dtype]).reshape(part)
 
-        return DeviceArray(shape, dtype, lambda: fetch(0, batch), lambda row: fetch(row, 1)[0])
+        return DeviceArray(shape, np.float32, fetch, fetch)
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:

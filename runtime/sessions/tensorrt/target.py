@@ -11,7 +11,7 @@ from typing import Any
 from trimode.errors import BundleError, DeviceError, UsageError
 from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
-from trimode.formats.manifest import Manifest, TargetRecord
+from trimode.formats.manifest import EngineRecord, Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
@@ -22,6 +22,7 @@ from trimode.runtime.sessions.tensorrt.plan import (
     IoLayout,
     MemoryPlan,
     describe_rows,
+    engine_contract,
     lay_out_cache,
     lay_out_io,
     max_rows,
@@ -33,28 +34,44 @@ _MAGIC = (b"vtrt", b"ftrt")
 
 
 @dataclass(frozen=True)
+class PreparedEngines:
+    """The engines of one capacity, as read and checked without a GPU.
+
+    Attributes:
+        max_length: tokens of the longest text that they are for.
+        capacity: slots of a sequence.
+        graphs: profiles of each role.
+        files: engine file of each role.
+        io: inputs and outputs of each role, for one sequence.
+        cache: type and shape of every cache tensor.
+        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
+            of each role.
+    """
+
+    max_length: int
+    capacity: int
+    graphs: dict[Role, EngineRecord]
+    files: dict[Role, Path]
+    io: dict[Role, IoLayout]
+    cache: TensorSpec
+    lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A target as read and checked without a GPU.
 
     Attributes:
         trt: the library, of the version that compiled the engines.
-        engines: engine file of each role.
-        io: inputs and outputs of each role, for one sequence.
-        cache: type and shape of every cache tensor.
-        capacity: slots of a sequence.
-        slots: what one of them holds.
-        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
-            of each role.
+        slots: what one slot of a sequence holds.
+        capacities: the engines of each capacity, ascending.
+        memory: what one sequence of the smallest takes on the GPU, with all else.
     """
 
     trt: Any
-    engines: dict[Role, Path]
     weights: PrecisionWeights
-    io: dict[Role, IoLayout]
-    cache: TensorSpec
-    capacity: int
     slots: SlotFormat
-    lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
+    capacities: tuple[PreparedEngines, ...]
     memory: MemoryPlan
 
 
@@ -68,32 +85,52 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     """
     trt = import_library(target.backend)
     check_library(trt, target)
-    manifest = bundle.manifest
-    engines = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
-    engine_bytes = sum(check_engine_file(path) for path in engines.values())
-    weights = bundle.weights()
-    capacity = target.capacity or manifest.model.num_positions
-    cache = cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0]
-
-    def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
-        io = {role: _lay_out_io(manifest, target, role, batch) for role in engines}
-        return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
-
-    cache_layout, io = lay_out(1)
+    weights, model = bundle.weights(), bundle.manifest.model
+    lengths = (*(one.max_length for one in target.smaller), model.max_length)
+    records = zip(target.by_capacity(), lengths, strict=True)
+    capacities = tuple(_prepare_engines(bundle, record, length) for record, length in records)
     bound = [
         entry
         for name, entry in weights.entries.items()
         if target.placement == "shared" or name.startswith("rope.")
     ]
-    io_bytes = sum(one.layout.num_bytes for one in io.values())
+    smallest = capacities[0]
     memory = MemoryPlan(
-        engine_bytes,
-        sum(entry.num_bytes for entry in bound),
-        cache_layout.layout.num_bytes,
-        io_bytes,
+        sum(check_engine_file(path) for one in capacities for path in one.files.values()),
+        sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
+        smallest.lay_out(1)[0].layout.num_bytes,
+        sum(one.layout.num_bytes for one in smallest.io.values()),
     )
-    slots = SlotFormat.of(manifest.model, target.compute_dtype)
-    return Prepared(trt, engines, weights, io, cache, capacity, slots, lay_out, memory)
+    slots = SlotFormat.of(model, target.compute_dtype)
+    return Prepared(trt, weights, slots, capacities, memory)
+
+
+def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> PreparedEngines:
+    """Of a target of one capacity."""
+    manifest = bundle.manifest
+    capacity = target.capacity or manifest.model.num_positions
+    files = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
+
+    def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
+        io = {role: _lay_out_io(manifest, target, role, batch) for role in files}
+        return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
+
+    return PreparedEngines(
+        max_length,
+        capacity,
+        target.graphs,
+        files,
+        io=lay_out(1)[1],
+        cache=cache_specs(manifest.model, "past_key_values", target.compute_dtype, capacity)[0],
+        lay_out=lay_out,
+    )
+
+
+def _constant_bytes(target: TargetRecord) -> int:
+    """Bytes of the pack that no engine takes as inputs."""
+    if target.placement == "baked":
+        return 0
+    return min(engine.constant_bytes for engine in target.engines)
 
 
 def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
@@ -103,7 +140,8 @@ def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    return lay_out_io(manifest.contracts[role], rows, batch, scratch)
+    contract = engine_contract(manifest.contracts[role], target.compute_dtype)
+    return lay_out_io(contract, rows, batch, scratch)
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:

@@ -1,1 +1,1 @@
-"""The command line: one file a command. Nothing is imported here."""
+"""Implements the command line, one file a command."""

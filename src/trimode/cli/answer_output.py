@@ -40,7 +40,7 @@ def show_outcomes(outcomes: Iterator[Answer | BadLine], request: RunRequest) -> 
 
 
 def _show_bad_line(bad: BadLine, request: RunRequest) -> None:
-    """Report a bad line on stderr and, with --json, in place of its answer."""
+    """Report a bad line on stderr and, with --json, on stdout."""
     line, error = bad
     sys.stderr.write(
         f"error: {request.prompts_file}, line {line}: {error.message}\nhint: {error.hint}\n"

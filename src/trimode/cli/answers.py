@@ -1,4 +1,7 @@
-"""Answers of ``trimode run``: prompts are encoded, and answered alone or side by side."""
+"""Encodes the prompts of ``trimode run``, and answers them.
+
+They are answered alone or side by side.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Answer(NamedTuple):
 def encode_all(
     model: TriModeModel, prompts: Sequence[Prompt | BadLine]
 ) -> list[EncodedPrompt | BadLine]:
-    """Encode the prompts; a line that the model refuses becomes a bad line."""
+    """Encode the prompts; a line that is refused becomes a bad line."""
     from trimode.runtime.text.prompts import BadLine, warn_of_plain_text
 
     encoded = [one if isinstance(one, BadLine) else _encode_one(model, one) for one in prompts]

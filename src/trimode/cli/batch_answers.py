@@ -1,4 +1,7 @@
-"""Answers several prompts side by side, in their order, each with its own fate."""
+"""Answers several prompts side by side, in their order.
+
+One that fails does not stop the others.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from trimode.runtime.text.stream import TextStream
 
 
 class BatchQuestion(NamedTuple):
-    """A prompt's token ids, and whether its answer is to be text, too."""
+    """Holds a prompt's token ids, and whether text is wanted."""
 
     token_ids: list[int]
     wants_text: bool
 
 
 class BatchAnswer(NamedTuple):
-    """A result, and its text if it was asked for."""
+    """Holds a result, and its text if it was asked for."""
 
     result: Generation
     text: str | None
@@ -29,7 +32,7 @@ class BatchAnswer(NamedTuple):
 
 @dataclass
 class _Text:
-    """An answer in the making."""
+    """Collects an answer as it is written."""
 
     number: int
     stream: TextStream | None
@@ -46,7 +49,7 @@ class _Text:
 def answer_side_by_side(
     batch: Batch, questions: Sequence[BatchQuestion], mode: Mode, options: dict[str, Any]
 ) -> Iterator[BatchAnswer | UsageError]:
-    """Yield the questions' answers in their order, each once those before it are there.
+    """Yield the answers in the questions' order, as soon as possible.
 
     A text that the target cannot go on with comes out as its error, and the others go on.
 
@@ -98,7 +101,7 @@ def _step(
 
 
 def _next_chunks(batch: Batch) -> tuple[list[tuple[BatchRow, Chunk]], UsageError | None]:
-    """What the next step commits, and why rows failed in it or before it."""
+    """Return what the next step commits, and why rows failed."""
     failure: UsageError | None = None
     while True:
         num_working = sum(row.is_at_work for row in batch.rows)

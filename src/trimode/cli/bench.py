@@ -1,4 +1,4 @@
-"""``trimode bench``: milliseconds per forward on this machine, kept for mode ``auto``."""
+"""Implements ``trimode bench``; mode ``auto`` reads its timings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def bench(
     output: options.Output = None,
     as_json: Json = False,
 ) -> None:
-    """Measure milliseconds per forward on this machine, and keep them for `run --mode auto`."""
+    """Measure milliseconds per forward on this machine.
+
+    `run --mode auto` uses the timings.
+    """
     timer: dict[str, Any] = {"rows": rows, "past": past, "batch": batch, "repeats": repeats}
     counter: dict[str, Any] = {"block_length": block_length, "thresholds": thresholds}
     counter["max_new_tokens"] = max_new_tokens
@@ -95,7 +98,7 @@ def _check_options(timer: dict[str, Any], counter: dict[str, Any], *, counts: bo
 def timer_settings(
     *, rows: str | None, past: str | None, batch: str | None, repeats: int | None
 ) -> TimerSettings:
-    """Parse the options of the timer; the values are checked against the model later."""
+    """Parse the timer's options; values are checked against the model later."""
     from trimode.runtime.measure.forwards import TimerSettings
 
     return TimerSettings(
@@ -193,7 +196,7 @@ def _measure(model: TriModeModel, questions: list[Prompt], request: BenchRequest
 def _acceptance(
     model: TriModeModel, prompts: list[list[int]], settings: TimerSettings, progress: RichProgress
 ) -> tuple[AcceptanceRecord, ...]:
-    """Measure drafts of the longest block that was timed, with and without the drafter.
+    """Measure drafts of the longest timed block, with and without drafter.
 
     Returns:
         Nothing if there are no prompts or no blocks.

@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 
 def show(timings: Timings) -> None:
     """Print the times as a table, then the acceptance rates."""
-    from rich.console import Console
+    from trimode.cli.tables import table_console
 
-    console, subject = Console(highlight=False), timings.subject
-    if not console.is_terminal:
-        console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
+    console, subject = table_console(), timings.subject
     console.print(
         f"{subject.source_name} in {subject.precision}, target {subject.target}, "
         f"{subject.library}, {subject.gpu or subject.cpu}"
@@ -32,20 +30,12 @@ def show(timings: Timings) -> None:
 
 
 def _table(timings: Timings) -> Table:
-    from rich.table import Table
+    from trimode.cli.tables import plain_table
 
     past = sorted({one.past for one in timings.forwards})
-    table = Table(
-        title="milliseconds a forward: median (quartiles)",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-    )
-    table.add_column("")
-    table.add_column("sequences", justify="right")
-    table.add_column("rows of each", justify="right")
-    for cached in past:
-        table.add_column(f"{cached} cached", justify="right")
+    figures = ("sequences", "rows of each", *(f"{cached} cached" for cached in past))
+    title = "milliseconds a forward: median (quartiles)"
+    table = plain_table("", title=title, figures=figures)
     by_case: dict[tuple[str, int, int], dict[int, ForwardTime]] = {}
     for one in timings.forwards:
         by_case.setdefault(

@@ -39,14 +39,14 @@ _HINTS = {
 
 
 def run_guarded(command: Callable[[], object]) -> NoReturn:
-    """Run a command and leave Python with its exit code; no exception gets out."""
+    """Run a command; leave Python with its exit code, whatever happens."""
     _prepare_streams()
     code = _code_of(command)
     sys.exit(_flushed(code))
 
 
 def as_error(error: BaseException) -> TrimodeError:
-    """Say in one line, and a hint, what an exception that nobody expected here means."""
+    """Explain an unexpected exception in one line and a hint."""
     if isinstance(error, TrimodeError):
         return error
     if isinstance(error, OSError):
@@ -134,7 +134,10 @@ def _prepare_streams() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A stream of messages: one that cannot be shown is lost, and the work goes on."""
+    """Writes messages; one that cannot be shown is lost.
+
+    The work goes on.
+    """
 
     def write(self, data: object) -> int:
         """Write, or pretend to."""

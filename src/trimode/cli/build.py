@@ -1,4 +1,4 @@
-"""``trimode build``: options to a bundle, and what to say about it."""
+"""Implements ``trimode build``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trimode.cli.flags import BUILD_FLAGS, flags_in_errors
 from trimode.cli.options import build as options
 from trimode.cli.options.shared import CheckpointPath, Json
 from trimode.cli.parse import need, parse_optional_ints
@@ -26,6 +27,7 @@ def build(
     sampler: options.Sampler = None,
     max_length: options.MaxLength = None,
     block_lengths: options.BlockLengths = None,
+    capacities: options.Capacities = None,
     max_batch: options.MaxBatch = 1,
     quadratic: options.Quadratic = False,
     weights: options.Weights = "shared",
@@ -36,7 +38,10 @@ def build(
     force: options.Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, or add targets or a precision to a bundle."""
+    """Compile a checkpoint into a bundle, or add to a bundle.
+
+    Targets and precisions can be added.
+    """
     need("the compiler", "compile", "torch", "onnx", "onnx_ir", "onnxscript", "filelock")
     from trimode.compiler.options import BuildOptions
     from trimode.runtime.bundle.cache_folder import usual_folder
@@ -49,6 +54,7 @@ def build(
         sampler=sampler,
         max_length=max_length,
         block_lengths=parse_optional_ints(block_lengths),
+        capacities=parse_optional_ints(capacities),
         max_batch=max_batch,
         quadratic=quadratic,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
@@ -62,12 +68,12 @@ def build(
 
 
 def run_build(checkpoint: Path, output: Path, chosen: BuildOptions, *, as_json: bool) -> None:
-    """Build with progress on stderr; report on stderr or, as JSON, on stdout."""
+    """Build with progress on stderr; report there or as JSON."""
     from trimode.cli.console import RichProgress
     from trimode.cli.output import print_json
     from trimode.compiler.pipeline import build_bundle
 
-    with RichProgress() as progress:
+    with flags_in_errors(BUILD_FLAGS), RichProgress() as progress:
         result = build_bundle(checkpoint, output, chosen, progress)
     if as_json:
         print_json(_as_data(output, result))
@@ -76,7 +82,7 @@ def run_build(checkpoint: Path, output: Path, chosen: BuildOptions, *, as_json: 
 
 
 def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
-    """What the plans of the engines that were built now give reason to say."""
+    """Return what the plans of newly built engines give reason to say."""
     from trimode.compiler.plans.report import read_plans, warnings_of
 
     targets = {
@@ -87,8 +93,11 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
 
 
 def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
-    """``rtn`` is the method, anything else a folder (``./rtn`` too)."""
-    from trimode.graphs.numerics.scales import RTN
+    """Parse ``rtn`` as the method, anything else as a folder.
+
+    ``./rtn`` is a folder, too.
+    """
+    from trimode.graphs.numerics.quantization import RTN
 
     if value is None or value == RTN:
         return None if value is None else RTN
@@ -110,6 +119,7 @@ def _as_data(output: Path, result: BuildResult) -> dict[str, Any]:
 
 
 def _in_words(output: Path, result: BuildResult) -> str:
+    from trimode.cli.inspect import held_weights
     from trimode.compiler.plan import SAMPLER_FILE
 
     manifest = result.manifest
@@ -128,7 +138,11 @@ def _in_words(output: Path, result: BuildResult) -> str:
     others = [name for name in manifest.precisions if name != result.precision]
     beside = f" beside {', '.join(others)}" if others else ""
     cached = f" ({result.num_cached} engines from the cache)" if result.num_cached else ""
-    return (
-        f"built {output}: {', '.join(result.built)} in {result.precision}{beside}, {size:.1f} "
-        f"MB{cached}"
+    built = {name: result.record.targets[name] for name in result.built}
+    return "\n".join(
+        [
+            f"built {output}: {', '.join(built)} in {result.precision}{beside}, {size:.1f} "
+            f"MB{cached}",
+            *held_weights(built),
+        ]
     )

@@ -1,4 +1,4 @@
-"""``trimode cache``: what the cache holds, and clearing it."""
+"""Implements ``trimode cache``: lists the cache, and clears it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def cache(
 
 
 def show_cache(*, clear: bool, as_json: bool) -> None:
-    """Print folder, entries and bytes by kind; with ``clear`` delete first what nobody is making.
+    """Print folder, entries and bytes of the cache by kind.
+
+    With ``clear``, first delete the entries that nobody is making.
 
     Raises:
         UsageError: the cache cannot be read or cleared.
@@ -120,7 +122,7 @@ def _arranged(folder: Path) -> Iterable[Path]:
 
 
 def _usage(entries: Iterable[Path]) -> tuple[int, int]:
-    """Number of entries, files or folders of files, and their bytes."""
+    """Count entries, files or folders of files, and their bytes."""
     sizes = [
         sum(path.stat().st_size for path in (entry, *entry.glob("*")) if path.is_file())
         for entry in entries

@@ -13,7 +13,7 @@ from trimode.progress import Advance
 
 
 class RichProgress:
-    """Shows the stages of a build as bars; where stderr is no terminal, one line a stage."""
+    """Shows stages as bars, or as lines if stderr is no terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

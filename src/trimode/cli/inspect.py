@@ -1,4 +1,4 @@
-"""``trimode inspect``: what a bundle holds, and what sharing the weights saves."""
+"""Implements ``trimode inspect``: shows a bundle's contents."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trimode.cli.options.shared import BundlePath, Json
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
+    from trimode.formats.contract import ModelInfo
     from trimode.formats.manifest import (
         CalibrationRecord,
         Manifest,
@@ -55,7 +56,7 @@ def inspect(
 
 
 def inspect_bundle(path: Path, *, as_json: bool) -> None:
-    """Print the manifest, for people or as JSON with the figures of :func:`sharing`."""
+    """Print the manifest as text, or as JSON with shared bytes."""
     from trimode.cli.output import print_json
     from trimode.runtime.bundle.open import read_manifest
 
@@ -88,12 +89,14 @@ def sharing(manifest: Manifest) -> dict[str, int]:
 def _readers(record: PrecisionRecord) -> int:
     """Compiled graphs that read the packs."""
     return sum(
-        len(target.graphs) for target in record.targets.values() if target.placement != "baked"
+        len(list(target.engines))
+        for target in record.targets.values()
+        if target.placement != "baked"
     )
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """The manifest in lines for people."""
+    """Describe the manifest in lines for people."""
     precisions = [
         line
         for name, record in manifest.precisions.items()
@@ -181,10 +184,10 @@ def _precision(manifest: Manifest, name: PrecisionName, record: PrecisionRecord)
     )
     yield f"               {record.weight_bytes / 1e6:.1f} MB of weights, in {packs}"
     yield f"               portable graphs {', '.join(record.graphs.values())}"
-    yield from _targets(record)
+    yield from _targets(manifest, record)
 
 
-def _targets(precision: PrecisionRecord) -> Iterator[str]:
+def _targets(manifest: Manifest, precision: PrecisionRecord) -> Iterator[str]:
     for name, record in precision.targets.items():
         where = (
             f"compute capability {record.compute_capability}"
@@ -196,12 +199,32 @@ def _targets(precision: PrecisionRecord) -> Iterator[str]:
             f"weights {record.placement}"
         )
         if record.capacity is not None:
-            yield f"               K/V cache of {record.capacity} slots"
-            yield from (
-                f"               {role:<9} {_profiles(engine.profiles)}"
-                for role, engine in record.graphs.items()
-            )
+            yield from _capacities(manifest, record)
     yield from _baked(precision.targets)
+
+
+def _capacities(manifest: Manifest, record: TargetRecord) -> Iterator[str]:
+    from trimode.formats.safetensors import NUMBER_BYTES
+
+    lengths = (*(one.max_length for one in record.smaller), manifest.model.max_length)
+    for one, length in zip(record.by_capacity(), lengths, strict=True):
+        assert one.capacity is not None
+        slot_bytes = NUMBER_BYTES[one.compute_dtype] * _slot_numbers(manifest.model)
+        cache = f"{one.capacity * slot_bytes / 1e6:.1f} MB a sequence"
+        size = sum(manifest.files[engine.file].num_bytes for engine in one.graphs.values())
+        yield (
+            f"               K/V cache of {one.capacity} slots ({cache}), texts of up to {length} "
+            f"tokens, engines of {size / 1e6:.1f} MB"
+        )
+        yield from (
+            f"               {role:<9} {_profiles(engine.profiles)}"
+            for role, engine in one.graphs.items()
+        )
+
+
+def _slot_numbers(model: ModelInfo) -> int:
+    """Numbers of one slot: keys and values of all layers."""
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
 
 
 def _sharing(manifest: Manifest) -> Iterator[str]:
@@ -221,6 +244,20 @@ def _baked(targets: dict[str, TargetRecord]) -> Iterator[str]:
     names = [name for name, record in targets.items() if record.placement == "baked"]
     if names:
         yield f"               the engines of {', '.join(names)} hold copies of their own"
+    for line in held_weights(targets):
+        yield f"               {line}"
+
+
+def held_weights(targets: dict[str, TargetRecord]) -> Iterator[str]:
+    """Yield for each target the bytes that engines hold beside packs."""
+    for name, record in targets.items():
+        held = [engine.constant_bytes for engine in record.engines if engine.constant_bytes]
+        if held and record.placement != "baked":
+            yield (
+                f"each of the {len(held)} engines of {name} holds"
+                f" {held[0] / 1e6:.1f} MB of weights and scales:"
+                f" {sum(held) / 1e6:.1f} MB on the GPU"
+            )
 
 
 def _profiles(profiles: tuple[ProfileRecord, ...]) -> str:

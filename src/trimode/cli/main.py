@@ -1,4 +1,4 @@
-"""The command line.
+"""Collects the commands.
 
 Heavy imports happen inside the commands, so that ``trimode --help`` feels instant.
 
@@ -64,7 +64,7 @@ app.add_typer(report, name="report")
 
 
 def main() -> None:
-    """Run the command line; a failure ends in one line and a hint."""
+    """Run the command line; a failure ends in one line."""
     run_guarded(app)
 
 

@@ -1,4 +1,4 @@
-"""What commands print on stdout: JSON that any parser reads, whatever the terminal's encoding."""
+"""Prints JSON on stdout, whatever the terminal's encoding."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """Print a value, or a record, as JSON, followed by a line end, at once.
+    """Print a value, or a record, as JSON at once.
 
-    Where stdout is not in UTF-8, what is beyond ASCII is escaped.
+    A line end follows. If stdout is not in UTF-8, what is beyond ASCII is escaped.
     """
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     text = dump_json(plain, indent=indent)
@@ -29,5 +29,5 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def command_line() -> str:
-    """What was typed, for records; with U+FFFD where it was no UTF-8."""
+    """Return what was typed, with U+FFFD for what is not UTF-8."""
     return whole_text(" ".join(["trimode", *sys.argv[1:]]))

@@ -47,12 +47,41 @@ def parse_ints(text: str) -> list[int]:
         ) from error
 
 
+def parse_biases(texts: list[str] | None) -> dict[int, float] | None:
+    """Parse ``["11=-100", "12=2.5"]`` of ``--logit-bias``; None stays None.
+
+    Raises:
+        UsageError: a text is no such pair, or a token comes twice.
+    """
+    if texts is None:
+        return None
+    biases: dict[int, float] = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            found = int(token), float(bias)
+        except ValueError as error:
+            raise UsageError(
+                f"expected --logit-bias ID=X like 11=-100, found {text!r}",
+                "name a token id and a number",
+            ) from error
+        if found[0] in biases:
+            raise UsageError(
+                f"expected one --logit-bias for each token, found two for {found[0]}",
+                "leave one out",
+            )
+        biases[found[0]] = found[1]
+    return biases
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse ``"ar, draft"`` into ``("ar", "draft")``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_modes(text: str) -> tuple[Mode, ...]:
     """Parse ``ar,linear-spec``; :meth:`QualitySettings.check` refuses unknown modes."""
-    return cast(
-        "tuple[Mode, ...]",
-        tuple(part.strip().replace("-", "_") for part in text.split(",") if part.strip()),
-    )
+    return cast("tuple[Mode, ...]", parse_names(text.replace("-", "_")))
 
 
 def parse_mode(text: str) -> Mode:

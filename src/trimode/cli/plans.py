@@ -1,4 +1,4 @@
-"""``trimode inspect --plans``: what the engines of a bundle move in a forward."""
+"""Implements ``trimode inspect --plans``: bytes that engines move in a forward."""
 
 from __future__ import annotations
 

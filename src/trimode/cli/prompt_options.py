@@ -1,4 +1,7 @@
-"""Options for the form of prompts: ``--raw``, ``--system`` and ``--enable-thinking``."""
+"""Reads the options for the form of prompts.
+
+They are ``--raw``, ``--system`` and ``--enable-thinking``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PromptsFile(NamedTuple):
-    """Names a file of prompts and the form in which they reach the model."""
+    """Names a file of prompts, and the form they take."""
 
     file: Path | None
     style: PromptStyle

@@ -1,35 +1,25 @@
-"""``trimode report quantization``: measures the cost of each precision.
-
-The results are tables, JSON and a figure.
-"""
+"""Implements ``trimode report quantization``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from trimode.cli.calibrate.questions import Inputs, read_inputs
+from trimode.cli.flags import flags_in_errors
 from trimode.cli.options import calibrate as options
-from trimode.cli.options.shared import (
-    CheckpointPath,
-    Device,
-    Json,
-    NoFigure,
-    Raw,
-    System,
-    Thinking,
-    usual_style,
-)
+from trimode.cli.options.shared import CheckpointPath, Device, Json, NoFigure, Raw, System, Thinking
 from trimode.cli.parse import need, parse_modes
 from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from trimode.calib.evaluate.quantization.questions import QualitySettings
     from trimode.formats.contract import Role
     from trimode.formats.evaluation import DecodingRecord, FidelityRecord, MeasuredPrecision, Report
     from trimode.runtime.text.prompts import PromptStyle
@@ -58,90 +48,58 @@ def quantization(
     need("the report", "compile", "torch", "safetensors", "ml_dtypes")
     if not no_figure:
         need("the report's picture (--no-figure leaves it out)", "calib", "matplotlib")
-    request = ReportRequest(
-        calibrations=tuple(calibration),
-        data=data,
-        num_samples=samples,
-        modes=modes,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        device=device,
+    from trimode.calib.evaluate.quantization.questions import QualitySettings
+
+    settings = QualitySettings(parse_modes(modes), samples, max_new_tokens, seed, device)
+    passed = run_report(
+        checkpoint,
+        output,
+        data,
+        calibration,
+        settings,
+        style=prompt_style(raw, system, enable_thinking),
         draws=not no_figure,
         as_json=as_json,
-        style=prompt_style(raw, system, enable_thinking),
     )
-    if not run_report(checkpoint, output, request):
+    if not passed:
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True)
-class ReportRequest:
-    """Holds what a user asks of ``trimode report quantization``."""
-
-    calibrations: tuple[str, ...]
-    data: Path
-    num_samples: int | None
-    modes: str
-    max_new_tokens: int
-    seed: int
-    device: str
-    draws: bool
-    as_json: bool
-    style: PromptStyle = field(default_factory=usual_style)
-
-
-def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> bool:
+def run_report(
+    checkpoint_path: Path,
+    output: Path,
+    data: Path,
+    calibrations: Sequence[str],
+    settings: QualitySettings,
+    *,
+    style: PromptStyle,
+    draws: bool = True,
+    as_json: bool = False,
+) -> bool:
     """Measure, write the folder, and print tables or JSON.
 
-    Returns whether self-speculation gave autoregression's tokens throughout.
-
     Errors are raised before anything is written.
+
+    Returns:
+        Whether self-speculation gave autoregression's tokens throughout.
     """
-    from trimode.calib.evaluate.quantization.candidate import ROUNDED, read_candidate
-    from trimode.calib.evaluate.quantization.job import check_output, measure, save_report
-    from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
-    from trimode.cli.console import RichProgress
+    from trimode.calib.evaluate.quantization.candidate import ROUNDED
+    from trimode.calib.evaluate.quantization.job import check_output, save_report
     from trimode.cli.output import print_json
-    from trimode.formats.files import check_apart, sha256_of
-    from trimode.graphs.checkpoint import describe_model, open_checkpoint
+    from trimode.formats.files import check_apart
     from trimode.report.quantization_figure import load_matplotlib
 
-    settings = QualitySettings(
-        parse_modes(request.modes),
-        request.num_samples,
-        request.max_new_tokens,
-        request.seed,
-        request.device,
-    )
-    settings.check()
-    request.style.check()
-    check_output(output)
-    check_apart(
-        output,
-        checkpoint_path,
-        request.data,
-        *(Path(name) for name in request.calibrations if name not in ROUNDED),
-    )
-    if request.draws:
-        load_matplotlib()  # it takes minutes to need it, and no time to miss it
-    checkpoint = open_checkpoint(checkpoint_path)
-    candidates = [read_candidate(name, checkpoint) for name in request.calibrations]
-    model = describe_model(checkpoint)
-    questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
-    with RichProgress() as progress:
-        sha256 = sha256_of(request.data)
-        report = measure(
-            checkpoint,
-            model,
-            questions,
-            sha256,
-            candidates,
-            settings,
-            progress=progress,
-            to_text=to_text,
-        )
-    save_report(output, report, draws=request.draws)
-    if request.as_json:
+    with flags_in_errors():
+        settings.check()
+        style.check()
+        check_output(output)
+        folders = (Path(name) for name in calibrations if name not in ROUNDED)
+        check_apart(output, checkpoint_path, data, *folders)
+        if draws:
+            load_matplotlib()  # it takes minutes to need it, and no time to miss it
+        report = _measure(read_inputs(checkpoint_path, calibrations, data, style), settings)
+    save_report(output, report, draws=draws)
+    if as_json:
         print_json(report, indent=1)
     else:
         _show(report)
@@ -154,12 +112,27 @@ def run_report(checkpoint_path: Path, output: Path, request: ReportRequest) -> b
     return report.passed
 
 
-def _show(report: Report) -> None:
-    from rich.console import Console
+def _measure(inputs: Inputs, settings: QualitySettings) -> Report:
+    from trimode.calib.evaluate.quantization.job import measure
+    from trimode.cli.console import RichProgress
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
+    with RichProgress() as progress:
+        return measure(
+            inputs.checkpoint,
+            inputs.model,
+            inputs.questions,
+            inputs.sha256,
+            inputs.candidates,
+            settings,
+            progress=progress,
+            to_text=inputs.to_text,
+        )
+
+
+def _show(report: Report) -> None:
+    from trimode.cli.tables import table_console
+
+    console = table_console()
     console.print(
         f"{report.source_name}: {report.data.num_questions} questions, "
         f"{report.data.num_answers} with known answers; "
@@ -171,70 +144,59 @@ def _show(report: Report) -> None:
 
 
 def _size_table(report: Report) -> Table:
-    table = _table(
-        "precisions: divergence of the probabilities from float32's, and the same token first"
-    )
-    table.add_column("")
-    for heading in ("weights", "layers"):
-        table.add_column(heading, justify="right")
+    from trimode.cli.tables import percent, plain_table
+
     roles = list(report.precisions[0].outputs)
-    for role in roles:
-        table.add_column(f"{role} KL, nats", justify="right")
-        table.add_column(f"{role} top-1", justify="right")
+    by_role = [heading for role in roles for heading in (f"{role} KL, nats", f"{role} top-1")]
+    table = plain_table(
+        "",
+        title="precisions: divergence of the probabilities from float32's, "
+        "and the same token first",
+        figures=("weights", "layers", *by_role),
+    )
     for precision in report.precisions:
-        cells = [
-            cell
-            for role in roles
-            for cell in (
-                f"{precision.outputs[role].kl_nats:.2e}",
-                _percent(precision.outputs[role].top1_agreement),
-            )
-        ]
+        outputs = [precision.outputs[role] for role in roles]
+        cells = [(f"{one.kl_nats:.2e}", percent(one.top1_agreement)) for one in outputs]
         table.add_row(
             precision.name,
             f"{precision.weight_bytes / 1e6:.1f} MB",
             str(precision.num_quantized),
-            *cells,
+            *(cell for pair in cells for cell in pair),
         )
     return table
 
 
 def _decoding_table(report: Report) -> Table:
+    from trimode.cli.tables import decimal, percent, plain_table
     from trimode.formats.evaluation import decoding_name
 
-    table = _table("decoding")
-    for heading in ("", "mode"):
-        table.add_column(heading)
-    for heading in (
-        "answered right",
-        "float32's tokens",
-        "AR's tokens",
-        "tokens per forward",
-        "acceptance length",
-    ):
-        table.add_column(heading, justify="right")
+    shares = ("answered right", "float32's tokens", "AR's tokens")
+    figures = (*shares, "tokens per forward", "acceptance length")
+    table = plain_table("", "mode", title="decoding", figures=figures)
     for precision in report.precisions:
         for index, one in enumerate(precision.decoding):
             table.add_row(
                 "" if index else precision.name,
                 decoding_name(one),
-                _percent(one.exact_match),
-                _percent(one.same_tokens),
+                percent(one.exact_match),
+                percent(one.same_tokens),
                 _equality(one),
                 f"{one.tokens_per_forward:.2f}",
-                "" if one.acceptance_length is None else f"{one.acceptance_length:.2f}",
+                decimal(one.acceptance_length, 2, missing=""),
             )
     return table
 
 
 def _layer_table(report: Report) -> Table:
-    table = _table(
-        f"lowest signal-to-noise ratio, dB: after the last decoder block, and of the {_WORST} "
-        "worst layers alone"
+    from trimode.cli.tables import plain_table
+
+    table = plain_table(
+        "",
+        "role",
+        title="lowest signal-to-noise ratio, dB: after the last decoder block, and of the "
+        f"{_WORST} worst layers alone",
+        figures=("last block",),
     )
-    for heading in ("", "role"):
-        table.add_column(heading)
-    table.add_column("last block", justify="right")
     table.add_column("worst layers")
     for precision in report.precisions[1:]:
         for index, (role, last) in enumerate(precision.accumulated[-1].items()):
@@ -250,19 +212,8 @@ def _worst_layers(precision: MeasuredPrecision, role: Role) -> Sequence[tuple[fl
     ]
 
 
-def _table(title: str) -> Table:
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=None, header_style="bold")
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"
-
-
 def _equality(one: DecodingRecord) -> str:
-    return (
-        f"[bold red]{_percent(one.equals_ar)}[/bold red]"
-        if one.partings
-        else _percent(one.equals_ar)
-    )
+    from trimode.cli.tables import percent
+
+    share = percent(one.equals_ar)
+    return f"[bold red]{share}[/bold red]" if one.partings else share

@@ -1,4 +1,4 @@
-"""``trimode run``: prompts in, text or JSON out."""
+"""Implements ``trimode run``: answers prompts in text or JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimode.cli.options.shared import (
     Thinking,
     Threads,
 )
-from trimode.cli.parse import given, parse_mode
+from trimode.cli.parse import given, parse_biases, parse_mode
 from trimode.cli.prompt_options import prompt_style
 from trimode.cli.run_request import RunRequest, check_request, read_prompts
 
@@ -51,6 +51,9 @@ def run(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     min_new_tokens: options.MinNewTokens = None,
@@ -64,13 +67,18 @@ def run(
     timings: options.TimingsFile = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text or token ids; exit code 2 if a line of --prompts-file has no answer."""
+    """Generate text or token ids.
+
+    The exit code is 2 if a line of --prompts-file has no answer.
+    """
     decoding = {
         "max_new_tokens": max_new_tokens,
         "use_drafter": not no_drafter,
         **given(block_length=block_length, threshold=threshold, sampler=sampler, steps=steps),
         **given(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
         **given(repetition_penalty=repetition_penalty, stop=stop, min_new_tokens=min_new_tokens),
+        **given(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty),
+        **given(logit_bias=parse_biases(logit_bias)),
         **given(max_thinking_tokens=max_thinking_tokens, end_think_token_id=end_think_token_id),
         **given(logprobs=logprobs),
     }

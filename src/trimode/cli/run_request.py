@@ -1,4 +1,4 @@
-"""The request that ``trimode run`` makes of its options, and the prompts it names."""
+"""Holds the request of ``trimode run``, and reads its prompts."""
 
 from __future__ import annotations
 

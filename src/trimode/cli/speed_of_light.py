@@ -1,4 +1,4 @@
-"""``trimode bench --speed-of-light``: fewest forwards possible, and forwards of each mode."""
+"""Implements ``trimode bench --speed-of-light``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 import trimode
 from trimode.calib.evaluate.speed_of_light.measure import (
@@ -20,6 +17,7 @@ from trimode.calib.evaluate.speed_of_light.measure import (
 from trimode.cli.console import RichProgress
 from trimode.cli.output import command_line, print_json
 from trimode.cli.prompt_options import PromptsFile
+from trimode.cli.tables import percent, plain_table, table_console
 from trimode.errors import UsageError
 from trimode.formats.files import check_apart, check_replaceable, sha256_of, staged_replacement
 from trimode.formats.speed_of_light import REPORT, LightReport, WayRecord
@@ -54,7 +52,7 @@ class LightRequest:
 def light_settings(
     *, block_length: int | None, thresholds: str | None, max_new_tokens: int | None
 ) -> LightSettings:
-    """Parse the options of the measurement; the values are checked with the model later."""
+    """Parse the options; values are checked with the model later."""
     return LightSettings(
         block_length=block_length,
         thresholds=parse_probabilities(thresholds),
@@ -63,7 +61,7 @@ def light_settings(
 
 
 def run_light(bundle: Path, request: LightRequest) -> None:
-    """Measure, write the folder if one was named, and print a table or JSON.
+    """Measure, write any folder named, and print a table or JSON.
 
     Errors are raised before anything is written.
     """
@@ -84,7 +82,7 @@ def run_light(bundle: Path, request: LightRequest) -> None:
 
 
 def _checked_prompts(request: LightRequest) -> Path:
-    """Return the file of prompts, once it and the output are fit for use."""
+    """Return the file of prompts, once it and the output are fit."""
     if request.questions.file is None:
         raise UsageError(
             "expected --prompts-file together with --speed-of-light, found none",
@@ -145,29 +143,19 @@ def _save(report: LightReport, output: Path, *, draws: bool) -> None:
 
 
 def _show(report: LightReport) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 150  # in a file or a pipe, lines are not broken at 80 columns
+    console = table_console()
     console.print(
         f"{report.source_name} in {report.precision} on {report.runs_on}: "
         f"{report.num_prompts} prompts, block length "
         f"{report.block_length}, at most {report.max_new_tokens} new tokens"
     )
-    table = Table(
+    speeds = ("tokens per forward", "tokens per step")
+    table = plain_table(
+        "",
+        "to reproduce",
         title="a step is a denoise forward, a cycle of draft and verification, or a token of AR",
-        title_justify="left",
-        box=None,
-        header_style="bold",
+        figures=(*speeds, "prompts that it does", "searches cut short"),
     )
-    for heading in ("", "to reproduce"):
-        table.add_column(heading)
-    for heading in (
-        "tokens per forward",
-        "tokens per step",
-        "prompts that it does",
-        "searches cut short",
-    ):
-        table.add_column(heading, justify="right")
     for way in report.ways:
         table.add_row(*_cells(way))
     console.print(table)
@@ -180,6 +168,6 @@ def _cells(way: WayRecord) -> tuple[str, ...]:
         way.target,
         f"{way.tokens_per_forward:.2f}",
         f"{way.tokens_per_step:.2f}",
-        f"{100 * way.same_as_target:.1f}%",
+        percent(way.same_as_target),
         exhausted,
     )

@@ -1,4 +1,4 @@
-"""``trimode targets``: where bundles can run, and what this machine can do about it."""
+"""Implements ``trimode targets``: lists where bundles can run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def list_targets(*, as_json: bool) -> None:
 
 
 def _what_is_built() -> str:
-    """Which precisions, and where each of them."""
+    """Say which precisions are built, and where."""
     from trimode.compiler.targets import BUILT_PRECISIONS, TARGETS
 
     where = {
@@ -73,7 +73,7 @@ def _what_is_built() -> str:
 
 
 def _names(names: list[str]) -> str:
-    """Of all targets but a few it is shorter to name the few."""
+    """Name targets; if they are most of them, name the others."""
     from trimode.compiler.targets import TARGETS
 
     others = [name for name in TARGETS if name not in names]
@@ -99,7 +99,7 @@ def _facts(target: Target) -> dict[str, Any]:
 
 
 def _answer(reason: str | None, reasons: list[str]) -> str:
-    """``yes``, or the number of a footnote."""
+    """Return ``yes``, or the number of a footnote."""
     if reason is None:
         return "yes"
     if reason not in reasons:

@@ -142,7 +142,7 @@ def replace_text(destination: Path, text: str) -> None:
     replace_bytes(destination, text.encode())
 
 
-def replace_bytes(destination: Path, data: bytes) -> None:
+def replace_bytes(destination: Path, data: bytes | memoryview) -> None:
     """Write a file whole, or leave the old one as it is.
 
     Makes the folder. If the file is a link, writes what that points to.
@@ -200,7 +200,7 @@ def _is_special(path: Path) -> bool:
     return False
 
 
-def _rename_over(place: Path, data: bytes) -> None:
+def _rename_over(place: Path, data: bytes | memoryview) -> None:
     handle, name = tempfile.mkstemp(prefix=partial_prefix(place), dir=place.parent)
     partial = Path(name)
     try:
@@ -212,7 +212,7 @@ def _rename_over(place: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_in_place(place: Path, data: bytes) -> None:
+def _write_in_place(place: Path, data: bytes | memoryview) -> None:
     before = place.read_bytes()
     try:
         place.write_bytes(data)

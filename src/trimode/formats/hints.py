@@ -15,3 +15,4 @@ TRAIN_SAMPLER = (
     "train one with `trimode calibrate sampler CHECKPOINT --data PROMPTS.jsonl -o FOLDER`"
 )
 BENCH = "measure with `trimode bench BUNDLE`, which -o FILE writes to a file, too"
+BENCH_BATCH = "measure with `trimode bench BUNDLE --batch 1,2,4,8`"

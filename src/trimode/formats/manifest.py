@@ -25,6 +25,7 @@ name that leaves the folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -129,13 +130,30 @@ class EngineRecord(_Part):
         profiles: in the engine's order; none if shapes are free (ONNX Runtime).
         plans: what a forward under each profile moves, by the engine's plan; absent where it holds
         none that is understood, and in bundles of before.
+        constant_bytes: size of the weights and scales that the engine holds itself, which every
+        engine has on the GPU once more; absent where all are inputs.
     """
 
-    _left_out = frozenset({"plans"})
+    _left_out = frozenset({"plans", "constant_bytes"})
 
     file: FileName
     profiles: tuple[ProfileRecord, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
+    constant_bytes: int = 0
+
+
+class CapacityRecord(_Part):
+    """Engines over a smaller cache than the target's largest.
+
+    Attributes:
+        max_length: most tokens of prompt and answer together.
+        capacity: slots of the K/V cache: the text's, and those that are written behind it.
+        graphs: one for each graph of the bundle.
+    """
+
+    max_length: int = Field(ge=1)
+    capacity: int = Field(ge=1)
+    graphs: dict[Role, EngineRecord]
 
 
 class TargetRecord(_Part):
@@ -149,16 +167,18 @@ class TargetRecord(_Part):
         compute_dtype: type of activations and of the K/V cache.
         placement: ``shared``: the weights are inputs, bound from the pack; ``baked``: TensorRT
             engines hold their own copy; ``external``: the portable graphs, which map the pack.
-        capacity: slots of the K/V cache where the engines fix it.
+        capacity: slots of the K/V cache where the engines fix it; the largest, where there are
+        several.
         workspace_mib: limit on an engine's scratch memory that was asked for.
         library: name and version of what compiled it, as ``tensorrt_rtx 1.7.1.116``; an engine runs
         only under that version.
-        graphs: one for each graph of the bundle.
+        graphs: one for each graph of the bundle; of the largest capacity.
+        smaller: engines of smaller capacities, ascending; absent where there are none.
         revision: digest of the code that lowered and compiled the graphs; absent where these are
         the portable ones, and in bundles of before. Another revision is built again.
     """
 
-    _left_out = frozenset({"revision"})
+    _left_out = frozenset({"revision", "smaller"})
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     device: Literal["cpu", "cuda"]
@@ -169,14 +189,37 @@ class TargetRecord(_Part):
     workspace_mib: int | None
     library: str
     graphs: dict[Role, EngineRecord]
+    smaller: tuple[CapacityRecord, ...] = ()
     revision: str | None = None
+
+    @property
+    def engines(self) -> Iterator[EngineRecord]:
+        """Compiled graphs of all capacities."""
+        for record in self.by_capacity():
+            yield from record.graphs.values()
+
+    def by_capacity(self) -> Iterator[TargetRecord]:
+        """Each capacity as a target of its own, ascending."""
+        for one in self.smaller:
+            update = {"capacity": one.capacity, "graphs": one.graphs, "smaller": ()}
+            yield self.model_copy(update=update)
+        yield self.model_copy(update={"smaller": ()})
+
+    def with_engines(self, change: Callable[[EngineRecord], EngineRecord]) -> TargetRecord:
+        """The record with each engine changed, of all capacities."""
+
+        def changed(graphs: dict[Role, EngineRecord]) -> dict[Role, EngineRecord]:
+            return {role: change(engine) for role, engine in graphs.items()}
+
+        smaller = tuple(
+            one.model_copy(update={"graphs": changed(one.graphs)}) for one in self.smaller
+        )
+        return self.model_copy(update={"graphs": changed(self.graphs), "smaller": smaller})
 
     def without_plans(self) -> TargetRecord:
         """The record as it is planned, before there are engines to read."""
-        graphs = {
-            role: engine.model_copy(update={"plans": ()}) for role, engine in self.graphs.items()
-        }
-        return self.model_copy(update={"graphs": graphs})
+        absent: dict[str, Any] = {"plans": (), "constant_bytes": 0}
+        return self.with_engines(lambda engine: engine.model_copy(update=absent))
 
 
 class PrecisionRecord(_Part):

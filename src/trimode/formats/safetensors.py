@@ -201,7 +201,7 @@ def to_float32(raw: bytes | NDArray[np.uint8], dtype: str) -> NDArray[np.float32
     if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype(np.float32)
     if dtype != "BF16":
-        raise ValueError(f"expected {', '.join(ITEM_SIZES)}, found {dtype}")
+        raise ValueError(f"expected float32, float16 or bfloat16, found {dtype}")
     wide = np.frombuffer(raw, "<u2").astype(np.uint32)  # bfloat16 is the upper half of a float32
     wide <<= np.uint32(16)
     return wide.view(np.float32)

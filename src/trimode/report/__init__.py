@@ -1,1 +1,1 @@
-"""From records to pages and pictures. Nothing is imported here."""
+"""Turns records into pages and pictures."""

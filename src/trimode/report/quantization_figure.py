@@ -1,4 +1,4 @@
-"""``report.png``: the report as a picture."""
+"""Draws ``report.png`` from a quantization report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _GROUP = 0.8
 
 
 def load_matplotlib() -> ModuleType:
-    """``matplotlib.figure``, without pyplot: no window system and no state is involved.
+    """Import ``matplotlib.figure``, without pyplot.
+
+    So no window system and no state is involved.
 
     Raises:
         DependencyError: it is not installed.
@@ -31,12 +33,12 @@ def load_matplotlib() -> ModuleType:
     except ImportError as error:
         raise DependencyError(
             "expected matplotlib for the picture, found not installed",
-            "pip install 'trimode[calib]', or pass --no-figure",
+            "pip install 'trimode[calib]', or leave out the figure",
         ) from error
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw local and accumulated errors by role, divergence, and what comes out at the end.
+    """Draw errors by role, divergence, right answers and speed.
 
     Args:
         report: Measurements to draw.
@@ -105,7 +107,7 @@ def _accumulated(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Ro
 
 
 def _line(number: int) -> dict[str, Any]:
-    """Matplotlib has ten colours; from the eleventh precision on lines are dashed."""
+    """Return a line's style; from the eleventh on, lines are dashed."""
     return {"color": f"C{number}", "linestyle": "-" if number < _COLOURS else "--"}
 
 
@@ -143,7 +145,7 @@ def _match(one: DecodingRecord) -> float:
 def _bars(
     axes: Axes, title: str, values: Mapping[str, Mapping[str, float]], first_colour: int = 0
 ) -> None:
-    """Groups of bars: ``values`` by precision, each by group."""
+    """Draw groups of bars; ``values`` are by precision, then by group."""
     groups = list(next(iter(values.values())))
     width = _GROUP / len(values)
     for number, (name, by_group) in enumerate(values.items()):

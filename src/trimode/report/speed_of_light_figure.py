@@ -1,4 +1,4 @@
-"""``speed_of_light.png``: what is reached of what could be."""
+"""Draws ``speed_of_light.png``: reached speed beside the best possible."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import pytest
 from engine_driver import Driver
 from fake_session import BLOCK, MASK, MAX_LENGTH, FakeSession
+
+from trimode.runtime.engine import core
 
 MODES = ("ar", "diffusion", "linear_spec", "auto")
 
@@ -158,11 +157,10 @@ def test_a_cancelled_row_is_free_within_a_step() -> None:
 
 def test_late_requests_end() -> None:
     driver = Driver(max_rows=1)
-    running = driver.submit(prompt(5), max_new_tokens=200, timeout_s=0.1)
+    running = driver.submit(prompt(5), max_new_tokens=200, timeout_s=0.05)
     waiting = driver.submit(prompt(6), timeout_s=0.01)
     while len(running.handle.token_ids) < 3:
         driver.turn()
-    time.sleep(0.1)
     driver.run()
     assert 3 <= len(running.handle.token_ids) < 200
     assert [type(one.handle.error).__name__ for one in (running, waiting)] == [
@@ -188,7 +186,10 @@ class Failing:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failing_step_leaves_every_row_at_its_last_token(mode: str) -> None:
+def test_a_failing_step_leaves_every_row_at_its_last_token(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "MOST_ATTEMPTS", 50)  # every third may be the same row's thrice
     driver = Driver()
     Failing(driver.session, set(range(3, 400, 3)))
     for seed in range(5):
@@ -200,7 +201,8 @@ def test_a_failing_step_leaves_every_row_at_its_last_token(mode: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["copy", "export", "import"])
-def test_failing_copies_cost_no_token(what: str) -> None:
+def test_failing_copies_cost_no_token(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "MOST_ATTEMPTS", 50)
     driver = Driver()
     Failing(driver.session, set(range(1, 400, 2)), what)
     for seed in (0, 1, 0, 1, 0, 2):
@@ -242,34 +244,50 @@ def test_an_engine_that_cannot_go_on_says_so() -> None:
     assert "has stopped" in str(late.handle.error)
 
 
-def test_a_prompt_is_read_in_parts_while_others_decode() -> None:
-    driver = Driver()
-    decoding = driver.submit(prompt(4), max_new_tokens=60)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_prompt_is_read_in_parts_while_others_decode(share: float) -> None:
+    """In its share of the time, and never so long that a decoding row waits for two parts."""
+    driver = Driver(latency_target_s=0.02, prefill_share=share)
+    decoding = driver.submit(prompt(4), max_new_tokens=280)
     while len(decoding.handle.token_ids) < 3:
         driver.turn()
+    driver.session.log.clear()
+    started = driver.session.now
+    driver.submit(prompt(120), max_new_tokens=2)
+    while driver.core.counts.finished == 0:
+        driver.turn()
+    took = driver.session.now - started
+    reads = [(n, capacity) for _, _, n, capacity in driver.session.log if n > 1]
+    assert all(1 + n * capacity / 256 <= 20 or n == 16 for n, capacity in reads)
+    steps = "".join("r" if n > 1 else "." for _, _, n, _ in driver.session.log)
+    assert "rr" not in steps
+    reading = sum(1e-3 * (1 + n * capacity / 256) for n, capacity in reads)
+    assert reading / took == pytest.approx(share, abs=0.15)
+
+
+def test_reading_alone_takes_whole_chunks() -> None:
+    driver = Driver()
     driver.submit(prompt(250), max_new_tokens=2)
     driver.run()
-    driver.check_texts()
-    parts = [(role, tokens) for role, _, tokens, capacity in driver.session.log if capacity > 128]
-    assert max(tokens for _, tokens in parts) == 16
-    roles = ["read" if tokens > 1 else "decode" for _, _, tokens, _ in driver.session.log[4:30]]
-    assert "readread" not in "".join(roles)
+    assert [n for _, _, n, _ in driver.session.log] == [250, 1]
 
 
 def test_no_row_starves() -> None:
     """A lone row in a capacity and a mode of its own goes on among many that come and go."""
     driver = Driver(max_rows=4)
-    lone = driver.submit(prompt(150), "linear_spec", max_new_tokens=100)
-    steps = 0
+    lone = driver.submit(prompt(150), "linear_spec", max_new_tokens=20)
+    last, gaps, number = 0.0, [], 0
     while not lone.handle.done:
         while len(driver.core.rows) + len(driver.core.waiting) < 8:
-            driver.submit(prompt(3 + steps % 5, steps), max_new_tokens=5)
+            number += 1
+            driver.submit(prompt(3 + number % 5, number), max_new_tokens=5)
             driver.core.take_in()
         driver.turn()
-        steps += 1
-        assert steps < 5000
-    assert lone.handle.error is None
+        if driver.session.log[-1][-1] > 128:
+            gaps.append(driver.session.now - last)
+            last = driver.session.now
     assert lone.handle.token_ids == lone.expected().token_ids
+    assert max(gaps) < 0.2  # its forwards take 9 ms, and four rows share the time
 
 
 def test_what_is_kept_stays_within_its_budget() -> None:
@@ -280,14 +298,3 @@ def test_what_is_kept_stays_within_its_budget() -> None:
         assert driver.core.reuse.num_tokens <= 100
     assert driver.core.reuse.num_evicted > 100
     driver.check_texts()
-
-
-def options_of(rng: Any, mode: str) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"max_new_tokens": rng.randint(1, 40)}
-    if mode != "ar":
-        chosen["block_length"] = rng.choice([1, 2, BLOCK])
-    if rng.random() < 0.4:
-        chosen |= {"temperature": 1.0, "seed": rng.randint(0, 9)}
-    if rng.random() < 0.3:
-        chosen["eos_token_ids"] = tuple(rng.sample(range(127), 20))
-    return chosen

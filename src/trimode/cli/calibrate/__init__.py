@@ -1,1 +1,1 @@
-"""The commands of ``trimode calibrate``."""
+"""Implements the commands of ``trimode calibrate``."""

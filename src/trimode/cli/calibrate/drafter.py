@@ -1,19 +1,18 @@
-"""``trimode calibrate drafter``: trains a drafter adapter from prompts."""
+"""Implements ``trimode calibrate drafter``."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trimode.cli.calibrate.training import TrainingCommand, run_training
 from trimode.cli.options import calibrate, training
 from trimode.cli.options.shared import CheckpointPath, Device, Json, Raw, System, Thinking
 from trimode.cli.parse import need
 from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
-    from trimode.calib.drafter.settings import DrafterJobSettings
-    from trimode.cli.calibrate.training import TrainingRequest
     from trimode.formats.drafter import Comparison, DrafterRecord, Drafting
 
 
@@ -43,10 +42,12 @@ def drafter(
     resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a drafter adapter on the model's own answers, for `trimode build --drafter`."""
+    """Train a drafter adapter on the model's own answers.
+
+    The adapter is for `trimode build --drafter`.
+    """
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.drafter.settings import DrafterJobSettings
-    from trimode.cli.calibrate.training import TrainingRequest
 
     settings = DrafterJobSettings(
         dtype=dtype,  # type: ignore[arg-type]  # its check refuses any other type
@@ -64,93 +65,87 @@ def drafter(
         max_new_tokens=max_new_tokens,
         device=device,
     )
-    style = prompt_style(raw, system, enable_thinking)
-    request = TrainingRequest(data, calibration, resume, as_json, style)
-    run_drafter(checkpoint, output, request, settings)
+    run_training(
+        drafter_command(),
+        checkpoint,
+        output,
+        data,
+        settings,
+        style=prompt_style(raw, system, enable_thinking),
+        calibration=calibration,
+        resume=resume,
+        as_json=as_json,
+    )
 
 
-def run_drafter(
-    checkpoint_path: Path, output: Path, request: TrainingRequest, settings: DrafterJobSettings
-) -> None:
-    """Train with progress on stderr, and print the comparison.
+def drafter_command() -> TrainingCommand[DrafterRecord]:
+    """Return the training, imported when it is needed."""
+    from trimode.calib.drafter.job import ADAPTER, DrafterJob
 
-    Errors are raised before anything is written.
-    """
-    from trimode.calib.drafter.job import check_output, train_adapter
-    from trimode.calib.training.run_state import check_state, state_file
-    from trimode.cli.calibrate.training import train_on_prompts
-    from trimode.cli.output import print_json
-    from trimode.formats.files import check_apart
-    from trimode.graphs.checkpoint import open_checkpoint
-
-    settings.check()
-    request.style.check()
-    check_output(output)
-    check_apart(output, checkpoint_path, request.data, request.calibration)
-    check_state(state_file(output), resume=request.resume)
-    checkpoint = open_checkpoint(checkpoint_path)
-    settings.shape(checkpoint.drafter)
-    record = train_on_prompts(train_adapter, checkpoint, output, request, settings)
-    if request.as_json:
-        print_json(record)
-    else:
-        _show(record)
-    sys.stderr.write(in_words(output, record) + "\n")
+    return TrainingCommand(DrafterJob, ADAPTER, _show, in_words)
 
 
 def in_words(output: Path, record: DrafterRecord) -> str:
-    """What was written, and whether it is any better than what was there before."""
+    """Say what was written, and whether it beats what was before."""
     before, name = _before(record.held_out)
     trained = record.held_out.trained
     change = (
-        f"{_number(before.acceptance_length)} -> {_number(trained.acceptance_length)} tokens "
+        f"{_length(before)} -> {_length(trained)} tokens "
         f"a cycle on {trained.num_prompts} held-out prompts"
     )
-    if record.kept != "trained":
-        which = (
-            "a copy of the checkpoint's adapter"
-            if record.kept == "checkpoint"
-            else "an untrained adapter, which changes nothing"
-        )
-        lines = [
-            f"training did NOT help: the trained adapter drafts no better than {name} on the "
-            f"validation prompts ({change})",
-            f"wrote {output}: {which}",
-        ]
-    elif (trained.acceptance_length or 0) <= (before.acceptance_length or 0):
-        lines = [
-            f"wrote {output}: the trained adapter, better than {name} on the validation "
-            f"prompts but NOT on those held out ({change})"
-        ]
-    else:
-        lines = [f"wrote {output}: the trained adapter, better than {name} ({change})"]
-    unlike = sum(
-        one.num_unlike
-        for one in (record.held_out.no_drafter, record.held_out.checkpoint, trained)
-        if one is not None
-    )
-    if unlike:
-        lines.append(
-            f"{unlike} answers of self-speculation differ from the autoregressive ones: "
-            "rounding decided between equal tokens"
-        )
+    lines = [*_verdict(output, record, name, change), *_note_on_unlike(record.held_out)]
     return "\n".join(lines)
 
 
+def _verdict(output: Path, record: DrafterRecord, name: str, change: str) -> Iterator[str]:
+    """Yield what became of the trained adapter.
+
+    ``name`` is the name of what it has to beat.
+    """
+    before, trained = _before(record.held_out)[0], record.held_out.trained
+    if record.kept != "trained":
+        yield (
+            f"training did NOT help: the trained adapter drafts no better than {name} on the "
+            f"validation prompts ({change})"
+        )
+        is_copy = record.kept == "checkpoint"
+        untrained = "an untrained adapter, which changes nothing"
+        which = "a copy of the checkpoint's adapter" if is_copy else untrained
+        yield f"wrote {output}: {which}"
+    elif (trained.acceptance_length or 0) <= (before.acceptance_length or 0):
+        yield (
+            f"wrote {output}: the trained adapter, better than {name} on the validation "
+            f"prompts but NOT on those held out ({change})"
+        )
+    else:
+        yield f"wrote {output}: the trained adapter, better than {name} ({change})"
+
+
+def _note_on_unlike(held_out: Comparison) -> Iterator[str]:
+    compared = (held_out.no_drafter, held_out.checkpoint, held_out.trained)
+    unlike = sum(one.num_unlike for one in compared if one is not None)
+    if unlike:
+        yield (
+            f"{unlike} answers of self-speculation differ from the autoregressive ones: "
+            "rounding decided between equal tokens"
+        )
+
+
+def _length(one: Drafting) -> str:
+    return "none" if one.acceptance_length is None else f"{one.acceptance_length:.3f}"
+
+
 def _before(comparison: Comparison) -> tuple[Drafting, str]:
-    """What the trained adapter has to beat."""
+    """Return what the trained adapter has to beat, and its name."""
     if comparison.checkpoint is None:
         return comparison.no_drafter, "no adapter"
     return comparison.checkpoint, "the checkpoint's"
 
 
 def _show(record: DrafterRecord) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from trimode.cli.tables import decimal, plain_table, table_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
+    console = table_console()
     scales = (
         f"{record.calibration.precision} ({record.calibration.name})"
         if record.calibration
@@ -162,35 +157,25 @@ def _show(record: DrafterRecord) -> None:
         f"{record.prompts.num_train} prompts, loss {record.training.first_loss:.3f} -> "
         f"{record.training.loss:.3f}"
     )
-    table = Table(
-        "prompts",
-        "adapter",
-        "acceptance length",
-        "tokens per forward",
-        "tokens",
-        "like AR",
-        box=None,
-        header_style="bold",
+    table = plain_table(
+        "prompts", "adapter", "acceptance length", "tokens per forward", "tokens", "like AR"
     )
-    for name, comparison in (("held out", record.held_out), ("validation", record.validation)):
-        rows = (
-            ("none", comparison.no_drafter),
-            ("the checkpoint's", comparison.checkpoint),
-            ("trained", comparison.trained),
+    for prompts, adapter, one in _rows(record):
+        table.add_row(
+            prompts,
+            adapter,
+            decimal(one.acceptance_length, 3),
+            f"{one.tokens_per_forward:.3f}",
+            str(one.num_tokens),
+            f"{one.num_prompts - one.num_unlike}/{one.num_prompts}",
         )
-        for adapter, one in rows:
-            if one is not None:
-                alike = f"{one.num_prompts - one.num_unlike}/{one.num_prompts}"
-                table.add_row(
-                    name,
-                    adapter,
-                    _number(one.acceptance_length),
-                    f"{one.tokens_per_forward:.3f}",
-                    str(one.num_tokens),
-                    alike,
-                )
     console.print(table)
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+def _rows(record: DrafterRecord) -> Iterator[tuple[str, str, Drafting]]:
+    """Yield the prompts, the adapter and the figures of each row."""
+    for prompts, comparison in (("held out", record.held_out), ("validation", record.validation)):
+        yield prompts, "none", comparison.no_drafter
+        if comparison.checkpoint is not None:
+            yield prompts, "the checkpoint's", comparison.checkpoint
+        yield prompts, "trained", comparison.trained

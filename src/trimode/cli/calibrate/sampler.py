@@ -1,11 +1,11 @@
-"""``trimode calibrate sampler``: trains a sampler from prompts."""
+"""Implements ``trimode calibrate sampler``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trimode.cli.calibrate.training import TrainingCommand, run_training
 from trimode.cli.options import calibrate, training
 from trimode.cli.options.shared import CheckpointPath, Device, Json, Raw, System, Thinking
 from trimode.cli.parse import need, parse_ints
@@ -14,8 +14,6 @@ from trimode.cli.prompt_options import prompt_style
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from trimode.calib.sampler.settings import SamplerJobSettings
-    from trimode.cli.calibrate.training import TrainingRequest
     from trimode.formats.sampler import DenoisingRecord, SamplerFile, ScoresRecord
 
 
@@ -47,10 +45,12 @@ def sampler(
     resume: calibrate.Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a sampler of block diffusion, for `trimode build --sampler`."""
+    """Train a sampler of block diffusion on the model's own answers.
+
+    The sampler is for `trimode build --sampler`.
+    """
     need("training", "compile", "torch", "safetensors", "ml_dtypes")
     from trimode.calib.sampler.settings import SamplerJobSettings
-    from trimode.cli.calibrate.training import TrainingRequest
 
     settings = SamplerJobSettings(
         dtype=dtype,  # type: ignore[arg-type]  # its check refuses any other type
@@ -70,45 +70,29 @@ def sampler(
         max_new_tokens=max_new_tokens,
         device=device,
     )
-    style = prompt_style(raw, system, enable_thinking)
-    request = TrainingRequest(data, calibration, resume, as_json, style)
-    run_sampler(checkpoint, output, request, settings)
-
-
-def run_sampler(
-    checkpoint_path: Path, output: Path, request: TrainingRequest, settings: SamplerJobSettings
-) -> None:
-    """Train with progress on stderr, and print the comparison.
-
-    Errors are raised before anything is written.
-    """
-    from trimode.calib.sampler.job import check_output, train_sampler
-    from trimode.calib.training.run_state import check_state, state_file
-    from trimode.cli.calibrate.training import train_on_prompts
-    from trimode.cli.output import print_json
-    from trimode.formats.files import check_apart
-    from trimode.graphs.checkpoint import open_checkpoint
-
-    settings.check()
-    request.style.check()
-    check_output(output)
-    check_apart(output, checkpoint_path, request.data, request.calibration)
-    check_state(state_file(output), resume=request.resume)
-    checkpoint = open_checkpoint(checkpoint_path)
-    record = train_on_prompts(train_sampler, checkpoint, output, request, settings)
-    if request.as_json:
-        print_json(record)
-    else:
-        _show(record)
-    sys.stderr.write(
-        "\n".join(
-            [
-                f"wrote {output}: fills slots from a score of {record.threshold:g}",
-                *map(_in_words, _compared(record)),
-            ]
-        )
-        + "\n"
+    run_training(
+        sampler_command(),
+        checkpoint,
+        output,
+        data,
+        settings,
+        style=prompt_style(raw, system, enable_thinking),
+        calibration=calibration,
+        resume=resume,
+        as_json=as_json,
     )
+
+
+def sampler_command() -> TrainingCommand[SamplerFile]:
+    """Return the training, imported when it is needed."""
+    from trimode.calib.sampler.job import SAMPLER, SamplerJob
+
+    return TrainingCommand(SamplerJob, SAMPLER, _show, _summary)
+
+
+def _summary(output: Path, record: SamplerFile) -> str:
+    written = f"wrote {output}: fills slots from a score of {record.threshold:g}"
+    return "\n".join([written, *map(_in_words, _compared(record))])
 
 
 def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecord]]:
@@ -126,39 +110,34 @@ def _compared(record: SamplerFile) -> list[tuple[DenoisingRecord, DenoisingRecor
 
 
 def _in_words(pair: tuple[DenoisingRecord, DenoisingRecord]) -> str:
-    """Whether the sampler is any better than the rule that it is to replace."""
+    """Say whether the sampler is better than the rule it replaces."""
     from trimode.calib.sampler.measure import share_right
+    from trimode.cli.tables import percent
 
     rule, learned = pair
-    faster, as_good = (
-        learned.tokens_per_forward > rule.tokens_per_forward,
-        share_right(learned) >= share_right(rule),
-    )
-    verdict = (
-        "better"
-        if faster and as_good
-        else "NOT better: no faster"
-        if as_good
-        else "NOT better: fewer texts are right"
-    )
     what = "like the target" if rule.exact_match is None else "answered right"
     return (
         f"block {rule.block_length}, {rule.num_texts} held-out prompts: "
-        f"{rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens "
-        f"per forward, {_share(share_right(rule))} -> {_share(share_right(learned))} {what}; "
-        f"{verdict} than a threshold of "
-        f"{rule.threshold:g} on the probability"
+        f"{rule.tokens_per_forward:.2f} -> {learned.tokens_per_forward:.2f} tokens per forward, "
+        f"{percent(share_right(rule))} -> {percent(share_right(learned))} {what}; "
+        f"{_verdict(rule, learned)} than a threshold of {rule.threshold:g} on the probability"
     )
 
 
-def _show(record: SamplerFile) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _verdict(rule: DenoisingRecord, learned: DenoisingRecord) -> str:
+    from trimode.calib.sampler.measure import share_right
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # in a file or a pipe, lines are not broken at 80 columns
-    training = record.training
+    if share_right(learned) < share_right(rule):
+        return "NOT better: fewer texts are right"
+    if learned.tokens_per_forward <= rule.tokens_per_forward:
+        return "NOT better: no faster"
+    return "better"
+
+
+def _show(record: SamplerFile) -> None:
+    from trimode.cli.tables import table_console
+
+    console, training = table_console(), record.training
     console.print(
         f"{record.source_name}, {record.num_parameters / 1e6:.2f} M parameters; target "
         f"{record.target}; {training.steps} steps on "
@@ -167,53 +146,36 @@ def _show(record: SamplerFile) -> None:
         f"{training.untrained_loss:.4f} -> {training.best_loss:.4f} after {training.best_step}"
     )
     console.print(_scores_table(record.scores))
-    headings = (
-        "block",
-        "fills by",
-        "from",
-        "like the target",
-        "answered right",
-        "tokens per forward",
-        "forwards",
-    )
-    table = Table(*headings, title="held-out texts", box=None, header_style="bold")
-    for row in record.held_out:
-        what = "score" if row.sampler == "learned" else "probability"
+    console.print(_texts_table(record.held_out))
+
+
+def _texts_table(rows: tuple[DenoisingRecord, ...]) -> Table:
+    from trimode.cli.tables import percent, plain_table
+
+    headings = ("block", "fills by", "from", "like the target", "answered right")
+    table = plain_table(*headings, "tokens per forward", "forwards", title="held-out texts")
+    for row in rows:
         table.add_row(
             str(row.block_length),
-            what,
+            "score" if row.sampler == "learned" else "probability",
             f"{row.threshold:g}",
-            _share(row.same_as_target),
-            _share(row.exact_match),
+            percent(row.same_as_target),
+            percent(row.exact_match, "unknown"),
             f"{row.tokens_per_forward:.2f}",
             str(row.num_forwards),
-        )
-    console.print(table)
-
-
-def _scores_table(scores: tuple[ScoresRecord, ...]) -> Table:
-    from rich.table import Table
-
-    headings = ("block", "slots", "right", "judged by", "AUC", "cross-entropy", "calibration error")
-    table = Table(*headings, title="held-out states", box=None, header_style="bold")
-    for row in scores:
-        common = (str(row.block_length), str(row.num_slots), _share(row.share_right))
-        table.add_row(
-            *common,
-            "probability",
-            _number(row.confidence_auc),
-            f"{row.confidence_loss:.4f}",
-            f"{row.confidence_calibration_error:.4f}",
-        )
-        table.add_row(
-            *common, "score", _number(row.auc), f"{row.loss:.4f}", f"{row.calibration_error:.4f}"
         )
     return table
 
 
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{100 * value:.1f}%"
+def _scores_table(scores: tuple[ScoresRecord, ...]) -> Table:
+    from trimode.cli.tables import decimal, percent, plain_table
 
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+    headings = ("block", "slots", "right", "judged by", "AUC", "cross-entropy", "calibration error")
+    table = plain_table(*headings, title="held-out states")
+    for row in scores:
+        common = (str(row.block_length), str(row.num_slots), percent(row.share_right))
+        judged = (row.confidence_auc, row.confidence_loss, row.confidence_calibration_error)
+        table.add_row(*common, "probability", *(decimal(value, 4) for value in judged))
+        judged = (row.auc, row.loss, row.calibration_error)
+        table.add_row(*common, "score", *(decimal(value, 4) for value in judged))
+    return table

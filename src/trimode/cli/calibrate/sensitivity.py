@@ -1,26 +1,21 @@
-"""``trimode calibrate sensitivity``: keeps the worst layers in high precision."""
+"""Implements ``trimode calibrate sensitivity``."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimode.cli.calibrate.questions import Inputs, read_inputs
+from trimode.cli.flags import flags_in_errors
 from trimode.cli.options import calibrate as options
-from trimode.cli.options.shared import (
-    CheckpointPath,
-    Device,
-    Json,
-    Raw,
-    System,
-    Thinking,
-    usual_style,
-)
+from trimode.cli.options.shared import CheckpointPath, Device, Json, Raw, System, Thinking
 from trimode.cli.parse import need, parse_modes
 from trimode.cli.prompt_options import prompt_style
 
 if TYPE_CHECKING:
+    from trimode.calib.evaluate.quantization.questions import QualitySettings
+    from trimode.calib.evaluate.quantization.sensitivity import DropLimit
     from trimode.formats.calibration import SensitivityRecord
     from trimode.runtime.text.prompts import PromptStyle
 
@@ -43,93 +38,77 @@ def sensitivity(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Keep the most sensitive layers in high precision, to stay within a budget."""
+    """Keep the most sensitive layers in high precision, within a budget."""
     need("the sensitivity search", "compile", "torch", "safetensors", "ml_dtypes")
-    request = SensitivityRequest(
-        calibration=calibration,
-        data=data,
-        max_drop=max_drop,
-        num_samples=samples,
-        ranking_samples=ranking_samples,
-        modes=modes,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        device=device,
-        as_json=as_json,
+    from trimode.calib.evaluate.quantization.questions import QualitySettings
+    from trimode.calib.evaluate.quantization.sensitivity import DropLimit
+
+    run_sensitivity(
+        checkpoint,
+        output,
+        data,
+        calibration,
+        DropLimit(max_drop, ranking_samples),
+        QualitySettings(parse_modes(modes), samples, max_new_tokens, seed, device),
         style=prompt_style(raw, system, enable_thinking),
+        as_json=as_json,
     )
-    run_sensitivity(checkpoint, output, request)
 
 
-@dataclass(frozen=True)
-class SensitivityRequest:
-    """Holds what a user asks of ``trimode calibrate sensitivity``."""
-
-    calibration: Path
-    data: Path
-    max_drop: float
-    num_samples: int | None
-    ranking_samples: int
-    modes: str
-    max_new_tokens: int
-    seed: int
-    device: str
-    as_json: bool
-    style: PromptStyle = field(default_factory=usual_style)
-
-
-def run_sensitivity(checkpoint_path: Path, output: Path, request: SensitivityRequest) -> None:
+def run_sensitivity(
+    checkpoint_path: Path,
+    output: Path,
+    data: Path,
+    calibration_path: Path,
+    limit: DropLimit,
+    settings: QualitySettings,
+    *,
+    style: PromptStyle,
+    as_json: bool = False,
+) -> None:
     """Search, write the calibration, and name the kept layers.
 
     Errors are raised before anything is written.
     """
-    from trimode.calib.evaluate.quantization.candidate import read_candidate
-    from trimode.calib.evaluate.quantization.questions import QualitySettings, read_questions
-    from trimode.calib.evaluate.quantization.sensitivity import DropLimit, save_without, search
-    from trimode.calib.scales.job import check_output
-    from trimode.cli.console import RichProgress
+    from trimode.calib.evaluate.quantization.sensitivity import save_without
+    from trimode.calib.scales.job import CALIBRATION
     from trimode.cli.output import print_json
     from trimode.formats.calibration import load_calibration
-    from trimode.formats.files import check_apart, sha256_of
-    from trimode.graphs.checkpoint import describe_model, open_checkpoint
+    from trimode.formats.files import check_apart
 
-    settings = QualitySettings(
-        parse_modes(request.modes),
-        request.num_samples,
-        request.max_new_tokens,
-        request.seed,
-        request.device,
-    )
-    budget = DropLimit(request.max_drop, request.ranking_samples)
-    settings.check()
-    request.style.check()
-    budget.check()
-    check_output(output)
-    check_apart(output, checkpoint_path, request.data)
-    checkpoint = open_checkpoint(checkpoint_path)
-    calibration, scales = load_calibration(request.calibration)
-    candidate = read_candidate(str(request.calibration), checkpoint)
-    model = describe_model(checkpoint)
-    questions, to_text = read_questions(request.data, request.style, checkpoint_path, model)
-    with RichProgress() as progress:
-        sha256 = sha256_of(request.data)
-        found = search(
-            checkpoint,
-            model,
-            candidate,
-            questions,
-            sha256,
-            budget,
-            settings,
-            progress=progress,
-            to_text=to_text,
-        )
+    with flags_in_errors():
+        settings.check()
+        style.check()
+        limit.check()
+        CALIBRATION.check(output)
+        check_apart(output, checkpoint_path, data)
+        calibration, scales = load_calibration(calibration_path)
+        inputs = read_inputs(checkpoint_path, [str(calibration_path)], data, style)
+        found = _search(inputs, limit, settings)
     record = save_without(output, calibration, scales, found)
-    if request.as_json:
+    if as_json:
         print_json(_as_data(output, record.algorithm, found))
     else:
         sys.stdout.write("".join(f"{name}\n" for name in found.kept))
     sys.stderr.write(_in_words(output, found) + "\n")
+
+
+def _search(inputs: Inputs, limit: DropLimit, settings: QualitySettings) -> SensitivityRecord:
+    from trimode.calib.evaluate.quantization.sensitivity import search
+    from trimode.cli.console import RichProgress
+
+    with RichProgress() as progress:
+        return search(
+            inputs.checkpoint,
+            inputs.model,
+            inputs.candidates[0],
+            inputs.questions,
+            inputs.sha256,
+            limit,
+            settings,
+            progress=progress,
+            to_text=inputs.to_text,
+        )
 
 
 def _as_data(output: Path, algorithm: str, found: SensitivityRecord) -> dict[str, Any]:

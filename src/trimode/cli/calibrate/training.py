@@ -1,95 +1,106 @@
-"""Runs the training of `calibrate drafter` and `calibrate sampler`.
-
-Both train on the checkpoint's own answers.
-"""
+"""Runs the trainings of ``calibrate drafter`` and ``calibrate sampler``."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from trimode.calib.data.prompts import Prompts
-from trimode.calib.evaluate.quantization.questions import read_questions
-from trimode.calib.training.run_state import state_file
-from trimode.cli.console import RichProgress
-from trimode.formats.contract import ModelInfo
-from trimode.formats.files import sha256_of
-from trimode.graphs.checkpoint import Checkpoint, describe_model
-from trimode.progress import Progress
-from trimode.runtime.text.prompts import USUAL_STYLE, PromptStyle
+from trimode.cli.flags import flags_in_errors
 
-S_contra = TypeVar("S_contra", contravariant=True)
-R_co = TypeVar("R_co", covariant=True)
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from trimode.calib.data.prompts import Prompts
+    from trimode.calib.jobs.job import Job, OutputKind
+    from trimode.calib.training.run_state import RunState
+    from trimode.calib.training.settings import TrainingSettings
+    from trimode.formats.contract import ModelInfo
+    from trimode.runtime.text.prompts import PromptStyle
+
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class TrainingRequest:
-    """The command line's options that are no settings of the training."""
+class TrainingCommand(NamedTuple, Generic[R]):
+    """Describes a training, and how its record is shown.
 
-    data: Path
-    calibration: Path | None = None
-    resume: bool = False
-    as_json: bool = False
-    style: PromptStyle = USUAL_STYLE
-
-
-class TrainingJob(Protocol[S_contra, R_co]):
-    """Trains, and writes the folder ``output``; returns its record."""
-
-    def __call__(
-        self,
-        checkpoint: Checkpoint,
-        model: ModelInfo,
-        prompts: Prompts,
-        output: Path,
-        settings: S_contra,
-        progress: Progress,
-        *,
-        calibration: Path | None = None,
-        resume: bool = False,
-    ) -> R_co:
-        """Train on the prompts, write ``output``, and return its record."""
-        ...
-
-
-def train_on_prompts(
-    train: TrainingJob[S, R],
-    checkpoint: Checkpoint,
-    output: Path,
-    request: TrainingRequest,
-    settings: S,
-) -> R:
-    """Run the job over a file of prompts, with progress on stderr.
-
-    If it is interrupted, stderr says how to go on.
+    Attributes:
+        job: Class of the job, a :class:`trimode.calib.training.job.TrainingJob`.
+        kind: Description of the folder that the job writes.
+        show: Prints a record as tables.
+        in_words: Says what became of the folder.
     """
-    model = describe_model(checkpoint)
-    questions, to_text = read_questions(request.data, request.style, checkpoint.path, model)
-    answers = {
-        tuple(question.token_ids): question.answers for question in questions if question.answers
-    }
-    prompts = Prompts(
-        [question.token_ids for question in questions], sha256_of(request.data), answers, to_text
-    )
-    try:
-        with RichProgress() as progress:
-            return train(
+
+    job: Callable[..., Job[Any, RunState, Any, Any, Any, R]]
+    kind: OutputKind[RunState]
+    show: Callable[[R], None]
+    in_words: Callable[[Path, R], str]
+
+
+def run_training(
+    command: TrainingCommand[R],
+    checkpoint_path: Path,
+    output: Path,
+    data: Path,
+    settings: TrainingSettings,
+    *,
+    style: PromptStyle,
+    calibration: Path | None = None,
+    resume: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Train on a file of prompts, and print tables or JSON.
+
+    Progress goes to stderr. Errors are raised before anything is written.
+    """
+    from trimode.cli.console import RichProgress
+    from trimode.cli.output import print_json
+    from trimode.graphs.checkpoint import describe_model, open_checkpoint
+
+    with flags_in_errors():
+        settings.check()
+        style.check()
+        command.kind.check_run(output, checkpoint_path, data, calibration, resume=resume)
+        checkpoint = open_checkpoint(checkpoint_path)
+        model = describe_model(checkpoint)
+        prompts = _read_prompts(data, style, checkpoint_path, model)
+        with says_how_to_resume(command.kind, output), RichProgress() as progress:
+            record = command.job(
                 checkpoint,
                 model,
                 prompts,
                 output,
                 settings,
                 progress,
-                calibration=request.calibration,
-                resume=request.resume,
-            )
+                calibration=calibration,
+                resume=resume,
+            ).run()
+    if as_json:
+        print_json(record)
+    else:
+        command.show(record)
+    sys.stderr.write(command.in_words(output, record) + "\n")
+
+
+@contextmanager
+def says_how_to_resume(kind: OutputKind[Any], output: Path) -> Iterator[None]:
+    """Say on stderr how to continue the block if it is interrupted."""
+    try:
+        yield
     except KeyboardInterrupt:
-        if state_file(output).is_file():
+        if (work := kind.work.beside(output).path).exists():
             sys.stderr.write(
-                f"interrupted; the same command with --resume goes on from {state_file(output)}\n"
+                "interrupted; to continue, repeat the command with --resume\n"
+                f"--resume goes on from {work}\n"
             )
         raise
+
+
+def _read_prompts(data: Path, style: PromptStyle, checkpoint: Path, model: ModelInfo) -> Prompts:
+    from trimode.calib.data.prompts import Prompts
+    from trimode.calib.evaluate.quantization.questions import read_questions
+    from trimode.formats.files import sha256_of
+
+    questions, to_text = read_questions(data, style, checkpoint, model)
+    answers = {tuple(one.token_ids): one.answers for one in questions if one.answers}
+    return Prompts([one.token_ids for one in questions], sha256_of(data), answers, to_text)

@@ -1,1 +1,1 @@
-"""Options of the commands, each spelled once."""
+"""Spells each option of the commands once."""

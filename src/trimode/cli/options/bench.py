@@ -1,4 +1,4 @@
-"""Options of ``trimode bench``."""
+"""Declares the options of ``trimode bench``."""
 
 from __future__ import annotations
 

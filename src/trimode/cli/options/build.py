@@ -1,4 +1,4 @@
-"""Options of ``trimode build``."""
+"""Declares the options of ``trimode build``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,13 @@ BlockLengths = Annotated[
     typer.Option(
         metavar="N,N,...",
         help="Block lengths to compile engines for; default: 8,16,32 and the model's block size.",
+    ),
+]
+Capacities = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,...",
+        help="Shorter texts to compile engines for too, as 2048,8192; default: --max-length alone.",
     ),
 ]
 MaxBatch = Annotated[int, typer.Option(help="Most sequences in one forward of an engine.")]

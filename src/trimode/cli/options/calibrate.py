@@ -1,4 +1,4 @@
-"""Options of ``trimode calibrate`` and ``trimode report``: prompts, training, outputs."""
+"""Declares the options of ``trimode calibrate`` and ``trimode report``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of ``trimode run``."""
+"""Declares the options of ``trimode run``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,22 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[
     float | None,
     typer.Option(help="Divisor for the logits of tokens already in the text; 1 changes nothing."),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="Taken from the logits of tokens already in the answer; -2 to 2."
+    ),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="Taken from these logits once for each time the answer has the token."
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID=X", help="Added to the logit of this token, -100 to 100; repeatable."),
 ]
 Seed = Annotated[
     int | None,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from trimode.runtime.text.prompts import PromptStyle
 
 BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder written by `trimode build`.")
@@ -51,10 +48,3 @@ NoFigure = Annotated[
     bool, typer.Option("--no-figure", help="Draw no figure; figures need matplotlib.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def usual_style() -> PromptStyle:
-    """Return the default prompt style, imported when it is first needed."""
-    from trimode.runtime.text.prompts import USUAL_STYLE
-
-    return USUAL_STYLE

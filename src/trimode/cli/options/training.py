@@ -1,4 +1,4 @@
-"""Options of ``trimode calibrate drafter`` and ``trimode calibrate sampler``: the training."""
+"""Declares the options of training a drafter or a sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of ``trimode verify``."""
+"""Declares the options of ``trimode verify``."""
 
 from __future__ import annotations
 

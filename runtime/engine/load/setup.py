@@ -1,0 +1,71 @@
+"""Makes what an engine needs for modes by load, from a table of timings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trimode.formats.hints import BENCH_BATCH
+from trimode.runtime.auto.policy import AR_STEP
+from trimode.runtime.auto.prior import AcceptanceHistory
+from trimode.runtime.auto.timings import Timings
+from trimode.runtime.engine.load.cost_table import CostTable
+from trimode.runtime.engine.load.policy import LoadPolicy, LoadSettings
+from trimode.runtime.engine.load.rows import Pools, RowPolicy
+
+logger = logging.getLogger("trimode.runtime")
+
+
+@dataclass(frozen=True)
+class LoadModes:
+    """Holds the parts of modes by load that share a table.
+
+    Attributes:
+        policy: Plans for the running rows.
+        table: Costs of the forwards; who runs them calls its ``observe``.
+        pools: What texts have shown, by kind of prompt.
+    """
+
+    policy: LoadPolicy
+    table: CostTable
+    pools: Pools
+
+    def row(self, prompt: Sequence[int], length_of_plan: Callable[[], int]) -> RowPolicy:
+        """The policy of a row that follows the plan, after a prompt of token ids ``(n,)``."""
+        return RowPolicy(self.pools.of(prompt), length_of_plan)
+
+
+def load_modes(
+    timings: Timings,
+    *,
+    use_drafter: bool,
+    takes_length: Callable[[int], bool] = lambda _: True,
+    settings: LoadSettings | None = None,
+    is_frozen: bool = False,
+) -> LoadModes | None:
+    """Make modes by load.
+
+    Args:
+        timings: What ``trimode bench --batch`` has measured.
+        use_drafter: Whether drafts are made with the adapter.
+        takes_length: Whether the graphs take a block of a length.
+        settings: How readily plans change.
+        is_frozen: Whether the table stays as it was measured.
+
+    Returns:
+        None where the table says nothing of several texts in a forward; the log says so.
+    """
+    table = CostTable.from_timings(timings, use_drafter=use_drafter, is_frozen=is_frozen)
+    if not table.has_batches:
+        logger.warning(
+            "no timings of several texts in a forward: each text chooses its own mode; %s",
+            BENCH_BATCH,
+        )
+        return None
+    lengths = [length for length in table.lengths if takes_length(length)]
+    found = [one for one in timings.acceptance if one.drafter == use_drafter]
+    history = AcceptanceHistory(found[0].rate, found[0].kinds) if found else AcceptanceHistory()
+    pools = Pools(history, max(lengths, default=2 * AR_STEP))
+    policy = LoadPolicy(table, settings, lengths, is_prior_measured=bool(found))
+    return LoadModes(policy, table, pools)

@@ -1,0 +1,95 @@
+"""What an engine does for one of its methods: opens, checks, and fills in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trimode.errors import UsageError
+from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.decode.stream import Stream
+from trimode.runtime.engine.load.setup import load_modes
+from trimode.runtime.engine.request import Request
+from trimode.runtime.engine.settings import Settings
+from trimode.runtime.engine.worker import Worker
+from trimode.runtime.model import TriModeModel
+from trimode.runtime.sessions.base import takes_block
+
+
+def open_model(model: str | Path | TriModeModel, opening: dict[str, Any]) -> TriModeModel:
+    """Open a bundle folder with these keywords; return an opened model as it is."""
+    if not isinstance(model, TriModeModel):
+        return TriModeModel.from_pretrained(model, **opening)
+    if opening:
+        raise UsageError(
+            f"expected no {', '.join(opening)} with an opened model, found it",
+            "give it to TriModeModel.from_pretrained",
+        )
+    return model
+
+
+def open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:
+    """Open the stream of a request."""
+    return Stream(sequence, request.mode, request.options, lambda: model.codec)
+
+
+def planned_by_load(settings: Settings, model: TriModeModel, *, is_frozen: bool) -> Settings:
+    """Settings with one plan for all rows, where timings of several texts were measured."""
+    modes = None
+    if model.timings is not None:
+        modes = load_modes(
+            model.timings,
+            use_drafter=model.model.has_drafter,
+            takes_length=lambda length: takes_block(model.session, length),
+            is_frozen=is_frozen,
+        )
+    if modes is None:
+        return settings
+    observe, plans = modes.table.observe, modes.policy
+    return replace(settings, mode_policy=plans, make_row_policy=modes.row, observe=observe)
+
+
+def shut(worker: Worker, model: TriModeModel | None) -> None:
+    """What is left of an engine that nobody holds: its thread, and the model it has opened."""
+    worker.stop(drain=False)
+    worker.join(None)
+    if model is not None:
+        model.close()
+
+
+def with_seed(options: DecodeOptions, number: int) -> DecodeOptions:
+    """Options of the text of this number among several after one prompt."""
+    seed = options.sampling.seed
+    if seed is None or not number:
+        return options
+    return replace(options, sampling=replace(options.sampling, seed=seed + number))
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise :class:`UsageError` for a number that is too small."""
+    if value < least:
+        raise UsageError(f"expected {name} of at least {least}, found {value}", "ask for more")
+
+
+def check_share(prefill_share: float, latency_target_ms: float) -> None:
+    """Raise :class:`UsageError` for a share or a target out of its range."""
+    if not 0 < prefill_share < 1:
+        raise UsageError(
+            f"expected a prefill_share above 0 and below 1, found {prefill_share}", "0.5 is usual"
+        )
+    if latency_target_ms <= 0:
+        raise UsageError(
+            f"expected a latency_target_ms above 0, found {latency_target_ms}", "50 is usual"
+        )
+
+
+def check_fits(max_new_tokens: int, prompt_length: int, room: int) -> None:
+    """Raise :class:`UsageError` where prompt and answer can never fit."""
+    if max_new_tokens > room:
+        raise UsageError(
+            f"expected at most {room} new tokens after a prompt of {prompt_length}, "
+            f"found max_new_tokens {max_new_tokens}",
+            "ask for fewer, shorten the prompt, or build with a larger --max-length",
+        )
