@@ -139,8 +139,9 @@ def make_plan(
     model = describe_model(checkpoint, max_length)
     roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
     widens_int8 = _widens_int8(precision, quantization, base)
+    holds_weights = precision == "int4" or widens_int8
     is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
-    if is_rtx and (precision == "int4" or widens_int8):
+    if is_rtx and holds_weights:
         check_one_capacity(options, precision)
     records = {
         name: plan_target(
@@ -152,7 +153,7 @@ def make_plan(
             roles,
             is_quantized=is_quantized,
             one_row=not widens_int8,
-            joint=precision == "int4" or widens_int8,
+            joint=holds_weights,
         )
         for name, target in targets.items()
     }

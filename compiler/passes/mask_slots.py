@@ -2,8 +2,8 @@
 
 TensorRT-RTX 1.7 parses ``Attention`` without its input ``nonpad_kv_seqlen``, and says nothing: the
 engine would attend to every slot of the cache, also to those that hold nothing. It does read a
-mask. Its kernel for several rows skips the tiles of keys and values that the mask hides altogether,
-so a forward reads what is valid and not the whole capacity.
+mask. Keys and values of the whole capacity are read all the same: docs/results has what the plans
+say.
 """
 
 from __future__ import annotations

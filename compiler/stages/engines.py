@@ -163,7 +163,8 @@ def compile_engines(
         _task(plan, name, one, role, lowered[one.capacity, role], constants)
         for name, record in records.items()
         for one in record.by_capacity()
-        for role in _compiled_graphs(one, state.graphs)
+        for capacity, role in lowered
+        if capacity == one.capacity
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
     # compiling takes about three times the memory of what an engine holds
