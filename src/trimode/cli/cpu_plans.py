@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from trimode.cli.output import print_json
 from trimode.cli.parse import need
+from trimode.cli.tables import table_console
 from trimode.compiler.plans.cpu import CpuGraph
 from trimode.formats.manifest import Manifest, PrecisionName, TargetRecord
 from trimode.runtime.bundle.open import open_bundle
@@ -46,7 +45,7 @@ def inspect_cpu_graphs(path: Path, manifest: Manifest, target: str, *, as_json: 
     if as_json:
         print_json([{"precision": name, "target": target} | asdict(one) for name, one in found])
         return
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = table_console(140)
     console.print(_table(found))
     console.print(_NOTE, markup=False)
 

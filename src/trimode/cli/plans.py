@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from trimode.cli.cpu_plans import inspect_cpu_graphs, is_cpu
 from trimode.cli.output import print_json
+from trimode.cli.tables import table_console
 from trimode.compiler.plans.report import (
     EnginePlan,
     carries_plans,
@@ -58,7 +57,7 @@ def inspect_plans(path: Path, target: str | None, *, as_json: bool) -> None:
     if as_json:
         print_json([plan.as_data() for plan in plans], indent=1)
         return
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = table_console(140)
     console.print(_table(plans))
     for line in (*_notes(plans), _NOTE):
         console.print(line, markup=False)

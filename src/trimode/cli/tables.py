@@ -8,11 +8,11 @@ from rich.table import Table
 _WIDTH = 150
 
 
-def table_console() -> Console:
-    """Return the console of stdout; lines in files may be long."""
+def table_console(width: int = _WIDTH) -> Console:
+    """Return the console of stdout; lines in files have up to ``width`` columns."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = _WIDTH
+        console.width = width
     return console
 
 

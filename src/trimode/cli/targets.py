@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from trimode.cli.options.shared import Json
@@ -18,10 +17,10 @@ def targets(*, as_json: Json = False) -> None:
 
 def list_targets(*, as_json: bool) -> None:
     """Print the table, or the same facts as JSON."""
-    from rich.console import Console
     from rich.table import Table
 
     from trimode.cli.output import print_json
+    from trimode.cli.tables import table_console
     from trimode.compiler.targets import TARGETS
 
     facts = [_facts(target) for target in TARGETS.values()]
@@ -52,7 +51,7 @@ def list_targets(*, as_json: bool) -> None:
         table.add_row(
             *cells, _answer(row["why_not_build"], reasons), _answer(row["why_not_run"], reasons)
         )
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = table_console(120)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"[{number}] {reason}", markup=False)
