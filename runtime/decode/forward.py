@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import BundleError
-from trimode.formats.contract import Role
+from trimode.formats.contract import Role, slots_written
 from trimode.formats.finite import first_not_finite
 from trimode.runtime.sessions.base import DeviceArray, Ids
 
@@ -42,6 +42,11 @@ class Forward:
     token_ids: Ids
     past_length: int
     drafter_scale: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """Slots that the cache must have."""
+        return self.past_length + slots_written(self.role, len(self.token_ids))
 
 
 Outputs = tuple[Any, ...]

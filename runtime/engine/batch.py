@@ -26,6 +26,7 @@ from trimode.runtime.decode.options import KINDS, MODE
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Generation, Stream
 from trimode.runtime.engine.grouping import JointForward, Waiting, choose_group, join_forwards
+from trimode.runtime.engine.joint_forward import has_room, keep, run_joint
 from trimode.runtime.sessions.base import (
     BatchCache,
     BatchSession,
@@ -110,7 +111,7 @@ class RowSession(SessionView):
         if self.row is None:
             raise UsageError(
                 "expected a row that is in its batch, found one that has left",
-                "join again with its tokens",
+                "add its tokens to the batch again",
             )
         num_tokens = input_ids.shape[1]
         cache.reserve(past_length + slots_written(role, num_tokens))
@@ -283,7 +284,7 @@ class Batch:
         waiting = [row.waiting for row in working if row.waiting is not None]
         if waiting:
             group = choose_group(waiting, self._now)
-            fits = partial(self._fits, group[0].forward.role)
+            fits = partial(has_room, self._cache, self._model, group[0].forward.role)
             self._now += 1
             for joint in join_forwards(group, self._length, fits, self._session.free_tokens):
                 self._run(joint)
@@ -294,9 +295,7 @@ class Batch:
         try:
             step = row.stream.advance(outputs)
             if isinstance(step, Forward):
-                self._cache.reserve(
-                    step.past_length + slots_written(step.role, len(step.token_ids))
-                )
+                self._cache.reserve(step.end)
                 row.waiting, is_going_on = Waiting(self._index(row), step, self._now), True
                 return
             chunk = step or Chunk([], row.stream.finish_reason)
@@ -307,22 +306,7 @@ class Batch:
 
     def _run(self, joint: JointForward) -> None:
         """Run a forward and let its members go on with what it says of them."""
-        shape = (len(joint.rows), joint.num_tokens)
-        ids, past, real = (
-            np.zeros(shape, np.int64),
-            np.array([self._length(row) for row in joint.rows]),
-            np.ones(shape[0], np.int64),
-        )
-        for member in joint.members:
-            place = joint.rows.index(member.row)
-            ids[place, : member.num_tokens] = member.forward.token_ids
-            past[place], real[place] = member.forward.past_length, member.num_tokens
-        outputs = keep(
-            joint.role,
-            self._session.run_rows(
-                joint.role, self._cache, joint.rows, ids, past, real, joint.drafter_scale
-            ),
-        )
+        outputs = run_joint(self._session, self._cache, joint, self._length)
         for member in joint.members:
             row, place = self._rows[member.row], joint.rows.index(member.row)
             assert row is not None
@@ -333,15 +317,6 @@ class Batch:
         text = self._rows[row]
         assert text is not None
         return text.sequence.cached_length
-
-    def _fits(self, role: Role, past_length: int, num_tokens: int) -> bool:
-        """Whether padding stays within the cache, which must not grow for it, and within the
-        position tables.
-        """
-        return (
-            past_length + slots_written(role, num_tokens) <= self._cache.capacity
-            and past_length + num_tokens <= self._model.num_positions
-        )
 
     def _compact(self) -> None:
         """Move rows from the end into free ones, so that those in use are neighbours."""
@@ -363,14 +338,6 @@ class Batch:
         if row.session.row is None:
             raise UsageError(
                 "expected a row that is in the batch, found one that has left",
-                "join again with its tokens",
+                "add its tokens to the batch again",
             )
         return row.session.row
-
-
-def keep(role: Role, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Outputs that other rows' forwards do not overwrite.
-
-    Those of ``verify`` are large, and read before anything else runs, or never.
-    """
-    return outputs if role == "verify" else tuple(np.array(output) for output in outputs)

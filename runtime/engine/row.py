@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role, slots_written
+from trimode.formats.contract import Role
 from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
@@ -124,9 +124,7 @@ class EngineRow:
     def end(self) -> int:
         """Slots that its forward needs."""
         assert self.forward is not None
-        return self.forward.past_length + slots_written(
-            self.forward.role, len(self.forward.token_ids)
-        )
+        return self.forward.end
 
     def part(self, most_tokens: int) -> Forward:
         """The next part of its forward, of so many tokens at most."""
@@ -199,6 +197,10 @@ class CacheGroup:
         row = self.rows[place]
         assert row is not None
         return row
+
+    def valid_length(self, place: int) -> int:
+        """Slots that are valid in the row at a place that is taken."""
+        return self.at(place).valid_length
 
     def take(self, row: EngineRow, place: int) -> None:
         """Give a free place to a row."""

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 
-import numpy as np
-
-from trimode.formats.contract import ModelInfo, Role, slots_written
+from trimode.formats.contract import ModelInfo, Role
 from trimode.runtime.decode.forward import Outputs
-from trimode.runtime.engine.batch import keep
 from trimode.runtime.engine.grouping import JointForward, join_forwards
+from trimode.runtime.engine.joint_forward import has_room, run_joint
 from trimode.runtime.engine.row import CacheGroup, EngineRow
 from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.turns import StepPlan
@@ -87,8 +85,8 @@ class Steps:
             return (JointForward(role, scale, first.num_tokens, alone, (first,)),)
         return join_forwards(
             plan.waiting,
-            lambda place: group.at(place).valid_length,
-            partial(self._fits, group, role),
+            group.valid_length,
+            partial(has_room, group.cache, self._model, role),
             self._session.free_tokens,
         )
 
@@ -113,23 +111,4 @@ class Steps:
             self.observe(joint.role, len(joint.rows), joint.num_tokens, cached, ms)
 
     def _outputs(self, group: CacheGroup, joint: JointForward) -> Outputs:
-        """Run a forward. A row that only lies between gets padding behind what is valid."""
-        shape, first = (len(joint.rows), joint.num_tokens), joint.rows.start
-        ids, real = np.zeros(shape, np.int64), np.ones(shape[0], np.int64)
-        past = np.array([group.at(place).valid_length for place in joint.rows])
-        for one in joint.members:
-            ids[one.row - first, : one.num_tokens] = one.forward.token_ids
-            past[one.row - first] = one.forward.past_length
-            real[one.row - first] = one.num_tokens
-        run = self._session.run_rows
-        return keep(
-            joint.role,
-            run(joint.role, group.cache, joint.rows, ids, past, real, joint.drafter_scale),
-        )
-
-    def _fits(self, group: CacheGroup, role: Role, past_length: int, num_tokens: int) -> bool:
-        """Whether padding stays within the cache and within the position tables."""
-        return (
-            past_length + slots_written(role, num_tokens) <= group.capacity
-            and past_length + num_tokens <= self._model.num_positions
-        )
+        return run_joint(self._session, group.cache, joint, group.valid_length)

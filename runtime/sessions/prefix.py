@@ -103,6 +103,14 @@ def check_slots(cache: Rows, row: int, start: int, length: int) -> None:
         )
 
 
+def beyond_target(most: int, length: int) -> UsageError:
+    """The error of a text that needs more slots than a target has."""
+    return UsageError(
+        f"expected at most {most} tokens, which the cache of this target holds, found {length}",
+        "shorten the text, or build with a larger --max-length",
+    )
+
+
 def check_same_session(ours: object, theirs: object) -> None:
     """Raise :class:`UsageError` unless two caches are of one session.
 

@@ -7,12 +7,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from trimode.errors import UsageError
 from trimode.formats.contract import DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
 from trimode.runtime.sessions.base import Array, BatchCache, DeviceArray, bucket
 from trimode.runtime.sessions.ort.library import Device
 from trimode.runtime.sessions.ort.memory import Buffer, place, zeros
-from trimode.runtime.sessions.prefix import SlotFormat, check_same_session, check_slots
+from trimode.runtime.sessions.prefix import (
+    SlotFormat,
+    beyond_target,
+    check_same_session,
+    check_slots,
+)
 
 
 class OrtCache:
@@ -131,11 +135,7 @@ def capacity_for(length: int, fixed: int | None) -> int:
         UsageError: the graphs fix the capacity, and it is smaller.
     """
     if fixed is not None and length > fixed:
-        raise UsageError(
-            f"expected at most {fixed} tokens, "
-            f"which the cache of this target holds, found {length}",
-            "shorten the text, or build with a larger --max-length",
-        )
+        raise beyond_target(fixed, length)
     return fixed or bucket(length)
 
 

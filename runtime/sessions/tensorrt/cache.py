@@ -12,10 +12,15 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from trimode.errors import DeviceError, UsageError
+from trimode.errors import DeviceError
 from trimode.formats.contract import Role
 from trimode.runtime.sessions.base import Array, BatchCache, Closable
-from trimode.runtime.sessions.prefix import SlotFormat, check_same_session, check_slots
+from trimode.runtime.sessions.prefix import (
+    SlotFormat,
+    beyond_target,
+    check_same_session,
+    check_slots,
+)
 from trimode.runtime.sessions.tensorrt.graph import Runner
 from trimode.runtime.sessions.tensorrt.memory import DeviceMemory, Lines, RecordedWork, Stream
 from trimode.runtime.sessions.tensorrt.target import PreparedEngines
@@ -176,11 +181,7 @@ class MemoryPool(Closable):
         for engines in self._capacities:
             if length <= engines.capacity:
                 return engines
-        raise UsageError(
-            f"expected at most {self._capacities[-1].capacity} tokens, "
-            f"which the cache of this target holds, found {length}",
-            "shorten the text, or build with a larger --max-length",
-        )
+        raise beyond_target(self._capacities[-1].capacity, length)
 
     def engines_for_text(self, num_tokens: int) -> PreparedEngines:
         """Those of the smallest capacity for texts of this length, or of the largest."""
