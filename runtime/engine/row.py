@@ -10,8 +10,8 @@ from trimode.formats.contract import Role
 from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
+from trimode.runtime.engine.load.rows import RowPolicy
 from trimode.runtime.engine.request import Request
-from trimode.runtime.engine.row_policy import RowPolicy
 from trimode.runtime.sessions.base import BatchCache, Ids, KVCache, SessionView
 
 CAUSAL: tuple[Role, ...] = ("ar", "verify")
@@ -58,6 +58,7 @@ class EngineRow:
         forward: Forward that it waits for; None after a commit.
         num_read: Tokens of that forward that have run: a prompt is read in parts.
         since: Step of its group in which it asked for the forward.
+        held_ms: Milliseconds that the forward waits for other rows' forwards, as predicted.
         attempts: Times that the forward has failed.
         causal_length: First slots that hold what causal graphs wrote.
         is_broken: Whether it has failed, so that nothing of it is kept.
@@ -76,7 +77,7 @@ class EngineRow:
         self.place = -1
         self.forward: Forward | None = None
         self.num_read = self.since = self.attempts = self.causal_length = 0
-        self.is_broken = False
+        self.held_ms, self.is_broken = 0.0, False
         self._begun = time.perf_counter()
 
     @property
@@ -152,7 +153,7 @@ class EngineRow:
             What it has committed; None where it waits for a forward.
         """
         answered = self.forward
-        self.forward, self.num_read = None, 0
+        self.forward, self.num_read, self.held_ms = None, 0, 0.0
         step = self.stream.advance(outputs)
         if outputs is not None and answered is not None and answered.role in CAUSAL:
             self.causal_length = self.sequence.cached_length

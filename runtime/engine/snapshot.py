@@ -34,4 +34,6 @@ def snapshot(core: EngineCore) -> EngineStats:
         prefill_s=counts.prefill_s,
         decode_s=counts.decode_s,
         mode_switches=tuple(core.modes.switches),
+        detours=core.num_detours,
+        timing_alarms=0 if core.settings.alarm is None else core.settings.alarm.count,
     )

@@ -57,6 +57,9 @@ class EngineStats:
         prefill_s: Seconds in which prompts were read.
         decode_s: Seconds of all other steps.
         mode_switches: Plans that changed, the newest last; the last hundred.
+        detours: Times that a forward waited for rows that were one forward behind.
+        timing_alarms: Times that forwards took over 1.5 times what the table of timings says, for
+            a minute.
     """
 
     is_healthy: bool
@@ -81,6 +84,8 @@ class EngineStats:
     prefill_s: float
     decode_s: float
     mode_switches: tuple[ModeSwitch, ...]
+    detours: int = 0
+    timing_alarms: int = 0
 
 
 @dataclass

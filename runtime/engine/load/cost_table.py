@@ -25,6 +25,8 @@ from trimode.runtime.engine.load.roofline import Forwards, fit_roofline
 CACHED_STEP = 32
 """Cached tokens between which a prediction is taken to be the same."""
 
+MOST_KNOWN = 4096
+"""Predictions that are kept."""
 LEARNED_FORWARDS = 5
 """Forwards of which one is learned from: an odd number, since drafts and verifications take turns.
 """
@@ -90,6 +92,10 @@ class CostTable:
         """Measured over predicted milliseconds, of late and over all forwards."""
         return self._corrections.common
 
+    def knows(self, role: Role) -> bool:
+        """Whether a graph was measured."""
+        return role in self._grids
+
     def ms(self, role: Role, rows: int, tokens: int, cached: int) -> float:
         """Milliseconds that a forward is expected to take.
 
@@ -99,23 +105,30 @@ class CostTable:
         base, place = self._predicted(role, rows, tokens, cached)
         return base * self._corrections.factor((role, tokens > 1), place)
 
-    def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
+    def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> float | None:
         """Learn from a forward that took ``ms`` milliseconds, its host time included; every fifth
         is enough.
 
         Of forwards with more new tokens than were measured nothing is learned: how far a fit is
         off there says nothing of the forwards that it was made from.
+
+        Returns:
+            Measured over stored milliseconds; None of a forward that was not looked at.
         """
         self._num_forwards += 1
-        if self.is_frozen or self._num_forwards % LEARNED_FORWARDS:
-            return
+        if self._num_forwards % LEARNED_FORWARDS:
+            return None
         if role not in self._grids or tokens > self._grids[role].most_tokens:
-            return
+            return None
         base, place = self._predicted(role, rows, tokens, cached)
-        self._corrections.observe((role, tokens > 1), place, ms / base)
+        if not self.is_frozen:
+            self._corrections.observe((role, tokens > 1), place, ms / base)
+        return ms / base
 
     def _predicted(self, role: Role, rows: int, tokens: int, cached: int) -> tuple[float, _Place]:
         key = role, rows, tokens, round(cached / CACHED_STEP)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
         if key not in self._known:
             if role not in self._grids:
                 raise UsageError(f"expected timings of {role}, found none", BENCH)
