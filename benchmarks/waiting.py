@@ -47,10 +47,12 @@ class TimedSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def run_rows(self, role: Any, cache: Any, rows: range, ids: Any, past: Any, *rest: Any) -> Any:
-        ms = self._table.ms(role, len(rows), ids.shape[1], int(np.max(past)))
+    def run_rows(
+        self, graph_name: Any, cache: Any, rows: range, ids: Any, past: Any, *rest: Any
+    ) -> Any:
+        ms = self._table.ms(graph_name, len(rows), ids.shape[1], int(np.max(past)))
         self.now += ms / 1000
-        return self._session.run_rows(role, cache, rows, ids, past, *rest)
+        return self._session.run_rows(graph_name, cache, rows, ids, past, *rest)
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.engine.load.cost_table import CostTable
 from trimode.runtime.engine.load.waiting import ComingRows, ReadyRows, first_to_run
@@ -46,7 +46,7 @@ class Detours:
     def ms(self, rows: Sequence[EngineRow]) -> float | None:
         """Milliseconds of the forward that rows of one kind wait for; None where unknown."""
         ready = _ready(rows)
-        if self._table is None or not self._table.knows(ready.role):
+        if self._table is None or not self._table.knows(ready.graph_name):
             return None
         return ready.ms(self._table)
 
@@ -70,12 +70,12 @@ class Detours:
         return useful[found][0].plan
 
 
-def next_kind(row: EngineRow) -> tuple[Role, int] | None:
+def next_kind(row: EngineRow) -> tuple[GraphName, int] | None:
     """The graph and tokens of the forward that follows a row's own; None where nobody knows."""
     forward, options = row.forward, row.request.options
     if forward is None or row.request.mode in ("diffusion", "quadratic_spec"):
         return None
-    if forward.role == "draft":
+    if forward.graph_name == "draft":
         return None if options.threshold else ("verify", len(forward.token_ids))
     length = _next_length(row)
     if length is None:
@@ -91,12 +91,12 @@ def _next_length(row: EngineRow) -> int | None:
     return lengths.get(row.request.mode)
 
 
-def _kind(row: EngineRow) -> tuple[Role, int]:
+def _kind(row: EngineRow) -> tuple[GraphName, int]:
     assert row.forward is not None
-    return row.forward.role, len(row.forward.token_ids)
+    return row.forward.graph_name, len(row.forward.token_ids)
 
 
 def _ready(rows: Sequence[EngineRow]) -> ReadyRows:
-    role, _ = _kind(rows[0])
+    graph_name, _ = _kind(rows[0])
     cached = max(row.valid_length for row in rows)
-    return ReadyRows(role, len(rows), max(row.num_left for row in rows), cached)
+    return ReadyRows(graph_name, len(rows), max(row.num_left for row in rows), cached)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.hints import BENCH_BATCH
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.auto.prior import AcceptanceHistory
@@ -35,9 +35,11 @@ class LoadModes:
     pools: Pools
     alarm: DriftAlarm = field(default_factory=DriftAlarm)
 
-    def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
+    def observe(
+        self, graph_name: GraphName, rows: int, tokens: int, cached: int, ms: float
+    ) -> None:
         """Learn from a forward that took ``ms`` milliseconds."""
-        ratio = self.table.observe(role, rows, tokens, cached, ms)
+        ratio = self.table.observe(graph_name, rows, tokens, cached, ms)
         if ratio is not None:
             self.alarm.note(ratio)
 

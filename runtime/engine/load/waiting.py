@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.engine.load.cost_table import CostTable
 
 LEAST_SAVED = 0.25
@@ -21,20 +21,20 @@ class ReadyRows:
     """Describes rows that wait for the same kind of forward.
 
     Attributes:
-        role: Graph of the forward.
+        graph_name: Graph of the forward.
         rows: Number of the rows.
         tokens: New tokens of each row.
         cached: Most tokens that one of them has cached.
     """
 
-    role: Role
+    graph_name: GraphName
     rows: int
     tokens: int
     cached: int
 
     def ms(self, table: CostTable, more_rows: int = 0) -> float:
         """Milliseconds of their forward, with more such rows in it."""
-        return table.ms(self.role, self.rows + more_rows, self.tokens, self.cached)
+        return table.ms(self.graph_name, self.rows + more_rows, self.tokens, self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def steps_to_wait(
     if not coming.rows or coming.ms > most_ms:
         return 0
     alone_ms, both = ready.ms(table), ready.rows + coming.rows
-    coming_ms = table.ms(ready.role, coming.rows, ready.tokens, ready.cached)
+    coming_ms = table.ms(ready.graph_name, coming.rows, ready.tokens, ready.cached)
     saved = alone_ms + coming_ms - ready.ms(table, coming.rows)
     held_by_waiting = ready.rows * coming.ms
     held_by_going_on = coming.rows * alone_ms + CYCLES_TOGETHER * both * saved

@@ -122,7 +122,7 @@ def test_what_comes_next_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
             return chunk
         foretold.pop(id(self), None)
         if self.forward is not None and expected is not None:
-            found = self.forward.role, len(self.forward.token_ids)
+            found = self.forward.graph_name, len(self.forward.token_ids)
             right[0] += found == expected
             if found != expected:
                 wrong.append((found, expected))
