@@ -19,6 +19,9 @@ from trimode.loadtest.questions import Question, Questions
 from trimode.loadtest.random_questions import RandomLengths
 from trimode.loadtest.served import served_record
 
+LATE_MS = 80.0
+"""Milliseconds that an answer may be noted late."""
+
 
 def questions(*contents: str | list[str], category: str = "") -> Questions:
     found = []
@@ -45,12 +48,25 @@ def test_known_times_give_known_figures() -> None:
     (run,) = measured.runs
     assert (run.completed, run.failed, run.total_output_tokens) == (4, 0, 40)
     assert run.total_input_tokens == 28
-    assert run.median_ttft_ms == pytest.approx(80, abs=30)
-    assert run.median_tpot_ms == pytest.approx(60 / 9, abs=3)
-    assert run.median_itl_ms == pytest.approx(60, abs=30)
-    assert run.median_e2el_ms == pytest.approx(140, abs=40)
+    # a busy machine makes server and client late: the server's own times are the measure
+    sent = stub.served[1:]
+    ttft, itl, e2el = (
+        1000 * statistics.median(values)
+        for values in (
+            [one.sent[0] - one.received for one in sent],
+            [one.sent[1] - one.sent[0] for one in sent],
+            [one.ended - one.received for one in sent],
+        )
+    )
+    assert run.median_ttft_ms is not None
+    assert run.median_e2el_ms is not None
+    assert 80 <= ttft <= run.median_ttft_ms < ttft + LATE_MS
+    assert run.median_itl_ms == pytest.approx(itl, abs=LATE_MS)
+    assert 140 <= e2el <= run.median_e2el_ms < e2el + LATE_MS
+    assert run.median_tpot_ms == pytest.approx(itl / 9, abs=LATE_MS / 9)
     assert run.mean_tokens_per_chunk == 5
-    assert run.duration == pytest.approx(4 * 0.14, rel=0.4)
+    span = sent[-1].ended - sent[0].received
+    assert 4 * 0.14 <= span < run.duration < span + 2 * LATE_MS / 1000
     assert run.output_throughput == pytest.approx(40 / run.duration)
     assert run.output_throughput_per_user == run.output_throughput
     assert run.request_goodput == run.request_throughput
@@ -73,9 +89,9 @@ def test_a_closed_loop_keeps_its_clients_busy() -> None:
     assert [run.completed for run in runs] == [24, 24]
     assert stub.peak == 6
     # 24 requests of 50 ms by 3 and 6 clients
-    assert runs[0].duration == pytest.approx(0.4, abs=0.2)
-    assert runs[1].duration == pytest.approx(0.2, abs=0.15)
-    assert runs[0].duration > 1.3 * runs[1].duration
+    assert (runs[0].duration >= 8 * 0.05, runs[1].duration >= 4 * 0.05) == (True, True)
+    for run in runs:
+        assert run.mean_concurrent_requests > 0.7 * (run.max_concurrency or 0)
 
 
 def test_every_question_comes_before_one_comes_again() -> None:
@@ -110,7 +126,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
         run.output_throughput / run.mean_concurrent_requests
     )
     starts = [one.received for one in stub.served[1:]]
-    assert (starts[-1] - starts[0]) / 59 == pytest.approx(0.01, rel=0.6)
+    assert 0.004 < (starts[-1] - starts[0]) / 59 < 0.04
 
 
 def test_a_conversation_is_played_turn_by_turn() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from stub_server import Stub, running, script
 
-from trimode.loadtest.client import Exchange, exchange, open_client
+from trimode.loadtest.client import Connections, Exchange, exchange
 from trimode.loadtest.options import Server
 from trimode.loadtest.play import Played
 from trimode.loadtest.questions import Question
 from trimode.loadtest.requests import request_record
 from trimode.loadtest.sse import EventParser
 
-SLACK = 0.1
+SLACK = 0.25
 """Seconds that a busy machine may deliver late."""
 
 
@@ -29,7 +29,7 @@ def ask(stub: Stub, content: str, **fields: Any) -> Exchange:
     }
 
     async def once() -> Exchange:
-        async with open_client(Server(stub.url, api_key="secret", timeout=5)) as client:
+        async with Connections(Server(stub.url, api_key="secret", timeout=5)) as client:
             return await exchange(client, stub.url + "/v1/chat/completions", body)
 
     return asyncio.run(once())

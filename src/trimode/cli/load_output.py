@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from trimode.cli.tables import percent, plain_table, table_console
-from trimode.formats.load import LoadResult, RunRecord
+from trimode.formats.load import LoadResult, RunRecord, SpeculationRecord
 from trimode.report.load_page import COLUMNS, Results, cells, mode_name, run_name
 
 
@@ -59,20 +59,16 @@ def _runs(results: Results) -> Table:
 
 
 def _acceptance(name: str, result: LoadResult) -> Table:
+    """Sum over the loads of a mode: acceptance does not depend on them."""
     title = "acceptance by category" + (f", {name}" if name else "")
-    table = plain_table(
-        "mode", "load", "category", title=title, figures=("length", "rate", "steps")
-    )
-    for run in result.runs:
-        for category, one in run.acceptance_by_category.items():
-            table.add_row(
-                mode_name(run),
-                run_name(run),
-                category,
-                f"{one.mean_acceptance_length:.2f}",
-                percent(one.draft_acceptance_rate),
-                str(one.num_spec_steps),
-            )
+    table = plain_table("mode", "category", title=title, figures=("length", "rate", "steps"))
+    for mode in dict.fromkeys(mode_name(run) for run in result.runs):
+        runs = [run.acceptance_by_category for run in result.runs if mode_name(run) == mode]
+        for category in sorted({category for one in runs for category in one}):
+            summed = SpeculationRecord.summed(one[category] for one in runs if category in one)
+            assert summed is not None
+            shown = (f"{summed.mean_acceptance_length:.2f}", percent(summed.draft_acceptance_rate))
+            table.add_row(mode, category, *shown, str(summed.num_spec_steps))
     return table
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,6 @@ from trimode.loadtest.options import Server
 from trimode.loadtest.sse import EventParser
 
 DONE = b"[DONE]"
-_NO_POOL_LIMIT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 _MOST_ERROR = 300
 """Characters of a server's message that are kept."""
 
@@ -60,22 +61,66 @@ class Exchange:
         return not self.error
 
 
-def open_client(server: Server) -> httpx.AsyncClient:
-    """Return a client without a limit on connections, which reads no proxy settings."""
-    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-    return httpx.AsyncClient(
-        headers=headers,
-        limits=_NO_POOL_LIMIT,
-        timeout=httpx.Timeout(server.timeout, pool=None),
-        trust_env=False,
-    )
+class Connections:
+    """Lends a client of its own to each request under way.
+
+    One client for all would search all its connections whenever a request begins or ends.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+        self._timeout = httpx.Timeout(server.timeout, pool=None)
+        self._verify = httpx.create_ssl_context() if server.url.startswith("https") else False
+        self._idle: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> Connections:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self._all:
+            await client.aclose()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[httpx.AsyncClient]:
+        """Lend a client, which reads no proxy settings, until the block ends."""
+        client = self._idle.pop() if self._idle else self._opened()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    async def get(self, url: str) -> httpx.Response:
+        """Get a page.
+
+        Raises:
+            httpx.HTTPError: there is no answer.
+        """
+        with self.lent() as client:
+            return await client.get(url)
+
+    async def post(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        """Send a body as JSON.
+
+        Raises:
+            httpx.HTTPError: there is no answer.
+        """
+        with self.lent() as client:
+            return await client.post(url, json=body)
+
+    def _opened(self) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            headers=self._headers, timeout=self._timeout, trust_env=False, verify=self._verify
+        )
+        self._all.append(client)
+        return client
 
 
-async def exchange(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Exchange:
+async def exchange(connections: Connections, url: str, body: dict[str, Any]) -> Exchange:
     """Send a streaming request; faults are recorded, not raised.
 
     Args:
-        client: Client of :func:`open_client`.
+        connections: Lender of clients.
         url: Address of the endpoint.
         body: Fields of the request, ``stream`` among them.
     """
@@ -83,8 +128,9 @@ async def exchange(client: httpx.AsyncClient, url: str, body: dict[str, Any]) ->
     headers = {"Content-Type": "application/json"}
     result = Exchange(sent=time.perf_counter())
     try:
-        async with client.stream("POST", url, content=content, headers=headers) as response:
-            await _read(response, result)
+        with connections.lent() as client:
+            async with client.stream("POST", url, content=content, headers=headers) as response:
+                await _read(response, result)
     except httpx.TimeoutException as error:
         result.error = f"timeout ({type(error).__name__})"
     except httpx.HTTPError as error:

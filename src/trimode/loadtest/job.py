@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import httpx
-
 from trimode.errors import EngineError
 from trimode.formats.load import CheckRecord, RequestRecord, RunRecord, ServerRecord
 from trimode.loadtest.bodies import Composer
 from trimode.loadtest.check import Key, Reference, compare, references
-from trimode.loadtest.client import open_client
+from trimode.loadtest.client import Connections
 from trimode.loadtest.options import Load, Span
 from trimode.loadtest.plan import LoadTest, Mode
 from trimode.loadtest.play import Played, Player
@@ -80,7 +78,7 @@ class _Job:
 
     async def run(self) -> None:
         """Measure until the end, or until the server is gone."""
-        async with open_client(self._test.server) as client:
+        async with Connections(self._test.server) as client:
             server = self.measured.server = await describe(client, self._test.server)
             found = self.measured.questions = await self._questions(client, server)
             for mode in self._test.modes:
@@ -100,14 +98,14 @@ class _Job:
             modes = {index: one.mode for index, one in enumerate(self.measured.runs)}
             self.measured.check = compare(self._known, modes, self.measured.requests)
 
-    async def _questions(self, client: httpx.AsyncClient, server: ServerRecord) -> Questions:
+    async def _questions(self, client: Connections, server: ServerRecord) -> Questions:
         data = self._test.data
         if isinstance(data, RandomLengths):
             data = draw_questions(data, await ordinary_ids(client, server))
         return with_shared_prefix(data, self._test.shared_prefix, self._test.seed)
 
     async def _collect(
-        self, client: httpx.AsyncClient, composer: Composer, questions: Sequence[Question]
+        self, client: Connections, composer: Composer, questions: Sequence[Question]
     ) -> None:
         """Play every conversation alone."""
         played: list[Played] = []
@@ -124,7 +122,7 @@ class _Job:
             advance(1)
         self._known |= references(composer.mode, (request_record(one, 0, 0.0) for one in played))
 
-    async def _measure(self, client: httpx.AsyncClient, composer: Composer, load: Load) -> None:
+    async def _measure(self, client: Connections, composer: Composer, load: Load) -> None:
         """Measure one run, and keep it even if it is interrupted."""
         assert self.measured.questions is not None
         run = Run(self._test, composer, load, self.measured.questions.questions)

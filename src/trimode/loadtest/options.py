@@ -49,7 +49,9 @@ class Load:
     @property
     def name(self) -> str:
         """Name for progress and tables."""
-        return f"{self.rate:g}/s" if self.concurrency is None else f"{self.concurrency} clients"
+        if self.concurrency is None:
+            return f"{self.rate:g}/s"
+        return f"{self.concurrency} client{'s' if self.concurrency > 1 else ''}"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import httpx
-
 from trimode.loadtest.arrivals import arrivals
 from trimode.loadtest.bodies import Composer
-from trimode.loadtest.client import Exchange, exchange
+from trimode.loadtest.client import Connections, Exchange, exchange
 from trimode.loadtest.options import Load
 from trimode.loadtest.questions import Message, Question
 from trimode.loadtest.window import Window
@@ -40,13 +38,13 @@ class Player:
     """Plays conversations against one server.
 
     Attributes:
-        client: Client to send with.
+        connections: Lender of clients.
         base: Address of the server.
         composer: Composer of the requests.
         sink: Function that takes every turn when it has ended.
     """
 
-    client: httpx.AsyncClient
+    connections: Connections
     base: str
     composer: Composer
     sink: Callable[[Played], None]
@@ -74,7 +72,7 @@ class Player:
     async def ask(self, question: Question, messages: Sequence[Message]) -> Exchange:
         """Send one request."""
         request = self.composer.compose(question, messages)
-        return await exchange(self.client, self.base + request.path, request.body)
+        return await exchange(self.connections, self.base + request.path, request.body)
 
 
 def endless(questions: Sequence[Question], seed: int) -> Iterator[Question]:

@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from trimode.formats.load import RequestRecord, RunRecord, ServedRecord
 from trimode.loadtest import figures
 from trimode.loadtest.bodies import Composer
+from trimode.loadtest.client import Connections
 from trimode.loadtest.options import Load, Span
 from trimode.loadtest.plan import LoadTest
 from trimode.loadtest.play import Played, Player, endless, run_loop
@@ -79,12 +78,12 @@ class Run:
         return {"request_goodput": rate, "good_share": count / len(requests)}
 
 
-async def measure(run: Run, client: httpx.AsyncClient, progress: Progress, name: str) -> None:
+async def measure(run: Run, client: Connections, progress: Progress, name: str) -> None:
     """Put the load on the server, and note what it counts meanwhile.
 
     Args:
         run: Run to fill.
-        client: Client to send with.
+        client: Lender of clients.
         progress: Receiver of the progress.
         name: Name of the run, for the progress.
     """

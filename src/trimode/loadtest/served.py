@@ -13,6 +13,7 @@ from prometheus_client.samples import Sample
 from trimode.errors import EngineError
 from trimode.formats.load import ServedRecord, ServerRecord
 from trimode.formats.texts import reason_of
+from trimode.loadtest.client import Connections
 from trimode.loadtest.options import Server
 from trimode.loadtest.random_questions import WORDS
 
@@ -22,7 +23,7 @@ _SHARE = "trimode:mode_rows"
 _CREATED = "_created"
 
 
-async def describe(client: httpx.AsyncClient, server: Server) -> ServerRecord:
+async def describe(client: Connections, server: Server) -> ServerRecord:
     """Ask for the model's name and the version.
 
     Raises:
@@ -45,7 +46,7 @@ async def describe(client: httpx.AsyncClient, server: Server) -> ServerRecord:
     return ServerRecord(url=server.base, model=name, bundle_sha256=digest, version=fields)
 
 
-async def counters(client: httpx.AsyncClient, base: str) -> Counters:
+async def counters(client: Connections, base: str) -> Counters:
     """Read the counters, and sums and counts of histograms; empty if there are none."""
     try:
         response = await client.get(base + "/metrics")
@@ -54,11 +55,11 @@ async def counters(client: httpx.AsyncClient, base: str) -> Counters:
         return {}
 
 
-async def ordinary_ids(client: httpx.AsyncClient, server: ServerRecord) -> list[int]:
+async def ordinary_ids(client: Connections, server: ServerRecord) -> list[int]:
     """Ask for ids of ordinary tokens; empty if the server has no ``/tokenize``."""
     body = {"model": server.model, "prompt": " ".join(WORDS), "add_special_tokens": False}
     try:
-        response = await client.post(server.url + "/tokenize", json=body)
+        response = await client.post(server.url + "/tokenize", body)
         ids = response.json()["tokens"] if response.is_success else []
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return []
@@ -90,7 +91,7 @@ def _switches(after: Counters, total: Mapping[str, float]) -> int | None:
     return int(total.get(name, 0)) if is_told else None
 
 
-async def _models(client: httpx.AsyncClient, server: Server) -> list[dict[str, Any]]:
+async def _models(client: Connections, server: Server) -> list[dict[str, Any]]:
     address = server.base + "/v1/models"
     try:
         response = await client.get(address)
@@ -108,7 +109,7 @@ async def _models(client: httpx.AsyncClient, server: Server) -> list[dict[str, A
     return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
 
-async def _json(client: httpx.AsyncClient, address: str) -> dict[str, Any]:
+async def _json(client: Connections, address: str) -> dict[str, Any]:
     try:
         response = await client.get(address)
     except httpx.HTTPError:

@@ -13,7 +13,7 @@ TEMPLATE = """\
 <title>Load test{{ "s" if results | length > 1 }}</title>
 <style>
 :root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto;
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto;
  padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
