@@ -71,6 +71,18 @@ VERIFY_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_VERIFY}
 _OF_BENCH = ("batch", "max_batch", "past", "repeats", "rows")
 BENCH_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_BENCH}
 """Flags of ``trimode bench``, and of the build that it may ask for."""
+_OF_SERVE = (
+    "drain_timeout",
+    "host",
+    "max_queue",
+    "max_rows",
+    "mode",
+    "port",
+    "precision",
+    "target",
+)
+SERVE_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_SERVE}
+"""Flags of ``trimode serve``."""
 
 
 def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:

@@ -26,6 +26,7 @@ from trimode.cli.calibrate.sensitivity import sensitivity
 from trimode.cli.inspect import inspect
 from trimode.cli.report import quantization
 from trimode.cli.run import run
+from trimode.cli.serve import serve
 from trimode.cli.targets import targets
 from trimode.cli.verify import verify
 
@@ -93,6 +94,7 @@ app.command()(verify)
 app.command()(targets)
 app.command()(cache)
 app.command()(run)
+app.command()(serve)
 app.command()(bench)
 app.command()(inspect)
 
