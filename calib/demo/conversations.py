@@ -22,7 +22,7 @@ from trimode.formats.files import replace_text
 class Size(NamedTuple):
     """Says how many conversations of each category a file has, of how many turns."""
 
-    count: int
+    num_conversations: int
     num_turns: int
     seed: int
 
@@ -37,7 +37,7 @@ def conversations(name: str) -> Iterator[dict[str, Any]]:
     prefix = name.split("_", maxsplit=1)[0]
     for category in FAMILIES:
         drawn = _distinct(category, size.seed)
-        for number in range(size.count):
+        for number in range(size.num_conversations):
             turns = list(islice(drawn, size.num_turns))
             yield {
                 "question_id": f"{prefix}-{category}-{number + 1}",

@@ -26,7 +26,7 @@ _MOST_DRAWN = 1000
 """Random prompts of a run that a duration ends; they come again after that many."""
 
 
-def serve(
+def bench_serve(
     url: options.Url,
     *,
     data: options.Data = None,

@@ -96,6 +96,18 @@ LOAD_FLAGS = {
     "max_tokens": "--max-new-tokens",
 }
 """Flags of ``trimode bench serve``."""
+_OF_SERVE = (
+    "drain_timeout",
+    "host",
+    "max_queue",
+    "max_rows",
+    "mode",
+    "port",
+    "precision",
+    "target",
+)
+SERVE_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_SERVE}
+"""Flags of ``trimode serve``."""
 
 
 def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:

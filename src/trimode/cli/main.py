@@ -15,7 +15,7 @@ import typer
 
 import trimode
 from trimode.cli.bench import forwards
-from trimode.cli.bench_serve import serve
+from trimode.cli.bench_serve import bench_serve
 from trimode.cli.boundary import run_guarded
 from trimode.cli.build import build
 from trimode.cli.cache import cache
@@ -26,8 +26,9 @@ from trimode.cli.calibrate.sensitivity import sensitivity
 from trimode.cli.groups import BenchGroup, CalibrateGroup
 from trimode.cli.inspect import inspect
 from trimode.cli.report import quantization
-from trimode.cli.report_serve import compare
+from trimode.cli.report_serve import report_serve
 from trimode.cli.run import run
+from trimode.cli.serve import serve
 from trimode.cli.targets import targets
 from trimode.cli.verify import verify
 
@@ -89,9 +90,10 @@ app.command()(verify)
 app.command()(targets)
 app.command()(cache)
 app.command()(run)
+app.command()(serve)
 bench.command()(forwards)
-bench.command()(serve)
-report.command("serve")(compare)
+bench.command("serve")(bench_serve)
+report.command("serve")(report_serve)
 app.command()(inspect)
 
 

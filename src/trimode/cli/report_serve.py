@@ -8,7 +8,7 @@ from trimode.cli.options import load as options
 from trimode.cli.options.shared import Json
 
 
-def compare(
+def report_serve(
     results: options.Results, *, output: options.Page = None, as_json: Json = False
 ) -> None:
     """Compare load tests in a table and a page."""
