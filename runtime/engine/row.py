@@ -11,6 +11,7 @@ from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
 from trimode.runtime.engine.load.rows import RowPolicy
+from trimode.runtime.engine.neighbours import make_neighbours
 from trimode.runtime.engine.request import Request
 from trimode.runtime.sessions.base import BatchCache, Ids, KVCache, SessionView
 
@@ -210,7 +211,7 @@ class CacheGroup:
         row.since = self.num_steps
 
     def free(self, row: EngineRow) -> None:
-        """The only way that a row loses its place."""
+        """Take a row out of its place; nothing else does."""
         assert self.rows[row.place] is row
         self.rows[row.place], row.group = None, None
         self._has_gaps = True
@@ -223,15 +224,14 @@ class CacheGroup:
         """
         if not self._has_gaps:
             return 0
-        copied, count = 0, len(self.texts)
-        while None in self.rows[:count]:
-            free = self.rows.index(None)
-            last = max(place for place, row in enumerate(self.rows) if row is not None)
-            row = self.at(last)
+        copied = 0
+
+        def move(row: EngineRow, place: int, free: int) -> None:
+            nonlocal copied
             if row.valid_length:
-                self.cache.move(last, free, row.valid_length)
-            copied += row.valid_length
-            self.free(row)
-            self.take(row, free)
+                self.cache.move(place, free, row.valid_length)
+            row.place, copied = free, copied + row.valid_length
+
+        make_neighbours(self.rows, move)
         self._has_gaps = False
         return copied
