@@ -250,8 +250,8 @@ class Handle:
         with self._changed:
             if self._is_done:
                 return False
+            self.times.ended = time.perf_counter()  # before anybody may see that it is done
             self._result, self._error, self._is_done = result, error, True
-            self.times.ended = time.perf_counter()
             for closer in self._closers:
                 closer(self)
             callbacks, self._callbacks = self._callbacks, []
