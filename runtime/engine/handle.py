@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
@@ -44,12 +44,14 @@ class Times:
         begun: It got a row; None while it waits.
         first_token: Its first tokens were delivered.
         ended: It ended, for whatever reason.
+        pieces: Each piece of tokens was delivered.
     """
 
     submitted: float
     begun: float | None = None
     first_token: float | None = None
     ended: float | None = None
+    pieces: list[float] = field(default_factory=list)
 
 
 class Handle:
@@ -229,8 +231,9 @@ class Handle:
         with self._changed:
             if self._is_done or not token_ids:
                 return False
+            self.times.pieces.append(time.perf_counter())
             if not self._pieces:
-                self.times.first_token = time.perf_counter()
+                self.times.first_token = self.times.pieces[0]
             self._pieces.append(token_ids)
             self._notify()
         if self.on_piece is not None:

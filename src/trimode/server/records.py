@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from trimode.errors import RequestCancelledError, RequestTimeoutError
@@ -26,6 +27,7 @@ class Timeline:
         decode_s: From the first token to the end; None where none came.
         ttft_s: From the request's coming to the first token; None where none came.
         e2e_s: From the request's coming to the end.
+        gaps_s: Times between one piece of tokens and the next.
     """
 
     began_at: float
@@ -34,6 +36,7 @@ class Timeline:
     decode_s: float | None
     ttft_s: float | None
     e2e_s: float
+    gaps_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def _timeline(handle: Handle, received: float | None) -> Timeline:
         decode_s=None if first is None else times.ended - first,
         ttft_s=None if first is None else first - received,
         e2e_s=times.ended - received,
+        gaps_s=tuple(later - earlier for earlier, later in pairwise(list(times.pieces))),
     )
 
 
