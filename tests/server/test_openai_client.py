@@ -22,7 +22,7 @@ def alone(model: TriModeModel, messages: list[Any], mode: Any = "ar", **options:
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "linear_spec", "auto"])
 def test_a_greedy_answer_is_that_of_a_single_run(running: Any, mode: str) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "extra_body": {"mode": mode}}
-    found = running.client().chat.completions.create(model="demo", messages=QUESTION, **options)
+    found = running.client.chat.completions.create(model="demo", messages=QUESTION, **options)
     expected = alone(running.model, QUESTION, mode, max_new_tokens=40)
     assert found.choices[0].message.content == expected
     assert found.choices[0].message.role == "assistant"
@@ -30,7 +30,7 @@ def test_a_greedy_answer_is_that_of_a_single_run(running: Any, mode: str) -> Non
 
 
 def test_a_stream_is_the_whole_answer_in_parts(running: Any) -> None:
-    with running.client().chat.completions.create(
+    with running.client.chat.completions.create(
         model="demo",
         messages=QUESTION,
         temperature=0,
@@ -67,5 +67,5 @@ def test_the_async_client_gets_the_same(running: Any) -> None:
 
 def test_an_unknown_model_is_not_found(running: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="'demo', found 'other'") as caught:
-        running.client().chat.completions.create(model="other", messages=QUESTION)
+        running.client.chat.completions.create(model="other", messages=QUESTION)
     assert caught.value.code == "model_not_found"

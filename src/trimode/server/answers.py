@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trimode.runtime.engine.handle import Handle
 from trimode.server.logprobs import chat_logprobs, completion_logprobs
 from trimode.server.outputs import Delta, Update
 from trimode.server.service import Service
@@ -152,21 +151,6 @@ class Envelope:
             "model": self.model,
             "choices": list(choices),
         }
-
-
-def usage_of(handles: Sequence[Handle]) -> Object:
-    """Count the tokens of a request; a prompt that several texts share counts once."""
-    firsts = [handle for handle in handles if handle.choices[0] is handle]
-    prompt = sum(handle.usage.prompt_tokens for handle in firsts)
-    completion = sum(handle.usage.completion_tokens for handle in handles)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(handle.usage.cached_tokens for handle in firsts)
-        },
-    }
 
 
 def _delta(delta: Delta) -> Object:
