@@ -112,7 +112,10 @@ async def events(telling: Telling) -> AsyncIterator[bytes]:
             yield _event(telling, [first])
     try:
         async for news in reply.updates(telling.service.limits.ping_s):
-            yield b"".join(_news(telling, news)) or _PING
+            if not news:
+                yield _PING
+            elif found := b"".join(_news(telling, news)):
+                yield found
     except Exception as error:
         yield _data(api_error(error).body())
         yield _DONE
@@ -127,7 +130,12 @@ def _news(telling: Telling, news: Sequence[Update]) -> list[bytes]:
     usage = None
     if telling.options.continuous_usage_stats:
         usage = usage_so_far(telling.reply.handles)
-    return [_event(telling, [telling.shape.part(update)], usage) for update in news]
+    return [
+        _event(telling, [telling.shape.part(update)], usage)
+        for update in news
+        # Tokens whose text is still held back are no news, unless they were asked for
+        if update.delta or update.finish_reason or update.logprobs or telling.shape.with_ids
+    ]
 
 
 def _event(
