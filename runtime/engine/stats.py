@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trimode.formats.contract import Mode, Role
+from trimode.formats.contract import GraphName, Mode
 from trimode.runtime.engine.handle import Handle
 
 
@@ -77,7 +77,7 @@ class EngineStats:
     failed: int
     steps: int
     failed_steps: int
-    forwards: dict[Role, int]
+    forwards: dict[GraphName, int]
     rows_per_forward: float
     forward_rows: int
     forward_tokens: int
@@ -105,7 +105,7 @@ class Counts:
     failed: int = 0
     steps: int = 0
     failed_steps: int = 0
-    forwards: dict[Role, int] = field(default_factory=dict)
+    forwards: dict[GraphName, int] = field(default_factory=dict)
     rows_served: int = 0
     forward_tokens: int = 0
     padding_tokens: int = 0
@@ -125,9 +125,9 @@ class Counts:
             else:
                 self.failed += 1
 
-    def ran(self, role: Role, tokens: Sequence[int], num_slots: int) -> None:
+    def ran(self, graph_name: GraphName, tokens: Sequence[int], num_slots: int) -> None:
         """Count a forward: new tokens of each row, and all that it ran over."""
-        self.forwards[role] = self.forwards.get(role, 0) + 1
+        self.forwards[graph_name] = self.forwards.get(graph_name, 0) + 1
         self.rows_served += len(tokens)
         self.forward_tokens += sum(tokens)
         self.padding_tokens += num_slots - sum(tokens)
