@@ -43,11 +43,11 @@ def watch(model: TriModeModel, ids: list[int], mode: Any, **options: Any) -> Wat
     while step is not None:
         if isinstance(step, Forward):
             drafts = step.token_ids.tolist()
-            if step.role == "verify":
+            if step.graph_name == "verify":
                 block = drafts[1:]
-            elif step.role == "quadratic":
+            elif step.graph_name == "quadratic":
                 block = drafts
-            elif step.role == "draft" and mode == "diffusion":
+            elif step.graph_name == "draft" and mode == "diffusion":
                 out.denoised.append(len(drafts))
             step = stream.advance(sequence.answer(step))
             continue

@@ -110,11 +110,16 @@ LABELLED_GAUGES = (
         "trimode:mode_rows",
         "Rows at work by the mode that was asked for.",
         "mode",
-        lambda s: dict(s.rows_by_mode),
+        lambda s: {str(mode): rows for mode, rows in s.rows_by_mode.items()},
     ),
 )
 LABELLED_COUNTERS = (
-    Several("trimode:forwards", "Forwards by graph.", "graph", lambda s: dict(s.forwards)),
+    Several(
+        "trimode:forwards",
+        "Forwards by graph.",
+        "graph",
+        lambda s: {str(graph): count for graph, count in s.forwards.items()},
+    ),
     Several(
         "trimode:steps",
         "Steps by outcome.",
