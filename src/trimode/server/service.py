@@ -87,25 +87,22 @@ class Service:
             QueueFullError: as many requests wait as may; nothing was submitted then.
         """
         bell = Bell()
+        if request.stream:  # an answer in one piece is told at its end alone
+            choices = choices | {"on_piece": bell.ring}
         if "structured_outputs" in choices:  # compiling what it says may take a while
-            texts = await asyncio.to_thread(self._texts, bell, asked, prompts, request, choices)
+            texts = await asyncio.to_thread(self._texts, asked, prompts, request, choices)
         else:
-            texts = self._texts(bell, asked, prompts, request, choices)
+            texts = self._texts(asked, prompts, request, choices)
         return Reply(asked, texts, bell)
 
     def _texts(
-        self,
-        bell: Bell,
-        asked: Asked,
-        prompts: Sequence[list[int]],
-        request: Sampling,
-        choices: dict[str, Any],
+        self, asked: Asked, prompts: Sequence[list[int]], request: Sampling, choices: dict[str, Any]
     ) -> list[ChoiceText]:
         stops, fewest = choices.get("stop") or (), choices.get("min_new_tokens") or 0
         handles: list[Handle] = []
         try:
             for prompt in prompts:
-                handles += self.engine.submit(prompt, on_piece=bell.ring, **choices).choices
+                handles += self.engine.submit(prompt, **choices).choices
         except BaseException:
             for handle in handles:
                 handle.cancel()
