@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimode.server.calling import forced_schema
 from trimode.server.errors import ApiError
 from trimode.server.protocol.base import Sampling
+from trimode.server.protocol.chat import ChatRequest
 from trimode.server.protocol.structured import JsonObject, JsonSchema, ResponseFormat
 
 
@@ -19,21 +21,27 @@ def structured_outputs_of(request: Sampling, *, is_thinking: bool) -> dict[str, 
     Raises:
         ApiError: 400, it is asked for in two ways.
     """
-    of_format = _of_format(getattr(request, "response_format", None))
-    of_fields = request.structured_outputs
-    if of_format is not None and of_fields is not None:
+    ways = {"structured_outputs": _of_fields(request)}
+    if isinstance(request, ChatRequest):
+        schema = forced_schema(request)
+        ways["response_format"] = _of_format(request.response_format)
+        ways["tool_choice"] = None if schema is None else {"json": schema}
+    asked = {name: one for name, one in ways.items() if one is not None}
+    if len(asked) > 1:
         raise ApiError(
             400,
-            "expected response_format or structured_outputs, found both",
-            param="structured_outputs",
+            f"expected one of {', '.join(ways)}, found {' and '.join(asked)}",
+            param=next(iter(asked)),
             code="invalid_value",
         )
-    found = of_format
-    if of_fields is not None:
-        found = of_fields.model_dump(exclude_none=True, by_alias=True)
-    if found is None:
-        return None
-    return found | ({"after_thinking": True} if is_thinking else {})
+    for found in asked.values():
+        return found | ({"after_thinking": True} if is_thinking else {})
+    return None
+
+
+def _of_fields(request: Sampling) -> dict[str, Any] | None:
+    asked = request.structured_outputs
+    return None if asked is None else asked.model_dump(exclude_none=True, by_alias=True)
 
 
 def _of_format(asked: ResponseFormat | None) -> dict[str, Any] | None:
