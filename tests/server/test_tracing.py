@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
@@ -79,6 +80,17 @@ def by_name(spans: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in spans.get_finished_spans()}
 
 
+def wait_for(spans: InMemorySpanExporter, name: str, count: int) -> list[ReadableSpan]:
+    """Those of a stream are made once its last event is out."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = [span for span in spans.get_finished_spans() if span.name == name]
+        if len(found) >= count or time.monotonic() > deadline:
+            assert len(found) == count
+            return found
+        time.sleep(0.01)
+
+
 def test_spans_are_phases_of_the_text(
     client: httpx.Client, spans: InMemorySpanExporter, recorder: Recorder
 ) -> None:
@@ -113,8 +125,7 @@ def test_a_trace_goes_on(client: httpx.Client, spans: InMemorySpanExporter) -> N
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"}
     body = {"prompt": "1 2 3", "max_tokens": 3, "stream": True, "n": 2}
     client.post("/v1/completions", json=body, headers=headers)
-    texts = [s for s in spans.get_finished_spans() if s.name == "text_completion demo"]
-    assert len(texts) == 2
+    texts = wait_for(spans, "text_completion demo", 2)
     for text in texts:
         assert f"{text.context.trace_id:032x}" == TRACE
         assert text.parent is not None
