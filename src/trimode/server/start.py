@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from trimode.errors import UsageError
 from trimode.runtime.model import TriModeModel
@@ -15,6 +16,7 @@ from trimode.server.options import ServeOptions
 from trimode.server.routes.metrics import metrics_router
 from trimode.server.run import serve
 from trimode.server.service import Service
+from trimode.server.watch.router import OPEN_PATHS, watch_router
 
 DEFAULT_ROWS = 8
 
@@ -49,7 +51,7 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             observers=(metrics,),
         )
         serve(
-            create_app(service, routers=[metrics_router(metrics)]),
+            create_app(service, **_routes(service, metrics, options)),
             service.lifecycle,
             host=options.host,
             port=options.port,
@@ -71,6 +73,14 @@ def open_engine(model: TriModeModel, options: ServeOptions, *, is_fair: bool) ->
         mode=options.mode,
         is_fair=is_fair,
     )
+
+
+def _routes(service: Service, metrics: Metrics, options: ServeOptions) -> dict[str, Any]:
+    """Routes beside the API's own."""
+    routers = [metrics_router(metrics)]
+    if not options.watch:
+        return {"routers": routers}
+    return {"routers": [*routers, watch_router(service)], "open_paths": OPEN_PATHS}
 
 
 def _check_text(model: TriModeModel) -> None:
