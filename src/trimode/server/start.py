@@ -14,6 +14,7 @@ from trimode.server.operations import operating
 from trimode.server.options import ServeOptions
 from trimode.server.run import serve
 from trimode.server.service import Service
+from trimode.server.watch.router import OPEN_PATHS, watch_router
 
 DEFAULT_ROWS = 8
 
@@ -47,7 +48,12 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             observers=watching.observers,
         )
         serve(
-            create_app(service, routers=watching.routers, middleware=watching.middleware),
+            create_app(
+                service,
+                routers=[*watching.routers, *([watch_router(service)] if options.watch else ())],
+                open_paths=OPEN_PATHS if options.watch else (),
+                middleware=watching.middleware,
+            ),
             service.lifecycle,
             host=options.host,
             port=options.port,
