@@ -17,10 +17,9 @@ import trimode.server.watch
 from trimode import Engine, TriModeModel
 from trimode.formats.trace import Trace, read_trace
 from trimode.server.auth import ApiKeys
-from trimode.server.metrics import Metrics
 from trimode.server.options import ServeOptions
 from trimode.server.service import Service
-from trimode.server.start import _routes
+from trimode.server.start import further_routes
 from trimode.server.watch.router import OPEN_PATHS, watch_router
 
 STATIC = Path(trimode.server.watch.__file__).parent / "static"
@@ -95,8 +94,7 @@ def kept(engine: Engine) -> int:
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_nothing_is_served_unless_asked(engine: Engine, is_asked: bool) -> None:
     service = Service(engine, "demo")
-    metrics = Metrics(engine.stats, "demo", 2048, {})
-    routes = _routes(service, metrics, ServeOptions(watch=is_asked))
+    routes = further_routes(service, [], ServeOptions(watch=is_asked))
     with serving(service, **routes) as address:
         for path in ("/watch", "/watch/watch.js", "/watch/engine"):
             assert httpx.get(address + path).status_code == (200 if is_asked else 404)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
 
 from trimode.errors import UsageError
 from trimode.runtime.model import TriModeModel
@@ -50,9 +54,8 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
         serve(
             create_app(
                 service,
-                routers=[*watching.routers, *([watch_router(service)] if options.watch else ())],
-                open_paths=OPEN_PATHS if options.watch else (),
                 middleware=watching.middleware,
+                **further_routes(service, watching.routers, options),
             ),
             service.lifecycle,
             host=options.host,
@@ -75,6 +78,15 @@ def open_engine(model: TriModeModel, options: ServeOptions, *, is_fair: bool) ->
         mode=options.mode,
         is_fair=is_fair,
     )
+
+
+def further_routes(
+    service: Service, routers: Sequence[APIRouter], options: ServeOptions
+) -> dict[str, Any]:
+    """Return keywords of :func:`create_app`: these routes, and those of the page if asked for."""
+    if not options.watch:
+        return {"routers": routers}
+    return {"routers": [*routers, watch_router(service)], "open_paths": OPEN_PATHS}
 
 
 def _check_text(model: TriModeModel) -> None:
