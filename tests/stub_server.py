@@ -128,7 +128,8 @@ class Stub:
 def script_of(body: dict[str, Any]) -> dict[str, Any]:
     if "messages" not in body:
         return {"chunks": [[0.0, "x"]], "tokens": 1}
-    return dict(json.loads(body["messages"][-1]["content"]))
+    content = body["messages"][-1]["content"]
+    return dict(json.loads(content if isinstance(content, str) else content[0]["text"]))
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:
