@@ -73,7 +73,8 @@ class Stub:
             return await _plain(writer, 200, self.metrics)
         body = json.loads(raw) if raw else {}
         if path == "/tokenize" and self.token_ids is not None:
-            return await _plain(writer, 200, {"tokens": self.token_ids})
+            wrong = set(body) - {"model", "prompt"}
+            return await _plain(writer, 400 if wrong else 200, {"tokens": self.token_ids})
         if path not in ("/v1/chat/completions", "/v1/completions"):
             return await _plain(writer, 404, {"error": {"message": "no such page"}})
         for name in self.refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,9 @@ def test_answers_under_load_are_those_of_single_runs(running: Any, mode: str) ->
     measured = run_load_test(test)
     (run,) = measured.runs
     assert run.failed == 0, run.errors
+    manifest = (running.model.bundle.path / "manifest.json").read_bytes()
+    assert measured.server is not None
+    assert measured.server.bundle_sha256 == hashlib.sha256(manifest).hexdigest()
     assert measured.check is not None
     assert (measured.check.compared, measured.check.differing) == (run.completed, 0)
     codec, by_id = running.model.codec, {one.question_id: one for one in data.questions}

@@ -58,14 +58,17 @@ async def counters(client: Connections, base: str) -> Counters:
 
 async def ordinary_ids(client: Connections, server: ServerRecord) -> list[int]:
     """Ask for ids of ordinary tokens; empty if the server has no ``/tokenize``."""
-    body = {"model": server.model, "prompt": " ".join(WORDS), "add_special_tokens": False}
-    try:
-        response = await client.post(server.url + "/tokenize", body)
-        ids = response.json()["tokens"] if response.is_success else []
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return []
-    is_ids = isinstance(ids, list) and all(isinstance(one, int) for one in ids)
-    return sorted(set(ids)) if is_ids else []
+    body = {"model": server.model, "prompt": " ".join(WORDS)}
+    # vLLM would add its special tokens; not every server knows the field
+    for fields in ({"add_special_tokens": False}, {}):
+        try:
+            response = await client.post(server.url + "/tokenize", {**body, **fields})
+            ids = response.json()["tokens"] if response.is_success else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return []
+        if isinstance(ids, list) and all(isinstance(one, int) for one in ids):
+            return sorted(set(ids))
+    return []
 
 
 def served_record(before: Counters, after: Counters) -> ServedRecord:
