@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, joint_contract
+from trimode.formats.contract import (
+    ROLES,
+    GraphContract,
+    ModelInfo,
+    Role,
+    TensorSpec,
+    cache_specs,
+    joint_contract,
+)
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
-from trimode.formats.manifest import EngineRecord, Manifest, TargetRecord
+from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
@@ -115,7 +123,10 @@ def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> P
     files = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
 
     def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
-        io = {role: _lay_out_io(manifest, target, role, batch) for role in files}
+        io = {
+            role: lay_out_graph(manifest.model, manifest.contracts[role], target, role, batch)
+            for role in files
+        }
         return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
 
     return PreparedEngines(
@@ -136,16 +147,22 @@ def _constant_bytes(target: TargetRecord) -> int:
     return min(engine.constant_bytes for engine in target.engines)
 
 
-def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
+def lay_out_graph(
+    model: ModelInfo, contract: GraphContract, target: TargetRecord, role: Role, batch: int
+) -> IoLayout:
+    """Lay out the inputs and outputs of a graph for forwards of up to ``batch`` sequences.
+
+    Those of a joint engine are laid out once, for all of its graphs alike.
+    """
     joint = target.is_joint(role)
     record = target.graphs["ar" if joint else role]  # which has the most rows
     rows = max_rows(record)
     scratch = (
-        query_bytes(manifest.model, target.compute_dtype, role, rows, batch)
+        query_bytes(model, target.compute_dtype, role, rows, batch)
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    contract = joint_contract(manifest.model) if joint else manifest.contracts[role]
+    contract = joint_contract(model) if joint else contract
     return lay_out_io(engine_contract(contract, target.compute_dtype), rows, batch, scratch)
 
 

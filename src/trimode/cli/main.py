@@ -24,6 +24,7 @@ from trimode.cli.calibrate.sampler import sampler
 from trimode.cli.calibrate.scales import scales
 from trimode.cli.calibrate.sensitivity import sensitivity
 from trimode.cli.inspect import inspect
+from trimode.cli.plan import plan
 from trimode.cli.report import quantization
 from trimode.cli.run import run
 from trimode.cli.targets import targets
@@ -84,6 +85,7 @@ def _root(
 
 
 app.command()(build)
+app.command()(plan)
 calibrate.command()(scales)
 calibrate.command()(sensitivity)
 report.command()(quantization)
