@@ -21,7 +21,7 @@ from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.targets import Target, find_target, resolve_targets
 from trimode.compiler.toolchain import require_toolchain
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.progress import Progress, Silent
@@ -44,7 +44,7 @@ class ForwardCost:
         predicted_ms: Milliseconds at the GPU's bandwidth; None where that is not known.
     """
 
-    graph: Role
+    graph: GraphName
     tokens: int
     moved: int
     predicted_ms: float | None
