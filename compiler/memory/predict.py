@@ -7,9 +7,10 @@ more sequences. Their sizes grow evenly with each. All else follows from the che
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
-from trimode.compiler.memory.assumed import plan_uncalibrated
+from trimode.compiler.memory.assumed import plan_uncalibrated, with_sizes
 from trimode.compiler.memory.room import memory_of
 from trimode.compiler.memory.shallow import ShallowEngines, compile_shallow, keep_layers
 from trimode.compiler.memory.use import MemoryUse, engine_use, fixed_use, scratch_of
@@ -22,7 +23,6 @@ from trimode.compiler.targets import Target, find_target, resolve_targets
 from trimode.compiler.toolchain import require_toolchain
 from trimode.errors import UsageError
 from trimode.formats.contract import GraphName
-from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.progress import Progress, Silent
 
@@ -111,7 +111,7 @@ def predict_memory(
         _check_target(target)
         require_toolchain(target)
     plan = plan_uncalibrated(checkpoint, options)
-    shapes = _Shapes.compile(plan, cache, progress or Silent())
+    shapes = _Shapes(plan, cache, progress or Silent())
     return [_predict(plan, name, shapes) for name in plan.targets]
 
 
@@ -124,47 +124,55 @@ def _check_target(target: Target) -> None:
         )
 
 
-@dataclass(frozen=True)
 class _Shapes:
-    """Holds shallow engines: as asked, with a layer more, shorter texts, or more sequences."""
+    """Compiles shallow engines: as asked, with a layer more, shorter texts, or more sequences.
 
-    asked: ShallowEngines
-    deeper: ShallowEngines
-    shorter: ShallowEngines
-    wider: ShallowEngines
-    lengths: tuple[int, int]
-    batches: tuple[int, int]
+    Each is compiled when it is first needed: where a GPU's memory is not known, nobody asks how far
+    text and batch could grow.
+    """
 
-    @classmethod
-    def compile(cls, plan: BuildPlan, cache: ContentCache | None, progress: Progress) -> _Shapes:
-        """Compile all four."""
-        options, length, batch = plan.options, plan.model.max_length, plan.options.max_batch
-        shorter = max(length // 2, min(_SHORTEST, length))
-        wider = batch * 4 if batch * 4 <= MAX_BATCH else max(batch // 4, 1)
+    def __init__(self, plan: BuildPlan, cache: ContentCache | None, progress: Progress) -> None:
+        self._plan, self._cache, self._progress = plan, cache, progress
+        self._length, self._batch = plan.model.max_length, plan.options.max_batch
+        half = max(self._length // 2, min(_SHORTEST, self._length))
+        wide = self._batch * 4
+        self._other_length = half
+        self._other_batch = wide if wide <= MAX_BATCH else self._batch // 4
 
-        def engines(one: BuildPlan, num_layers: int) -> ShallowEngines:
-            return compile_shallow(keep_layers(one, num_layers), cache, progress)
+    @cached_property
+    def asked(self) -> ShallowEngines:
+        """Engines for the texts and the batch that were asked for."""
+        return self._compile(_DEPTHS[0], self._length, self._batch)
 
-        def planned(max_length: int, max_batch: int) -> BuildPlan:
-            changed = replace(options, max_length=max_length, max_batch=max_batch, capacities=None)
-            return plan_uncalibrated(plan.checkpoint, changed)
+    @cached_property
+    def deeper(self) -> ShallowEngines:
+        """Engines with a layer more."""
+        return self._compile(_DEPTHS[1], self._length, self._batch)
 
-        return cls(
-            engines(planned(length, batch), _DEPTHS[0]),
-            engines(planned(length, batch), _DEPTHS[1]),
-            engines(planned(shorter, batch), _DEPTHS[0]),
-            engines(planned(length, wider), _DEPTHS[0]),
-            (length, shorter),
-            (batch, wider),
-        )
+    @cached_property
+    def shorter(self) -> ShallowEngines:
+        """Engines for texts of half the length."""
+        return self._compile(_DEPTHS[0], self._other_length, self._batch)
+
+    @cached_property
+    def wider(self) -> ShallowEngines:
+        """Engines for another batch."""
+        return self._compile(_DEPTHS[0], self._length, self._other_batch)
+
+    def _compile(self, num_layers: int, max_length: int, max_batch: int) -> ShallowEngines:
+        plan = with_sizes(self._plan, max_length, max_batch)
+        return compile_shallow(keep_layers(plan, num_layers), self._cache, self._progress)
 
     def grown(self, figure: Callable[[ShallowEngines], int], length: int, batch: int) -> int:
         """A figure of the shallow engines, for other texts and batches."""
-        asked = figure(self.asked)
-        (l0, l1), (b0, b1) = self.lengths, self.batches
-        slope = (asked - figure(self.shorter)) / (l0 - l1) if l0 != l1 else 0.0
-        step = (figure(self.wider) - asked) / (b1 - b0) if b0 != b1 else 0.0
-        return round(asked + slope * (length - l0) + step * (batch - b0))
+        found, growth = figure(self.asked), 0.0
+        if length != self._length and self._length != self._other_length:
+            slope = (found - figure(self.shorter)) / (self._length - self._other_length)
+            growth += slope * (length - self._length)
+        if batch != self._batch:
+            step = (figure(self.wider) - found) / (self._other_batch - self._batch)
+            growth += step * (batch - self._batch)
+        return found + round(growth)
 
     def deepened(self, figure: Callable[[ShallowEngines], int], num_layers: int) -> int:
         """What all further layers add to a figure of the shallow engines."""
@@ -229,23 +237,19 @@ class _Room:
 
     def use(self, length: int, batch: int) -> MemoryUse:
         """Bytes with texts of so many tokens, and so many of them side by side."""
-        if length < 1 or batch < 1:
+        if length < 2 or batch < 1:  # no text is shorter
             return MemoryUse(self._weights, self._constants, 0, 0, 0)
-        record, depth = self._record(length, batch), self._plan.model.num_hidden_layers
-        model = self._plan.model.model_copy(update={"max_length": length})
-        io, cache = fixed_use(model, record, batch)
+        plan = with_sizes(self._plan, length, batch)
+        io, cache = fixed_use(plan.model, plan.records[self._name], batch)
+        depth = plan.model.num_hidden_layers
         files = self._shapes.grown(self._engines, length, batch)
         return MemoryUse(
-            weights=self._weights + self._position_bytes * model.num_positions,
+            weights=self._weights + self._position_bytes * plan.model.num_positions,
             engines=self._constants + files + self._shapes.deepened(self._engines, depth),
             scratch=self._shapes.grown(self._scratch, length, batch),
             io=io,
             cache=cache,
         )
-
-    def _record(self, length: int, batch: int) -> TargetRecord:
-        options = replace(self._plan.options, max_length=length, max_batch=batch, capacities=None)
-        return plan_uncalibrated(self._plan.checkpoint, options).records[self._name]
 
     def _engines(self, shallow: ShallowEngines) -> int:
         return engine_use(shallow.sizes, shallow.records[self._name])

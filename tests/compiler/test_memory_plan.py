@@ -24,7 +24,7 @@ from trimode.errors import UsageError
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle.open import open_bundle
 
-OPTIONS = BuildOptions(targets=("rtx-4090",), precision="bf16", max_length=1500, block_lengths=(8,))
+OPTIONS = BuildOptions(targets=("rtx-4090",), precision="bf16", max_length=900, block_lengths=(8,))
 NUM_LAYERS = 6
 
 
@@ -36,7 +36,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predicted(checkpoint: Path) -> TargetMemory:
-    (found,) = predict_memory(open_checkpoint(checkpoint), OPTIONS)
+    # an architecture has no memory of its own: two engines in place of four are compiled
+    options = replace(OPTIONS, targets=("sm89",))
+    (found,) = predict_memory(open_checkpoint(checkpoint), options)
     return found
 
 
@@ -68,7 +70,8 @@ def test_weights_and_cache_are_exact(predicted: TargetMemory, bundle: Path) -> N
     assert predicted.use.weights == opened.chosen.weight_bytes
     slot = 2 * 2 * NUM_LAYERS * model.num_key_value_heads * model.head_dim
     assert predicted.cache_bytes_per_token == slot
-    assert predicted.use.cache == slot * (opened.chosen.targets["rtx-4090"].capacity or 0)
+    cache = slot * (opened.chosen.targets["rtx-4090"].capacity or 0)
+    assert cache <= predicted.use.cache <= 1.01 * cache  # each tensor begins at 256 bytes
 
 
 def test_a_forward_moves_what_the_plan_of_the_whole_engine_says(
@@ -78,9 +81,7 @@ def test_a_forward_moves_what_the_plan_of_the_whole_engine_says(
     moved = {(name, plan.rows): plan.moved for name, one in engines.items() for plan in one.plans}
     found = {(cost.graph, cost.tokens): cost.moved for cost in predicted.forwards}
     assert found == pytest.approx(moved, rel=0.05)
-    assert all(
-        cost.predicted_ms == pytest.approx(cost.moved / 1008e6) for cost in predicted.forwards
-    )
+    assert all(cost.predicted_ms is None for cost in predicted.forwards)  # of no known GPU
 
 
 def test_the_largest_that_fits() -> None:
@@ -103,7 +104,7 @@ def test_a_pack_of_zeros_has_scales_of_one_and_draws_what_it_is_told(
         raw = np.fromfile(tmp_path / "pack", np.uint8)
         for name, tensor in layout.tensors.items():
             data = raw[tensor.offset : tensor.offset + tensor.num_bytes]
-            if name.endswith("_scale"):
+            if name.endswith("t_scale"):
                 assert set(data.view(np.uint16)) == {0x3F80}, name  # 1 in bfloat16
             else:
                 assert data.any() == (name == drawn), name
@@ -128,7 +129,7 @@ def test_a_build_that_no_gpu_memory_holds_is_refused_before_any_work(
     opened = open_checkpoint(checkpoint)
     plan = make_plan(opened, OPTIONS)
     weights = sum(t.num_bytes for t in lay_out_pack(plan, opened.read).tensors.values())
-    for memory, hint in ((weights / 2, "`precision` int4"), (weights * 1.6, "`max_length` below")):
+    for memory, hint in ((weights / 2, "`precision` int4"), (weights * 3, "`max_length` below")):
         options = replace(OPTIONS, gpu_memory_gb=memory / 1e9)
         with pytest.raises(UsageError, match=r"rtx-4090: expected at most .* GB") as error:
             build_bundle(checkpoint, tmp_path / "bundle", options)
@@ -158,11 +159,12 @@ def test_what_cannot_be_planned_is_said_in_one_line(
 def test_the_table_and_its_json_say_the_same(
     checkpoint: Path, predicted: TargetMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimode.compiler.memory.predict.predict_memory", lambda *_: [predicted])
+    known = replace(predicted, memory_bytes=24 * 10**9, longest_text=77777, largest_batch=55)
+    monkeypatch.setattr("trimode.compiler.memory.predict.predict_memory", lambda *_: [known])
     result = CliRunner().invoke(app, ["plan", str(checkpoint), "--target", "rtx-4090", "--json"])
     (data,) = json.loads(result.stdout)
     assert data["fits"] is True
     assert data["use"]["total"] == predicted.use.total
     table = CliRunner().invoke(app, ["plan", str(checkpoint), "--target", "rtx-4090"]).stdout
     assert f"{predicted.use.total / 1e9:.2f}" in table
-    assert f" {predicted.longest_text} " in table
+    assert " 77777 " in table
