@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError
@@ -63,6 +64,10 @@ class FileNames:
     def graph(self, role: Role) -> str:
         """A portable graph."""
         return f"{role}{self.suffix}.onnx"
+
+    def cpu_graph(self, role: Role) -> str:
+        """A graph for the CPU; it lies beside the packs, whose data it reads."""
+        return f"{role}{self.suffix}.cpu.onnx"
 
     def target(self, name: str) -> str:
         """The folder of a target's engines or graphs."""
@@ -154,6 +159,7 @@ def make_plan(
             is_quantized=is_quantized,
             one_row=not widens_int8,
             joint=holds_weights,
+            int4_inputs=_int4_inputs(target, precision, exact=options.exact),
         )
         for name, target in targets.items()
     }
@@ -185,13 +191,16 @@ def plan_target(
     is_quantized: bool = False,
     one_row: bool = True,
     joint: bool = False,
+    int4_inputs: Literal["float32", "int8"] | None = None,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in.
 
     ``joint`` makes one engine of ``ar``, ``draft`` and ``verify`` where engines hold weights.
+    ``int4_inputs`` is the type of what ONNX Runtime multiplies with int4 weights.
     """
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
+        record = _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
+        return record.model_copy(update={"int4_inputs": int4_inputs})
     shortest = min(lengths_of_blocks(options, model))
     if "quadratic" in roles and shortest > model.max_quadratic_length:
         raise UsageError(
@@ -217,6 +226,14 @@ def plan_target(
         graphs=graphs,
         smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
     )
+
+
+def _int4_inputs(
+    target: Target, precision: Precision, *, exact: bool
+) -> Literal["float32", "int8"] | None:
+    if target.backend != "onnxruntime" or precision != "int4":
+        return None
+    return "float32" if exact else "int8"
 
 
 def _joined(graphs: dict[Role, EngineRecord], file: str) -> dict[Role, EngineRecord]:
@@ -330,23 +347,24 @@ def _plan_onnxruntime(
 ) -> TargetRecord:
     """On a CPU everything is computed in float32.
 
-    A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is
-    widened once, on loading.
+    A pack of float32, or of quantized weights, is mapped; any other is widened once, on loading.
     """
-    portable = target.device == "cpu" and (dtype == "float32" or is_quantized)
+    mapped = target.device == "cpu" and (dtype == "float32" or is_quantized)
     return TargetRecord(
         backend="onnxruntime",
         device=target.device,
         compute_capability=None,
         compute_dtype="float32" if target.device == "cpu" else dtype,
-        placement="external" if portable else "shared",
+        placement="external" if mapped else "shared",
         capacity=None,
         workspace_mib=None,
         library=library_of("onnxruntime"),
-        revision=None if portable else lowering_revision(),
+        revision=lowering_revision(),
         graphs={
             role: EngineRecord(
-                file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx"
+                file=names.cpu_graph(role)
+                if mapped
+                else f"{names.target(target.name)}/{role}.onnx"
             )
             for role in roles
         },

@@ -86,12 +86,10 @@ class OrtSession(Closable):
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
-        portable = target is None or target.placement == "external"
-        mapped_bytes = bundle.chosen.weight_bytes if portable else 0
+        is_mapped = target is None or target.placement == "external"
+        mapped_bytes = bundle.chosen.weight_bytes if is_mapped else 0
         files = {
-            role: bundle.chosen.graphs[role]
-            if portable or target is None
-            else target.graphs[role].file
+            role: target.graphs[role].file if target else bundle.chosen.graphs[role]
             for role in self.contracts
         }
         found = _operators(bundle.path / file for file in files.values())

@@ -102,7 +102,7 @@ def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest
     files = {role: engine.file for role, engine in target.graphs.items()}
     for one in target.by_capacity():
         yield from _of_capacity(one, manifest)
-    if target.placement == "external" and files != record.graphs:
+    if target.placement == "external" and target.revision is None and files != record.graphs:
         yield "expected the portable graphs of the precision, found others"
     if target.smaller:
         yield from _of_lengths(target, manifest.model.max_length)
