@@ -20,13 +20,11 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from trimode.compiler.passes.nodes import Nodes
-
 AccuracyLevel = Literal[1, 4]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Inputs that share a scale, as ``MatMulNBits`` takes them."""
 ALIKE_BLOCK = 32
-"""Longest block over which a product with int8 inputs does not depend on the number of rows."""
+"""Longest block over which a row of a product with int8 inputs rounds as it does among others."""
 DOMAIN = "com.microsoft"
 _SIGN_BITS = 0x88
 """The sign of either number in a byte."""
@@ -39,8 +37,7 @@ class MultiplyInt4(ir.passes.InPlacePass):
 
     Args:
         accuracy_level: Level of ``MatMulNBits``. With 1, the product is in float32. With 4, inputs
-            are rounded to int8, each block of a row with a scale of its own. Blocks longer than
-            :data:`ALIKE_BLOCK` are then cut, and each part has the scale of the whole.
+            are rounded to int8, each block of a row with a scale of its own.
     """
 
     def __init__(self, accuracy_level: AccuracyLevel) -> None:
@@ -87,9 +84,8 @@ class MultiplyInt4(ir.passes.InPlacePass):
     def _replace(self, graph: ir.Graph, weight: ir.Value, widens: list[ir.Node]) -> None:
         """Replace what dequantizes a weight, in the graph's order, and the products of that."""
         assert weight.shape is not None
-        (rows, columns), whole = weight.shape.numpy(), widens[0].attributes.get_int("block_size")
-        assert isinstance(whole, int)
-        block = min(whole, ALIKE_BLOCK) if self.accuracy_level == 4 else whole
+        (rows, columns), block = weight.shape.numpy(), widens[0].attributes.get_int("block_size")
+        assert isinstance(block, int)
         weight.type, weight.shape = (
             ir.TensorType(ir.DataType.UINT8),
             ir.Shape([rows, columns // block, block // 2]),
@@ -113,7 +109,7 @@ class MultiplyInt4(ir.passes.InPlacePass):
             ((product, _),) = widen.outputs[0].uses()
             multiply = ir.node(
                 "MatMulNBits",
-                [product.inputs[0], unsigned, _scales_of_parts(graph, widen, whole // block)],
+                [product.inputs[0], unsigned, widen.inputs[1]],
                 attributes=sizes,
                 domain=DOMAIN,
                 name=product.name,
@@ -123,33 +119,6 @@ class MultiplyInt4(ir.passes.InPlacePass):
             graph.insert_before(product, multiply)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             graph.remove([product, widen], safe=True)
-
-
-def _scales_of_parts(graph: ir.Graph, widen: ir.Node, parts: int) -> ir.Value:
-    """Repeat each block's scale for its parts, ``(out, blocks)`` -> ``(out, blocks * parts)``.
-
-    ONNX Runtime computes it once, when it loads the graph.
-    """
-    scale = widen.inputs[1]
-    assert scale is not None
-    if parts == 1:
-        return scale
-    assert scale.shape is not None
-    assert scale.dtype is not None
-    assert scale.name is not None
-    rows, blocks = scale.shape.numpy()
-    nodes = Nodes(graph, widen)
-    column = [scale, nodes.shape(rows, blocks, 1)]
-    column = [nodes.add("Reshape", column, f"{scale.name}_column", scale.dtype)]
-    wide = nodes.add(
-        "Expand",
-        [*column, nodes.shape(rows, blocks, parts)],
-        f"{scale.name}_repeated",
-        scale.dtype,
-    )
-    shape = ir.Shape([rows, blocks * parts])
-    flat = [wide, nodes.shape(rows, blocks * parts)]
-    return nodes.add("Reshape", flat, f"{scale.name}_of_parts", scale.dtype, shape)
 
 
 def _widened_weights(

@@ -12,6 +12,7 @@ from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
 from trimode.compiler.passes.constant_weights import constant_weights
 from trimode.compiler.passes.mask_slots import MaskSlots
+from trimode.compiler.passes.even_rows import EvenRows
 from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
 from trimode.compiler.passes.narrow_logits import NarrowLogits
 from trimode.compiler.passes.nvfp4 import Nvfp4ForTensorRT, Nvfp4InFloat32
@@ -46,7 +47,7 @@ def lower_for_cpu(
     """Apply the passes of a CPU's graphs, which read the pack as the portable ones do."""
     passes: list[ir.passes.InPlacePass] = [*_over_pack(dtype, pack), ReadValidSlots()]
     if record.int4_inputs == "int8":
-        return lower(graph, *passes, MultiplyInt4(4), RoundRowsAlike())
+        return lower(graph, *passes, RoundRowsAlike(), EvenRows(), MultiplyInt4(4))
     return lower(graph, *passes, MultiplyInt4(1))
 
 
