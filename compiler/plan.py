@@ -298,7 +298,9 @@ def _plan_quantization(
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
         return None
-    return load_quantization(options.calibration, precision, checkpoint)
+    return load_quantization(
+        options.calibration, precision, checkpoint, quantizes_head=options.quantize_head
+    )
 
 
 def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:

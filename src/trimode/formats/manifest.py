@@ -109,12 +109,17 @@ class CalibrationRecord(_Part):
         algorithm: Algorithm that found the scales.
         block_size: Number of inputs that share a scale; None where a whole row or tensor does.
         scales_sha256: Digest of the calibration's scales; None for ``rtn``.
+        quantizes_head: Whether ``rtn`` quantized the output head too; absent where not, and where
+            scales say it.
     """
+
+    _left_out = frozenset({"quantizes_head"})
 
     name: str
     algorithm: str
     block_size: int | None
     scales_sha256: str | None
+    quantizes_head: bool = False
 
 
 class ProfileRecord(_Part):
