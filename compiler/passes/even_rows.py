@@ -82,7 +82,9 @@ def _lengthen(graph: ir.Graph, node: ir.Node, counts: _Counts, number: int) -> N
     readers = [use for use in matrix.uses() if use.node not in known]
     following = counts.odd.producer() if number == 0 else node
     assert following is not None
-    longer = _longer(Nodes(graph, _next(graph, following), f".{number}"), matrix, counts.odd, "even")
+    longer = _longer(
+        Nodes(graph, _next(graph, following), f".{number}"), matrix, counts.odd, "even"
+    )
     for use in readers:
         use.node.replace_input_with(use.idx, longer)
 

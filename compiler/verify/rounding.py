@@ -32,6 +32,7 @@ from trimode.calib.reference.fake_quant import (
     SMALLEST_NORMAL,
     InputQuantizer,
     blocks_of,
+    int8_steps,
     nearest_code,
     spacing_of_e2m1,
     steps_in_blocks,
@@ -80,10 +81,16 @@ class GuidedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` as the product reads it."""
         quantizer, guide = self.quantizer, self._guide
-        if quantizer.scale is None or guide.selector is None:
+        is_quantized = quantizer.is_rounded or quantizer.scale is not None
+        if not is_quantized or guide.selector is None:
             return quantizer(x)  # type: ignore[no-any-return]
         if quantizer.factor is not None:
             x = x * quantizer.factor
+        if quantizer.is_rounded:
+            steps, scale = int8_steps(x, quantizer.block_size)
+            off = guide.relative * float(x.abs().max())
+            chosen = guide.selector.choose(self._layer, "int8", steps, off / scale)
+            return (chosen * scale).reshape(x.shape)
         if quantizer.precision == "nvfp4":
             return self._in_blocks(x, quantizer.scale, guide.selector)
         dtype = FORMATS[quantizer.precision].dtype
@@ -145,7 +152,9 @@ def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
     guide, count = Guide(), 0
     for name, module in list(trunk.named_modules()):
         quantizer = getattr(module, "quantizer", None)
-        if isinstance(quantizer, InputQuantizer) and quantizer.scale is not None:
+        if isinstance(quantizer, InputQuantizer) and (
+            quantizer.is_rounded or quantizer.scale is not None
+        ):
             module.quantizer = GuidedQuantizer(name, quantizer, guide)
             count += 1
     return guide if count else None

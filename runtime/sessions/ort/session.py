@@ -94,8 +94,8 @@ class OrtSession(Closable):
         }
         found = _operators(bundle.path / file for file in files.values())
         self.sessions: dict[Role, Any]
-        if "MatMulNBits" in found:
-            self.sessions = _load_int4(bundle, files, mapped_bytes, num_threads, runtime_cache)
+        if _can_be_arranged(target, found):
+            self.sessions = _load_arranged(bundle, files, mapped_bytes, num_threads, runtime_cache)
         else:
             options = session_options(
                 mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found
@@ -223,15 +223,23 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
     return found
 
 
-def _load_int4(
+def _can_be_arranged(target: TargetRecord | None, found: set[str]) -> bool:
+    """Whether ONNX Runtime multiplies faster over weights in an arrangement of its own."""
+    is_for_cpu = target is not None and target.device == "cpu" and target.revision is not None
+    return "MatMulNBits" in found or (
+        is_for_cpu and target.placement == "external" and "DequantizeLinear" not in found
+    )
+
+
+def _load_arranged(
     bundle: Bundle,
     files: Mapping[Role, str],
     mapped_bytes: int,
     num_threads: int | None,
     cache: Path | None,
 ) -> dict[Role, Any]:
-    """The portable graphs of int4 products: over one file of prepacked weights, or where they are
-    few each over a copy of its own.
+    """The graphs over one file of prepacked weights, or where these are few each over a copy of its
+    own.
     """
     providers = choose_providers("cpu")
     if mapped_bytes > PRIVATE_WEIGHTS_BYTES:
@@ -242,7 +250,7 @@ def _load_int4(
         except (OSError, ValueError, BundleError) as error:
             reason = error.message if isinstance(error, BundleError) else error
             logger.warning(
-                "the graphs cannot share their int4 weights, each keeps a copy of its own: %s",
+                "the graphs cannot share their arranged weights, each keeps a copy of its own: %s",
                 reason,
             )
     options = session_options(0, num_threads)
