@@ -184,9 +184,7 @@ def _place(model: TriModeModel) -> _Place:
     if model.target == PORTABLE:
         return _Place("onnxruntime", "cpu", "float32")
     record = model.bundle.chosen.targets[model.target]
-    return _Place(
-        record.backend, record.device, record.compute_dtype, record.int4_inputs == "int8"
-    )
+    return _Place(record.backend, record.device, record.compute_dtype, record.int4_inputs == "int8")
 
 
 def _random_text(model: ModelInfo, position: int, seed: int) -> Ids:
@@ -224,7 +222,7 @@ class _Comparison:
     ) -> None:
         self._model, self._text, self._position = model, text, position
         self._seed, self._progress = seed, progress
-        self._roles = tuple(model.bundle.manifest.contracts)
+        self._graph_names = tuple(model.bundle.manifest.contracts)
         num_layers = model.model.num_hidden_layers
         self.bounds: dict[Subject, Tolerance] = {
             "target": tolerance_for(_place(model).compute_dtype, num_layers),
@@ -254,7 +252,7 @@ class _Comparison:
     def tokens(self, prompts: list[TokenPrompt], max_new_tokens: int) -> list[TokenParity]:
         """Every mode's tokens after each prompt."""
         info = self._model.model
-        count = count_generations(info, len(prompts), self._roles)
+        count = count_generations(info, len(prompts), self._graph_names)
         advance = self._progress.stage("compare tokens", count)
         compared = compare_tokens(
             self._reference.session,
@@ -264,14 +262,14 @@ class _Comparison:
             max_new_tokens,
             self.bounds["target"],
             perturbed=self._reference.perturbed,
-            roles=self._roles,
+            graph_names=self._graph_names,
         )
         return _counted(compared, advance)
 
     def _target(self) -> list[GraphParity]:
         model, reference = self._model, self._reference
         positions = sorted({0, min(SHORT_POSITION, self._position), self._position})
-        count = count_comparisons(model.session, model.model, positions, self._roles)
+        count = count_comparisons(model.session, model.model, positions, self._graph_names)
         advance = self._progress.stage("compare target", count)
         compared = compare_target(
             CachedText(reference.session, self._text),
@@ -281,7 +279,7 @@ class _Comparison:
             self.bounds["target"],
             self._seed,
             perturbed=[CachedText(session, self._text) for session in reference.perturbed],
-            roles=self._roles,
+            graph_names=self._graph_names,
         )
         return _counted(compared, advance)
 
