@@ -161,7 +161,7 @@ def _forget_rows(graph: ir.Graph) -> None:
     for node in graph:
         inputs = [value for value in node.inputs if value in longer]
         is_lengthened = node.op_type == "Concat" and (node.name or "").startswith("even.")
-        if node.op_type == "Slice" and inputs or not (inputs or is_lengthened):
+        if (node.op_type == "Slice" and inputs) or not (inputs or is_lengthened):
             continue
         for output in node.outputs:
             longer.add(output)

@@ -11,8 +11,8 @@ from trimode.compiler.passes.base import lower
 from trimode.compiler.passes.choose_before_widening import ChooseBeforeWidening
 from trimode.compiler.passes.compute_type import ComputeType
 from trimode.compiler.passes.constant_weights import constant_weights
-from trimode.compiler.passes.mask_slots import MaskSlots
 from trimode.compiler.passes.even_rows import EvenRows
+from trimode.compiler.passes.mask_slots import MaskSlots
 from trimode.compiler.passes.matmul_nbits import AccuracyLevel, MultiplyInt4
 from trimode.compiler.passes.narrow_logits import NarrowLogits
 from trimode.compiler.passes.nvfp4 import Nvfp4ForTensorRT, Nvfp4InFloat32
@@ -29,8 +29,7 @@ from trimode.formats.manifest import TargetRecord
 from trimode.graphs.numerics.integers import Floats
 
 INT4_ACCURACY_LEVEL: AccuracyLevel = 1
-"""How the portable graphs multiply int4 weights: in float32; docs/reference/quantization.md has why.
-"""
+"""How the portable graphs multiply int4 weights: in float32."""
 
 
 def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) -> ir.Model:

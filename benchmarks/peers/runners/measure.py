@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,5 +71,5 @@ def _timed(call: Callable[[], None]) -> dict[str, float]:
 
 
 def _pss() -> int:
-    with open("/proc/self/smaps_rollup") as stream:
-        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("Pss:"))
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -240,10 +240,11 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
 
 def _can_be_arranged(target: TargetRecord | None, found: set[str]) -> bool:
     """Whether ONNX Runtime multiplies faster over weights in an arrangement of its own."""
-    is_for_cpu = target is not None and target.device == "cpu" and target.revision is not None
-    return "MatMulNBits" in found or (
-        is_for_cpu and target.placement == "external" and "DequantizeLinear" not in found
-    )
+    if "MatMulNBits" in found:
+        return True
+    # portable graphs, which bundles of before run too, keep mapping the pack
+    is_own = target is not None and target.placement == "external" and target.revision is not None
+    return is_own and "DequantizeLinear" not in found
 
 
 def _load_arranged(
