@@ -71,7 +71,8 @@ def build(peer: str, home: Path, work: Path, bits: int) -> Sizes:
         (work / f"{peer}-{bits}.json").write_text(json.dumps(found))
     files = [output] if output.is_file() else [*output.rglob("*")]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    return {**json.loads((work / f"{peer}-{bits}.json").read_text()), "bytes": size}
+    note = work / f"{peer}-{bits}.json"  # not there where another command made the model
+    return {**(json.loads(note.read_text()) if note.exists() else {}), "bytes": size}
 
 
 def measure(peer: str, home: Path, wanted: Sizes) -> Sizes:
