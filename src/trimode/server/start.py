@@ -10,9 +10,8 @@ from trimode.runtime.request.batches import check_batches
 from trimode.runtime.service import Engine
 from trimode.server.app import create_app
 from trimode.server.auth import ApiKeys
-from trimode.server.metrics import Metrics
+from trimode.server.operations import operating
 from trimode.server.options import ServeOptions
-from trimode.server.routes.metrics import metrics_router
 from trimode.server.run import serve
 from trimode.server.service import Service
 
@@ -35,21 +34,20 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             num_threads=options.threads,
         ) as model,
         open_engine(model, options, is_fair=len(keys) > 1) as engine,
+        operating(engine, options.served_model_name or bundle.resolve().name, options) as watching,
     ):
         _check_text(model)
-        name = options.served_model_name or bundle.resolve().name
-        facts = {"target": model.target, "precision": model.bundle.precision}
-        metrics = Metrics(engine.stats, name, model.model.max_length, facts)
         service = Service(
             engine,
-            name,
+            options.served_model_name or bundle.resolve().name,
             default_mode=options.mode,
             limits=options.limits,
             keys=keys,
-            observers=(metrics,),
+            processors=watching.processors,
+            observers=watching.observers,
         )
         serve(
-            create_app(service, routers=[metrics_router(metrics)]),
+            create_app(service, routers=watching.routers, middleware=watching.middleware),
             service.lifecycle,
             host=options.host,
             port=options.port,
