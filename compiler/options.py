@@ -38,6 +38,9 @@ class BuildOptions:
         max_batch: Most sequences in one forward of a TensorRT engine.
         quadratic: Whether the graph of quadratic self-speculation is built too; a bundle that is
             added to has it or has it not.
+        quantize_head: Whether ``rtn`` quantizes the output head too; a calibration says so itself.
+        exact: Whether a CPU multiplies int4 weights in float32; else inputs are rounded to int8 in
+            the blocks of the weights, which is about twice as fast.
         weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack;
             ``baked``: each holds its own copy.
         workspace_mib: Most scratch memory of an engine on the GPU; None = the library's choice.
@@ -59,6 +62,8 @@ class BuildOptions:
     capacities: tuple[int, ...] | None = None
     max_batch: int = 1
     quadratic: bool = False
+    quantize_head: bool = False
+    exact: bool = False
     weights: Placement = "shared"
     workspace_mib: int | None = None
     gpu_memory_gb: float | None = None
@@ -77,6 +82,12 @@ class BuildOptions:
             raise UsageError(
                 f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
                 "each size costs memory; 1 is usual on a desk",
+            )
+        if self.quantize_head and self.calibration != "rtn":
+            found = "none" if self.calibration is None else "a calibration"
+            raise UsageError(
+                f"`quantize_head`: expected `calibration` rtn, found {found}",
+                "`trimode calibrate --quantize-head` makes a calibration with the head",
             )
         if self.weights not in ("shared", "baked"):
             raise UsageError(

@@ -30,6 +30,8 @@ def build(
     capacities: options.Capacities = None,
     max_batch: options.MaxBatch = 1,
     quadratic: options.Quadratic = False,
+    quantize_head: options.QuantizeHead = False,
+    exact: options.Exact = False,
     weights: options.Weights = "shared",
     workspace: options.Workspace = None,
     gpu_memory: options.GpuMemory = None,
@@ -58,6 +60,8 @@ def build(
         capacities=parse_optional_ints(capacities),
         max_batch=max_batch,
         quadratic=quadratic,
+        quantize_head=quantize_head,
+        exact=exact,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
         workspace_mib=workspace,
         gpu_memory_gb=gpu_memory,

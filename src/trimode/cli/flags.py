@@ -50,11 +50,13 @@ _OF_BUILD = (
     "calibration",
     "capacities",
     "drafter",
+    "exact",
     "force",
     "max_batch",
     "max_length",
     "precision",
     "quadratic",
+    "quantize_head",
     "sampler",
     "weights",
 )

@@ -76,6 +76,14 @@ MaxBatch = Annotated[int, typer.Option(help="Most sequences in one forward of an
 Quadratic = Annotated[
     bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")
 ]
+QuantizeHead = Annotated[
+    bool,
+    typer.Option("--quantize-head", help="With `--calibration rtn`: quantize the output head too."),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="On a CPU, multiply int4 weights in float32 (half as fast)."),
+]
 Weights = Annotated[
     str,
     typer.Option(
