@@ -42,8 +42,8 @@ from trimode.runtime.service_parts import (
     check_within,
     open_model,
     open_stream,
-    planned_by_load,
     shut,
+    timed,
     trace_request,
     with_seed,
 )
@@ -92,9 +92,10 @@ class Engine:
         prefill_share: Share of the time that reading prompts has while others decode, above 0 and
             below 1.
         is_fair: Whether waiting requests of one priority take turns by their ``fair_key``.
-        by_load: Whether one plan is made for all rows in mode ``auto`` without a seed, by the
-            table of ``trimode bench --batch`` where there is one. Else each row has its own. It
-            is made where the engine's mode is ``auto``.
+        by_load: Whether the table of ``trimode bench --batch`` is used, where there is one. By it
+            rows wait for others that are one forward behind, where that pays. And where the
+            engine's mode is ``auto``, one plan is made for all rows in that mode without a seed;
+            else each row has its own.
         freeze_timings: Whether that table stays as it was measured; else it learns.
         mode_policy: Plans to use in place of these.
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
@@ -147,8 +148,9 @@ class Engine:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
             opened.read_options(mode, {}, max_rows)
-            if by_load and mode == "auto" and mode_policy is None:
-                settings = planned_by_load(settings, opened, is_frozen=freeze_timings)
+            if by_load:
+                has_plans = mode == "auto" and mode_policy is None
+                settings = timed(settings, opened, has_plans=has_plans, is_frozen=freeze_timings)
         except BaseException:
             if is_own:
                 opened.close()
