@@ -48,6 +48,8 @@ class Generation:
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
             other modes.
         elapsed_s: wall time, tokens in to tokens out.
+        forced_tokens: new tokens that a grammar decided, which need no forward of their own; None
+        without a grammar.
     """
 
     token_ids: list[int]
@@ -62,6 +64,7 @@ class Generation:
     logprobs: list[TokenLogprob] | None
     elapsed_s: float
     picks: dict[int, int] | None = None
+    forced_tokens: int | None = None
 
 
 class Stream:
@@ -225,6 +228,7 @@ class Stream:
             logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
             picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
+            forced_tokens=counters.forced,
         )
 
     def new_text(self) -> TextStream:

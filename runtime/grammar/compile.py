@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from trimode.errors import UsageError
@@ -52,6 +53,17 @@ class Grammar:
         return GrammarState(self._matcher.deep_copy(), self._vocabulary, ends, end_think)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompiledOutputs(StructuredOutputs):
+    """Holds what an answer has to follow, compiled.
+
+    Attributes:
+        compiled: Grammar in the form that answers begin from.
+    """
+
+    compiled: Grammar
+
+
 class GrammarCompiler:
     """Compiles for one vocabulary, and keeps the last grammars. For any thread.
 
@@ -65,7 +77,7 @@ class GrammarCompiler:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
-    def compile(self, spec: StructuredOutputs) -> Grammar:
+    def compile(self, spec: StructuredOutputs) -> CompiledOutputs:
         """Compile a grammar, or find it among those kept.
 
         Args:
@@ -74,17 +86,24 @@ class GrammarCompiler:
         Raises:
             UsageError: the grammar is wrong, cannot be written by any answer, or is too complex.
         """
+        if (found := self.find(spec)) is not None:
+            return found
         source = grammar_source(spec)
-        with self._lock:
-            if (found := self._kept.get(source)) is not None:
-                self._kept.move_to_end(source)
-                return found
         grammar = self._compile(source)
         with self._lock:
             self._kept[source] = grammar
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-        return grammar
+        return CompiledOutputs(**vars(spec), compiled=grammar)
+
+    def find(self, spec: StructuredOutputs) -> CompiledOutputs | None:
+        """Find a grammar among those kept; quick."""
+        source = grammar_source(spec)
+        with self._lock:
+            if (grammar := self._kept.get(source)) is None:
+                return None
+            self._kept.move_to_end(source)
+        return CompiledOutputs(**vars(spec), compiled=grammar)
 
     def _compile(self, source: str) -> Grammar:
         start = time.monotonic()

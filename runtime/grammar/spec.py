@@ -68,8 +68,13 @@ def read_structured_outputs(value: Any) -> StructuredOutputs:
     content = True if kind == "json_object" else read(kind, getattr(value, kind))
     if value.whitespace_pattern is not None:
         _text("whitespace_pattern", value.whitespace_pattern)
-    rest = {one.name: getattr(value, one.name) for one in fields(value) if one.name not in KINDS}
-    return StructuredOutputs(**{kind: content}, **rest)
+    rest: dict[str, Any] = {
+        one.name: getattr(value, one.name)
+        for one in fields(StructuredOutputs)
+        if one.name not in KINDS
+    }
+    rest[kind] = content
+    return StructuredOutputs(**rest)
 
 
 def _from_mapping(given: Mapping[Any, Any]) -> StructuredOutputs:

@@ -38,6 +38,7 @@ class GrammarState:
 
     Attributes:
         is_thinking: Whether the grammar has not begun.
+        has_ended: Whether an end token has come.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class GrammarState:
         self._end_think, self.is_thinking = end_think, end_think is not None
         self._forced: list[int] | None = None  # None = not looked for
         self._known: NDArray[np.bool_] | None = None  # what the library takes
-        self._has_ended = False
+        self.has_ended = False
 
     def copy(self) -> GrammarState:
         """A state that goes its own way."""
@@ -59,7 +60,7 @@ class GrammarState:
     @property
     def is_over(self) -> bool:
         """Whether nothing can follow, not even an end token."""
-        return self._has_ended or (not self._ends and self._is_complete)
+        return self.has_ended or (not self._ends and self._is_complete)
 
     def forced(self) -> int | None:
         """The only token that may come; None where there are several.
@@ -67,7 +68,7 @@ class GrammarState:
         Raises:
             UsageError: the grammar is too complex to follow.
         """
-        if self.is_thinking or self._has_ended:
+        if self.is_thinking or self.has_ended:
             return None
         if self._forced is None:
             self._forced = self._find_forced()
@@ -81,7 +82,7 @@ class GrammarState:
             may_end: Whether the text has the tokens that it must have. Where the grammar leaves
                 nothing else, it may end all the same.
         """
-        if self._has_ended or token == self._vocabulary.mask_token_id:
+        if self.has_ended or token == self._vocabulary.mask_token_id:
             return False
         if token in self._ends:
             return self._may_end(may_end)
@@ -123,7 +124,7 @@ class GrammarState:
         rest = self._forced
         self._forced, self._known = None, None
         if token in self._ends:
-            self._has_ended = True
+            self.has_ended = True
         elif self.is_thinking:
             self.is_thinking = token != self._end_think
         else:

@@ -65,7 +65,8 @@ class TokenTable:
         return b"".join(self.tokens[token] if token < known else b"\xff" for token in ids)
 
     def _longest_first(self, data: bytes) -> list[int]:
-        ids, start = [], 0
+        ids: list[int] = []
+        start = 0
         while start < len(data):
             ends = range(min(len(data), start + self._longest), start, -1)
             end = next((end for end in ends if data[start:end] in self.ids), None)

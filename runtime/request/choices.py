@@ -86,11 +86,12 @@ class ChoiceReader:
         return {"threshold": DEFAULT_MARGIN} if sampler == "margin" else {}
 
     def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Add the tokenizer's ``</think>`` where a thinking budget names no token."""
-        if (
-            options.get("max_thinking_tokens") is None
-            or options.get("end_think_token_id") is not None
-        ):
+        """Add the tokenizer's ``</think>`` where it is needed and not named."""
+        asked = options.get("structured_outputs")
+        is_needed = options.get("max_thinking_tokens") is not None or (
+            asked is not None and asked.after_thinking
+        )
+        if not is_needed or options.get("end_think_token_id") is not None:
             return options
         return {**options, "end_think_token_id": self._parts.codec.token_id(END_THINK)}
 
