@@ -39,7 +39,7 @@ def usual_way(folder: Path) -> None:
 
     from trimode.formats.contract import cache_specs
     from trimode.graphs.checkpoint import describe_model, open_checkpoint
-    from trimode.graphs.decoder.roles import build_role
+    from trimode.graphs.decoder.modules import build_module
     from trimode.graphs.decoder.trunk import TriModeTrunk
 
     checkpoint = open_checkpoint(folder / "checkpoint")
@@ -61,7 +61,7 @@ def usual_way(folder: Path) -> None:
         batch, rows = Dim("batch", min=1), Dim("rows", min=3)
         shapes = ({0: batch, 1: rows}, {0: batch}, {0: batch}, [{0: batch} for _ in past])
         exported = torch.export.export(
-            build_role("ar", trunk.eval()),
+            build_module("ar", trunk.eval()),
             (ids, lengths, lengths, past),
             strict=False,
             dynamic_shapes=shapes,
@@ -110,11 +110,11 @@ def our_way(folder: Path) -> None:
     from trimode.compiler.tensorrt.builder import EngineJob, build_engine
     from trimode.compiler.tensorrt.profiles import plan_profiles
     from trimode.graphs.checkpoint import describe_model, open_checkpoint
-    from trimode.graphs.decoder.trace import trace_role
+    from trimode.graphs.decoder.trace import trace_graph
 
     checkpoint = open_checkpoint(folder / "checkpoint")
     model = describe_model(checkpoint, MAX_LENGTH)
-    graph = trace_role("ar", checkpoint.config, model, None)
+    graph = trace_graph("ar", checkpoint.config, model, None)
     _tell("trace")
     lowered = lower(
         graph, StaticCacheCapacity(model.num_positions), ComputeType("bfloat16"), WeightsToInputs()

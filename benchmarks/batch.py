@@ -34,10 +34,10 @@ class CountingSession(OrtSession):
 
     forwards = tokens = 0
 
-    def _run(self, role: Any, cache: Any, rows: range, input_ids: Any, *rest: Any) -> Any:
+    def _run(self, graph_name: Any, cache: Any, rows: range, input_ids: Any, *rest: Any) -> Any:
         self.forwards += 1
         self.tokens += input_ids.size
-        return super()._run(role, cache, rows, input_ids, *rest)
+        return super()._run(graph_name, cache, rows, input_ids, *rest)
 
 
 def runners(model: TriModeModel) -> dict[str, Callable[[list[list[int]]], list[Generation]]]:

@@ -68,8 +68,8 @@ def measure_memory(folder: Path, name: str) -> dict[str, Any]:
     model = TriModeModel.from_pretrained(folder / name, num_threads=2)
     loaded = time.perf_counter() - start
     session, cache = model.session, model.session.new_cache()
-    for role, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
-        session.run(role, cache, np.arange(rows)[None] * 7 + 200, 100)
+    for graph_name, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
+        session.run(graph_name, cache, np.arange(rows)[None] * 7 + 200, 100)
     return {
         "load_s": loaded,
         "pack_bytes": model.bundle.chosen.weight_bytes,

@@ -60,8 +60,8 @@ class Stopwatch:
 
     def __init__(self, model: TriModeModel) -> None:
         self.seconds, self.forwards = 0.0, 0
-        for role, session in model.session.sessions.items():  # type: ignore[attr-defined]
-            model.session.sessions[role] = self._watched(session)  # type: ignore[attr-defined]
+        for graph_name, session in model.session.sessions.items():  # type: ignore[attr-defined]
+            model.session.sessions[graph_name] = self._watched(session)  # type: ignore[attr-defined]
 
     def _watched(self, session: Any) -> Any:
         watch = self

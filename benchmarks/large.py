@@ -19,7 +19,7 @@ from benchmarks.build_scale import write_sparse_checkpoint
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.formats.calibration import SCHEMA_VERSION, Calibration, save_calibration
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.manifest import Manifest
 from trimode.formats.plans import PlanRecord
 from trimode.graphs.checkpoint import open_checkpoint
@@ -82,18 +82,18 @@ def calibration_for(
 
 def plans_of(
     checkpoint: Path, options: BuildOptions
-) -> tuple[Manifest, dict[str, dict[Role, tuple[PlanRecord, ...]]]]:
-    """Build, and delete the bundle; its manifest, and the plans by target and role."""
+) -> tuple[Manifest, dict[str, dict[GraphName, tuple[PlanRecord, ...]]]]:
+    """Build, and delete the bundle; its manifest, and the plans by target and graph."""
     bundle = checkpoint.with_name("bundle")
     try:
         result = build_bundle(checkpoint, bundle, options)
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
     plans = {
-        name: {role: engine.plans for role, engine in record.graphs.items()}
+        name: {graph_name: engine.plans for graph_name, engine in record.graphs.items()}
         for name, record in result.record.targets.items()
     }
-    missing = [name for name, roles in plans.items() if not all(roles.values())]
+    missing = [name for name, by_graph in plans.items() if not all(by_graph.values())]
     if missing:
         raise RuntimeError(f"expected plans that are understood, found none for {missing}")
     return result.manifest, plans

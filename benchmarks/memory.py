@@ -101,8 +101,8 @@ def measure_open(folder: Path) -> dict[str, Any]:
     model = TriModeModel.from_pretrained(folder / "bundle", num_threads=2)
     opened, read = time.perf_counter() - start, bytes_read() - read
     session, cache = model.session, model.session.new_cache()
-    for role, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
-        session.run(role, cache, np.full((1, rows), 5), 100)
+    for graph_name, rows in itertools.product(("ar", "draft", "verify"), (1, 32)):
+        session.run(graph_name, cache, np.full((1, rows), 5), 100)
     return {"open_s": opened, "bytes_read": read, "pss_bytes": pss_bytes() - base}
 
 

@@ -42,7 +42,7 @@ from trimode.compiler.store.cache import ContentCache
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.store.traced import traced_graph
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.manifest import CalibrationRecord, TargetRecord
 from trimode.formats.plans import UnreadPlan
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
@@ -60,14 +60,14 @@ PRECISIONS = (
     ("int8", "row"),
 )
 BEFORE = (("bf16", None), ("fp8", "tensor"), ("int8", "tensor"))
-Case = tuple[tuple[str, str | None], str, int, Role]
+Case = tuple[tuple[str, str | None], str, int, GraphName]
 
 
 def cases(*, before: bool) -> Iterator[Case]:
     """The whole grid; of the older lowering SM89 alone."""
     if before:
-        return itertools.product(BEFORE, TARGETS[:1], LENGTHS, ROLES)
-    return itertools.product(PRECISIONS, TARGETS, LENGTHS, ROLES)
+        return itertools.product(BEFORE, TARGETS[:1], LENGTHS, GRAPH_NAMES)
+    return itertools.product(PRECISIONS, TARGETS, LENGTHS, GRAPH_NAMES)
 
 
 class Grid:
@@ -78,11 +78,13 @@ class Grid:
         self._model = describe_model(checkpoint, max(LENGTHS))
         folder = usual_folder()
         kept = ContentCache(folder) if folder else None
-        self._graph = cache(lambda role: traced_graph(role, checkpoint, self._model, kept))
+        self._graph = cache(
+            lambda graph_name: traced_graph(graph_name, checkpoint, self._model, kept)
+        )
 
     def measure(self, case: Case, *, before: bool) -> dict[str, Any]:
         """What each profile of an engine moves."""
-        (precision, kind), target, length, role = case
+        (precision, kind), target, length, graph_name = case
         options = BuildOptions(
             targets=(target,), precision="bf16", max_length=length, block_lengths=(BLOCK,)
         )
@@ -90,18 +92,18 @@ class Grid:
         quantization = scales_for(self._checkpoint, precision, kind) if kind else None
         pack = plan_pack(self._checkpoint, self._model.num_positions, "bfloat16", quantization)
         model = (
-            lower_as_before(record, self._graph(role), pack.tensors)
+            lower_as_before(record, self._graph(graph_name), pack.tensors)
             if before
-            else lower_for(record, self._graph(role), pack.tensors, scales_of(quantization))
+            else lower_for(record, self._graph(graph_name), pack.tensors, scales_of(quantization))
         )
         layers = sum(t.num_bytes for name, t in pack.tensors.items() if ".layers." in name)
         facts = {"precision": precision, "scales": kind, "target": target, "length": length}
-        profiles = [dict(one) for one in compiled(record, role, model, layers)]
-        return {**facts, "graph": role, "layer_bytes": layers, "profiles": profiles}
+        profiles = [dict(one) for one in compiled(record, graph_name, model, layers)]
+        return {**facts, "graph": graph_name, "layer_bytes": layers, "profiles": profiles}
 
 
 def compiled(
-    record: TargetRecord, role: Role, model: ir.Model, layer_bytes: int
+    record: TargetRecord, graph_name: GraphName, model: ir.Model, layer_bytes: int
 ) -> Iterator[dict[str, Any]]:
     """Compile a lowered graph, and read the engine's plan."""
     assert record.compute_capability is not None
@@ -114,10 +116,10 @@ def compiled(
             packs=(),
             output=engine,
             compute_capability=record.compute_capability,
-            profiles=record.graphs[role].profiles,
+            profiles=record.graphs[graph_name].profiles,
         )
         build_engine(job, lambda _: True)
-        plans = audit_engine(engine, record.library, record.graphs[role].profiles)
+        plans = audit_engine(engine, record.library, record.graphs[graph_name].profiles)
     if isinstance(plans, UnreadPlan):
         raise RuntimeError(plans.reason)
     for plan in plans:
@@ -185,10 +187,10 @@ def grid_rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, ...
     """The worst of the capacities and scales of each precision, for each graph."""
     yield ("precision", "graph", "before, SM89", *(f"now, {target.upper()}" for target in TARGETS))
     for precision in ("bf16", "fp8", "int8"):
-        for role in ROLES:
-            chosen = {"precision": precision, "graph": role}
+        for graph_name in GRAPH_NAMES:
+            chosen = {"precision": precision, "graph": graph_name}
             now = [worst(found["now"], target=target, **chosen) for target in TARGETS]
-            yield (precision, role, worst(found["before"], **chosen), *now)
+            yield (precision, graph_name, worst(found["before"], **chosen), *now)
 
 
 def main() -> None:

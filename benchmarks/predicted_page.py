@@ -56,17 +56,17 @@ def _size_rows(measured: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _size_row(gpu: str, one: dict[str, Any]) -> tuple[str, ...]:
-    roles = one["gpus"][gpu]
-    cycle = [roles["draft"], roles["verify"]]
+    by_graph = one["gpus"][gpu]
+    cycle = [by_graph["draft"], by_graph["verify"]]
     head = (gpu, one["size"].upper(), one["precision"], f"{one['weight_bytes'] / 1e9:.1f}")
     if one["weight_bytes"] > (TARGETS[gpu].memory_gb or 0) * 1e9:
         return (*head, "does not fit", *[""] * 6)
-    floor = sum(role["weights"] + role["keys_values"] for role in cycle)
+    floor = sum(found["weights"] + found["keys_values"] for found in cycle)
     return (
         *head,
-        *(f"{roles[role]['computed_ms']:.2f}" for role in ("ar", "draft", "verify")),
-        str(sum(role["kernels"] for role in cycle)),
-        f"{sum(role['moved'] for role in cycle) / floor:.2f}",
+        *(f"{by_graph[graph_name]['computed_ms']:.2f}" for graph_name in ("ar", "draft", "verify")),
+        str(sum(found["kernels"] for found in cycle)),
+        f"{sum(found['moved'] for found in cycle) / floor:.2f}",
         f"{ar_speed(one, gpu):.0f}",
         f"{cycle_speed(one, gpu, TOKENS_PER_CYCLE[one['size']]):.0f}",
     )
@@ -79,8 +79,10 @@ def ar_speed(one: dict[str, Any], gpu: str) -> float:
 
 def cycle_speed(one: dict[str, Any], gpu: str, tokens: float) -> float:
     """Tokens per second of a draft and a verification."""
-    roles = one["gpus"][gpu]
-    return float(1e3 * tokens / (roles["draft"]["computed_ms"] + roles["verify"]["computed_ms"]))
+    by_graph = one["gpus"][gpu]
+    return float(
+        1e3 * tokens / (by_graph["draft"]["computed_ms"] + by_graph["verify"]["computed_ms"])
+    )
 
 
 def _published_rows(measured: dict[str, Any]) -> Iterator[tuple[str, ...]]:

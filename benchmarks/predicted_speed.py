@@ -24,7 +24,7 @@ from benchmarks.large import calibration_for, plans_of, sparse_checkpoint
 from benchmarks.predicted_page import write_tables
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.targets import TARGETS
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.plans import PlanRecord
 from trimode.runtime.bundle.cache_folder import usual_folder
 
@@ -32,11 +32,11 @@ NAME = "predicted_speed"
 PAGE = Path("docs/results/predicted-2026-11.md")
 GPUS = ("rtx-pro-6000", "dgx-spark", "rtx-4090")
 PRECISIONS = ("bf16", "fp8", "int4")
-ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
+GRAPH_NAMES: tuple[GraphName, ...] = ("ar", "draft", "verify")
 CAPACITY, BLOCK = 2048, 32
 PARTS = ("kernels", "weights", "keys_values", "activations", "copied")
 Counts = dict[str, dict[str, dict[str, int]]]
-"""Bytes and kernels by GPU, role and part."""
+"""Bytes and kernels by GPU, graph and part."""
 
 
 def counts_of(size: str, num_layers: int | None, precision: str) -> tuple[Counts, int]:
@@ -54,8 +54,8 @@ def counts_of(size: str, num_layers: int | None, precision: str) -> tuple[Counts
         )
         manifest, plans = plans_of(checkpoint, options)
     counts = {
-        gpu: {role: parts_of(records[0]) for role, records in roles.items()}
-        for gpu, roles in plans.items()
+        gpu: {graph_name: parts_of(records[0]) for graph_name, records in by_graph.items()}
+        for gpu, by_graph in plans.items()
     }
     return counts, manifest.precisions[manifest.first_precision].weight_bytes
 
@@ -78,11 +78,14 @@ def predict(size: str, precision: str) -> dict[str, Any]:
     depth = SIZES[size][2]
     found = {
         gpu: {
-            role: with_ms(
-                {part: scaled(one[gpu][role][part], two[gpu][role][part], depth) for part in PARTS},
+            graph_name: with_ms(
+                {
+                    part: scaled(one[gpu][graph_name][part], two[gpu][graph_name][part], depth)
+                    for part in PARTS
+                },
                 gpu,
             )
-            for role in ROLES
+            for graph_name in GRAPH_NAMES
         }
         for gpu in GPUS
     }
@@ -105,12 +108,15 @@ def check(precision: str, predictions: list[dict[str, Any]]) -> dict[str, Any]:
     )
     counts, weights = counts_of("8b", None, precision)
     rows = {
-        f"{gpu} {role}": {
-            part: {"full": counts[gpu][role][part], "scaled": scaled_ones["gpus"][gpu][role][part]}
+        f"{gpu} {graph_name}": {
+            part: {
+                "full": counts[gpu][graph_name][part],
+                "scaled": scaled_ones["gpus"][gpu][graph_name][part],
+            }
             for part in PARTS
         }
         for gpu in GPUS
-        for role in ROLES
+        for graph_name in GRAPH_NAMES
     }
     worst = max(
         abs(pair["full"] - pair["scaled"])

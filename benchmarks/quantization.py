@@ -22,12 +22,12 @@ from trimode.calib.scales.settings import QuantizeSettings
 from trimode.cli.calibrate.scales import run_calibrate
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.runtime import TriModeModel
 from trimode.runtime.text.prompts import USUAL_STYLE
 
 DEMO = Path(__file__).parents[1] / "artifacts" / "nld-tiny"
-AR_ALONE: tuple[Role, ...] = ("ar",)
+AR_ALONE: tuple[GraphName, ...] = ("ar",)
 PRECISIONS = ("fp8", "int8", "int4")
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         )
         for precision in PRECISIONS:
             calibrations: dict[str, Path | Literal["rtn"]] = {}
-            for label, modes in (("all modes", ROLES), ("ar alone", AR_ALONE)):
+            for label, modes in (("all modes", GRAPH_NAMES), ("ar alone", AR_ALONE)):
                 calibrations[label] = output = folder / f"{precision}-{'-'.join(modes)}"
                 settings = QuantizeSettings(precision, modes)
                 data = folder / "prompts.jsonl"

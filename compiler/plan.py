@@ -24,7 +24,7 @@ from trimode.compiler.tensorrt.capacities import (
 from trimode.compiler.toolchain import library_of
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import load_record
-from trimode.formats.contract import ROLES, DType, ModelInfo, Role
+from trimode.formats.contract import GRAPH_NAMES, DType, GraphName, ModelInfo
 from trimode.formats.finite import first_not_finite
 from trimode.formats.hints import TRAIN_SAMPLER
 from trimode.formats.manifest import (
@@ -60,9 +60,9 @@ class FileNames:
         """The weights."""
         return f"weights{self.suffix}.safetensors"
 
-    def graph(self, role: Role) -> str:
+    def graph(self, graph_name: GraphName) -> str:
         """A portable graph."""
-        return f"{role}{self.suffix}.onnx"
+        return f"{graph_name}{self.suffix}.onnx"
 
     def target(self, name: str) -> str:
         """The folder of a target's engines or graphs."""
@@ -75,7 +75,7 @@ class BuildPlan:
 
     Attributes:
         dtype: Type of the weights that are not quantized; GPUs compute in it.
-        roles: Graphs of the bundle.
+        graph_names: Graphs of the bundle.
         quantization: Scales of the other weights; None where there are none, or where they are in
             the bundle that is added to.
         names: Names of the precision's files.
@@ -87,7 +87,7 @@ class BuildPlan:
     options: BuildOptions
     checkpoint: Checkpoint
     model: ModelInfo
-    roles: tuple[Role, ...]
+    graph_names: tuple[GraphName, ...]
     precision: PrecisionName
     dtype: DType
     quantization: Quantization | None
@@ -137,7 +137,7 @@ def make_plan(
         else base.model.max_length
     )
     model = describe_model(checkpoint, max_length)
-    roles, is_quantized = _plan_roles(options, base), precision not in DTYPES
+    graph_names, is_quantized = _plan_graphs(options, base), precision not in DTYPES
     widens_int8 = _widens_int8(precision, quantization, base)
     holds_weights = precision == "int4" or widens_int8
     is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
@@ -150,7 +150,7 @@ def make_plan(
             model,
             dtype,
             names,
-            roles,
+            graph_names,
             is_quantized=is_quantized,
             one_row=not widens_int8,
             joint=holds_weights,
@@ -163,7 +163,7 @@ def make_plan(
         options,
         checkpoint,
         model,
-        roles,
+        graph_names,
         precision,
         dtype,
         quantization,
@@ -180,7 +180,7 @@ def plan_target(
     model: ModelInfo,
     dtype: DType,
     names: FileNames,
-    roles: tuple[Role, ...] = ROLES,
+    graph_names: tuple[GraphName, ...] = GRAPH_NAMES,
     *,
     is_quantized: bool = False,
     one_row: bool = True,
@@ -191,16 +191,16 @@ def plan_target(
     ``joint`` makes one engine of ``ar``, ``draft`` and ``verify`` where engines hold weights.
     """
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, dtype, names, roles, is_quantized=is_quantized)
+        return _plan_onnxruntime(target, dtype, names, graph_names, is_quantized=is_quantized)
     shortest = min(lengths_of_blocks(options, model))
-    if "quadratic" in roles and shortest > model.max_quadratic_length:
+    if "quadratic" in graph_names and shortest > model.max_quadratic_length:
         raise UsageError(
             f"expected, with `quadratic`, a block length up to {model.max_quadratic_length},"
             f" found {shortest}",
             "pass a shorter one in `block_lengths`, or leave `quadratic` out",
         )
     folder = names.target(target.name)
-    largest = plan_engines(options, model, roles, folder, one_row=one_row)
+    largest = plan_engines(options, model, graph_names, folder, one_row=one_row)
     graphs = largest.graphs
     if joint and target.backend == "tensorrt_rtx" and options.weights == "shared":
         graphs = _joined(graphs, f"{folder}/joint.engine")
@@ -215,18 +215,20 @@ def plan_target(
         library=library_of(target.backend),
         revision=lowering_revision(),
         graphs=graphs,
-        smaller=plan_smaller(options, model, roles, folder, one_row=one_row),
+        smaller=plan_smaller(options, model, graph_names, folder, one_row=one_row),
     )
 
 
-def _joined(graphs: dict[Role, EngineRecord], file: str) -> dict[Role, EngineRecord]:
-    """Make one engine of the three roles: the profiles of ``ar``, then those of both others."""
+def _joined(graphs: dict[GraphName, EngineRecord], file: str) -> dict[GraphName, EngineRecord]:
+    """Make one engine of the three graphs: the profiles of ``ar``, then those of both others."""
     first = {"ar": 0, "draft": len(graphs["ar"].profiles), "verify": len(graphs["ar"].profiles)}
     return {
-        role: EngineRecord(file=file, profiles=engine.profiles, first_profile=first[role])
-        if role in first
+        graph_name: EngineRecord(
+            file=file, profiles=engine.profiles, first_profile=first[graph_name]
+        )
+        if graph_name in first
         else engine
-        for role, engine in graphs.items()
+        for graph_name, engine in graphs.items()
     }
 
 
@@ -243,10 +245,10 @@ def _widens_int8(
     return calibration is not None and calibration.scales_sha256 is None
 
 
-def _plan_roles(options: BuildOptions, base: Manifest | None) -> tuple[Role, ...]:
+def _plan_graphs(options: BuildOptions, base: Manifest | None) -> tuple[GraphName, ...]:
     """Take the graphs of the base bundle, or those asked for."""
     if base is None:
-        return (*ROLES, "quadratic") if options.quadratic else ROLES
+        return (*GRAPH_NAMES, "quadratic") if options.quadratic else GRAPH_NAMES
     if options.quadratic and "quadratic" not in base.contracts:
         raise UsageError(
             "expected a bundle with the graph of quadratic self-speculation, found one without",
@@ -326,7 +328,12 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
 
 
 def _plan_onnxruntime(
-    target: Target, dtype: DType, names: FileNames, roles: tuple[Role, ...], *, is_quantized: bool
+    target: Target,
+    dtype: DType,
+    names: FileNames,
+    graph_names: tuple[GraphName, ...],
+    *,
+    is_quantized: bool,
 ) -> TargetRecord:
     """On a CPU everything is computed in float32.
 
@@ -345,10 +352,12 @@ def _plan_onnxruntime(
         library=library_of("onnxruntime"),
         revision=None if portable else lowering_revision(),
         graphs={
-            role: EngineRecord(
-                file=names.graph(role) if portable else f"{names.target(target.name)}/{role}.onnx"
+            graph_name: EngineRecord(
+                file=names.graph(graph_name)
+                if portable
+                else f"{names.target(target.name)}/{graph_name}.onnx"
             )
-            for role in roles
+            for graph_name in graph_names
         },
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trimode.errors import UsageError
-from trimode.formats.contract import ROLES, ModelInfo, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName, ModelInfo
 from trimode.runtime.decode.options import make_options
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Generation, Stream
@@ -108,12 +108,12 @@ class FakeCache:
 
 
 class FakeSession:
-    """Runs the roles on such slots.
+    """Runs the graphs on such slots.
 
     Attributes:
-        on_use: Called with what is about to happen: a role, ``copy``, ``export``, ``import``; may
+        on_use: Called with what is about to happen: a graph, ``copy``, ``export``, ``import``; may
             raise, and then slots behind the valid ones are garbage.
-        log: Role, rows, tokens a row and capacity of each forward.
+        log: Graph, rows, tokens a row and capacity of each forward.
         now: Seconds that all forwards have taken, by a rule.
     """
 
@@ -124,14 +124,16 @@ class FakeSession:
     def __init__(self, free_tokens: int = 8) -> None:
         self.free_tokens = free_tokens
         self.on_use: Callable[[str], None] | None = None
-        self.log: list[tuple[Role, int, int, int]] = []
+        self.log: list[tuple[GraphName, int, int, int]] = []
         self.now = 0.0
 
     def check(self, what: str) -> None:
         if self.on_use is not None:
             self.on_use(what)
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """Any will do."""
 
     def close(self) -> None:
@@ -152,15 +154,20 @@ class FakeSession:
         return FakeCache(self, num_rows)
 
     def run(
-        self, role: Role, cache: Any, ids: Any, past_length: int, drafter_scale: float = 0.0
+        self,
+        graph_name: GraphName,
+        cache: Any,
+        ids: Any,
+        past_length: int,
+        drafter_scale: float = 0.0,
     ) -> tuple[Any, ...]:
         cache.reserve(past_length + ids.shape[1])
         past, real = np.array([past_length]), np.array([ids.shape[1]])
-        return self.run_rows(role, cache, range(1), ids, past, real, drafter_scale)
+        return self.run_rows(graph_name, cache, range(1), ids, past, real, drafter_scale)
 
     def run_rows(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: Any,
         rows: range,
         ids: Any,
@@ -168,30 +175,32 @@ class FakeSession:
         real: Any,
         drafter_scale: float = 0.0,
     ) -> tuple[Any, ...]:
-        self.log.append((role, len(rows), ids.shape[1], cache.capacity))
+        self.log.append((graph_name, len(rows), ids.shape[1], cache.capacity))
         self.now += 1e-3 * (1 + ids.size * cache.capacity / 256)
         try:
-            self.check(role)
+            self.check(graph_name)
         except Exception:
             for row, start in zip(rows, past, strict=True):
                 cache.slots[row, start:] = -77
             raise
         found = [
-            self._row(role, cache.slots[row], ids[i], int(past[i]), int(real[i]), drafter_scale)
+            self._row(
+                graph_name, cache.slots[row], ids[i], int(past[i]), int(real[i]), drafter_scale
+            )
             for i, row in enumerate(rows)
         ]
         return tuple(np.array(output) for output in zip(*found, strict=True))
 
     def _row(
-        self, role: Role, slots: Any, ids: Any, past: int, real: int, scale: float
+        self, graph_name: GraphName, slots: Any, ids: Any, past: int, real: int, scale: float
     ) -> tuple[Any, ...]:
         assert past + len(ids) <= min(len(slots), MODEL.num_positions), "beyond the cache"
-        slots[past : past + len(ids)] = slots_of(ids, past, scale + 0.5 * (role == "draft"))
-        if role == "draft":
+        slots[past : past + len(ids)] = slots_of(ids, past, scale + 0.5 * (graph_name == "draft"))
+        if graph_name == "draft":
             return _candidates(slots[:past], ids, past)
         logits = logits_of(states_of(slots[: past + len(ids)])[past:])
         greedy = logits.argmax(-1)
-        if role == "ar":
+        if graph_name == "ar":
             return greedy[real - 1], logits[real - 1]
         accepted = next((i for i in range(len(ids) - 1) if ids[i + 1] != greedy[i]), len(ids) - 1)
         return greedy, accepted, logits

@@ -16,7 +16,7 @@ from filelock import FileLock
 from trimode.compiler.stages import trace
 from trimode.compiler.store import traced
 from trimode.compiler.store.cache import ContentCache
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.graphs.checkpoint import Checkpoint
 
 _RECORD = ".digests.json"
@@ -84,35 +84,43 @@ class TracedOnce:
         patch.setattr(trace, "traced_graph", self.traced_graph)
         patch.setattr(traced, "_trace", self.trace)
 
-    def graph(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    def graph(self, graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
         """A graph of the caller's own, with or without a build."""
-        return self._shared(role, checkpoint, model).clone()
+        return self._shared(graph_name, checkpoint, model).clone()
 
     def fill(
-        self, kept: ContentCache, checkpoint: Checkpoint, model: ModelInfo, roles: Iterable[Role]
+        self,
+        kept: ContentCache,
+        checkpoint: Checkpoint,
+        model: ModelInfo,
+        graph_names: Iterable[GraphName],
     ) -> None:
         """Put graphs into a cache of the test's own."""
-        for role in roles:
-            self.traced_graph(role, checkpoint, model, kept)
+        for graph_name in graph_names:
+            self.traced_graph(graph_name, checkpoint, model, kept)
 
-    def anew(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    def anew(self, graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
         """As without any cache."""
-        return self._trace(role, checkpoint, model)
+        return self._trace(graph_name, checkpoint, model)
 
-    def _shared(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
-        key = traced.key_of_trace(role, checkpoint, model)
+    def _shared(self, graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+        key = traced.key_of_trace(graph_name, checkpoint, model)
         if key not in self._graphs:
-            self._graphs[key] = self._traced_graph(role, checkpoint, model, self._kept)
+            self._graphs[key] = self._traced_graph(graph_name, checkpoint, model, self._kept)
         return self._graphs[key]
 
     def traced_graph(
-        self, role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
+        self,
+        graph_name: GraphName,
+        checkpoint: Checkpoint,
+        model: ModelInfo,
+        kept: ContentCache | None,
     ) -> ir.Model:
         """What the pipeline calls. A build with a cache reads from it and writes to it, as ever."""
-        graph = self._shared(role, checkpoint, model)
-        return graph if kept is None else self._traced_graph(role, checkpoint, model, kept)
+        graph = self._shared(graph_name, checkpoint, model)
+        return graph if kept is None else self._traced_graph(graph_name, checkpoint, model, kept)
 
-    def trace(self, role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    def trace(self, graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
         """What is called for a graph that a cache lacks."""
-        graph = self._graphs.get(traced.key_of_trace(role, checkpoint, model))
-        return self._trace(role, checkpoint, model) if graph is None else graph
+        graph = self._graphs.get(traced.key_of_trace(graph_name, checkpoint, model))
+        return self._trace(graph_name, checkpoint, model) if graph is None else graph

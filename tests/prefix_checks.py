@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 
 Slots = list[NDArray[np.generic]]
 """Keys and values of a whole cache, ``(rows, heads, capacity, head size)`` each; views."""
@@ -115,7 +115,7 @@ def check_random_copies(caches: list[Any], look: Look, seed: int, steps: int) ->
             cache.import_prefix(row, 0, list(zeros))
 
 
-def check_forwards_behind_a_prefix(session: Any, roles: tuple[Role, ...]) -> None:
+def check_forwards_behind_a_prefix(session: Any, graph_names: tuple[GraphName, ...]) -> None:
     """Forwards behind a prefix that came into a row in any way are those behind one that was
     computed there, to the bit; all other slots hold garbage.
     """
@@ -137,11 +137,14 @@ def check_forwards_behind_a_prefix(session: Any, roles: tuple[Role, ...]) -> Non
             for row in range(3):
                 _spoil(cache, row, rng)
             _bring(way, cache, donor, length)
-            for role in roles:
-                block = text[:, length : length + 8] if role != "ar" else text[:, length:]
+            for graph_name in graph_names:
+                block = text[:, length : length + 8] if graph_name != "ar" else text[:, length:]
                 inputs = (block, length * one, block.shape[1] * one)
                 found, expected = (
-                    [np.array(out) for out in session.run_rows(role, c, range(r, r + 1), *inputs)]
+                    [
+                        np.array(out)
+                        for out in session.run_rows(graph_name, c, range(r, r + 1), *inputs)
+                    ]
                     for c, r in ((cache, 2), (alone, 0))
                 )
                 for ours, theirs in zip(found, expected, strict=True):

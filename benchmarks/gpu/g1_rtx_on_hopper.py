@@ -24,7 +24,7 @@ from trimode.compiler.passes.static_capacity import StaticCacheCapacity
 from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.compiler.pipeline import build_bundle
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
-from trimode.graphs.decoder.trace import trace_role
+from trimode.graphs.decoder.trace import trace_graph
 from trimode.runtime import TriModeModel
 from trimode.runtime.bundle.open import open_bundle
 from trimode.runtime.sessions.tensorrt.library import make_logger
@@ -37,7 +37,7 @@ BLOCK = np.array([[1, 10, 15, 20, 25, 30, 35, 40]])
 def lowered_verify() -> bytes:
     checkpoint = open_checkpoint(DEMO)
     model = describe_model(checkpoint)
-    graph = trace_role("verify", checkpoint.config, model, checkpoint.drafter)
+    graph = trace_graph("verify", checkpoint.config, model, checkpoint.drafter)
     return to_bytes(
         lower(
             graph,

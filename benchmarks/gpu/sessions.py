@@ -11,10 +11,10 @@ import numpy as np
 
 from benchmarks.gpu.common import median_ms
 from trimode.errors import TrimodeError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.sessions.base import Session
 
-CELLS: tuple[tuple[Role, int], ...] = (
+CELLS: tuple[tuple[GraphName, int], ...] = (
     ("ar", 1),
     ("draft", 8),
     ("verify", 8),
@@ -32,12 +32,14 @@ def forward_times(session: Session, pasts: Sequence[int], repeats: int) -> list[
     cells: list[dict[str, Any]] = []
     cache = session.new_cache()
     for past in pasts:
-        for role, rows in CELLS:
+        for graph_name, rows in CELLS:
             ids = np.full((1, rows), 5)
-            cell: dict[str, Any] = {"graph": role, "rows": rows, "past": past}
+            cell: dict[str, Any] = {"graph": graph_name, "rows": rows, "past": past}
             try:
                 cell["ms"] = median_ms(
-                    lambda role=role, ids=ids, past=past: session.run(role, cache, ids, past),
+                    lambda graph_name=graph_name, ids=ids, past=past: session.run(
+                        graph_name, cache, ids, past
+                    ),
                     lambda: None,
                     repeats,
                 )

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.auto.prior import AcceptanceHistory
 from trimode.runtime.decode.forward import Forward
@@ -106,18 +106,18 @@ class _Row:
 
     def advance(self) -> int:
         """Go on with what the forward gave; returns the tokens of it."""
-        role, num_tokens = self.forward.role, len(self.forward.token_ids)
-        if role == "draft":
+        graph_name, num_tokens = self.forward.graph_name, len(self.forward.token_ids)
+        if graph_name == "draft":
             self.policy.rows_to_verify(min(self.left, num_tokens), None)
             self.forward = _forward("verify", num_tokens)
             return 0
-        if role == "ar" and self.unread:
+        if graph_name == "ar" and self.unread:
             self.unread -= num_tokens
             if self.unread:
                 self.forward = self._chunk()
                 return 0
             count = 1
-        elif role == "ar":
+        elif graph_name == "ar":
             count = 1
             self.policy.record(1)
         else:
@@ -143,8 +143,8 @@ class _Row:
 
 
 @cache
-def _forward(role: Role, num_tokens: int) -> Forward:
-    return Forward(role, np.zeros(num_tokens, np.int64), 0)
+def _forward(graph_name: GraphName, num_tokens: int) -> Forward:
+    return Forward(graph_name, np.zeros(num_tokens, np.int64), 0)
 
 
 @dataclass
@@ -229,12 +229,12 @@ class Simulator:
         group = [self._rows[one.row] for one in choose_group(waiting, self._step)]
         if self.waits:
             group = self._detour(group)
-        role = group[0].forward.role
+        graph_name = group[0].forward.graph_name
         tokens = max(len(row.forward.token_ids) for row in group)
         cached = max(row.cached_length for row in group)
-        true_ms = self.truth.ms(role, len(group), tokens, cached) * self.slowdown(self._now)
+        true_ms = self.truth.ms(graph_name, len(group), tokens, cached) * self.slowdown(self._now)
         true_ms *= float(np.exp(self.noise * self._rng.standard_normal())) if self.noise else 1.0
-        self.table.observe(role, len(group), tokens, cached, true_ms)
+        self.table.observe(graph_name, len(group), tokens, cached, true_ms)
         self._now += true_ms
         self._step += 1
         self._outcome.num_forwards += 1
@@ -244,9 +244,9 @@ class Simulator:
 
     def _detour(self, group: list[_Row]) -> list[_Row]:
         """The rows that run first, so that they can join the chosen ones."""
-        kinds: dict[tuple[Role, int], list[_Row]] = {}
+        kinds: dict[tuple[GraphName, int], list[_Row]] = {}
         for row in self._rows:
-            kinds.setdefault((row.forward.role, len(row.forward.token_ids)), []).append(row)
+            kinds.setdefault((row.forward.graph_name, len(row.forward.token_ids)), []).append(row)
         ready = _ready(group)
         others = [
             rows for rows in kinds.values() if rows[0] not in group and self._joins(rows, ready)
@@ -257,12 +257,12 @@ class Simulator:
     def _joins(self, rows: list[_Row], ready: ReadyRows) -> bool:
         """Whether rows will wait for the ready forward after their present one."""
         forward = rows[0].forward
-        if forward.role == "draft":
-            return (ready.role, ready.tokens) == ("verify", len(forward.token_ids))
+        if forward.graph_name == "draft":
+            return (ready.graph_name, ready.tokens) == ("verify", len(forward.token_ids))
         if not rows[0].is_cyclic:
             return False
         length = self._plan.length_of(rows[0].key)
-        return (ready.role, ready.tokens) == ("ar" if length == AR_STEP else "draft", length)
+        return (ready.graph_name, ready.tokens) == ("ar" if length == AR_STEP else "draft", length)
 
     def _num_active(self) -> int:
         return len(self._rows) + sum(at <= self._now for at, *_ in self._queue)
@@ -286,4 +286,4 @@ class Simulator:
 def _ready(rows: Sequence[_Row]) -> ReadyRows:
     tokens = max(len(row.forward.token_ids) for row in rows)
     cached = max(row.cached_length for row in rows)
-    return ReadyRows(rows[0].forward.role, len(rows), tokens, cached)
+    return ReadyRows(rows[0].forward.graph_name, len(rows), tokens, cached)

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS
 from trimode.compiler.targets import TARGETS
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.auto.timings import read_timings
 from trimode.runtime.engine.load.cost_table import Cell, CostTable
 
@@ -122,7 +122,7 @@ def _table(ms: object) -> CostTable:
     def cells(tokens: tuple[int, ...]) -> list[Cell]:
         return [Cell(n, k, c, ms(n, k, c)) for n in ROWS for k in tokens for c in CACHED]
 
-    found: dict[Role, list[Cell]] = {
+    found: dict[GraphName, list[Cell]] = {
         "ar": cells((1, *PROMPT_TOKENS)),
         "draft": cells(LENGTHS),
         "verify": cells(LENGTHS),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from trimode.calib.reference.torch_session import TorchCache, TorchSession
-from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.contract import GraphName, Mode, ModelInfo
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
 from trimode.runtime.decode.forward import NotFiniteError
@@ -35,7 +35,7 @@ class BlockForward(NamedTuple):
     ``ids`` are L tokens after the first ``past_length`` of the text.
     """
 
-    role: Role
+    graph_name: GraphName
     ids: Text
     past_length: int
     drafter_scale: float
@@ -47,7 +47,7 @@ class ReplayedForward(NamedTuple):
     ``first_logits_row`` is the first of its rows that the head reads.
     """
 
-    role: Role
+    graph_name: GraphName
     ids: Text
     past_length: int
     drafter_scale: float
@@ -64,32 +64,32 @@ class Episode:
 
 
 class RecordingSession(TorchSession):
-    """Remembers the blocks that it ran in some of the roles.
+    """Remembers the blocks that it ran in some of the graphs.
 
     Attributes:
         failure: First error of numbers that were not finite; the text ends there.
     """
 
-    def __init__(self, trunk: TriModeTrunk, roles: Sequence[Role]) -> None:
+    def __init__(self, trunk: TriModeTrunk, graph_names: Sequence[GraphName]) -> None:
         super().__init__(trunk)
-        self._roles = roles
+        self._graph_names = graph_names
         self._blocks: list[BlockForward] = []
         self.failure: NotFiniteError | None = None
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Run a role, and record the forward of a draft or verification."""
-        if role != "ar" and role in self._roles:
+        """Run a graph, and record the forward of a draft or verification."""
+        if graph_name != "ar" and graph_name in self._graph_names:
             self._blocks.append(
-                BlockForward(role, input_ids[0].tolist(), past_length, drafter_scale)
+                BlockForward(graph_name, input_ids[0].tolist(), past_length, drafter_scale)
             )
-        return super().run(role, cache, input_ids, past_length, drafter_scale)
+        return super().run(graph_name, cache, input_ids, past_length, drafter_scale)
 
     def take(self) -> tuple[BlockForward, ...]:
         """Return the blocks since the last call."""
@@ -97,15 +97,15 @@ class RecordingSession(TorchSession):
         return taken
 
 
-def decoders_for(roles: Sequence[Role]) -> tuple[Mode, ...]:
+def decoders_for(graph_names: Sequence[GraphName]) -> tuple[Mode, ...]:
     """List the modes that bring about the rows of these graphs.
 
     Diffusion denoises, self-speculation drafts with the adapter and verifies.
     """
     chosen: list[Mode] = ["ar"]
-    if "draft" in roles:
+    if "draft" in graph_names:
         chosen.append("diffusion")
-    if "draft" in roles or "verify" in roles:
+    if "draft" in graph_names or "verify" in graph_names:
         chosen.append("linear_spec")
     return tuple(chosen)
 
@@ -114,12 +114,12 @@ def answer(
     session: RecordingSession,
     model: ModelInfo,
     text: Text,
-    roles: Sequence[Role],
+    graph_names: Sequence[GraphName],
     max_new_tokens: int,
 ) -> list[Episode]:
-    """Answer a text in each mode that the roles need."""
+    """Answer a text in each mode that the graphs need."""
     episodes = []
-    for mode in decoders_for(roles):
+    for mode in decoders_for(graph_names):
         sequence = DecodedSequence(session, model, text)
         options = DecodeOptions(
             max_new_tokens=max_new_tokens, block_length=model.block_size, threshold=THRESHOLDS[mode]
@@ -169,18 +169,18 @@ def pattern_for(forward: ReplayedForward, text: TorchCache) -> TorchCache:
 
     The text's own chunks fill ``text``. Blocks read what lies before them and leave it alone.
     """
-    if forward.role == "ar":
+    if forward.graph_name == "ar":
         return text
     before = TorchCache.of(
         [(k[:, :, : forward.past_length], v[:, :, : forward.past_length]) for k, v in text.layers]
     )
-    before.writes_cache, before.is_causal = False, forward.role != "draft"
+    before.writes_cache, before.is_causal = False, forward.graph_name != "draft"
     return before
 
 
-def count_rows(episodes: Sequence[Episode]) -> dict[Role, int]:
-    """Count the tokens of all forwards, by role."""
-    counts: dict[Role, int] = {}
+def count_rows(episodes: Sequence[Episode]) -> dict[GraphName, int]:
+    """Count the tokens of all forwards, by graph."""
+    counts: dict[GraphName, int] = {}
     for forward in (forward for episode in episodes for forward in forwards_of(episode)):
-        counts[forward.role] = counts.get(forward.role, 0) + len(forward.ids)
+        counts[forward.graph_name] = counts.get(forward.graph_name, 0) + len(forward.ids)
     return counts

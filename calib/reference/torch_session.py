@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.formats.contract import ROLES, TOP_K, DType, Role
+from trimode.formats.contract import GRAPH_NAMES, TOP_K, DType, GraphName
 from trimode.graphs.checkpoint import Checkpoint, Read
 from trimode.graphs.decoder.attention import GrowingCacheAttention
 from trimode.graphs.decoder.trunk import TriModeTrunk
@@ -121,7 +121,9 @@ class TorchSession:
     def __init__(self, trunk: TriModeTrunk) -> None:
         self.trunk = trunk
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """Accept any length."""
 
     def close(self) -> None:
@@ -133,19 +135,21 @@ class TorchSession:
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Run a role; the outputs are the caller's own."""
-        return self.forward(role, cast("TorchCache", cache), input_ids, past_length, drafter_scale)
+        """Run a graph; the outputs are the caller's own."""
+        return self.forward(
+            graph_name, cast("TorchCache", cache), input_ids, past_length, drafter_scale
+        )
 
     @torch.inference_mode()
     def forward(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: TorchCache,
         input_ids: Ids,
         past_length: int,
@@ -157,23 +161,23 @@ class TorchSession:
         ``input_length`` says how many of the rows are real where a prompt chunk is padded on the
         right.
         """
-        if role == "quadratic":
+        if graph_name == "quadratic":
             return self._quadratic(cache, input_ids, past_length)
         assert past_length <= cache.length, (past_length, cache.length)
         cache.crop(past_length)
-        cache.is_causal = role != "draft"
+        cache.is_causal = graph_name != "draft"
         ids = torch.from_numpy(np.ascontiguousarray(input_ids)).to(
             self.trunk.encoder.norm.weight.device
         )
         positions = torch.arange(past_length, past_length + ids.shape[1], device=ids.device)[None]
-        scale = drafter_scale if role == "draft" and drafter_scale else None
+        scale = drafter_scale if graph_name == "draft" and drafter_scale else None
         hidden = self.trunk(ids, positions, cache, scale)  # (1, T, hidden_size)
-        if role == "ar":
+        if graph_name == "ar":
             last = ids.shape[1] if input_length is None else input_length
             logits = self.trunk.head(hidden[:, last - 1]).float()
             return logits.argmax(-1).numpy(force=True), logits.numpy(force=True)
         logits = self.trunk.head(hidden).float()
-        if role == "verify":
+        if graph_name == "verify":
             greedy = logits.argmax(-1).numpy(force=True)
             return greedy, accepted_lengths(greedy, input_ids), logits.numpy(force=True)
         best = logits.softmax(-1).topk(min(TOP_K, logits.shape[-1]), -1)

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.runtime.decode.algorithms import Counters, decode_ar, decode_diffusion
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
@@ -115,24 +115,24 @@ class StateRecorder(SessionView):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Run a role, or give back what the same forward returned before."""
+        """Run a graph, or give back what the same forward returned before."""
         key = input_ids.tobytes()
-        if role != "draft":
+        if graph_name != "draft":
             self._notes.last_causal = input_ids[0].copy()
             if (past_length, key) not in self._notes.causal:
                 self._notes.causal[past_length, key] = self._session.run(
-                    role, cache, input_ids, past_length, drafter_scale
+                    graph_name, cache, input_ids, past_length, drafter_scale
                 )
             return self._notes.causal[past_length, key]
         if key not in self._notes.denoised:
             ids, probabilities = self._session.run(
-                role, cache, input_ids, past_length, drafter_scale
+                graph_name, cache, input_ids, past_length, drafter_scale
             )
             self._notes.denoised[key] = (
                 input_ids[0].copy(),

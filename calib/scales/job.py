@@ -182,7 +182,7 @@ class ScalesJob(
         with work.write_hidden(index + 1) as write:
             for forward, step in replay(part, episodes, hidden):
                 for name, x in step.inputs.items():
-                    statistics.observe(forward.role, name, x)
+                    statistics.observe(forward.graph_name, name, x)
                 write(step.outputs)
         statistics.check_seen()
         scales = self._find_scales(part, statistics, episodes, hidden)

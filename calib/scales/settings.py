@@ -8,7 +8,7 @@ from typing import get_args
 from trimode.calib.data.checks import check_at_least, check_device_name
 from trimode.errors import UsageError
 from trimode.formats.calibration import QuantizedPrecision
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 
 SMALLEST_BLOCK = 16
 DEFAULT_BLOCK = 128
@@ -34,7 +34,7 @@ class QuantizeSettings:
     """
 
     precision: QuantizedPrecision
-    modes: tuple[Role, ...] = ROLES
+    modes: tuple[GraphName, ...] = GRAPH_NAMES
     num_samples: int | None = None
     max_new_tokens: int = 128
     seed: int = 0
@@ -67,10 +67,10 @@ class QuantizeSettings:
         check_device_name(self.device)
 
     def _check_modes(self) -> None:
-        unknown = [mode for mode in self.modes if mode not in ROLES]
+        unknown = [mode for mode in self.modes if mode not in GRAPH_NAMES]
         if unknown or not self.modes:
             raise UsageError(
-                f"expected `modes` among {','.join(ROLES)}, "
+                f"expected `modes` among {','.join(GRAPH_NAMES)}, "
                 f"found {unknown[0] if unknown else 'none'}",
                 "separate them by commas",
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimode.errors import CheckpointError, UsageError
 from trimode.formats.calibration import QuantizedPrecision
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.graphs.numerics.integers import Floats, round_trip, scale_of
 
 LOSSLESS_DB = 200.0
@@ -38,7 +38,7 @@ class InputStatistics:
         self._sum: dict[str, Tensor] = {}
         self._num_forwards: dict[str, int] = {}
 
-    def observe(self, role: Role, name: str, x: Tensor) -> None:
+    def observe(self, graph_name: GraphName, name: str, x: Tensor) -> None:
         """Take in a layer's input ``x (rows, in)`` of one forward.
 
         Raises:
@@ -51,11 +51,11 @@ class InputStatistics:
         peak = float(largest.max())
         if not math.isfinite(peak):
             raise CheckpointError(
-                f"{name}: expected finite inputs, found {peak} in a forward of {role}",
+                f"{name}: expected finite inputs, found {peak} in a forward of {graph_name}",
                 "weights before this layer overflow or are damaged; download the checkpoint again",
             )
         seen = self.amax[name]
-        seen[role] = max(seen.get(role, 0.0), peak)
+        seen[graph_name] = max(seen.get(graph_name, 0.0), peak)
         self._largest[name] = (
             torch.maximum(self._largest[name], largest) if name in self._largest else largest
         )
@@ -68,8 +68,8 @@ class InputStatistics:
         Raises:
             UsageError: a layer has not.
         """
-        for name, by_role in self.amax.items():
-            if not any(by_role.values()):
+        for name, by_graph in self.amax.items():
+            if not any(by_graph.values()):
                 raise UsageError(
                     f"{name}: expected inputs other than zero, "
                     f"found none in {self._num_forwards.get(name, 0)} forwards",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import onnx
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.disk import disk_errors
 from trimode.formats.manifest import TargetRecord
 from trimode.runtime.bundle.open import Bundle
@@ -82,9 +82,9 @@ class Remaining:
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """Describes the optimized graph of a role; ``rows`` is what sizes are counted for."""
+    """Describes an optimized graph; ``rows`` is what sizes are counted for."""
 
-    role: Role
+    graph_name: GraphName
     rows: int
     products: tuple[Products, ...]
     remaining: tuple[Remaining, ...]
@@ -103,17 +103,19 @@ def read_cpu_graphs(bundle: Bundle, record: TargetRecord) -> list[CpuGraph]:
     mapped_bytes = bundle.chosen.weight_bytes if is_mapped else 0
     block = bundle.manifest.model.block_size
     return [
-        _read(bundle.path / engine.file, role, 1 if role == "ar" else block, mapped_bytes)
-        for role, engine in record.graphs.items()
+        _read(
+            bundle.path / engine.file, graph_name, 1 if graph_name == "ar" else block, mapped_bytes
+        )
+        for graph_name, engine in record.graphs.items()
     ]
 
 
-def _read(path: Path, role: Role, rows: int, mapped_bytes: int) -> CpuGraph:
+def _read(path: Path, graph_name: GraphName, rows: int, mapped_bytes: int) -> CpuGraph:
     source = onnx.load(path, load_external_data=False).graph
     operators = {node.op_type for node in source.node}
     optimized = _optimize(path, 0 if "MatMulNBits" in operators else mapped_bytes, operators)
     graph = _Graph(optimized, _symbols(optimized, rows))
-    return CpuGraph(role, rows, tuple(graph.products()), tuple(graph.remaining()))
+    return CpuGraph(graph_name, rows, tuple(graph.products()), tuple(graph.remaining()))
 
 
 def _optimize(path: Path, mapped_bytes: int, operators: set[str]) -> Any:

@@ -28,7 +28,7 @@ class EnginePlan:
 
     precision: str
     target: str
-    role: str
+    graph_name: str
     plan: tuple[PlanRecord, ...] | UnreadPlan
     capacity: int | None = None
 
@@ -36,12 +36,12 @@ class EnginePlan:
     def name(self) -> str:
         """For people."""
         slots = "" if self.capacity is None else f", {self.capacity} slots"
-        return f"{self.precision} {self.target} {self.role}{slots}"
+        return f"{self.precision} {self.target} {self.graph_name}{slots}"
 
     def as_data(self) -> dict[str, Any]:
         """For JSON; every ``predicted_ms`` is computed, not measured."""
         facts: dict[str, Any] = {"precision": self.precision, "target": self.target}
-        facts["graph"] = self.role
+        facts["graph"] = self.graph_name
         if self.capacity is not None:
             facts["capacity"] = self.capacity
         if isinstance(self.plan, UnreadPlan):
@@ -68,7 +68,7 @@ def read_plans(
         EnginePlan(
             name,
             target_name,
-            role,
+            graph_name,
             engine.plans or _audit(bundle, record, engine),
             capacity=one.capacity if record.smaller else None,
         )
@@ -76,7 +76,7 @@ def read_plans(
         for target_name, record in precision.targets.items()
         if carries_plans(record) and target in (None, target_name)
         for one in record.by_capacity()
-        for role, engine in one.graphs.items()
+        for graph_name, engine in one.graphs.items()
     ]
 
 

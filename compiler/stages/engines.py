@@ -13,7 +13,7 @@ import onnx_ir as ir
 from trimode.compiler.pack.layout import PackedTensor
 from trimode.compiler.passes.base import lower, to_bytes, weights
 from trimode.compiler.passes.constant_weights import digest_of
-from trimode.compiler.passes.join_roles import JoinRoles
+from trimode.compiler.passes.join_graphs import JoinGraphs
 from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.plan import BuildPlan
@@ -28,7 +28,7 @@ from trimode.compiler.tensorrt.pool import (
     build_engines,
     default_num_workers,
 )
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.graphs.numerics.integers import Floats
@@ -124,8 +124,8 @@ def write_lowered_graphs(
     """Write the graphs of ONNX Runtime's targets, named as in their records."""
     for record in plan.records.values():
         if record.backend == "onnxruntime" and record.placement == "shared":
-            for role, graph in graphs.items():
-                path = folder / record.graphs[role].file
+            for graph_name, graph in graphs.items():
+                path = folder / record.graphs[graph_name].file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(to_bytes(lower_for(record, graph, tensors)))
 
@@ -155,15 +155,17 @@ def compile_engines(
     # lowered once for each capacity, and lies beside the engines meanwhile.
     record = next(iter(records.values()))
     lowered = {
-        (one.capacity, role): _write_lowered(one, role, graph, state.tensors, scales, state.folder)
+        (one.capacity, graph_name): _write_lowered(
+            one, graph_name, graph, state.tensors, scales, state.folder
+        )
         for one in record.by_capacity()
-        for role, graph in _compiled_graphs(one, state.graphs).items()
+        for graph_name, graph in _compiled_graphs(one, state.graphs).items()
     }
     tasks = [
-        _task(plan, name, one, role, lowered[one.capacity, role], constants)
+        _task(plan, name, one, graph_name, lowered[one.capacity, graph_name], constants)
         for name, record in records.items()
         for one in record.by_capacity()
-        for capacity, role in lowered
+        for capacity, graph_name in lowered
         if capacity == one.capacity
     ]
     advance = state.progress.stage("compile engines", len(tasks) * PROGRESS_STEPS)
@@ -178,15 +180,17 @@ def compile_engines(
 
 def _compiled_graphs(record: TargetRecord, graphs: Graphs) -> Graphs:
     """The graph of each engine file; the joint one in place of ``draft``."""
-    alone = {role: graph for role, graph in graphs.items() if not record.is_joint(role)}
+    alone = {
+        graph_name: graph for graph_name, graph in graphs.items() if not record.is_joint(graph_name)
+    }
     if len(alone) == len(graphs):
         return graphs
-    return {"draft": lower(graphs["draft"], JoinRoles()), **alone}
+    return {"draft": lower(graphs["draft"], JoinGraphs()), **alone}
 
 
 def _write_lowered(
     record: TargetRecord,
-    role: Role,
+    graph_name: GraphName,
     graph: ir.Model,
     tensors: Mapping[str, PackedTensor],
     scales: Mapping[str, Floats],
@@ -197,7 +201,7 @@ def _write_lowered(
         point_into_packs(lowered, tensors, folder)
         if record.placement != "baked":
             _forget_places(lowered)
-    path = folder / f".{role}-{record.capacity}.onnx"
+    path = folder / f".{graph_name}-{record.capacity}.onnx"
     path.write_bytes(to_bytes(lowered))
     return path
 
@@ -219,14 +223,14 @@ def _task(
     plan: BuildPlan,
     name: str,
     record: TargetRecord,
-    role: Role,
+    graph_name: GraphName,
     graph: Path,
     constants: Constants | None,
 ) -> EngineTask:
     target = plan.targets[name]
     assert record.backend != "onnxruntime"
     assert record.compute_capability is not None
-    output = graph.parent / record.graphs[role].file
+    output = graph.parent / record.graphs[graph_name].file
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = record.workspace_mib << 20 if record.workspace_mib is not None else None
     job = EngineJob(
@@ -235,7 +239,7 @@ def _task(
         packs=constants.packs if constants else (),
         output=output,
         compute_capability=record.compute_capability,
-        profiles=record.profiles_in(record.graphs[role].file),
+        profiles=record.profiles_in(record.graphs[graph_name].file),
         workspace_bytes=workspace,
         timing_cache=plan.options.timing_cache,
     )

@@ -20,10 +20,10 @@ from trimode.formats.safetensors import PACKED_DTYPES
 
 def write_graphs(state: WithPack) -> None:
     """Save and check the portable graphs beside their packs."""
-    advance = state.progress.stage("write graphs", len(state.plan.roles))
+    advance = state.progress.stage("write graphs", len(state.plan.graph_names))
     with _stand_ins(state.packs, state.folder):
-        for role, graph in state.graphs.items():
-            path = state.folder / state.plan.names.graph(role)
+        for graph_name, graph in state.graphs.items():
+            path = state.folder / state.plan.names.graph(graph_name)
             save_graph(lower_portable(state.plan.dtype, graph, state.tensors), state.tensors, path)
             check_graph(path)
             state.record(path.name)

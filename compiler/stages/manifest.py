@@ -31,7 +31,9 @@ def describe_bundle(state: NewBundle) -> None:
             ),
         ),
         dtype=plan.dtype,
-        contracts={role: graph_contract(role, plan.model) for role in plan.roles},
+        contracts={
+            graph_name: graph_contract(graph_name, plan.model) for graph_name in plan.graph_names
+        },
         precisions={plan.precision: _describe_precision(state)},
         files=state.files,
         libraries=versions(LIBRARIES),
@@ -67,6 +69,6 @@ def _describe_precision(state: BuildState) -> PrecisionRecord:
         calibration=plan.quantization.record if plan.quantization else None,
         packs=tuple(path.name for path in state.packs),
         weight_bytes=sum(tensor.num_bytes for tensor in state.tensors.values()),
-        graphs={role: plan.names.graph(role) for role in plan.roles},
+        graphs={graph_name: plan.names.graph(graph_name) for graph_name in plan.graph_names},
         targets=plan.records,
     )

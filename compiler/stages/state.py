@@ -12,13 +12,13 @@ from trimode.compiler.pack.layout import PackedTensor
 from trimode.compiler.pack.writer import PackWriter
 from trimode.compiler.plan import BuildPlan
 from trimode.compiler.store.cache import ContentCache
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.files import sha256_of
 from trimode.formats.manifest import FileRecord, Manifest
 from trimode.graphs.identity import SourceDigest
 from trimode.progress import Progress
 
-Graphs = dict[Role, ir.Model]
+Graphs = dict[GraphName, ir.Model]
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Traces the graphs of a build, one a role."""
+"""Traces the graphs of a build."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from trimode.compiler.store.traced import traced_graph
 
 
 def trace_graphs(state: BuildState) -> None:
-    """Trace one graph per role, under fake tensors."""
-    advance = state.progress.stage("trace graphs", len(state.plan.roles))
-    for role in state.plan.roles:
-        state.graphs[role] = traced_graph(
-            role, state.plan.checkpoint, state.plan.model, state.cache
+    """Trace each graph, under fake tensors."""
+    advance = state.progress.stage("trace graphs", len(state.plan.graph_names))
+    for graph_name in state.plan.graph_names:
+        state.graphs[graph_name] = traced_graph(
+            graph_name, state.plan.checkpoint, state.plan.model, state.cache
         )
         advance(1)

@@ -15,40 +15,40 @@ from trimode.compiler.passes.base import lower, to_bytes
 from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.compiler.store.cache import ContentCache, key_of
 from trimode.compiler.store.fingerprint import tracing_fingerprint
-from trimode.formats.contract import ModelInfo, Role, cache_specs, graph_contract
+from trimode.formats.contract import GraphName, ModelInfo, cache_specs, graph_contract
 from trimode.graphs.checkpoint import Checkpoint
 
 
 def traced_graph(
-    role: Role, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
+    graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo, kept: ContentCache | None
 ) -> ir.Model:
-    """Trace the graph of a role, or read it from the cache.
+    """Trace a graph, or read it from the cache.
 
-    It is as :func:`trimode.graphs.decoder.trace.trace_role` makes it.
+    It is as :func:`trimode.graphs.decoder.trace.trace_graph` makes it.
     """
     if kept is None:
-        return _trace(role, checkpoint, model)
+        return _trace(graph_name, checkpoint, model)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "traced.onnx"
             kept.fetch(
-                key_of_trace(role, checkpoint, model),
+                key_of_trace(graph_name, checkpoint, model),
                 path,
-                lambda entry: _write(_trace(role, checkpoint, model), entry),
+                lambda entry: _write(_trace(graph_name, checkpoint, model), entry),
             )
-            return _read(path, role, model)
+            return _read(path, graph_name, model)
     except OSError as error:  # of the folder for temporary files: tracing reads and writes none
         kept.warn(error, Path(os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
-        return _trace(role, checkpoint, model)
+        return _trace(graph_name, checkpoint, model)
 
 
-def key_of_trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> str:
+def key_of_trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> str:
     """Digest of everything that a traced graph depends on; weights are not among it."""
-    # as trace_role: the others have no branch
-    drafter = checkpoint.drafter if role == "draft" else None
+    # as trace_graph: the others have no branch
+    drafter = checkpoint.drafter if graph_name == "draft" else None
     return key_of(
         kind="traced graph",
-        role=role,
+        role=graph_name,
         config=repr(checkpoint.config),
         model=model.model_dump(mode="json"),
         drafter=[drafter.rank, drafter.alpha] if drafter else None,
@@ -56,10 +56,10 @@ def key_of_trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> str:
     )
 
 
-def _trace(role: Role, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
-    from trimode.graphs.decoder.trace import trace_role  # brings PyTorch
+def _trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
+    from trimode.graphs.decoder.trace import trace_graph  # brings PyTorch
 
-    return trace_role(role, checkpoint.config, model, checkpoint.drafter)
+    return trace_graph(graph_name, checkpoint.config, model, checkpoint.drafter)
 
 
 def _write(graph: ir.Model, path: Path) -> None:
@@ -70,9 +70,11 @@ def _write(graph: ir.Model, path: Path) -> None:
     path.write_bytes(to_bytes(lower(graph, WeightsToInputs())))
 
 
-def _read(path: Path, role: Role, model: ModelInfo) -> ir.Model:
+def _read(path: Path, graph_name: GraphName, model: ModelInfo) -> ir.Model:
     graph = ir.load(path)
-    count = len(graph_contract(role, model).inputs) + len(cache_specs(model, "past_key_values"))
+    count = len(graph_contract(graph_name, model).inputs) + len(
+        cache_specs(model, "past_key_values")
+    )
     for value in graph.graph.inputs[count:]:
         assert value.name is not None
         graph.graph.initializers[value.name] = value

@@ -10,7 +10,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.targets import Precision
 from trimode.compiler.tensorrt.profiles import DEFAULT_BLOCK_LENGTHS, plan_capacity, plan_profiles
 from trimode.errors import UsageError
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.formats.manifest import CapacityRecord, EngineRecord
 
 _EXAMPLE = "pass for example `capacities` 2048,8192,32768"
@@ -24,7 +24,7 @@ def lengths_of_blocks(options: BuildOptions, model: ModelInfo) -> tuple[int, ...
 def plan_engines(
     options: BuildOptions,
     model: ModelInfo,
-    roles: tuple[Role, ...],
+    graph_names: tuple[GraphName, ...],
     folder: str,
     max_length: int | None = None,
     *,
@@ -35,23 +35,23 @@ def plan_engines(
     Args:
         options: Block lengths and batch.
         model: Facts that decide sizes.
-        roles: Graphs of the bundle.
+        graph_names: Graphs of the bundle.
         folder: Folder of the target in the bundle.
         max_length: Tokens of the longest text, which is part of the files' names; None = the
             model's, and plain names.
         one_row: Whether decoding may be compiled for exactly one row.
     """
     lengths = lengths_of_blocks(options, model)
-    capacity = plan_capacity(roles, model, lengths, options.max_batch, max_length)
+    capacity = plan_capacity(graph_names, model, lengths, options.max_batch, max_length)
     suffix = "" if max_length is None else f"-{max_length}"
     graphs = {
-        role: EngineRecord(
-            file=f"{folder}/{role}{suffix}.engine",
+        graph_name: EngineRecord(
+            file=f"{folder}/{graph_name}{suffix}.engine",
             profiles=plan_profiles(
-                role, model, lengths, options.max_batch, capacity, one_row=one_row
+                graph_name, model, lengths, options.max_batch, capacity, one_row=one_row
             ),
         )
-        for role in roles
+        for graph_name in graph_names
     }
     return CapacityRecord(
         max_length=max_length or model.max_length, capacity=capacity, graphs=graphs
@@ -61,7 +61,7 @@ def plan_engines(
 def plan_smaller(
     options: BuildOptions,
     model: ModelInfo,
-    roles: tuple[Role, ...],
+    graph_names: tuple[GraphName, ...],
     folder: str,
     *,
     one_row: bool = True,
@@ -76,7 +76,7 @@ def plan_smaller(
         return ()
     check_capacities(options, model)
     return tuple(
-        plan_engines(options, model, roles, folder, length, one_row=one_row)
+        plan_engines(options, model, graph_names, folder, length, one_row=one_row)
         for length in options.capacities
         if length < model.max_length
     )

@@ -7,7 +7,7 @@ captured as CUDA graphs.
 
 from __future__ import annotations
 
-from trimode.formats.contract import ModelInfo, Role, slots_written
+from trimode.formats.contract import GraphName, ModelInfo, slots_written
 from trimode.formats.manifest import ProfileRecord
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 
@@ -28,7 +28,7 @@ a multiple of 256 bytes.
 
 
 def plan_capacity(
-    roles: tuple[Role, ...],
+    graph_names: tuple[GraphName, ...],
     model: ModelInfo,
     block_lengths: tuple[int, ...],
     max_batch: int = 1,
@@ -39,21 +39,23 @@ def plan_capacity(
     Whatever the graphs write behind the text has to fit.
 
     Args:
-        roles: Graphs that run over the cache.
+        graph_names: Graphs that run over the cache.
         model: Facts that decide how long blocks may be.
         block_lengths: Rows of the graphs other than ``ar``.
         max_batch: Most sequences in one forward.
         max_length: Tokens of the longest text; None = the model's.
     """
     written = (
-        slots_written(role, rows) for role in roles for rows in _lengths(role, model, block_lengths)
+        slots_written(graph_name, rows)
+        for graph_name in graph_names
+        for rows in _lengths(graph_name, model, block_lengths)
     )
     capacity = (max_length or model.max_length) + max(model.max_block_length, *written)
     return capacity if max_batch == 1 else -(-capacity // _BATCH_STEP) * _BATCH_STEP
 
 
 def plan_profiles(
-    role: Role,
+    graph_name: GraphName,
     model: ModelInfo,
     block_lengths: tuple[int, ...],
     max_batch: int,
@@ -64,7 +66,7 @@ def plan_profiles(
     """Profiles of one graph, in the engine's order.
 
     Args:
-        role: Role of the graph.
+        graph_name: Name of the graph.
         model: Facts that decide the longest prompt; a chunk is never longer.
         block_lengths: Rows of the other graphs.
         max_batch: Most sequences in one forward.
@@ -74,7 +76,7 @@ def plan_profiles(
             widens them on the way.
     """
     batch = (1, 1, max_batch)
-    if role == "ar":
+    if graph_name == "ar":
         slots = (capacity or model.num_positions) + model.head_dim
         most = 1 if one_row and slots <= _ONE_ROW_SLOTS else 2
         longest = min(model.max_length, capacity or model.max_length)
@@ -84,11 +86,12 @@ def plan_profiles(
             ProfileRecord(batch=batch, rows=(1, chunk, chunk)),
         )
     return tuple(
-        ProfileRecord(batch=batch, rows=(n, n, n)) for n in _lengths(role, model, block_lengths)
+        ProfileRecord(batch=batch, rows=(n, n, n))
+        for n in _lengths(graph_name, model, block_lengths)
     )
 
 
-def _lengths(role: Role, model: ModelInfo, block_lengths: tuple[int, ...]) -> list[int]:
+def _lengths(graph_name: GraphName, model: ModelInfo, block_lengths: tuple[int, ...]) -> list[int]:
     """Block lengths that a graph is compiled for, ascending."""
-    most = model.max_quadratic_length if role == "quadratic" else model.max_block_length
+    most = model.max_quadratic_length if graph_name == "quadratic" else model.max_block_length
     return [length for length in sorted(set(block_lengths)) if length <= most]

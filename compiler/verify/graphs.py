@@ -23,16 +23,16 @@ from trimode.compiler.verify.runners import (
     Feed,
     SessionRunner,
     TrunkRunner,
+    graph_feed,
     portable_runner,
-    role_feed,
 )
 from trimode.compiler.verify.tolerance import Tolerance
 from trimode.errors import UsageError
 from trimode.formats.contract import (
-    ROLES,
+    GRAPH_NAMES,
     GraphContract,
+    GraphName,
     ModelInfo,
-    Role,
     cache_specs,
     graph_contract,
     slots_written,
@@ -66,9 +66,9 @@ class Block:
         """Number of new tokens, T."""
         return int(self.draft_ids.shape[1])
 
-    def ids(self, role: Role) -> Ids:
-        """The input of a role."""
-        return self.draft_ids if role == "draft" else self.verify_ids
+    def ids(self, graph_name: GraphName) -> Ids:
+        """The input of a graph."""
+        return self.draft_ids if graph_name == "draft" else self.verify_ids
 
 
 def make_block(
@@ -87,29 +87,33 @@ def make_block(
     return Block(position, draft_ids, verify_ids, float(np.abs(np.asarray(logits)).max()))
 
 
-def row_counts(session: Session, role: Role, model: ModelInfo) -> list[int]:
+def row_counts(session: Session, graph_name: GraphName, model: ModelInfo) -> list[int]:
     """List 1, an odd number and the block, as far as built."""
 
     def is_built(rows: int) -> bool:
-        if role == "ar":
+        if graph_name == "ar":
             return session.max_prefill_rows is None or rows <= session.max_prefill_rows
         try:
-            session.check_block_length(rows, (role,))
+            session.check_block_length(rows, (graph_name,))
         except UsageError:
             return False
         return rows <= (
-            model.max_quadratic_length if role == "quadratic" else model.max_block_length
+            model.max_quadratic_length if graph_name == "quadratic" else model.max_block_length
         )
 
     return sorted({rows for rows in (1, ODD_ROWS, model.block_size) if is_built(rows)})
 
 
 def count_comparisons(
-    session: Session, model: ModelInfo, positions: Sequence[int], roles: Sequence[Role] = ROLES
+    session: Session,
+    model: ModelInfo,
+    positions: Sequence[int],
+    graph_names: Sequence[GraphName] = GRAPH_NAMES,
 ) -> int:
     """Count the records that :func:`compare_target` yields."""
     return len(positions) * sum(
-        len(row_counts(session, role, model)) * len(_drafter_scales(role, model)) for role in roles
+        len(row_counts(session, graph_name, model)) * len(_drafter_scales(graph_name, model))
+        for graph_name in graph_names
     )
 
 
@@ -122,7 +126,7 @@ def compare_target(
     seed: int,
     *,
     perturbed: Sequence[CachedText] = (),
-    roles: Sequence[Role] = ROLES,
+    graph_names: Sequence[GraphName] = GRAPH_NAMES,
 ) -> Iterator[GraphParity]:
     """Compare the graphs of a target's session with the trunk.
 
@@ -138,25 +142,29 @@ def compare_target(
         perturbed: Texts that the trunk reads as it rounds inputs at random within the bound. How
             far that takes it from ``reference``, times :data:`SPREAD_FACTOR`, is allowed beyond the
             tolerance.
-        roles: Graphs to compare.
+        graph_names: Graphs to compare.
     """
     rng = np.random.default_rng(seed)
-    counts = {role: row_counts(target.session, role, model) for role in roles}
+    counts = {
+        graph_name: row_counts(target.session, graph_name, model) for graph_name in graph_names
+    }
     for position in positions:
         blocks = {
             rows: make_block(reference, position, rows, model, rng)
-            for rows in sorted({n for role in roles for n in counts[role]})
+            for rows in sorted({n for graph_name in graph_names for n in counts[graph_name]})
         }
-        for role in roles:
-            contract = graph_contract(role, model)
+        for graph_name in graph_names:
+            contract = graph_contract(graph_name, model)
             runners = [
                 SessionRunner("reference", reference, contract),
                 SessionRunner("target", target, contract),
             ]
             spreading = [SessionRunner("perturbed", text, contract) for text in perturbed]
-            for block in (blocks[rows] for rows in counts[role]):
-                for scale in _drafter_scales(role, model):
-                    feed = role_feed(role, model, block.ids(role), np.array([position]), scale)
+            for block in (blocks[rows] for rows in counts[graph_name]):
+                for scale in _drafter_scales(graph_name, model):
+                    feed = graph_feed(
+                        graph_name, model, block.ids(graph_name), np.array([position]), scale
+                    )
                     yield compare_outputs(
                         "target", contract, runners, feed, block.scale, tolerance, spreading
                     )
@@ -165,7 +173,7 @@ def compare_target(
 def compare_portable(
     reference: CachedText,
     folder: Path,
-    files: dict[Role, str],
+    files: dict[GraphName, str],
     model: ModelInfo,
     position: int,
     tolerance: Tolerance,
@@ -180,7 +188,7 @@ def compare_portable(
     Args:
         reference: Text that the trunk reads.
         folder: Folder of the bundle.
-        files: Graph file of each role that is compared.
+        files: File of each graph that is compared.
         model: Facts of the bundle's model.
         position: Number of tokens in the cache of the longer sequence.
         tolerance: Tolerance of the portable graphs.
@@ -192,17 +200,23 @@ def compare_portable(
     blocks = [make_block(reference, at, ODD_ROWS, model, rng) for at in (position // 2, position)]
     past = np.array([block.position for block in blocks])
     capacity = (
-        int(past.max()) + max(slots_written(role, ODD_ROWS) for role in files) + _GARBAGE_SLOTS
+        int(past.max())
+        + max(slots_written(graph_name, ODD_ROWS) for graph_name in files)
+        + _GARBAGE_SLOTS
     )
     caches = _caches(cast("TorchCache", reference.cache), past, capacity, model, rng)
-    for role in files:
-        contract = graph_contract(role, model)
+    for graph_name in files:
+        contract = graph_contract(graph_name, model)
         trunk = cast("TorchSession", reference.session)
-        runners = _portable_runners(trunk, folder / files[role], contract, model, tolerance, guide)
-        ids = np.concatenate([block.ids(role) for block in blocks])
-        for scale in _drafter_scales(role, model):
+        runners = _portable_runners(
+            trunk, folder / files[graph_name], contract, model, tolerance, guide
+        )
+        ids = np.concatenate([block.ids(graph_name) for block in blocks])
+        for scale in _drafter_scales(graph_name, model):
             feed = {
-                **role_feed(role, model, ids, past, scale, np.array([ODD_ROWS - 2, ODD_ROWS])),
+                **graph_feed(
+                    graph_name, model, ids, past, scale, np.array([ODD_ROWS - 2, ODD_ROWS])
+                ),
                 **caches,
             }
             largest = max(block.scale for block in blocks)
@@ -226,8 +240,8 @@ def _portable_runners(
     return [graph, TrunkRunner("reference", trunk, model, contract, followed)]
 
 
-def _drafter_scales(role: Role, model: ModelInfo) -> tuple[float, ...]:
-    return (0.0, 1.0) if role == "draft" and model.has_drafter else (0.0,)
+def _drafter_scales(graph_name: GraphName, model: ModelInfo) -> tuple[float, ...]:
+    return (0.0, 1.0) if graph_name == "draft" and model.has_drafter else (0.0,)
 
 
 def _caches(

@@ -19,7 +19,7 @@ from trimode.calib.reference.torch_session import accepted_lengths
 from trimode.compiler.verify.rounding import SPREAD_FACTOR
 from trimode.compiler.verify.runners import Feed
 from trimode.compiler.verify.tolerance import Tolerance
-from trimode.formats.contract import GraphContract, Role
+from trimode.formats.contract import GraphContract, GraphName
 from trimode.formats.finite import finite_or, is_within, largest
 from trimode.formats.verification import GraphParity, IdsRecord, OutputRecord, Subject
 from trimode.runtime.sessions.base import Ids
@@ -55,7 +55,7 @@ def compare_outputs(
     """
     at = [runner.name for runner in runners].index("reference")
     with _quiet():
-        run, outputs_of, feed = _run_all(contract.role, runners, spreading, feed)
+        run, outputs_of, feed = _run_all(contract.graph_name, runners, spreading, feed)
         reference, found = outputs_of[at], outputs_of[1 - at]
         floats = [name for name, values in reference.items() if values.dtype == np.float32]
         spreads = _spreads(reference, outputs_of[len(runners) :], floats)
@@ -68,7 +68,7 @@ def compare_outputs(
     accepted = _has_accepted_length(found, feed)
     return GraphParity(
         subject=subject,
-        graph=contract.role,
+        graph=contract.graph_name,
         positions=tuple(feed["past_length"].tolist()),
         rows=feed["input_ids"].shape[1],
         use_drafter=bool(feed["drafter_scale"]) if "drafter_scale" in feed else None,
@@ -111,7 +111,7 @@ def _has_accepted_length(found: Feed, feed: Feed) -> bool | None:
 
 
 def _run_all(
-    role: Role, runners: Sequence[Any], spreading: Sequence[Any], feed: Feed
+    graph_name: GraphName, runners: Sequence[Any], spreading: Sequence[Any], feed: Feed
 ) -> tuple[Any, list[Feed], Feed]:
     """Run all on inputs that their outputs can be compared for.
 
@@ -130,7 +130,7 @@ def _run_all(
         (run,) = Comparator.run(list(runners), data_loader=[feed], streaming=True)
         outputs_of = [OrderedDict(results[0].items()) for _, results in run]
         outputs_of += [runner.infer_impl(feed) for runner in spreading]
-        if role != "quadratic" or all(
+        if graph_name != "quadratic" or all(
             (outputs["accepted_length"] == outputs_of[0]["accepted_length"]).all()
             for outputs in outputs_of
         ):

@@ -38,7 +38,7 @@ from trimode.calib.reference.fake_quant import (
     steps_of_blocks,
 )
 from trimode.calib.reference.torch_session import TorchCache, TorchSession
-from trimode.formats.contract import DType, Role
+from trimode.formats.contract import DType, GraphName
 from trimode.formats.verification import CodesRecord
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.numerics.integers import FORMATS
@@ -170,7 +170,7 @@ class DitheredSession(TorchSession):
 
     def forward(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: TorchCache,
         input_ids: Ids,
         past_length: int,
@@ -179,7 +179,9 @@ class DitheredSession(TorchSession):
     ) -> tuple[Array, ...]:
         """Run one forward, perturbed."""
         with self._guide.asking(self, self._relative):
-            return super().forward(role, cache, input_ids, past_length, drafter_scale, input_length)
+            return super().forward(
+                graph_name, cache, input_ids, past_length, drafter_scale, input_length
+            )
 
     def choose(
         self,

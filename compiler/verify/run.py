@@ -221,7 +221,7 @@ class _Comparison:
     ) -> None:
         self._model, self._text, self._position = model, text, position
         self._seed, self._progress = seed, progress
-        self._roles = tuple(model.bundle.manifest.contracts)
+        self._graph_names = tuple(model.bundle.manifest.contracts)
         num_layers = model.model.num_hidden_layers
         self.bounds: dict[Subject, Tolerance] = {
             "target": tolerance_for(_place(model).compute_dtype, num_layers),
@@ -246,7 +246,7 @@ class _Comparison:
     def tokens(self, prompts: list[TokenPrompt], max_new_tokens: int) -> list[TokenParity]:
         """Every mode's tokens after each prompt."""
         info = self._model.model
-        count = count_generations(info, len(prompts), self._roles)
+        count = count_generations(info, len(prompts), self._graph_names)
         advance = self._progress.stage("compare tokens", count)
         compared = compare_tokens(
             self._reference.session,
@@ -256,14 +256,14 @@ class _Comparison:
             max_new_tokens,
             self.bounds["target"],
             perturbed=self._reference.perturbed,
-            roles=self._roles,
+            graph_names=self._graph_names,
         )
         return _counted(compared, advance)
 
     def _target(self) -> list[GraphParity]:
         model, reference = self._model, self._reference
         positions = sorted({0, min(SHORT_POSITION, self._position), self._position})
-        count = count_comparisons(model.session, model.model, positions, self._roles)
+        count = count_comparisons(model.session, model.model, positions, self._graph_names)
         advance = self._progress.stage("compare target", count)
         compared = compare_target(
             CachedText(reference.session, self._text),
@@ -273,7 +273,7 @@ class _Comparison:
             self.bounds["target"],
             self._seed,
             perturbed=[CachedText(session, self._text) for session in reference.perturbed],
-            roles=self._roles,
+            graph_names=self._graph_names,
         )
         return _counted(compared, advance)
 

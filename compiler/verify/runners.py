@@ -25,7 +25,7 @@ from polygraphy.common import TensorMetadata
 
 from trimode.calib.reference.torch_session import TorchCache, TorchSession, led_by_causal
 from trimode.compiler.verify.rounding import GraphCodes, Guide, scales_name
-from trimode.formats.contract import GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.formats.contract import GraphContract, GraphName, ModelInfo, TensorSpec, cache_specs
 from trimode.formats.verification import CodesRecord
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 from trimode.runtime.sessions.base import Ids, Session
@@ -90,7 +90,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not type
         start = time.perf_counter()
         scale = float(feed_dict.get("drafter_scale", np.float32(0)))
         outputs = self._text.session.run(
-            self._contract.role, self._text.cache, feed_dict["input_ids"], past_length, scale
+            self._contract.graph_name, self._text.cache, feed_dict["input_ids"], past_length, scale
         )
         named = OrderedDict(
             (spec.name, np.array(output))
@@ -166,11 +166,11 @@ class TrunkRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is not typed
         ]
         cache = TorchCache.of(list(zip(tensors[::2], tensors[1::2], strict=True)))
         real = int(feed["input_length"][index]) if "input_length" in feed else None
-        if self._contract.role == "quadratic":
+        if self._contract.graph_name == "quadratic":
             return self._quadratic(cache, ids, past, index, present)
         with self._following(index):
             outputs = self._session.forward(
-                self._contract.role,
+                self._contract.graph_name,
                 cache,
                 ids,
                 past,
@@ -376,15 +376,15 @@ def metadata(specs: Iterable[TensorSpec]) -> Any:
     return meta
 
 
-def role_feed(
-    role: Role,
+def graph_feed(
+    graph_name: GraphName,
     model: ModelInfo,
     input_ids: Ids,
     past_length: Ids,
     drafter_scale: float = 0.0,
     input_length: Ids | None = None,
 ) -> Feed:
-    """Make the contract's inputs of a role.
+    """Make the contract's inputs of a graph.
 
     These are ``input_ids (B, T)``, ``past_length (B,)``, and ``input_length (B,)``: all rows if
     left out.
@@ -393,12 +393,12 @@ def role_feed(
         "input_ids": input_ids.astype(np.int64),
         "past_length": past_length.astype(np.int64),
     }
-    if role == "ar":
+    if graph_name == "ar":
         feed["input_length"] = (
             np.full(len(input_ids), input_ids.shape[1], np.int64)
             if input_length is None
             else input_length.astype(np.int64)
         )
-    if role == "draft" and model.has_drafter:
+    if graph_name == "draft" and model.has_drafter:
         feed["drafter_scale"] = np.array(drafter_scale, np.float32)
     return feed

@@ -20,7 +20,7 @@ from trimode.calib.reference.torch_session import TorchSession
 from trimode.compiler.verify.rounding import SPREAD_FACTOR
 from trimode.compiler.verify.runners import CachedText
 from trimode.compiler.verify.tolerance import Tolerance
-from trimode.formats.contract import ROLES, Mode, ModelInfo, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName, Mode, ModelInfo
 from trimode.formats.finite import finite_or, is_within, largest
 from trimode.formats.verification import TokenParity
 from trimode.runtime.decode.algorithms import ALGORITHMS, Counters
@@ -85,15 +85,15 @@ class Witness(SessionView):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
         """Run a graph, and remember what it drafted."""
-        outputs = super().run(role, cache, input_ids, past_length, drafter_scale)
-        if role == "draft":
+        outputs = super().run(graph_name, cache, input_ids, past_length, drafter_scale)
+        if graph_name == "draft":
             ids, probabilities = (np.array(output[0]) for output in outputs)
             self.denoised.append(
                 DenoiseForward(past_length, input_ids[0].copy(), ids, probabilities)
@@ -110,7 +110,7 @@ def compare_tokens(
     tolerance: Tolerance,
     *,
     perturbed: Sequence[TorchSession] = (),
-    roles: Sequence[Role] = ROLES,
+    graph_names: Sequence[GraphName] = GRAPH_NAMES,
 ) -> Iterator[TokenParity]:
     """Compare every mode's tokens with the reference's.
 
@@ -125,12 +125,12 @@ def compare_tokens(
         tolerance: Tolerance of the target.
         perturbed: Sessions of the trunk that round inputs at random within the bound; where there
             are any, tokens may part at near-ties.
-        roles: Graphs of the bundle, which decide the modes.
+        graph_names: Graphs of the bundle, which decide the modes.
     """
     for number, prompt in enumerate(prompts):
         judge = Judge(reference, model, prompt.token_ids, tolerance, perturbed)
         own_ar: Run | None = None
-        for mode, use_drafter in _ways(model, roles):
+        for mode, use_drafter in _ways(model, graph_names):
             block_length = default_block_length(mode, model)
             options = DecodeOptions(
                 max_new_tokens,
@@ -325,12 +325,16 @@ def _largest_gap(expected: DenoiseForward, found: DenoiseForward, mask_token_id:
     return largest(gaps)
 
 
-def count_generations(model: ModelInfo, num_prompts: int, roles: Sequence[Role] = ROLES) -> int:
+def count_generations(
+    model: ModelInfo, num_prompts: int, graph_names: Sequence[GraphName] = GRAPH_NAMES
+) -> int:
     """How many records :func:`compare_tokens` yields."""
-    return num_prompts * sum(2 if mode in SPECULATIVE else 1 for mode, _ in _ways(model, roles))
+    return num_prompts * sum(
+        2 if mode in SPECULATIVE else 1 for mode, _ in _ways(model, graph_names)
+    )
 
 
-def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool | None]]:
+def _ways(model: ModelInfo, graph_names: Sequence[GraphName]) -> Iterator[tuple[Mode, bool | None]]:
     """Yield modes with the drafter on, off or None; ar comes first."""
     yield from (("ar", None), ("diffusion", None))
     yield from (
@@ -338,7 +342,7 @@ def _ways(model: ModelInfo, roles: Sequence[Role]) -> Iterator[tuple[Mode, bool 
         if model.has_drafter
         else (("linear_spec", None),)
     )
-    if "quadratic" in roles:
+    if "quadratic" in graph_names:
         yield "quadratic_spec", None
 
 

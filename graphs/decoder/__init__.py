@@ -1,1 +1,1 @@
-"""Defines the decoder: trunk, attention, positions, role graphs, tracing."""
+"""Defines the decoder: trunk, attention, positions, graphs, tracing."""

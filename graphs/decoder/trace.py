@@ -1,4 +1,4 @@
-"""Traces a role into an ONNX graph (opset 24) under fake tensors.
+"""Traces a module into an ONNX graph (opset 24) under fake tensors.
 
 No weight is read and none is allocated.
 
@@ -20,11 +20,11 @@ from onnx_ir.passes import common as passes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trimode.formats.contract import ModelInfo, Role, TensorSpec, cache_specs, graph_contract
+from trimode.formats.contract import GraphName, ModelInfo, TensorSpec, cache_specs, graph_contract
 from trimode.graphs.adapter import Drafter
 from trimode.graphs.config import ModelConfig
 from trimode.graphs.decoder.attention import OPSET
-from trimode.graphs.decoder.roles import build_role
+from trimode.graphs.decoder.modules import build_module
 from trimode.graphs.decoder.trunk import TriModeTrunk
 
 IR_VERSION = 11
@@ -37,13 +37,13 @@ _EXAMPLE_SIZES = {"batch": 2, "rows": 5, "capacity": 64}
 _LEAST_SIZES = {"rows": 3}
 
 
-def trace_role(
-    role: Role, config: ModelConfig, model: ModelInfo, drafter: Drafter | None = None
+def trace_graph(
+    graph_name: GraphName, config: ModelConfig, model: ModelInfo, drafter: Drafter | None = None
 ) -> ir.Model:
-    """Trace one role.
+    """Trace one graph.
 
     Args:
-        role: Graph to trace.
+        graph_name: Graph to trace.
         config: Sizes of the model, and its rope.
         model: Facts of the contract; they decide ``num_positions``.
         drafter: Shape of the adapter; only the draft graph has its branch.
@@ -53,12 +53,12 @@ def trace_role(
         and shape but no value,
         except small constants of the graph itself.
     """
-    drafter = drafter if role == "draft" else None
-    contract = graph_contract(role, model)
+    drafter = drafter if graph_name == "draft" else None
+    contract = graph_contract(graph_name, model)
     inputs = (*contract.inputs, *cache_specs(model, "past_key_values"))
     outputs = (*contract.outputs, *cache_specs(model, "present"))
     with quiet_exporter():
-        exported = _export(role, config, model, drafter, contract.inputs)
+        exported = _export(graph_name, config, model, drafter, contract.inputs)
         program = torch.onnx.export(
             exported,
             dynamo=True,
@@ -70,20 +70,20 @@ def trace_role(
         )
         assert program is not None
         traced = program.model
-        _tidy(traced, role)
+        _tidy(traced, graph_name)
     declare(traced.graph.inputs, inputs)
     declare(traced.graph.outputs, outputs)
     return traced
 
 
 def _export(
-    role: Role,
+    graph_name: GraphName,
     config: ModelConfig,
     model: ModelInfo,
     drafter: Drafter | None,
     inputs: tuple[TensorSpec, ...],
 ) -> torch.export.ExportedProgram:
-    """Export the role on fake tensors, the contract's symbolic dimensions dynamic."""
+    """Export the module on fake tensors, the contract's symbolic dimensions dynamic."""
     dims = {name: torch.export.Dim(name, min=_LEAST_SIZES.get(name, 1)) for name in _EXAMPLE_SIZES}
 
     def example(spec: TensorSpec) -> Tensor:
@@ -105,17 +105,20 @@ def _export(
         shapes: list[dict[int, torch.export.Dim] | list[dict[int, torch.export.Dim]] | None] = [
             dynamic(spec) for spec in inputs
         ]
-        if role == "draft" and drafter is None:
+        if graph_name == "draft" and drafter is None:
             args.append(None)
             shapes.append(None)
         args.append([example(spec) for spec in caches])
         shapes.append([dynamic(spec) for spec in caches])
         return torch.export.export(
-            build_role(role, trunk.eval()), tuple(args), strict=False, dynamic_shapes=tuple(shapes)
+            build_module(graph_name, trunk.eval()),
+            tuple(args),
+            strict=False,
+            dynamic_shapes=tuple(shapes),
         )
 
 
-def _tidy(model: ir.Model, role: Role) -> None:
+def _tidy(model: ir.Model, graph_name: GraphName) -> None:
     """Name initializers as the checkpoint does, and fold shape arithmetic.
 
     No leftovers of the exporter stay.
@@ -126,7 +129,7 @@ def _tidy(model: ir.Model, role: Role) -> None:
             value.name = name.removeprefix("trunk.")
             value.const_value = None
             model.graph.initializers[value.name] = value
-    clean(model, role)
+    clean(model, graph_name)
 
 
 def clean(model: ir.Model, name: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.disk import what_is_wrong
 from trimode.formats.files import replace_text
 from trimode.formats.hints import BENCH
@@ -41,7 +41,7 @@ from trimode.runtime.sessions.gpu import Gpu, find_gpu
 
 SCHEMA_VERSION = 2
 logger = logging.getLogger("trimode.runtime")
-_Key = tuple[Role, int, int, bool]
+_Key = tuple[GraphName, int, int, bool]
 
 
 class ForwardTime(Record):
@@ -56,7 +56,7 @@ class ForwardTime(Record):
         least_ms: of these, and so are the others; the quartiles say how much they vary.
     """
 
-    graph: Role
+    graph: GraphName
     rows: int = Field(ge=1)
     past: int = Field(ge=0)
     batch: int = Field(default=1, ge=1)

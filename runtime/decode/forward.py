@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import BundleError
-from trimode.formats.contract import Role, slots_written
+from trimode.formats.contract import GraphName, slots_written
 from trimode.formats.finite import first_not_finite
 from trimode.runtime.sessions.base import DeviceArray, Ids
 
@@ -38,7 +38,7 @@ class Forward:
         drafter_scale: of ``draft``.
     """
 
-    role: Role
+    graph_name: GraphName
     token_ids: Ids
     past_length: int
     drafter_scale: float = 0.0
@@ -46,12 +46,12 @@ class Forward:
     @property
     def end(self) -> int:
         """Slots that the cache must have."""
-        return self.past_length + slots_written(self.role, len(self.token_ids))
+        return self.past_length + slots_written(self.graph_name, len(self.token_ids))
 
 
 Outputs = tuple[Any, ...]
-"""Those of the role's contract for one text, without the batch dimension. They are good until the
-same text asks for another forward of the role, those of ``verify`` only until it asks for any or
+"""Those of the graph's contract for one text, without the batch dimension. They are good until the
+same text asks for another forward of the graph, those of ``verify`` only until it asks for any or
 commits tokens: in a batch they may lie where the next forward of another text writes its own.
 """
 
@@ -65,13 +65,13 @@ commits.
 
 Answer = Callable[[Forward], Outputs]
 
-_FLOATS: dict[Role, dict[int, str]] = {
+_FLOATS: dict[GraphName, dict[int, str]] = {
     "ar": {1: "logits"},
     "draft": {1: "probabilities"},
     "verify": {2: "logits"},
     "quadratic": {2: "logits", 4: "probabilities"},
 }
-"""Which outputs of a role are no ids, and what they are called."""
+"""Which outputs of a graph are no ids, and what they are called."""
 _HINT = (
     "run `trimode verify` on the bundle; build it in bf16 or fp32 where fp16 is too narrow for it"
 )
@@ -91,11 +91,11 @@ def ask(forward: Forward) -> Effect[Outputs]:
         NotFiniteError: one is NaN or infinite.
     """
     outputs = yield forward
-    for index, what in _FLOATS[forward.role].items():
+    for index, what in _FLOATS[forward.graph_name].items():
         values = outputs[index]
         if not isinstance(values, DeviceArray):
             _check_finite(forward, what, values)
-        elif forward.role == "ar" and forward.past_length == 0:
+        elif forward.graph_name == "ar" and forward.past_length == 0:
             read_logits(forward, values)
     return outputs
 
@@ -129,7 +129,8 @@ def _check_finite(
         first_row = 0 if values.ndim > 1 else len(forward.token_ids) - 1
     position = forward.past_length + first_row + found.offset // values.shape[-1]
     raise NotFiniteError(
-        f"graph {forward.role}: expected finite {what}, found {found.value} at position {position}",
+        f"graph {forward.graph_name}: expected finite {what}, "
+        f"found {found.value} at position {position}",
         _HINT,
     )
 

@@ -141,7 +141,7 @@ class Sequence:
         """Run a forward that this sequence asked for, over its own cache."""
         ids = forward.token_ids[None]
         outputs = self._session.run(
-            forward.role, self._cache, ids, forward.past_length, forward.drafter_scale
+            forward.graph_name, self._cache, ids, forward.past_length, forward.drafter_scale
         )
         return tuple(of_row(output, 0) for output in outputs)
 

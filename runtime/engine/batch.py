@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Mode, ModelInfo, Role, slots_written
+from trimode.formats.contract import GraphName, Mode, ModelInfo, slots_written
 from trimode.runtime.decode.arguments import checks_arguments
 from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.options import KINDS, MODE
@@ -101,7 +101,7 @@ class RowSession(SessionView):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
@@ -114,12 +114,12 @@ class RowSession(SessionView):
                 "add its tokens to the batch again",
             )
         num_tokens = input_ids.shape[1]
-        cache.reserve(past_length + slots_written(role, num_tokens))
+        cache.reserve(past_length + slots_written(graph_name, num_tokens))
         rows = range(self.row, self.row + 1)
         return keep(
-            role,
+            graph_name,
             self._batch.run_rows(
-                role,
+                graph_name,
                 cache,
                 rows,
                 input_ids,
@@ -284,7 +284,7 @@ class Batch:
         waiting = [row.waiting for row in working if row.waiting is not None]
         if waiting:
             group = choose_group(waiting, self._now)
-            fits = partial(has_room, self._cache, self._model, group[0].forward.role)
+            fits = partial(has_room, self._cache, self._model, group[0].forward.graph_name)
             self._now += 1
             for joint in join_forwards(group, self._length, fits, self._session.free_tokens):
                 self._run(joint)

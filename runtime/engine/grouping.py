@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.decode.forward import Forward
 
 PATIENCE = 4
@@ -42,7 +42,7 @@ class JointForward:
         members: the rows that have, ascending.
     """
 
-    role: Role
+    graph_name: GraphName
     drafter_scale: float
     num_tokens: int
     rows: range
@@ -63,7 +63,7 @@ def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
 
     Once a row has waited for :data:`PATIENCE` steps, its kind comes first.
     """
-    groups: dict[tuple[Role, int, float], list[Waiting]] = {}
+    groups: dict[tuple[GraphName, int, float], list[Waiting]] = {}
     for one in waiting:
         groups.setdefault(_kind(one), []).append(one)
     oldest = min(waiting, key=lambda one: one.since)
@@ -99,7 +99,7 @@ def join_forwards(
         for members in _stretches(taken, longest, length_of, fits, free_tokens):
             first = members[0].forward
             yield JointForward(
-                first.role,
+                first.graph_name,
                 first.drafter_scale,
                 longest,
                 range(members[0].row, members[-1].row + 1),
@@ -107,7 +107,7 @@ def join_forwards(
             )
 
 
-def _kind(waiting: Waiting) -> tuple[Role, int, float]:
+def _kind(waiting: Waiting) -> tuple[GraphName, int, float]:
     """Forwards of one kind may run together.
 
     Those of ``ar`` may differ in length, by less than a factor of two, which bounds the
@@ -115,8 +115,8 @@ def _kind(waiting: Waiting) -> tuple[Role, int, float]:
     """
     forward, num_tokens = waiting.forward, waiting.num_tokens
     return (
-        forward.role,
-        (num_tokens - 1).bit_length() if forward.role == "ar" else num_tokens,
+        forward.graph_name,
+        (num_tokens - 1).bit_length() if forward.graph_name == "ar" else num_tokens,
         forward.drafter_scale,
     )
 

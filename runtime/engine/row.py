@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
@@ -14,7 +14,7 @@ from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.row_policy import RowPolicy
 from trimode.runtime.sessions.base import BatchCache, Ids, KVCache, SessionView
 
-CAUSAL: tuple[Role, ...] = ("ar", "verify")
+CAUSAL: tuple[GraphName, ...] = ("ar", "verify")
 """Graphs whose K/V are worth keeping. ``commit`` runs the first."""
 
 
@@ -27,7 +27,7 @@ class EngineSession(SessionView):
 
     def run(
         self,
-        role: Role,  # noqa: ARG002
+        graph_name: GraphName,  # noqa: ARG002
         cache: KVCache,  # noqa: ARG002
         input_ids: Ids,  # noqa: ARG002
         past_length: int,  # noqa: ARG002
@@ -109,7 +109,7 @@ class EngineRow:
         forward = self.forward
         return (
             forward is not None
-            and forward.role == "ar"
+            and forward.graph_name == "ar"
             and len(forward.token_ids) - self.num_read > 1
             and forward.past_length + len(forward.token_ids) <= len(self.sequence.tokens)
         )
@@ -133,7 +133,7 @@ class EngineRow:
         if not self.num_read and len(forward.token_ids) <= most_tokens:
             return forward
         ids = forward.token_ids[self.num_read : self.num_read + most_tokens]
-        return Forward(forward.role, ids, forward.past_length + self.num_read)
+        return Forward(forward.graph_name, ids, forward.past_length + self.num_read)
 
     def read(self, num_tokens: int) -> bool:
         """Take note that a part has run; whether it was the last one."""
@@ -154,7 +154,7 @@ class EngineRow:
         answered = self.forward
         self.forward, self.num_read = None, 0
         step = self.stream.advance(outputs)
-        if outputs is not None and answered is not None and answered.role in CAUSAL:
+        if outputs is not None and answered is not None and answered.graph_name in CAUSAL:
             self.causal_length = self.sequence.cached_length
         if isinstance(step, Forward):
             self.forward, self.since = step, self.group.num_steps if self.group else 0

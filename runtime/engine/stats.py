@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.engine.handle import Handle
 
 
@@ -68,7 +68,7 @@ class EngineStats:
     failed: int
     steps: int
     failed_steps: int
-    forwards: dict[Role, int]
+    forwards: dict[GraphName, int]
     rows_per_forward: float
     prompt_tokens: int
     cached_tokens: int
@@ -91,7 +91,7 @@ class Counts:
     failed: int = 0
     steps: int = 0
     failed_steps: int = 0
-    forwards: dict[Role, int] = field(default_factory=dict)
+    forwards: dict[GraphName, int] = field(default_factory=dict)
     rows_served: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -108,9 +108,9 @@ class Counts:
             else:
                 self.failed += 1
 
-    def ran(self, role: Role, num_rows: int) -> None:
+    def ran(self, graph_name: GraphName, num_rows: int) -> None:
         """Count a forward."""
-        self.forwards[role] = self.forwards.get(role, 0) + 1
+        self.forwards[graph_name] = self.forwards.get(graph_name, 0) + 1
         self.rows_served += num_rows
 
     def took(self, seconds: float, *, is_prefill: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
 
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.runtime.decode.forward import Outputs
 from trimode.runtime.engine.grouping import JointForward, join_forwards
 from trimode.runtime.engine.joint_forward import has_room, run_joint
@@ -16,8 +16,8 @@ from trimode.runtime.engine.stats import Counts
 from trimode.runtime.engine.turns import StepPlan
 from trimode.runtime.sessions.base import BatchSession, of_row
 
-Observe = Callable[[Role, int, int, int, float], None]
-"""Takes note of a forward: role, rows, new tokens of each, most cached tokens, milliseconds."""
+Observe = Callable[[GraphName, int, int, int, float], None]
+"""Takes note of a forward: graph, rows, new tokens of each, most cached tokens, milliseconds."""
 
 
 class Outcome(Enum):
@@ -79,14 +79,14 @@ class Steps:
 
     def _joints(self, plan: StepPlan) -> Iterable[JointForward]:
         group, first = plan.group, plan.waiting[0]
-        role, scale = first.forward.role, first.forward.drafter_scale
+        graph_name, scale = first.forward.graph_name, first.forward.drafter_scale
         if len(plan.waiting) == 1:
             alone = range(first.row, first.row + 1)
-            return (JointForward(role, scale, first.num_tokens, alone, (first,)),)
+            return (JointForward(graph_name, scale, first.num_tokens, alone, (first,)),)
         return join_forwards(
             plan.waiting,
             group.valid_length,
-            partial(has_room, group.cache, self._model, role),
+            partial(has_room, group.cache, self._model, graph_name),
             self._session.free_tokens,
         )
 
@@ -97,7 +97,7 @@ class Steps:
             outputs = self._outputs(group, joint)
         except Exception as error:
             return self._failed(members, error)
-        self._counts.ran(joint.role, len(members))
+        self._counts.ran(joint.graph_name, len(members))
         cached = max(one.forward.past_length for one in joint.members)
         for row, one in zip(members, joint.members, strict=True):
             if row.read(one.num_tokens):
@@ -108,7 +108,7 @@ class Steps:
 
     def _observe(self, joint: JointForward, cached: int, ms: float) -> None:
         if self.observe is not None:
-            self.observe(joint.role, len(joint.rows), joint.num_tokens, cached, ms)
+            self.observe(joint.graph_name, len(joint.rows), joint.num_tokens, cached, ms)
 
     def _outputs(self, group: CacheGroup, joint: JointForward) -> Outputs:
         return run_joint(self._session, group.cache, joint, group.valid_length)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from trimode.errors import UsageError
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.runtime.auto.timings import ForwardTime
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
 from trimode.runtime.sessions.base import BatchSession, Ids, KVCache, Session, takes_block
@@ -58,7 +58,7 @@ class _Texts:
     cache: KVCache
 
     def run(
-        self, session: Session, graph: Role, ids: Ids, past: int, drafter_scale: float = 0.0
+        self, session: Session, graph: GraphName, ids: Ids, past: int, drafter_scale: float = 0.0
     ) -> None:
         """Run a forward of all of them over ``ids (batch, rows)``."""
         if self.batch == 1:
@@ -79,7 +79,7 @@ class _Texts:
 
 @dataclass
 class _Case:
-    graph: Role
+    graph: GraphName
     texts: _Texts
     ids: Ids
     drafter: bool
@@ -203,7 +203,7 @@ def _groups(
 ) -> list[list[_Case]]:
     """Cases that take turns."""
 
-    def case(graph: Role, drafter: bool = False) -> _Case:
+    def case(graph: GraphName, drafter: bool = False) -> _Case:
         return _Case(graph, texts, rng.integers(0, model.vocab_size, (texts.batch, rows)), drafter)
 
     groups = [[case("ar")]]
@@ -249,7 +249,7 @@ def _cached_texts(
 
 
 def _times(groups: Sequence[Sequence[_Case]]) -> list[ForwardTime]:
-    seconds: dict[tuple[Role, bool, int, int, int], list[float]] = {}
+    seconds: dict[tuple[GraphName, bool, int, int, int], list[float]] = {}
     for case in (case for group in groups for case in group):
         seconds.setdefault(
             (case.graph, case.drafter, case.texts.batch, case.ids.shape[1], case.texts.past), []

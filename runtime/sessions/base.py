@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from trimode.errors import UsageError
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 
 Ids = NDArray[np.int64]
 Array = NDArray[np.generic]
@@ -73,7 +73,9 @@ class Session(Protocol):
         """Most rows of one ``ar`` forward; None = any number."""
         ...
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """Raise :class:`UsageError` for a block length that one of these graphs was not built
         for.
         """
@@ -89,7 +91,7 @@ class Session(Protocol):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
@@ -98,7 +100,7 @@ class Session(Protocol):
         """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots)
         into slots ``past_length ..`` of the cache, growing it where needed.
 
-        Returns the outputs of the role's contract as views that the next run of the same role on
+        Returns the outputs of the graph's contract as views that the next run of the same graph on
         this cache overwrites. A session on a GPU leaves ``logits`` there and returns a
         :class:`DeviceArray`: ``np.asarray`` copies it.
         """
@@ -127,9 +129,11 @@ class SessionView:
         """See :class:`Session`."""
         return self._session.max_prefill_rows
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """See :class:`Session`."""
-        self._session.check_block_length(block_length, roles)
+        self._session.check_block_length(block_length, graph_names)
 
     def close(self) -> None:
         """Closes nothing."""
@@ -140,13 +144,13 @@ class SessionView:
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        return self._session.run(role, cache, input_ids, past_length, drafter_scale)
+        return self._session.run(graph_name, cache, input_ids, past_length, drafter_scale)
 
 
 class BatchCache(KVCache, Protocol):
@@ -251,7 +255,7 @@ class BatchSession(Session, Protocol):
 
     def run_rows(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         rows: range,
         input_ids: Ids,
@@ -262,7 +266,7 @@ class BatchSession(Session, Protocol):
         """Like :meth:`Session.run` for ``rows`` of a batch's cache.
 
         Args:
-            role: which graph.
+            graph_name: which graph.
             cache: has the capacity for all that is written.
             rows: B neighbours.
             input_ids: ``(B, T)``.
@@ -272,7 +276,7 @@ class BatchSession(Session, Protocol):
             drafter_scale: of ``draft``.
 
         Returns:
-            The outputs of the role's contract; the next run of the role on this cache, for
+            The outputs of the graph's contract; the next run of the graph on this cache, for
                 whichever rows, may overwrite them.
         """
         ...

@@ -48,7 +48,7 @@ from trimode.formats.calibration import (
     Scales,
     load_calibration,
 )
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.evaluation import DivergenceRecord, Report
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
@@ -59,7 +59,7 @@ from trimode.runtime.decode.stream import Generation
 
 RECORDED = QuantizeSettings("int8", max_new_tokens=10)
 BAD = "encoder.layers.1.mlp.up_proj"
-Kept = dict[Role, list[np.ndarray]]
+Kept = dict[GraphName, list[np.ndarray]]
 
 
 class Silent:
@@ -199,13 +199,13 @@ def test_what_does_not_differ_and_what_is_not_finite() -> None:
 
 def kept_while(
     trunk: TriModeTrunk, names: list[str], episodes: list[Episode]
-) -> tuple[dict[str, Kept], dict[str, dict[Role, list[Any]]], Kept]:
-    """All outputs of these modules, by role, in float64; their inputs as they were; and all
+) -> tuple[dict[str, Kept], dict[str, dict[GraphName, list[Any]]], Kept]:
+    """All outputs of these modules, by graph, in float64; their inputs as they were; and all
     logits.
     """
-    now: list[Role] = []
+    now: list[GraphName] = []
     outputs: dict[str, Kept] = {name: {} for name in names}
-    inputs: dict[str, dict[Role, list[Any]]] = {name: {} for name in names}
+    inputs: dict[str, dict[GraphName, list[Any]]] = {name: {} for name in names}
     logits: Kept = {}
 
     def hook_of(name: str) -> Any:
@@ -226,7 +226,7 @@ def kept_while(
     for episode in episodes:
         text = TorchCache()
         for forward in forwards_of(episode):
-            now[:] = [forward.role]
+            now[:] = [forward.graph_name]
             positions = torch.arange(forward.past_length, forward.past_length + len(forward.ids))[
                 None
             ]
@@ -253,11 +253,14 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
 
     comparison = Lockstep(model.trunk, quantized_copy(model.trunk, "int8", layers), chosen)
     comparison.run(model.episodes, lambda _: None)
-    for role in ROLES:
+    for graph_name in GRAPH_NAMES:
         for index, block in enumerate(blocks):
-            x, y = np.concatenate(kept[block][role]), np.concatenate(other_kept[block][role])
-            found = comparison.accumulated[index][role]
-            assert found.num_rows == len(x) == count_rows(model.episodes)[role]
+            x, y = (
+                np.concatenate(kept[block][graph_name]),
+                np.concatenate(other_kept[block][graph_name]),
+            )
+            found = comparison.accumulated[index][graph_name]
+            assert found.num_rows == len(x) == count_rows(model.episodes)[graph_name]
             assert found.snr_db == pytest.approx(slow_snr(x, y), rel=1e-9)
             assert found.cosine == pytest.approx(slow_cosine(x, y), rel=1e-9)
         for name in chosen:
@@ -267,18 +270,18 @@ def test_a_comparison_is_what_two_replays_give(model: Model) -> None:
                     .detach()
                     .double()
                     .numpy()
-                    .reshape(-1, kept[name][role][0].shape[-1])
-                    for args in inputs[name][role]
+                    .reshape(-1, kept[name][graph_name][0].shape[-1])
+                    for args in inputs[name][graph_name]
                 ]
             )
-            assert comparison.local[name][role].snr_db == pytest.approx(
-                slow_snr(np.concatenate(kept[name][role]), y), rel=1e-9
+            assert comparison.local[name][graph_name].snr_db == pytest.approx(
+                slow_snr(np.concatenate(kept[name][graph_name]), y), rel=1e-9
             )
         nats, same = slow_divergence(
-            np.concatenate(logits[role]), np.concatenate(other_logits[role])
+            np.concatenate(logits[graph_name]), np.concatenate(other_logits[graph_name])
         )
-        assert comparison.outputs[role].kl_nats == pytest.approx(nats, rel=1e-7)
-        assert comparison.outputs[role].top1_agreement == same
+        assert comparison.outputs[graph_name].kl_nats == pytest.approx(nats, rel=1e-7)
+        assert comparison.outputs[graph_name].top1_agreement == same
     # The ar graph returns the logits of a prompt's last row and of the rows after it.
     assert comparison.outputs["ar"].num_rows == sum(
         len(e.tokens) - e.prompt_length + 1 for e in model.episodes
@@ -299,8 +302,8 @@ def test_blocks_before_the_first_quantized_layer_need_not_run_twice(
     )
     whole.run(model.episodes, lambda _: None)
     part.run(model.episodes, lambda _: None)
-    assert {role: one.kl_nats for role, one in whole.outputs.items()} == {
-        role: one.kl_nats for role, one in part.outputs.items()
+    assert {graph_name: one.kl_nats for graph_name, one in whole.outputs.items()} == {
+        graph_name: one.kl_nats for graph_name, one in part.outputs.items()
     }
     assert all(one.kl_nats > 0 for one in part.outputs.values())
 
@@ -380,7 +383,7 @@ def test_a_checkpoint_without_a_drafter(tmp_path: Path) -> None:
         ("linear-spec", None),
     ]
     # recorded, although it drafts without an adapter
-    assert report.data.num_rows.keys() == set(ROLES)
+    assert report.data.num_rows.keys() == set(GRAPH_NAMES)
     assert report.precisions[1].decoding[1].equals_ar is not None
 
 

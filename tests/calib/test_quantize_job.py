@@ -244,7 +244,9 @@ def test_ar_alone_sees_less_than_all_modes(folder: Path, tmp_path: Path) -> None
     assert all(set(layer.input_amax) == {"ar"} for layer in alone[0].layers.values())
     # Every draft and verify forward of the decoders is a block of the model's length.
     block = open_checkpoint(folder).config.block_size
-    assert all(joint[0].data.num_tokens[role] % block == 0 for role in ("draft", "verify"))
+    assert all(
+        joint[0].data.num_tokens[graph_name] % block == 0 for graph_name in ("draft", "verify")
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

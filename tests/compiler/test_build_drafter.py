@@ -22,7 +22,7 @@ from trimode.cli.verify import run_verify
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import CheckpointError, TrimodeError, UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.graphs.adapter import ADAPTER_FOLDER
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest, stamp_of
@@ -60,14 +60,16 @@ def digests(checkpoint: Path, adapter: Path | None = None) -> tuple[str, str]:
     return digest.base_hexdigest(), digest.hexdigest()
 
 
-def run(session: Session, role: Role, drafter_scale: float = 0.0) -> tuple[Array, ...]:
+def run(session: Session, graph_name: GraphName, drafter_scale: float = 0.0) -> tuple[Array, ...]:
     """A block after a prompt."""
     cache = session.new_cache()
     cache.reserve(64)
     session.run("ar", cache, np.arange(20, 31)[None], 0)
     block = np.full((1, 8), 100, np.int64)
     block[0, 0] = 31
-    return tuple(np.array(array) for array in session.run(role, cache, block, 11, drafter_scale))
+    return tuple(
+        np.array(array) for array in session.run(graph_name, cache, block, 11, drafter_scale)
+    )
 
 
 def test_digests_of_base_and_whole(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:

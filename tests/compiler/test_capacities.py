@@ -20,7 +20,7 @@ from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import make_plan
 from trimode.compiler.plans.report import read_plans
 from trimode.errors import BundleError, UsageError
-from trimode.formats.contract import ROLES
+from trimode.formats.contract import GRAPH_NAMES
 from trimode.formats.manifest import Manifest
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle.open import open_bundle
@@ -59,7 +59,7 @@ def test_one_set_of_engines_for_each_capacity(built: Path) -> None:
     record, model = bundle.chosen.targets["rtx-4090"], bundle.manifest.model
     assert [one.capacity for one in record.by_capacity()] == list(SLOTS)
     assert [one.max_length for one in record.smaller] == [64, 192]
-    assert engines_in(built / "bundle") == {f"{r}{s}.engine" for r in ROLES for s in SUFFIXES}
+    assert engines_in(built / "bundle") == {f"{r}{s}.engine" for r in GRAPH_NAMES for s in SUFFIXES}
     assert {engine.file for engine in record.engines} < set(bundle.manifest.files)
     slot = 2 * model.num_key_value_heads * model.head_dim * 2
     for plan in read_plans(built / "bundle", bundle.manifest.precisions):
@@ -69,13 +69,13 @@ def test_one_set_of_engines_for_each_capacity(built: Path) -> None:
 
 def test_more_capacities_hold_no_more_weights(built: Path) -> None:
     manifest = open_bundle(built / "bundle").manifest
-    for role in ROLES:
+    for graph_name in GRAPH_NAMES:
         sizes = [
-            manifest.files[f"engines/rtx-4090/{role}{suffix}.engine"].num_bytes
+            manifest.files[f"engines/rtx-4090/{graph_name}{suffix}.engine"].num_bytes
             for suffix in SUFFIXES
         ]
         assert max(sizes) - min(sizes) < 0.1 * max(sizes)
-    assert sharing(manifest)["graphs"] == 3 * len(ROLES)
+    assert sharing(manifest)["graphs"] == 3 * len(GRAPH_NAMES)
     lines = "\n".join(describe(manifest))
     for slots, length in zip(SLOTS, (64, 192, 448), strict=True):
         cache = f"{slots * 2 * 2 * 16 * 2 / 1e6:.1f} MB a sequence"
@@ -96,11 +96,16 @@ def test_capacities_come_and_go_with_the_options(
     """The same is up to date; other capacities take from the cache what there is."""
     bundle, options = tmp_path / "bundle", replace(OPTIONS, cache=built / "cache")
     result = build_bundle(checkpoint, bundle, replace(options, capacities=None))
-    assert (result.num_cached, engines_in(bundle)) == (3, {f"{role}.engine" for role in ROLES})
+    assert (result.num_cached, engines_in(bundle)) == (
+        3,
+        {f"{graph_name}.engine" for graph_name in GRAPH_NAMES},
+    )
     assert "smaller" not in (bundle / "manifest.json").read_text()
     result = build_bundle(checkpoint, bundle, replace(options, capacities=(192, 448)))
     assert (result.built, result.num_cached) == (("rtx-4090",), 6)
-    assert engines_in(bundle) == {f"{role}{s}.engine" for role in ROLES for s in ("", "-192")}
+    assert engines_in(bundle) == {
+        f"{graph_name}{s}.engine" for graph_name in GRAPH_NAMES for s in ("", "-192")
+    }
     monkeypatch.setattr("trimode.compiler.stages.trace.traced_graph", None)  # nothing may be traced
     for again in ((192, 448), (192,)):
         assert build_bundle(checkpoint, bundle, replace(options, capacities=again)).built == ()

@@ -41,9 +41,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     return {**found, "fp32": open_bundle(folder / "fp32")}
 
 
-def graph_of(bundle: Bundle, role: str) -> CpuGraph:
+def graph_of(bundle: Bundle, graph_name: str) -> CpuGraph:
     (found,) = (
-        one for one in read_cpu_graphs(bundle, bundle.chosen.targets["cpu"]) if one.role == role
+        one
+        for one in read_cpu_graphs(bundle, bundle.chosen.targets["cpu"])
+        if one.graph_name == graph_name
     )
     return found
 
@@ -82,10 +84,10 @@ def test_large_weights_are_mapped_and_not_packed(
     assert found == {("Gemm", "as it lies"): (15, 4 * (2 * OF_LAYER + HEAD))}
 
 
-@pytest.mark.parametrize("role", ["ar", "verify"])
-def test_what_remains_beside_the_products(bundles: dict[str, Bundle], role: str) -> None:
-    graph = graph_of(bundles["int8"], role)
-    rows = 1 if role == "ar" else CONFIG["block_size"]
+@pytest.mark.parametrize("graph_name", ["ar", "verify"])
+def test_what_remains_beside_the_products(bundles: dict[str, Bundle], graph_name: str) -> None:
+    graph = graph_of(bundles["int8"], graph_name)
+    rows = 1 if graph_name == "ar" else CONFIG["block_size"]
     assert graph.rows == rows
     remaining = {one.operator: (one.count, one.written) for one in graph.remaining}
     # queries, keys and values to heads, and the answer back, in float32
@@ -119,9 +121,9 @@ def test_inspect_shows_a_cpus_graphs(bundles: dict[str, Bundle]) -> None:
     run = CliRunner().invoke
     data = json.loads(run(app, ["inspect", path, "--plans", "--target", "cpu", "--json"]).stdout)
     assert [(one["precision"], one["role"]) for one in data] == [
-        (precision, role)
+        (precision, graph_name)
         for precision in ("bf16", "int8", "int4")
-        for role in ("ar", "draft", "verify")
+        for graph_name in ("ar", "draft", "verify")
     ]
     assert data[3]["products"][0] == {
         "operator": "Gemm",

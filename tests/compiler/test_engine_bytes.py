@@ -18,7 +18,7 @@ from checkpoints import config_of
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.layout import PackLayout, plan_pack
 from trimode.compiler.passes.base import lower, to_bytes
-from trimode.compiler.passes.join_roles import JoinRoles
+from trimode.compiler.passes.join_graphs import JoinGraphs
 from trimode.compiler.passes.recipes import constants_of, lower_for
 from trimode.compiler.passes.scales_to_constants import known_scales
 from trimode.compiler.plan import make_plan, plan_target
@@ -27,7 +27,7 @@ from trimode.compiler.plans.text import read_programs
 from trimode.compiler.stages.graphs import point_into_packs
 from trimode.compiler.store.traced import traced_graph
 from trimode.compiler.tensorrt.builder import EngineJob, build_engine
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.manifest import CalibrationRecord, TargetRecord
 from trimode.formats.plans import PlanRecord
 from trimode.graphs.checkpoint import Checkpoint, describe_model, expected_tensors, open_checkpoint
@@ -66,9 +66,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def graph_of(checkpoint: Checkpoint) -> Callable[[Role], ir.Model]:
+def graph_of(checkpoint: Checkpoint) -> Callable[[GraphName], ir.Model]:
     return cache(
-        lambda role: traced_graph(role, checkpoint, describe_model(checkpoint, LONGEST), None)
+        lambda graph_name: traced_graph(
+            graph_name, checkpoint, describe_model(checkpoint, LONGEST), None
+        )
     )
 
 
@@ -122,7 +124,7 @@ def write_zeros(layout: PackLayout, path: Path) -> None:
 def fractions(
     checkpoint: Checkpoint,
     graph: ir.Model,
-    role: Role,
+    graph_name: GraphName,
     target: str,
     length: int,
     folder: Path,
@@ -145,7 +147,7 @@ def fractions(
         one_row=not is_rtn,
         joint=joint,
     )
-    profiles = record.profiles_in(record.graphs[role].file)
+    profiles = record.profiles_in(record.graphs[graph_name].file)
     layout = plan_pack(
         checkpoint, describe_model(checkpoint, LONGEST).num_positions, "bfloat16", quantization
     )
@@ -197,21 +199,24 @@ def check(found: list[tuple[PlanRecord, float]], length: int, most: float = MOST
             assert fraction <= most
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("graph_name", GRAPH_NAMES)
 @pytest.mark.parametrize("length", [8192, LONGEST])
 @pytest.mark.parametrize("target", ["sm89", "sm120", "sm121"])
 def test_bf16(
     checkpoint: Checkpoint,
-    graph_of: Callable[[Role], ir.Model],
-    role: Role,
+    graph_of: Callable[[GraphName], ir.Model],
+    graph_name: GraphName,
     length: int,
     target: str,
     tmp_path: Path,
 ) -> None:
-    check(fractions(checkpoint, graph_of(role), role, target, length, tmp_path, None), length)
+    check(
+        fractions(checkpoint, graph_of(graph_name), graph_name, target, length, tmp_path, None),
+        length,
+    )
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("graph_name", GRAPH_NAMES)
 @pytest.mark.parametrize(
     ("precision", "kind", "target", "length"),
     [
@@ -226,8 +231,8 @@ def test_bf16(
 )
 def test_8_bits(
     checkpoint: Checkpoint,
-    graph_of: Callable[[Role], ir.Model],
-    role: Role,
+    graph_of: Callable[[GraphName], ir.Model],
+    graph_name: GraphName,
     precision: str,
     kind: str,
     target: str,
@@ -236,8 +241,8 @@ def test_8_bits(
 ) -> None:
     found = fractions(
         checkpoint,
-        graph_of(role),
-        role,
+        graph_of(graph_name),
+        graph_name,
         target,
         length,
         tmp_path,
@@ -247,20 +252,22 @@ def test_8_bits(
 
 
 @pytest.mark.parametrize(
-    ("role", "target", "length"),
+    ("graph_name", "target", "length"),
     [("ar", "sm120", 8192), ("draft", "sm121", 8192), ("verify", "sm120", LONGEST)],
 )
 def test_nvfp4(
     checkpoint: Checkpoint,
-    graph_of: Callable[[Role], ir.Model],
-    role: Role,
+    graph_of: Callable[[GraphName], ir.Model],
+    graph_name: GraphName,
     target: str,
     length: int,
     tmp_path: Path,
 ) -> None:
     """Numbers of four bits on both sides; the scales of blocks lie inside."""
     scales = scales_for(checkpoint, "nvfp4", "tensor")
-    found = fractions(checkpoint, graph_of(role), role, target, length, tmp_path, scales)
+    found = fractions(
+        checkpoint, graph_of(graph_name), graph_name, target, length, tmp_path, scales
+    )
     check(found, length, MOST_OF_4_BITS)
 
 
@@ -272,9 +279,9 @@ def test_nvfp4(
         ("int8", "rtn", "sm120", 8192, MOST_ON_TOP),
     ],
 )
-def test_one_engine_of_three_roles_holds_the_weights_once(
+def test_one_engine_of_three_graphs_holds_the_weights_once(
     checkpoint: Checkpoint,
-    graph_of: Callable[[Role], ir.Model],
+    graph_of: Callable[[GraphName], ir.Model],
     precision: str,
     kind: str,
     target: str,
@@ -283,7 +290,7 @@ def test_one_engine_of_three_roles_holds_the_weights_once(
     tmp_path: Path,
 ) -> None:
     scales = scales_for(checkpoint, precision, kind)
-    graph = lower(graph_of("draft"), JoinRoles())
+    graph = lower(graph_of("draft"), JoinGraphs())
     found = fractions(checkpoint, graph, "draft", target, length, tmp_path, scales, joint=True)
     assert [plan.rows for plan, _ in found] == [1, 512, 32]
     check(found, length, most)

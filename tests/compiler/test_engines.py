@@ -35,7 +35,7 @@ from trimode.compiler.targets import find_target
 from trimode.compiler.tensorrt import pool
 from trimode.compiler.tensorrt.builder import PhaseTree
 from trimode.errors import BuildError, DependencyError, UsageError
-from trimode.formats.contract import ROLES
+from trimode.formats.contract import GRAPH_NAMES
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.runtime.bundle.open import open_bundle
 
@@ -60,7 +60,7 @@ def kept(run_cache: ContentCache) -> Path:
 def graphs_at_hand(checkpoint: Path, tmp_path: Path, traced_once: TracedOnce) -> None:
     """The cache of a test's own commands has the graphs already: they begin to compile at once."""
     opened = open_checkpoint(checkpoint)
-    traced_once.fill(ContentCache(tmp_path / "cache"), opened, describe_model(opened), ROLES)
+    traced_once.fill(ContentCache(tmp_path / "cache"), opened, describe_model(opened), GRAPH_NAMES)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -80,11 +80,13 @@ def test_the_demo_compiles_for_every_architecture(tmp_path: Path) -> None:
         record = bundle.chosen.targets[name]
         assert record.library == f"tensorrt_rtx {version}"
         assert record.compute_capability == f"{name[2:-1]}.{name[-1]}"
-        for role in ROLES:
-            engine = record.graphs[role]
+        for graph_name in GRAPH_NAMES:
+            engine = record.graphs[graph_name]
             assert manifest.files[engine.file].num_bytes > 1_000_000
             assert [p.rows for p in engine.profiles] == (
-                [(1, 1, 1), (1, 512, 512)] if role == "ar" else [(n, n, n) for n in (8, 16, 32)]
+                [(1, 1, 1), (1, 512, 512)]
+                if graph_name == "ar"
+                else [(n, n, n) for n in (8, 16, 32)]
             )
     blobs = [
         (tmp_path / "bundle" / bundle.chosen.targets[name].graphs["ar"].file).read_bytes()
@@ -142,7 +144,9 @@ def test_adding_a_target_adds_only_its_engines(
     assert {
         name: data for name, data in after.items() if name in before and name != "manifest.json"
     } == {name: data for name, data in before.items() if name != "manifest.json"}
-    assert sorted(set(after) - set(before)) == [f"engines/sm89/{role}.engine" for role in ROLES]
+    assert sorted(set(after) - set(before)) == [
+        f"engines/sm89/{graph_name}.engine" for graph_name in GRAPH_NAMES
+    ]
     assert list(open_bundle(tmp_path / "bundle").chosen.targets) == ["cpu", "sm86", "sm89"]
 
 
@@ -201,14 +205,17 @@ def test_engines_of_an_older_revision_are_built_again(
     assert build_bundle(checkpoint, bundle, options).built == ("sm89",)
     after = files_of(bundle)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"manifest.json", *(f"engines/sm89/{role}.engine" for role in ROLES)}
+    assert changed == {
+        "manifest.json",
+        *(f"engines/sm89/{graph_name}.engine" for graph_name in GRAPH_NAMES),
+    }
     targets = open_bundle(bundle).chosen.targets
     assert targets["sm89"].revision == fingerprint.lowering_revision()
     assert targets["sm86"].revision == ("0" * 64 if has_revision else None)
     assert build_bundle(checkpoint, bundle, options).built == ()
     build_bundle(checkpoint, tmp_path / "fresh", options)
-    for role in ROLES:
-        name = f"engines/sm89/{role}.engine"
+    for graph_name in GRAPH_NAMES:
+        name = f"engines/sm89/{graph_name}.engine"
         assert after[name] == (tmp_path / "fresh" / name).read_bytes()
 
 
@@ -558,4 +565,4 @@ def test_quadratic_engines_have_room_behind_the_longest_text(
     result = build_bundle(
         checkpoint, tmp_path / "bundle", replace(options, targets=("cpu",), quadratic=False)
     )
-    assert set(result.record.targets["cpu"].graphs) == {*ROLES, "quadratic"}
+    assert set(result.record.targets["cpu"].graphs) == {*GRAPH_NAMES, "quadratic"}

@@ -28,14 +28,14 @@ from trimode.compiler.passes.static_capacity import StaticCacheCapacity
 from trimode.compiler.passes.stored_type import StoredType
 from trimode.compiler.passes.weights_to_inputs import WeightsToInputs
 from trimode.errors import BuildError
-from trimode.formats.contract import ROLES, DType, Role, cache_specs, graph_contract
+from trimode.formats.contract import GRAPH_NAMES, DType, GraphName, cache_specs, graph_contract
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
-from trimode.graphs.decoder.trace import trace_role
+from trimode.graphs.decoder.trace import trace_graph
 from trimode.runtime.bundle.weights import WeightPack
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CAPACITY = 41
-ALL_ROLES: tuple[Role, ...] = (*ROLES, "quadratic")
+ALL_GRAPH_NAMES: tuple[GraphName, ...] = (*GRAPH_NAMES, "quadratic")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint: Checkpoint, traced_once: TracedOnce) -> dict[Role, ir.Model]:
+def traced(checkpoint: Checkpoint, traced_once: TracedOnce) -> dict[GraphName, ir.Model]:
     return {
-        role: traced_once.graph(role, checkpoint, describe_model(checkpoint)) for role in ALL_ROLES
+        graph_name: traced_once.graph(graph_name, checkpoint, describe_model(checkpoint))
+        for graph_name in ALL_GRAPH_NAMES
     }
 
 
@@ -96,19 +97,23 @@ def run_ort(graph: ir.Model, fed: dict[str, np.ndarray], outputs: list[str]) -> 
     )
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_graph_in_sixteen_bits_computes_the_same(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, dtype: DType, tmp_path: Path
+    checkpoint: Checkpoint,
+    traced: dict[GraphName, ir.Model],
+    graph_name: GraphName,
+    dtype: DType,
+    tmp_path: Path,
 ) -> None:
     """ONNX Runtime for fp16, ONNX's own reference evaluator for bf16, which ONNX Runtime's CPU
     kernels do not know.
     """
-    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
-    wide = lower(traced[role], WeightsToInputs())
+    names = [spec.name for spec in graph_contract(graph_name, describe_model(checkpoint)).outputs]
+    wide = lower(traced[graph_name], WeightsToInputs())
     expected = run_ort(wide, feeds(checkpoint, "float32", wide, tmp_path), names)
     narrow = lower(
-        traced[role], StaticCacheCapacity(CAPACITY), ComputeType(dtype), WeightsToInputs()
+        traced[graph_name], StaticCacheCapacity(CAPACITY), ComputeType(dtype), WeightsToInputs()
     )
     fed = feeds(checkpoint, dtype, narrow, tmp_path)
     found = (
@@ -132,16 +137,16 @@ def test_a_graph_in_sixteen_bits_computes_the_same(
         assert (first[0] == first[1]).mean() >= 0.9
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_names_and_types_after_lowering(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName
 ) -> None:
     model = describe_model(checkpoint)
-    before = to_bytes(lower(traced[role], WeightsToInputs()))
+    before = to_bytes(lower(traced[graph_name], WeightsToInputs()))
     lowered = lower(
-        traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs()
+        traced[graph_name], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs()
     )
-    contract = graph_contract(role, model)
+    contract = graph_contract(graph_name, model)
     declared = [*contract.inputs, *cache_specs(model, "past_key_values", "bfloat16", 99)]
     found = list(lowered.graph.inputs)
     assert [v.name for v in found[: len(declared)]] == [s.name for s in declared]
@@ -160,24 +165,26 @@ def test_names_and_types_after_lowering(
         s.name for s in contract.outputs
     ]
     assert not weights(lowered)
-    assert to_bytes(lower(traced[role], WeightsToInputs())) == before  # passes work on copies
+    assert to_bytes(lower(traced[graph_name], WeightsToInputs())) == before  # passes work on copies
     assert to_bytes(
-        lower(traced[role], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
+        lower(
+            traced[graph_name], StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs()
+        )
     ) == to_bytes(lowered)
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_weights_stored_in_sixteen_bits_are_widened(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName, tmp_path: Path
 ) -> None:
     """bf16 weights in float32 arithmetic: exactly what float32 weights of the same values give."""
-    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
-    wide = lower(traced[role], WeightsToInputs())
+    names = [spec.name for spec in graph_contract(graph_name, describe_model(checkpoint)).outputs]
+    wide = lower(traced[graph_name], WeightsToInputs())
     fed = feeds(checkpoint, "float32", wide, tmp_path)
     for name in checkpoint.tensors:
         if name in fed:
             fed[name] = fed[name].astype(np.float16).astype(np.float32)
-    stored = lower(traced[role], StoredType("float16"), WeightsToInputs())
+    stored = lower(traced[graph_name], StoredType("float16"), WeightsToInputs())
     narrow = {
         name: array.astype(np.float16) if name in checkpoint.tensors else array
         for name, array in fed.items()
@@ -186,17 +193,18 @@ def test_weights_stored_in_sixteen_bits_are_widened(
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_queries_are_returned_and_nothing_else_changes(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName, tmp_path: Path
 ) -> None:
     model = describe_model(checkpoint)
     names = [
-        spec.name for spec in (*graph_contract(role, model).outputs, *cache_specs(model, "present"))
+        spec.name
+        for spec in (*graph_contract(graph_name, model).outputs, *cache_specs(model, "present"))
     ]
-    plain = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    plain = lower(traced[graph_name], StaticCacheCapacity(CAPACITY), WeightsToInputs())
     marked = lower(
-        traced[role], StaticCacheCapacity(CAPACITY), QueriesToOutputs(), WeightsToInputs()
+        traced[graph_name], StaticCacheCapacity(CAPACITY), QueriesToOutputs(), WeightsToInputs()
     )
     queries = [f"scratch.query.{layer}" for layer in range(model.num_hidden_layers)]
     assert [value.name for value in marked.graph.outputs] == [*names, *queries]
@@ -208,23 +216,26 @@ def test_queries_are_returned_and_nothing_else_changes(
     shape = (
         2,
         model.num_attention_heads,
-        rows * (rows + 1) if role == "quadratic" else rows,
+        rows * (rows + 1) if graph_name == "quadratic" else rows,
         model.head_dim,
     )
     assert {query.shape for query in found[len(names) :]} == {shape}
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_tokens_are_chosen_from_narrow_logits_and_are_the_same(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName, tmp_path: Path
 ) -> None:
     """ONNX's reference evaluator, in bf16: every output bit for bit."""
-    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    names = [spec.name for spec in graph_contract(graph_name, describe_model(checkpoint)).outputs]
     wide = lower(
-        traced[role], StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), WeightsToInputs()
+        traced[graph_name],
+        StaticCacheCapacity(CAPACITY),
+        ComputeType("bfloat16"),
+        WeightsToInputs(),
     )
     narrow = lower(
-        traced[role],
+        traced[graph_name],
         StaticCacheCapacity(CAPACITY),
         ComputeType("bfloat16"),
         ChooseBeforeWidening(),
@@ -245,16 +256,18 @@ def test_tokens_are_chosen_from_narrow_logits_and_are_the_same(
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_a_mask_says_what_the_valid_length_said(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName, tmp_path: Path
 ) -> None:
     """TensorRT-RTX ignores the length, so nothing but the mask may hide slots. Those behind the
     new rows hold large numbers: whoever sees one gives other outputs.
     """
-    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
-    plain = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
-    masked = lower(traced[role], StaticCacheCapacity(CAPACITY), MaskSlots(), WeightsToInputs())
+    names = [spec.name for spec in graph_contract(graph_name, describe_model(checkpoint)).outputs]
+    plain = lower(traced[graph_name], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    masked = lower(
+        traced[graph_name], StaticCacheCapacity(CAPACITY), MaskSlots(), WeightsToInputs()
+    )
     attentions = [node for node in masked.graph if node.op_type == "Attention"]
     assert len(attentions) == 2
     assert {len(node.inputs) for node in attentions} == {4}
@@ -263,7 +276,7 @@ def test_a_mask_says_what_the_valid_length_said(
     rows = fed["input_ids"].shape[1]
     for name in [name for name in fed if name.startswith("past_key_values")]:
         for sequence, length in enumerate(fed["past_length"]):
-            written = rows * (rows + 1) if role == "quadratic" else rows
+            written = rows * (rows + 1) if graph_name == "quadratic" else rows
             fed[name][sequence, :, length + written :] = 50
     for name, one, other in zip(
         names, run_ort(plain, fed, names), run_ort(masked, fed, names), strict=True
@@ -271,15 +284,15 @@ def test_a_mask_says_what_the_valid_length_said(
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
+@pytest.mark.parametrize("graph_name", ALL_GRAPH_NAMES)
 def test_logits_are_returned_as_the_head_gave_them(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model], role: Role, tmp_path: Path
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model], graph_name: GraphName, tmp_path: Path
 ) -> None:
     """ONNX's reference evaluator: ONNX Runtime computes the product in float32 before a cast."""
-    names = [spec.name for spec in graph_contract(role, describe_model(checkpoint)).outputs]
+    names = [spec.name for spec in graph_contract(graph_name, describe_model(checkpoint)).outputs]
     steps = (StaticCacheCapacity(CAPACITY), ComputeType("bfloat16"), ChooseBeforeWidening())
-    wide = lower(traced[role], *steps, WeightsToInputs())
-    narrow = lower(traced[role], *steps, NarrowLogits(), WeightsToInputs())
+    wide = lower(traced[graph_name], *steps, WeightsToInputs())
+    narrow = lower(traced[graph_name], *steps, NarrowLogits(), WeightsToInputs())
     fed = feeds(checkpoint, "bfloat16", wide, tmp_path)
     expected, found = (
         ReferenceEvaluator(onnx.load_from_string(to_bytes(graph))).run(names, fed)
@@ -288,14 +301,14 @@ def test_logits_are_returned_as_the_head_gave_them(
     for name, one, other in zip(names, expected, found, strict=True):
         assert other.dtype == (ml_dtypes.bfloat16 if name == "logits" else one.dtype)
         np.testing.assert_array_equal(other.astype(one.dtype), one, err_msg=name)
-    float32 = lower(traced[role], StaticCacheCapacity(CAPACITY), WeightsToInputs())
+    float32 = lower(traced[graph_name], StaticCacheCapacity(CAPACITY), WeightsToInputs())
     unchanged = lower(
-        traced[role], StaticCacheCapacity(CAPACITY), NarrowLogits(), WeightsToInputs()
+        traced[graph_name], StaticCacheCapacity(CAPACITY), NarrowLogits(), WeightsToInputs()
     )
     assert to_bytes(float32) == to_bytes(unchanged)
 
 
-def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model]) -> None:
+def test_each_pass_refuses_what_it_does_not_expect(traced: dict[GraphName, ir.Model]) -> None:
     twice = {
         "StaticCacheCapacity": (StaticCacheCapacity(8), StaticCacheCapacity(9)),
         "ComputeType": (ComputeType("float16"), ComputeType("bfloat16")),
@@ -309,7 +322,7 @@ def test_each_pass_refuses_what_it_does_not_expect(traced: dict[Role, ir.Model])
             lower(traced["ar"], *steps)
 
 
-def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[Role, ir.Model]) -> None:
+def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[GraphName, ir.Model]) -> None:
     class Careless(ir.passes.InPlacePass):
         """Retypes the cache and forgets what is computed with it."""
 
@@ -323,9 +336,9 @@ def test_a_pass_that_leaves_an_invalid_graph_is_caught(traced: dict[Role, ir.Mod
 
 
 def test_tracing_and_lowering_are_deterministic(
-    checkpoint: Checkpoint, traced: dict[Role, ir.Model]
+    checkpoint: Checkpoint, traced: dict[GraphName, ir.Model]
 ) -> None:
     """The cache finds an engine by the bytes of its graph."""
-    again = trace_role("draft", checkpoint.config, describe_model(checkpoint), checkpoint.drafter)
+    again = trace_graph("draft", checkpoint.config, describe_model(checkpoint), checkpoint.drafter)
     passes = (StaticCacheCapacity(99), ComputeType("bfloat16"), WeightsToInputs())
     assert to_bytes(lower(again, *passes)) == to_bytes(lower(traced["draft"], *passes))

@@ -25,7 +25,7 @@ from trimode.compiler.pack.nvfp4_stream import Nvfp4Stream
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import BuildError, BundleError, CheckpointError, UsageError
 from trimode.formats.calibration import SCHEMA_VERSION, Calibration, Scales, save_calibration
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.identity import SourceDigest
@@ -258,35 +258,40 @@ def test_inputs_in_blocks() -> None:
 # The graphs
 
 
-def run_roles(bundle: Bundle, target: str | None = None) -> dict[Role, tuple[np.ndarray, ...]]:
-    """Each role over a cache that has something in it."""
+def run_graphs(
+    bundle: Bundle, target: str | None = None
+) -> dict[GraphName, tuple[np.ndarray, ...]]:
+    """Each graph over a cache that has something in it."""
     session = OrtSession(bundle, bundle.chosen.targets[target] if target else None, num_threads=1)
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
     return {
-        role: tuple(np.array(x) for x in session.run(role, cache, IDS[:, ::-1] + 1, 5, 1.0))
-        for role in ROLES
+        graph_name: tuple(
+            np.array(x) for x in session.run(graph_name, cache, IDS[:, ::-1] + 1, 5, 1.0)
+        )
+        for graph_name in GRAPH_NAMES
     }
 
 
-def torch_roles(trunk: TriModeTrunk) -> dict[Role, tuple[np.ndarray, ...]]:
+def torch_graphs(trunk: TriModeTrunk) -> dict[GraphName, tuple[np.ndarray, ...]]:
     session = TorchSession(trunk)
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
-    found: dict[Role, tuple[np.ndarray, ...]] = {}
-    for role in ROLES:
+    found: dict[GraphName, tuple[np.ndarray, ...]] = {}
+    for graph_name in GRAPH_NAMES:
         again = type(cache).of([(k.clone(), v.clone()) for k, v in cache.layers])
-        found[role] = session.run(role, again, IDS[:, ::-1] + 1, 5, 1.0)
+        found[graph_name] = session.run(graph_name, again, IDS[:, ::-1] + 1, 5, 1.0)
     return found
 
 
 def largest_difference(
-    found: dict[Role, tuple[np.ndarray, ...]], expected: dict[Role, tuple[np.ndarray, ...]]
+    found: dict[GraphName, tuple[np.ndarray, ...]],
+    expected: dict[GraphName, tuple[np.ndarray, ...]],
 ) -> float:
     pairs = [
         pair
-        for role in ROLES
-        for pair in zip(found[role], expected[role], strict=True)
+        for graph_name in GRAPH_NAMES
+        for pair in zip(found[graph_name], expected[graph_name], strict=True)
         if pair[0].dtype == np.float32
     ]
     return max(float(np.abs(one - other).max()) for one, other in pairs)
@@ -323,8 +328,8 @@ def test_rounded_weights_run_as_their_values(
         # half the distance of 4 and 6, of the largest, and a scale's rounding
         assert np.abs(weight - exact).max() <= np.abs(exact).max() / 5
         trunk.get_parameter(f"{layer}.weight").data = torch.from_numpy(weight)
-    assert largest_difference(run_roles(bundle), torch_roles(trunk)) < 1e-4
-    assert largest_difference(run_roles(bundle, "cpu"), run_roles(bundle)) == 0
+    assert largest_difference(run_graphs(bundle), torch_graphs(trunk)) < 1e-4
+    assert largest_difference(run_graphs(bundle, "cpu"), run_graphs(bundle)) == 0
     assert "rounded to nearest, blocks of 16" in "\n".join(describe(bundle.manifest))
 
 
@@ -344,12 +349,12 @@ def test_calibrated_graphs_against_torch(checkpoint: Path, tmp_path: Path, cache
         for layer in layers_of(checkpoint)
     }
     quantize_trunk(trunk, "nvfp4", linear_scales(scales, "nvfp4", "bfloat16"))
-    found, expected = run_roles(open_bundle(tmp_path / "b")), torch_roles(trunk)
+    found, expected = run_graphs(open_bundle(tmp_path / "b")), torch_graphs(trunk)
     # A value on the border between two codes may fall to either side: one step of one input then,
     # out of many.
-    for role in ("ar", "verify"):
-        assert np.isclose(found[role][-1], expected[role][-1], atol=1e-3).mean() > 0.9  # type: ignore[index]
-    dense = torch_roles(load_trunk(opened, describe_model(opened).num_positions))
+    for graph_name in ("ar", "verify"):
+        assert np.isclose(found[graph_name][-1], expected[graph_name][-1], atol=1e-3).mean() > 0.9  # type: ignore[index]
+    dense = torch_graphs(load_trunk(opened, describe_model(opened).num_positions))
     assert largest_difference(found, expected) < 0.1 * largest_difference(found, dense)
 
 
@@ -476,8 +481,8 @@ def test_beside_int4(checkpoint: Path, tmp_path: Path, cache: Path) -> None:
     for precision in ("int4", "nvfp4"):
         assert (
             largest_difference(
-                run_roles(open_bundle(tmp_path / "b", precision)),
-                run_roles(open_bundle(tmp_path / precision)),
+                run_graphs(open_bundle(tmp_path / "b", precision)),
+                run_graphs(open_bundle(tmp_path / precision)),
             )
             == 0
         )
@@ -570,4 +575,4 @@ def test_the_job_finds_the_magnitudes(tmp_path: Path) -> None:
         assert scales[f"{layer}.input_amax"] == found["fp8"][1][f"{layer}.input_amax"]
         assert 15 < record.layers[layer].weight_snr_db < 25
     build_bundle(folder, tmp_path / "b", BuildOptions(calibration=tmp_path / "nvfp4"))
-    run_roles(open_bundle(tmp_path / "b"))
+    run_graphs(open_bundle(tmp_path / "b"))

@@ -289,7 +289,7 @@ def test_inspect_shows_what_engines_move(tmp_path: Path) -> None:
     run = CliRunner().invoke
     data = json.loads(run(app, ["inspect", str(tmp_path / "b"), "--plans", "--json"]).stdout)
     assert [(one["target"], one["graph"]) for one in data] == [
-        ("rtx-4090", role) for role in ("ar", "draft", "verify")
+        ("rtx-4090", graph_name) for graph_name in ("ar", "draft", "verify")
     ]
     cache_bytes = 2 * config["num_key_value_heads"] * config["head_dim"] * 2
     for one in data:
@@ -374,8 +374,8 @@ def test_engines_from_the_cache_have_their_plans_too(small: Path, tmp_path: Path
     for bundle in (older, tmp_path / "new"):
         result = build_bundle(small / "it", bundle, options)
         assert result.num_cached == 3
-        for role, engine in result.record.targets["l4"].graphs.items():
-            there = like[role].plans
+        for graph_name, engine in result.record.targets["l4"].graphs.items():
+            there = like[graph_name].plans
             assert [plan.moved for plan in engine.plans] == [plan.moved for plan in there]
             found = {plan.computed and plan.computed.bandwidth_gb_s for plan in engine.plans}
             assert found == {300}

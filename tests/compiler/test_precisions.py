@@ -22,7 +22,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import BuildResult, build_bundle
 from trimode.errors import BuildError, BundleError, CheckpointError, UsageError
 from trimode.formats.calibration import Calibration, QuantizedPrecision, save_calibration
-from trimode.formats.contract import ROLES
+from trimode.formats.contract import GRAPH_NAMES
 from trimode.formats.safetensors import PackEntry
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.graphs.identity import SourceDigest
@@ -99,13 +99,15 @@ def options_for(precision: str, checkpoint: Path, folder: Path, **changes: Any) 
 def outputs(
     bundle: Path, precision: str | None = None, target: str | None = None
 ) -> list[np.ndarray]:
-    """Each role over a cache that has something in it, bit for bit."""
+    """Each graph over a cache that has something in it, bit for bit."""
     opened = open_bundle(bundle, precision)
     session = OrtSession(opened, opened.chosen.targets[target] if target else None, 1)
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
     return [
-        np.array(x) for role in ROLES for x in session.run(role, cache, IDS[:, ::-1] + 1, 5, 1.0)
+        np.array(x)
+        for graph_name in GRAPH_NAMES
+        for x in session.run(graph_name, cache, IDS[:, ::-1] + 1, 5, 1.0)
     ]
 
 
@@ -147,9 +149,9 @@ def test_each_precision_computes_as_alone(
                 strict=True,
             ):
                 np.testing.assert_array_equal(found, expected)
-        for role in ROLES:
+        for graph_name in GRAPH_NAMES:
             onnx.checker.check_model(
-                str(together / result.manifest.precisions[precision].graphs[role])
+                str(together / result.manifest.precisions[precision].graphs[graph_name])
             )  # type: ignore[index]
     assert outputs(together)[1].tobytes() == outputs(together, order[0])[1].tobytes()
 
@@ -161,7 +163,7 @@ def test_an_added_precision_has_the_graphs_of_the_bundle(
     first = build_bundle(
         checkpoint, tmp_path / "b", BuildOptions(precision="fp32", quadratic=True, cache=cache)
     ).manifest
-    assert list(first.contracts) == [*ROLES, "quadratic"]
+    assert list(first.contracts) == [*GRAPH_NAMES, "quadratic"]
     for changes in ({}, {"quadratic": True}):
         shutil.copytree(tmp_path / "b", tmp_path / str(len(changes)))
         added = build_bundle(

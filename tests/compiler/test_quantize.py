@@ -35,7 +35,7 @@ from trimode.compiler.passes.scales_to_constants import known_scales, read_scale
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import BuildError, CheckpointError, TrimodeError, UsageError
 from trimode.formats.calibration import Calibration, QuantizedPrecision, save_calibration
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.manifest import TargetRecord
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
 from trimode.graphs.identity import SourceDigest
@@ -277,28 +277,30 @@ def calibration_for(
 # Graphs
 
 
-def run_roles(
+def run_graphs(
     bundle: Bundle, target: TargetRecord | None = None
-) -> dict[Role, tuple[np.ndarray, ...]]:
-    """Each role over a cache that has something in it."""
+) -> dict[GraphName, tuple[np.ndarray, ...]]:
+    """Each graph over a cache that has something in it."""
     session = OrtSession(bundle, target, num_threads=1)
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
     return {
-        role: tuple(np.array(x) for x in session.run(role, cache, IDS[:, ::-1] + 1, 5, 1.0))
-        for role in bundle.manifest.contracts
+        graph_name: tuple(
+            np.array(x) for x in session.run(graph_name, cache, IDS[:, ::-1] + 1, 5, 1.0)
+        )
+        for graph_name in bundle.manifest.contracts
     }
 
 
 def assert_close(
-    found: dict[Role, tuple[np.ndarray, ...]],
-    expected: dict[Role, tuple[np.ndarray, ...]],
+    found: dict[GraphName, tuple[np.ndarray, ...]],
+    expected: dict[GraphName, tuple[np.ndarray, ...]],
     tolerance: float,
 ) -> None:
-    for role in found:
-        for one, other in zip(found[role], expected[role], strict=True):
+    for graph_name in found:
+        for one, other in zip(found[graph_name], expected[graph_name], strict=True):
             if one.dtype == np.float32:
-                np.testing.assert_allclose(one, other, atol=tolerance, rtol=0, err_msg=role)
+                np.testing.assert_allclose(one, other, atol=tolerance, rtol=0, err_msg=graph_name)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -355,23 +357,23 @@ def test_rounded_weights_run_as_their_values(
     if stored == "float32":  # a bundle of these numbers has the same in all other places
         build_bundle(dense, tmp_path / "expected")
         assert_close(
-            run_roles(bundle, result.record.targets["cpu"]),
-            run_roles(open_bundle(tmp_path / "expected")),
+            run_graphs(bundle, result.record.targets["cpu"]),
+            run_graphs(open_bundle(tmp_path / "expected")),
             1e-4,
         )
     else:
-        reference = torch_roles(
+        reference = torch_graphs(
             checkpoint, rounded, dict.fromkeys(rounded, lambda x: x), "bfloat16"
         )
-        assert_close(run_roles(bundle), reference, 1e-4)
+        assert_close(run_graphs(bundle), reference, 1e-4)
 
 
-def torch_roles(
+def torch_graphs(
     checkpoint: Path,
     weights: dict[str, np.ndarray],
     inputs: dict[str, Any],
     stored: str = "float32",
-) -> dict[Role, tuple[np.ndarray, ...]]:
+) -> dict[GraphName, tuple[np.ndarray, ...]]:
     """The torch trunk with these weights; ``inputs`` are functions of each layer's input."""
     opened = open_checkpoint(checkpoint)
     trunk = load_trunk(opened, describe_model(opened).num_positions, stored)  # type: ignore[arg-type]
@@ -381,10 +383,10 @@ def torch_roles(
     session = TorchSession(trunk)
     cache = session.new_cache()
     session.run("ar", cache, IDS, 0)
-    found: dict[Role, tuple[np.ndarray, ...]] = {}
-    for role in (*ROLES, "quadratic"):
+    found: dict[GraphName, tuple[np.ndarray, ...]] = {}
+    for graph_name in (*GRAPH_NAMES, "quadratic"):
         again = type(cache).of([(k.clone(), v.clone()) for k, v in cache.layers])
-        found[role] = session.run(role, again, IDS[:, ::-1] + 1, 5, 1.0)
+        found[graph_name] = session.run(graph_name, again, IDS[:, ::-1] + 1, 5, 1.0)
     return found
 
 
@@ -474,14 +476,14 @@ def test_calibrated_graphs_against_torch(
             accuracy_level,
         )
     found, expected = (
-        run_roles(open_bundle(tmp_path / "bundle")),
-        torch_roles(checkpoint, weights, inputs),
+        run_graphs(open_bundle(tmp_path / "bundle")),
+        torch_graphs(checkpoint, weights, inputs),
     )
     # A value on the border between two steps may fall to either side: one step of one input then,
     # out of many.
     assert_close(found, expected, 1e-4 if precision == "int4" and accuracy_level == 1 else 0.1)
-    for role, logits in (("ar", 1), ("verify", 2), ("quadratic", 2)):
-        close = np.isclose(found[role][logits], expected[role][logits], atol=1e-3)  # type: ignore[index]
+    for graph_name, logits in (("ar", 1), ("verify", 2), ("quadratic", 2)):
+        close = np.isclose(found[graph_name][logits], expected[graph_name][logits], atol=1e-3)  # type: ignore[index]
         assert close.mean() > 0.9
     assert any("by hand" in line and "scales of cal" in line for line in describe(result.manifest))
 
@@ -577,7 +579,7 @@ def test_rounded_weights_compile(
         "float16" if "t4" in targets else "bfloat16"
     }
     manifest = open_bundle(tmp_path / "bundle").manifest
-    # Engines that hold weights are one for all roles, which are told from each other by profiles.
+    # Engines that hold weights are one for all graphs, which are told from each other by profiles.
     each = 1 if placement == "shared" else 3
     assert sum(name.endswith(".engine") for name in manifest.files) == each * len(targets)
     held = sum(
@@ -697,7 +699,7 @@ def test_targets_are_added_from_the_pack_alone(checkpoint: Path, tmp_path: Path)
         ),
     )
     assert whole.num_cached == 6
-    run_roles(open_bundle(tmp_path / "bundle"), result.record.targets["cpu"])
+    run_graphs(open_bundle(tmp_path / "bundle"), result.record.targets["cpu"])
     other = calibration_for(
         checkpoint, tmp_path / "other", "int8", make_scales(checkpoint, "int8", per_tensor=True)
     )
@@ -799,7 +801,7 @@ def test_int4_wants_whole_blocks(tmp_path: Path) -> None:
     ):
         build_bundle(odd, tmp_path / "bundle", BuildOptions(precision="int4", calibration="rtn"))
     build_bundle(odd, tmp_path / "bundle", BuildOptions(precision="int8", calibration="rtn"))
-    run_roles(open_bundle(tmp_path / "bundle"))
+    run_graphs(open_bundle(tmp_path / "bundle"))
 
 
 LAYER = "encoder.layers.0.mlp.up_proj"

@@ -29,7 +29,7 @@ from trimode.compiler.stages.extras import write_sampler
 from trimode.compiler.store import fingerprint, traced
 from trimode.compiler.store.cache import ContentCache
 from trimode.errors import CheckpointError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.sampler import WEIGHTS, ShapeRecord, load_sampler_record
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
 from trimode.graphs.sampler.network import BlockSampler, SamplerShape
@@ -121,9 +121,9 @@ def test_a_graph_of_other_code_is_traced_again(
     traced_once: TracedOnce,
     name: str,
 ) -> None:
-    model, calls = describe_model(checkpoint), list[Role]()
+    model, calls = describe_model(checkpoint), list[GraphName]()
     graph = traced_once.graph("ar", checkpoint, model)
-    monkeypatch.setattr(traced, "_trace", lambda role, *_: calls.append(role) or graph)
+    monkeypatch.setattr(traced, "_trace", lambda graph_name, *_: calls.append(graph_name) or graph)
     code = shutil.copytree(
         next(iter(trimode.graphs.__path__)),
         tmp_path / "graphs",

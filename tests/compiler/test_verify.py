@@ -101,7 +101,7 @@ def test_passes_on_what_was_built(
     model = open_bundle(bundle).manifest.model  # verification.json is none of the manifest's files
     long = 2 * 64 + 32 if shape != "plain" else 992
     assert {(r.graph, r.positions) for r in found.graphs if r.subject == "target"} == {
-        (role, (p,)) for role in ("ar", "draft", "verify") for p in (0, 11, long)
+        (graph_name, (p,)) for graph_name in ("ar", "draft", "verify") for p in (0, 11, long)
     }
     assert {r.rows for r in found.graphs} == {1, 7, 32}
     assert {r.use_drafter for r in found.graphs if r.graph == "draft"} == (

@@ -43,7 +43,7 @@ from trimode.formats.calibration import (
     load_calibration,
     save_calibration,
 )
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.files import sha256_of
 from trimode.formats.verification import Verification, read_verifications
 from trimode.graphs.checkpoint import describe_model, open_checkpoint
@@ -424,13 +424,21 @@ def test_dithering_bounds_what_borders_do_and_no_more(
         wrong.trunk.get_submodule(LAYER).weight *= 2
 
     def compare(
-        target: TorchSession, spreading: list[DitheredSession], roles: tuple[Role, ...] = ROLES
+        target: TorchSession,
+        spreading: list[DitheredSession],
+        graph_names: tuple[GraphName, ...] = GRAPH_NAMES,
     ) -> list[bool]:
         texts = [CachedText(session, text) for session in (reference, target, *spreading)]
         return [
             r.passed
             for r in compare_target(
-                *texts[:2], model, (0, 11, 25), tolerance, 0, perturbed=texts[2:], roles=roles
+                *texts[:2],
+                model,
+                (0, 11, 25),
+                tolerance,
+                0,
+                perturbed=texts[2:],
+                graph_names=graph_names,
             )
         ]
 

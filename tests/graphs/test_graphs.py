@@ -17,17 +17,19 @@ from checkpoints import SHAPES
 from conftest import Built
 from reference import Reference
 
-from trimode.formats.contract import ROLES, Role, cache_specs
+from trimode.formats.contract import GRAPH_NAMES, GraphName, cache_specs
 
 CAPACITY = 256
 PAST = (0, 9, 200)
 
 
-def run(built: Built, role: Role, feeds: dict[str, Any], cache: dict[str, Any]) -> dict[str, Any]:
+def run(
+    built: Built, graph_name: GraphName, feeds: dict[str, Any], cache: dict[str, Any]
+) -> dict[str, Any]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(
-        built.bundle / f"{role}.onnx", options, providers=["CPUExecutionProvider"]
+        built.bundle / f"{graph_name}.onnx", options, providers=["CPUExecutionProvider"]
     )
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, {**feeds, **cache}), strict=True))
@@ -78,7 +80,7 @@ def close(got: Any, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_roles_on_a_ragged_batch(built: Callable[[str], Built], shape: str, rows: int) -> None:
+def test_graphs_on_a_ragged_batch(built: Callable[[str], Built], shape: str, rows: int) -> None:
     it = built(shape)
     reference = Reference(it.checkpoint, torch.float64)
     texts, cache = prefilled(it)
@@ -119,17 +121,19 @@ def test_accepted_length_counts_the_leading_agreement(
     assert out["accepted_length"].tolist() == [agreeing] * len(PAST)
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_only_the_new_slots_of_the_cache_change(built: Callable[[str], Built], role: Role) -> None:
+@pytest.mark.parametrize("graph_name", GRAPH_NAMES)
+def test_only_the_new_slots_of_the_cache_change(
+    built: Callable[[str], Built], graph_name: GraphName
+) -> None:
     it = built("one_kv_head")
     cache = empty_cache(it, 2)
     past, rows = np.array([3, 40]), 5
     feeds: dict[str, Any] = {"input_ids": np.full((2, rows), 30), "past_length": past}
-    if role == "ar":
+    if graph_name == "ar":
         feeds["input_length"] = np.array([rows, rows])
-    if role == "draft":
+    if graph_name == "draft":
         feeds["drafter_scale"] = np.array(0, np.float32)
-    after = as_past(run(it, role, feeds, cache))
+    after = as_past(run(it, graph_name, feeds, cache))
     for name, before in cache.items():
         for i, n in enumerate(past):
             changed = (after[name][i] != before[i]).any(axis=(0, 2))
@@ -153,10 +157,12 @@ def test_deeper_layers_need_the_causal_commit(built: Callable[[str], Built]) -> 
     assert np.abs(causal["present.1.key"] - both_ways["present.1.key"]).max() > 1e-2
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_graphs_are_standard_and_hold_no_weight(built: Callable[[str], Built], role: Role) -> None:
+@pytest.mark.parametrize("graph_name", GRAPH_NAMES)
+def test_graphs_are_standard_and_hold_no_weight(
+    built: Callable[[str], Built], graph_name: GraphName
+) -> None:
     it = built("three_kv_heads")
-    model = onnx.load(it.bundle / f"{role}.onnx", load_external_data=False)
+    model = onnx.load(it.bundle / f"{graph_name}.onnx", load_external_data=False)
     assert {o.domain for o in model.opset_import} == {""}
     assert {n.domain for n in model.graph.node} == {""}
     outside = {
@@ -166,8 +172,8 @@ def test_graphs_are_standard_and_hold_no_weight(built: Callable[[str], Built], r
     assert all(np.prod(i.dims, dtype=int) < 64 for i in inside)
     weights = {n for n in outside if not n.startswith("rope.")}
     assert len([n for n in weights if "lora" not in n]) == 9 * 2 + 3
-    assert any("lora" in n for n in weights) == (role == "draft")
-    contract = it.model.bundle.manifest.contracts[role]
+    assert any("lora" in n for n in weights) == (graph_name == "draft")
+    contract = it.model.bundle.manifest.contracts[graph_name]
     caches = {s.name for s in cache_specs(it.model.model, "past_key_values")}
     assert {i.name for i in model.graph.input} == {s.name for s in contract.inputs} | caches
 
@@ -175,8 +181,8 @@ def test_graphs_are_standard_and_hold_no_weight(built: Callable[[str], Built], r
 def test_no_transposed_weights(built: Callable[[str], Built]) -> None:
     """A Transpose of an initializer would make every runtime hold a second copy."""
     it = built("plain")
-    for role in ROLES:
-        graph = onnx.load(it.bundle / f"{role}.onnx", load_external_data=False).graph
+    for graph_name in GRAPH_NAMES:
+        graph = onnx.load(it.bundle / f"{graph_name}.onnx", load_external_data=False).graph
         names = {i.name for i in graph.initializer}
         assert not [n.name for n in graph.node if n.op_type == "Transpose" and n.input[0] in names]
 

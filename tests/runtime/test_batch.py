@@ -248,10 +248,10 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def run_rows(self, role: Any, cache: Any, rows: range, ids: Any, *rest: Any) -> Any:
+    def run_rows(self, graph_name: Any, cache: Any, rows: range, ids: Any, *rest: Any) -> Any:
         assert ids.shape[0] == len(rows)
-        self.count.append((role, *ids.shape))
-        return self._session.run_rows(role, cache, rows, ids, *rest)
+        self.count.append((graph_name, *ids.shape))
+        return self._session.run_rows(graph_name, cache, rows, ids, *rest)
 
 
 def counted(model: TriModeModel) -> Any:
@@ -609,10 +609,12 @@ def waiting_of(drawn: list[Any]) -> list[Waiting]:
     return [
         Waiting(
             row,
-            Forward(role, np.zeros(count, np.int64), past, float(scale and role == "draft")),
+            Forward(
+                graph_name, np.zeros(count, np.int64), past, float(scale and graph_name == "draft")
+            ),
             since,
         )
-        for row, (role, count, past, since, scale) in enumerate(drawn)
+        for row, (graph_name, count, past, since, scale) in enumerate(drawn)
     ]
 
 
@@ -645,13 +647,13 @@ def test_joint_forwards(drawn: list[Any], gaps: set[int], free: int, limit: int)
         for row, after in zip(sorted(inside), sorted(inside)[1:], strict=False):
             assert (after - row - 1) * joint.num_tokens <= free
         for member in inside.values():
-            assert (member.forward.role, member.forward.drafter_scale) == (
-                joint.role,
+            assert (member.forward.graph_name, member.forward.drafter_scale) == (
+                joint.graph_name,
                 joint.drafter_scale,
             )
             assert member.num_tokens <= joint.num_tokens < 2 * member.num_tokens
             assert member.num_tokens == joint.num_tokens or (
-                joint.role == "ar" and lengths[member.row] + joint.num_tokens <= limit
+                joint.graph_name == "ar" and lengths[member.row] + joint.num_tokens <= limit
             )
 
 
@@ -661,9 +663,13 @@ def test_the_largest_group_comes_first_unless_somebody_has_waited_long(drawn: li
     oldest = min(one.since for one in waiting)
     counts: dict[Any, int] = {}
     for one in waiting:
-        size = int(np.ceil(np.log2(one.num_tokens))) if one.forward.role == "ar" else one.num_tokens
-        counts[one.forward.role, size, one.forward.drafter_scale] = (
-            counts.get((one.forward.role, size, one.forward.drafter_scale), 0) + 1
+        size = (
+            int(np.ceil(np.log2(one.num_tokens)))
+            if one.forward.graph_name == "ar"
+            else one.num_tokens
+        )
+        counts[one.forward.graph_name, size, one.forward.drafter_scale] = (
+            counts.get((one.forward.graph_name, size, one.forward.drafter_scale), 0) + 1
         )
     assert len(choose_group(waiting, oldest + PATIENCE - 1)) == max(counts.values())
     assert oldest in {one.since for one in choose_group(waiting, oldest + PATIENCE)}

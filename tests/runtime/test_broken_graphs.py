@@ -79,16 +79,16 @@ class Poisoned(SessionView):
     """
 
     def __init__(
-        self, session: Any, role: str, output: int, first: int = 1, is_gpu: bool = False
+        self, session: Any, graph_name: str, output: int, first: int = 1, is_gpu: bool = False
     ) -> None:
         super().__init__(session)
-        self._role, self._output, self._left, self._is_gpu = role, output, first, is_gpu
+        self._graph_name, self._output, self._left, self._is_gpu = graph_name, output, first, is_gpu
         self.num_copied = 0
 
-    def run(self, role: Any, *rest: Any) -> Any:
-        outputs = [np.array(one) for one in super().run(role, *rest)]
-        self._left -= role == self._role
-        if role == self._role and self._left <= 0:
+    def run(self, graph_name: Any, *rest: Any) -> Any:
+        outputs = [np.array(one) for one in super().run(graph_name, *rest)]
+        self._left -= graph_name == self._graph_name
+        if graph_name == self._graph_name and self._left <= 0:
             outputs[self._output].reshape(-1)[-1] = np.inf
         return tuple(
             self._on_gpu(one) if self._is_gpu and one.shape[-1] > 5 else one for one in outputs
@@ -103,7 +103,7 @@ class Poisoned(SessionView):
 
 
 @pytest.mark.parametrize(
-    ("mode", "role", "output", "position"),
+    ("mode", "graph_name", "output", "position"),
     [
         ("ar", "ar", 1, 3),
         ("diffusion", "draft", 1, 4 + 7),
@@ -113,18 +113,18 @@ class Poisoned(SessionView):
     ],
 )
 def test_each_graph_is_looked_at(
-    quadratic: Callable[[str], Built], mode: Any, role: str, output: int, position: int
+    quadratic: Callable[[str], Built], mode: Any, graph_name: str, output: int, position: int
 ) -> None:
     whole = quadratic("three_kv_heads").model
-    model = TriModeModel(whole.bundle, Poisoned(whole.session, role, output))
+    model = TriModeModel(whole.bundle, Poisoned(whole.session, graph_name, output))
     stream = model.stream([PROMPT], mode, block_length=8, **FREE)
     with pytest.raises(
         NotFiniteError,
-        match=rf"graph {role}: expected finite \w+, found inf at position {position}",
+        match=rf"graph {graph_name}: expected finite \w+, found inf at position {position}",
     ):
         stream.finish()
     for read in (lambda: next(stream), stream.finish, lambda: stream.result, lambda: list(stream)):
-        with pytest.raises(UsageError, match=f"an error has ended: graph {role}"):
+        with pytest.raises(UsageError, match=f"an error has ended: graph {graph_name}"):
             read()
     assert stream.so_far.finish_reason is None
 

@@ -154,11 +154,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: cpu(m)["graphs"]["draft"].update(file="ar.onnx"),
         "target cpu: expected the portable graphs of the precision, found others",
     ),
-    "a role that is missing": (
+    "a graph that is missing": (
         lambda m: first(m)["graphs"].pop("draft"),
         "precision fp32: expected graphs of ar, draft, verify, found ar, verify",
     ),
-    "a target's role that is missing": (
+    "a target's graph that is missing": (
         lambda m: cpu(m).update(graphs={}),
         "target cpu: expected graphs of ar, draft, verify, found none",
     ),
@@ -166,7 +166,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m["contracts"].pop("verify"),
         "expected graphs of ar, draft, found ar, draft, verify",
     ),
-    "the contract of another role": (
+    "the contract of another graph": (
         lambda m: m["contracts"].update(ar=m["contracts"]["verify"]),
         "expected the contract of ar, found that of verify",
     ),

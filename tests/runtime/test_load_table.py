@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.auto.timings import ForwardTime, Subject, Timings
 from trimode.runtime.engine.load.cost_table import LEARNED_FORWARDS, Cell, CostTable
 from trimode.runtime.engine.load.learning import Corrections
@@ -83,7 +83,7 @@ def test_points_that_are_missing_are_taken_from_the_fit() -> None:
     assert found.ms("ar", 8, 8, 512) == pytest.approx(device_ms(8, 8, 512))
 
 
-def test_a_table_needs_ar_steps_and_names_the_roles_it_has() -> None:
+def test_a_table_needs_ar_steps_and_names_the_graphs_it_has() -> None:
     with pytest.raises(UsageError, match="expected timings of AR steps"):
         CostTable({"draft": cells((4,)), "verify": cells((4,))})
     only_ar = CostTable({"ar": cells((1,))})
@@ -147,10 +147,12 @@ def test_the_table_of_bench_is_read_with_or_without_the_drafter(
     assert found.ms("draft", 8, 8, 64) == pytest.approx(factor * device_ms(8, 8, 64))
 
 
-def learn(found: CostTable, role: Role, forward: tuple[int, int, int], ms: float) -> None:
+def learn(
+    found: CostTable, graph_name: GraphName, forward: tuple[int, int, int], ms: float
+) -> None:
     """As many forwards as are needed for one to be learned from."""
     for _ in range(LEARNED_FORWARDS):
-        found.observe(role, *forward, ms)
+        found.observe(graph_name, *forward, ms)
 
 
 def test_it_learns_what_a_cell_takes_and_not_what_others_do() -> None:

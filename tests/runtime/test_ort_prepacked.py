@@ -17,7 +17,7 @@ from checkpoints import config_of, write_checkpoint
 
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
-from trimode.formats.contract import ROLES
+from trimode.formats.contract import GRAPH_NAMES
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.ort import prepacked as ort_prepacked
@@ -63,9 +63,9 @@ def run(session: OrtSession) -> Outputs:
     session.run("ar", cache, IDS, 0)
     return [
         np.array(x)
-        for role in session.contracts
+        for graph_name in session.contracts
         for rows in (1, 4, 9)
-        for x in session.run(role, cache, IDS[:, :rows] + 1, 5, 1.0)
+        for x in session.run(graph_name, cache, IDS[:, :rows] + 1, 5, 1.0)
     ]
 
 
@@ -116,8 +116,10 @@ def test_bit_for_bit_the_same_and_held_once(
     assert_same(run(OrtSession(bundle, None, 1, runtime_cache=tmp_path)), alone)
     assert (entry / "weights.bin").stat().st_ino == made.st_ino
     places: dict[str, set[str]] = {}
-    for role in bundle.manifest.contracts:
-        for tensor in onnx.load(entry / f"{role}.onnx", load_external_data=False).graph.initializer:
+    for graph_name in bundle.manifest.contracts:
+        for tensor in onnx.load(
+            entry / f"{graph_name}.onnx", load_external_data=False
+        ).graph.initializer:
             entries = {item.key: item.value for item in tensor.external_data}
             for key, value in entries.items():
                 if key.startswith("prepacked"):
@@ -204,7 +206,7 @@ def test_nothing_is_left_of_a_failure(
 
 
 def test_an_entry_belongs_to_one_machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = {role: f"{role}.onnx" for role in ROLES}
+    graphs = {graph_name: f"{graph_name}.onnx" for graph_name in GRAPH_NAMES}
     keys = {ort_prepacked._key(bundle, graphs)}
     keys.add(ort_prepacked._key(bundle, {**graphs, "ar": "draft.onnx"}))
     monkeypatch.setattr(ort_prepacked, "_processor", lambda: ["another"])
@@ -215,7 +217,7 @@ def test_an_entry_belongs_to_one_machine(bundle: Bundle, monkeypatch: pytest.Mon
 
 
 def test_what_nobody_opens_is_deleted(bundle: Bundle, tmp_path: Path) -> None:
-    graphs = {role: f"{role}.onnx" for role in ROLES}
+    graphs = {graph_name: f"{graph_name}.onnx" for graph_name in GRAPH_NAMES}
     old, used = tmp_path / "prepacked" / ("0" * 64), tmp_path / "prepacked" / ("1" * 64)
     for entry in (old, used):
         entry.mkdir(parents=True)

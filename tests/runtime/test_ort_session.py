@@ -18,7 +18,7 @@ from prefix_checks import check_forwards_behind_a_prefix, check_random_copies, c
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.errors import BundleError, DependencyError, UsageError
-from trimode.formats.contract import ROLES
+from trimode.formats.contract import GRAPH_NAMES
 from trimode.runtime.bundle.open import Bundle, open_bundle
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.ort import library as ort_library
@@ -71,9 +71,9 @@ def test_every_graph_reads_the_same_memory(half: Bundle) -> None:
     session = OrtSession(half, half.chosen.targets["cpu"], 1)
     for name in session._read_by["ar"]:
         assert {
-            session._read_by[role][name].value.data_ptr()
-            for role in ROLES
-            if name in session._read_by[role]
+            session._read_by[graph_name][name].value.data_ptr()
+            for graph_name in GRAPH_NAMES
+            if name in session._read_by[graph_name]
         } == {session._weights[name].value.data_ptr()}
     session.close()
     assert not session.sessions
@@ -321,8 +321,8 @@ def test_copied_prefixes_in_float32(quadratic: Callable[[str], Built]) -> None:
         model.model.head_dim * 4
     )
     check_random_copies(caches_for_copies(session), buffers_of, 1, 60)
-    roles: Any = ("ar", "draft", "verify", "quadratic")
-    check_forwards_behind_a_prefix(session, roles)
+    graph_names: Any = ("ar", "draft", "verify", "quadratic")
+    check_forwards_behind_a_prefix(session, graph_names)
 
 
 def test_copied_prefixes_in_float16_and_over_quantized_weights(
@@ -333,8 +333,8 @@ def test_copied_prefixes_in_float16_and_over_quantized_weights(
     assert narrow.new_cache().export_prefix(0, 0, 0)[0].dtype == np.float16
     for session in (narrow, OrtSession(quantized, quantized.chosen.targets["cpu"], 1)):
         check_random_copies(caches_for_copies(session), buffers_of, 2, 30)
-        roles: Any = ("ar", "draft", "verify")
-        check_forwards_behind_a_prefix(session, roles)
+        graph_names: Any = ("ar", "draft", "verify")
+        check_forwards_behind_a_prefix(session, graph_names)
 
 
 def test_copied_prefixes_on_a_gpu(half: Bundle, act_gpu: Callable[[], None]) -> None:

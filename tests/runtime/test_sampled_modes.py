@@ -27,7 +27,7 @@ from sampling_reference import (
 )
 
 from trimode.calib.reference.torch_session import accepted_lengths
-from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.contract import GraphName, Mode, ModelInfo
 from trimode.runtime.decode import algorithms, token_choice
 from trimode.runtime.decode.algorithms import MODES, Counters
 from trimode.runtime.decode.options import DecodeOptions, make_options
@@ -60,7 +60,7 @@ class RememberedSession:
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: Cache,
         input_ids: np.ndarray,
         past_length: int,
@@ -69,22 +69,22 @@ class RememberedSession:
         assert past_length <= len(cache)
         rows = input_ids[0].tolist()
         tokens = cache[:past_length] + rows
-        if role != "draft":
+        if graph_name != "draft":
             cache[past_length:] = rows
-        key = (role, tuple(tokens), len(rows), drafter_scale)
+        key = (graph_name, tuple(tokens), len(rows), drafter_scale)
         if key not in self.forwards:
-            self.forwards[key] = self._forward(role, tokens, len(rows), drafter_scale)
+            self.forwards[key] = self._forward(graph_name, tokens, len(rows), drafter_scale)
         return self.forwards[key]
 
     def _forward(
-        self, role: Role, tokens: list[int], rows: int, scale: float
+        self, graph_name: GraphName, tokens: list[int], rows: int, scale: float
     ) -> tuple[np.ndarray, ...]:
-        logits = self.model.logits(tokens, rows if role == "draft" else 0, drafter=scale != 0)[
-            -rows:
-        ]
-        if role == "ar":
+        logits = self.model.logits(
+            tokens, rows if graph_name == "draft" else 0, drafter=scale != 0
+        )[-rows:]
+        if graph_name == "ar":
             return logits[-1:].argmax(-1).numpy(), logits[-1:].numpy()
-        if role == "verify":
+        if graph_name == "verify":
             greedy = logits.argmax(-1)[None].numpy()
             return (
                 greedy,

@@ -31,11 +31,11 @@ from safetensors.torch import load_file, save_file
 
 from trimode import Engine
 from trimode.compiler.passes.base import lower, to_bytes
-from trimode.compiler.passes.join_roles import JoinRoles
+from trimode.compiler.passes.join_graphs import JoinGraphs
 from trimode.compiler.passes.recipes import lower_for
 from trimode.compiler.tensorrt.profiles import plan_capacity
 from trimode.errors import BundleError, DependencyError, DeviceError, UsageError
-from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, graph_contract
+from trimode.formats.contract import GRAPH_NAMES, GraphName, TensorSpec, cache_specs, graph_contract
 from trimode.formats.manifest import CapacityRecord, EngineRecord, ProfileRecord, TargetRecord
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle.open import Bundle, read_manifest
@@ -66,7 +66,7 @@ from trimode.runtime.sessions.tensorrt.target import check_gpu, check_library, p
 VERSION = "1.7.1.116"
 BLOCK_LENGTHS = (1, 2, 8, 32)
 SHAPE = "three_kv_heads"
-ALL_ROLES: tuple[Role, ...] = (*ROLES, "quadratic")
+ALL_GRAPH_NAMES: tuple[GraphName, ...] = (*GRAPH_NAMES, "quadratic")
 
 
 def profiles(
@@ -90,10 +90,11 @@ def record_of(
     backend: Any = "tensorrt_rtx", dtype: Any = "float32", placement: Any = "shared", **changes: Any
 ) -> TargetRecord:
     graphs = {
-        role: EngineRecord(
-            file=f"{role}.{backend}.{dtype}.{placement}", profiles=PROFILES[role].profiles
+        graph_name: EngineRecord(
+            file=f"{graph_name}.{backend}.{dtype}.{placement}",
+            profiles=PROFILES[graph_name].profiles,
         )
-        for role in ALL_ROLES
+        for graph_name in ALL_GRAPH_NAMES
     }
     values = {
         "backend": backend,
@@ -111,15 +112,15 @@ def record_of(
 
 
 def joint_record(dtype: Any = "float32") -> TargetRecord:
-    """One engine for three roles, with the profiles of ``ar`` first."""
+    """One engine for three graphs, with the profiles of ``ar`` first."""
     record = record_of(dtype=dtype)
     joint = {
-        role: EngineRecord(
+        graph_name: EngineRecord(
             file=f"joint.{dtype}",
-            profiles=PROFILES[role].profiles,
-            first_profile=0 if role == "ar" else len(PROFILES["ar"].profiles),
+            profiles=PROFILES[graph_name].profiles,
+            first_profile=0 if graph_name == "ar" else len(PROFILES["ar"].profiles),
         )
-        for role in ROLES
+        for graph_name in GRAPH_NAMES
     }
     return record.model_copy(update={"graphs": {**record.graphs, **joint}})
 
@@ -131,8 +132,8 @@ def with_capacities(record: TargetRecord) -> TargetRecord:
             max_length=length,
             capacity=capacity,
             graphs={
-                role: EngineRecord(file=f"{engine.file}-{capacity}", profiles=engine.profiles)
-                for role, engine in record.graphs.items()
+                graph_name: EngineRecord(file=f"{engine.file}-{capacity}", profiles=engine.profiles)
+                for graph_name, engine in record.graphs.items()
             },
         )
         for length, capacity in ((40, 128), (200, 320))
@@ -175,18 +176,19 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def graphs(quadratic: Callable[[str], Built], traced_once: TracedOnce) -> dict[Role, Any]:
+def graphs(quadratic: Callable[[str], Built], traced_once: TracedOnce) -> dict[GraphName, Any]:
     """As traced."""
     opened = open_checkpoint(quadratic(SHAPE).checkpoint)
     return {
-        role: traced_once.graph(role, opened, quadratic(SHAPE).model.model) for role in ALL_ROLES
+        graph_name: traced_once.graph(graph_name, opened, quadratic(SHAPE).model.model)
+        for graph_name in ALL_GRAPH_NAMES
     }
 
 
 @pytest.fixture(scope="session")
 def bundles(
     quadratic: Callable[[str], Built],
-    graphs: dict[Role, Any],
+    graphs: dict[GraphName, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Bundle]:
     """The engines of every kind of target, in one bundle for each type of the weights."""
@@ -198,22 +200,22 @@ def bundles(
         for n, t in load_file(folder / "float16" / "weights.safetensors").items()
     }
     save_file(narrow, folder / "float16" / "weights.safetensors")
-    for role, graph in graphs.items():
+    for graph_name, graph in graphs.items():
         several = (
             record_of(),
             record_of(dtype="float16"),
             record_of("tensorrt"),
         )
         for record in (one for each in several for one in with_capacities(each).by_capacity()):
-            (folder / record.compute_dtype / record.graphs[role].file).write_bytes(
+            (folder / record.compute_dtype / record.graphs[graph_name].file).write_bytes(
                 MAGIC + to_bytes(lower_for(record, graph))
             )
-        baked = record_of(placement="baked").graphs[role].file
+        baked = record_of(placement="baked").graphs[graph_name].file
         (folder / "float32" / baked).write_bytes(
-            MAGIC + with_weights(folder / "float32" / f"{role}.onnx")
+            MAGIC + with_weights(folder / "float32" / f"{graph_name}.onnx")
         )
     for record in (joint_record(), joint_record("float16")):
-        graph = lower_for(record, lower(graphs["draft"], JoinRoles()))
+        graph = lower_for(record, lower(graphs["draft"], JoinGraphs()))
         path = folder / record.compute_dtype / record.graphs["ar"].file
         path.write_bytes(MAGIC + to_bytes(graph))
     return {
@@ -232,10 +234,12 @@ def with_weights(path: Path) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str, TriModeModel]:
+def references(bundles: dict[str, Bundle], graphs: dict[GraphName, Any]) -> dict[str, TriModeModel]:
     """The same graphs in ONNX Runtime."""
     bundle = bundles["float16"]
-    files = {role: EngineRecord(file=f"{role}.reference") for role in ALL_ROLES}
+    files = {
+        graph_name: EngineRecord(file=f"{graph_name}.reference") for graph_name in ALL_GRAPH_NAMES
+    }
     half = record_of(
         "onnxruntime",
         "float16",
@@ -245,8 +249,8 @@ def references(bundles: dict[str, Bundle], graphs: dict[Role, Any]) -> dict[str,
         library="any",
         graphs=files,
     )
-    for role, graph in graphs.items():
-        (bundle.path / files[role].file).write_bytes(to_bytes(lower_for(half, graph)))
+    for graph_name, graph in graphs.items():
+        (bundle.path / files[graph_name].file).write_bytes(to_bytes(lower_for(half, graph)))
     return {
         "float32": TriModeModel(bundles["float32"], OrtSession(bundles["float32"], None, 1)),
         "float16": TriModeModel(bundle, OrtSession(bundle, half, 1)),
@@ -360,8 +364,8 @@ def test_logits_stay_until_asked_for(host: Host) -> None:
         np.array(logits, copy=False)
 
 
-def test_one_engine_for_three_roles(host: Host) -> None:
-    """It is loaded once, has one context, and each forward runs under a profile of its role."""
+def test_one_engine_for_three_graphs(host: Host) -> None:
+    """It is loaded once, has one context, and each forward runs under a profile of its graph."""
     record = RECORDS["joint"]
     model = host.model(record)
     assert len(host.libraries["tensorrt_rtx"].engines) == 2  # with that of quadratic_spec
@@ -378,7 +382,7 @@ def test_one_engine_for_three_roles(host: Host) -> None:
 
 @pytest.mark.parametrize("kind", ["joint", "joint half"])
 def test_a_joint_engine_says_what_each_graph_says(host: Host, kind: str) -> None:
-    """Every output of every role, for a batch of ragged rows longer than the window."""
+    """Every output of every graph, for a batch of ragged rows longer than the window."""
     found = {}
     dtype = RECORDS[kind].compute_dtype
     for name, model in (("ours", host.model(RECORDS[kind])), ("theirs", host.references[dtype])):
@@ -389,10 +393,12 @@ def test_a_joint_engine_says_what_each_graph_says(host: Host, kind: str) -> None
         ids = np.random.default_rng(0).integers(12, 100, (2, 100))
         outputs.append(session.run_rows("ar", cache, range(2), ids, np.zeros(2, np.int64), lengths))
         block = np.random.default_rng(1).integers(12, 100, (2, 8))
-        for role in ("draft", "verify"):
+        for graph_name in ("draft", "verify"):
             rows = np.full(2, 8)
             outputs.append(
-                session.run_rows(role, cache, range(2), block, lengths, rows, drafter_scale=1.0)
+                session.run_rows(
+                    graph_name, cache, range(2), block, lengths, rows, drafter_scale=1.0
+                )
             )
         found[name] = [[np.asarray(one) for one in some] for some in outputs]
     tolerance = 1e-4 if dtype == "float32" else 0.05
@@ -638,9 +644,9 @@ def test_a_capacity_takes_memory_when_a_text_needs_it(host: Host) -> None:
     """Its contexts too; a prompt goes to its capacity at once, and an answer moves by one copy of
     all tensors.
     """
-    record, num_roles = SEVERAL["rtx"], len(ALL_ROLES)
+    record, num_graphs = SEVERAL["rtx"], len(ALL_GRAPH_NAMES)
     session = host.session(record)
-    assert len(host.contexts(record)) == num_roles
+    assert len(host.contexts(record)) == num_graphs
     model = TriModeModel(host.bundles["float32"], session)
     tensors = 2 * model.model.num_hidden_layers
 
@@ -654,15 +660,15 @@ def test_a_capacity_takes_memory_when_a_text_needs_it(host: Host) -> None:
     slots = [128, 320, 1088]
     sizes = [session.new_cache().bytes_per_token * capacity for capacity in slots]
     copies, taken = answer(40, 5)
-    assert (copies, len(host.contexts(record))) == (0, num_roles)
+    assert (copies, len(host.contexts(record))) == (0, num_graphs)
     assert sizes[0] <= taken < sizes[1]
     copies, taken = answer(41, 5)  # would fit the slots, but not with every block
-    assert (copies, len(host.contexts(record))) == (0, 2 * num_roles)
+    assert (copies, len(host.contexts(record))) == (0, 2 * num_graphs)
     assert sizes[1] <= taken < sizes[2]
     copies, taken = answer(30, 120)
     assert (copies, taken) == (tensors, 0), "the memory of the two before"
     copies, taken = answer(350, 3)
-    assert (copies, len(host.contexts(record))) == (0, 3 * num_roles)
+    assert (copies, len(host.contexts(record))) == (0, 3 * num_graphs)
     assert taken >= sizes[2]
     with pytest.raises(UsageError, match=r"at most 1088 tokens.*found 1089"):
         session.new_cache().reserve(1089)
@@ -780,7 +786,10 @@ def test_sequences_begin_where_tensors_may(host: Host) -> None:
     with pytest.raises(UsageError, match="capacity 1089"):
         lay_out_cache(model, "float16", 1089, 2)
     odd = model.model_copy(update={"max_length": 1001})
-    assert (plan_capacity(ROLES, odd, (8,)), plan_capacity(ROLES, odd, (8,), 4)) == (1065, 1088)
+    assert (plan_capacity(GRAPH_NAMES, odd, (8,)), plan_capacity(GRAPH_NAMES, odd, (8,), 4)) == (
+        1065,
+        1088,
+    )
 
 
 def test_weights_travel_in_pieces(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -805,7 +814,8 @@ def test_compiled_kernels_are_kept(host: Host, tmp_path: Path) -> None:
         model.ar_generate(prompt_of(3), max_new_tokens=2)
         model.close()
         assert [(p.name, p.read_bytes()) for p in sorted((tmp_path / "kernels").iterdir())] == [
-            (f"{role}.kernels", b"kernels:+" + b"+" * i) for role in sorted(ALL_ROLES)
+            (f"{graph_name}.kernels", b"kernels:+" + b"+" * i)
+            for graph_name in sorted(ALL_GRAPH_NAMES)
         ]
     (tmp_path / "kernels" / "ar.kernels").write_bytes(b"of another machine")
     host.model(RECORDS["rtx"], runtime_cache=tmp_path / "kernels").close()
@@ -814,7 +824,11 @@ def test_compiled_kernels_are_kept(host: Host, tmp_path: Path) -> None:
 
 def test_compiled_kernels_are_kept_for_each_capacity(host: Host, tmp_path: Path) -> None:
     host.model(SEVERAL["rtx"], runtime_cache=tmp_path).close()
-    names = {f"{role}{suffix}.kernels" for role in ALL_ROLES for suffix in ("", "-40", "-200")}
+    names = {
+        f"{graph_name}{suffix}.kernels"
+        for graph_name in ALL_GRAPH_NAMES
+        for suffix in ("", "-40", "-200")
+    }
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -910,8 +924,8 @@ def test_layouts_are_aligned_and_do_not_overlap(sizes: dict[str, int]) -> None:
 
 def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> None:
     model = built(SHAPE).model.model
-    for role in ALL_ROLES:
-        contract = graph_contract(role, model)
+    for graph_name in ALL_GRAPH_NAMES:
+        contract = graph_contract(graph_name, model)
         io = lay_out_io(contract, 32)
         for spec in contract.inputs:
             assert io.layout.offsets[spec.name] + tensor_bytes(spec, 32) <= io.inputs_end
@@ -926,12 +940,15 @@ def test_inputs_come_first_and_logits_last(built: Callable[[str], Built]) -> Non
 def test_queries_share_room_behind_all_else(host: Host) -> None:
     for kind in ("rtx", "rtx half"):
         session = host.session(RECORDS[kind])
-        for role, graph in session._graphs[1088].items():
-            model, rows = host.references["float32"].model, max_rows(RECORDS[kind].graphs[role])
+        for graph_name, graph in session._graphs[1088].items():
+            model, rows = (
+                host.references["float32"].model,
+                max_rows(RECORDS[kind].graphs[graph_name]),
+            )
             assert len(graph.bindings.scratch) == model.num_hidden_layers
-            layout = session._prepared.capacities[0].lay_out(3)[1][role].layout
-            size = query_bytes(model, RECORDS[kind].compute_dtype, role, rows, 3)
-            slots = rows * (rows + 1) if role == "quadratic" else rows
+            layout = session._prepared.capacities[0].lay_out(3)[1][graph_name].layout
+            size = query_bytes(model, RECORDS[kind].compute_dtype, graph_name, rows, 3)
+            slots = rows * (rows + 1) if graph_name == "quadratic" else rows
             assert size == 3 * slots * model.num_attention_heads * model.head_dim * (
                 2 if "half" in kind else 4
             )
@@ -951,11 +968,11 @@ def test_the_narrowest_profile_is_chosen() -> None:
 
 
 def tensors_of(
-    role: Role, bundle: Bundle, weights: list[str]
+    graph_name: GraphName, bundle: Bundle, weights: list[str]
 ) -> tuple[dict[str, EngineTensor], TensorSpec]:
     model, pack = bundle.manifest.model, WeightPack(bundle.path / "weights.safetensors")
     cache = cache_specs(model, "past_key_values", "float32", 64)[0]
-    contract = graph_contract(role, model)
+    contract = graph_contract(graph_name, model)
     found = [
         EngineTensor(
             s.name,
@@ -981,14 +998,21 @@ def test_bindings(built: Callable[[str], Built]) -> None:
     bundle = built(SHAPE).model.bundle
     model, pack = bundle.manifest.model, WeightPack(bundle.path / "weights.safetensors")
     weights = ["rope.cos", "diffusion_head.weight"]
-    for role in ROLES:
-        tensors, cache = tensors_of(role, bundle, weights)
+    for graph_name in GRAPH_NAMES:
+        tensors, cache = tensors_of(graph_name, bundle, weights)
 
         def plan(
-            changed: dict[str, EngineTensor], role: Role = role, cache: TensorSpec = cache
+            changed: dict[str, EngineTensor],
+            graph_name: GraphName = graph_name,
+            cache: TensorSpec = cache,
         ) -> Any:
             return plan_bindings(
-                role, changed.values(), graph_contract(role, model), model, cache, pack.entries
+                graph_name,
+                changed.values(),
+                graph_contract(graph_name, model),
+                model,
+                cache,
+                pack.entries,
             )
 
         bindings = plan(tensors)
@@ -1011,14 +1035,14 @@ def test_bindings(built: Callable[[str], Built]) -> None:
         ):
             with pytest.raises(BundleError, match=r"expected scratch\.query\.1 to be"):
                 plan({**tensors, query.name: EngineTensor(**{**vars(query), **change})})
-        for name in ("present.0.key", graph_contract(role, model).outputs[0].name):
+        for name in ("present.0.key", graph_contract(graph_name, model).outputs[0].name):
             with pytest.raises(
-                BundleError, match=f"{role} engine: expected a tensor {name}, found none"
+                BundleError, match=f"{graph_name} engine: expected a tensor {name}, found none"
             ):
                 plan({n: t for n, t in tensors.items() if n != name})
         changes: dict[str, tuple[dict[str, Any], ...]] = {
             "input_ids": ({"dtype": "float32"}, {"shape": (-1,)}),
-            graph_contract(role, model).outputs[0].name: (
+            graph_contract(graph_name, model).outputs[0].name: (
                 {"dtype": "float32"},
                 {"shape": (-1, -1, -1, 7)},
             ),

@@ -64,10 +64,10 @@ class CountingSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def run(self, role: Any, cache: Any, ids: Any, past: int, scale: float = 0.0) -> Any:
+    def run(self, graph_name: Any, cache: Any, ids: Any, past: int, scale: float = 0.0) -> Any:
         assert past + ids.shape[1] <= cache.capacity
-        self.runs.append((role, ids.shape[1], past, scale))
-        return self._session.run(role, cache, ids, past, scale)
+        self.runs.append((graph_name, ids.shape[1], past, scale))
+        return self._session.run(graph_name, cache, ids, past, scale)
 
 
 @pytest.mark.parametrize("name", ["three_kv_heads", "plain"])  # with a drafter and without
@@ -95,7 +95,7 @@ def test_every_case_is_timed_equally_often(built: Callable[[str], Built], name: 
         # a run to warm up in each round
         assert session.runs.count((one.graph, one.rows, one.past, float(one.drafter))) >= 9 * twice
         assert 0 < one.least_ms <= one.lower_quartile_ms <= one.median_ms <= one.upper_quartile_ms
-    filled = [(rows, past) for role, rows, past, _ in session.runs[:24] if role == "ar"]
+    filled = [(rows, past) for graph_name, rows, past, _ in session.runs[:24] if graph_name == "ar"]
     assert (16, 0) in filled  # a cache is filled in chunks that the graph takes
     assert max(rows for _, rows, _, _ in session.runs) == 16
 
@@ -107,7 +107,7 @@ def test_batches_are_timed(built: Callable[[str], Built]) -> None:
     class Noting(CountingSession):
         def run_rows(
             self,
-            role: Any,
+            graph_name: Any,
             cache: Any,
             rows: range,
             ids: Any,
@@ -117,8 +117,8 @@ def test_batches_are_timed(built: Callable[[str], Built]) -> None:
         ) -> Any:
             assert past.tolist() == [past[0]] * len(rows) == [past[0]] * cache.num_rows
             assert length.tolist() == [ids.shape[1]] * len(rows)
-            runs.append((role, len(rows), ids.shape, int(past[0])))
-            return self._session.run_rows(role, cache, rows, ids, past, length, scale)
+            runs.append((graph_name, len(rows), ids.shape, int(past[0])))
+            return self._session.run_rows(graph_name, cache, rows, ids, past, length, scale)
 
     session = Noting(model.session)
     settings = check_settings(TimerSettings((5,), (40, 20), (3,), repeats=2), model.model, session)  # type: ignore[arg-type]

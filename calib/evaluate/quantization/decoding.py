@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from trimode.calib.evaluate.quantization.questions import Decoding, Question, ToText
 from trimode.calib.reference.episodes import Episode, RecordingSession, merged
 from trimode.calib.reference.torch_session import TorchSession
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence as DecodedSequence
@@ -64,7 +64,7 @@ def answer_and_record(
     trunk: TriModeTrunk,
     model: ModelInfo,
     questions: Sequence[Question],
-    recorded: Mapping[Decoding, Sequence[Role]],
+    recorded: Mapping[Decoding, Sequence[GraphName]],
     max_new_tokens: int,
     advance: Advance,
 ) -> tuple[Answers, list[list[Episode]]]:
@@ -74,7 +74,7 @@ def answer_and_record(
         trunk: Trunk that answers.
         model: Facts that decoding needs.
         questions: Questions to answer.
-        recorded: Decodings, each with the roles whose blocks are kept; without any, the answer's
+        recorded: Decodings, each with the graphs whose blocks are kept; without any, the answer's
             text is not kept either.
         max_new_tokens: Longest answer, in tokens.
         advance: Called with 1 after each answer.
@@ -83,11 +83,11 @@ def answer_and_record(
     episodes = []
     for question in questions:
         found = []
-        for decoding, roles in recorded.items():
-            session = RecordingSession(trunk, roles)
+        for decoding, graph_names in recorded.items():
+            session = RecordingSession(trunk, graph_names)
             generation = _generate(session, model, question, decoding, max_new_tokens)
             answers[decoding].append(generation)
-            if roles:
+            if graph_names:
                 found.append(
                     Episode(
                         [*question.token_ids, *generation.token_ids],

@@ -23,7 +23,7 @@ from trimode.calib.evaluate.quantization.decoding import (
     same_tokens,
 )
 from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
-from trimode.calib.evaluate.quantization.lockstep import ByRole, Lockstep
+from trimode.calib.evaluate.quantization.lockstep import ByGraph, Lockstep
 from trimode.calib.evaluate.quantization.questions import (
     Decoding,
     QualitySettings,
@@ -31,14 +31,14 @@ from trimode.calib.evaluate.quantization.questions import (
     ToText,
     decodings_for,
     draw_questions,
-    roles_for,
+    graphs_for,
 )
 from trimode.calib.reference.device import check_device
 from trimode.calib.reference.episodes import Episode, count_rows
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.calib.scales.statistics import LOSSLESS_DB
 from trimode.errors import UsageError
-from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.contract import GraphName, Mode, ModelInfo
 from trimode.formats.evaluation import (
     SCHEMA_VERSION,
     DecodingRecord,
@@ -268,9 +268,9 @@ def _measure_candidate(
         scales_sha256=candidate.scales_sha256,
         num_quantized=len(layers),
         weight_bytes=weight_bytes(checkpoint, COMPUTE_TYPE, candidate.precision, layers),
-        local={name: _fidelity(by_role) for name, by_role in lockstep.local.items()},
-        accumulated=tuple(_fidelity(by_role) for by_role in lockstep.accumulated),
-        outputs={role: _output_fidelity(one) for role, one in lockstep.outputs.items()},
+        local={name: _fidelity(by_graph) for name, by_graph in lockstep.local.items()},
+        accumulated=tuple(_fidelity(by_graph) for by_graph in lockstep.accumulated),
+        outputs={graph_name: _output_fidelity(one) for graph_name, one in lockstep.outputs.items()},
         decoding=decoding,
     )
 
@@ -306,21 +306,21 @@ def _original_record(
         num_quantized=0,
         weight_bytes=weight_bytes(checkpoint, "float32"),
         local={},
-        accumulated=tuple(dict.fromkeys(by_role, _LOSSLESS) for by_role in other.accumulated),
+        accumulated=tuple(dict.fromkeys(by_graph, _LOSSLESS) for by_graph in other.accumulated),
         outputs={
-            role: OutputFidelity(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0)
-            for role, one in other.outputs.items()
+            graph_name: OutputFidelity(num_rows=one.num_rows, kl_nats=0.0, top1_agreement=1.0)
+            for graph_name, one in other.outputs.items()
         },
         decoding=bench.decoding_records(bench.trunk, bench.answers),
     )
 
 
-def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[Role]]:
-    """Choose the roles to record; self-speculation beside the drafter's has none."""
+def _recorded(decodings: Sequence[Decoding]) -> dict[Decoding, Sequence[GraphName]]:
+    """Choose the graphs to record; self-speculation beside the drafter's has none."""
     with_drafter = any(decoding.use_drafter for decoding in decodings)
     spare = Decoding("linear_spec") if with_drafter else None
     return {
-        decoding: () if decoding == spare else roles_for([decoding.mode]) for decoding in decodings
+        decoding: () if decoding == spare else graphs_for([decoding.mode]) for decoding in decodings
     }
 
 
@@ -330,8 +330,8 @@ def _output_fidelity(one: ProbabilityDivergence) -> OutputFidelity:
     )
 
 
-def _fidelity(by_role: ByRole) -> dict[Role, FidelityRecord]:
-    return {role: _record(one) for role, one in by_role.items()}
+def _fidelity(by_graph: ByGraph) -> dict[GraphName, FidelityRecord]:
+    return {graph_name: _record(one) for graph_name, one in by_graph.items()}
 
 
 def _record(one: Fidelity) -> FidelityRecord:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from trimode.calib.evaluate.quantization.fidelity import Fidelity, ProbabilityDivergence
 from trimode.calib.reference.episodes import Episode, ReplayedForward, forwards_of, pattern_for
 from trimode.calib.reference.torch_session import TorchCache
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.graphs.decoder.attention import AttentionPattern
 from trimode.graphs.decoder.trunk import TriModeTrunk
 
 Advance = Callable[[int], None]
-ByRole = dict[Role, Fidelity]
+ByGraph = dict[GraphName, Fidelity]
 
 
 class Lockstep(nn.Module):
-    """Runs two trunks as one, and measures their difference by role.
+    """Runs two trunks as one, and measures their difference by graph.
 
     Args:
         original: Trunk in float32.
@@ -60,13 +60,13 @@ class Lockstep(nn.Module):
             layers,
             first_block,
         )
-        self._role: Role | None = None
+        self._graph_name: GraphName | None = None
         blocks = len(original.encoder.layers)
         for index, block in enumerate(quantized.encoder.layers):
             cast("Any", block).self_attn.index = blocks + index - first_block
-        self.local: dict[str, ByRole] = {name: {} for name in layers}
-        self.accumulated: list[ByRole] = [{} for _ in range(blocks)]
-        self.outputs: dict[Role, ProbabilityDivergence] = {}
+        self.local: dict[str, ByGraph] = {name: {} for name in layers}
+        self.accumulated: list[ByGraph] = [{} for _ in range(blocks)]
+        self.outputs: dict[GraphName, ProbabilityDivergence] = {}
 
     @torch.no_grad()
     def run(self, episodes: Sequence[Episode], advance: Advance) -> None:
@@ -80,7 +80,7 @@ class Lockstep(nn.Module):
 
     def _run(self, forward: ReplayedForward, attend: TorchCache) -> None:
         device = self._original.diffusion_head.weight.device
-        self._role = forward.role
+        self._graph_name = forward.graph_name
         positions = torch.arange(
             forward.past_length, forward.past_length + len(forward.ids), device=device
         )[None]
@@ -116,8 +116,10 @@ class Lockstep(nn.Module):
         """Return the original's logits; measure how far the other's are."""
         x, y = hidden.chunk(2, -1)
         logits = self._original.head(x)
-        assert self._role is not None
-        self.outputs.setdefault(self._role, ProbabilityDivergence()).add(logits, self._twin.head(y))
+        assert self._graph_name is not None
+        self.outputs.setdefault(self._graph_name, ProbabilityDivergence()).add(
+            logits, self._twin.head(y)
+        )
         return logits
 
     @contextmanager
@@ -140,6 +142,6 @@ class Lockstep(nn.Module):
 
         return observe
 
-    def _meter(self, by_role: ByRole) -> Fidelity:
-        assert self._role is not None
-        return by_role.setdefault(self._role, Fidelity())
+    def _meter(self, by_graph: ByGraph) -> Fidelity:
+        assert self._graph_name is not None
+        return by_graph.setdefault(self._graph_name, Fidelity())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from trimode.calib.data.checks import check_at_least, check_device_name
 from trimode.calib.data.draw import draw_texts
 from trimode.errors import UsageError
-from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.contract import GraphName, Mode, ModelInfo
 from trimode.runtime.decode.options import DEFAULT_THRESHOLDS
 from trimode.runtime.text.codec import TextCodec
 from trimode.runtime.text.prompts import PromptStyle, Text, encode_prompts, read_prompts_file
@@ -99,14 +99,14 @@ def decodings_for(modes: Sequence[Mode], *, has_drafter: bool) -> tuple[Decoding
     return tuple(chosen)
 
 
-def roles_for(modes: Sequence[Mode]) -> tuple[Role, ...]:
+def graphs_for(modes: Sequence[Mode]) -> tuple[GraphName, ...]:
     """Return the graphs that these modes run."""
-    roles: list[Role] = ["ar"]
+    graph_names: list[GraphName] = ["ar"]
     if "diffusion" in modes or "linear_spec" in modes:
-        roles.append("draft")
+        graph_names.append("draft")
     if "linear_spec" in modes:
-        roles.append("verify")
-    return tuple(roles)
+        graph_names.append("verify")
+    return tuple(graph_names)
 
 
 def draw_questions(

@@ -43,7 +43,7 @@ from trimode.formats.calibration import (
     SensitivityRecord,
     save_calibration,
 )
-from trimode.formats.contract import Mode, ModelInfo, Role
+from trimode.formats.contract import GraphName, Mode, ModelInfo
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.graphs.decoder.trunk import TriModeTrunk
 from trimode.graphs.numerics.scales import LayerScales
@@ -51,7 +51,7 @@ from trimode.progress import Progress
 
 DEFAULT_RANKING_SAMPLES = 8
 SUFFIX = "+sensitivity"
-DECIDING_ROLES: dict[Mode, tuple[Role, ...]] = {
+DECIDING_GRAPHS: dict[Mode, tuple[GraphName, ...]] = {
     "ar": ("ar",),
     "diffusion": ("ar", "draft"),
     "linear_spec": ("ar", "verify"),
@@ -161,24 +161,27 @@ def rank_layers(
     """Rank the layers by sensitivity, the most sensitive first.
 
     It is the divergence (nats a row) of the probabilities when that layer alone is quantized, over
-    the same with all of them quantized, role by role, and the largest of these: roles differ in
+    the same with all of them quantized, graph by graph, and the largest of these: graphs differ in
     scale by orders of magnitude, and the budget is for each mode. Unlike an error at the layer's
     own output it knows what the rest of the model makes of it. The cost is a replay a layer.
     """
     advance = progress.stage("rank layers", len(episodes) * (len(layers) + 1))
 
-    def divergences(some: dict[str, LayerScales], first_block: int) -> dict[Role, float]:
+    def divergences(some: dict[str, LayerScales], first_block: int) -> dict[GraphName, float]:
         quantized = quantized_copy(trunk, candidate.precision, some)
         comparison = Lockstep(trunk, quantized, first_block=first_block, outputs_alone=True)
         comparison.run(episodes, advance)
-        return {role: one.kl_nats for role, one in comparison.outputs.items()}
+        return {graph_name: one.kl_nats for graph_name, one in comparison.outputs.items()}
 
     whole = divergences(layers, 0)
     blocks = len(trunk.encoder.layers)
     scores = {}
     for name, scales in layers.items():
         alone = divergences({name: scales}, _block_of(name, blocks))
-        scores[name] = max(alone[role] / whole[role] if whole[role] else 0.0 for role in whole)
+        scores[name] = max(
+            alone[graph_name] / whole[graph_name] if whole[graph_name] else 0.0
+            for graph_name in whole
+        )
     return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -292,8 +295,8 @@ def _answer_originally(
     progress: Progress,
 ) -> tuple[_Original, list[list[Episode]]]:
     """Answer in every mode, and record the forwards that decide tokens."""
-    recorded: dict[Decoding, Sequence[Role]] = {
-        decoding_of(mode, model): DECIDING_ROLES[mode] for mode in settings.modes
+    recorded: dict[Decoding, Sequence[GraphName]] = {
+        decoding_of(mode, model): DECIDING_GRAPHS[mode] for mode in settings.modes
     }
     advance = progress.stage("answer", len(questions) * len(recorded))
     answers, episodes = answer_and_record(

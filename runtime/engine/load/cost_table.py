@@ -1,4 +1,4 @@
-"""Milliseconds of a forward by role, rows, new tokens and cached tokens: measured, then learned.
+"""Milliseconds of a forward by graph, rows, new tokens and cached tokens: measured, then learned.
 
 Between measured points the time follows the roofline that fits them; at the points it is what was
 measured. How far the two differ is interpolated, in powers of two, and held beyond the last point.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimode.errors import UsageError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.hints import BENCH
 from trimode.runtime.auto.timings import Timings
 from trimode.runtime.engine.load.learning import Corrections
@@ -50,30 +50,34 @@ class CostTable:
     """Predicts forwards, and learns from those that ran.
 
     Args:
-        cells: Measured forwards of the roles ``ar``, ``draft`` and ``verify``.
+        cells: Measured forwards of the graphs ``ar``, ``draft`` and ``verify``.
         is_frozen: Whether :meth:`observe` changes nothing, so that choices can be repeated.
 
     Raises:
-        UsageError: a role has no cells, or none of one token in ``ar``.
+        UsageError: a graph has no cells, or none of one token in ``ar``.
     """
 
-    def __init__(self, cells: Mapping[Role, Sequence[Cell]], *, is_frozen: bool = False) -> None:
+    def __init__(
+        self, cells: Mapping[GraphName, Sequence[Cell]], *, is_frozen: bool = False
+    ) -> None:
         self.is_frozen = is_frozen
         self._corrections = Corrections()
         self._num_forwards = 0
         if not cells.get("ar") or not any(cell.tokens == 1 for cell in cells["ar"]):
             raise UsageError("expected timings of AR steps, found none", BENCH)
-        self._grids = {role: _Grid(found) for role, found in cells.items() if found}
-        drafted, verified = ({cell.tokens for cell in cells.get(role, ())} for role in _SPECULATION)
+        self._grids = {graph_name: _Grid(found) for graph_name, found in cells.items() if found}
+        drafted, verified = (
+            {cell.tokens for cell in cells.get(graph_name, ())} for graph_name in _SPECULATION
+        )
         self.lengths = tuple(sorted(drafted & verified))
-        self._known: dict[tuple[Role, int, int, int], tuple[float, _Place]] = {}
+        self._known: dict[tuple[GraphName, int, int, int], tuple[float, _Place]] = {}
 
     @classmethod
     def from_timings(
         cls, timings: Timings, *, use_drafter: bool, is_frozen: bool = False
     ) -> CostTable:
         """Make the table from what ``trimode bench --batch`` stored, from its least times."""
-        cells: dict[Role, list[Cell]] = {}
+        cells: dict[GraphName, list[Cell]] = {}
         for one in timings.forwards:
             if one.graph != "draft" or one.drafter == use_drafter:
                 cell = Cell(one.batch, one.rows, one.past, one.least_ms)
@@ -90,16 +94,18 @@ class CostTable:
         """Measured over predicted milliseconds, of late and over all forwards."""
         return self._corrections.common
 
-    def ms(self, role: Role, rows: int, tokens: int, cached: int) -> float:
+    def ms(self, graph_name: GraphName, rows: int, tokens: int, cached: int) -> float:
         """Milliseconds that a forward is expected to take.
 
         Raises:
-            UsageError: the role was not measured.
+            UsageError: the graph was not measured.
         """
-        base, place = self._predicted(role, rows, tokens, cached)
-        return base * self._corrections.factor((role, tokens > 1), place)
+        base, place = self._predicted(graph_name, rows, tokens, cached)
+        return base * self._corrections.factor((graph_name, tokens > 1), place)
 
-    def observe(self, role: Role, rows: int, tokens: int, cached: int, ms: float) -> None:
+    def observe(
+        self, graph_name: GraphName, rows: int, tokens: int, cached: int, ms: float
+    ) -> None:
         """Learn from a forward that took ``ms`` milliseconds, its host time included; every fifth
         is enough.
 
@@ -109,35 +115,40 @@ class CostTable:
         self._num_forwards += 1
         if self.is_frozen or self._num_forwards % LEARNED_FORWARDS:
             return
-        if role not in self._grids or tokens > self._grids[role].most_tokens:
+        if graph_name not in self._grids or tokens > self._grids[graph_name].most_tokens:
             return
-        base, place = self._predicted(role, rows, tokens, cached)
-        self._corrections.observe((role, tokens > 1), place, ms / base)
+        base, place = self._predicted(graph_name, rows, tokens, cached)
+        self._corrections.observe((graph_name, tokens > 1), place, ms / base)
 
-    def _predicted(self, role: Role, rows: int, tokens: int, cached: int) -> tuple[float, _Place]:
-        key = role, rows, tokens, round(cached / CACHED_STEP)
+    def _predicted(
+        self, graph_name: GraphName, rows: int, tokens: int, cached: int
+    ) -> tuple[float, _Place]:
+        key = graph_name, rows, tokens, round(cached / CACHED_STEP)
         if key not in self._known:
-            if role not in self._grids:
-                raise UsageError(f"expected timings of {role}, found none", BENCH)
-            grid, at = self._grids[role], (float(rows), float(tokens), float(key[3] * CACHED_STEP))
-            self._known[key] = grid.ms(at), _Place(role, *grid.nearest(at))
+            if graph_name not in self._grids:
+                raise UsageError(f"expected timings of {graph_name}, found none", BENCH)
+            grid, at = (
+                self._grids[graph_name],
+                (float(rows), float(tokens), float(key[3] * CACHED_STEP)),
+            )
+            self._known[key] = grid.ms(at), _Place(graph_name, *grid.nearest(at))
         return self._known[key]
 
 
-_SPECULATION: tuple[Role, Role] = ("draft", "verify")
+_SPECULATION: tuple[GraphName, GraphName] = ("draft", "verify")
 
 
 class _Place(NamedTuple):
     """A cell of the table, by the place of its rows, tokens and cached tokens on their axes."""
 
-    role: Role
+    graph_name: GraphName
     rows: int
     tokens: int
     cached: int
 
 
 class _Grid:
-    """One role's roofline, and measured over its milliseconds at each point of a grid."""
+    """One graph's roofline, and measured over its milliseconds at each point of a grid."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         columns = np.array(cells, np.float64).T

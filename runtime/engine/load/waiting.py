@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.engine.load.cost_table import CostTable
 
 
@@ -14,13 +14,13 @@ class ReadyRows:
     """Describes rows that wait for the same kind of forward.
 
     Attributes:
-        role: Graph of the forward.
+        graph_name: Graph of the forward.
         rows: Number of the rows.
         tokens: New tokens of each row.
         cached: Most tokens that one of them has cached.
     """
 
-    role: Role
+    graph_name: GraphName
     rows: int
     tokens: int
     cached: int
@@ -60,7 +60,7 @@ def steps_to_wait(
         return 0
 
     def ms(rows: int) -> float:
-        return table.ms(ready.role, rows, ready.tokens, ready.cached)
+        return table.ms(ready.graph_name, rows, ready.tokens, ready.cached)
 
     both = ready.rows + coming.rows
     saved = ms(ready.rows) + ms(coming.rows) - ms(both)
@@ -90,7 +90,7 @@ def first_to_run(
     """
     best, least = None, float("inf")
     for index, other in enumerate(others):
-        ms = table.ms(other.role, other.rows, other.tokens, other.cached)
+        ms = table.ms(other.graph_name, other.rows, other.tokens, other.cached)
         coming = ComingRows(other.rows, 1, ms)
         if ms < least and steps_to_wait(ready, coming, table, most_ms=most_ms):
             best, least = index, ms

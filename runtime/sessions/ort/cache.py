@@ -7,7 +7,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from trimode.formats.contract import DType, GraphContract, ModelInfo, Role, TensorSpec, cache_specs
+from trimode.formats.contract import (
+    DType,
+    GraphContract,
+    GraphName,
+    ModelInfo,
+    TensorSpec,
+    cache_specs,
+)
 from trimode.runtime.sessions.base import Array, BatchCache, DeviceArray, bucket
 from trimode.runtime.sessions.ort.library import Device
 from trimode.runtime.sessions.ort.memory import Buffer, place, zeros
@@ -58,8 +65,8 @@ class OrtCache:
             for spec in cache_specs(model, "past_key_values")
         ]
         self.values: dict[str, Buffer] = {}
-        self.bound: dict[tuple[Role, range, int], BoundGraph] = {}
-        self.io: dict[tuple[Role, int], GraphBuffers] = {}
+        self.bound: dict[tuple[GraphName, range, int], BoundGraph] = {}
+        self.io: dict[tuple[GraphName, int], GraphBuffers] = {}
         self.capacity = 0
 
     def reserve(self, length: int) -> None:

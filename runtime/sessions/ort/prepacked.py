@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.disk import what_is_wrong
 from trimode.formats.files import sha256_of
 from trimode.formats.texts import Unreadable, read_json
@@ -49,14 +49,17 @@ logger = logging.getLogger("trimode.runtime")
 
 
 def prepacked_graphs(
-    bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any], cache: Path | None
-) -> dict[Role, Path]:
+    bundle: Bundle,
+    graphs: Mapping[GraphName, str],
+    make_options: Callable[[], Any],
+    cache: Path | None,
+) -> dict[GraphName, Path]:
     """The bundle's graphs over one file of prepacked weights, made where the cache does not have
     them.
 
     Args:
         bundle: an opened bundle.
-        graphs: the file of each role's graph in it.
+        graphs: the file of each graph in it.
         make_options: new session options, those that the graphs are optimized with.
         cache: folder of the cache; None = the user's.
 
@@ -73,11 +76,11 @@ def prepacked_graphs(
     # only of use to pruning, and the folder may be somebody else's
     with contextlib.suppress(OSError):
         os.utime(entry)
-    return {role: entry / f"{role}.onnx" for role in graphs}
+    return {graph_name: entry / f"{graph_name}.onnx" for graph_name in graphs}
 
 
 def _have(
-    entry: Path, bundle: Bundle, graphs: Mapping[Role, str], make_options: Callable[[], Any]
+    entry: Path, bundle: Bundle, graphs: Mapping[GraphName, str], make_options: Callable[[], Any]
 ) -> None:
     """Make the entry where it is not whole."""
     if _is_whole(entry, graphs, bundle.is_verified):
@@ -86,17 +89,21 @@ def _have(
     with _locked(entry.with_name(f"{entry.name}.lock")):
         # another process may have made it meanwhile
         if not _is_whole(entry, graphs, bundle.is_verified):
-            _make(entry, {role: bundle.path / file for role, file in graphs.items()}, make_options)
+            _make(
+                entry,
+                {graph_name: bundle.path / file for graph_name, file in graphs.items()},
+                make_options,
+            )
             _prune(entry.parent)
 
 
-def _key(bundle: Bundle, graphs: Mapping[Role, str]) -> str:
+def _key(bundle: Bundle, graphs: Mapping[GraphName, str]) -> str:
     """Digest of everything an entry depends on."""
     manifest = bundle.manifest
     facts = {
         "version": _VERSION,
         "weights": [manifest.files[pack].sha256 for pack in bundle.chosen.packs],
-        "graphs": {role: manifest.files[file].sha256 for role, file in graphs.items()},
+        "graphs": {graph_name: manifest.files[file].sha256 for graph_name, file in graphs.items()},
         "onnxruntime": [ort.__version__, ort.get_build_info()],
         "processor": _processor(),
     }
@@ -128,13 +135,16 @@ def _processor() -> list[str]:
     ]
 
 
-def _is_whole(entry: Path, roles: Iterable[Role], is_verified: bool) -> bool:
+def _is_whole(entry: Path, graph_names: Iterable[GraphName], is_verified: bool) -> bool:
     """Whether the entry is there, with the sizes, and if asked for the digests, that were written
     down.
     """
     try:
         contents = read_json(entry / _CONTENTS)
-        return contents.keys() >= {_WEIGHTS, *(f"{role}.onnx" for role in roles)} and all(
+        return contents.keys() >= {
+            _WEIGHTS,
+            *(f"{graph_name}.onnx" for graph_name in graph_names),
+        } and all(
             (entry / name).stat().st_size == size
             and (not is_verified or sha256_of(entry / name) == digest)
             for name, (size, digest) in contents.items()
@@ -161,7 +171,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], Any]) -> None:
+def _make(entry: Path, graphs: Mapping[GraphName, Path], make_options: Callable[[], Any]) -> None:
     logger.info("arranging the weights for this processor, once: %s", entry)
     # of a process that was killed: nobody else has the lock
     for leftover in entry.parent.glob(f"{entry.name}.partial-*"):
@@ -171,8 +181,8 @@ def _make(entry: Path, graphs: Mapping[Role, Path], make_options: Callable[[], A
     try:
         with (staged / _WEIGHTS).open("wb") as stream:
             weights = _SharedWeights(stream)
-            for role, graph in graphs.items():
-                optimized = _optimize(graph, staged / f"{role}.onnx", make_options())
+            for graph_name, graph in graphs.items():
+                optimized = _optimize(graph, staged / f"{graph_name}.onnx", make_options())
                 optimized.write_bytes(weights.take_over(optimized))
         files = sorted(staged.iterdir())
         contents = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 from trimode.errors import BundleError, UsageError
 from trimode.formats.contract import (
-    ROLES,
+    GRAPH_NAMES,
     DType,
     GraphContract,
+    GraphName,
     ModelInfo,
-    Role,
     cache_specs,
     slots_written,
 )
@@ -80,7 +80,7 @@ class OrtSession(Closable):
             )
         manifest = bundle.manifest
         self.model = manifest.model
-        self.contracts: dict[Role, GraphContract] = dict(manifest.contracts)
+        self.contracts: dict[GraphName, GraphContract] = dict(manifest.contracts)
         self._device: Device = target.device if target else "cpu"
         self.free_tokens = _FREE_TOKENS[self._device]
         self._dtype: DType = target.compute_dtype if target else "float32"
@@ -89,13 +89,13 @@ class OrtSession(Closable):
         portable = target is None or target.placement == "external"
         mapped_bytes = bundle.chosen.weight_bytes if portable else 0
         files = {
-            role: bundle.chosen.graphs[role]
+            graph_name: bundle.chosen.graphs[graph_name]
             if portable or target is None
-            else target.graphs[role].file
-            for role in self.contracts
+            else target.graphs[graph_name].file
+            for graph_name in self.contracts
         }
         found = _operators(bundle.path / file for file in files.values())
-        self.sessions: dict[Role, Any]
+        self.sessions: dict[GraphName, Any]
         if "MatMulNBits" in found:
             self.sessions = _load_int4(bundle, files, mapped_bytes, num_threads, runtime_cache)
         else:
@@ -103,19 +103,24 @@ class OrtSession(Closable):
                 mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found
             )
             self.sessions = {
-                role: load_graph(bundle.path / file, options, providers)
-                for role, file in files.items()
+                graph_name: load_graph(bundle.path / file, options, providers)
+                for graph_name, file in files.items()
             }
         wanted = {
-            role: _weight_inputs(self.sessions[role], self.contracts[role], self.model)
-            for role in files
+            graph_name: _weight_inputs(
+                self.sessions[graph_name], self.contracts[graph_name], self.model
+            )
+            for graph_name in files
         }
         self._weights = place_weights(bundle.weights(), wanted.values(), self._device)
-        self._read_by: dict[Role, dict[str, Buffer]] = {
-            role: {name: self._weights[name] for name in wanted[role]} for role in files
+        self._read_by: dict[GraphName, dict[str, Buffer]] = {
+            graph_name: {name: self._weights[name] for name in wanted[graph_name]}
+            for graph_name in files
         }
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """Any will do."""
 
     def close(self) -> None:
@@ -140,18 +145,18 @@ class OrtSession(Closable):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
-        end = past_length + slots_written(role, input_ids.shape[1])
+        end = past_length + slots_written(graph_name, input_ids.shape[1])
         if end > cache.capacity:
             cache.reserve(end)
         return self._run(
-            role,
+            graph_name,
             cast("OrtCache", cache),
             _ONE_ROW,
             input_ids,
@@ -162,7 +167,7 @@ class OrtSession(Closable):
 
     def run_rows(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         rows: range,
         input_ids: Ids,
@@ -172,12 +177,18 @@ class OrtSession(Closable):
     ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return self._run(
-            role, cast("OrtCache", cache), rows, input_ids, past_length, input_length, drafter_scale
+            graph_name,
+            cast("OrtCache", cache),
+            rows,
+            input_ids,
+            past_length,
+            input_length,
+            drafter_scale,
         )
 
     def _run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: OrtCache,
         rows: range,
         input_ids: Ids,
@@ -186,8 +197,8 @@ class OrtSession(Closable):
         drafter_scale: float,
     ) -> tuple[Array, ...]:
         self.check_open()
-        bound = cache.bound.get((role, rows, input_ids.shape[1])) or self._bind(
-            role, cache, rows, input_ids.shape[1]
+        bound = cache.bound.get((graph_name, rows, input_ids.shape[1])) or self._bind(
+            graph_name, cache, rows, input_ids.shape[1]
         )
         bound.input_ids[:] = input_ids
         bound.past_length[:] = past_length
@@ -196,19 +207,21 @@ class OrtSession(Closable):
         if bound.drafter_scale is not None:
             bound.drafter_scale[...] = drafter_scale
         bound.bind_inputs()
-        self.sessions[role].run_with_iobinding(bound.binding)
+        self.sessions[graph_name].run_with_iobinding(bound.binding)
         return bound.outputs
 
-    def _bind(self, role: Role, cache: OrtCache, rows: range, num_tokens: int) -> BoundGraph:
-        contract, is_kept = self.contracts[role], num_tokens <= self.model.max_block_length
+    def _bind(
+        self, graph_name: GraphName, cache: OrtCache, rows: range, num_tokens: int
+    ) -> BoundGraph:
+        contract, is_kept = self.contracts[graph_name], num_tokens <= self.model.max_block_length
         num_rows = cache.num_rows if is_kept else len(rows)
-        io = cache.io.get((role, num_tokens)) or GraphBuffers(
+        io = cache.io.get((graph_name, num_tokens)) or GraphBuffers(
             contract, num_rows, num_tokens, cache.device
         )
-        bound = BoundGraph(self.sessions[role], cache, rows, io, self._read_by[role])
+        bound = BoundGraph(self.sessions[graph_name], cache, rows, io, self._read_by[graph_name])
         if is_kept:  # prompt chunks come in any size and once: not worth keeping
-            cache.io[role, num_tokens] = io
-            cache.bound[role, rows, num_tokens] = bound
+            cache.io[graph_name, num_tokens] = io
+            cache.bound[graph_name, rows, num_tokens] = bound
         return bound
 
 
@@ -227,11 +240,11 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
 
 def _load_int4(
     bundle: Bundle,
-    files: Mapping[Role, str],
+    files: Mapping[GraphName, str],
     mapped_bytes: int,
     num_threads: int | None,
     cache: Path | None,
-) -> dict[Role, Any]:
+) -> dict[GraphName, Any]:
     """The portable graphs of int4 products: over one file of prepacked weights, or where they are
     few each over a copy of its own.
     """
@@ -240,7 +253,10 @@ def _load_int4(
         try:
             graphs = prepacked_graphs(bundle, files, lambda: session_options(0, num_threads), cache)
             options = session_options(0, num_threads, is_optimized=True)
-            return {role: load_graph(path, options, providers) for role, path in graphs.items()}
+            return {
+                graph_name: load_graph(path, options, providers)
+                for graph_name, path in graphs.items()
+            }
         except (OSError, ValueError, BundleError) as error:
             reason = error.message if isinstance(error, BundleError) else error
             logger.warning(
@@ -249,7 +265,8 @@ def _load_int4(
             )
     options = session_options(0, num_threads)
     return {
-        role: load_graph(bundle.path / file, options, providers) for role, file in files.items()
+        graph_name: load_graph(bundle.path / file, options, providers)
+        for graph_name, file in files.items()
     }
 
 

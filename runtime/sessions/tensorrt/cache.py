@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from trimode.errors import DeviceError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.sessions.base import Array, BatchCache, Closable
 from trimode.runtime.sessions.prefix import (
     SlotFormat,
@@ -264,8 +264,8 @@ class SequenceMemory:
     Attributes:
         capacity: slots of a sequence.
         cache: where keys and values lie in ``keys_values``.
-        layouts: where inputs and outputs of a role lie in its memory.
-        recorded: forwards of all the sequences, by role and rows.
+        layouts: where inputs and outputs of a graph lie in its memory.
+        recorded: forwards of all the sequences, by graph and rows.
     """
 
     def __init__(
@@ -273,8 +273,8 @@ class SequenceMemory:
     ) -> None:
         self.batch, self.capacity, self._slots = batch, engines.capacity, slots
         self.cache, self.layouts = engines.lay_out(batch)
-        self._io: dict[Role, DeviceMemory] = {}
-        self.recorded: dict[tuple[Role, int], Launchable] = {}
+        self._io: dict[GraphName, DeviceMemory] = {}
+        self.recorded: dict[tuple[GraphName, int], Launchable] = {}
         self.keys_values = DeviceMemory(
             self.cache.layout.num_bytes,
             f"the cache of {batch} sequences" if batch > 1 else "the cache of a sequence",
@@ -282,13 +282,13 @@ class SequenceMemory:
         # slots that are not valid yet must hold numbers: attention multiplies them by 0
         self.keys_values.clear(stream)
 
-    def io(self, role: Role) -> DeviceMemory:
-        """Inputs and outputs of a role; there from the first time it is asked for."""
-        if role not in self._io:
-            self._io[role] = DeviceMemory(
-                self.layouts[role].layout.num_bytes, f"inputs and outputs of {role}"
+    def io(self, graph_name: GraphName) -> DeviceMemory:
+        """Inputs and outputs of a graph; there from the first time it is asked for."""
+        if graph_name not in self._io:
+            self._io[graph_name] = DeviceMemory(
+                self.layouts[graph_name].layout.num_bytes, f"inputs and outputs of {graph_name}"
             )
-        return self._io[role]
+        return self._io[graph_name]
 
     def lines(self, row: int, slot: int) -> list[Lines]:
         """Where the heads of a sequence lie in each tensor, from a slot on."""

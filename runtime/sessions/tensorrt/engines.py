@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trimode.errors import DeviceError
-from trimode.formats.contract import ModelInfo, Role
+from trimode.formats.contract import GraphName, ModelInfo
 from trimode.formats.manifest import EngineRecord
 from trimode.runtime.sessions.tensorrt.cache import Launchable, RecordedForward, SequenceMemory
 from trimode.runtime.sessions.tensorrt.graph import LoadedGraph, Runner
@@ -24,8 +24,8 @@ class LoadedEngines:
     """The engines of one capacity.
 
     Args:
-        graphs: loaded engine of each role; one that is several is the same object.
-        records: profiles of each role.
+        graphs: loaded engine of each graph; one that is several is the same object.
+        records: profiles of each graph.
         model: the model's facts.
         addresses: where each tensor of the weights lies, once they are uploaded.
         stream: where forwards go.
@@ -33,8 +33,8 @@ class LoadedEngines:
 
     def __init__(
         self,
-        graphs: Mapping[Role, LoadedGraph],
-        records: Mapping[Role, EngineRecord],
+        graphs: Mapping[GraphName, LoadedGraph],
+        records: Mapping[GraphName, EngineRecord],
         model: ModelInfo,
         addresses: Mapping[str, int],
         stream: Stream,
@@ -43,7 +43,7 @@ class LoadedEngines:
         self._addresses, self._stream = addresses, stream
 
     @cached_property
-    def _runners(self) -> dict[Role, Runner]:
+    def _runners(self) -> dict[GraphName, Runner]:
         """Made for the first forward: contexts have scratch memory, which a capacity that no text
         needs should not take.
         """
@@ -51,7 +51,7 @@ class LoadedEngines:
             graph: self._runner(graph, graph.new_context())
             for graph in dict.fromkeys(self._graphs.values())
         }
-        return {role: runners[graph] for role, graph in self._graphs.items()}
+        return {graph_name: runners[graph] for graph_name, graph in self._graphs.items()}
 
     def _runner(self, graph: LoadedGraph, context: object) -> Runner:
         return Runner(graph, context, self._addresses, self._stream)
@@ -60,16 +60,21 @@ class LoadedEngines:
         """Make ready for forwards, which the first one would do otherwise."""
         _ = self._runners
 
-    def place(self, role: Role) -> Role:
-        """Role whose inputs and outputs a forward of a role reads and writes: one for an engine."""
-        return self._graphs[role].role
+    def place(self, graph_name: GraphName) -> GraphName:
+        """Graph whose inputs and outputs a forward reads and writes: one for an engine."""
+        return self._graphs[graph_name].graph_name
 
-    def choose_profile(self, role: Role, rows: int, batch: int) -> int:
+    def choose_profile(self, graph_name: GraphName, rows: int, batch: int) -> int:
         """Profile for ``batch`` sequences of ``rows`` rows; :class:`UsageError` where none fits."""
-        return choose_profile(self._records[role], rows, batch)
+        return choose_profile(self._records[graph_name], rows, batch)
 
     def forward(
-        self, role: Role, memory: SequenceMemory, sequences: range, profile: int, rows: int
+        self,
+        graph_name: GraphName,
+        memory: SequenceMemory,
+        sequences: range,
+        profile: int,
+        rows: int,
     ) -> None:
         """Queue a forward: as recorded before, or step by step, and then record it where that is
         possible.
@@ -77,10 +82,10 @@ class LoadedEngines:
         Of a batch, forwards of all its sequences are recorded: there are many ways to take some of
         them, and each would need a context.
         """
-        graph, is_whole = self._graphs[role], len(sequences) == memory.batch
-        record = self._records[role]
+        graph, is_whole = self._graphs[graph_name], len(sequences) == memory.batch
+        record = self._records[graph_name]
         number = record.first_profile + profile
-        recorded = memory.recorded.get((role, rows)) if is_whole else None
+        recorded = memory.recorded.get((graph_name, rows)) if is_whole else None
         if recorded is not None:
             recorded.launch()
         elif (
@@ -88,7 +93,7 @@ class LoadedEngines:
             or not is_whole
             or not recurs(record.profiles[profile], rows, self._model)
         ):
-            runner = self._runners[role]
+            runner = self._runners[graph_name]
             runner.prepare(memory, sequences, number, rows)
             runner.launch()
         else:
@@ -98,7 +103,7 @@ class LoadedEngines:
             runner = self._runner(graph, graph.new_recorded_context())
             runner.prepare(memory, sequences, number, rows)
             runner.launch()
-            memory.recorded[role, rows] = self._record(runner)
+            memory.recorded[graph_name, rows] = self._record(runner)
 
     def _record(self, runner: Runner) -> Launchable:
         self._stream.synchronize()
@@ -115,25 +120,27 @@ def load_graphs(
     engines: PreparedEngines,
     model: ModelInfo,
     runtime_cache: Path | None,
-) -> dict[Role, LoadedGraph]:
-    """Load the engines of one capacity; one that is several roles once, under the first.
+) -> dict[GraphName, LoadedGraph]:
+    """Load the engines of one capacity; one that is several graphs once, under the first.
 
     ``runtime_cache`` is the folder for compiled kernels; None = they are not kept.
     """
     is_largest = engines is prepared.capacities[-1]
     suffix = "" if is_largest else f"-{engines.max_length}"
     loaded: dict[Path, LoadedGraph] = {}
-    for role, path in engines.files.items():
+    for graph_name, path in engines.files.items():
         if path not in loaded:
             loaded[path] = LoadedGraph(
                 library,
-                role,
-                engines.graphs[role],
+                graph_name,
+                engines.graphs[graph_name],
                 path,
-                io=engines.io[role],
+                io=engines.io[graph_name],
                 cache=engines.cache,
                 model=model,
                 pack=prepared.weights.entries,
-                runtime_cache=runtime_cache / f"{role}{suffix}.kernels" if runtime_cache else None,
+                runtime_cache=runtime_cache / f"{graph_name}{suffix}.kernels"
+                if runtime_cache
+                else None,
             )
-    return {role: loaded[path] for role, path in engines.files.items()}
+    return {graph_name: loaded[path] for graph_name, path in engines.files.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimode.formats.contract import SCRATCH, DType, ModelInfo, Role, TensorSpec
+from trimode.formats.contract import SCRATCH, DType, GraphName, ModelInfo, TensorSpec
 from trimode.formats.manifest import EngineRecord
 from trimode.formats.safetensors import PackEntry
 from trimode.runtime.sessions.tensorrt.library import (
@@ -42,10 +42,10 @@ class Places(Protocol):
 
     keys_values: DeviceMemory
     cache: CacheLayout
-    layouts: dict[Role, IoLayout]
+    layouts: dict[GraphName, IoLayout]
 
-    def io(self, role: Role) -> DeviceMemory:
-        """Inputs and outputs of a role, laid out as the graph says."""
+    def io(self, graph_name: GraphName) -> DeviceMemory:
+        """Inputs and outputs of a graph, laid out as the graph says."""
         ...
 
 
@@ -54,7 +54,7 @@ class LoadedGraph:
 
     Args:
         library: loads it.
-        role: which graph it is.
+        graph_name: which graph it is.
         record: its file and profiles.
         path: the file.
         io: its inputs and outputs.
@@ -70,7 +70,7 @@ class LoadedGraph:
     def __init__(
         self,
         library: EngineLibrary,
-        role: Role,
+        graph_name: GraphName,
         record: EngineRecord,
         path: Path,
         *,
@@ -80,10 +80,10 @@ class LoadedGraph:
         pack: Mapping[str, PackEntry],
         runtime_cache: Path | None = None,
     ) -> None:
-        self.library, self.role, self.record, self.io = library, role, record, io
+        self.library, self.graph_name, self.record, self.io = library, graph_name, record, io
         self.engine = library.load(path)
         self.bindings = plan_bindings(
-            role, read_tensors(library.trt, self.engine), io.contract, model, cache, pack
+            graph_name, read_tensors(library.trt, self.engine), io.contract, model, cache, pack
         )
         self._kernels_path = runtime_cache
         self._config, self._kernels = self._configure()
@@ -100,17 +100,19 @@ class LoadedGraph:
         """
         if self._config is None:
             return self.library.accept(
-                self.engine.create_execution_context(), f"create a context for {self.role}"
+                self.engine.create_execution_context(), f"create a context for {self.graph_name}"
             )
         return self.library.accept(
-            self.engine.create_execution_context(self._config), f"create a context for {self.role}"
+            self.engine.create_execution_context(self._config),
+            f"create a context for {self.graph_name}",
         )
 
     def new_recorded_context(self) -> Any:
         """An execution context for one profile, with scratch memory for that one only."""
         strategy = self.library.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         return self.library.accept(
-            self.engine.create_execution_context(strategy), f"create a context for {self.role}"
+            self.engine.create_execution_context(strategy),
+            f"create a context for {self.graph_name}",
         )
 
     def save_kernels(self) -> None:
@@ -127,7 +129,10 @@ class LoadedGraph:
             first: of those that run.
             weights: address of every tensor of the pack that the engine reads.
         """
-        io, offsets = memory.io(self.role).address, memory.layouts[self.role].layout.offsets
+        io, offsets = (
+            memory.io(self.graph_name).address,
+            memory.layouts[self.graph_name].layout.offsets,
+        )
         keys_values = memory.keys_values.address + first * memory.cache.sequence_bytes
         named = {
             name: io + offsets[name] for name in (*self.bindings.inputs, *self.bindings.outputs)
@@ -184,30 +189,35 @@ class Runner:
 
     def prepare(self, memory: Places, sequences: range, profile: int, rows: int) -> None:
         """Choose the profile, the shapes and the memory of the next forwards."""
-        context, accept, role = self._context, self._graph.library.accept, self._graph.role
+        context, accept, graph_name = (
+            self._context,
+            self._graph.library.accept,
+            self._graph.graph_name,
+        )
         if profile != self._profile:
             accept(
                 context.set_optimization_profile_async(profile, self._stream.handle),
-                f"choose profile {profile} of {role}",
+                f"choose profile {profile} of {graph_name}",
             )
             self._profile, self._sizes, self._memory = profile, (0, 0), None
         if (rows, len(sequences)) != self._sizes:
             for name, shape in self._graph.shapes(rows, len(sequences)).items():
                 accept(
-                    context.set_input_shape(name, shape), f"take {name} of shape {shape} in {role}"
+                    context.set_input_shape(name, shape),
+                    f"take {name} of shape {shape} in {graph_name}",
                 )
             self._sizes = (rows, len(sequences))
         if memory is not self._memory or sequences.start != self._first:
             for name, address in self._graph.addresses(
                 memory, sequences.start, self._weights
             ).items():
-                accept(context.set_tensor_address(name, address), f"bind {name} of {role}")
+                accept(context.set_tensor_address(name, address), f"bind {name} of {graph_name}")
             self._memory, self._first = memory, sequences.start
 
     def launch(self) -> None:
         """Queue a forward."""
         self._graph.library.accept(
-            self._context.execute_async_v3(self._stream.handle), f"run {self._graph.role}"
+            self._context.execute_async_v3(self._stream.handle), f"run {self._graph.graph_name}"
         )
 
 

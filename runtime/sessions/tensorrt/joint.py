@@ -9,35 +9,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.runtime.sessions.base import Array, DeviceArray, Ids
 
 Values = dict[str, Any]
 
 
-def joint_values(role: Role, values: Values) -> Values:
+def joint_values(graph_name: GraphName, values: Values) -> Values:
     """Inputs of a forward; the drafter's adapter is off but for ``draft``."""
-    if role == "draft":
+    if graph_name == "draft":
         return {**values, "is_causal": 0}
     return {**values, "is_causal": 1, "drafter_scale": 0.0}
 
 
 def joint_outputs(
-    role: Role, values: Values, copied: dict[str, Array], logits: DeviceArray
+    graph_name: GraphName, values: Values, copied: dict[str, Array], logits: DeviceArray
 ) -> tuple[Any, ...]:
-    """Outputs of a role, as its contract says.
+    """Outputs of a graph, as its contract says.
 
     Args:
-        role: Role that ran.
+        graph_name: Graph that ran.
         values: Inputs of the forward.
         copied: ``top_ids`` and ``top_probabilities (batch, window, n)``.
         logits: The window's, ``(batch, window, vocabulary)``.
     """
     ids = copied["top_ids"]
     greedy: Ids = np.ascontiguousarray(ids[..., 0], np.int64)
-    if role == "draft":
+    if graph_name == "draft":
         return ids, copied["top_probabilities"]
-    if role == "verify":
+    if graph_name == "verify":
         return greedy, accepted_length(greedy, values["input_ids"]), logits
     last = _last_rows(values["input_length"], *greedy.shape)
     return greedy[np.arange(len(last)), last], _rows_of(logits, last)

@@ -14,8 +14,8 @@ from trimode.formats.contract import (
     SCRATCH,
     DType,
     GraphContract,
+    GraphName,
     ModelInfo,
-    Role,
     TensorSpec,
     cache_specs,
     slots_written,
@@ -152,12 +152,14 @@ def tensor_bytes(spec: TensorSpec, rows: int, batch: int = 1) -> int:
     return math.prod(tensor_shape(spec, rows, batch)) * NUMBER_BYTES[spec.dtype]
 
 
-def query_bytes(model: ModelInfo, dtype: DType, role: Role, rows: int, batch: int = 1) -> int:
-    """Size of one layer's queries, ``(batch, heads, rows, head size)``, in a forward of a role."""
+def query_bytes(
+    model: ModelInfo, dtype: DType, graph_name: GraphName, rows: int, batch: int = 1
+) -> int:
+    """Size of one layer's queries, ``(batch, heads, rows, head size)``, in a forward of a graph."""
     return (
         batch
         * model.num_attention_heads
-        * slots_written(role, rows)
+        * slots_written(graph_name, rows)
         * model.head_dim
         * NUMBER_BYTES[dtype]
     )
@@ -242,7 +244,7 @@ class BindingPlan:
 
 
 def plan_bindings(
-    role: Role,
+    graph_name: GraphName,
     tensors: Iterable[EngineTensor],
     contract: GraphContract,
     model: ModelInfo,
@@ -252,9 +254,9 @@ def plan_bindings(
     """Sort the tensors of an engine, and check each against the contract or the weight pack.
 
     Args:
-        role: for messages.
+        graph_name: for messages.
         tensors: as the engine has them.
-        contract: inputs and outputs of the role.
+        contract: inputs and outputs of the graph.
         model: how many layers, and what a query's shape is.
         cache: type and shape of every cache tensor.
         pack: the precision's tensors.
@@ -274,29 +276,29 @@ def plan_bindings(
     for name in (*outputs, *caches):
         if name not in by_name:
             raise BundleError(
-                f"{role} engine: expected a tensor {name}, found none", REBUILD_TARGET
+                f"{graph_name} engine: expected a tensor {name}, found none", REBUILD_TARGET
             )
     weights, scratch = [], []
     for name, tensor in by_name.items():
         if name in caches:
-            _check_tensor(role, tensor, cache.dtype, cache.shape)
+            _check_tensor(graph_name, tensor, cache.dtype, cache.shape)
         elif name in inputs or name in outputs:
             spec = inputs.get(name) or outputs[name]
-            _check_tensor(role, tensor, spec.dtype, spec.shape)
+            _check_tensor(graph_name, tensor, spec.dtype, spec.shape)
         elif not tensor.is_input and name.startswith(f"{SCRATCH}."):
             _check_tensor(
-                role,
+                graph_name,
                 tensor,
                 cache.dtype,
                 ("batch", model.num_attention_heads, "query_rows", model.head_dim),
             )
             scratch.append(name)
         elif tensor.is_input and name in pack:
-            _check_tensor(role, tensor, pack[name].dtype, pack[name].shape)
+            _check_tensor(graph_name, tensor, pack[name].dtype, pack[name].shape)
             weights.append(name)
         else:
             raise BundleError(
-                f"{role} engine: "
+                f"{graph_name} engine: "
                 f"expected only tensors of the contract and of the weight pack, found {name}",
                 REBUILD_TARGET,
             )
@@ -310,7 +312,7 @@ def plan_bindings(
 
 
 def _check_tensor(
-    role: Role, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]
+    graph_name: GraphName, tensor: EngineTensor, dtype: DType, shape: tuple[int | str, ...]
 ) -> None:
     same = len(tensor.shape) == len(shape) and all(
         isinstance(w, str) or g in (-1, w) for g, w in zip(tensor.shape, shape, strict=True)
@@ -318,7 +320,7 @@ def _check_tensor(
     if not same or tensor.dtype != dtype:
         wanted = tuple(-1 if isinstance(d, str) else d for d in shape)
         raise BundleError(
-            f"{role} engine: expected {tensor.name} to be {dtype} {wanted}, "
+            f"{graph_name} engine: expected {tensor.name} to be {dtype} {wanted}, "
             f"found {tensor.dtype} {tensor.shape}",
             REBUILD_TARGET,
         )

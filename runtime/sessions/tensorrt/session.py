@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from trimode.formats.contract import ROLES, Role, slots_written
+from trimode.formats.contract import GRAPH_NAMES, GraphName, slots_written
 from trimode.formats.manifest import TargetRecord
 from trimode.formats.safetensors import SAFETENSORS_NAMES, to_float32
 from trimode.runtime.bundle.open import Bundle
@@ -99,9 +99,11 @@ class TensorRTSession(Closable):
         """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return max_batch(self._target.graphs.values())
 
-    def check_block_length(self, block_length: int, roles: tuple[Role, ...] = ROLES) -> None:
+    def check_block_length(
+        self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
+    ) -> None:
         """See :class:`trimode.runtime.sessions.base.Session`."""
-        check_block_length(self._target, block_length, roles)
+        check_block_length(self._target, block_length, graph_names)
 
     def new_cache(self) -> TensorRTCache:
         """See :class:`trimode.runtime.sessions.base.Session`. Takes the memory of a sequence that
@@ -121,7 +123,7 @@ class TensorRTSession(Closable):
 
     def run(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         input_ids: Ids,
         past_length: int,
@@ -129,18 +131,18 @@ class TensorRTSession(Closable):
     ) -> tuple[Array, ...]:
         """See :class:`trimode.runtime.sessions.base.Session`."""
         rows = input_ids.shape[1]
-        cache.reserve(past_length + slots_written(role, rows))
+        cache.reserve(past_length + slots_written(graph_name, rows))
         values = {
             "input_ids": input_ids,
             "past_length": past_length,
             "input_length": rows,
             "drafter_scale": drafter_scale,
         }
-        return self._run(role, cast("TensorRTCache", cache).lease, range(1), rows, values)
+        return self._run(graph_name, cast("TensorRTCache", cache).lease, range(1), rows, values)
 
     def run_rows(
         self,
-        role: Role,
+        graph_name: GraphName,
         cache: KVCache,
         rows: range,
         input_ids: Ids,
@@ -154,17 +156,24 @@ class TensorRTSession(Closable):
             "input_length": input_length,
             "drafter_scale": drafter_scale,
         }
-        return self._run(role, cast("TensorRTCache", cache).lease, rows, input_ids.shape[1], values)
+        return self._run(
+            graph_name, cast("TensorRTCache", cache).lease, rows, input_ids.shape[1], values
+        )
 
     def _run(
-        self, role: Role, lease: Lease, sequences: range, rows: int, values: dict[str, Any]
+        self,
+        graph_name: GraphName,
+        lease: Lease,
+        sequences: range,
+        rows: int,
+        values: dict[str, Any],
     ) -> tuple[Array, ...]:
         self.check_open()
         memory, batch = lease.memory, len(sequences)
-        io, engines = memory.layouts[role], self._engines[memory.capacity]
-        is_joint, place = self._target.is_joint(role), engines.place(role)
-        values = joint_values(role, values) if is_joint else values
-        profile = engines.choose_profile(role, rows, batch)
+        io, engines = memory.layouts[graph_name], self._engines[memory.capacity]
+        is_joint, place = self._target.is_joint(graph_name), engines.place(graph_name)
+        values = joint_values(graph_name, values) if is_joint else values
+        profile = engines.choose_profile(graph_name, rows, batch)
         with self._lock:
             self.check_open()  # again: another thread may have closed it meanwhile
             # a batch's; nothing is on its way between two forwards
@@ -174,19 +183,19 @@ class TensorRTSession(Closable):
             write_inputs(io, self._pinned.bytes, values)
             address, returned = memory.io(place).address, io.copied_end - io.inputs_end
             self._stream.copy_in(address, self._pinned.address, io.inputs_end)
-            engines.forward(role, memory, sequences, profile, rows)
+            engines.forward(graph_name, memory, sequences, profile, rows)
             self._stream.copy_out(
                 self._pinned.address + io.inputs_end, address + io.inputs_end, returned
             )
             self._stream.synchronize()
             copied = read_outputs(io, self._pinned.bytes, rows, batch)
         kept = {
-            spec.name: self._on_device(role, lease, spec.name, rows, batch)
+            spec.name: self._on_device(graph_name, lease, spec.name, rows, batch)
             for spec in io.contract.outputs
             if spec.name not in copied
         }
         if is_joint:
-            return joint_outputs(role, values, copied, kept["logits"])
+            return joint_outputs(graph_name, values, copied, kept["logits"])
         return tuple({**copied, **kept}[spec.name] for spec in io.contract.outputs)
 
     def close(self) -> None:
@@ -213,9 +222,14 @@ class TensorRTSession(Closable):
         upload(self._prepared.weights, layout.offsets, memory, self._stream)
         return memory, {name: memory.address + offset for name, offset in layout.offsets.items()}
 
-    def _on_device(self, role: Role, lease: Lease, name: str, rows: int, batch: int) -> Any:
+    def _on_device(
+        self, graph_name: GraphName, lease: Lease, name: str, rows: int, batch: int
+    ) -> Any:
         # the output keeps the lease: nobody else writes there as long as it may be read
-        io, place = lease.memory.layouts[role], self._engines[lease.memory.capacity].place(role)
+        io, place = (
+            lease.memory.layouts[graph_name],
+            self._engines[lease.memory.capacity].place(graph_name),
+        )
         spec = next(spec for spec in io.contract.outputs if spec.name == name)
         shape = tensor_shape(spec, rows, batch)
         item_bytes = tensor_bytes(spec, rows, batch) // math.prod(shape)

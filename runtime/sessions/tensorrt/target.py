@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import ROLES, Role, TensorSpec, cache_specs, joint_contract
+from trimode.formats.contract import GRAPH_NAMES, GraphName, TensorSpec, cache_specs, joint_contract
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
 from trimode.formats.manifest import EngineRecord, Manifest, TargetRecord
 from trimode.runtime.bundle.open import Bundle
@@ -40,21 +40,21 @@ class PreparedEngines:
     Attributes:
         max_length: tokens of the longest text that they are for.
         capacity: slots of a sequence.
-        graphs: profiles of each role.
-        files: engine file of each role.
-        io: inputs and outputs of each role, for one sequence.
+        graphs: profiles of each graph.
+        files: engine file of each graph.
+        io: inputs and outputs of each graph, for one sequence.
         cache: type and shape of every cache tensor.
         lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
-            of each role.
+            of each graph.
     """
 
     max_length: int
     capacity: int
-    graphs: dict[Role, EngineRecord]
-    files: dict[Role, Path]
-    io: dict[Role, IoLayout]
+    graphs: dict[GraphName, EngineRecord]
+    files: dict[GraphName, Path]
+    io: dict[GraphName, IoLayout]
     cache: TensorSpec
-    lay_out: Callable[[int], tuple[CacheLayout, dict[Role, IoLayout]]]
+    lay_out: Callable[[int], tuple[CacheLayout, dict[GraphName, IoLayout]]]
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
     ]
     smallest = capacities[0]
     files = {path for one in capacities for path in one.files.values()}
-    # a joint engine has one place for the inputs and outputs of its roles
-    places = {smallest.files[role]: one.layout.num_bytes for role, one in smallest.io.items()}
+    # a joint engine has one place for the inputs and outputs of its graphs
+    places = {
+        smallest.files[graph_name]: one.layout.num_bytes for graph_name, one in smallest.io.items()
+    }
     memory = MemoryPlan(
         sum(check_engine_file(path) for path in sorted(files)),
         sum(entry.num_bytes for entry in bound) - _constant_bytes(target),
@@ -112,10 +114,13 @@ def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> P
     """Of a target of one capacity."""
     manifest = bundle.manifest
     capacity = target.capacity or manifest.model.num_positions
-    files = {role: bundle.path / target.graphs[role].file for role in manifest.contracts}
+    files = {
+        graph_name: bundle.path / target.graphs[graph_name].file
+        for graph_name in manifest.contracts
+    }
 
-    def lay_out(batch: int) -> tuple[CacheLayout, dict[Role, IoLayout]]:
-        io = {role: _lay_out_io(manifest, target, role, batch) for role in files}
+    def lay_out(batch: int) -> tuple[CacheLayout, dict[GraphName, IoLayout]]:
+        io = {graph_name: _lay_out_io(manifest, target, graph_name, batch) for graph_name in files}
         return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
 
     return PreparedEngines(
@@ -136,16 +141,18 @@ def _constant_bytes(target: TargetRecord) -> int:
     return min(engine.constant_bytes for engine in target.engines)
 
 
-def _lay_out_io(manifest: Manifest, target: TargetRecord, role: Role, batch: int) -> IoLayout:
-    joint = target.is_joint(role)
-    record = target.graphs["ar" if joint else role]  # which has the most rows
+def _lay_out_io(
+    manifest: Manifest, target: TargetRecord, graph_name: GraphName, batch: int
+) -> IoLayout:
+    joint = target.is_joint(graph_name)
+    record = target.graphs["ar" if joint else graph_name]  # which has the most rows
     rows = max_rows(record)
     scratch = (
-        query_bytes(manifest.model, target.compute_dtype, role, rows, batch)
+        query_bytes(manifest.model, target.compute_dtype, graph_name, rows, batch)
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    contract = joint_contract(manifest.model) if joint else manifest.contracts[role]
+    contract = joint_contract(manifest.model) if joint else manifest.contracts[graph_name]
     return lay_out_io(engine_contract(contract, target.compute_dtype), rows, batch, scratch)
 
 
@@ -203,11 +210,11 @@ def check_engine_file(path: Path) -> int:
 
 
 def check_block_length(
-    target: TargetRecord, block_length: int, roles: tuple[Role, ...] = ROLES
+    target: TargetRecord, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
 ) -> None:
     """Raise :class:`UsageError` unless these engines of a target take blocks of this length."""
-    for role in roles:
-        record = target.graphs[role]
+    for graph_name in graph_names:
+        record = target.graphs[graph_name]
         if not any(profile.holds(1, block_length) for profile in record.profiles):
             raise UsageError(
                 "expected a block length that the target was built for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -43,11 +44,16 @@ def inspect_cpu_graphs(path: Path, manifest: Manifest, target: str, *, as_json: 
         for graph in read_cpu_graphs(open_bundle(path, name, verify=False), record.targets[target])
     ]
     if as_json:
-        print_json([{"precision": name, "target": target} | asdict(one) for name, one in found])
+        print_json([{"precision": name, "target": target} | _plain(one) for name, one in found])
         return
     console = table_console(140)
     console.print(_table(found))
     console.print(_NOTE, markup=False)
+
+
+def _plain(graph: CpuGraph) -> dict[str, Any]:
+    facts = asdict(graph)
+    return {"role": facts.pop("graph_name"), **facts}
 
 
 def _table(found: list[tuple[PrecisionName, CpuGraph]]) -> Table:
@@ -57,7 +63,7 @@ def _table(found: list[tuple[PrecisionName, CpuGraph]]) -> Table:
         table.add_column(title, no_wrap=True, justify="left" if is_text else "right")
     for precision, graph in found:
         for cells in _rows(graph):
-            table.add_row(f"{precision} {graph.role}", str(graph.rows), *cells)
+            table.add_row(f"{precision} {graph.graph_name}", str(graph.rows), *cells)
     return table
 
 

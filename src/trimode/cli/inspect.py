@@ -158,8 +158,8 @@ def _calibration(record: CalibrationRecord) -> str:
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:
-    for role, contract in manifest.contracts.items():
-        yield f"{role:<9} {contract.attention}"
+    for graph_name, contract in manifest.contracts.items():
+        yield f"{graph_name:<9} {contract.attention}"
         for kind, specs in (("in", contract.inputs), ("out", contract.outputs)):
             yield from (
                 f"          {kind:<4} {s.name:<18} {s.dtype:<8} [{', '.join(map(str, s.shape))}]"
@@ -217,8 +217,8 @@ def _capacities(manifest: Manifest, record: TargetRecord) -> Iterator[str]:
             f"tokens, engines of {size / 1e6:.1f} MB"
         )
         yield from (
-            f"               {role:<9} {_profiles(engine.profiles)}"
-            for role, engine in one.graphs.items()
+            f"               {graph_name:<9} {_profiles(engine.profiles)}"
+            for graph_name, engine in one.graphs.items()
         )
 
 

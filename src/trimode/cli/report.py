@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trimode.calib.evaluate.quantization.questions import QualitySettings
-    from trimode.formats.contract import Role
+    from trimode.formats.contract import GraphName
     from trimode.formats.evaluation import DecodingRecord, FidelityRecord, MeasuredPrecision, Report
     from trimode.runtime.text.prompts import PromptStyle
 
@@ -146,16 +146,20 @@ def _show(report: Report) -> None:
 def _size_table(report: Report) -> Table:
     from trimode.cli.tables import percent, plain_table
 
-    roles = list(report.precisions[0].outputs)
-    by_role = [heading for role in roles for heading in (f"{role} KL, nats", f"{role} top-1")]
+    graph_names = list(report.precisions[0].outputs)
+    by_graph = [
+        heading
+        for graph_name in graph_names
+        for heading in (f"{graph_name} KL, nats", f"{graph_name} top-1")
+    ]
     table = plain_table(
         "",
         title="precisions: divergence of the probabilities from float32's, "
         "and the same token first",
-        figures=("weights", "layers", *by_role),
+        figures=("weights", "layers", *by_graph),
     )
     for precision in report.precisions:
-        outputs = [precision.outputs[role] for role in roles]
+        outputs = [precision.outputs[graph_name] for graph_name in graph_names]
         cells = [(f"{one.kl_nats:.2e}", percent(one.top1_agreement)) for one in outputs]
         table.add_row(
             precision.name,
@@ -192,24 +196,28 @@ def _layer_table(report: Report) -> Table:
 
     table = plain_table(
         "",
-        "role",
+        "graph",
         title="lowest signal-to-noise ratio, dB: after the last decoder block, and of the "
         f"{_WORST} worst layers alone",
         figures=("last block",),
     )
     table.add_column("worst layers")
     for precision in report.precisions[1:]:
-        for index, (role, last) in enumerate(precision.accumulated[-1].items()):
-            worst = ", ".join(f"{name} {snr:.1f}" for snr, name in _worst_layers(precision, role))
-            table.add_row("" if index else precision.name, role, f"{last.snr_db:.1f}", worst)
+        for index, (graph_name, last) in enumerate(precision.accumulated[-1].items()):
+            worst = ", ".join(
+                f"{name} {snr:.1f}" for snr, name in _worst_layers(precision, graph_name)
+            )
+            table.add_row("" if index else precision.name, graph_name, f"{last.snr_db:.1f}", worst)
     return table
 
 
-def _worst_layers(precision: MeasuredPrecision, role: Role) -> Sequence[tuple[float, str]]:
-    local: Iterable[tuple[str, Mapping[Role, FidelityRecord]]] = precision.local.items()
-    return sorted((by_role[role].snr_db, name) for name, by_role in local if role in by_role)[
-        :_WORST
-    ]
+def _worst_layers(
+    precision: MeasuredPrecision, graph_name: GraphName
+) -> Sequence[tuple[float, str]]:
+    local: Iterable[tuple[str, Mapping[GraphName, FidelityRecord]]] = precision.local.items()
+    return sorted(
+        (by_graph[graph_name].snr_db, name) for name, by_graph in local if graph_name in by_graph
+    )[:_WORST]
 
 
 def _equality(one: DecodingRecord) -> str:

@@ -42,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from trimode.errors import CheckpointError
-from trimode.formats.contract import Role
+from trimode.formats.contract import GraphName
 from trimode.formats.files import staged_replacement
 from trimode.formats.hints import CALIBRATE
 from trimode.formats.record import OtherVersion, Record, read_record
@@ -71,7 +71,7 @@ class CalibrationDataRecord(Record):
     sha256: str
     num_samples: int
     seed: int
-    num_tokens: dict[Role, int]
+    num_tokens: dict[GraphName, int]
 
 
 class LayerRecord(Record):

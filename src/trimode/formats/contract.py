@@ -2,7 +2,7 @@
 
 The compiler writes it and the runtime reads it.
 
-Three roles over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new
+Three graphs over one set of weights, and a fourth that a bundle may have. ``B`` batch, ``T`` new
 tokens, ``C`` cache capacity, ``G`` key/value heads, ``D`` head size, ``V`` vocabulary. Every graph
 also takes ``past_key_values.{i}.key|value`` and returns ``present.{i}.key|value``, ``(B, G, C,
 D)``, which may be the same memory. K/V land in the :func:`slots_written` slots from ``past_length``
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ConfigDict, Field
+
 from trimode.formats.record import Record
 
-Role = Literal["ar", "draft", "verify", "quadratic"]
-ROLES: tuple[Role, ...] = ("ar", "draft", "verify")
+GraphName = Literal["ar", "draft", "verify", "quadratic"]
+GRAPH_NAMES: tuple[GraphName, ...] = ("ar", "draft", "verify")
 """Graphs that every bundle has."""
 
 TOP_K = 5
@@ -119,26 +121,30 @@ class GraphContract(Record):
     """Declares inputs and outputs of one graph, without the cache.
 
     Attributes:
-        role: Name of the graph.
+        graph_name: Name of the graph; the key is ``"role"`` in a file.
         attention: Pattern in which its tokens attend to each other.
         inputs: Inputs in graph order.
         outputs: Outputs in graph order.
     """
 
-    role: Role
+    model_config = ConfigDict(
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
+
+    graph_name: GraphName = Field(validation_alias="role", serialization_alias="role")
     attention: Literal["causal", "bidirectional", "quadratic"]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
-def slots_written(role: Role, rows: int) -> int:
+def slots_written(graph_name: GraphName, rows: int) -> int:
     """Number of cache slots that a forward writes, from ``past_length`` on.
 
     Args:
-        role: Name of the graph.
+        graph_name: Name of the graph.
         rows: Number of new tokens.
     """
-    return rows * (rows + 1) if role == "quadratic" else rows
+    return rows * (rows + 1) if graph_name == "quadratic" else rows
 
 
 def cache_specs(
@@ -156,8 +162,8 @@ def cache_specs(
     return tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name in names)
 
 
-def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
-    """The contract of one role.
+def graph_contract(graph_name: GraphName, model: ModelInfo) -> GraphContract:
+    """The contract of one graph.
 
     ``ar`` (causal): a prompt chunk or one token; ``input_length`` says how many of its rows are
     real (ragged batches are padded on the right), and logits and the greedy id are those of the
@@ -172,9 +178,9 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
     """
     ids = _spec("input_ids", "int64", "batch", "rows")
     past = _spec("past_length", "int64", "batch")
-    if role == "ar":
+    if graph_name == "ar":
         return GraphContract(
-            role=role,
+            graph_name=graph_name,
             attention="causal",
             inputs=(ids, past, _spec("input_length", "int64", "batch")),
             outputs=(
@@ -187,9 +193,9 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
         _spec("top_ids", "int64", "batch", "rows", top_k),
         _spec("top_probabilities", "float32", "batch", "rows", top_k),
     )
-    if role == "draft":
+    if graph_name == "draft":
         return GraphContract(
-            role=role,
+            graph_name=graph_name,
             attention="bidirectional",
             inputs=(
                 ids,
@@ -203,10 +209,15 @@ def graph_contract(role: Role, model: ModelInfo) -> GraphContract:
         _spec("accepted_length", "int64", "batch"),
         _spec("logits", "float32", "batch", "rows", model.vocab_size),
     )
-    if role == "verify":
-        return GraphContract(role=role, attention="causal", inputs=(ids, past), outputs=verified)
+    if graph_name == "verify":
+        return GraphContract(
+            graph_name=graph_name, attention="causal", inputs=(ids, past), outputs=verified
+        )
     return GraphContract(
-        role=role, attention="quadratic", inputs=(ids, past), outputs=(*verified, *candidates)
+        graph_name=graph_name,
+        attention="quadratic",
+        inputs=(ids, past),
+        outputs=(*verified, *candidates),
     )
 
 

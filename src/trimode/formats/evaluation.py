@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from trimode.formats.calibration import QuantizedPrecision
-from trimode.formats.contract import DType, Role
+from trimode.formats.contract import DType, GraphName
 from trimode.formats.record import Record
 
 SCHEMA_VERSION = 1
@@ -111,9 +111,9 @@ class MeasuredPrecision(Record):
     scales_sha256: str | None
     num_quantized: int
     weight_bytes: int
-    local: dict[str, dict[Role, FidelityRecord]]
-    accumulated: tuple[dict[Role, FidelityRecord], ...]
-    outputs: dict[Role, OutputFidelity]
+    local: dict[str, dict[GraphName, FidelityRecord]]
+    accumulated: tuple[dict[GraphName, FidelityRecord], ...]
+    outputs: dict[GraphName, OutputFidelity]
     decoding: tuple[DecodingRecord, ...]
 
 
@@ -133,7 +133,7 @@ class QuestionsRecord(Record):
     num_questions: int
     num_answers: int
     seed: int
-    num_rows: dict[Role, int]
+    num_rows: dict[GraphName, int]
 
 
 class Report(Record):

@@ -36,7 +36,7 @@ from pydantic import (
     model_serializer,
 )
 
-from trimode.formats.contract import DType, GraphContract, ModelInfo, Role
+from trimode.formats.contract import DType, GraphContract, GraphName, ModelInfo
 from trimode.formats.plans import PlanRecord
 from trimode.formats.record import Record
 
@@ -162,7 +162,7 @@ class CapacityRecord(_Part):
 
     max_length: int = Field(ge=1)
     capacity: int = Field(ge=1)
-    graphs: dict[Role, EngineRecord]
+    graphs: dict[GraphName, EngineRecord]
 
 
 class TargetRecord(_Part):
@@ -197,7 +197,7 @@ class TargetRecord(_Part):
     capacity: int | None
     workspace_mib: int | None
     library: str
-    graphs: dict[Role, EngineRecord]
+    graphs: dict[GraphName, EngineRecord]
     smaller: tuple[CapacityRecord, ...] = ()
     revision: str | None = None
 
@@ -217,8 +217,8 @@ class TargetRecord(_Part):
     def with_engines(self, change: Callable[[EngineRecord], EngineRecord]) -> TargetRecord:
         """The record with each engine changed, of all capacities."""
 
-        def changed(graphs: dict[Role, EngineRecord]) -> dict[Role, EngineRecord]:
-            return {role: change(engine) for role, engine in graphs.items()}
+        def changed(graphs: dict[GraphName, EngineRecord]) -> dict[GraphName, EngineRecord]:
+            return {graph_name: change(engine) for graph_name, engine in graphs.items()}
 
         smaller = tuple(
             one.model_copy(update={"graphs": changed(one.graphs)}) for one in self.smaller
@@ -230,9 +230,9 @@ class TargetRecord(_Part):
         parts = {one.first_profile: one.profiles for one in self.engines if one.file == file}
         return tuple(profile for _, part in sorted(parts.items()) for profile in part)
 
-    def is_joint(self, role: Role) -> bool:
+    def is_joint(self, graph_name: GraphName) -> bool:
         """Whether the engine of a graph is that of others, too."""
-        file = self.graphs[role].file
+        file = self.graphs[graph_name].file
         return sum(engine.file == file for engine in self.graphs.values()) > 1
 
     def without_plans(self) -> TargetRecord:
@@ -257,7 +257,7 @@ class PrecisionRecord(_Part):
     calibration: CalibrationRecord | None = None
     packs: tuple[FileName, ...] = Field(min_length=1)
     weight_bytes: int = Field(ge=0)
-    graphs: dict[Role, FileName]
+    graphs: dict[GraphName, FileName]
     targets: dict[str, TargetRecord]
 
 
@@ -292,7 +292,7 @@ class Manifest(_Part):
         dtype: Type of all tensors but the position tables, which are float32, and quantized
             weights; GPUs compute in it.
         contracts: Inputs and outputs of each graph, whatever the precision: one for each of
-            :data:`trimode.formats.contract.ROLES`, and ``quadratic`` where it was asked for.
+            :data:`trimode.formats.contract.GRAPH_NAMES`, and ``quadratic`` where it was asked for.
         precisions: Precisions in the order they were built; the first is the default.
         files: Digests and sizes of all files, by name.
         libraries: Versions of the libraries that took part.
@@ -307,7 +307,7 @@ class Manifest(_Part):
     model: ModelInfo
     source: SourceRecord
     dtype: DType
-    contracts: dict[Role, GraphContract]
+    contracts: dict[GraphName, GraphContract]
     precisions: dict[PrecisionName, PrecisionRecord] = Field(min_length=1)
     files: dict[FileName, FileRecord]
     libraries: dict[str, str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from trimode.formats.contract import GraphContract, ModelInfo, Role, graph_contract
+from trimode.formats.contract import GraphContract, GraphName, ModelInfo, graph_contract
 from trimode.formats.manifest import (
     Manifest,
     PrecisionName,
@@ -40,8 +40,8 @@ def contradiction(manifest: Manifest) -> str | None:
 def contradictions(manifest: Manifest) -> Iterator[str]:
     """Describe every contradiction in one line each."""
     yield from _of_model(manifest.model)
-    for role, contract in manifest.contracts.items():
-        yield from _of_contract(role, contract, manifest.model)
+    for graph_name, contract in manifest.contracts.items():
+        yield from _of_contract(graph_name, contract, manifest.model)
     for name, precision in manifest.precisions.items():
         for what in _of_precision(precision, manifest, is_quantized=name not in _DENSE):
             yield f"precision {name}: {what}"
@@ -72,14 +72,15 @@ def _of_model(model: ModelInfo) -> Iterator[str]:
             )
 
 
-def _of_contract(role: Role, contract: GraphContract, model: ModelInfo) -> Iterator[str]:
-    if contract.role != role:
-        yield f"expected the contract of {role}, found that of {contract.role}"
+def _of_contract(graph_name: GraphName, contract: GraphContract, model: ModelInfo) -> Iterator[str]:
+    if contract.graph_name != graph_name:
+        yield f"expected the contract of {graph_name}, found that of {contract.graph_name}"
         return
-    expected = graph_contract(role, model)
+    expected = graph_contract(graph_name, model)
     for part in ("attention", "inputs", "outputs"):
         if getattr(contract, part) != getattr(expected, part):
-            yield f"contract {role}: expected the {part} of this schema and model, found others"
+            wanted = f"expected the {part} of this schema and model"
+            yield f"contract {graph_name}: {wanted}, found others"
 
 
 def _of_precision(
@@ -99,7 +100,7 @@ def _of_precision(
 
 
 def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest) -> Iterator[str]:
-    files = {role: engine.file for role, engine in target.graphs.items()}
+    files = {graph_name: engine.file for graph_name, engine in target.graphs.items()}
     for one in target.by_capacity():
         yield from _of_capacity(one, manifest)
     if target.placement == "external" and files != record.graphs:
@@ -109,13 +110,13 @@ def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest
 
 
 def _of_capacity(target: TargetRecord, manifest: Manifest) -> Iterator[str]:
-    files = {role: engine.file for role, engine in target.graphs.items()}
+    files = {graph_name: engine.file for graph_name, engine in target.graphs.items()}
     yield from _of_graphs(manifest, "graphs", files)
     if target.backend != "onnxruntime":
         yield from _of_engines(target)
-    for role, engine in target.graphs.items():
+    for graph_name, engine in target.graphs.items():
         for profile in engine.profiles:
-            yield from (f"{role}: {what}" for what in _of_profile(profile))
+            yield from (f"{graph_name}: {what}" for what in _of_profile(profile))
 
 
 def _of_lengths(target: TargetRecord, max_length: int) -> Iterator[str]:
@@ -145,7 +146,7 @@ def _of_profile(profile: ProfileRecord) -> Iterator[str]:
             yield f"expected {name} as least, usual and most, found {least}, {usual}, {most}"
 
 
-def _of_graphs(manifest: Manifest, what: str, files: Mapping[Role, str]) -> Iterator[str]:
+def _of_graphs(manifest: Manifest, what: str, files: Mapping[GraphName, str]) -> Iterator[str]:
     if files.keys() != manifest.contracts.keys():
         yield (
             f"expected {what} of {', '.join(manifest.contracts)}, "

@@ -49,7 +49,7 @@ def read_record(path: Path, kind: type[R], versions: Sequence[int]) -> R:
     if version is not None and version not in versions:
         raise OtherVersion(versions, version)
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         raise Unreadable(first_fault(error)) from error
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from trimode.errors import BundleError, TrimodeError
-from trimode.formats.contract import DType, Mode, Role
+from trimode.formats.contract import DType, GraphName, Mode
 from trimode.formats.disk import what_is_wrong
 from trimode.formats.files import check_file_place, replace_text
 from trimode.formats.manifest import PrecisionName
@@ -161,7 +161,7 @@ class GraphParity(_Judged):
     """
 
     subject: Subject
-    graph: Role
+    graph: GraphName
     positions: tuple[int, ...]
     rows: int
     use_drafter: bool | None

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trimode.errors import DependencyError
-from trimode.formats.contract import ROLES, Role
+from trimode.formats.contract import GRAPH_NAMES, GraphName
 from trimode.formats.evaluation import DecodingRecord, MeasuredPrecision, Report, decoding_name
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def load_matplotlib() -> ModuleType:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw errors by role, divergence, right answers and speed.
+    """Draw errors by graph, divergence, right answers and speed.
 
     Args:
         report: Measurements to draw.
@@ -53,13 +53,13 @@ def draw(report: Report, path: Path) -> None:
     )
     axes = figure.subplots(3, 3)
     quantized = report.precisions[1:]
-    for column, role in enumerate(ROLES):
-        if role not in report.data.num_rows:
+    for column, graph_name in enumerate(GRAPH_NAMES):
+        if graph_name not in report.data.num_rows:
             axes[0, column].set_axis_off()
             axes[1, column].set_axis_off()
             continue
-        _local(axes[0, column], quantized, role)
-        _accumulated(axes[1, column], quantized, role)
+        _local(axes[0, column], quantized, graph_name)
+        _accumulated(axes[1, column], quantized, graph_name)
     _divergence(axes[2, 0], report)
     _bars(axes[2, 1], _match_title(report), _decodings(report, _match))
     _bars(axes[2, 2], "tokens per forward", _decodings(report, lambda one: one.tokens_per_forward))
@@ -68,17 +68,21 @@ def draw(report: Report, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
-def _local(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Role) -> None:
+def _local(axes: Axes, precisions: tuple[MeasuredPrecision, ...], graph_name: GraphName) -> None:
     """Draw a line per precision over its layers, sorted by error.
 
     The JSON names the layers.
     """
     axes.set(
-        title=f"{role}: error of each layer alone", xlabel="layers, worst first", ylabel="SNR, dB"
+        title=f"{graph_name}: error of each layer alone",
+        xlabel="layers, worst first",
+        ylabel="SNR, dB",
     )
     for number, precision in enumerate(precisions, 1):
         values = sorted(
-            by_role[role].snr_db for by_role in precision.local.values() if role in by_role
+            by_graph[graph_name].snr_db
+            for by_graph in precision.local.values()
+            if graph_name in by_graph
         )
         axes.plot(
             range(1, len(values) + 1), values, **_line(number), marker=".", label=precision.name
@@ -86,15 +90,19 @@ def _local(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Role) ->
     axes.grid(visible=True, alpha=0.3)
 
 
-def _accumulated(axes: Axes, precisions: tuple[MeasuredPrecision, ...], role: Role) -> None:
+def _accumulated(
+    axes: Axes, precisions: tuple[MeasuredPrecision, ...], graph_name: GraphName
+) -> None:
     axes.set(
-        title=f"{role}: error after each decoder block", xlabel="decoder block", ylabel="SNR, dB"
+        title=f"{graph_name}: error after each decoder block",
+        xlabel="decoder block",
+        ylabel="SNR, dB",
     )
     for number, precision in enumerate(precisions, 1):
         points = [
-            (index, by_role[role].snr_db)
-            for index, by_role in enumerate(precision.accumulated)
-            if role in by_role
+            (index, by_graph[graph_name].snr_db)
+            for index, by_graph in enumerate(precision.accumulated)
+            if graph_name in by_graph
         ]
         axes.plot(
             [x for x, _ in points],
@@ -117,11 +125,11 @@ def _bar(number: int) -> dict[str, Any]:
 
 def _divergence(axes: Axes, report: Report) -> None:
     values: dict[str, dict[str, float]] = {
-        precision.name: {role: one.kl_nats for role, one in precision.outputs.items()}
+        precision.name: {graph_name: one.kl_nats for graph_name, one in precision.outputs.items()}
         for precision in report.precisions[1:]
     }
     _bars(axes, "divergence of the probabilities, nats a row", values, first_colour=1)
-    if all(value > 0 for by_role in values.values() for value in by_role.values()):
+    if all(value > 0 for by_graph in values.values() for value in by_graph.values()):
         axes.set_yscale("log")
 
 

@@ -105,7 +105,7 @@ def test_short_rows_do_not_share_a_long_cache() -> None:
         driver.submit(prompt(5, seed), max_new_tokens=20)
     driver.run()
     driver.check_texts()
-    sizes = {capacity for role, rows, tokens, capacity in driver.session.log if rows > 1}
+    sizes = {capacity for graph_name, rows, tokens, capacity in driver.session.log if rows > 1}
     assert sizes == {32}
 
 

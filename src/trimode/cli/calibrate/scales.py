@@ -17,7 +17,7 @@ from trimode.cli.prompt_options import prompt_style
 if TYPE_CHECKING:
     from trimode.calib.scales.settings import QuantizeSettings
     from trimode.formats.calibration import Calibration, QuantizedPrecision
-    from trimode.formats.contract import Role
+    from trimode.formats.contract import GraphName
     from trimode.runtime.text.prompts import PromptStyle
 
 
@@ -52,7 +52,7 @@ def scales(
 
     settings = QuantizeSettings(
         precision=cast("QuantizedPrecision", precision),  # its check refuses any other
-        modes=cast("tuple[Role, ...]", parse_names(modes)),
+        modes=cast("tuple[GraphName, ...]", parse_names(modes)),
         num_samples=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
@@ -142,7 +142,9 @@ def _as_data(output: Path, calibration: Calibration) -> dict[str, Any]:
 
 def _in_words(output: Path, calibration: Calibration) -> str:
     assert calibration.data is not None
-    rows = ", ".join(f"{count} {role}" for role, count in calibration.data.num_tokens.items())
+    rows = ", ".join(
+        f"{count} {graph_name}" for graph_name, count in calibration.data.num_tokens.items()
+    )
     worst = min(calibration.layers, key=lambda name: calibration.layers[name].weight_snr_db)
     return (
         f"wrote {output}: {calibration.precision} ({calibration.algorithm}) scales of "

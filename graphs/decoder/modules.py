@@ -1,6 +1,6 @@
-"""Defines the roles as modules over one trunk.
+"""Defines the graphs as modules over one trunk.
 
-A role says which rows attend how, and what the graph returns instead of raw logits.
+Each says which rows attend how, and what the graph returns instead of raw logits.
 
 Each ``forward`` takes tensors in the order of :func:`trimode.formats.contract.graph_contract`, then
 the cache as a list, and returns the contract's outputs followed by the updated cache.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trimode.formats.contract import TOP_K, Role
+from trimode.formats.contract import TOP_K, GraphName
 from trimode.graphs.decoder.attention import FixedCacheAttention
 from trimode.graphs.decoder.quadratic import (
     drafted_rows,
@@ -24,7 +24,7 @@ from trimode.graphs.decoder.trunk import TriModeTrunk
 Cache = list[Tensor]
 
 
-class ArRole(nn.Module):
+class ArModule(nn.Module):
     """Runs causal rows; the head sees each sequence's last real row."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -41,10 +41,10 @@ class ArRole(nn.Module):
         return logits.argmax(-1), logits.float(), present
 
 
-class DraftRole(nn.Module):
+class DraftModule(nn.Module):
     """Runs a block whose slots see each other.
 
-    The head answers for the slot itself. The role denoises and, with the adapter, drafts.
+    The head answers for the slot itself. The graph denoises and, with the adapter, drafts.
     """
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -73,7 +73,7 @@ class DraftRole(nn.Module):
         return *_candidates(self.trunk, hidden), present
 
 
-class VerifyRole(nn.Module):
+class VerifyModule(nn.Module):
     """Runs causal rows over a draft, and counts agreeing tokens."""
 
     def __init__(self, trunk: TriModeTrunk) -> None:
@@ -91,7 +91,7 @@ class VerifyRole(nn.Module):
         return *_verified(self.trunk, hidden, input_ids), present
 
 
-class QuadraticRole(nn.Module):
+class QuadraticModule(nn.Module):
     """Verifies a draft and drafts the next one in a single forward.
 
     The head sees the draft's rows, then those behind the last accepted token.
@@ -129,11 +129,14 @@ class QuadraticRole(nn.Module):
         )
 
 
-def build_role(role: Role, trunk: TriModeTrunk) -> nn.Module:
-    """Build the module of a role."""
-    return {"ar": ArRole, "draft": DraftRole, "verify": VerifyRole, "quadratic": QuadraticRole}[
-        role
-    ](trunk)
+def build_module(graph_name: GraphName, trunk: TriModeTrunk) -> nn.Module:
+    """Build the module of a graph."""
+    return {
+        "ar": ArModule,
+        "draft": DraftModule,
+        "verify": VerifyModule,
+        "quadratic": QuadraticModule,
+    }[graph_name](trunk)
 
 
 def _candidates(trunk: TriModeTrunk, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ _INT64 = ir.DataType.INT64
 _BY_ROWS = ("top_ids", "top_probabilities")
 
 
-class JoinRoles(ir.passes.InPlacePass):
+class JoinGraphs(ir.passes.InPlacePass):
     """Turns a traced ``draft`` into the joint graph."""
 
     def requires(self, model: ir.Model) -> None:
