@@ -351,7 +351,8 @@ def _leading(
     """
     below = masked & (confidence < threshold)
     below[masked.argmax()] = False
-    return masked & ~np.logical_or.accumulate(below)
+    has_stopped: NDArray[np.bool_] = np.logical_or.accumulate(below)
+    return masked & ~has_stopped
 
 
 def _ends_decided(block: Ids, eos: tuple[int, ...], mask_token_id: int) -> bool:

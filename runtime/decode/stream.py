@@ -159,6 +159,11 @@ class Stream:
         """``stop`` or ``length``; None where the text has not ended."""
         return self._counters.finish_reason
 
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Those of the tokens so far, the list itself, which grows; None if not asked for."""
+        return None if self._options.logprobs is None else self._counters.logprobs
+
     def spend(self, seconds: float) -> None:
         """Count time towards the result's ``elapsed_s``."""
         self._elapsed_s += seconds

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ from typing import Any
 from trimode.errors import EngineError, RequestCancelledError, TrimodeError
 from trimode.formats.texts import reason_of
 from trimode.runtime.decode.stream import Generation
+from trimode.runtime.decode.token_choice import TokenLogprob
 
 logger = logging.getLogger("trimode.runtime")
 
@@ -68,7 +69,11 @@ class Handle:
         choices: Handles of all texts that were asked for with this one (``n``), itself included.
         times: When it was submitted, begun, first answered, and ended.
         on_piece: Called with each piece, on the engine's thread.
+        logprobs: Log-probabilities of the tokens so far, where they were asked for. It grows;
+            only as many entries count as tokens were delivered.
     """
+
+    logprobs: Sequence[TokenLogprob] | None = None
 
     def __init__(self, prompt: list[int], wake: Callable[[Handle], None]) -> None:
         self.prompt = prompt
@@ -106,6 +111,10 @@ class Handle:
     def error(self) -> BaseException | None:
         """Error that ended it, if any."""
         return self._error
+
+    def pieces_from(self, position: int) -> list[list[int]]:
+        """Return the pieces delivered from this one on, without waiting."""
+        return self._pieces[position:]
 
     def cancel(self) -> bool:
         """Give the request up.

@@ -102,6 +102,6 @@ def _independent(terms: Numbers) -> list[int]:
     """Columns that are no multiple of an earlier one, as where all have as much cached."""
     kept: list[int] = []
     for column in range(terms.shape[1]):
-        if np.linalg.matrix_rank(terms[:, [*kept, column]]) > len(kept):
+        if len(terms) and np.linalg.matrix_rank(terms[:, [*kept, column]]) > len(kept):
             kept.append(column)
     return kept
