@@ -196,8 +196,10 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
     )
     if not (yield from _jump(sequence, counters, budget, choose)):
         yield budget.settle((yield from _seed(sequence, counters, choose)))
+    length = options.block_length
     while not budget.done:
-        if (yield from _jump(sequence, counters, budget, choose, options.block_length - 1)):
+        least = 1 if length == AR_STEP else options.block_length - 1
+        if (yield from _jump(sequence, counters, budget, choose, least)):
             continue
         length = policy.choose(sequence.cached_length, budget.left)
         counters.picks[length] = counters.picks.get(length, 0) + 1

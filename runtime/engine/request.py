@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimode.formats.contract import Mode
 from trimode.runtime.decode.options import DecodeOptions
@@ -40,6 +40,10 @@ class Request:
     system_length: int = 0
     number: int = 0
     attempts: int = 0
+
+    def take_grammar(self, compiled: DecodeOptions) -> None:
+        """Have the grammar that was compiled for options like its own."""
+        self.options = replace(self.options, structured_outputs=compiled.structured_outputs)
 
     @property
     def end(self) -> int:

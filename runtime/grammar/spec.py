@@ -58,6 +58,8 @@ def read_structured_outputs(value: Any) -> StructuredOutputs:
     """
     if isinstance(value, Mapping):
         value = _from_mapping(value)
+    if isinstance(value, StructuredOutputs) and type(value) is not StructuredOutputs:
+        return value  # compiled, so it was read before
     if not isinstance(value, StructuredOutputs):
         raise UsageError(
             f"structured_outputs: expected a mapping, found {type(value).__name__}", _HINT

@@ -22,9 +22,6 @@ from trimode.runtime.grammar.vocabulary import Vocabulary
 
 _LONGEST_RUN = 256
 """Bytes that are looked ahead for forced tokens."""
-_MOST_BEGINNINGS = 64
-"""Allowed tokens of which more than one text is expected."""
-_BROKEN = "simplify the grammar: fewer alternatives and repetitions"
 
 
 class GrammarState:
@@ -45,6 +42,8 @@ class GrammarState:
         self, matcher: Any, vocabulary: Vocabulary, ends: frozenset[int], end_think: int | None
     ) -> None:
         self._matcher, self._vocabulary, self._ends = matcher, vocabulary, ends
+        # The library's own end token stands for "accepts"; texts never have it
+        self._never = ends | {vocabulary.table.eos_token_id}
         self._end_think, self.is_thinking = end_think, end_think is not None
         self._forced: list[int] | None = None  # None = not looked for
         self._known: NDArray[np.bool_] | None = None  # what the library takes
@@ -108,11 +107,7 @@ class GrammarState:
         mask[[self._vocabulary.mask_token_id, *self._ends]] = False
         mask[list(self._ends)] = self._may_end(may_end)
         if not mask.any():
-            raise UsageError(
-                "structured_outputs: expected text that the model's tokens can write, "
-                "found none that goes on",
-                "use characters that the tokenizer knows",
-            )
+            raise _dead_end()
         return mask
 
     def advance(self, token: int) -> None:
@@ -156,7 +151,7 @@ class GrammarState:
         if matcher.is_stopped():
             return np.zeros(self._vocabulary.size, bool)
         mask = self._vocabulary.read_mask(matcher.compute_bitmask())
-        mask[[self._vocabulary.table.eos_token_id, *self._ends]] = False
+        mask[list(self._never)] = False
         return mask
 
     def _find_forced(self) -> list[int]:
@@ -180,24 +175,34 @@ class GrammarState:
 
     def _forced_text(self) -> tuple[bytes, bool]:
         """Bytes that must follow, up to a limit, and whether nothing can come after them."""
-        walk, text, tokens = self._matcher.deep_copy(), b"", self._vocabulary.table.tokens
+        walk, text, vocabulary = self._matcher.deep_copy(), b"", self._vocabulary
         while len(text) < _LONGEST_RUN:
             if walk.is_accepting():
                 return text, not self._taken_by(walk).any()
-            taken = self._taken_by(walk)
-            if not 0 < np.count_nonzero(taken) <= _MOST_BEGINNINGS:
+            if walk.is_stopped():
                 return text, False
-            token = self._vocabulary.chain_end(np.flatnonzero(taken))
+            token = vocabulary.common_beginning(walk.compute_bitmask(), self._never)
             if token is None:
                 return text, False
-            text += tokens[token]
+            text += vocabulary.table.tokens[token]
             walk.consume_token(token)
         return text, False
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split("\n")[0].split())[:120]
-            raise UsageError(
-                f"structured_outputs: expected a grammar that can be followed, found: {reason}",
-                _BROKEN,
-            )
+        if not self._matcher.is_error():
+            return
+        reason = " ".join(self._matcher.get_error().split("\n")[0].split())[:120]
+        if reason.startswith("NoExtension"):
+            raise _dead_end()
+        raise UsageError(
+            f"structured_outputs: expected a grammar that can be followed, found: {reason}",
+            "simplify the grammar: fewer alternatives and repetitions",
+        )
+
+
+def _dead_end() -> UsageError:
+    return UsageError(
+        "structured_outputs: expected text that the model's tokens can write, "
+        "found none that goes on",
+        "use characters that the tokenizer knows, and a grammar that some text follows",
+    )

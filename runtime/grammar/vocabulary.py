@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from trimode.formats.contract import ModelInfo
 from trimode.runtime.grammar.library import load_llguidance
 from trimode.runtime.grammar.token_table import TokenTable
-from trimode.runtime.sessions.base import Ids
 
 _PROBES = (b"a", b"e", b"0", b"1", b" ", b'"')
+_MOST_BEGINNINGS = 64
+"""Words of a mask of which more than one text is expected."""
 _LONGEST_LOOK = 64
 """Bytes from the end of a forced text in which a longer token may begin."""
 
@@ -53,18 +54,28 @@ class Vocabulary:
         bits = np.unpackbits(np.frombuffer(bitmask, np.uint8), bitorder="little")
         return bits[: self.size].view(np.bool_)
 
-    def chain_end(self, ids: Ids) -> int | None:
-        """The longest of some tokens, where all others are its beginnings; else None.
+    def common_beginning(self, bitmask: bytes, but: frozenset[int]) -> int | None:
+        """The token that all tokens of the library's mask begin with; None where there is none.
 
         So its bytes are forced.
+
+        Args:
+            bitmask: Library's mask.
+            but: Tokens of it that do not count.
         """
-        tokens = sorted((len(self.table.tokens[token]), token) for token in ids.tolist())
-        if any(token in self._silent for _, token in tokens):
+        words = np.frombuffer(bitmask, np.uint32)
+        filled = np.flatnonzero(words)
+        if filled.size > _MOST_BEGINNINGS:
             return None
-        longest = tokens[-1][1]
-        text = self.table.tokens[longest]
-        is_chain = all(text.startswith(self.table.tokens[token]) for _, token in tokens)
-        return longest if is_chain else None
+        bits = np.unpackbits(words[filled].view(np.uint8), bitorder="little").reshape(-1, 32)
+        rows, columns = np.nonzero(bits)
+        ids = [token for token in (32 * filled[rows] + columns).tolist() if token not in but]
+        if not ids or not self._silent.isdisjoint(ids):
+            return None
+        tokens = self.table.tokens
+        shortest = min(ids, key=lambda token: len(tokens[token]))
+        is_common = all(tokens[token].startswith(tokens[shortest]) for token in ids)
+        return int(shortest) if is_common else None
 
     def tokenize(self, text: bytes, *, is_whole: bool) -> list[int]:
         """The tokens of a forced text, as the tokenizer writes it.

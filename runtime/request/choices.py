@@ -18,6 +18,7 @@ from trimode.runtime.decode.options import (
     make_options,
     read_options,
 )
+from trimode.runtime.grammar.library import load_llguidance
 from trimode.runtime.request.parts import BundleParts
 from trimode.runtime.request.step_costs import StepCostTable
 from trimode.runtime.sessions.base import Session
@@ -49,8 +50,11 @@ class ChoiceReader:
 
         Raises:
             UsageError: an unknown mode or keyword, or a value out of its range.
+            DependencyError: an answer has to follow a grammar, and llguidance is not installed.
         """
         options = read_options(options)
+        if options.get("structured_outputs") is not None:
+            load_llguidance()
         _check_mode(mode)
         defaults = {
             "threshold": DEFAULT_THRESHOLDS[mode],
