@@ -50,6 +50,9 @@ class Generation:
         elapsed_s: wall time, tokens in to tokens out.
         forced_tokens: new tokens that a grammar decided, which need no forward of their own; None
         without a grammar.
+        drafted: drafts that were verified; 0 in the modes without drafts.
+        accepted: those of each draft-and-verify cycle that are part of the text.
+        denoised_slots: slots of blocks in denoise forwards; 0 outside of diffusion.
     """
 
     token_ids: list[int]
@@ -65,6 +68,9 @@ class Generation:
     elapsed_s: float
     picks: dict[int, int] | None = None
     forced_tokens: int | None = None
+    drafted: int = 0
+    accepted: tuple[int, ...] = ()
+    denoised_slots: int = 0
 
 
 class Stream:
@@ -234,6 +240,9 @@ class Stream:
             elapsed_s=self._elapsed_s,
             picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
             forced_tokens=counters.forced,
+            drafted=counters.drafted,
+            accepted=tuple(counters.accepted),
+            denoised_slots=counters.denoised_slots,
         )
 
     def new_text(self) -> TextStream:
@@ -285,16 +294,19 @@ class Stream:
         for count, token in enumerate(token_ids, 1):
             watch.push([token])
             if watch.is_stopped:
-                self._end(len(token_ids) - count)
+                self._end(count, len(token_ids) - count)
                 return token_ids[:count]
         return token_ids
 
-    def _end(self, surplus: int) -> None:
-        """End here, without the last ``surplus`` tokens."""
+    def _end(self, count: int, surplus: int) -> None:
+        """End here, with ``count`` tokens of the last step and without its last ``surplus``."""
         counters = self._counters
         self._steps.close()
         self._sequence.truncate(len(self._sequence.tokens) - surplus)
         counters.finish_reason = "stop"
-        counters.cycle_tokens -= surplus if counters.cycles else 0
+        if surplus and counters.cycles:
+            counters.cycle_tokens -= surplus
+            is_known = self._mode == "quadratic_spec"  # the first draft of a block is no guess
+            counters.accepted[-1] = min(counters.accepted[-1], count - is_known)
         if self._options.logprobs is not None:
             del counters.logprobs[len(counters.logprobs) - surplus :]

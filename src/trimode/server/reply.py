@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import Receive
 
 from trimode.errors import RequestCancelledError
+from trimode.formats.contract import Mode
 from trimode.runtime.engine.handle import Handle
 from trimode.server.errors import CLIENT_LEFT, ApiError
 from trimode.server.outputs import ChoiceText, Update
+from trimode.server.records import RequestRecord, make_record
 
 
 class Bell:
@@ -41,6 +43,25 @@ class Bell:
         return True
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Holds facts of a request for whoever observes it.
+
+    Attributes:
+        request_id: Name of the request.
+        model: Name that the bundle is served under.
+        mode: Decoding mode.
+        received: Arrival, by ``time.perf_counter``, in seconds.
+        prompt: Rendered prompt; empty where it came as tokens.
+    """
+
+    request_id: str
+    model: str
+    mode: Mode
+    received: float
+    prompt: str = ""
+
+
 @dataclass
 class Reply:
     """Holds the texts of a request that the engine works on.
@@ -49,19 +70,40 @@ class Reply:
     pieces in the handles, whose size ``max_tokens`` bounds. The engine never waits.
 
     Attributes:
+        asked: Facts of the request.
         texts: Texts, by index.
         bell: Rings as tokens come.
         is_abandoned: Whether the client has left.
     """
 
+    asked: Asked
     texts: Sequence[ChoiceText]
     bell: Bell
     is_abandoned: bool = False
+    _records: dict[int, RequestRecord] = field(default_factory=dict)
 
     @property
     def handles(self) -> tuple[Handle, ...]:
         """Handles of the texts."""
         return tuple(text.handle for text in self.texts)
+
+    def record(self, index: int) -> RequestRecord:
+        """Return the record of a text that has ended."""
+        if index not in self._records:
+            asked, handle = self.asked, self.texts[index].handle
+            self._records[index] = make_record(
+                handle,
+                request_id=asked.request_id,
+                model=asked.model,
+                mode=asked.mode,
+                received=asked.received,
+            )
+        return self._records[index]
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        """Records of all texts, which have ended."""
+        return [self.record(index) for index in range(len(self.texts))]
 
     def abandon(self) -> None:
         """Take note that the client has left."""

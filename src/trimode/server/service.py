@@ -16,9 +16,10 @@ from trimode.server.auth import ApiKeys
 from trimode.server.errors import ApiError
 from trimode.server.lifecycle import Lifecycle
 from trimode.server.limits import Limits
+from trimode.server.observers import Observer
 from trimode.server.outputs import ChoiceText, OutputProcessor
 from trimode.server.protocol.base import Sampling
-from trimode.server.reply import Bell, Reply
+from trimode.server.reply import Asked, Bell, Reply
 
 _QUICK = 4096
 """Characters that are encoded on the event loop; more go to a thread."""
@@ -38,6 +39,7 @@ class Service:
         limits: Bounds of requests.
         keys: API keys.
         processors: Makes the steps from text to answer.
+        observers: Told of each text that has ended, and of each refusal.
         lifecycle: Requests at work.
         created: Unix time of the start.
     """
@@ -48,6 +50,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     keys: ApiKeys = field(default_factory=ApiKeys)
     processors: MakeProcessors = lambda _, __: ()
+    observers: tuple[Observer, ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -67,14 +70,14 @@ class Service:
             )
 
     def submit(
-        self, prompts: Sequence[list[int]], request: Sampling, rendered: str, **choices: Any
+        self, asked: Asked, prompts: Sequence[list[int]], request: Sampling, **choices: Any
     ) -> Reply:
         """Ask the engine for the texts of a request.
 
         Args:
+            asked: Facts of the request, for observers.
             prompts: Token ids of each prompt.
             request: Request, for its processors.
-            rendered: Prompt as text, where it is known.
             **choices: Keywords of :meth:`Engine.submit`.
 
         Raises:
@@ -89,13 +92,13 @@ class Service:
                     text = TextStream(
                         self.codec, choices.get("stop") or (), choices.get("min_new_tokens") or 0
                     )
-                    steps = self.processors(request, rendered)
+                    steps = self.processors(request, asked.prompt)
                     texts.append(ChoiceText(len(texts), handle, text, steps))
         except BaseException:
             for one in texts:
                 one.handle.cancel()
             raise
-        return Reply(texts, bell)
+        return Reply(asked, texts, bell)
 
 
 async def run_aside(function: Callable[[], Any], size: int) -> Any:

@@ -10,7 +10,9 @@ from trimode.runtime.request.batches import check_batches
 from trimode.runtime.service import Engine
 from trimode.server.app import create_app
 from trimode.server.auth import ApiKeys
+from trimode.server.metrics import Metrics
 from trimode.server.options import ServeOptions
+from trimode.server.routes.metrics import metrics_router
 from trimode.server.run import serve
 from trimode.server.service import Service
 
@@ -35,15 +37,19 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
         open_engine(model, options, is_fair=len(keys) > 1) as engine,
     ):
         _check_text(model)
+        name = options.served_model_name or bundle.resolve().name
+        facts = {"target": model.target, "precision": model.bundle.precision}
+        metrics = Metrics(engine.stats, name, model.model.max_length, facts)
         service = Service(
             engine,
-            options.served_model_name or bundle.resolve().name,
+            name,
             default_mode=options.mode,
             limits=options.limits,
             keys=keys,
+            observers=(metrics,),
         )
         serve(
-            create_app(service),
+            create_app(service, routers=[metrics_router(metrics)]),
             service.lifecycle,
             host=options.host,
             port=options.port,

@@ -17,7 +17,7 @@ from trimode.server.protocol.base import Sampling, StreamOptions
 from trimode.server.protocol.chat import ChatRequest
 from trimode.server.protocol.completions import CompletionRequest
 from trimode.server.protocol.errors import OF_TEXTS, error_responses
-from trimode.server.reply import Reply
+from trimode.server.reply import Asked, Reply
 from trimode.server.service import Service, run_aside
 from trimode.server.streaming import EventStream, Telling, answer_whole
 
@@ -77,7 +77,7 @@ async def _chat_reply(service: Service, request: Request, asked: ChatRequest) ->
     choices = engine_choices(asked, service, request.state.key, logprobs)
     conversation = plain_conversation(asked, service.limits)
     rendered, ids = await run_aside(lambda: render(service.codec, conversation), conversation.size)
-    return service.submit([ids], asked, rendered, **choices)
+    return service.submit(_asked(service, request, choices, rendered), [ids], asked, **choices)
 
 
 async def _completion_reply(service: Service, request: Request, asked: CompletionRequest) -> Reply:
@@ -91,7 +91,7 @@ async def _completion_reply(service: Service, request: Request, asked: Completio
         return [service.codec.encode(one) if isinstance(one, str) else one for one in prompts]
 
     ids = await run_aside(encode, sum(map(len, prompts)))
-    return service.submit(ids, asked, "", **choices)
+    return service.submit(_asked(service, request, choices), ids, asked, **choices)
 
 
 def prompts_of(asked: CompletionRequest) -> list[Any]:
@@ -100,6 +100,11 @@ def prompts_of(asked: CompletionRequest) -> list[Any]:
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
+
+
+def _asked(service: Service, request: Request, choices: dict[str, Any], prompt: str = "") -> Asked:
+    state = request.state
+    return Asked(state.request_id, service.model_name, choices["mode"], state.received, prompt)
 
 
 def _options(asked: Sampling) -> StreamOptions:
