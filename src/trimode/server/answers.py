@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from trimode.server.logprobs import chat_logprobs, completion_logprobs
 from trimode.server.outputs import Delta, Update
 from trimode.server.service import Service
+from trimode.server.tools import whole_calls
 
 Object = dict[str, Any]
 
@@ -86,9 +87,7 @@ class ChatShape:
         if text.delta.reasoning_content:
             message["reasoning_content"] = text.delta.reasoning_content
         if text.delta.tool_calls:
-            calls = [
-                {k: v for k, v in one.items() if k != "index"} for one in text.delta.tool_calls
-            ]
+            calls = whole_calls(text.delta.tool_calls)
             message |= {"tool_calls": calls, "content": text.delta.content or None}
         choice = {
             "index": index,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimode.runtime.text.codec import TextCodec
+from trimode.server.calling import offered_tools
 from trimode.server.choices import check_most
 from trimode.server.errors import ApiError
 from trimode.server.limits import Limits
-from trimode.server.protocol.chat import ChatMessage, ChatRequest, NamedTool
+from trimode.server.protocol.chat import ChatMessage, ChatRequest
 from trimode.server.protocol.tokenize import TokenizeRequest
 
 _TAKEN = frozenset(
@@ -47,14 +48,11 @@ def plain_conversation(asked: ChatRequest | TokenizeRequest, limits: Limits) -> 
     check_most("messages", len(messages), limits.max_messages, "messages")
     check_most("tools", len(tools), limits.max_tools, "tools")
     plain = [_plain(number, message) for number, message in enumerate(messages)]
-    schemas = [tool.model_dump(exclude_none=True) for tool in tools]
     options = _template_options(asked.chat_template_kwargs or {})
-    if isinstance(asked, ChatRequest) and asked.tool_choice == "none":
-        schemas = []
-    if isinstance(asked, ChatRequest) and isinstance(asked.tool_choice, NamedTool):
-        schemas = [
-            one for one in schemas if one["function"]["name"] == asked.tool_choice.function.name
-        ]
+    if isinstance(asked, ChatRequest):
+        schemas = offered_tools(asked)
+    else:
+        schemas = [tool.model_dump(exclude_none=True) for tool in tools]
     size = sum(len(str(message)) for message in plain)
     return Conversation(plain, schemas or None, options, size)
 

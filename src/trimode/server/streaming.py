@@ -17,6 +17,7 @@ from trimode.server.answers import Envelope, Object, Shape, Whole
 from trimode.server.errors import api_error
 from trimode.server.outputs import Update
 from trimode.server.protocol.base import StreamOptions
+from trimode.server.reasoning import CLOSE as END_THINK
 from trimode.server.reply import Reply, watching_client
 from trimode.server.service import Service
 from trimode.server.usage import ending_of, usage_so_far
@@ -56,7 +57,7 @@ async def answer_whole(request: Request, telling: Telling) -> Response:
     except Exception as error:
         return api_error(error).response()  # no refusal: the text has a record of its own
     choices = [telling.shape.whole(index, text) for index, text in enumerate(wholes)]
-    return JSONResponse(telling.envelope.around(choices) | ending_of(reply))
+    return JSONResponse(telling.envelope.around(choices) | _ending(telling))
 
 
 @contextlib.asynccontextmanager
@@ -121,9 +122,13 @@ async def events(telling: Telling) -> AsyncIterator[bytes]:
         yield _DONE
         return
     if options.include_usage:
-        ending = ending_of(reply)
+        ending = _ending(telling)
         yield _event(telling, [], ending["usage"], ending.get("metrics"))
     yield _DONE
+
+
+def _ending(telling: Telling) -> Object:
+    return ending_of(telling.reply, telling.service.codec.token_id(END_THINK))
 
 
 def _news(telling: Telling, news: Sequence[Update]) -> list[bytes]:

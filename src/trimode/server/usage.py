@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimode.runtime.engine.handle import Handle
+from trimode.server.reasoning import count_reasoning, place_after
 from trimode.server.records import RequestRecord
 from trimode.server.reply import Reply
 
@@ -26,12 +27,16 @@ def usage_so_far(handles: Sequence[Handle]) -> dict[str, Any]:
     }
 
 
-def ending_of(reply: Reply) -> dict[str, Any]:
+def ending_of(reply: Reply, end_think: int | None = None) -> dict[str, Any]:
     """Return the usage of a request that has ended, and the counts of its drafts.
 
     OpenAI counts tokens of a prediction that the client sent. Here the model predicts by itself:
     ``accepted_prediction_tokens`` are drafts that became text, ``rejected_prediction_tokens``
     those that did not.
+
+    Args:
+        reply: Texts of the request, which have ended.
+        end_think: Token of ``</think>``; None where the tokenizer has none.
     """
     records = reply.records
     accepted = sum(record.drafts.num_accepted for record in records)
@@ -39,11 +44,20 @@ def ending_of(reply: Reply) -> dict[str, Any]:
     details = {
         "accepted_prediction_tokens": accepted,
         "rejected_prediction_tokens": drafted - accepted,
+        "reasoning_tokens": _reasoning(reply, end_think),
     }
     usage = usage_so_far(reply.handles) | {"completion_tokens_details": details}
     if not any(record.drafts.num_cycles for record in records):
         return {"usage": usage}
     return {"usage": usage, "metrics": {"speculative_decoding": _speculation(records)}}
+
+
+def _reasoning(reply: Reply, end_think: int | None) -> int:
+    """Count the tokens of the thinking of a conversation's answers."""
+    if not reply.asked.prompt:
+        return 0
+    place = place_after(reply.asked.prompt)
+    return sum(count_reasoning(one.token_ids, place, end_think) for one in reply.handles)
 
 
 def _speculation(records: Sequence[RequestRecord]) -> dict[str, Any]:
