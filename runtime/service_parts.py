@@ -10,6 +10,7 @@ from trimode.errors import UsageError
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Stream
+from trimode.runtime.engine.compiling import Compiling
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.setup import load_modes
 from trimode.runtime.engine.modes import Modes
@@ -77,8 +78,9 @@ def timed(settings: Settings, model: TriModeModel, *, has_plans: bool, is_frozen
     return replace(found, mode_policy=modes.policy, make_row_policy=modes.row)
 
 
-def shut(worker: Worker, model: TriModeModel | None) -> None:
-    """What is left of an engine that nobody holds: its thread, and the model it has opened."""
+def shut(compiling: Compiling, worker: Worker, model: TriModeModel | None) -> None:
+    """What is left of an engine that nobody holds: its threads, and the model it has opened."""
+    compiling.close(drain=False)
     worker.stop(drain=False)
     worker.join(None)
     if model is not None:
