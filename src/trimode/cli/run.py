@@ -80,15 +80,8 @@ def run(
 
     The exit code is 2 if a line of --prompts-file has no answer.
     """
-    asked = structured_outputs(
-        json_schema,
-        regex,
-        choice,
-        grammar,
-        json_object=json_object,
-        compact=compact,
-        after_thinking=after_thinking,
-    )
+    flags = {"json_object": json_object, "compact": compact, "after_thinking": after_thinking}
+    asked = structured_outputs(json_schema, regex, choice, grammar, **flags)
     decoding = {
         "max_new_tokens": max_new_tokens,
         "use_drafter": not no_drafter,
@@ -96,9 +89,8 @@ def run(
         **given(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
         **given(repetition_penalty=repetition_penalty, stop=stop, min_new_tokens=min_new_tokens),
         **given(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty),
-        **given(logit_bias=parse_biases(logit_bias)),
         **given(max_thinking_tokens=max_thinking_tokens, end_think_token_id=end_think_token_id),
-        **given(logprobs=logprobs, structured_outputs=asked),
+        **given(logit_bias=parse_biases(logit_bias), logprobs=logprobs, structured_outputs=asked),
     }
     machine = {"num_threads": threads, "runtime_cache": runtime_cache, "timings": timings}
     request = RunRequest(

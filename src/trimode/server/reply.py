@@ -47,6 +47,8 @@ class Bell:
     def ringing_every(self, seconds: float) -> Iterator[None]:
         """Ring regularly, too. One timer for a whole answer costs less than one for each wait."""
 
+        timer: asyncio.TimerHandle
+
         def again() -> None:
             nonlocal timer
             self.ring()
