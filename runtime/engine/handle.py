@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
@@ -45,12 +45,14 @@ class Times:
         begun: It got a row; None while it waits.
         first_token: Its first tokens were delivered.
         ended: It ended, for whatever reason.
+        pieces: Each piece of tokens was delivered.
     """
 
     submitted: float
     begun: float | None = None
     first_token: float | None = None
     ended: float | None = None
+    pieces: list[float] = field(default_factory=list)
 
 
 class Handle:
@@ -238,8 +240,9 @@ class Handle:
         with self._changed:
             if self._is_done or not token_ids:
                 return False
+            self.times.pieces.append(time.perf_counter())
             if not self._pieces:
-                self.times.first_token = time.perf_counter()
+                self.times.first_token = self.times.pieces[0]
             self._pieces.append(token_ids)
             self._notify()
         if self.on_piece is not None:
@@ -259,8 +262,8 @@ class Handle:
         with self._changed:
             if self._is_done:
                 return False
+            self.times.ended = time.perf_counter()  # before anybody may see that it is done
             self._result, self._error, self._is_done = result, error, True
-            self.times.ended = time.perf_counter()
             for closer in self._closers:
                 closer(self)
             callbacks, self._callbacks = self._callbacks, []
