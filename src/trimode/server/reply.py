@@ -46,6 +46,7 @@ class Bell:
     @contextlib.contextmanager
     def ringing_every(self, seconds: float) -> Iterator[None]:
         """Ring regularly, too. One timer for a whole answer costs less than one for each wait."""
+        timer: asyncio.TimerHandle
 
         def again() -> None:
             nonlocal timer

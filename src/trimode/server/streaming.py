@@ -175,6 +175,7 @@ async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
     """
     loop, since = asyncio.get_running_loop(), math.inf
     async with asyncio.timeout(None) as scope:
+        timer: asyncio.TimerHandle
 
         def look() -> None:
             nonlocal timer
