@@ -1,6 +1,6 @@
 """Answers that follow grammars: how many validate, what they cost, and how many tokens are forced.
 
-    PYTHONPATH=src:tests python -m benchmarks.grammar BUNDLE [--schemas 1000] [--regexes 200]
+    PYTHONPATH=src:tests python -m benchmarks.grammar BUNDLE [--schemas 1000] [--regexes 200] [--only demo]
 
 Every grammar is random (`tests/grammars.py`) and followed in AR, self-speculation and block
 diffusion; every second schema without blanks. Half of the schemas run on the bundle, the others on
@@ -181,13 +181,17 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--schemas", type=int, default=1000)
     parser.add_argument("--regexes", type=int, default=200)
+    parser.add_argument("--only", choices=("demo", "bytes"))
     parser.add_argument("--max-new-tokens", type=int, default=160)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
+    suffix = f"_{arguments.only}" if arguments.only else ""
     half, most = arguments.schemas // 2, arguments.max_new_tokens
     with tempfile.TemporaryDirectory() as temporary:
         opened = {"demo": arguments.bundle, "bytes": byte_level_bundle(Path(temporary))}
         for name, bundle in opened.items():
+            if arguments.only not in (None, name):
+                continue
             model = TriModeModel.from_pretrained(bundle, num_threads=1)
             count = half if name == "demo" else arguments.schemas - half
             kinds = {
@@ -202,7 +206,7 @@ def main() -> None:
                         found = follow(model, engine, grammars, most)
                         results[f"{name} {kind}"] = found
                         print(name, kind, found, flush=True)
-                        save("grammar", {**arguments_of(vars(arguments)), **results})
+                        save(f"grammar{suffix}", {**arguments_of(vars(arguments)), **results})
 
 
 if __name__ == "__main__":
