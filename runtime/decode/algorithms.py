@@ -49,6 +49,7 @@ class Counters:
         seed: of the draws; None where nothing is drawn.
         logprobs: one for each token, where asked for.
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
+        policy: of ``auto``: what has chosen these.
         forced: tokens that a grammar decided; None without one.
     """
 
@@ -62,6 +63,7 @@ class Counters:
     seed: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     picks: dict[int, int] = field(default_factory=dict)
+    policy: Policy | None = None
     forced: int | None = None
 
 
@@ -204,6 +206,7 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
         sequence.tokens,
         is_confident=not options.sampling.is_random,
     )
+    counters.policy = policy
     if not (yield from _jump(sequence, counters, budget, choose)):
         yield budget.settle((yield from _seed(sequence, counters, choose)))
     length = options.block_length

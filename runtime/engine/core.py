@@ -70,7 +70,9 @@ class EngineCore:
         self._view = EngineSession(session)
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._deadlines = Deadlines()
-        self._turns = Turns(self.settings.latency_target_s, self.settings.prefill_share)
+        self._turns = Turns(
+            self.settings.latency_target_s, self.settings.prefill_share, self.settings.table
+        )
         self.modes = Modes(self.settings.mode_policy, self.settings.make_row_policy)
         self._num_failures = 0
         self.counts = Counts()
@@ -104,6 +106,11 @@ class EngineCore:
     def has_mail(self) -> bool:
         """Whether something was posted that nobody has looked at."""
         return not self._inbox.empty()
+
+    @property
+    def num_detours(self) -> int:
+        """Times that a forward waited for rows that were one forward behind."""
+        return self._turns.detours.num_taken
 
     def take_in(self) -> None:
         """Look at what was posted."""

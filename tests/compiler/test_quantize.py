@@ -5,8 +5,6 @@ engines for real, and what is refused.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,11 @@ from checkpoints import config_of, write_checkpoint
 from once import TracedOnce
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.cli.inspect import describe
+from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.integer_stream import WeightStream
 from trimode.compiler.pack.layout import plan_pack
@@ -310,18 +310,13 @@ def test_rounded_weights_run_as_their_values(
     tmp_path: Path,
     precision: QuantizedPrecision,
     targets: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The quantized graph, and a dense bundle of the numbers that the quantized weights stand
     for.
     """
     # inputs as they are
-    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", 1)
-    result = build_bundle(
-        checkpoint,
-        tmp_path / "bundle",
-        BuildOptions(targets, precision=precision, calibration="rtn", block_lengths=(8,)),
-    )
+    options = {"precision": precision, "calibration": "rtn", "block_lengths": (8,), "exact": True}
+    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets, **options))
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.chosen.calibration is not None
     assert bundle.chosen.calibration.model_dump() == {
@@ -449,13 +444,13 @@ def test_calibrated_graphs_against_torch(
     precision: QuantizedPrecision,
     per_tensor: bool,
     accuracy_level: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", accuracy_level)
     scales = make_scales(checkpoint, precision, per_tensor=per_tensor)
     folder = calibration_for(checkpoint, tmp_path / "cal", precision, scales)
     result = build_bundle(
-        checkpoint, tmp_path / "bundle", BuildOptions(calibration=folder, quadratic=True)
+        checkpoint,
+        tmp_path / "bundle",
+        BuildOptions(calibration=folder, quadratic=True, exact=accuracy_level == 1),
     )
     assert list(result.manifest.precisions) == [precision]
     assert result.record.calibration is not None
@@ -476,7 +471,7 @@ def test_calibrated_graphs_against_torch(
             accuracy_level,
         )
     found, expected = (
-        run_graphs(open_bundle(tmp_path / "bundle")),
+        run_graphs(open_bundle(tmp_path / "bundle"), result.record.targets["cpu"]),
         torch_graphs(checkpoint, weights, inputs),
     )
     # A value on the border between two steps may fall to either side: one step of one input then,
@@ -888,23 +883,8 @@ def test_calibrations_of_something_else(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "trimode.cli.main",
-        "build",
-        str(checkpoint),
-        "-o",
-        str(tmp_path / "bundle"),
-        "--no-cache",
-        "--json",
-    ]
-    done = subprocess.run(
-        [*command, "--precision", "int4", "--calibration", "rtn"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-cache", "--json"]
+    done = CliRunner().invoke(app, [*command, "--precision", "int4", "--calibration", "rtn"])
     assert json.loads(done.stdout)["precision"] == "int4", done.stderr
     assert "rounded to nearest, blocks of 64" in "\n".join(
         describe(open_bundle(tmp_path / "bundle").manifest)

@@ -64,7 +64,8 @@ def raw_members(text: str) -> dict[str, str]:
         RecursionError: it is nested too deep.
     """
     decode = json.JSONDecoder(parse_constant=_refuse).raw_decode
-    place, members = _after(text, 0, "{"), {}
+    place = _after(text, 0, "{")
+    members: dict[str, str] = {}
     if text[place : place + 1] == "}":
         return members if place + 1 == len(text) else _refuse(text)
     while True:

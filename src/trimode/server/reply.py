@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import Receive
@@ -31,16 +32,32 @@ class Bell:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout_s: float) -> bool:
+    async def wait(self, timeout_s: float | None = None) -> bool:
         """Sleep until it rings; False where time ran out first."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) if timeout_s else contextlib.nullcontext():
                 await self._event.wait()
         except TimeoutError:
             return False
         self._event.clear()
         self._is_rung = False
         return True
+
+    @contextlib.contextmanager
+    def ringing_every(self, seconds: float) -> Iterator[None]:
+        """Ring regularly, too. One timer for a whole answer costs less than one for each wait."""
+        timer: asyncio.TimerHandle
+
+        def again() -> None:
+            nonlocal timer
+            self.ring()
+            timer = self._loop.call_later(seconds, again)
+
+        timer = self._loop.call_later(seconds, again)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 @dataclass(frozen=True)
@@ -120,11 +137,14 @@ class Reply:
         """
         for handle in self.handles:
             handle.add_done_callback(self.bell.ring)
-        while not all(text.is_finished for text in self.texts):
-            has_rung = await self.bell.wait(ping_s)
-            news = self._read()
-            if news or not has_rung:
-                yield news
+        last = time.monotonic()
+        with self.bell.ringing_every(ping_s / 2):
+            while not all(text.is_finished for text in self.texts):
+                await self.bell.wait()
+                news, now = self._read(), time.monotonic()
+                if news or now - last >= ping_s:
+                    last = now
+                    yield news
 
     def _read(self) -> list[Update]:
         try:

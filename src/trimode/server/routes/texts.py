@@ -81,6 +81,8 @@ async def _chat_reply(service: Service, request: Request, asked: ChatRequest) ->
     conversation = plain_conversation(asked, service.limits)
     rendered, ids = await run_aside(lambda: render(service.codec, conversation), conversation.size)
     is_thinking = place_after(rendered) is Place.THINKING
+    if not is_thinking:  # there is nothing to end
+        choices.pop("max_thinking_tokens", None)
     choices |= given(structured_outputs=structured_outputs_of(asked, is_thinking=is_thinking))
     facts = _asked(service, request, choices, rendered)
     return await service.submit(facts, [ids], asked, choices)
