@@ -19,21 +19,28 @@ _FLAGS = {
 
 
 def structured_outputs(
-    asked: dict[str, Any], *, json_object: bool, compact: bool, after_thinking: bool
+    json_schema: str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: Path | None,
+    *,
+    json_object: bool,
+    compact: bool,
+    after_thinking: bool,
 ) -> dict[str, Any] | None:
     """Return what an answer has to follow; None where nothing was asked.
-
-    Args:
-        asked: Values of the options that were given: ``json``, ``regex``, ``choice``, ``grammar``.
-        json_object: Whether any JSON object is asked for.
-        compact: Whether JSON is written without blanks.
-        after_thinking: Whether it begins after the token that ends thinking.
 
     Raises:
         UsageError: several were given, or a file cannot be read.
         DependencyError: llguidance is not installed.
     """
-    asked = {**asked, **given(json_object=json_object or None)}
+    asked = given(
+        json=json_schema,
+        regex=regex,
+        choice=choice,
+        grammar=grammar,
+        json_object=json_object or None,
+    )
     if not asked:
         if compact or after_thinking:
             name = "--compact" if compact else "--after-thinking"
