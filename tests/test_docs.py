@@ -73,9 +73,10 @@ def _assert_shown_is_printed(text: str, printed: str) -> None:
 def test_the_architecture_picture_shows_the_layers() -> None:
     """Every room is in it, an arrow leads to a lower layer, and is an import of the code."""
     rank = {
-        room.strip(): -place
+        room.strip(" ()"): -place  # in brackets is what need not be there
         for place, layer in enumerate(_layers())
         for room in re.split(r"[|:]", layer)
+        if "(" not in room or (ROOT / "src" / "trimode" / room.strip(" ()")).is_dir()
     }
     page = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
     picture = re.search(r"flowchart BT\n(.*?)```", page, re.DOTALL)

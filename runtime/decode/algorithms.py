@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
+from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +41,9 @@ class Counters:
         nfe: forward passes, counted as the reference counts them.
         cycles: draft-and-verify cycles.
         cycle_tokens: tokens those cycles yielded, up to the end of the text.
+        drafted: drafts that were verified, the tokens before them not counted.
+        accepted: those of each cycle that are part of the text.
+        denoised_slots: slots of blocks in denoise forwards.
         finish_reason: ``stop`` after an end token, ``length`` at a limit, None while running.
         seed: of the draws; None where nothing is drawn.
         logprobs: one for each token, where asked for.
@@ -49,6 +53,9 @@ class Counters:
     nfe: int = 0
     cycles: int = 0
     cycle_tokens: int = 0
+    drafted: int = 0
+    accepted: list[int] = field(default_factory=list)
+    denoised_slots: int = 0
     finish_reason: Literal["stop", "length"] | None = None
     seed: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -102,6 +109,7 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
             if not masked.any():
                 break
             counters.nfe += 1
+            counters.denoised_slots += len(block)
             ids, probabilities = yield from sequence.denoise(block)
             tokens, confidence = choose.denoised(block, masked, ids, probabilities)
             slots = fill(
@@ -159,6 +167,8 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
         verified = budget.before_end(speculation.accepted)
         counters.cycle_tokens += len(verified)
         kept = budget.fit(verified)
+        counters.drafted += len(drafts) - 1
+        counters.accepted.append(len(kept) - 1)
         sequence.accept_drafts(len(kept), speculation)
         drafts = speculation.next_drafts
         yield budget.settle(kept)
@@ -255,7 +265,15 @@ def _cycle(
     counters.cycles += 1
     verified = budget.before_end(choose.verified(block, (yield from sequence.verify(block))))
     counters.cycle_tokens += len(verified)
+    counters.drafted += len(block) - 1
+    counters.accepted.append(_num_agreeing(block[1:].tolist(), budget.fit(verified)))
     return verified
+
+
+def _num_agreeing(drafts: list[int], token_ids: list[int]) -> int:
+    """How many of the first drafts are these tokens."""
+    pairs = zip(drafts, token_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _draft(

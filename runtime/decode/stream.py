@@ -48,6 +48,9 @@ class Generation:
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
             other modes.
         elapsed_s: wall time, tokens in to tokens out.
+        drafted: drafts that were verified; 0 in the modes without drafts.
+        accepted: those of each draft-and-verify cycle that are part of the text.
+        denoised_slots: slots of blocks in denoise forwards; 0 outside of diffusion.
     """
 
     token_ids: list[int]
@@ -62,6 +65,9 @@ class Generation:
     logprobs: list[TokenLogprob] | None
     elapsed_s: float
     picks: dict[int, int] | None = None
+    drafted: int = 0
+    accepted: tuple[int, ...] = ()
+    denoised_slots: int = 0
 
 
 class Stream:
@@ -156,6 +162,11 @@ class Stream:
         """``stop`` or ``length``; None where the text has not ended."""
         return self._counters.finish_reason
 
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Those of the tokens so far, the list itself, which grows; None if not asked for."""
+        return None if self._options.logprobs is None else self._counters.logprobs
+
     def spend(self, seconds: float) -> None:
         """Count time towards the result's ``elapsed_s``."""
         self._elapsed_s += seconds
@@ -225,6 +236,9 @@ class Stream:
             logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
             picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
+            drafted=counters.drafted,
+            accepted=tuple(counters.accepted),
+            denoised_slots=counters.denoised_slots,
         )
 
     def new_text(self) -> TextStream:
@@ -276,16 +290,19 @@ class Stream:
         for count, token in enumerate(token_ids, 1):
             watch.push([token])
             if watch.is_stopped:
-                self._end(len(token_ids) - count)
+                self._end(count, len(token_ids) - count)
                 return token_ids[:count]
         return token_ids
 
-    def _end(self, surplus: int) -> None:
-        """End here, without the last ``surplus`` tokens."""
+    def _end(self, count: int, surplus: int) -> None:
+        """End here, with ``count`` tokens of the last step and without its last ``surplus``."""
         counters = self._counters
         self._steps.close()
         self._sequence.truncate(len(self._sequence.tokens) - surplus)
         counters.finish_reason = "stop"
-        counters.cycle_tokens -= surplus if counters.cycles else 0
+        if surplus and counters.cycles:
+            counters.cycle_tokens -= surplus
+            is_known = self._mode == "quadratic_spec"  # the first draft of a block is no guess
+            counters.accepted[-1] = min(counters.accepted[-1], count - is_known)
         if self._options.logprobs is not None:
             del counters.logprobs[len(counters.logprobs) - surplus :]

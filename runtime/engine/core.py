@@ -206,6 +206,7 @@ class EngineCore:
         sequence.policy = policy = self.modes.row_policy(request)
         row = EngineRow(request, sequence, self._open_stream(sequence, request), policy)
         row.causal_length = cached_length
+        request.handle.logprobs = row.stream.logprobs
         return row
 
     def _not_begun(self, row: EngineRow, error: Exception) -> None:

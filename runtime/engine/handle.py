@@ -7,8 +7,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from trimode.errors import EngineError, RequestCancelledError, TrimodeError
 from trimode.formats.texts import reason_of
 from trimode.runtime.decode.stream import Generation
+from trimode.runtime.decode.token_choice import TokenLogprob
 
 logger = logging.getLogger("trimode.runtime")
 
@@ -44,12 +45,14 @@ class Times:
         begun: It got a row; None while it waits.
         first_token: Its first tokens were delivered.
         ended: It ended, for whatever reason.
+        pieces: Each piece of tokens was delivered.
     """
 
     submitted: float
     begun: float | None = None
     first_token: float | None = None
     ended: float | None = None
+    pieces: list[float] = field(default_factory=list)
 
 
 class Handle:
@@ -68,7 +71,11 @@ class Handle:
         choices: Handles of all texts that were asked for with this one (``n``), itself included.
         times: When it was submitted, begun, first answered, and ended.
         on_piece: Called with each piece, on the engine's thread.
+        logprobs: Log-probabilities of the tokens so far, where they were asked for. It grows;
+            only as many entries count as tokens were delivered.
     """
+
+    logprobs: Sequence[TokenLogprob] | None = None
 
     def __init__(self, prompt: list[int], wake: Callable[[Handle], None]) -> None:
         self.prompt = prompt
@@ -106,6 +113,10 @@ class Handle:
     def error(self) -> BaseException | None:
         """Error that ended it, if any."""
         return self._error
+
+    def pieces_from(self, position: int) -> list[list[int]]:
+        """Return the pieces delivered from this one on, without waiting."""
+        return self._pieces[position:]
 
     def cancel(self) -> bool:
         """Give the request up.
@@ -229,8 +240,9 @@ class Handle:
         with self._changed:
             if self._is_done or not token_ids:
                 return False
+            self.times.pieces.append(time.perf_counter())
             if not self._pieces:
-                self.times.first_token = time.perf_counter()
+                self.times.first_token = self.times.pieces[0]
             self._pieces.append(token_ids)
             self._notify()
         if self.on_piece is not None:
@@ -250,8 +262,8 @@ class Handle:
         with self._changed:
             if self._is_done:
                 return False
+            self.times.ended = time.perf_counter()  # before anybody may see that it is done
             self._result, self._error, self._is_done = result, error, True
-            self.times.ended = time.perf_counter()
             for closer in self._closers:
                 closer(self)
             callbacks, self._callbacks = self._callbacks, []

@@ -30,12 +30,14 @@ class Modes:
     Attributes:
         plan: Plan in force.
         switches: The last plans that changed.
+        num_switches: Plans that changed, in all.
     """
 
     def __init__(self, policy: ModePolicy | None, make_row: MakeRowPolicy) -> None:
         self._policy, self._make_row = policy, make_row
         self.plan = ModePlan()
         self.switches: deque[ModeSwitch] = deque(maxlen=_KEPT_SWITCHES)
+        self.num_switches = 0
 
     def row_policy(self, request: Request) -> RowPolicy | None:
         """The policy of a new row; None where it keeps its own way."""
@@ -56,6 +58,7 @@ class Modes:
 
     def _note(self, before: int, num_rows: int, num_queued: int) -> None:
         plan = self.plan
+        self.num_switches += 1
         self.switches.append(
             ModeSwitch(
                 before,

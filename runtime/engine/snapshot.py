@@ -10,6 +10,7 @@ def snapshot(core: EngineCore) -> EngineStats:
     """Read what an engine counts; from any thread."""
     counts, rows, reuse = core.counts, list(core.rows), core.reuse
     groups = [row.group for row in rows]
+    modes = [row.request.mode for row in rows]
     capacities = [group.capacity for group in groups if group is not None]
     return EngineStats(
         is_healthy=core.error is None,
@@ -17,12 +18,17 @@ def snapshot(core: EngineCore) -> EngineStats:
         waiting=len(core.waiting),
         free_rows=core.settings.max_rows - len(rows),
         rows_by_capacity={size: capacities.count(size) for size in sorted(set(capacities))},
+        rows_by_mode={mode: modes.count(mode) for mode in sorted(set(modes))},
         finished=counts.finished,
         failed=counts.failed,
         steps=counts.steps,
         failed_steps=counts.failed_steps,
         forwards=dict(counts.forwards),
         rows_per_forward=counts.rows_per_forward,
+        forward_rows=counts.rows_served,
+        forward_tokens=counts.forward_tokens,
+        padding_tokens=counts.padding_tokens,
+        step_sizes=dict(counts.step_sizes),
         prompt_tokens=counts.prompt_tokens,
         cached_tokens=counts.cached_tokens,
         completion_tokens=counts.completion_tokens,
@@ -34,4 +40,5 @@ def snapshot(core: EngineCore) -> EngineStats:
         prefill_s=counts.prefill_s,
         decode_s=counts.decode_s,
         mode_switches=tuple(core.modes.switches),
+        num_mode_switches=core.modes.num_switches,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trimode.formats.contract import GraphName
+from trimode.formats.contract import GraphName, Mode
 from trimode.runtime.engine.handle import Handle
 
 
@@ -40,12 +41,18 @@ class EngineStats:
         waiting: Requests that wait for a row.
         free_rows: Rows that are free.
         rows_by_capacity: Slots of a cache -> rows at work in it.
+        rows_by_mode: Mode that was asked for -> rows at work.
         finished: Requests that ended with a result.
         failed: Requests that ended with an error, cancelled and late ones included.
         steps: Steps that ran.
         failed_steps: Steps that failed and left every row at its last committed token.
         forwards: Forwards by graph.
         rows_per_forward: Rows that a forward served on average.
+        forward_rows: Rows that forwards served, in all.
+        forward_tokens: New tokens that forwards ran over, drafts and masked slots included.
+        padding_tokens: Tokens that they ran over besides, so that rows have one length.
+        step_sizes: Power of two -> steps that ran over as many new tokens, or fewer, but over more
+            than half of it.
         prompt_tokens: Tokens of the prompts that got a row.
         cached_tokens: Those of them that were not computed again.
         completion_tokens: Tokens that were delivered.
@@ -57,6 +64,7 @@ class EngineStats:
         prefill_s: Seconds in which prompts were read.
         decode_s: Seconds of all other steps.
         mode_switches: Plans that changed, the newest last; the last hundred.
+        num_mode_switches: Plans that changed, in all.
     """
 
     is_healthy: bool
@@ -64,12 +72,17 @@ class EngineStats:
     waiting: int
     free_rows: int
     rows_by_capacity: dict[int, int]
+    rows_by_mode: dict[Mode, int]
     finished: int
     failed: int
     steps: int
     failed_steps: int
     forwards: dict[GraphName, int]
     rows_per_forward: float
+    forward_rows: int
+    forward_tokens: int
+    padding_tokens: int
+    step_sizes: dict[int, int]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -81,6 +94,7 @@ class EngineStats:
     prefill_s: float
     decode_s: float
     mode_switches: tuple[ModeSwitch, ...]
+    num_mode_switches: int
 
 
 @dataclass
@@ -93,6 +107,9 @@ class Counts:
     failed_steps: int = 0
     forwards: dict[GraphName, int] = field(default_factory=dict)
     rows_served: int = 0
+    forward_tokens: int = 0
+    padding_tokens: int = 0
+    step_sizes: dict[int, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -108,14 +125,18 @@ class Counts:
             else:
                 self.failed += 1
 
-    def ran(self, graph_name: GraphName, num_rows: int) -> None:
-        """Count a forward."""
+    def ran(self, graph_name: GraphName, tokens: Sequence[int], num_slots: int) -> None:
+        """Count a forward: new tokens of each row, and all that it ran over."""
         self.forwards[graph_name] = self.forwards.get(graph_name, 0) + 1
-        self.rows_served += num_rows
+        self.rows_served += len(tokens)
+        self.forward_tokens += sum(tokens)
+        self.padding_tokens += num_slots - sum(tokens)
 
-    def took(self, seconds: float, *, is_prefill: bool) -> None:
+    def took(self, seconds: float, num_tokens: int, *, is_prefill: bool) -> None:
         """Count a step."""
         self.steps += 1
+        size = 1 << max(0, num_tokens - 1).bit_length()
+        self.step_sizes[size] = self.step_sizes.get(size, 0) + 1
         if is_prefill:
             self.prefill_s += seconds
         else:

@@ -65,7 +65,7 @@ class Steps:
 
     def run(self, plan: StepPlan) -> Outcome:
         """Run the forwards of a plan, up to one that fails."""
-        start, group = self.clock(), plan.group
+        start, group, before = self.clock(), plan.group, self._counts.forward_tokens
         group.num_steps += 1
         outcome = Outcome.COMMITTED
         for joint in self._joints(plan):
@@ -74,7 +74,8 @@ class Steps:
                 break
         self.seconds = self.clock() - start
         if outcome is Outcome.COMMITTED:
-            self._counts.took(self.seconds, is_prefill=plan.is_prefill)
+            num_tokens = self._counts.forward_tokens - before
+            self._counts.took(self.seconds, num_tokens, is_prefill=plan.is_prefill)
         return outcome
 
     def _joints(self, plan: StepPlan) -> Iterable[JointForward]:
@@ -97,7 +98,8 @@ class Steps:
             outputs = self._outputs(group, joint)
         except Exception as error:
             return self._failed(members, error)
-        self._counts.ran(joint.graph_name, len(members))
+        tokens = [one.num_tokens for one in joint.members]
+        self._counts.ran(joint.graph_name, tokens, len(joint.rows) * joint.num_tokens)
         cached = max(one.forward.past_length for one in joint.members)
         for row, one in zip(members, joint.members, strict=True):
             if row.read(one.num_tokens):

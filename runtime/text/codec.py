@@ -101,7 +101,7 @@ class TextCodec:
             UsageError: as for :meth:`render_chat`, or the text has half a surrogate pair.
             BundleError: as for :meth:`render_chat`.
         """
-        return self._encode(self.render_chat(messages, **options), add_special_tokens=False)
+        return self.encode_rendered(self.render_chat(messages, **options))
 
     def render_chat(
         self,
@@ -168,6 +168,19 @@ class TextCodec:
         """Decode tokens, without special tokens."""
         text = self._decode_raw(token_ids)
         return clean_up(text) if self._cleans_up else text
+
+    def token_text(self, token: int) -> str:
+        """Decode one token, special tokens included; half a character becomes U+FFFD."""
+        return self._decode_raw([token], skip_special_tokens=False)
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Encode what :meth:`render_chat` has rendered.
+
+        Raises:
+            UsageError: the text has half a surrogate pair.
+            BundleError: the tokenizer has no token for it, not even for unknown text.
+        """
+        return self._encode(rendered, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:

@@ -48,7 +48,7 @@ def test_every_folder_is_listed() -> None:
         for path in (ROOT / "src" / "trimode").iterdir()
         if (path / "__init__.py").is_file()
     }
-    assert folders == {*LINKED, "cli", "formats", "report"}
+    assert folders == {*LINKED, "cli", "formats", "loadtest", "report", "server"}
     assert {path.name for path in (ROOT / "src" / "trimode").iterdir() if path.is_symlink()} == set(
         LINKED
     )

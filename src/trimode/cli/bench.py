@@ -1,4 +1,4 @@
-"""Implements ``trimode bench``; mode ``auto`` reads its timings."""
+"""Implements ``trimode bench forwards``; mode ``auto`` reads its timings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trimode.runtime.text.prompts import Prompt
 
 
-def bench(
+def forwards(
     bundle: BundlePath,
     *,
     precision: RunPrecision = None,

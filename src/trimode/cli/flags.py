@@ -71,6 +71,43 @@ VERIFY_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_VERIFY}
 _OF_BENCH = ("batch", "max_batch", "past", "repeats", "rows")
 BENCH_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_BENCH}
 """Flags of ``trimode bench``, and of the build that it may ask for."""
+_OF_LOAD = (
+    "burstiness",
+    "check",
+    "concurrency",
+    "data",
+    "duration",
+    "goodput",
+    "model",
+    "modes",
+    "num_prompts",
+    "random_input_len",
+    "random_output_len",
+    "random_range_ratio",
+    "rate",
+    "shared_prefix",
+    "temperature",
+    "timeout",
+    "warmup",
+)
+LOAD_FLAGS = {
+    **{name: f"--{name.replace('_', '-')}" for name in _OF_LOAD},
+    "api_key": "--api-key-file",
+    "max_tokens": "--max-new-tokens",
+}
+"""Flags of ``trimode bench serve``."""
+_OF_SERVE = (
+    "drain_timeout",
+    "host",
+    "max_queue",
+    "max_rows",
+    "mode",
+    "port",
+    "precision",
+    "target",
+)
+SERVE_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_SERVE}
+"""Flags of ``trimode serve``."""
 
 
 def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:

@@ -9,13 +9,13 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 fail
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import trimode
-from trimode.cli.bench import bench
+from trimode.cli.bench import forwards
+from trimode.cli.bench_serve import bench_serve
 from trimode.cli.boundary import run_guarded
 from trimode.cli.build import build
 from trimode.cli.cache import cache
@@ -23,9 +23,12 @@ from trimode.cli.calibrate.drafter import drafter
 from trimode.cli.calibrate.sampler import sampler
 from trimode.cli.calibrate.scales import scales
 from trimode.cli.calibrate.sensitivity import sensitivity
+from trimode.cli.groups import BenchGroup, CalibrateGroup
 from trimode.cli.inspect import inspect
 from trimode.cli.report import quantization
+from trimode.cli.report_serve import report_serve
 from trimode.cli.run import run
+from trimode.cli.serve import serve
 from trimode.cli.targets import targets
 from trimode.cli.verify import verify
 
@@ -39,27 +42,21 @@ app = typer.Typer(
 )
 
 
-class _Jobs(TyperGroup):
-    """Runs the job ``scales`` where none is named.
-
-    ``trimode calibrate CHECKPOINT`` is ``trimode calibrate scales CHECKPOINT``.
-    """
-
-    unnamed = "scales"
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "--help"}:
-            args = [self.unnamed, *args]
-        return list(super().parse_args(ctx, args))
-
-
 calibrate = typer.Typer(
-    cls=_Jobs,
+    cls=CalibrateGroup,
     no_args_is_help=True,
     help="Compute from data what a build needs; scales unless another job is named.",
 )
 app.add_typer(calibrate, name="calibrate")
-report = typer.Typer(no_args_is_help=True, help="Measure the cost of quantization.")
+bench = typer.Typer(
+    cls=BenchGroup,
+    no_args_is_help=True,
+    help="Measure forwards on this machine, or a server under load; forwards unless named.",
+)
+app.add_typer(bench, name="bench")
+report = typer.Typer(
+    no_args_is_help=True, help="Measure the cost of quantization, or compare load tests."
+)
 app.add_typer(report, name="report")
 
 
@@ -93,7 +90,10 @@ app.command()(verify)
 app.command()(targets)
 app.command()(cache)
 app.command()(run)
-app.command()(bench)
+app.command()(serve)
+bench.command()(forwards)
+bench.command("serve")(bench_serve)
+report.command("serve")(report_serve)
 app.command()(inspect)
 
 

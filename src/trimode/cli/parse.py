@@ -47,6 +47,16 @@ def parse_ints(text: str) -> list[int]:
         ) from error
 
 
+def parse_floats(text: str) -> list[float]:
+    """Parse ``"0.5,2"`` into ``[0.5, 2.0]``."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError(
+            f"expected numbers like 0.5,2, found {text!r}", "separate them by commas"
+        ) from error
+
+
 def parse_biases(texts: list[str] | None) -> dict[int, float] | None:
     """Parse ``["11=-100", "12=2.5"]`` of ``--logit-bias``; None stays None.
 

@@ -1,0 +1,1 @@
+"""Puts load on an OpenAI-compatible server and measures its answers."""

@@ -1,0 +1,1 @@
+"""Serves a bundle over HTTP: OpenAI's interface, and what running it takes."""

@@ -1,0 +1,1 @@
+"""Declares what requests and answers look like."""

@@ -1,0 +1,108 @@
+"""Holds what all routes share: the engine, its tokenizer, and the rules of this server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimode.formats.contract import Mode
+from trimode.runtime.service import Engine
+from trimode.runtime.text.codec import TextCodec
+from trimode.runtime.text.stream import TextStream
+from trimode.server.auth import ApiKeys
+from trimode.server.errors import ApiError
+from trimode.server.lifecycle import Lifecycle
+from trimode.server.limits import Limits
+from trimode.server.outputs import ChoiceText, OutputProcessor
+from trimode.server.protocol.base import Sampling
+from trimode.server.reply import Bell, Reply
+
+_QUICK = 4096
+"""Characters that are encoded on the event loop; more go to a thread."""
+
+MakeProcessors = Callable[[Sampling, str], Sequence[OutputProcessor]]
+"""Makes the steps from text to answer, for a request and its rendered prompt."""
+
+
+@dataclass
+class Service:
+    """Holds an engine and how it is served.
+
+    Attributes:
+        engine: Engine that answers.
+        model_name: Name that the bundle is served under.
+        default_mode: Mode of requests that name none.
+        limits: Bounds of requests.
+        keys: API keys.
+        processors: Makes the steps from text to answer.
+        lifecycle: Requests at work.
+        created: Unix time of the start.
+    """
+
+    engine: Engine
+    model_name: str
+    default_mode: Mode = "auto"
+    limits: Limits = field(default_factory=Limits)
+    keys: ApiKeys = field(default_factory=ApiKeys)
+    processors: MakeProcessors = lambda _, __: ()
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def codec(self) -> TextCodec:
+        """Tokenizer and chat template of the bundle."""
+        return self.engine.model.codec
+
+    def check_model(self, name: str | None) -> None:
+        """Raise :class:`ApiError` 404 for another model's name."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404,
+                f"expected the model {self.model_name!r}, found {name[:100]!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def submit(
+        self, prompts: Sequence[list[int]], request: Sampling, rendered: str, **choices: Any
+    ) -> Reply:
+        """Ask the engine for the texts of a request.
+
+        Args:
+            prompts: Token ids of each prompt.
+            request: Request, for its processors.
+            rendered: Prompt as text, where it is known.
+            **choices: Keywords of :meth:`Engine.submit`.
+
+        Raises:
+            UsageError: the engine does not take a value.
+            QueueFullError: as many requests wait as may; nothing was submitted then.
+        """
+        bell, texts = Bell(), list[ChoiceText]()
+        try:
+            for prompt in prompts:
+                first = self.engine.submit(prompt, on_piece=bell.ring, **choices)
+                for handle in first.choices:
+                    text = TextStream(
+                        self.codec, choices.get("stop") or (), choices.get("min_new_tokens") or 0
+                    )
+                    steps = self.processors(request, rendered)
+                    texts.append(ChoiceText(len(texts), handle, text, steps))
+        except BaseException:
+            for one in texts:
+                one.handle.cancel()
+            raise
+        return Reply(texts, bell)
+
+
+async def run_aside(function: Callable[[], Any], size: int) -> Any:
+    """Run something here where it is quick, else in a thread.
+
+    Args:
+        function: What to run.
+        size: Characters that it goes over.
+    """
+    return function() if size <= _QUICK else await asyncio.to_thread(function)
