@@ -31,6 +31,7 @@ from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.snapshot import snapshot
 from trimode.runtime.engine.stats import EngineStats
 from trimode.runtime.engine.worker import Worker
+from trimode.runtime.measure.trace import TraceWriter
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.request.batches import check_batches, check_max_rows
 from trimode.runtime.request.prompts import check_row
@@ -43,6 +44,7 @@ from trimode.runtime.service_parts import (
     open_stream,
     planned_by_load,
     shut,
+    trace_request,
     with_seed,
 )
 
@@ -65,7 +67,7 @@ _SUBMITTING: dict[str, Kind] = {
     "max_new_tokens": WHOLE.or_none(),
     "priority": WHOLE,
     "timeout_s": NUMBER.or_none(),
-    "cache_salt": TEXT,
+    "cache_salt": TEXT.or_none(),
     "n": WHOLE,
     "system_length": WHOLE,
 }
@@ -159,7 +161,7 @@ class Engine:
         self._worker = Worker(self._core)
         self._finalizer = weakref.finalize(self, shut, self._worker, opened if is_own else None)
 
-    @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key"))
+    @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key", "trace"))
     def submit(
         self,
         ids: Any,
@@ -168,11 +170,12 @@ class Engine:
         max_new_tokens: int | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        cache_salt: str = "",
+        cache_salt: str | None = "",
         fair_key: Hashable = None,
         n: int = 1,
         system_length: int = 0,
         on_piece: Callable[[list[int]], Any] | None = None,
+        trace: TraceWriter | None = None,
         **choices: Any,
     ) -> Handle:
         """Ask for a text.
@@ -183,13 +186,15 @@ class Engine:
             max_new_tokens: Most tokens of the answer; None = 128, or what the model has room for.
             priority: Larger comes first.
             timeout_s: Seconds from now after which the request fails.
-            cache_salt: Computed prefixes are shared among requests of one salt only.
+            cache_salt: Computed prefixes are shared among requests of one salt only; None =
+                with none, and nothing is kept.
             fair_key: Whom the request counts for in a fair engine; None = its salt.
             n: Number of texts. Their prompt is read once. Where a seed is given, the next text
                 has the next seed. See :attr:`Handle.choices`.
             system_length: Tokens at the beginning of the prompt that are the system prompt; kept
                 longest.
             on_piece: Called with each list of tokens, on the engine's thread; should be short.
+            trace: Gets a run for each text, mostly on the engine's thread.
             choices: Keywords as for :meth:`TriModeModel.stream`.
 
         Raises:
@@ -209,14 +214,16 @@ class Engine:
         choices["max_new_tokens"] = max_new_tokens
         options = self.model.read_options(mode, choices, self._core.settings.max_rows)
         now = time.perf_counter()
+        namespace = ("salt", cache_salt) if cache_salt is not None else ("own", object())
         requests = [
             Request(
                 handle=Handle(prompt, self._core.post),
                 ids=prompt,
                 mode=mode,
                 options=with_seed(options, number),
-                namespace=("salt", cache_salt),
+                namespace=namespace,
                 fair_key=("salt", cache_salt) if fair_key is None else ("key", fair_key),
+                is_kept=cache_salt is not None,
                 priority=priority,
                 deadline=None if timeout_s is None else now + timeout_s,
                 system_length=system_length,
@@ -227,10 +234,13 @@ class Engine:
         for handle in handles:
             handle.choices = handles
             handle.on_piece = on_piece
+        if trace is not None:
+            for request in requests:
+                trace_request(request, trace, self._core.modes)
         self._post(requests)
         return handles[0]
 
-    @checks_arguments(_FOLLOWING, options=(*_SUBMITTING, *KINDS, "on_piece", "fair_key"))
+    @checks_arguments(_FOLLOWING, options=(*_SUBMITTING, *KINDS, "on_piece", "fair_key", "trace"))
     def follow_up(self, handle: Handle, ids: Any, **choices: Any) -> Handle:
         """Go on after a text that has ended: its prompt, its answer and ``ids`` are the prompt.
 

@@ -10,10 +10,13 @@ from trimode.errors import UsageError
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Stream
+from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.setup import load_modes
+from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.worker import Worker
+from trimode.runtime.measure.trace import RunTrace, TraceWriter
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.base import takes_block
 
@@ -32,7 +35,20 @@ def open_model(model: str | Path | TriModeModel, opening: dict[str, Any]) -> Tri
 
 def open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:
     """Open the stream of a request."""
-    return Stream(sequence, request.mode, request.options, lambda: model.codec)
+    stream = Stream(sequence, request.mode, request.options, lambda: model.codec)
+    stream.observer = request.observer
+    return stream
+
+
+def trace_request(request: Request, trace: TraceWriter, modes: Modes) -> None:
+    """Let a request be a run of a trace."""
+    run = trace.begin(request.mode, request.ids, request.options, lambda: modes.plan.reason)
+    request.observer = run
+    request.handle.add_done_callback(lambda handle: _end(run, handle))
+
+
+def _end(run: RunTrace, handle: Handle) -> None:
+    run.end(None if handle.error else handle.result(), handle.error)
 
 
 def planned_by_load(settings: Settings, model: TriModeModel, *, is_frozen: bool) -> Settings:

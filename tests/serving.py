@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,8 @@ from trimode.server.service import Service
 
 
 @contextlib.contextmanager
-def serving(service: Service, **parts: Any) -> Iterator[str]:
-    """Serve until the block ends; the address."""
+def serving(service: Service, *, send_buffer: int = 0, **parts: Any) -> Iterator[str]:
+    """Serve until the block ends; the address. A send buffer of so many bytes, 0 = the usual."""
     config = uvicorn.Config(
         create_app(service, **parts), lifespan="off", log_config=None, access_log=False
     )
@@ -32,6 +33,8 @@ def serving(service: Service, **parts: Any) -> Iterator[str]:
 
     server = DrainingServer(config, service.lifecycle, 5.0, started)
     with listening("127.0.0.1", 0) as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert began.wait(10)

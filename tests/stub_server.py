@@ -73,7 +73,8 @@ class Stub:
             return await _plain(writer, 200, self.metrics)
         body = json.loads(raw) if raw else {}
         if path == "/tokenize" and self.token_ids is not None:
-            return await _plain(writer, 200, {"tokens": self.token_ids})
+            wrong = set(body) - {"model", "prompt"}
+            return await _plain(writer, 400 if wrong else 200, {"tokens": self.token_ids})
         if path not in ("/v1/chat/completions", "/v1/completions"):
             return await _plain(writer, 404, {"error": {"message": "no such page"}})
         for name in self.refused:
@@ -128,7 +129,8 @@ class Stub:
 def script_of(body: dict[str, Any]) -> dict[str, Any]:
     if "messages" not in body:
         return {"chunks": [[0.0, "x"]], "tokens": 1}
-    return dict(json.loads(body["messages"][-1]["content"]))
+    content = body["messages"][-1]["content"]
+    return dict(json.loads(content if isinstance(content, str) else content[0]["text"]))
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes] | None:

@@ -48,6 +48,7 @@ class Counters:
         seed: of the draws; None where nothing is drawn.
         logprobs: one for each token, where asked for.
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
+        policy: of ``auto``: what has chosen these.
     """
 
     nfe: int = 0
@@ -60,6 +61,7 @@ class Counters:
     seed: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     picks: dict[int, int] = field(default_factory=dict)
+    policy: Policy | None = None
 
 
 class Algorithm:
@@ -192,6 +194,7 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
         sequence.tokens,
         is_confident=not options.sampling.is_random,
     )
+    counters.policy = policy
     yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
         length = policy.choose(sequence.cached_length, budget.left)

@@ -70,6 +70,25 @@ class Generation:
     denoised_slots: int = 0
 
 
+class Step(NamedTuple):
+    """One turn of an algorithm, for whoever observes it.
+
+    Attributes:
+        sequence: Its text, as it is after the turn.
+        counters: Its counters.
+        outputs: Outputs that it was given, good until the observer returns; None = none.
+        result: Forward that it needs next, or what it has committed; None before its first turn.
+    """
+
+    sequence: Sequence
+    counters: Counters
+    outputs: Outputs | None
+    result: Forward | Chunk | None
+
+
+Observer = Callable[[Step], object]
+
+
 class Stream:
     """Iterates over :class:`Chunk`, once; afterwards :attr:`result` tells the whole.
 
@@ -82,6 +101,9 @@ class Stream:
         options: checked.
         codec: gives the tokenizer, when text is asked for or stop strings are given; without,
             neither may be.
+
+    Attributes:
+        observer: Told of each turn of the algorithm; None = nobody is.
     """
 
     def __init__(
@@ -92,6 +114,7 @@ class Stream:
         codec: Callable[[], TextCodec] | None = None,
     ) -> None:
         self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
+        self.observer: Observer | None = None
         self._watch = self.new_text() if options.stop else None
         self._counters = Counters()
         self._before = Forwards(**vars(sequence.forwards))
@@ -138,6 +161,7 @@ class Stream:
         try:
             step = next(self._steps) if outputs is None else self._steps.send(outputs)
             if isinstance(step, Forward):
+                self._tell(outputs, step)
                 return step
             token_ids = step if self._watch is None else self._before_stop(self._watch, step)
         except StopIteration:
@@ -148,7 +172,13 @@ class Stream:
             raise
         self._token_ids += token_ids
         self._length = len(self._sequence.tokens)
-        return Chunk(token_ids, self._counters.finish_reason)
+        chunk = Chunk(token_ids, self._counters.finish_reason)
+        self._tell(outputs, chunk)
+        return chunk
+
+    def _tell(self, outputs: Outputs | None, result: Forward | Chunk | None) -> None:
+        if self.observer is not None:
+            self.observer(Step(self._sequence, self._counters, outputs, result))
 
     def break_off(self, error: BaseException) -> None:
         """Let the stream go no further, because of an error in it or in a forward that it asked
@@ -161,6 +191,11 @@ class Stream:
     def finish_reason(self) -> str | None:
         """``stop`` or ``length``; None where the text has not ended."""
         return self._counters.finish_reason
+
+    @property
+    def options(self) -> DecodeOptions:
+        """Checked options."""
+        return self._options
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
@@ -267,6 +302,7 @@ class Stream:
                 Forwards(**vars(self._sequence.forwards)),
                 len(self._sequence.tokens),
             )
+            self._tell(None, None)
 
     def _check_usable(self) -> None:
         """Raise :class:`UsageError` where the text cannot be continued."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trimode.formats.contract import Mode
 from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.stream import Observer
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.prefix_cache import Kind
 
@@ -25,8 +26,10 @@ class Request:
         priority: Larger comes first.
         deadline: On the engine's clock; None = none.
         system_length: Tokens of the prompt that are the system prompt.
+        is_kept: Whether what it has computed is kept for others once it has ended.
         number: Order of arrival.
         attempts: Times that it could not be given a row.
+        observer: Told of each turn of its algorithm, on the engine's thread; None = nobody is.
     """
 
     handle: Handle
@@ -38,8 +41,10 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     system_length: int = 0
+    is_kept: bool = True
     number: int = 0
     attempts: int = 0
+    observer: Observer | None = None
 
     @property
     def end(self) -> int:

@@ -19,6 +19,7 @@ from trimode.runtime.text.chat_input import plain, plain_documents, plain_messag
 from trimode.runtime.text.chat_template import ChatTemplates
 from trimode.runtime.text.cleanup import clean_up
 from trimode.runtime.text.files import guarded, read_object
+from trimode.runtime.text.plain_text import ControlTokens, new_mark
 from trimode.runtime.text.special_tokens import open_tokenizer
 from trimode.runtime.text.stream import TextStream, first_stop
 from trimode.runtime.text.token_window import Decoding
@@ -26,6 +27,10 @@ from trimode.runtime.text.token_window import Decoding
 __all__ = ["Message", "TextCodec", "TextStream", "first_stop"]
 
 Message = dict[str, Any]
+_BLANK = "\u2581"
+"""Stands for a blank in the vocabularies of SentencePiece."""
+THINKING = ("<think>", "</think>")
+_OF_TEMPLATES = ("chat_template", "continue_final_message")
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
@@ -164,14 +169,54 @@ class TextCodec:
         """
         return self._tokenizer.token_to_id(token)
 
+    def token_text(self, token_id: int) -> str:
+        """Decode one token, special tokens included; half a character becomes U+FFFD.
+
+        A blank before it is kept.
+        """
+        text = self._decode_raw([token_id], skip_special_tokens=False)
+        name = self._tokenizer.id_to_token(token_id) or ""
+        lost = name.startswith(_BLANK) and not text.startswith(" ")  # at the beginning of a text
+        return f" {text}" if lost else text
+
     def decode(self, token_ids: Seq[int]) -> str:
         """Decode tokens, without special tokens."""
         text = self._decode_raw(token_ids)
         return clean_up(text) if self._cleans_up else text
 
-    def token_text(self, token: int) -> str:
-        """Decode one token, special tokens included; half a character becomes U+FFFD."""
-        return self._decode_raw([token], skip_special_tokens=False)
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Control tokens, which texts of messages must not hold."""
+        return ControlTokens(self._tokenizer)
+
+    def encode_messages(self, messages: Seq[Message], **options: Any) -> tuple[str, list[int]]:
+        """Encode a conversation of strangers: no text of it becomes a control token.
+
+        An assistant's message may hold ``<think>`` and ``</think>``, which templates look for.
+
+        Args:
+            messages: Messages, as for :meth:`render_chat`.
+            **options: Options, as for :meth:`render_chat`.
+
+        Returns:
+            Rendered text, and token ids.
+
+        Raises:
+            UsageError: as for :meth:`encode_chat`.
+            BundleError: as for :meth:`encode_chat`.
+        """
+        tokens, mark = self.control_tokens, new_mark()
+        marked = [
+            tokens.marked(one, mark, THINKING if one.get("role") == "assistant" else ())
+            for one in plain_messages(messages)
+        ]
+        given = {
+            name: one if name in _OF_TEMPLATES else tokens.marked(plain(one), mark)
+            for name, one in options.items()
+        }
+        rendered = self.render_chat(marked, **given)
+        ids = tokens.encode(rendered, mark, self.encode_rendered)
+        return rendered.replace(mark, ""), ids
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """Encode what :meth:`render_chat` has rendered.

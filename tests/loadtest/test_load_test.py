@@ -279,13 +279,21 @@ def test_counters_are_compared() -> None:
     after = {
         "vllm:prefix_cache_hits_total": 130.0,
         "vllm:prefix_cache_queries_total": 500.0,
-        "trimode:rows_per_forward_sum": 50.0,
-        "trimode:rows_per_forward_count": 20.0,
+        'trimode:forward_rows_total{model_name="m"}': 50.0,
+        'trimode:forwards_total{graph="ar",model_name="m"}': 5.0,
+        'trimode:forwards_total{graph="verify",model_name="m"}': 15.0,
+        "vllm:spec_decode_num_drafts_total": 4.0,
+        "vllm:spec_decode_num_draft_tokens_total": 20.0,
+        "vllm:spec_decode_num_accepted_tokens_total": 10.0,
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="0"}': 4.0,
         'trimode:mode_switches_total{from="ar",to="linear_spec",reason="load"}': 2.0,
         'trimode:mode_switches_total{from="linear_spec",to="ar",reason="load"}': 1.0,
     }
     served = served_record(before, after)
     assert (served.hit_rate, served.rows_per_forward, served.mode_switches) == (0.3, 2.5, 3)
+    assert served.forward_share == {"ar": 0.25, "verify": 0.75}
+    assert served.spec_decode_acceptance_length == 3.5
+    assert served.spec_decode_acceptance_rate == 50
     assert served.counters["vllm:prefix_cache_hits_total"] == 30
     assert served_record({}, {}).mode_switches is None
 

@@ -9,6 +9,8 @@ import pytest
 from serving import serving
 
 from trimode import Engine, TriModeModel
+from trimode.server.metrics import Metrics
+from trimode.server.routes.metrics import metrics_router
 from trimode.server.service import Service
 
 
@@ -19,9 +21,7 @@ class Running:
     address: str
     service: Service
     model: TriModeModel
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+    client: openai.OpenAI
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
@@ -36,6 +36,10 @@ def demo_model(demo: Path) -> Iterator[TriModeModel]:
 @pytest.fixture(scope="module")
 def running(demo_model: TriModeModel) -> Iterator[Running]:
     with Engine(demo_model, max_rows=4, max_queue=64) as engine:
-        service = Service(engine, "demo")
-        with serving(service) as address:
-            yield Running(address, service, demo_model)
+        metrics = Metrics(engine.stats, "demo", demo_model.model.max_length, {})
+        service = Service(engine, "demo", observers=(metrics,))
+        with (
+            serving(service, routers=[metrics_router(metrics)]) as address,
+            openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        ):
+            yield Running(address, service, demo_model, client)

@@ -99,9 +99,11 @@ LOAD_FLAGS = {
 _OF_SERVE = (
     "drain_timeout",
     "host",
+    "log_format",
     "max_queue",
     "max_rows",
     "mode",
+    "otlp_traces_endpoint",
     "port",
     "precision",
     "target",

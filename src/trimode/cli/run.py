@@ -65,6 +65,7 @@ def run(
     threads: Threads = None,
     runtime_cache: RuntimeCache = None,
     timings: options.TimingsFile = None,
+    trace: options.TraceFile = None,
     as_json: Json = False,
 ) -> None:
     """Generate text or token ids.
@@ -93,6 +94,7 @@ def run(
         style=prompt_style(raw, system, enable_thinking),
         batch=batch,
         as_json=as_json,
+        trace=trace,
     )
     if not run_prompts(bundle, request):
         raise typer.Exit(2)
@@ -106,6 +108,7 @@ def run_prompts(bundle: Path, request: RunRequest) -> bool:
     """
     from trimode.cli.answer_output import show_outcomes
     from trimode.cli.answers import encode_all, one_by_one, side_by_side
+    from trimode.cli.trace_output import TraceFile
     from trimode.runtime.model import TriModeModel
     from trimode.runtime.text.prompts import BadLine
 
@@ -118,4 +121,8 @@ def run_prompts(bundle: Path, request: RunRequest) -> bool:
     with TriModeModel.from_pretrained(bundle, **request.model) as model:
         questions = encode_all(model, prompts)
         answer = one_by_one if request.batch == 1 else side_by_side
-        return show_outcomes(answer(model, questions, mode, request), request)
+        trace = None if request.trace is None else TraceFile(model, request.trace)
+        is_whole = show_outcomes(answer(model, questions, mode, request, trace), request)
+        if trace is not None:
+            trace.save()
+        return is_whole

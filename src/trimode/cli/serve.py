@@ -23,6 +23,9 @@ def serve(
     max_queue: options.MaxQueue = None,
     kv_bytes: options.KvBytes = None,
     drain_timeout: options.DrainTimeout = None,
+    log_format: options.LogFormat = None,
+    log_prompts: options.LogPrompts = None,
+    otlp_traces_endpoint: options.OtlpTracesEndpoint = None,
     watch: options.Watch = None,
     config: options.Config = None,
 ) -> None:
@@ -47,6 +50,9 @@ def serve(
         max_queue=max_queue,
         kv_bytes=kv_bytes,
         drain_timeout=drain_timeout,
+        log_format=log_format,
+        log_prompts=log_prompts,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         watch=watch,
     )
     with flags_in_errors(SERVE_FLAGS):

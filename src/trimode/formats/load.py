@@ -138,8 +138,10 @@ class ServedRecord(Record):
     Attributes:
         hit_rate: Share of the prompts' tokens that were reused.
         rows_per_forward: Mean number of rows of a forward.
-        mode_share: Share of the rows by mode.
+        forward_share: Share of the forwards by graph: which modes were at work.
         mode_switches: Number of changes of the mode.
+        spec_decode_acceptance_length: Tokens per verify step with the bonus token.
+        spec_decode_acceptance_rate: Accepted share of the drafts in percent, as in vLLM.
         cpu_share: Processor seconds per second, if the server runs here.
         rss_first_bytes: Mean resident memory in the first part of the run.
         rss_last_bytes: Mean resident memory in the last part.
@@ -149,8 +151,10 @@ class ServedRecord(Record):
 
     hit_rate: float | None = None
     rows_per_forward: float | None = None
-    mode_share: dict[str, float] = Field(default_factory=dict)
+    forward_share: dict[str, float] = Field(default_factory=dict)
     mode_switches: int | None = None
+    spec_decode_acceptance_length: float | None = None
+    spec_decode_acceptance_rate: float | None = None
     cpu_share: float | None = None
     rss_first_bytes: int | None = None
     rss_last_bytes: int | None = None

@@ -19,7 +19,8 @@ from trimode.loadtest.random_questions import WORDS
 
 Counters = dict[str, float]
 _DIGESTS = ("bundle_sha256", "bundle_digest", "digest")
-_SHARE = "trimode:mode_rows"
+_FORWARDS = "trimode:forwards_total"
+_SPECULATION = "vllm:spec_decode_num_"
 _CREATED = "_created"
 
 
@@ -57,14 +58,17 @@ async def counters(client: Connections, base: str) -> Counters:
 
 async def ordinary_ids(client: Connections, server: ServerRecord) -> list[int]:
     """Ask for ids of ordinary tokens; empty if the server has no ``/tokenize``."""
-    body = {"model": server.model, "prompt": " ".join(WORDS), "add_special_tokens": False}
-    try:
-        response = await client.post(server.url + "/tokenize", body)
-        ids = response.json()["tokens"] if response.is_success else []
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return []
-    is_ids = isinstance(ids, list) and all(isinstance(one, int) for one in ids)
-    return sorted(set(ids)) if is_ids else []
+    body = {"model": server.model, "prompt": " ".join(WORDS)}
+    # vLLM would add its special tokens; not every server knows the field
+    for fields in ({"add_special_tokens": False}, {}):
+        try:
+            response = await client.post(server.url + "/tokenize", {**body, **fields})
+            ids = response.json()["tokens"] if response.is_success else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return []
+        if isinstance(ids, list) and all(isinstance(one, int) for one in ids):
+            return sorted(set(ids))
+    return []
 
 
 def served_record(before: Counters, after: Counters) -> ServedRecord:
@@ -72,14 +76,17 @@ def served_record(before: Counters, after: Counters) -> ServedRecord:
     growth = {name: value - before.get(name, 0.0) for name, value in after.items()}
     growth = {name: value for name, value in growth.items() if value}
     total = {bare: _total(growth, bare) for bare in {name.partition("{")[0] for name in growth}}
-    rows = _by_label(growth, _SHARE, "mode")
+    graphs = _by_label(growth, _FORWARDS, "graph")
+    accepted = f"{_SPECULATION}accepted_tokens_total"
+    per_step = _ratio(total, accepted, f"{_SPECULATION}drafts_total")
+    rate = _ratio(total, accepted, f"{_SPECULATION}draft_tokens_total")
     return ServedRecord(
         hit_rate=_ratio(total, "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
-        rows_per_forward=_ratio(
-            total, "trimode:rows_per_forward_sum", "trimode:rows_per_forward_count"
-        ),
-        mode_share={mode: count / sum(rows.values()) for mode, count in rows.items()},
+        rows_per_forward=_ratio(total, "trimode:forward_rows_total", _FORWARDS),
+        forward_share={graph: count / sum(graphs.values()) for graph, count in graphs.items()},
         mode_switches=_switches(after, total),
+        spec_decode_acceptance_length=None if per_step is None else 1 + per_step,
+        spec_decode_acceptance_rate=None if rate is None else 100 * rate,
         counters=growth,
     )
 
@@ -147,13 +154,13 @@ def _total(growth: Counters, bare: str) -> float:
     return sum(value for name, value in growth.items() if name.partition("{")[0] == bare)
 
 
-def _by_label(growth: Counters, prefix: str, label: str) -> dict[str, float]:
+def _by_label(growth: Counters, name: str, label: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name, value in growth.items():
-        bare, _, labels = name.partition("{")
-        if bare.startswith(prefix) and f'{label}="' in labels:
-            key = labels.split(f'{label}="', 1)[1].split('"', 1)[0]
-            found[key] = found.get(key, 0.0) + value
+    for key, value in growth.items():
+        bare, _, labels = key.partition("{")
+        if bare == name and f'{label}="' in labels:
+            which = labels.split(f'{label}="', 1)[1].split('"', 1)[0]
+            found[which] = found.get(which, 0.0) + value
     return found
 
 

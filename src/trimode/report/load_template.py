@@ -71,7 +71,7 @@ better.</figcaption>
 <h3>Server and client</h3>
 <div class="scroll"><table>
 <tr><th>mode</th><th class="text">load</th><th>prompt tokens reused</th><th>rows per forward</th>
-<th>mode switches</th><th class="text">share of modes</th><th>server CPU</th>
+<th>mode switches</th><th class="text">forwards by graph</th><th>server CPU</th>
 <th>memory, first</th><th>memory, last</th><th>client CPU</th></tr>
 {% for run in result.runs %}
 {% set it = run.served %}
@@ -79,8 +79,8 @@ better.</figcaption>
 <td>{{ "%.1f%%" % (100 * it.hit_rate) if it.hit_rate is not none }}</td>
 <td>{{ "%.2f" % it.rows_per_forward if it.rows_per_forward is not none }}</td>
 <td>{{ it.mode_switches if it.mode_switches is not none }}</td>
-<td class="text">{% for mode, share in it.mode_share.items() %}
-{{ mode }} {{ "%.0f%%" % (100 * share) }} {% endfor %}</td>
+<td class="text">{% for graph, share in it.forward_share.items() %}
+{{ graph }} {{ "%.0f%%" % (100 * share) }} {% endfor %}</td>
 <td>{{ "%.2f" % it.cpu_share if it.cpu_share is not none }}</td>
 <td>{{ it.rss_first_bytes | mib if it.rss_first_bytes is not none }}</td>
 <td>{{ it.rss_last_bytes | mib if it.rss_last_bytes is not none }}</td>

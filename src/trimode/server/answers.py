@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trimode.runtime.engine.handle import Handle
 from trimode.server.logprobs import chat_logprobs, completion_logprobs
 from trimode.server.outputs import Delta, Update
 from trimode.server.service import Service
+from trimode.server.tools import whole_calls
 
 Object = dict[str, Any]
 
@@ -42,7 +42,13 @@ class Whole:
 
 
 class Shape(Protocol):
-    """Declares how an endpoint writes its answers."""
+    """Declares how an endpoint writes its answers.
+
+    Attributes:
+        with_ids: Whether choices have ``token_ids``.
+    """
+
+    with_ids: bool
 
     def first(self, index: int) -> Object | None:
         """Return the choice of an event before any text; None where there is none."""
@@ -61,7 +67,7 @@ class ChatShape:
     """Writes answers to conversations."""
 
     def __init__(self, service: Service, *, with_ids: bool) -> None:
-        self._codec, self._with_ids = service.codec, with_ids
+        self._codec, self.with_ids = service.codec, with_ids
 
     def first(self, index: int) -> Object | None:
         delta = {"role": "assistant", "content": ""}
@@ -74,16 +80,14 @@ class ChatShape:
             "logprobs": chat_logprobs(self._codec, update.logprobs),
             "finish_reason": update.finish_reason,
         }
-        return choice | ({"token_ids": update.token_ids} if self._with_ids else {})
+        return choice | ({"token_ids": update.token_ids} if self.with_ids else {})
 
     def whole(self, index: int, text: Whole) -> Object:
         message: Object = {"role": "assistant", "content": text.delta.content, "refusal": None}
         if text.delta.reasoning_content:
             message["reasoning_content"] = text.delta.reasoning_content
         if text.delta.tool_calls:
-            calls = [
-                {k: v for k, v in one.items() if k != "index"} for one in text.delta.tool_calls
-            ]
+            calls = whole_calls(text.delta.tool_calls)
             message |= {"tool_calls": calls, "content": text.delta.content or None}
         choice = {
             "index": index,
@@ -91,14 +95,14 @@ class ChatShape:
             "logprobs": chat_logprobs(self._codec, text.logprobs),
             "finish_reason": text.finish_reason,
         }
-        return choice | ({"token_ids": text.token_ids} if self._with_ids else {})
+        return choice | ({"token_ids": text.token_ids} if self.with_ids else {})
 
 
 class CompletionShape:
     """Writes continuations of texts."""
 
     def __init__(self, service: Service, *, with_ids: bool) -> None:
-        self._codec, self._with_ids = service.codec, with_ids
+        self._codec, self.with_ids = service.codec, with_ids
         self._offsets: dict[int, int] = {}
 
     def first(self, index: int) -> Object | None:  # noqa: ARG002
@@ -121,7 +125,7 @@ class CompletionShape:
             "logprobs": completion_logprobs(self._codec, text.logprobs, offset),
             "finish_reason": text.finish_reason,
         }
-        return choice | ({"token_ids": text.token_ids} if self._with_ids else {})
+        return choice | ({"token_ids": text.token_ids} if self.with_ids else {})
 
 
 @dataclass(frozen=True)
@@ -152,21 +156,6 @@ class Envelope:
             "model": self.model,
             "choices": list(choices),
         }
-
-
-def usage_of(handles: Sequence[Handle]) -> Object:
-    """Count the tokens of a request; a prompt that several texts share counts once."""
-    firsts = [handle for handle in handles if handle.choices[0] is handle]
-    prompt = sum(handle.usage.prompt_tokens for handle in firsts)
-    completion = sum(handle.usage.completion_tokens for handle in handles)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(handle.usage.cached_tokens for handle in firsts)
-        },
-    }
 
 
 def _delta(delta: Delta) -> Object:

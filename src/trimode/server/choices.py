@@ -40,8 +40,8 @@ def engine_choices(
         ApiError: 400, the request asks for more than this server allows.
     """
     check_limits(request, service.limits)
-    given = {name: getattr(request, name) for name in _SAME_NAMES}
-    given |= {
+    found = {name: getattr(request, name) for name in _SAME_NAMES}
+    found |= {
         "mode": mode_of(request, service.default_mode),
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "top_k": max(0, request.top_k) if request.top_k is not None else None,
@@ -56,7 +56,12 @@ def engine_choices(
         "fair_key": key,
         "timeout_s": service.limits.request_timeout_s,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return given(**found)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def mode_of(request: Sampling, default: Mode) -> Mode:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trimode.runtime.text.codec import TextCodec
+from trimode.server.calling import offered_tools
 from trimode.server.choices import check_most
 from trimode.server.errors import ApiError
 from trimode.server.limits import Limits
-from trimode.server.protocol.chat import ChatMessage, ChatRequest, NamedTool
+from trimode.server.protocol.chat import ChatMessage, ChatRequest
 from trimode.server.protocol.tokenize import TokenizeRequest
+
+_TAKEN = frozenset(
+    {"messages", "tools", "documents", "chat_template", "tokenize"}
+    | {"add_generation_prompt", "continue_final_message"}
+)
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,11 @@ def plain_conversation(asked: ChatRequest | TokenizeRequest, limits: Limits) -> 
     check_most("messages", len(messages), limits.max_messages, "messages")
     check_most("tools", len(tools), limits.max_tools, "tools")
     plain = [_plain(number, message) for number, message in enumerate(messages)]
-    schemas = [tool.model_dump(exclude_none=True) for tool in tools]
-    options = dict(asked.chat_template_kwargs or {})
-    if isinstance(asked, ChatRequest) and asked.tool_choice == "none":
-        schemas = []
-    if isinstance(asked, ChatRequest) and isinstance(asked.tool_choice, NamedTool):
-        schemas = [
-            one for one in schemas if one["function"]["name"] == asked.tool_choice.function.name
-        ]
+    options = _template_options(asked.chat_template_kwargs or {})
+    if isinstance(asked, ChatRequest):
+        schemas = offered_tools(asked)
+    else:
+        schemas = [tool.model_dump(exclude_none=True) for tool in tools]
     size = sum(len(str(message)) for message in plain)
     return Conversation(plain, schemas or None, options, size)
 
@@ -62,10 +66,22 @@ def render(codec: TextCodec, conversation: Conversation) -> tuple[str, list[int]
     Raises:
         UsageError: the template does not take the conversation.
     """
-    prompt = codec.render_chat(
+    return codec.encode_messages(
         conversation.messages, tools=conversation.tools, **conversation.options
     )
-    return prompt, codec.encode_rendered(prompt)
+
+
+def _template_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse names that would replace the bundle's template, or what is said elsewhere."""
+    if taken := _TAKEN & given.keys():
+        name = min(taken)
+        raise ApiError(
+            400,
+            f"chat_template_kwargs: expected no {name}, found it",
+            param=f"chat_template_kwargs.{name}",
+            code="invalid_value",
+        )
+    return dict(given)
 
 
 def _plain(number: int, message: ChatMessage) -> dict[str, Any]:

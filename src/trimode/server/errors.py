@@ -94,11 +94,6 @@ def _words(error: TrimodeError) -> str:
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
-async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer an error that was raised on purpose."""
-    return api_error(error).response()
-
-
 async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
     """Answer a path or a method that does not exist."""
     assert isinstance(error, HTTPException)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimode.server.auth import ApiKeys
 from trimode.server.errors import ApiError, api_error
+from trimode.server.observers import Observer, tell_rejected
 
 REQUEST_ID = "X-Request-Id"
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -21,16 +23,25 @@ class Gate:
     """Lets requests through that have a valid key, with an id.
 
     A client's own ``X-Request-Id`` is kept where it is harmless to log. Routes find both in
-    ``request.state``: ``request_id``, and ``key``, the digest of the API key or None.
+    ``request.state``: ``request_id``, and ``key``, the digest of the API key or None; and
+    ``received``, by ``time.perf_counter``.
 
     Args:
         app: What is behind.
         keys: API keys.
         open_paths: Paths that need no key.
+        observers: Told of each refusal.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        open_paths: frozenset[str],
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
         self._app, self._keys, self._open_paths = app, keys, open_paths
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -40,12 +51,13 @@ class Gate:
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(headers)
-        state["key"] = None
+        state["key"], state["received"] = None, time.perf_counter()
         send = _naming(send, request_id)
         try:
             if scope["path"] not in self._open_paths:
                 state["key"] = self._keys.check(headers.get("authorization"))
         except ApiError as error:
+            tell_rejected(self._observers, "unauthorized")
             await error.response()(scope, receive, send)
             return
         await self._answer(scope, receive, send)

@@ -35,20 +35,10 @@ class Lifecycle:
             raise ApiError(503, "the server is shutting down; ask another one", code="draining")
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Count a request while it is answered."""
+    def answering(self, handles: tuple[Handle, ...]) -> Iterator[None]:
+        """Count a request while it is answered; what has not ended then is cancelled."""
         self._running += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    @contextlib.contextmanager
-    def holding(self, handles: tuple[Handle, ...]) -> Iterator[None]:
-        """Hold handles while they are read; whatever has not ended then is cancelled."""
         self._handles.update(handles)
         try:
             yield
@@ -56,6 +46,9 @@ class Lifecycle:
             for handle in handles:
                 handle.cancel()
             self._handles.difference_update(handles)
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def drain(self, timeout_s: float) -> int:
         """Refuse new requests, and wait for those that run.

@@ -24,14 +24,9 @@ MOST_POSITIONS = 64
 """Draft positions with a series of their own; later ones count as the last."""
 
 REJECTIONS = (
-    "queue_full",
-    "draining",
-    "engine_stopped",
-    "invalid_value",
-    "limit_exceeded",
-    "body_too_large",
-    "model_not_found",
-    "unauthorized",
+    *("queue_full", "draining", "engine_stopped", "timeout"),
+    *("invalid_json", "invalid_value", "invalid_field", "unknown_field", "limit_exceeded"),
+    *("body_too_large", "slow_body", "model_not_found", "unauthorized"),
 )
 OTHER = "other"
 

@@ -32,6 +32,9 @@ class ServeOptions:
         max_queue: Most texts that wait for a row.
         kv_bytes: Most bytes of host memory for computed prefixes; None = 1 GiB.
         drain_timeout: Most seconds for requests at work once the server is to stop.
+        log_format: Form of the log's lines, ``text`` or ``json``.
+        log_prompts: Whether prompts and answers are logged.
+        otlp_traces_endpoint: URL that takes traces over OTLP; None = no traces.
         watch: Whether the page ``/watch`` is served.
         limits: Bounds of requests; a table of its own in a file.
     """
@@ -48,12 +51,26 @@ class ServeOptions:
     max_queue: int = 256
     kv_bytes: int | None = None
     drain_timeout: float = 30.0
+    log_format: str = "text"
+    log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
     watch: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"expected `port` from 0 to 65535, found {self.port}", "8000 is usual")
+        if self.log_format not in ("text", "json"):
+            raise UsageError(
+                f"expected `log_format` text or json, found {self.log_format!r}",
+                "text is for people, json for programs",
+            )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise UsageError(
+                f"expected `otlp_traces_endpoint` to be a URL, found {endpoint!r}",
+                "http://localhost:4318/v1/traces is usual",
+            )
         if not 0 <= self.drain_timeout <= 86400:
             raise UsageError(
                 f"expected `drain_timeout` from 0 to 86400 seconds, found {self.drain_timeout:g}",

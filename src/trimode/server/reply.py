@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from starlette.types import Receive
 
 from trimode.errors import RequestCancelledError
+from trimode.formats.contract import Mode
 from trimode.runtime.engine.handle import Handle
 from trimode.server.errors import CLIENT_LEFT, ApiError
 from trimode.server.outputs import ChoiceText, Update
+from trimode.server.records import RequestRecord, make_record
 
 
 class Bell:
@@ -29,16 +32,50 @@ class Bell:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout_s: float) -> bool:
+    async def wait(self, timeout_s: float | None = None) -> bool:
         """Sleep until it rings; False where time ran out first."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) if timeout_s else contextlib.nullcontext():
                 await self._event.wait()
         except TimeoutError:
             return False
         self._event.clear()
         self._is_rung = False
         return True
+
+    @contextlib.contextmanager
+    def ringing_every(self, seconds: float) -> Iterator[None]:
+        """Ring regularly, too. One timer for a whole answer costs less than one for each wait."""
+
+        def again() -> None:
+            nonlocal timer
+            self.ring()
+            timer = self._loop.call_later(seconds, again)
+
+        timer = self._loop.call_later(seconds, again)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Holds facts of a request for whoever observes it.
+
+    Attributes:
+        request_id: Name of the request.
+        model: Name that the bundle is served under.
+        mode: Decoding mode.
+        received: Arrival, by ``time.perf_counter``, in seconds.
+        prompt: Rendered prompt; empty where it came as tokens.
+    """
+
+    request_id: str
+    model: str
+    mode: Mode
+    received: float
+    prompt: str = ""
 
 
 @dataclass
@@ -49,19 +86,40 @@ class Reply:
     pieces in the handles, whose size ``max_tokens`` bounds. The engine never waits.
 
     Attributes:
+        asked: Facts of the request.
         texts: Texts, by index.
         bell: Rings as tokens come.
         is_abandoned: Whether the client has left.
     """
 
+    asked: Asked
     texts: Sequence[ChoiceText]
     bell: Bell
     is_abandoned: bool = False
+    _records: dict[int, RequestRecord] = field(default_factory=dict)
 
     @property
     def handles(self) -> tuple[Handle, ...]:
         """Handles of the texts."""
         return tuple(text.handle for text in self.texts)
+
+    def record(self, index: int) -> RequestRecord:
+        """Return the record of a text that has ended."""
+        if index not in self._records:
+            asked, handle = self.asked, self.texts[index].handle
+            self._records[index] = make_record(
+                handle,
+                request_id=asked.request_id,
+                model=asked.model,
+                mode=asked.mode,
+                received=asked.received,
+            )
+        return self._records[index]
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        """Records of all texts, which have ended."""
+        return [self.record(index) for index in range(len(self.texts))]
 
     def abandon(self) -> None:
         """Take note that the client has left."""
@@ -78,11 +136,14 @@ class Reply:
         """
         for handle in self.handles:
             handle.add_done_callback(self.bell.ring)
-        while not all(text.is_finished for text in self.texts):
-            has_rung = await self.bell.wait(ping_s)
-            news = self._read()
-            if news or not has_rung:
-                yield news
+        last = time.monotonic()
+        with self.bell.ringing_every(ping_s / 2):
+            while not all(text.is_finished for text in self.texts):
+                await self.bell.wait()
+                news, now = self._read(), time.monotonic()
+                if news or now - last >= ping_s:
+                    last = now
+                    yield news
 
     def _read(self) -> list[Update]:
         try:

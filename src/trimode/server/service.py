@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimode.formats.contract import Mode
+from trimode.runtime.engine.handle import Handle
 from trimode.runtime.service import Engine
 from trimode.runtime.text.codec import TextCodec
 from trimode.runtime.text.stream import TextStream
@@ -16,9 +17,11 @@ from trimode.server.auth import ApiKeys
 from trimode.server.errors import ApiError
 from trimode.server.lifecycle import Lifecycle
 from trimode.server.limits import Limits
+from trimode.server.observers import Observer
 from trimode.server.outputs import ChoiceText, OutputProcessor
+from trimode.server.processors import default_processors
 from trimode.server.protocol.base import Sampling
-from trimode.server.reply import Bell, Reply
+from trimode.server.reply import Asked, Bell, Reply
 
 _QUICK = 4096
 """Characters that are encoded on the event loop; more go to a thread."""
@@ -38,6 +41,7 @@ class Service:
         limits: Bounds of requests.
         keys: API keys.
         processors: Makes the steps from text to answer.
+        observers: Told of each text that has ended, and of each refusal.
         lifecycle: Requests at work.
         created: Unix time of the start.
     """
@@ -47,7 +51,8 @@ class Service:
     default_mode: Mode = "auto"
     limits: Limits = field(default_factory=Limits)
     keys: ApiKeys = field(default_factory=ApiKeys)
-    processors: MakeProcessors = lambda _, __: ()
+    processors: MakeProcessors = default_processors
+    observers: tuple[Observer, ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -66,36 +71,51 @@ class Service:
                 code="model_not_found",
             )
 
-    def submit(
-        self, prompts: Sequence[list[int]], request: Sampling, rendered: str, **choices: Any
+    async def submit(
+        self, asked: Asked, prompts: Sequence[list[int]], request: Sampling, choices: dict[str, Any]
     ) -> Reply:
         """Ask the engine for the texts of a request.
 
         Args:
+            asked: Facts of the request, for observers.
             prompts: Token ids of each prompt.
             request: Request, for its processors.
-            rendered: Prompt as text, where it is known.
-            **choices: Keywords of :meth:`Engine.submit`.
+            choices: Keywords of :meth:`Engine.submit`.
 
         Raises:
             UsageError: the engine does not take a value.
             QueueFullError: as many requests wait as may; nothing was submitted then.
         """
-        bell, texts = Bell(), list[ChoiceText]()
+        bell = Bell()
+        if request.stream:  # an answer in one piece is told at its end alone
+            choices = choices | {"on_piece": bell.ring}
+        if "structured_outputs" in choices:  # compiling what it says may take a while
+            texts = await asyncio.to_thread(self._texts, asked, prompts, request, choices)
+        else:
+            texts = self._texts(asked, prompts, request, choices)
+        return Reply(asked, texts, bell)
+
+    def _texts(
+        self, asked: Asked, prompts: Sequence[list[int]], request: Sampling, choices: dict[str, Any]
+    ) -> list[ChoiceText]:
+        stops, fewest = choices.get("stop") or (), choices.get("min_new_tokens") or 0
+        handles: list[Handle] = []
         try:
             for prompt in prompts:
-                first = self.engine.submit(prompt, on_piece=bell.ring, **choices)
-                for handle in first.choices:
-                    text = TextStream(
-                        self.codec, choices.get("stop") or (), choices.get("min_new_tokens") or 0
-                    )
-                    steps = self.processors(request, rendered)
-                    texts.append(ChoiceText(len(texts), handle, text, steps))
+                handles += self.engine.submit(prompt, **choices).choices
         except BaseException:
-            for one in texts:
-                one.handle.cancel()
+            for handle in handles:
+                handle.cancel()
             raise
-        return Reply(texts, bell)
+        return [
+            ChoiceText(
+                index,
+                handle,
+                TextStream(self.codec, stops, fewest),
+                self.processors(request, asked.prompt),
+            )
+            for index, handle in enumerate(handles)
+        ]
 
 
 async def run_aside(function: Callable[[], Any], size: int) -> Any:

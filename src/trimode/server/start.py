@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
 
 from trimode.errors import UsageError
 from trimode.runtime.model import TriModeModel
@@ -10,9 +14,11 @@ from trimode.runtime.request.batches import check_batches
 from trimode.runtime.service import Engine
 from trimode.server.app import create_app
 from trimode.server.auth import ApiKeys
+from trimode.server.operations import operating
 from trimode.server.options import ServeOptions
 from trimode.server.run import serve
 from trimode.server.service import Service
+from trimode.server.watch.router import OPEN_PATHS, watch_router
 
 DEFAULT_ROWS = 8
 
@@ -33,6 +39,7 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             num_threads=options.threads,
         ) as model,
         open_engine(model, options, is_fair=len(keys) > 1) as engine,
+        operating(engine, options.served_model_name or bundle.resolve().name, options) as watching,
     ):
         _check_text(model)
         service = Service(
@@ -41,9 +48,15 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             default_mode=options.mode,
             limits=options.limits,
             keys=keys,
+            processors=watching.processors,
+            observers=watching.observers,
         )
         serve(
-            create_app(service),
+            create_app(
+                service,
+                middleware=watching.middleware,
+                **further_routes(service, watching.routers, options),
+            ),
             service.lifecycle,
             host=options.host,
             port=options.port,
@@ -65,6 +78,15 @@ def open_engine(model: TriModeModel, options: ServeOptions, *, is_fair: bool) ->
         mode=options.mode,
         is_fair=is_fair,
     )
+
+
+def further_routes(
+    service: Service, routers: Sequence[APIRouter], options: ServeOptions
+) -> dict[str, Any]:
+    """Return keywords of :func:`create_app`: these routes, and those of the page if asked for."""
+    if not options.watch:
+        return {"routers": routers}
+    return {"routers": [*routers, watch_router(service)], "open_paths": OPEN_PATHS}
 
 
 def _check_text(model: TriModeModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from trimode.server.answers import Envelope, Object, Shape, Whole, usage_of
+from trimode.server.answers import Envelope, Object, Shape, Whole
 from trimode.server.errors import api_error
 from trimode.server.outputs import Update
 from trimode.server.protocol.base import StreamOptions
+from trimode.server.reasoning import CLOSE as END_THINK
 from trimode.server.reply import Reply, watching_client
 from trimode.server.service import Service
+from trimode.server.usage import ending_of, usage_so_far
 
 _DONE, _PING = b"data: [DONE]\n\n", b": ping\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -46,13 +50,29 @@ async def answer_whole(request: Request, telling: Telling) -> Response:
     """Answer in one piece, once all texts have ended."""
     service, reply = telling.service, telling.reply
     wholes = [Whole() for _ in reply.texts]
-    with service.lifecycle.answering(), service.lifecycle.holding(reply.handles):
-        async with watching_client(request.receive, reply):
+    try:
+        async with answering(telling, request.receive):
             async for news in reply.updates(service.limits.ping_s):
                 for update in news:
                     wholes[update.index].add(update)
+    except Exception as error:
+        return api_error(error).response()  # no refusal: the text has a record of its own
     choices = [telling.shape.whole(index, text) for index, text in enumerate(wholes)]
-    return JSONResponse(telling.envelope.around(choices) | {"usage": usage_of(reply.handles)})
+    return JSONResponse(telling.envelope.around(choices) | _ending(telling))
+
+
+@contextlib.asynccontextmanager
+async def answering(telling: Telling, receive: Receive) -> AsyncIterator[None]:
+    """Do what begins and ends an answer: rows are freed, and observers are told."""
+    service, reply = telling.service, telling.reply
+    try:
+        with service.lifecycle.answering(reply.handles):
+            async with watching_client(receive, reply):
+                yield
+    finally:
+        for record in reply.records:
+            for observer in service.observers:
+                observer.observe(record)
 
 
 class EventStream(Response):
@@ -70,20 +90,19 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, the events and the end."""
         del scope
-        telling, lifecycle = self._telling, self._telling.service.lifecycle
-        send = _hurried(send, telling.service.limits.write_timeout_s)
-        with lifecycle.answering(), lifecycle.holding(telling.reply.handles):
-            async with watching_client(receive, telling.reply):
-                await send(
-                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                )
-                try:
-                    async for event in events(telling):
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-                except (TimeoutError, OSError):
-                    telling.reply.abandon()
-                    return
-                await send({"type": "http.response.body", "body": b""})
+        telling = self._telling
+        async with answering(telling, receive):
+            try:
+                async with _hurried(send, telling.service.limits.write_timeout_s) as within:
+                    await self._send(within)
+            except (TimeoutError, OSError):
+                telling.reply.abandon()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in events(self._telling):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def events(telling: Telling) -> AsyncIterator[bytes]:
@@ -95,27 +114,47 @@ async def events(telling: Telling) -> AsyncIterator[bytes]:
             yield _event(telling, [first])
     try:
         async for news in reply.updates(telling.service.limits.ping_s):
-            yield b"".join(_news(telling, news)) or _PING
+            if not news:
+                yield _PING
+            elif found := b"".join(_news(telling, news)):
+                yield found
     except Exception as error:
         yield _data(api_error(error).body())
         yield _DONE
         return
     if options.include_usage:
-        yield _event(telling, [], usage_of(reply.handles))
+        ending = _ending(telling)
+        yield _event(telling, [], ending["usage"], ending.get("metrics"))
     yield _DONE
+
+
+def _ending(telling: Telling) -> Object:
+    return ending_of(telling.reply, telling.service.codec.token_id(END_THINK))
 
 
 def _news(telling: Telling, news: Sequence[Update]) -> list[bytes]:
     usage = None
     if telling.options.continuous_usage_stats:
-        usage = usage_of(telling.reply.handles)
-    return [_event(telling, [telling.shape.part(update)], usage) for update in news]
+        usage = usage_so_far(telling.reply.handles)
+    return [
+        _event(telling, [telling.shape.part(update)], usage)
+        for update in news
+        # Tokens whose text is still held back are no news, unless they were asked for
+        if update.delta or update.finish_reason or update.logprobs or telling.shape.with_ids
+    ]
 
 
-def _event(telling: Telling, choices: list[Object], usage: Object | None = None) -> bytes:
+def _event(
+    telling: Telling,
+    choices: list[Object],
+    usage: Object | None = None,
+    metrics: Object | None = None,
+) -> bytes:
     found = telling.envelope.around(choices, is_event=True)
     if telling.options.include_usage or usage is not None:
         found["usage"] = usage
+    if metrics is not None:
+        found["metrics"] = metrics
     return _data(found)
 
 
@@ -125,11 +164,33 @@ def _data(found: Object) -> bytes:
     )
 
 
-def _hurried(send: Send, timeout_s: float) -> Callable[[Any], Awaitable[None]]:
-    """Let nobody take longer over a part than so many seconds."""
+@contextlib.asynccontextmanager
+async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
+    """Let nobody take longer over a part than so many seconds.
 
-    async def within(message: Any) -> None:
-        async with asyncio.timeout(timeout_s):
+    One timer looks now and then: a timer for each part would cost more than the part.
+
+    Raises:
+        TimeoutError: somebody has.
+    """
+    loop, since = asyncio.get_running_loop(), math.inf
+    async with asyncio.timeout(None) as scope:
+
+        def look() -> None:
+            nonlocal timer
+            if loop.time() - since > timeout_s:
+                scope.reschedule(loop.time())
+            else:
+                timer = loop.call_later(timeout_s / 2, look)
+
+        async def within(message: Any) -> None:
+            nonlocal since
+            since = loop.time()
             await send(message)
+            since = math.inf
 
-    return within
+        timer = loop.call_later(timeout_s / 2, look)
+        try:
+            yield within
+        finally:
+            timer.cancel()

@@ -118,3 +118,11 @@ TimingsFile = Annotated[
         "default: those kept for this machine.",
     ),
 ]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write each forward and its effect to this file, as JSON lines for /watch.",
+    ),
+]

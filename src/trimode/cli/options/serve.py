@@ -39,6 +39,17 @@ DrainTimeout = Annotated[
         metavar="SECONDS", help="Most seconds for requests at work after SIGTERM; default: 30."
     ),
 ]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="Lines of the log: text (default) or json.")
+]
+LogPrompts = Annotated[
+    bool | None,
+    typer.Option("--log-prompts", help="Log prompts and answers, which are left out otherwise."),
+]
+OtlpTracesEndpoint = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Send OpenTelemetry traces over HTTP to this address."),
+]
 Watch = Annotated[
     bool | None, typer.Option("--watch", help="Serve the page /watch, which shows decoding.")
 ]

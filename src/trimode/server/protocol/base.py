@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-MODES = (
-    "ar",
-    "diffusion",
-    "linear_spec",
-    "linear-spec",
-    "quadratic_spec",
-    "quadratic-spec",
-    "auto",
-)
+from trimode.server.protocol.strict import Strict, Whole
+from trimode.server.protocol.structured import StructuredOutputs
+
 ModeName = Literal[
     "ar", "diffusion", "linear_spec", "linear-spec", "quadratic_spec", "quadratic-spec", "auto"
 ]
 MOST_TOP_LOGPROBS = 20
 MOST_SEED = 2**63 - 1
 MOST_TOKENS = 2**31 - 1
-
-
-def _whole(value: Any) -> Any:
-    """Take 3.0 for 3, as JSON schema does."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-
-
-class Strict(BaseModel):
-    """Refuses unknown fields, other types, and numbers that are not finite."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -81,6 +61,7 @@ class Sampling(Strict):
         priority: Larger comes first.
         return_token_ids: Whether choices have ``token_ids``.
         max_thinking_tokens: Most tokens of thinking, which is then ended.
+        structured_outputs: What the answer has to follow.
     """
 
     model: str | None = None
@@ -114,3 +95,4 @@ class Sampling(Strict):
     priority: Annotated[Whole, Field(ge=-(2**31), le=2**31)] | None = None
     return_token_ids: bool | None = None
     max_thinking_tokens: Annotated[Whole, Field(ge=0, le=MOST_TOKENS)] | None = None
+    structured_outputs: StructuredOutputs | None = None

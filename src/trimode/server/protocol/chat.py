@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trimode.server.protocol.base import MOST_TOKENS, MOST_TOP_LOGPROBS, Sampling, Strict, Whole
+from trimode.server.protocol.base import MOST_TOKENS, MOST_TOP_LOGPROBS, Sampling
+from trimode.server.protocol.strict import Strict, Whole
+from trimode.server.protocol.structured import ResponseFormat
 
 
 class TextPart(Strict):
@@ -94,6 +96,7 @@ class ChatRequest(Sampling):
         tools: Tools that the model may ask for.
         tool_choice: Whether it may, must not, or must.
         parallel_tool_calls: Accepted, not used.
+        response_format: OpenAI's way to ask for JSON.
         chat_template_kwargs: Values for the chat template, such as ``enable_thinking``.
     """
 
@@ -104,4 +107,5 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trimode.server.protocol.base import MOST_TOKENS, MOST_TOP_LOGPROBS, Sampling, Whole
+from trimode.server.protocol.base import MOST_TOKENS, MOST_TOP_LOGPROBS, Sampling
+from trimode.server.protocol.strict import Whole
 
 TokenIds = Annotated[list[Annotated[Whole, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1)]
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trimode.server.protocol.base import Strict
 from trimode.server.protocol.chat import ChatMessage, Tool
 from trimode.server.protocol.completions import TokenIds
+from trimode.server.protocol.strict import Strict
 
 
 class TokenizeRequest(Strict):

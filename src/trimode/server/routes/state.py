@@ -8,6 +8,8 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 import trimode
+from trimode.formats.files import sha256_of
+from trimode.formats.manifest import MANIFEST
 from trimode.server.errors import ApiError
 from trimode.server.protocol.errors import error_responses
 from trimode.server.service import Service
@@ -19,6 +21,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 def state_router(service: Service) -> APIRouter:
     """Make the routes of probes and lists."""
     router = APIRouter(tags=["state"])
+    card = _card(service)
 
     @router.get("/health", responses=error_responses(503))
     async def health() -> Response:
@@ -41,13 +44,13 @@ def state_router(service: Service) -> APIRouter:
     @router.get("/v1/models", responses=error_responses(401))
     async def models() -> dict[str, Any]:
         """List the one model that is served."""
-        return {"object": "list", "data": [_card(service)]}
+        return {"object": "list", "data": [card]}
 
     @router.get("/v1/models/{name:path}", responses=error_responses(401, 404))
     async def model(name: str) -> dict[str, Any]:
         """Describe the model that is served."""
         service.check_model(name)
-        return _card(service)
+        return card
 
     return router
 
@@ -64,6 +67,7 @@ def _card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "trimode",
         "max_model_len": model.model.max_length,
+        "bundle_sha256": sha256_of(model.bundle.path / MANIFEST),
         "target": model.target,
         "precision": model.bundle.precision,
         "default_mode": service.default_mode,

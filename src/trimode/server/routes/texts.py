@@ -10,16 +10,19 @@ from starlette.responses import Response
 
 from trimode.server.answers import ChatShape, CompletionShape, Envelope
 from trimode.server.bodies import body_schema, read_model
-from trimode.server.choices import check_most, engine_choices
+from trimode.server.choices import check_most, engine_choices, given
 from trimode.server.conversation import plain_conversation, render
 from trimode.server.errors import ApiError
+from trimode.server.protocol.answers import ChatCompletion, Completion, answer_response
 from trimode.server.protocol.base import Sampling, StreamOptions
 from trimode.server.protocol.chat import ChatRequest
 from trimode.server.protocol.completions import CompletionRequest
 from trimode.server.protocol.errors import OF_TEXTS, error_responses
-from trimode.server.reply import Reply
+from trimode.server.reasoning import Place, place_after
+from trimode.server.reply import Asked, Reply
 from trimode.server.service import Service, run_aside
 from trimode.server.streaming import EventStream, Telling, answer_whole
+from trimode.server.structured import structured_outputs_of
 
 
 def texts_router(service: Service) -> APIRouter:
@@ -29,7 +32,7 @@ def texts_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         openapi_extra=body_schema(ChatRequest),
-        responses=error_responses(*OF_TEXTS),
+        responses=answer_response(ChatCompletion) | error_responses(*OF_TEXTS),
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
@@ -44,7 +47,7 @@ def texts_router(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         openapi_extra=body_schema(CompletionRequest),
-        responses=error_responses(*OF_TEXTS),
+        responses=answer_response(Completion) | error_responses(*OF_TEXTS),
     )
     async def completions(request: Request) -> Response:
         """Continue texts."""
@@ -77,7 +80,12 @@ async def _chat_reply(service: Service, request: Request, asked: ChatRequest) ->
     choices = engine_choices(asked, service, request.state.key, logprobs)
     conversation = plain_conversation(asked, service.limits)
     rendered, ids = await run_aside(lambda: render(service.codec, conversation), conversation.size)
-    return service.submit([ids], asked, rendered, **choices)
+    is_thinking = place_after(rendered) is Place.THINKING
+    if not is_thinking:  # there is nothing to end
+        choices.pop("max_thinking_tokens", None)
+    choices |= given(structured_outputs=structured_outputs_of(asked, is_thinking=is_thinking))
+    facts = _asked(service, request, choices, rendered)
+    return await service.submit(facts, [ids], asked, choices)
 
 
 async def _completion_reply(service: Service, request: Request, asked: CompletionRequest) -> Reply:
@@ -91,7 +99,8 @@ async def _completion_reply(service: Service, request: Request, asked: Completio
         return [service.codec.encode(one) if isinstance(one, str) else one for one in prompts]
 
     ids = await run_aside(encode, sum(map(len, prompts)))
-    return service.submit(ids, asked, "", **choices)
+    choices |= given(structured_outputs=structured_outputs_of(asked, is_thinking=False))
+    return await service.submit(_asked(service, request, choices), ids, asked, choices)
 
 
 def prompts_of(asked: CompletionRequest) -> list[Any]:
@@ -100,6 +109,11 @@ def prompts_of(asked: CompletionRequest) -> list[Any]:
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
+
+
+def _asked(service: Service, request: Request, choices: dict[str, Any], prompt: str = "") -> Asked:
+    state = request.state
+    return Asked(state.request_id, service.model_name, choices["mode"], state.received, prompt)
 
 
 def _options(asked: Sampling) -> StreamOptions:
