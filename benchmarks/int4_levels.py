@@ -3,7 +3,8 @@ block of rows differ.
 
     python -m benchmarks.int4_levels [--per-family 20]
 
-Two int4 bundles (`rtn`) for ``cpu``, ``accuracy_level`` 1 and 4 of MatMulNBits. Held-out questions,
+Three int4 bundles (`rtn`) for ``cpu``: inputs in float32 (``exact``), in int8, and in int8 with a
+quantized head. Held-out questions,
 greedy, block 32. Each answer that `ar` wrote is run once more, token by token by `ar` and in blocks
 of 32 by `verify`, and the logits of the same tokens are compared.
 """
@@ -23,11 +24,14 @@ from numpy.typing import NDArray
 from benchmarks.common import held_out_questions, save
 from benchmarks.quantization import DEMO, evaluate
 from trimode.compiler.options import BuildOptions
-from trimode.compiler.passes import recipes
 from trimode.compiler.pipeline import build_bundle
 from trimode.runtime import TriModeModel
 
-LEVELS = (1, 4)
+FORMS: dict[str, dict[str, Any]] = {
+    "inputs in float32": {"exact": True},
+    "inputs in int8": {},
+    "inputs in int8, int4 head": {"quantize_head": True},
+}
 BLOCK_LENGTH, MAX_NEW_TOKENS = 32, 192
 
 Logits = NDArray[np.float32]
@@ -82,19 +86,19 @@ def _rows(model: TriModeModel, prompt: list[int]) -> Iterator[tuple[Logits, Logi
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--per-family", type=int, default=20)
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        for level in LEVELS:
-            recipes.INT4_ACCURACY_LEVEL = level  # type: ignore[assignment]
-            bundle = Path(name) / str(level)
-            build_bundle(DEMO, bundle, BuildOptions(precision="int4", calibration="rtn"))
+        for form, chosen in FORMS.items():
+            bundle = Path(name) / form
+            options = BuildOptions(precision="int4", calibration="rtn", **chosen)
+            build_bundle(DEMO, bundle, options)
             model = TriModeModel.from_pretrained(bundle)
-            results[f"accuracy_level {level}"] = {
-                **evaluate(model, options.per_family),
-                "one_row_and_many": compare_rows(model, options.per_family),
+            results[form] = {
+                **evaluate(model, arguments.per_family),
+                "one_row_and_many": compare_rows(model, arguments.per_family),
             }
-    save("int4_levels", {"per_family": options.per_family, "results": results})
+    save("int4_levels", {"per_family": arguments.per_family, "results": results})
     for label, result in results.items():
         exact = ", ".join(
             f"{mode} {100 * row['exact_match']:.1f}%" for mode, row in result["modes"].items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,9 +38,13 @@ class BuildOptions:
         max_batch: Most sequences in one forward of a TensorRT engine.
         quadratic: Whether the graph of quadratic self-speculation is built too; a bundle that is
             added to has it or has it not.
+        quantize_head: Whether ``rtn`` quantizes the output head too; a calibration says so itself.
+        exact: Whether a CPU multiplies int4 weights in float32; else inputs are rounded to int8 in
+            the blocks of the weights, which is about twice as fast.
         weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack;
             ``baked``: each holds its own copy.
         workspace_mib: Most scratch memory of an engine on the GPU; None = the library's choice.
+        gpu_memory_gb: Memory of the GPU in 10^9 bytes; None = that of the smallest variant sold.
         timing_cache: File for TensorRT's timing cache (TensorRT-RTX has none).
         num_jobs: Engines compiled at a time; None = one a core.
         cache: Folder of traced graphs and engines; None keeps none.
@@ -57,8 +62,11 @@ class BuildOptions:
     capacities: tuple[int, ...] | None = None
     max_batch: int = 1
     quadratic: bool = False
+    quantize_head: bool = False
+    exact: bool = False
     weights: Placement = "shared"
     workspace_mib: int | None = None
+    gpu_memory_gb: float | None = None
     timing_cache: Path | None = None
     num_jobs: int | None = None
     cache: Path | None = None
@@ -69,10 +77,17 @@ class BuildOptions:
         """Raise :class:`UsageError` for a value out of its range."""
         self._check_block_lengths()
         self._check_capacities()
+        self._check_memory()
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise UsageError(
                 f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
                 "each size costs memory; 1 is usual on a desk",
+            )
+        if self.quantize_head and self.calibration != "rtn":
+            found = "none" if self.calibration is None else "a calibration"
+            raise UsageError(
+                f"`quantize_head`: expected `calibration` rtn, found {found}",
+                "`trimode calibrate --quantize-head` makes a calibration with the head",
             )
         if self.weights not in ("shared", "baked"):
             raise UsageError(
@@ -97,6 +112,14 @@ class BuildOptions:
             raise UsageError(
                 "expected at least one block length, found none",
                 "pass for example `block_lengths` 8,16,32",
+            )
+
+    def _check_memory(self) -> None:
+        found = self.gpu_memory_gb
+        if found is not None and not 0 < found < math.inf:
+            raise UsageError(
+                f"expected `gpu_memory_gb` above 0, found {found:g}",
+                "leave it out for what the target's GPU has",
             )
 
     def _check_capacities(self) -> None:

@@ -12,6 +12,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from trimode.compiler.onnxruntime_target import (
+    FileNames,
+    Int4Inputs,
+    int4_inputs_of,
+    plan_onnxruntime,
+)
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.store.fingerprint import lowering_revision
 from trimode.compiler.targets import Precision, Target, choose_precision, resolve_targets
@@ -44,29 +50,6 @@ DTYPES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": 
 
 _FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 SAMPLER_FILE = "sampler.onnx"
-
-
-@dataclass(frozen=True)
-class FileNames:
-    """Names the files of a precision in the bundle.
-
-    ``suffix`` is empty for the precision that was built first.
-    """
-
-    suffix: str = ""
-
-    @property
-    def pack(self) -> str:
-        """The weights."""
-        return f"weights{self.suffix}.safetensors"
-
-    def graph(self, graph_name: GraphName) -> str:
-        """A portable graph."""
-        return f"{graph_name}{self.suffix}.onnx"
-
-    def target(self, name: str) -> str:
-        """The folder of a target's engines or graphs."""
-        return f"engines/{name}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +137,7 @@ def make_plan(
             is_quantized=is_quantized,
             one_row=not widens_int8,
             joint=holds_weights,
+            int4_inputs=int4_inputs_of(target, precision, exact=options.exact),
         )
         for name, target in targets.items()
     }
@@ -185,13 +169,16 @@ def plan_target(
     is_quantized: bool = False,
     one_row: bool = True,
     joint: bool = False,
+    int4_inputs: Int4Inputs | None = None,
 ) -> TargetRecord:
     """The manifest's entry of one target; ``dtype`` is what GPUs compute in.
 
     ``joint`` makes one engine of ``ar``, ``draft`` and ``verify`` where engines hold weights.
+    ``int4_inputs`` is the type of what ONNX Runtime multiplies with int4 weights.
     """
     if target.backend == "onnxruntime":
-        return _plan_onnxruntime(target, dtype, names, graph_names, is_quantized=is_quantized)
+        record = plan_onnxruntime(target, dtype, names, graph_names, is_quantized=is_quantized)
+        return record.model_copy(update={"int4_inputs": int4_inputs})
     shortest = min(lengths_of_blocks(options, model))
     if "quadratic" in graph_names and shortest > model.max_quadratic_length:
         raise UsageError(
@@ -283,7 +270,9 @@ def _plan_quantization(
         return None
     if base is not None and precision in base.precisions and options.calibration is None:
         return None
-    return load_quantization(options.calibration, precision, checkpoint)
+    return load_quantization(
+        options.calibration, precision, checkpoint, quantizes_head=options.quantize_head
+    )
 
 
 def _compute_dtype(precision: Precision, targets: tuple[Target, ...]) -> DType:
@@ -325,41 +314,6 @@ def _check_compute(dtype: DType, targets: tuple[Target, ...]) -> None:
                 "pass `force` to build it again for all targets,"
                 f" or build {target.name} as a bundle of its own",
             )
-
-
-def _plan_onnxruntime(
-    target: Target,
-    dtype: DType,
-    names: FileNames,
-    graph_names: tuple[GraphName, ...],
-    *,
-    is_quantized: bool,
-) -> TargetRecord:
-    """On a CPU everything is computed in float32.
-
-    A pack of float32, or of quantized weights, is mapped by the portable graphs; any other is
-    widened once, on loading.
-    """
-    portable = target.device == "cpu" and (dtype == "float32" or is_quantized)
-    return TargetRecord(
-        backend="onnxruntime",
-        device=target.device,
-        compute_capability=None,
-        compute_dtype="float32" if target.device == "cpu" else dtype,
-        placement="external" if portable else "shared",
-        capacity=None,
-        workspace_mib=None,
-        library=library_of("onnxruntime"),
-        revision=None if portable else lowering_revision(),
-        graphs={
-            graph_name: EngineRecord(
-                file=names.graph(graph_name)
-                if portable
-                else f"{names.target(target.name)}/{graph_name}.onnx"
-            )
-            for graph_name in graph_names
-        },
-    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from trimode.runtime.decode.arguments import (
     instance_of,
 )
 from trimode.runtime.decode.options import KINDS, MODE
+from trimode.runtime.engine.compiling import Compiling
 from trimode.runtime.engine.core import EngineCore
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.state import ModePolicy
@@ -42,8 +43,8 @@ from trimode.runtime.service_parts import (
     check_within,
     open_model,
     open_stream,
-    planned_by_load,
     shut,
+    timed,
     trace_request,
     with_seed,
 )
@@ -92,9 +93,10 @@ class Engine:
         prefill_share: Share of the time that reading prompts has while others decode, above 0 and
             below 1.
         is_fair: Whether waiting requests of one priority take turns by their ``fair_key``.
-        by_load: Whether one plan is made for all rows in mode ``auto`` without a seed, by the
-            table of ``trimode bench --batch`` where there is one. Else each row has its own. It
-            is made where the engine's mode is ``auto``.
+        by_load: Whether the table of ``trimode bench --batch`` is used, where there is one. By it
+            rows wait for others that are one forward behind, where that pays. And where the
+            engine's mode is ``auto``, one plan is made for all rows in that mode without a seed;
+            else each row has its own.
         freeze_timings: Whether that table stays as it was measured; else it learns.
         mode_policy: Plans to use in place of these.
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
@@ -147,19 +149,22 @@ class Engine:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
             opened.read_options(mode, {}, max_rows)
-            if by_load and mode == "auto" and mode_policy is None:
-                settings = planned_by_load(settings, opened, is_frozen=freeze_timings)
+            if by_load:
+                has_plans = mode == "auto" and mode_policy is None
+                settings = timed(settings, opened, has_plans=has_plans, is_frozen=freeze_timings)
         except BaseException:
             if is_own:
                 opened.close()
             raise
         self._core = EngineCore(session, opened.model, partial(open_stream, opened), settings)
+        self._compiling = Compiling(opened.with_grammar, self._core.post)
         self._places = threading.BoundedSemaphore(max_rows + max_queue)
         self._most = max_rows + max_queue
         self._gate = threading.Lock()
         self._is_closed = False
         self._worker = Worker(self._core)
-        self._finalizer = weakref.finalize(self, shut, self._worker, opened if is_own else None)
+        own = opened if is_own else None
+        self._finalizer = weakref.finalize(self, shut, self._compiling, self._worker, own)
 
     @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key", "trace"))
     def submit(
@@ -195,7 +200,9 @@ class Engine:
                 longest.
             on_piece: Called with each list of tokens, on the engine's thread; should be short.
             trace: Gets a run for each text, mostly on the engine's thread.
-            choices: Keywords as for :meth:`TriModeModel.stream`.
+            choices: Keywords as for :meth:`TriModeModel.stream`. A grammar of
+                ``structured_outputs`` is compiled beside the engine's thread. Where it is wrong,
+                the handle ends with a :class:`UsageError`.
 
         Raises:
             UsageError: a value is out of its range; or prompt and answer can never fit; or the
@@ -276,7 +283,8 @@ class Engine:
         """
         with self._gate:
             self._is_closed = True
-            self._worker.stop(drain=drain)
+        self._compiling.close(drain=drain and not self._worker.is_current)
+        self._worker.stop(drain=drain)
         if self._worker.is_current:  # a callback closes its engine: the rest is done later
             return
         if not self._worker.join(timeout_s):
@@ -305,6 +313,10 @@ class Engine:
                 )
             for request in requests:
                 request.handle.add_closer(lambda _: self._places.release())
+            if requests[0].options.structured_outputs is not None:
+                self._compiling.add(requests)
+                return
+            for request in requests:
                 self._core.post(request)
 
     def _check_open(self) -> None:

@@ -10,6 +10,7 @@ from trimode.errors import UsageError
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Stream
+from trimode.runtime.engine.compiling import Compiling
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.setup import load_modes
 from trimode.runtime.engine.modes import Modes
@@ -51,24 +52,35 @@ def _end(run: RunTrace, handle: Handle) -> None:
     run.end(None if handle.error else handle.result(), handle.error)
 
 
-def planned_by_load(settings: Settings, model: TriModeModel, *, is_frozen: bool) -> Settings:
-    """Settings with one plan for all rows, where timings of several texts were measured."""
-    modes = None
-    if model.timings is not None:
-        modes = load_modes(
-            model.timings,
-            use_drafter=model.model.has_drafter,
-            takes_length=lambda length: takes_block(model.session, length),
-            is_frozen=is_frozen,
-        )
+def timed(settings: Settings, model: TriModeModel, *, has_plans: bool, is_frozen: bool) -> Settings:
+    """Settings with a table of costs, where timings of several texts were measured.
+
+    Args:
+        settings: What is chosen otherwise.
+        model: Opened model.
+        has_plans: Whether one plan is made for all rows.
+        is_frozen: Whether the table stays as it was measured.
+    """
+    timings = model.timings
+    if timings is None or not (has_plans or any(one.batch > 1 for one in timings.forwards)):
+        return settings
+    modes = load_modes(
+        timings,
+        use_drafter=model.model.has_drafter,
+        takes_length=lambda length: takes_block(model.session, length),
+        is_frozen=is_frozen,
+    )
     if modes is None:
         return settings
-    observe, plans = modes.table.observe, modes.policy
-    return replace(settings, mode_policy=plans, make_row_policy=modes.row, observe=observe)
+    found = replace(settings, table=modes.table, alarm=modes.alarm, observe=modes.observe)
+    if not has_plans:
+        return found
+    return replace(found, mode_policy=modes.policy, make_row_policy=modes.row)
 
 
-def shut(worker: Worker, model: TriModeModel | None) -> None:
-    """What is left of an engine that nobody holds: its thread, and the model it has opened."""
+def shut(compiling: Compiling, worker: Worker, model: TriModeModel | None) -> None:
+    """What is left of an engine that nobody holds: its threads, and the model it has opened."""
+    compiling.close(drain=False)
     worker.stop(drain=False)
     worker.join(None)
     if model is not None:

@@ -11,6 +11,7 @@ Bengio et al. 2013), so that a drafter can be trained behind it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -66,16 +67,22 @@ class InputQuantizer(nn.Module):
     """Applies ``pre_quant_scale``, QuantizeLinear and DequantizeLinear before a product.
 
     Those that the layer does not have are left out.
+
+    Attributes:
+        block_size: Number of inputs that share a scale of an int4 weight; None = other weights.
+        is_rounded: Whether these blocks are rounded to int8, as on a CPU.
     """
 
     factor: Tensor | None
     scale: Tensor | None
+    is_rounded: bool = False
 
     def __init__(
         self, precision: QuantizedPrecision, scales: LayerScales, device: torch.device
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.block_size = scales.block_size if precision == "int4" else None
         self.register_buffer(
             "factor",
             None if scales.pre_quant is None else torch.from_numpy(scales.pre_quant).to(device),
@@ -91,6 +98,9 @@ class InputQuantizer(nn.Module):
         """Return ``x (..., in)`` as the product reads it."""
         if self.factor is not None:
             x = x * self.factor
+        if self.is_rounded:
+            steps, scale = int8_steps(x, self.block_size)
+            return (torch.round(steps) * scale).reshape(x.shape)
         if self.scale is None:
             return x
         if self.precision == "nvfp4":
@@ -109,7 +119,9 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = _quantized_weight(linear, precision, scales)
-        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+        self.quantizer = InputQuantizer(
+            precision, _with_block_size(linear, scales), linear.weight.device
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x (..., in)``; the result is ``(..., out)``."""
@@ -129,10 +141,24 @@ class QuantizedLowRankLinear(LowRankLinear):
             super().__init__(linear.in_features, linear.out_features, 0, 0.0)
         self.lora_A, self.lora_B, self.scaling = linear.lora_A, linear.lora_B, linear.scaling
         self.weight = _quantized_weight(linear, precision, scales)
-        self.quantizer = InputQuantizer(precision, scales, linear.weight.device)
+        self.quantizer = InputQuantizer(
+            precision, _with_block_size(linear, scales), linear.weight.device
+        )
 
     def product(self, x: Tensor) -> Tensor:
         return functional.linear(self.quantizer(x), self.weight)
+
+
+def int8_steps(x: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
+    """Divide each block of ``x (..., in)`` by the scale that its largest magnitude asks for.
+
+    Returns:
+        Steps from -127 to 127, ``(..., in / block_size, block_size)``, and scales, ``(..., in /
+        block_size, 1)``.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, block_size or x.shape[-1])
+    scale = torch.clamp(blocks.abs().amax(-1, keepdim=True) / 127, min=SMALLEST_NORMAL)
+    return blocks / scale, scale
 
 
 def in_blocks(x: Tensor, global_scale: Tensor) -> Tensor:
@@ -190,6 +216,13 @@ def _find(trunk: TriModeTrunk, name: str) -> nn.Linear:
             f"calibrate this checkpoint: {CALIBRATE}",
         )
     return linear
+
+
+def _with_block_size(linear: nn.Linear, scales: LayerScales) -> LayerScales:
+    """Scales that know how many inputs share one, by their shape."""
+    if scales.weight is None or scales.weight.ndim != 2:
+        return scales
+    return replace(scales, block_size=linear.in_features // scales.weight.shape[1])
 
 
 def _check_shapes(name: str, linear: nn.Linear, scales: LayerScales) -> None:

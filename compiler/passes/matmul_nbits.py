@@ -23,6 +23,8 @@ import onnx_ir as ir
 AccuracyLevel = Literal[1, 4]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Inputs that share a scale, as ``MatMulNBits`` takes them."""
+ALIKE_BLOCK = 32
+"""Longest block over which a row of a product with int8 inputs rounds as it does among others."""
 DOMAIN = "com.microsoft"
 _SIGN_BITS = 0x88
 """The sign of either number in a byte."""

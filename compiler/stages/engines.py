@@ -14,10 +14,10 @@ from trimode.compiler.pack.layout import PackedTensor
 from trimode.compiler.passes.base import lower, to_bytes, weights
 from trimode.compiler.passes.constant_weights import digest_of
 from trimode.compiler.passes.join_graphs import JoinGraphs
-from trimode.compiler.passes.recipes import constants_of, lower_for
+from trimode.compiler.passes.recipes import constants_of, lower_for, lower_for_cpu
 from trimode.compiler.passes.scales_to_constants import known_scales, read_scales
 from trimode.compiler.plan import BuildPlan
-from trimode.compiler.stages.graphs import point_into_packs
+from trimode.compiler.stages.graphs import point_into_packs, save_graph
 from trimode.compiler.stages.state import BuildState, Graphs
 from trimode.compiler.store.cache import key_of
 from trimode.compiler.store.fingerprint import builder_revision
@@ -48,7 +48,7 @@ def compile_targets(state: BuildState) -> None:
 
     Engines that hold weights wait for the pack.
     """
-    write_lowered_graphs(state.plan, state.graphs, state.tensors, state.folder)
+    write_lowered_graphs(state)
     state.num_cached = compile_engines(state, _constants(state), _constant_scales(state))
     _record_constants(state)
     for record in state.plan.records.values():
@@ -118,16 +118,19 @@ def _scales_of_8_bits(state: BuildState) -> Mapping[str, Floats]:
     return read_scales(state.packs)
 
 
-def write_lowered_graphs(
-    plan: BuildPlan, graphs: Graphs, tensors: Mapping[str, PackedTensor], folder: Path
-) -> None:
+def write_lowered_graphs(state: BuildState) -> None:
     """Write the graphs of ONNX Runtime's targets, named as in their records."""
-    for record in plan.records.values():
-        if record.backend == "onnxruntime" and record.placement == "shared":
-            for graph_name, graph in graphs.items():
-                path = folder / record.graphs[graph_name].file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(to_bytes(lower_for(record, graph, tensors)))
+    for record in state.plan.records.values():
+        if record.backend != "onnxruntime":
+            continue
+        for graph_name, graph in state.graphs.items():
+            path = state.folder / record.graphs[graph_name].file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if record.placement == "external":
+                lowered = lower_for_cpu(record, state.plan.dtype, graph, state.tensors)
+                save_graph(lowered, state.tensors, path)
+            else:
+                path.write_bytes(to_bytes(lower_for(record, graph, state.tensors)))
 
 
 def compile_engines(

@@ -32,6 +32,7 @@ from trimode.calib.reference.fake_quant import (
     SMALLEST_NORMAL,
     InputQuantizer,
     blocks_of,
+    int8_steps,
     nearest_code,
     spacing_of_e2m1,
     steps_in_blocks,
@@ -80,16 +81,25 @@ class GuidedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` as the product reads it."""
         quantizer, guide = self.quantizer, self._guide
-        if quantizer.scale is None or guide.selector is None:
+        scale = quantizer.scale
+        if guide.selector is None or (scale is None and not quantizer.is_rounded):
             return quantizer(x)  # type: ignore[no-any-return]
         if quantizer.factor is not None:
             x = x * quantizer.factor
+        if scale is None:
+            return self._in_int8_blocks(x, guide.selector)
         if quantizer.precision == "nvfp4":
-            return self._in_blocks(x, quantizer.scale, guide.selector)
+            return self._in_blocks(x, scale, guide.selector)
         dtype = FORMATS[quantizer.precision].dtype
-        steps = torch.clamp(x / quantizer.scale, *CODE_RANGES[dtype])
-        reach = guide.relative * float(x.abs().max() / quantizer.scale)
-        return guide.selector.choose(self._layer, dtype, steps, reach) * quantizer.scale
+        steps = torch.clamp(x / scale, *CODE_RANGES[dtype])
+        reach = guide.relative * float(x.abs().max() / scale)
+        return guide.selector.choose(self._layer, dtype, steps, reach) * scale
+
+    def _in_int8_blocks(self, x: Tensor, selector: CodeSelector) -> Tensor:
+        """Inputs of int4 weights on a CPU: each block has the scale of its largest magnitude."""
+        steps, scale = int8_steps(x, self.quantizer.block_size)
+        off = self._guide.relative * float(x.abs().max())
+        return (selector.choose(self._layer, "int8", steps, off / scale) * scale).reshape(x.shape)
 
     def _in_blocks(self, x: Tensor, global_scale: Tensor, selector: CodeSelector) -> Tensor:
         """NVFP4 has codes of two kinds, the second in units of the first."""
@@ -145,7 +155,9 @@ def guide_inputs(trunk: TriModeTrunk) -> Guide | None:
     guide, count = Guide(), 0
     for name, module in list(trunk.named_modules()):
         quantizer = getattr(module, "quantizer", None)
-        if isinstance(quantizer, InputQuantizer) and quantizer.scale is not None:
+        if isinstance(quantizer, InputQuantizer) and (
+            quantizer.is_rounded or quantizer.scale is not None
+        ):
             module.quantizer = GuidedQuantizer(name, quantizer, guide)
             count += 1
     return guide if count else None

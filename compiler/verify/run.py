@@ -177,13 +177,14 @@ class _Place(NamedTuple):
     backend: str
     device: str
     compute_dtype: DType
+    rounds_inputs: bool = False
 
 
 def _place(model: TriModeModel) -> _Place:
     if model.target == PORTABLE:
         return _Place("onnxruntime", "cpu", "float32")
     record = model.bundle.chosen.targets[model.target]
-    return _Place(record.backend, record.device, record.compute_dtype)
+    return _Place(record.backend, record.device, record.compute_dtype, record.int4_inputs == "int8")
 
 
 def _random_text(model: ModelInfo, position: int, seed: int) -> Ids:
@@ -227,7 +228,12 @@ class _Comparison:
             "target": tolerance_for(_place(model).compute_dtype, num_layers),
             "portable": tolerance_for("float32", num_layers),
         }
-        self._reference = Reference(loaded.trunk, self.bounds["target"].relative, seed)
+        self._reference = Reference(
+            loaded.trunk,
+            self.bounds["target"].relative,
+            seed,
+            rounds_inputs=_place(model).rounds_inputs,
+        )
 
     def graphs(self) -> tuple[list[GraphParity], list[str]]:
         """Compare the target's graphs and the portable ones.
@@ -281,17 +287,18 @@ class _Comparison:
         bundle, info = self._model.bundle, self._model.model
         files = bundle.chosen.graphs
         advance = self._progress.stage("compare portable", len(files) + info.has_drafter)
-        compared = compare_portable(
-            CachedText(self._reference.session, self._text),
-            bundle.path,
-            files,
-            info,
-            min(self._position, LONGEST_PORTABLE),
-            self.bounds["portable"],
-            seed=self._seed,
-            guide=self._reference.guide,
-        )
-        return _counted(compared, advance)
+        with self._reference.portable() as guide:
+            compared = compare_portable(
+                CachedText(self._reference.session, self._text),
+                bundle.path,
+                files,
+                info,
+                min(self._position, LONGEST_PORTABLE),
+                self.bounds["portable"],
+                seed=self._seed,
+                guide=guide,
+            )
+            return _counted(compared, advance)
 
 
 def _counted(records: Iterator[Record], advance: Advance) -> list[Record]:

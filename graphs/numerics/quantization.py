@@ -62,9 +62,15 @@ class Quantization:
 
 
 def load_quantization(
-    calibration: Path | Literal["rtn"] | None, precision: QuantizedPrecision, checkpoint: Checkpoint
+    calibration: Path | Literal["rtn"] | None,
+    precision: QuantizedPrecision,
+    checkpoint: Checkpoint,
+    *,
+    quantizes_head: bool = False,
 ) -> Quantization:
     """Read the scales for a build in ``precision``.
+
+    ``quantizes_head`` lets ``rtn`` quantize the output head too.
 
     Raises:
         UsageError: no calibration, one for another precision, or ``rtn`` for a type that needs
@@ -88,7 +94,7 @@ def load_quantization(
                 "`calibration` rtn: expected `precision` int8, int4 or nvfp4, found fp8",
                 f"fp8 quantizes inputs too: run `{command}`",
             )
-        return _round_to_nearest(precision, checkpoint)
+        return _round_to_nearest(precision, checkpoint, quantizes_head=quantizes_head)
     assert isinstance(calibration, Path)
     record, scales = load_calibration(calibration)
     if record.precision != precision:
@@ -107,13 +113,16 @@ def load_quantization(
     return Quantization(precision, layers, manifest, record.source_sha256)
 
 
-def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> Quantization:
-    """Choose every linear layer but the head.
+def _round_to_nearest(
+    precision: QuantizedPrecision, checkpoint: Checkpoint, *, quantizes_head: bool
+) -> Quantization:
+    """Choose every linear layer, the head only where asked.
 
     For int4 and nvfp4 their inputs have to divide into blocks, of int4 the largest that fit all.
     """
     shapes = linear_layers(checkpoint.config)
-    del shapes[HEAD]
+    if not quantizes_head:
+        del shapes[HEAD]
     block_size = None
     if precision in BLOCK_PRECISIONS:
         sizes = _RTN_BLOCK_SIZES if precision == "int4" else (BLOCK_SIZE,)
@@ -127,7 +136,13 @@ def _round_to_nearest(precision: QuantizedPrecision, checkpoint: Checkpoint) -> 
                 f"{_RTN_BLOCK_SIZES[-1]}, found {found}",
                 "pass `precision` int8",
             )
-    record = CalibrationRecord(name=RTN, algorithm=RTN, block_size=block_size, scales_sha256=None)
+    record = CalibrationRecord(
+        name=RTN,
+        algorithm=RTN,
+        block_size=block_size,
+        scales_sha256=None,
+        quantizes_head=quantizes_head,
+    )
     return Quantization(
         precision, {name: LayerScales(None, block_size=block_size) for name in shapes}, record, None
     )

@@ -193,10 +193,9 @@ class Timings(Record):
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
     """What a table of this bundle would be about, if it were measured here and now."""
     record = bundle.chosen.targets.get(target)
-    portable = record is None or record.placement == "external"
     graphs = (
         bundle.chosen.graphs.values()
-        if portable or record is None
+        if record is None
         else [engine.file for engine in record.engines]
     )
     digests = [bundle.manifest.files[name].sha256 for name in (*bundle.chosen.packs, *graphs)]

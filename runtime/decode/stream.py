@@ -48,6 +48,8 @@ class Generation:
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
             other modes.
         elapsed_s: wall time, tokens in to tokens out.
+        forced_tokens: new tokens that a grammar decided, which need no forward of their own; None
+        without a grammar.
         drafted: drafts that were verified; 0 in the modes without drafts.
         accepted: those of each draft-and-verify cycle that are part of the text.
         denoised_slots: slots of blocks in denoise forwards; 0 outside of diffusion.
@@ -65,6 +67,7 @@ class Generation:
     logprobs: list[TokenLogprob] | None
     elapsed_s: float
     picks: dict[int, int] | None = None
+    forced_tokens: int | None = None
     drafted: int = 0
     accepted: tuple[int, ...] = ()
     denoised_slots: int = 0
@@ -271,6 +274,7 @@ class Stream:
             logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
             picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
+            forced_tokens=counters.forced,
             drafted=counters.drafted,
             accepted=tuple(counters.accepted),
             denoised_slots=counters.denoised_slots,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimode.formats.contract import Mode
 from trimode.runtime.decode.options import DecodeOptions
@@ -45,6 +45,10 @@ class Request:
     number: int = 0
     attempts: int = 0
     observer: Observer | None = None
+
+    def take_grammar(self, compiled: DecodeOptions) -> None:
+        """Have the grammar that was compiled for options like its own."""
+        self.options = replace(self.options, structured_outputs=compiled.structured_outputs)
 
     @property
     def end(self) -> int:

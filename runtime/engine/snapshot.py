@@ -44,6 +44,8 @@ def snapshot(core: EngineCore) -> EngineStats:
         mode_switches=tuple(core.modes.switches),
         num_mode_switches=core.modes.num_switches,
         rows=tuple(_row(row) for row in rows),
+        detours=core.num_detours,
+        timing_alarms=0 if core.settings.alarm is None else core.settings.alarm.count,
     )
 
 

@@ -91,6 +91,9 @@ class EngineStats:
         mode_switches: Plans that changed, the newest last; the last hundred.
         num_mode_switches: Plans that changed, in all.
         rows: Rows at work.
+        detours: Times that a forward waited for rows that were one forward behind.
+        timing_alarms: Times that forwards took over 1.5 times what the table of timings says, for
+            a minute.
     """
 
     is_healthy: bool
@@ -122,6 +125,8 @@ class EngineStats:
     mode_switches: tuple[ModeSwitch, ...]
     num_mode_switches: int
     rows: tuple[RowStats, ...] = ()
+    detours: int = 0
+    timing_alarms: int = 0
 
 
 @dataclass

@@ -75,6 +75,11 @@ class TextCodec:
         )
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer itself, with the special tokens of all files."""
+        return self._tokenizer
+
+    @property
     def cleans_up(self) -> bool:
         """Whether :meth:`decode` takes out blanks before punctuation."""
         return self._cleans_up

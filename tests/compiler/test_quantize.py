@@ -310,18 +310,13 @@ def test_rounded_weights_run_as_their_values(
     tmp_path: Path,
     precision: QuantizedPrecision,
     targets: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The quantized graph, and a dense bundle of the numbers that the quantized weights stand
     for.
     """
     # inputs as they are
-    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", 1)
-    result = build_bundle(
-        checkpoint,
-        tmp_path / "bundle",
-        BuildOptions(targets, precision=precision, calibration="rtn", block_lengths=(8,)),
-    )
+    options = {"precision": precision, "calibration": "rtn", "block_lengths": (8,), "exact": True}
+    result = build_bundle(checkpoint, tmp_path / "bundle", BuildOptions(targets, **options))
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.chosen.calibration is not None
     assert bundle.chosen.calibration.model_dump() == {
@@ -449,13 +444,13 @@ def test_calibrated_graphs_against_torch(
     precision: QuantizedPrecision,
     per_tensor: bool,
     accuracy_level: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trimode.compiler.passes.recipes.INT4_ACCURACY_LEVEL", accuracy_level)
     scales = make_scales(checkpoint, precision, per_tensor=per_tensor)
     folder = calibration_for(checkpoint, tmp_path / "cal", precision, scales)
     result = build_bundle(
-        checkpoint, tmp_path / "bundle", BuildOptions(calibration=folder, quadratic=True)
+        checkpoint,
+        tmp_path / "bundle",
+        BuildOptions(calibration=folder, quadratic=True, exact=accuracy_level == 1),
     )
     assert list(result.manifest.precisions) == [precision]
     assert result.record.calibration is not None
@@ -476,7 +471,7 @@ def test_calibrated_graphs_against_torch(
             accuracy_level,
         )
     found, expected = (
-        run_graphs(open_bundle(tmp_path / "bundle")),
+        run_graphs(open_bundle(tmp_path / "bundle"), result.record.targets["cpu"]),
         torch_graphs(checkpoint, weights, inputs),
     )
     # A value on the border between two steps may fall to either side: one step of one input then,

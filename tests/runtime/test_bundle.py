@@ -152,7 +152,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a graph for another": (
         lambda m: cpu(m)["graphs"]["draft"].update(file="ar.onnx"),
-        "target cpu: expected the portable graphs of the precision, found others",
+        "target cpu: expected graphs that only this target has, found others",
     ),
     "a graph that is missing": (
         lambda m: first(m)["graphs"].pop("draft"),

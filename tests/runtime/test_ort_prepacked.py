@@ -250,3 +250,25 @@ def test_batches(bundle: Bundle, no_private: None, tmp_path: Path) -> None:
         assert [(one.token_ids, one.nfe, one.acceptance_length) for one in found] == [
             (a.token_ids, a.nfe, a.acceptance_length) for a in alone
         ]
+
+
+def test_float32_weights_are_arranged_and_held_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the target's graphs; where there is no place for them these map the pack, as before."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config_of(), rank=2)
+    build_bundle(checkpoint, tmp_path / "bundle", BuildOptions())
+    bundle = open_bundle(tmp_path / "bundle")
+    target = bundle.chosen.targets["cpu"]
+    expected = run(OrtSession(bundle, target, 1, runtime_cache=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()  # a small pack is not worth it
+    monkeypatch.setattr(ort_session, "PRIVATE_WEIGHTS_BYTES", 0)
+    for _ in range(2):
+        assert_same(run(OrtSession(bundle, target, 1, runtime_cache=tmp_path / "cache")), expected)
+    assert (entry_in(tmp_path / "cache") / "weights.bin").stat().st_size > 0
+    assert not caplog.records
+    (tmp_path / "file").write_text("in the way")
+    mapped = run(OrtSession(bundle, target, 1, runtime_cache=tmp_path / "file"))
+    assert "cannot share their arranged weights, all map the pack" in caplog.text
+    for one, other in zip(mapped, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)

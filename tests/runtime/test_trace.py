@@ -264,6 +264,20 @@ def test_engine_trace_shows_a_known_prefix_and_parts(model: TriModeModel, tmp_pa
     assert first.read().runs[0].forwards[0].num_parts > 1
 
 
+def test_several_texts_of_a_request_are_runs(model: TriModeModel, tmp_path: Path) -> None:
+    traces = Traces(model, tmp_path / "t")
+    with Engine(model, max_rows=2) as engine:
+        options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_new_tokens": 20, "n": 2}
+        handle = engine.submit(
+            chat(model, PROMPTS[0]), mode="linear_spec", trace=traces.writer, **options
+        )
+        results = [choice.result(60) for choice in handle.choices]
+    runs = traces.read().runs
+    for number, result in enumerate(results):
+        check_counts(runs[number], result)
+    assert [run.end.seed for run in runs.values() if run.end] == [3, 4]
+
+
 def test_a_cancelled_request_ends_with_its_error(model: TriModeModel, tmp_path: Path) -> None:
     traces = Traces(model, tmp_path / "t")
     with Engine(model, max_rows=1) as engine:

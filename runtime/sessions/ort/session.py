@@ -36,6 +36,8 @@ from trimode.runtime.sessions.ort.onnx_file import operators
 from trimode.runtime.sessions.ort.prepacked import prepacked_graphs
 
 _ONE_ROW = range(1)
+_MOST_DENSE_BYTES = 8 << 30
+"""Largest pack in float32 that is arranged: it takes twice its size in the cache."""
 _FREE_TOKENS: dict[Device, int] = {"cpu": 8, "cuda": 64}
 """On a CPU a forward over a few tokens waits for the weights, and further ones soon cost time of
 their own; on a GPU much later.
@@ -86,18 +88,22 @@ class OrtSession(Closable):
         self._dtype: DType = target.compute_dtype if target else "float32"
         self._capacity = target.capacity if target else None
         providers = choose_providers(self._device)
-        portable = target is None or target.placement == "external"
-        mapped_bytes = bundle.chosen.weight_bytes if portable else 0
+        is_mapped = target is None or target.placement == "external"
+        mapped_bytes = bundle.chosen.weight_bytes if is_mapped else 0
         files = {
-            graph_name: bundle.chosen.graphs[graph_name]
-            if portable or target is None
-            else target.graphs[graph_name].file
+            graph_name: target.graphs[graph_name].file
+            if target
+            else bundle.chosen.graphs[graph_name]
             for graph_name in self.contracts
         }
         found = _operators(bundle.path / file for file in files.values())
         self.sessions: dict[GraphName, Any]
-        if "MatMulNBits" in found:
-            self.sessions = _load_int4(bundle, files, mapped_bytes, num_threads, runtime_cache)
+        if "MatMulNBits" in found or _gains_by_arranging(target, found, mapped_bytes):
+            # without int4, a graph that keeps no copy of its own still maps the pack
+            alone = 0 if "MatMulNBits" in found else mapped_bytes
+            self.sessions = _load_arranged(
+                bundle, files, mapped_bytes, alone, num_threads, runtime_cache
+            )
         else:
             options = session_options(
                 mapped_bytes, num_threads, dequantizes="DequantizeLinear" in found
@@ -238,15 +244,28 @@ def _operators(graphs: Iterable[Path]) -> set[str]:
     return found
 
 
-def _load_int4(
+def _gains_by_arranging(target: TargetRecord | None, found: set[str], mapped_bytes: int) -> bool:
+    """Whether float32 products get weights in ONNX Runtime's own arrangement, held once.
+
+    Portable graphs, which bundles of before run too, keep mapping the pack.
+    """
+    is_own = target is not None and target.placement == "external" and target.revision is not None
+    is_dense = "DequantizeLinear" not in found
+    return is_own and is_dense and PRIVATE_WEIGHTS_BYTES < mapped_bytes <= _MOST_DENSE_BYTES
+
+
+def _load_arranged(
     bundle: Bundle,
     files: Mapping[GraphName, str],
     mapped_bytes: int,
+    alone: int,
     num_threads: int | None,
     cache: Path | None,
 ) -> dict[GraphName, Any]:
-    """The portable graphs of int4 products: over one file of prepacked weights, or where they are
-    few each over a copy of its own.
+    """The graphs over one file of prepacked weights.
+
+    Where these are few, or the file cannot be had, each as if it was alone: over a copy of its own,
+    or mapping ``alone`` bytes of the pack.
     """
     providers = choose_providers("cpu")
     if mapped_bytes > PRIVATE_WEIGHTS_BYTES:
@@ -260,10 +279,13 @@ def _load_int4(
         except (OSError, ValueError, BundleError) as error:
             reason = error.message if isinstance(error, BundleError) else error
             logger.warning(
-                "the graphs cannot share their int4 weights, each keeps a copy of its own: %s",
+                "the graphs cannot share their %s: %s",
+                "arranged weights, all map the pack"
+                if alone
+                else "int4 weights, each keeps a copy of its own",
                 reason,
             )
-    options = session_options(0, num_threads)
+    options = session_options(alone, num_threads)
     return {
         graph_name: load_graph(bundle.path / file, options, providers)
         for graph_name, file in files.items()

@@ -30,8 +30,11 @@ def build(
     capacities: options.Capacities = None,
     max_batch: options.MaxBatch = 1,
     quadratic: options.Quadratic = False,
+    quantize_head: options.QuantizeHead = False,
+    exact: options.Exact = False,
     weights: options.Weights = "shared",
     workspace: options.Workspace = None,
+    gpu_memory: options.GpuMemory = None,
     timing_cache: options.TimingCache = None,
     jobs: options.Jobs = None,
     no_cache: options.NoCache = False,
@@ -49,7 +52,7 @@ def build(
     chosen = BuildOptions(
         targets=tuple(target or ("cpu",)),
         precision=precision,
-        calibration=_calibration(calibration),
+        calibration=read_calibration(calibration),
         drafter=drafter,
         sampler=sampler,
         max_length=max_length,
@@ -57,8 +60,11 @@ def build(
         capacities=parse_optional_ints(capacities),
         max_batch=max_batch,
         quadratic=quadratic,
+        quantize_head=quantize_head,
+        exact=exact,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
         workspace_mib=workspace,
+        gpu_memory_gb=gpu_memory,
         timing_cache=timing_cache,
         num_jobs=jobs,
         cache=None if no_cache else usual_folder(),
@@ -92,7 +98,7 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
     return list(warnings_of(read_plans(output, {result.precision: built})))
 
 
-def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
+def read_calibration(value: str | None) -> Path | Literal["rtn"] | None:
     """Parse ``rtn`` as the method, anything else as a folder.
 
     ``./rtn`` is a folder, too.

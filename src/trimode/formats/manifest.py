@@ -9,6 +9,7 @@ A bundle is a folder::
     weights.safetensors                every tensor once, and scales; read by portable graphs
     engines/<target>/<graph>.engine    TensorRT engines for one GPU architecture; weights are inputs
     engines/<target>/<graph>.onnx      graphs for ONNX Runtime that take the weights as inputs
+    ar.cpu.onnx ...                    graphs for a CPU that map the pack
     tokenizer.json ...                 copied from the checkpoint
     verification.json                  written by ``trimode verify``; not part of the manifest
 
@@ -108,12 +109,17 @@ class CalibrationRecord(_Part):
         algorithm: Algorithm that found the scales.
         block_size: Number of inputs that share a scale; None where a whole row or tensor does.
         scales_sha256: Digest of the calibration's scales; None for ``rtn``.
+        quantizes_head: Whether ``rtn`` quantized the output head too; absent where not, and where
+            scales say it.
     """
+
+    _left_out = frozenset({"quantizes_head"})
 
     name: str
     algorithm: str
     block_size: int | None
     scales_sha256: str | None
+    quantizes_head: bool = False
 
 
 class ProfileRecord(_Part):
@@ -174,8 +180,8 @@ class TargetRecord(_Part):
         compute_capability: GPU architecture of the engines, as ``8.9``; None where any will do.
         compute_dtype: Type of activations and of the K/V cache.
         placement: Place of the weights. ``shared``: they are inputs, bound from the pack.
-            ``baked``: TensorRT engines hold their own copy. ``external``: portable graphs map the
-            pack.
+            ``baked``: TensorRT engines hold their own copy. ``external``: graphs map the pack; in
+            bundles of before they are the portable ones.
         capacity: Number of K/V cache slots where the engines fix it; the largest, where there are
             several.
         workspace_mib: Limit on an engine's scratch memory that was asked for.
@@ -185,9 +191,11 @@ class TargetRecord(_Part):
         smaller: Engines of smaller capacities, ascending; absent where there are none.
         revision: Digest of the code that lowered and compiled the graphs; absent for the portable
             ones, and in bundles of before. Another revision is built again.
+        int4_inputs: Type of what ONNX Runtime multiplies with int4 weights; absent where there are
+            none, and in bundles of before (float32).
     """
 
-    _left_out = frozenset({"revision", "smaller"})
+    _left_out = frozenset({"revision", "smaller", "int4_inputs"})
 
     backend: Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
     device: Literal["cpu", "cuda"]
@@ -200,6 +208,7 @@ class TargetRecord(_Part):
     graphs: dict[GraphName, EngineRecord]
     smaller: tuple[CapacityRecord, ...] = ()
     revision: str | None = None
+    int4_inputs: Literal["float32", "int8"] | None = None
 
     @property
     def engines(self) -> Iterator[EngineRecord]:

@@ -103,10 +103,29 @@ def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest
     files = {graph_name: engine.file for graph_name, engine in target.graphs.items()}
     for one in target.by_capacity():
         yield from _of_capacity(one, manifest)
-    if target.placement == "external" and files != record.graphs:
-        yield "expected the portable graphs of the precision, found others"
+    if target.placement == "external" and not _are_over_the_pack(target, files, record):
+        if target.revision is None:
+            yield "expected the portable graphs of the precision, found others"
+        else:
+            yield "expected graphs that only this target has, found others"
     if target.smaller:
         yield from _of_lengths(target, manifest.model.max_length)
+
+
+def _are_over_the_pack(
+    target: TargetRecord, files: dict[GraphName, str], record: PrecisionRecord
+) -> bool:
+    """Whether they are the portable graphs, or as many that no other target or precision has."""
+    if target.revision is None:
+        return files == record.graphs
+    others = {
+        engine.file
+        for other in record.targets.values()
+        if other != target
+        for engine in other.engines
+    }
+    own = set(files.values())
+    return len(own) == len(files) and not own & {*record.graphs.values(), *others}
 
 
 def _of_capacity(target: TargetRecord, manifest: Manifest) -> Iterator[str]:

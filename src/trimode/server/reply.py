@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import Receive
@@ -16,6 +16,7 @@ from trimode.runtime.engine.handle import Handle
 from trimode.server.errors import CLIENT_LEFT, ApiError
 from trimode.server.outputs import ChoiceText, Update
 from trimode.server.records import RequestRecord, make_record
+from trimode.server.ticking import every
 
 
 class Bell:
@@ -42,21 +43,6 @@ class Bell:
         self._event.clear()
         self._is_rung = False
         return True
-
-    @contextlib.contextmanager
-    def ringing_every(self, seconds: float) -> Iterator[None]:
-        """Ring regularly, too. One timer for a whole answer costs less than one for each wait."""
-
-        def again() -> None:
-            nonlocal timer
-            self.ring()
-            timer = self._loop.call_later(seconds, again)
-
-        timer = self._loop.call_later(seconds, again)
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 @dataclass(frozen=True)
@@ -137,7 +123,7 @@ class Reply:
         for handle in self.handles:
             handle.add_done_callback(self.bell.ring)
         last = time.monotonic()
-        with self.bell.ringing_every(ping_s / 2):
+        with every(ping_s / 2, self.bell.ring):
             while not all(text.is_finished for text in self.texts):
                 await self.bell.wait()
                 news, now = self._read(), time.monotonic()

@@ -21,6 +21,7 @@ from trimode.server.protocol.base import StreamOptions
 from trimode.server.reasoning import CLOSE as END_THINK
 from trimode.server.reply import Reply, watching_client
 from trimode.server.service import Service
+from trimode.server.ticking import every
 from trimode.server.usage import ending_of, usage_so_far
 
 _DONE, _PING = b"data: [DONE]\n\n", b": ping\n\n"
@@ -168,8 +169,6 @@ def _data(found: Object) -> bytes:
 async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
     """Let nobody take longer over a part than so many seconds.
 
-    One timer looks now and then: a timer for each part would cost more than the part.
-
     Raises:
         TimeoutError: somebody has.
     """
@@ -177,11 +176,8 @@ async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
     async with asyncio.timeout(None) as scope:
 
         def look() -> None:
-            nonlocal timer
             if loop.time() - since > timeout_s:
                 scope.reschedule(loop.time())
-            else:
-                timer = loop.call_later(timeout_s / 2, look)
 
         async def within(message: Any) -> None:
             nonlocal since
@@ -189,8 +185,5 @@ async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
             await send(message)
             since = math.inf
 
-        timer = loop.call_later(timeout_s / 2, look)
-        try:
+        with every(timeout_s / 2, look):
             yield within
-        finally:
-            timer.cancel()

@@ -76,6 +76,14 @@ MaxBatch = Annotated[int, typer.Option(help="Most sequences in one forward of an
 Quadratic = Annotated[
     bool, typer.Option("--quadratic", help="Build the graph of quadratic self-speculation too.")
 ]
+QuantizeHead = Annotated[
+    bool,
+    typer.Option("--quantize-head", help="With `--calibration rtn`: quantize the output head too."),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="On a CPU, multiply int4 weights in float32 (half as fast)."),
+]
 Weights = Annotated[
     str,
     typer.Option(
@@ -85,6 +93,12 @@ Weights = Annotated[
 ]
 Workspace = Annotated[
     int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")
+]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB", help="Memory of the GPU in 10^9 bytes; default: the smallest variant sold."
+    ),
 ]
 TimingCache = Annotated[
     Path | None,

@@ -110,6 +110,33 @@ Logprobs = Annotated[
         help="Add to --json the log-probabilities of each token and of the N most probable ones.",
     ),
 ]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|JSON", help="JSON schema that the answer follows: a file, or the text of one."
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option(metavar="R", help="Regular expression that the whole answer matches.")
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that the answer may be; repeatable."),
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar", metavar="FILE", help="Grammar that the answer follows, in Lark's form or GBNF."
+    ),
+]
+JsonObject = Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")]
+Compact = Annotated[bool, typer.Option("--compact", help="Answer with JSON without blanks.")]
+AfterThinking = Annotated[
+    bool,
+    typer.Option(
+        "--after-thinking", help="Let the schema or grammar begin after the token </think>."
+    ),
+]
 TimingsFile = Annotated[
     Path | None,
     typer.Option(

@@ -149,7 +149,7 @@ function drawLane(lane, all) {
 	lane.steps.forEach((one, i) => {
 		const node = lane.strip.children[i] || lane.strip.appendChild(make("i", "", LETTERS[one.phase] || "C"));
 		const share = (isTime() ? one.ms || 0 : 1) / all;
-		node.className = one.phase + (i < n ? "" : " later");
+		node.className = (one.phase || "commit") + (i < n ? "" : " later");
 		wide(node, share).style.left = `${100 * ((isTime() ? one.end_ms : i + 1) / all - share)}%`;
 		node.style.fontSize = share < 0.025 ? 0 : "";
 	});

@@ -1,0 +1,1 @@
+"""Beside other runtimes: the same shapes, machine and threads, in turns."""
