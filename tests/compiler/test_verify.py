@@ -462,6 +462,7 @@ def test_a_bundle_that_computes_nan_fails_by_the_names_of_its_graphs(
     outputs = [output for record in failed(found) for output in record.outputs]
     assert len(lines) == sum(not output.passed for output in outputs) + len(found.tokens)
     assert all("no number" in line for line in lines)
+    assert any("NaN or infinity" in line for line in printed)
     assert "NaN" not in (bundle / VERIFICATION).read_text()
 
 
