@@ -4,10 +4,10 @@ of three graphs.
     python -m benchmarks.cpu_int4 [--megabytes 500]
 
 One random float32 checkpoint of about that size, three bundles for ``cpu``: fp32, int4 with
-products in float32 (``exact``), and int4 as built, with the inputs of products in int8 blocks. Speeds are taken in
-turns in one process with two threads, so that their ratios are of one machine in one state; memory
-in a process of its own for each bundle, after every graph has run at 1 and at 32 rows, less that of
-the same process with nothing loaded.
+products in float32 (``exact``), and int4 as built, with the inputs of products in int8 blocks.
+Speeds are taken in turns in one process with two threads, so that their ratios are of one machine
+in one state. Memory is that of a process of its own for each bundle, after every graph has run at 1
+and at 32 rows, less that of the same process with nothing loaded.
 """
 
 from __future__ import annotations

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serving import serving
-
 from benchmarks.common import arguments_of, save
+from tests.serving import serving
 from trimode import Engine, TriModeModel
 from trimode.calib.demo.tasks import examples
 from trimode.server.service import Service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ class BuildOptions:
         weights: ``shared``: TensorRT engines take the weights as inputs, from the one pack;
             ``baked``: each holds its own copy.
         workspace_mib: Most scratch memory of an engine on the GPU; None = the library's choice.
+        gpu_memory_gb: Memory of the GPU in 10^9 bytes; None = that of the smallest variant sold.
         timing_cache: File for TensorRT's timing cache (TensorRT-RTX has none).
         num_jobs: Engines compiled at a time; None = one a core.
         cache: Folder of traced graphs and engines; None keeps none.
@@ -64,6 +66,7 @@ class BuildOptions:
     exact: bool = False
     weights: Placement = "shared"
     workspace_mib: int | None = None
+    gpu_memory_gb: float | None = None
     timing_cache: Path | None = None
     num_jobs: int | None = None
     cache: Path | None = None
@@ -74,6 +77,7 @@ class BuildOptions:
         """Raise :class:`UsageError` for a value out of its range."""
         self._check_block_lengths()
         self._check_capacities()
+        self._check_memory()
         if not 1 <= self.max_batch <= MAX_BATCH:
             raise UsageError(
                 f"expected `max_batch` from 1 to {MAX_BATCH}, found {self.max_batch}",
@@ -108,6 +112,14 @@ class BuildOptions:
             raise UsageError(
                 "expected at least one block length, found none",
                 "pass for example `block_lengths` 8,16,32",
+            )
+
+    def _check_memory(self) -> None:
+        found = self.gpu_memory_gb
+        if found is not None and not 0 < found < math.inf:
+            raise UsageError(
+                f"expected `gpu_memory_gb` above 0, found {found:g}",
+                "leave it out for what the target's GPU has",
             )
 
     def _check_capacities(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trimode.compiler.additions import check_same, drop_targets, read_existing, without_built
+from trimode.compiler.memory.room import check_room
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.layout import read_tensors
 from trimode.compiler.pack.writer import PackWriter
@@ -163,6 +164,7 @@ def _create(build: _Build) -> BuildResult:
     plan, source = build.plan, SourceDigest(build.plan.checkpoint)
     build.check_toolchain()
     layout = lay_out_pack(plan, source.read)
+    check_room(plan, layout.tensors)
     with staged_folder(build.output, force=plan.options.force) as folder:
         check_space(build.output, layout.num_bytes)
         pack = folder / plan.names.pack

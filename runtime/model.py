@@ -308,7 +308,8 @@ class TriModeModel(BundleParts, Closable):
     def _open_stream(self, batch: int, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
         """Continue a sequence that runs side by side with others, ``batch`` at most."""
         self.check_open()
-        return Stream(sequence, mode, self.read_options(mode, options, batch), lambda: self.codec)
+        chosen = self.with_grammar(self.read_options(mode, options, batch))
+        return Stream(sequence, mode, chosen, lambda: self.codec)
 
     def read_options(self, mode: Mode, options: dict[str, Any], batch: int = 1) -> DecodeOptions:
         """Check keywords of :meth:`stream`, and fill in what they leave open.
@@ -389,7 +390,7 @@ class TriModeModel(BundleParts, Closable):
             for ids, chosen in zip(rows, options_by_prompt(options, len(rows)), strict=True)
         ]
         for request in requests:
-            self._reader().read(mode, request.options)
+            self.with_grammar(self._reader().read(mode, request.options))
         batch = self._new_batch(max_rows, max(1, len(requests)))
         results = {number: row for number, row, _ in batch.answer_all(requests)}
         return [results[number].result for number in range(len(requests))]

@@ -23,6 +23,7 @@ from trimode.runtime.decode.arguments import (
     instance_of,
 )
 from trimode.runtime.decode.options import KINDS, MODE
+from trimode.runtime.engine.compiling import Compiling
 from trimode.runtime.engine.core import EngineCore
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.state import ModePolicy
@@ -31,6 +32,7 @@ from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.snapshot import snapshot
 from trimode.runtime.engine.stats import EngineStats
 from trimode.runtime.engine.worker import Worker
+from trimode.runtime.measure.trace import TraceWriter
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.request.batches import check_batches, check_max_rows
 from trimode.runtime.request.prompts import check_row
@@ -41,8 +43,9 @@ from trimode.runtime.service_parts import (
     check_within,
     open_model,
     open_stream,
-    planned_by_load,
     shut,
+    timed,
+    trace_request,
     with_seed,
 )
 
@@ -65,7 +68,7 @@ _SUBMITTING: dict[str, Kind] = {
     "max_new_tokens": WHOLE.or_none(),
     "priority": WHOLE,
     "timeout_s": NUMBER.or_none(),
-    "cache_salt": TEXT,
+    "cache_salt": TEXT.or_none(),
     "n": WHOLE,
     "system_length": WHOLE,
 }
@@ -90,9 +93,10 @@ class Engine:
         prefill_share: Share of the time that reading prompts has while others decode, above 0 and
             below 1.
         is_fair: Whether waiting requests of one priority take turns by their ``fair_key``.
-        by_load: Whether one plan is made for all rows in mode ``auto`` without a seed, by the
-            table of ``trimode bench --batch`` where there is one. Else each row has its own. It
-            is made where the engine's mode is ``auto``.
+        by_load: Whether the table of ``trimode bench --batch`` is used, where there is one. By it
+            rows wait for others that are one forward behind, where that pays. And where the
+            engine's mode is ``auto``, one plan is made for all rows in that mode without a seed;
+            else each row has its own.
         freeze_timings: Whether that table stays as it was measured; else it learns.
         mode_policy: Plans to use in place of these.
         opening: Keywords of :meth:`TriModeModel.from_pretrained`, for a bundle folder.
@@ -145,21 +149,24 @@ class Engine:
             session = check_batches(opened.session)
             check_max_rows(max_rows, session.max_batch, opened.target)
             opened.read_options(mode, {}, max_rows)
-            if by_load and mode == "auto" and mode_policy is None:
-                settings = planned_by_load(settings, opened, is_frozen=freeze_timings)
+            if by_load:
+                has_plans = mode == "auto" and mode_policy is None
+                settings = timed(settings, opened, has_plans=has_plans, is_frozen=freeze_timings)
         except BaseException:
             if is_own:
                 opened.close()
             raise
         self._core = EngineCore(session, opened.model, partial(open_stream, opened), settings)
+        self._compiling = Compiling(opened.with_grammar, self._core.post)
         self._places = threading.BoundedSemaphore(max_rows + max_queue)
         self._most = max_rows + max_queue
         self._gate = threading.Lock()
         self._is_closed = False
         self._worker = Worker(self._core)
-        self._finalizer = weakref.finalize(self, shut, self._worker, opened if is_own else None)
+        own = opened if is_own else None
+        self._finalizer = weakref.finalize(self, shut, self._compiling, self._worker, own)
 
-    @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key"))
+    @checks_arguments(_SUBMITTING, options=(*KINDS, "on_piece", "fair_key", "trace"))
     def submit(
         self,
         ids: Any,
@@ -168,11 +175,12 @@ class Engine:
         max_new_tokens: int | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        cache_salt: str = "",
+        cache_salt: str | None = "",
         fair_key: Hashable = None,
         n: int = 1,
         system_length: int = 0,
         on_piece: Callable[[list[int]], Any] | None = None,
+        trace: TraceWriter | None = None,
         **choices: Any,
     ) -> Handle:
         """Ask for a text.
@@ -183,14 +191,18 @@ class Engine:
             max_new_tokens: Most tokens of the answer; None = 128, or what the model has room for.
             priority: Larger comes first.
             timeout_s: Seconds from now after which the request fails.
-            cache_salt: Computed prefixes are shared among requests of one salt only.
+            cache_salt: Computed prefixes are shared among requests of one salt only; None =
+                with none, and nothing is kept.
             fair_key: Whom the request counts for in a fair engine; None = its salt.
             n: Number of texts. Their prompt is read once. Where a seed is given, the next text
                 has the next seed. See :attr:`Handle.choices`.
             system_length: Tokens at the beginning of the prompt that are the system prompt; kept
                 longest.
             on_piece: Called with each list of tokens, on the engine's thread; should be short.
-            choices: Keywords as for :meth:`TriModeModel.stream`.
+            trace: Gets a run for each text, mostly on the engine's thread.
+            choices: Keywords as for :meth:`TriModeModel.stream`. A grammar of
+                ``structured_outputs`` is compiled beside the engine's thread. Where it is wrong,
+                the handle ends with a :class:`UsageError`.
 
         Raises:
             UsageError: a value is out of its range; or prompt and answer can never fit; or the
@@ -209,14 +221,16 @@ class Engine:
         choices["max_new_tokens"] = max_new_tokens
         options = self.model.read_options(mode, choices, self._core.settings.max_rows)
         now = time.perf_counter()
+        namespace = ("salt", cache_salt) if cache_salt is not None else ("own", object())
         requests = [
             Request(
                 handle=Handle(prompt, self._core.post),
                 ids=prompt,
                 mode=mode,
                 options=with_seed(options, number),
-                namespace=("salt", cache_salt),
+                namespace=namespace,
                 fair_key=("salt", cache_salt) if fair_key is None else ("key", fair_key),
+                is_kept=cache_salt is not None,
                 priority=priority,
                 deadline=None if timeout_s is None else now + timeout_s,
                 system_length=system_length,
@@ -227,10 +241,13 @@ class Engine:
         for handle in handles:
             handle.choices = handles
             handle.on_piece = on_piece
+        if trace is not None:
+            for request in requests:
+                trace_request(request, trace, self._core.modes)
         self._post(requests)
         return handles[0]
 
-    @checks_arguments(_FOLLOWING, options=(*_SUBMITTING, *KINDS, "on_piece", "fair_key"))
+    @checks_arguments(_FOLLOWING, options=(*_SUBMITTING, *KINDS, "on_piece", "fair_key", "trace"))
     def follow_up(self, handle: Handle, ids: Any, **choices: Any) -> Handle:
         """Go on after a text that has ended: its prompt, its answer and ``ids`` are the prompt.
 
@@ -266,7 +283,8 @@ class Engine:
         """
         with self._gate:
             self._is_closed = True
-            self._worker.stop(drain=drain)
+        self._compiling.close(drain=drain and not self._worker.is_current)
+        self._worker.stop(drain=drain)
         if self._worker.is_current:  # a callback closes its engine: the rest is done later
             return
         if not self._worker.join(timeout_s):
@@ -295,6 +313,10 @@ class Engine:
                 )
             for request in requests:
                 request.handle.add_closer(lambda _: self._places.release())
+            if requests[0].options.structured_outputs is not None:
+                self._compiling.add(requests)
+                return
+            for request in requests:
                 self._core.post(request)
 
     def _check_open(self) -> None:

@@ -10,10 +10,14 @@ from trimode.errors import UsageError
 from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Stream
+from trimode.runtime.engine.compiling import Compiling
+from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.load.setup import load_modes
+from trimode.runtime.engine.modes import Modes
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.settings import Settings
 from trimode.runtime.engine.worker import Worker
+from trimode.runtime.measure.trace import RunTrace, TraceWriter
 from trimode.runtime.model import TriModeModel
 from trimode.runtime.sessions.base import takes_block
 
@@ -32,27 +36,51 @@ def open_model(model: str | Path | TriModeModel, opening: dict[str, Any]) -> Tri
 
 def open_stream(model: TriModeModel, sequence: Sequence, request: Request) -> Stream:
     """Open the stream of a request."""
-    return Stream(sequence, request.mode, request.options, lambda: model.codec)
+    stream = Stream(sequence, request.mode, request.options, lambda: model.codec)
+    stream.observer = request.observer
+    return stream
 
 
-def planned_by_load(settings: Settings, model: TriModeModel, *, is_frozen: bool) -> Settings:
-    """Settings with one plan for all rows, where timings of several texts were measured."""
-    modes = None
-    if model.timings is not None:
-        modes = load_modes(
-            model.timings,
-            use_drafter=model.model.has_drafter,
-            takes_length=lambda length: takes_block(model.session, length),
-            is_frozen=is_frozen,
-        )
+def trace_request(request: Request, trace: TraceWriter, modes: Modes) -> None:
+    """Let a request be a run of a trace."""
+    run = trace.begin(request.mode, request.ids, request.options, lambda: modes.plan.reason)
+    request.observer = run
+    request.handle.add_done_callback(lambda handle: _end(run, handle))
+
+
+def _end(run: RunTrace, handle: Handle) -> None:
+    run.end(None if handle.error else handle.result(), handle.error)
+
+
+def timed(settings: Settings, model: TriModeModel, *, has_plans: bool, is_frozen: bool) -> Settings:
+    """Settings with a table of costs, where timings of several texts were measured.
+
+    Args:
+        settings: What is chosen otherwise.
+        model: Opened model.
+        has_plans: Whether one plan is made for all rows.
+        is_frozen: Whether the table stays as it was measured.
+    """
+    timings = model.timings
+    if timings is None or not (has_plans or any(one.batch > 1 for one in timings.forwards)):
+        return settings
+    modes = load_modes(
+        timings,
+        use_drafter=model.model.has_drafter,
+        takes_length=lambda length: takes_block(model.session, length),
+        is_frozen=is_frozen,
+    )
     if modes is None:
         return settings
-    observe, plans = modes.table.observe, modes.policy
-    return replace(settings, mode_policy=plans, make_row_policy=modes.row, observe=observe)
+    found = replace(settings, table=modes.table, alarm=modes.alarm, observe=modes.observe)
+    if not has_plans:
+        return found
+    return replace(found, mode_policy=modes.policy, make_row_policy=modes.row)
 
 
-def shut(worker: Worker, model: TriModeModel | None) -> None:
-    """What is left of an engine that nobody holds: its thread, and the model it has opened."""
+def shut(compiling: Compiling, worker: Worker, model: TriModeModel | None) -> None:
+    """What is left of an engine that nobody holds: its threads, and the model it has opened."""
+    compiling.close(drain=False)
     worker.stop(drain=False)
     worker.join(None)
     if model is not None:

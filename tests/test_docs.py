@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import run_line
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -45,41 +46,28 @@ def _anchors(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", GUIDES, ids=names(GUIDES))
 def test_commands_of_a_guide_run(page: Path, tmp_path: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    """And a quickstart prints what it shows."""
+    text, printed = page.read_text(encoding="utf-8"), ""
     (tmp_path / "artifacts").symlink_to(ROOT / "artifacts")
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
             if line.startswith(("trimode ", "echo ")):
-                _run(line, tmp_path)
+                done = run_line(line, tmp_path)
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                printed += done.stdout + done.stderr
+    if page.name == "quickstart.md":
+        _assert_shown_is_printed(text, printed)
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         if "from trimode" in snippet:
             subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=tmp_path, check=True)
 
 
-def _run(line: str, folder: Path) -> None:
-    words = shlex.split(line)
-    own = [sys.executable, "-m", "trimode.cli.main", *words[1:]]
-    command = own if words[0] == "trimode" else ["sh", "-c", line]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{line}\n{done.stderr}"
-
-
-def test_what_the_quickstart_prints_is_what_is_printed(tmp_path: Path) -> None:
+def _assert_shown_is_printed(text: str, printed: str) -> None:
     """Text and counts; speeds differ from machine to machine."""
-    text = (ROOT / "docs" / "guides" / "quickstart.md").read_text(encoding="utf-8")
-    (tmp_path / "artifacts").symlink_to(ROOT / "artifacts")
-    shown = "\n".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
-    printed = ""
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            if line.startswith("trimode "):
-                command = [sys.executable, "-m", "trimode.cli.main", *shlex.split(line)[1:]]
-                done = subprocess.run(
-                    command, cwd=tmp_path, capture_output=True, text=True, check=True
-                )
-                printed += done.stdout + done.stderr
-    for line in shown.splitlines():
-        assert re.sub(r"\d+ tokens/s", "", line) in re.sub(r"\d+ tokens/s", "", printed), line
+    printed = re.sub(r"\d+ tokens/s", "", printed)
+    for shown in re.findall(r"```text\n(.*?)```", text, re.DOTALL):
+        for line in shown.splitlines():
+            assert re.sub(r"\d+ tokens/s", "", line) in printed, line
 
 
 def test_the_architecture_picture_shows_the_layers() -> None:

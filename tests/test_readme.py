@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from commands import run_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,12 +23,7 @@ def test_readme_is_true(tmp_path: Path) -> None:
     ]
     assert len(commands) >= 5
     for command in commands:
-        arguments = (
-            [sys.executable, "-m", "trimode.cli.main", *shlex.split(command)[1:]]
-            if command.startswith("trimode ")
-            else ["sh", "-c", command]
-        )
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = run_line(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         subprocess.run(

@@ -21,7 +21,7 @@ from trimode.runtime.engine.grouping import Waiting, choose_group
 from trimode.runtime.engine.load.cost_table import CostTable
 from trimode.runtime.engine.load.rows import Pools, RowPolicy
 from trimode.runtime.engine.load.state import ModePolicy, RowState
-from trimode.runtime.engine.load.waiting import ReadyRows, first_to_run
+from trimode.runtime.engine.load.waiting import ComingRows, ReadyRows, first_to_run
 
 PREFILL_CHUNK = 512
 
@@ -251,7 +251,8 @@ class Simulator:
         others = [
             rows for rows in kinds.values() if rows[0] not in group and self._joins(rows, ready)
         ]
-        first = first_to_run(ready, [_ready(rows) for rows in others], self.table)
+        coming = [ComingRows(len(rows), 1, _ready(rows).ms(self.table)) for rows in others]
+        first = first_to_run(ready, coming, self.table)
         return group if first is None else others[first]
 
     def _joins(self, rows: list[_Row], ready: ReadyRows) -> bool:

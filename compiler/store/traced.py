@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -17,6 +19,7 @@ from trimode.compiler.store.cache import ContentCache, key_of
 from trimode.compiler.store.fingerprint import tracing_fingerprint
 from trimode.formats.contract import GraphName, ModelInfo, cache_specs, graph_contract
 from trimode.graphs.checkpoint import Checkpoint
+from trimode.graphs.config import ModelConfig
 
 
 def traced_graph(
@@ -46,11 +49,12 @@ def key_of_trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo
     """Digest of everything that a traced graph depends on; weights are not among it."""
     # as trace_graph: the others have no branch
     drafter = checkpoint.drafter if graph_name == "draft" else None
+    config, facts = _that_decide(graph_name, checkpoint.config, model)
     return key_of(
         kind="traced graph",
         role=graph_name,
-        config=repr(checkpoint.config),
-        model=model.model_dump(mode="json"),
+        config=repr(config),
+        model=facts.model_dump(mode="json"),
         drafter=[drafter.rank, drafter.alpha] if drafter else None,
         sources=tracing_fingerprint(),
     )
@@ -59,7 +63,21 @@ def key_of_trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo
 def _trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> ir.Model:
     from trimode.graphs.decoder.trace import trace_graph  # brings PyTorch
 
-    return trace_graph(graph_name, checkpoint.config, model, checkpoint.drafter)
+    config, facts = _that_decide(graph_name, checkpoint.config, model)
+    return trace_graph(graph_name, config, facts, checkpoint.drafter)
+
+
+def _that_decide(
+    graph_name: GraphName, config: ModelConfig, model: ModelInfo
+) -> tuple[ModelConfig, ModelInfo]:
+    """Leave out what decides no graph, so that models that differ in it share their graphs.
+
+    Tracing is given the same as the key: what is left out can change nothing.
+    """
+    unread: dict[str, Any] = {"bos_token_id": None, "eos_token_ids": (), "block_size": 1}
+    has_drafter = model.has_drafter and graph_name == "draft"
+    facts = model.model_copy(update={**unread, "has_drafter": has_drafter})
+    return replace(config, **unread), facts
 
 
 def _write(graph: ir.Model, path: Path) -> None:

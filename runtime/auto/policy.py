@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,8 +196,18 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Reasoned(Protocol):
+    """A policy that gives the reason for its last choice, in words."""
+
+    @property
+    def reason(self) -> str: ...
+
+
 class FixedPolicy:
     """Always the same; without a table there is nothing to choose by."""
+
+    reason = "no timings of this machine: blocks of one length"
 
     def __init__(self, block_length: int) -> None:
         self._block_length = block_length
@@ -241,6 +251,7 @@ class AdaptivePolicy:
         self._num_tokens = 1
         self._ahead: list[float] = []
         self._step: _Step
+        self._reasons: tuple[float, list[float], list[float], list[int], list[float]]
 
     def choose(self, past: int, left: int) -> int:
         """See :class:`Policy`."""
@@ -263,7 +274,19 @@ class AdaptivePolicy:
         ]
         best = left_to_do.index(min(left_to_do))
         self._step = _Step((AR_STEP, *self._lengths)[best], times.verify_ms, remaining, scale)
+        self._reasons = times.ar_ms, cycles, likely, wanted, left_to_do
         return self._step.block_length
+
+    @property
+    def reason(self) -> str:
+        """What was expected of the last choice, and of what it was chosen over."""
+        ar_ms, cycles, likely, wanted, left_to_do = self._reasons
+        best = left_to_do.index(min(left_to_do[1:]), 1) - 1
+        tokens = sum(likely[: wanted[best] + 1])
+        return (
+            f"expected of a block of {self._lengths[best]}: {tokens:.1f} tokens in "
+            f"{cycles[best]:.2f} ms; of AR: 1 in {ar_ms:.2f} ms"
+        )
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
         """See :class:`Policy`. The draft is paid for; a further row has to save more than it

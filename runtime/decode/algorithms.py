@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from trimode.formats.contract import Mode, ModelInfo
 from trimode.runtime.auto.policy import AR_STEP, Policy, make_policy
-from trimode.runtime.decode.forward import Effect, Steps, drive
+from trimode.runtime.decode.forward import Effect, Forward, Outputs, Steps, drive
 from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.selectors import make_token_selector
 from trimode.runtime.decode.sequence import Sequence
-from trimode.runtime.decode.token_choice import TokenLogprob, TokenSelector, make_token_selector
+from trimode.runtime.decode.token_choice import TokenLogprob, TokenSelector
 from trimode.runtime.decode.unmasking import Denoised, fill_policy, reaching
 from trimode.runtime.sessions.base import Ids
 
@@ -48,6 +49,8 @@ class Counters:
         seed: of the draws; None where nothing is drawn.
         logprobs: one for each token, where asked for.
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
+        policy: of ``auto``: what has chosen these.
+        forced: tokens that a grammar decided; None without one.
     """
 
     nfe: int = 0
@@ -60,6 +63,8 @@ class Counters:
     seed: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     picks: dict[int, int] = field(default_factory=dict)
+    policy: Policy | None = None
+    forced: int | None = None
 
 
 class Algorithm:
@@ -78,9 +83,11 @@ class Algorithm:
 
 @Algorithm
 def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Autoregressive: one causal forward a token."""
+    """Autoregressive: one causal forward a token; none for tokens that a grammar decides."""
     budget, choose = _start(sequence, options, counters)
     while not budget.done:
+        if (yield from _jump(sequence, counters, budget, choose)):
+            continue
         counters.nfe += 1
         token = yield from choose.next()
         sequence.append([token])
@@ -102,6 +109,9 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
     )
     mask = sequence.model.mask_token_id
     while not budget.done:
+        if forced := _write_forced(sequence, budget, choose, options.block_length - 1):
+            yield forced
+            continue
         block = _masked_block((yield from choose.next()), options.block_length, sequence.model)
         choose.begin_block(block)
         for step in range(options.block_length):
@@ -111,13 +121,14 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
             counters.nfe += 1
             counters.denoised_slots += len(block)
             ids, probabilities = yield from sequence.denoise(block)
-            tokens, confidence = choose.denoised(block, masked, ids, probabilities)
+            tokens, confidence, masked = choose.denoised(block, masked, ids, probabilities)
             slots = fill(
                 Denoised(block, masked, ids, probabilities, tokens, confidence, mask, step)
             )
             block[slots] = tokens[slots]
             if not slots.any() or _ends_decided(block, budget.eos, mask):
                 break
+        block = choose.allowed(block)
         kept = budget.fit(budget.before_end(block.tolist()))
         length = len(sequence.tokens) + len(kept)
         choose.committed(kept)
@@ -138,8 +149,11 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
     budget, choose = _start(sequence, options, counters)
     if budget.done:
         return
-    yield budget.settle((yield from _seed(sequence, counters, choose)))
+    if not (yield from _jump(sequence, counters, budget, choose)):
+        yield budget.settle((yield from _seed(sequence, counters, choose)))
     while not budget.done:
+        if (yield from _jump(sequence, counters, budget, choose, options.block_length - 1)):
+            continue
         kept = budget.fit((yield from _cycle(sequence, options, counters, budget, choose)))
         sequence.accept(kept)
         yield budget.settle(kept)
@@ -192,8 +206,14 @@ def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) 
         sequence.tokens,
         is_confident=not options.sampling.is_random,
     )
-    yield budget.settle((yield from _seed(sequence, counters, choose)))
+    counters.policy = policy
+    if not (yield from _jump(sequence, counters, budget, choose)):
+        yield budget.settle((yield from _seed(sequence, counters, choose)))
+    length = options.block_length
     while not budget.done:
+        least = 1 if length == AR_STEP else options.block_length - 1
+        if (yield from _jump(sequence, counters, budget, choose, least)):
+            continue
         length = policy.choose(sequence.cached_length, budget.left)
         counters.picks[length] = counters.picks.get(length, 0) + 1
         if length == AR_STEP:
@@ -227,7 +247,36 @@ def _start(
 ) -> tuple[_Budget, TokenSelector]:
     choose = make_token_selector(sequence, options, counters.logprobs)
     counters.seed = choose.seed
-    return _Budget(sequence, options, counters), choose
+    return _Budget(sequence, options, counters, choose), choose
+
+
+def _write_forced(
+    sequence: Sequence, budget: _Budget, choose: TokenSelector, least: int
+) -> list[int]:
+    """Append a run of at least so many tokens that a grammar decides, or one that ends the text.
+
+    They take no forward here; the next one reads them. Empty where there is no such run.
+    """
+    run = budget.fit(choose.forced(max(1, least), budget.left))
+    if run:
+        sequence.append(run)
+        budget.settle(run)
+    return run
+
+
+def _jump(
+    sequence: Sequence, counters: Counters, budget: _Budget, choose: TokenSelector, least: int = 1
+) -> Generator[Forward | list[int], Outputs, bool]:
+    """Write such a run, and the token after it, which a single forward tells.
+
+    Returns whether there was one.
+    """
+    run = _write_forced(sequence, budget, choose, least)
+    if run:
+        yield run
+        if not budget.done:
+            yield budget.settle((yield from _seed(sequence, counters, choose)))
+    return bool(run)
 
 
 def _seed(sequence: Sequence, counters: Counters, choose: TokenSelector) -> Effect[list[int]]:
@@ -255,6 +304,7 @@ def _cycle(
     Returns the accepted tokens, up to the end of the text.
     """
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
+    choose.begin_draft(block)
     confidence = yield from _draft(sequence, block, options, counters, choose)
     if policy is not None:
         wanted = min(budget.left, len(budget.before_end(block[1:].tolist())) + 1)
@@ -339,9 +389,15 @@ def _ends_decided(block: Ids, eos: tuple[int, ...], mask_token_id: int) -> bool:
 class _Budget:
     """Applies the limits: how many tokens may still come, and where the text ends."""
 
-    def __init__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        options: DecodeOptions,
+        counters: Counters,
+        choose: TokenSelector,
+    ) -> None:
         self.eos = options.end_tokens(sequence.model)
-        self._counters, self._count = counters, 0
+        self._counters, self._count, self._choose = counters, 0, choose
         self.left = min(options.max_new_tokens, sequence.room)
         self.settle([])
 
@@ -369,7 +425,8 @@ class _Budget:
         self._count += len(kept)
         if self._counters.logprobs:
             del self._counters.logprobs[self._count :]  # of tokens that were chosen, but cut off
-        if kept and kept[-1] in self.eos:
+        self._counters.forced = self._choose.num_forced(self._count)
+        if (kept and kept[-1] in self.eos) or self._choose.is_over:
             self._counters.finish_reason = "stop"
         elif self.left <= 0:
             self._counters.finish_reason = "length"

@@ -33,7 +33,7 @@ class Forward:
     """A forward that a text needs.
 
     Attributes:
-        token_ids: ``(T,)``.
+        token_ids: ``(T,)``; a block of ``draft`` is filled in place once its outputs are there.
         past_length: tokens cached before them.
         drafter_scale: of ``draft``.
     """

@@ -25,6 +25,7 @@ from trimode.runtime.decode.arguments import (
 )
 from trimode.runtime.decode.sampling import SamplingOptions, check_sampling
 from trimode.runtime.decode.unmasking import SamplerName, Scorer
+from trimode.runtime.grammar.spec import StructuredOutputs, read_structured_outputs
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 DEFAULT_THRESHOLDS: dict[Mode, float] = {
@@ -68,6 +69,7 @@ class DecodeOptions:
         (:mod:`trimode.runtime.decode.unmasking`).
         steps: of the sampler ``schedule``: denoise forwards of a block; None = one a slot.
         scorer: what the sampler ``learned`` asks.
+        structured_outputs: what the answer has to follow; None = nothing.
     """
 
     max_new_tokens: int = 128
@@ -85,6 +87,7 @@ class DecodeOptions:
     sampler: SamplerName = "threshold"
     steps: int | None = None
     scorer: Scorer | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def end_tokens(self, model: ModelInfo) -> tuple[int, ...]:
         """The tokens that end a text."""
@@ -93,10 +96,13 @@ class DecodeOptions:
     @property
     def is_plain(self) -> bool:
         """Whether the ids that the graphs return are the tokens: nothing is drawn, penalised,
-        forbidden, forced or reported.
+        forbidden, forced or reported, and no grammar is followed.
         """
         is_free = (
-            self.min_new_tokens == 0 and self.max_thinking_tokens is None and self.logprobs is None
+            self.min_new_tokens == 0
+            and self.max_thinking_tokens is None
+            and self.logprobs is None
+            and self.structured_outputs is None
         )
         return is_free and not self.sampling.is_random and not self.sampling.changes_logits
 
@@ -120,6 +126,7 @@ class TokenChoices(TypedDict, total=False):
     stop: str | Seq[str]
     max_thinking_tokens: int | None
     end_think_token_id: int | None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None
 
 
 KINDS: dict[str, Kind] = {
@@ -146,6 +153,7 @@ KINDS: dict[str, Kind] = {
     "frequency_penalty": NUMBER,
     "logit_bias": BIASES.or_none(),
     "seed": WHOLE.or_none(),
+    "structured_outputs": Kind("what an answer follows", read_structured_outputs).or_none(),
 }
 """What the attributes of :class:`DecodeOptions` and :class:`SamplingOptions` take, by name."""
 MODE = {"mode": TEXT}
@@ -198,6 +206,7 @@ def check_options(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     _check_biases(options, model, mode)
     _check_limits(options, model, mode)
     _check_thinking(options, model)
+    _check_structured(options)
     _check_logprobs(options, model, mode)
     if mode == "quadratic_spec":
         _check_plain(options)
@@ -303,6 +312,23 @@ def _check_thinking(options: DecodeOptions, model: ModelInfo) -> None:
         raise UsageError(found, "the answer comes after it; pass other eos_token_ids")
 
 
+def _check_structured(options: DecodeOptions) -> None:
+    asked = options.structured_outputs
+    if asked is None:
+        return
+    if options.max_thinking_tokens is not None and not asked.after_thinking:
+        raise UsageError(
+            "expected after_thinking in structured_outputs together with max_thinking_tokens, "
+            "found it False",
+            "set it, or leave max_thinking_tokens out",
+        )
+    if asked.after_thinking and options.end_think_token_id is None:
+        raise UsageError(
+            "expected end_think_token_id together with after_thinking, found none",
+            "pass the id of the token that ends thinking",
+        )
+
+
 def _check_logprobs(options: DecodeOptions, model: ModelInfo, mode: Mode) -> None:
     most = min(TOP_K, model.vocab_size) if mode == "diffusion" else model.vocab_size
     if options.logprobs is not None and not 0 <= options.logprobs <= most:
@@ -326,6 +352,7 @@ def _check_plain(options: DecodeOptions) -> None:
         "min_new_tokens": options.min_new_tokens > 0,
         "max_thinking_tokens": options.max_thinking_tokens is not None,
         "logprobs": options.logprobs is not None,
+        "structured_outputs": options.structured_outputs is not None,
     }
     if found := [name for name, is_chosen in chosen.items() if is_chosen]:
         raise UsageError(

@@ -48,6 +48,8 @@ class Generation:
         picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
             other modes.
         elapsed_s: wall time, tokens in to tokens out.
+        forced_tokens: new tokens that a grammar decided, which need no forward of their own; None
+        without a grammar.
         drafted: drafts that were verified; 0 in the modes without drafts.
         accepted: those of each draft-and-verify cycle that are part of the text.
         denoised_slots: slots of blocks in denoise forwards; 0 outside of diffusion.
@@ -65,9 +67,29 @@ class Generation:
     logprobs: list[TokenLogprob] | None
     elapsed_s: float
     picks: dict[int, int] | None = None
+    forced_tokens: int | None = None
     drafted: int = 0
     accepted: tuple[int, ...] = ()
     denoised_slots: int = 0
+
+
+class Step(NamedTuple):
+    """One turn of an algorithm, for whoever observes it.
+
+    Attributes:
+        sequence: Its text, as it is after the turn.
+        counters: Its counters.
+        outputs: Outputs that it was given, good until the observer returns; None = none.
+        result: Forward that it needs next, or what it has committed; None before its first turn.
+    """
+
+    sequence: Sequence
+    counters: Counters
+    outputs: Outputs | None
+    result: Forward | Chunk | None
+
+
+Observer = Callable[[Step], object]
 
 
 class Stream:
@@ -82,6 +104,9 @@ class Stream:
         options: checked.
         codec: gives the tokenizer, when text is asked for or stop strings are given; without,
             neither may be.
+
+    Attributes:
+        observer: Told of each turn of the algorithm; None = nobody is.
     """
 
     def __init__(
@@ -92,6 +117,7 @@ class Stream:
         codec: Callable[[], TextCodec] | None = None,
     ) -> None:
         self._sequence, self._mode, self._options, self._codec = sequence, mode, options, codec
+        self.observer: Observer | None = None
         self._watch = self.new_text() if options.stop else None
         self._counters = Counters()
         self._before = Forwards(**vars(sequence.forwards))
@@ -138,6 +164,7 @@ class Stream:
         try:
             step = next(self._steps) if outputs is None else self._steps.send(outputs)
             if isinstance(step, Forward):
+                self._tell(outputs, step)
                 return step
             token_ids = step if self._watch is None else self._before_stop(self._watch, step)
         except StopIteration:
@@ -148,7 +175,13 @@ class Stream:
             raise
         self._token_ids += token_ids
         self._length = len(self._sequence.tokens)
-        return Chunk(token_ids, self._counters.finish_reason)
+        chunk = Chunk(token_ids, self._counters.finish_reason)
+        self._tell(outputs, chunk)
+        return chunk
+
+    def _tell(self, outputs: Outputs | None, result: Forward | Chunk | None) -> None:
+        if self.observer is not None:
+            self.observer(Step(self._sequence, self._counters, outputs, result))
 
     def break_off(self, error: BaseException) -> None:
         """Let the stream go no further, because of an error in it or in a forward that it asked
@@ -161,6 +194,11 @@ class Stream:
     def finish_reason(self) -> str | None:
         """``stop`` or ``length``; None where the text has not ended."""
         return self._counters.finish_reason
+
+    @property
+    def options(self) -> DecodeOptions:
+        """Checked options."""
+        return self._options
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
@@ -236,6 +274,7 @@ class Stream:
             logprobs=None if self._options.logprobs is None else list(counters.logprobs),
             elapsed_s=self._elapsed_s,
             picks=dict(sorted(counters.picks.items())) if self._mode == "auto" else None,
+            forced_tokens=counters.forced,
             drafted=counters.drafted,
             accepted=tuple(counters.accepted),
             denoised_slots=counters.denoised_slots,
@@ -267,6 +306,7 @@ class Stream:
                 Forwards(**vars(self._sequence.forwards)),
                 len(self._sequence.tokens),
             )
+            self._tell(None, None)
 
     def _check_usable(self) -> None:
         """Raise :class:`UsageError` where the text cannot be continued."""

@@ -72,16 +72,20 @@ class TokenSelector(Protocol):
 
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
-    ) -> tuple[Array, Array]:
-        """For each slot of such a block the token to fill it with, and the confidence in it:
-        ``(L,)`` each.
+    ) -> tuple[Array, Array, NDArray[np.bool_]]:
+        """For each slot of such a block the token to fill it with, the confidence in it, and
+        whether it may be filled: ``(L,)`` each.
         """
+        ...
+
+    def begin_draft(self, block: Ids) -> None:
+        """Likewise for a block to verify, whose first slot is the last token of the sequence."""
         ...
 
     def drafted(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array]:
-        """Likewise for a block to verify, whose first slot is the last token of the sequence."""
+        """For each slot of a block to verify the token, and the confidence in it."""
         ...
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:
@@ -90,23 +94,54 @@ class TokenSelector(Protocol):
         """
         ...
 
+    def allowed(self, block: Ids) -> Ids:
+        """What may be kept of a denoised block: all of it, or its beginning."""
+        ...
+
     def committed(self, token_ids: list[int]) -> None:
         """Take note of a denoised block, or what is kept of it, before it is appended to the
         sequence.
         """
         ...
 
+    def forced(self, least: int, most: int) -> list[int]:
+        """Take note of tokens after the sequence that are decided without a forward.
 
-def make_token_selector(
-    sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]
-) -> TokenSelector:
-    """The selector for these options; it appends to ``logprobs`` where they are asked for."""
-    return (
-        GreedySelector(sequence) if options.is_plain else RuledSelector(sequence, options, logprobs)
-    )
+        None where there are fewer than ``least``; ``most`` at a time.
+        """
+        ...
+
+    def num_forced(self, count: int) -> int | None:
+        """How many of the first ``count`` new tokens were decided so; None without a grammar."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no token can follow the sequence, not even an end token."""
+        ...
 
 
-class GreedySelector:
+class UnconstrainedSelector:
+    """What selectors do that know no grammar."""
+
+    @property
+    def is_over(self) -> bool:
+        return False
+
+    def begin_draft(self, block: Ids) -> None:
+        """Nothing is decided beforehand."""
+
+    def allowed(self, block: Ids) -> Ids:
+        return block
+
+    def forced(self, least: int, most: int) -> list[int]:  # noqa: ARG002
+        return []
+
+    def num_forced(self, count: int) -> int | None:  # noqa: ARG002
+        return None
+
+
+class GreedySelector(UnconstrainedSelector):
     """The most probable token, as the graphs return it."""
 
     seed = None
@@ -123,13 +158,20 @@ class GreedySelector:
     def denoised(
         self,
         block: Ids,  # noqa: ARG002
+        masked: NDArray[np.bool_],
+        ids: Array,
+        probabilities: Array,
+    ) -> tuple[Array, Array, NDArray[np.bool_]]:
+        return ids[:, 0], probabilities[:, 0], masked
+
+    def drafted(
+        self,
+        block: Ids,  # noqa: ARG002
         masked: NDArray[np.bool_],  # noqa: ARG002
         ids: Array,
         probabilities: Array,
     ) -> tuple[Array, Array]:
         return ids[:, 0], probabilities[:, 0]
-
-    drafted = denoised
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:  # noqa: ARG002
         return verification.greedy_ids[: verification.accepted_length + 1].tolist()  # type: ignore[no-any-return]
@@ -138,7 +180,7 @@ class GreedySelector:
         """Nothing is noted."""
 
 
-class RuledSelector:
+class RuledSelector(UnconstrainedSelector):
     """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of
     what the rules leave.
 
@@ -179,13 +221,13 @@ class RuledSelector:
 
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, NDArray[np.bool_]]:
         """The confidence is the probability that the model gives the token,
         as in the reference.
         """
         drawn, _ = self._draw_candidates(block, masked, self._index, ids, probabilities)
         self._slots.keep(masked, ids, probabilities)
-        return _column(ids, drawn), _column(probabilities, drawn)
+        return _column(ids, drawn), _column(probabilities, drawn), masked
 
     def drafted(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
@@ -204,7 +246,7 @@ class RuledSelector:
             token, is_accepted = self._verify_row(self._index + row, row, draft, verification)
             self._note(token, partial(verification.row, row))
             out.append(token)
-            if not is_accepted or token in self._ends:
+            if not is_accepted or token in self._ends or self._has_finished():
                 break
         return out
 
@@ -272,6 +314,14 @@ class RuledSelector:
 
         ``first`` is the index of the first slot.
         """
+        scores = self._candidate_scores(block, masked, first, ids, probabilities)
+        q = distribution(scores, self._sampling)
+        return (draw(q, self._rng) if self._sampling.is_random else q.argmax(-1)), q
+
+    def _candidate_scores(
+        self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
+    ) -> NDArray[np.float64]:
+        """Log-probabilities ``(L, 5)`` as penalties leave them; -inf for what must not come."""
         scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
         # A slot that draws the mask token would stay undecided and be drawn again; what fills it in
         # the end would have another distribution.
@@ -286,13 +336,16 @@ class RuledSelector:
         first_new = 0 if self._slots.knows(0) else 1
         filled = block[first_new:][~masked[first_new:]]
         scores = self._penalties.changed(ids, scores, filled)
-        q = distribution(np.where(never | ends, -np.inf, scores), self._sampling)
-        return (draw(q, self._rng) if self._sampling.is_random else q.argmax(-1)), q
+        return np.where(never | ends, -np.inf, scores)
 
     def _note(self, token: int, logits: Callable[[], NDArray[np.float32]]) -> None:
         self._mark(token)
         if self._options.logprobs is not None:
             self._logprobs.append(logprob_of(token, logits(), self._options.logprobs))
+
+    def _has_finished(self) -> bool:
+        """Whether no token can follow those that were noted."""
+        return False
 
     def _mark(self, token: int) -> None:
         self._penalties.add(token)

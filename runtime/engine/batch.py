@@ -27,6 +27,7 @@ from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Generation, Stream
 from trimode.runtime.engine.grouping import JointForward, Waiting, choose_group, join_forwards
 from trimode.runtime.engine.joint_forward import has_room, keep, run_joint
+from trimode.runtime.engine.neighbours import make_neighbours
 from trimode.runtime.sessions.base import (
     BatchCache,
     BatchSession,
@@ -277,7 +278,7 @@ class Batch:
                         del numbers[row]
 
     def _step(self, working: list[BatchRow]) -> None:
-        self._compact()
+        make_neighbours(self._rows, self._move)
         for row in working:
             if row.waiting is None:
                 self._advance(row)
@@ -318,20 +319,12 @@ class Batch:
         assert text is not None
         return text.sequence.cached_length
 
-    def _compact(self) -> None:
-        """Move rows from the end into free ones, so that those in use are neighbours."""
-        while None in self._rows[: len(self.rows)]:
-            free, last = (
-                self._rows.index(None),
-                max(i for i, row in enumerate(self._rows) if row is not None),
-            )
-            row = self._rows[last]
-            assert row is not None
-            self._cache.move(last, free, row.sequence.cached_length)
-            self._rows[free], self._rows[last] = row, None
-            row.session.row = free
-            if row.waiting is not None:
-                row.waiting = Waiting(free, row.waiting.forward, row.waiting.since)
+    def _move(self, row: BatchRow, place: int, free: int) -> None:
+        """Let a row lie elsewhere."""
+        self._cache.move(place, free, row.sequence.cached_length)
+        row.session.row = free
+        if row.waiting is not None:
+            row.waiting = Waiting(free, row.waiting.forward, row.waiting.since)
 
     def _index(self, row: BatchRow) -> int:
         """Where a row lies; :class:`UsageError` once it has left."""

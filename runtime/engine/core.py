@@ -16,7 +16,7 @@ from trimode.formats.contract import ModelInfo
 from trimode.formats.texts import reason_of
 from trimode.runtime.decode.forward import Outputs
 from trimode.runtime.decode.sequence import Sequence as Text
-from trimode.runtime.decode.stream import Stream
+from trimode.runtime.decode.stream import Chunk, Stream
 from trimode.runtime.engine.groups import CacheGroups
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.modes import Modes
@@ -70,7 +70,9 @@ class EngineCore:
         self._view = EngineSession(session)
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._deadlines = Deadlines()
-        self._turns = Turns(self.settings.latency_target_s, self.settings.prefill_share)
+        self._turns = Turns(
+            self.settings.latency_target_s, self.settings.prefill_share, self.settings.table
+        )
         self.modes = Modes(self.settings.mode_policy, self.settings.make_row_policy)
         self._num_failures = 0
         self.counts = Counts()
@@ -104,6 +106,11 @@ class EngineCore:
     def has_mail(self) -> bool:
         """Whether something was posted that nobody has looked at."""
         return not self._inbox.empty()
+
+    @property
+    def num_detours(self) -> int:
+        """Times that a forward waited for rows that were one forward behind."""
+        return self._turns.detours.num_taken
 
     def take_in(self) -> None:
         """Look at what was posted."""
@@ -187,18 +194,25 @@ class EngineCore:
         """Let a text begin behind what is computed of it; a failure lets it wait again."""
         hit = self.reuse.find(request, self.rows)
         row = self._new_row(request, hit.length)
-        if not self._advance(row):
-            return
-        try:
-            self.groups.place(row)
-            self.reuse.bring(hit, row)
-        except Exception as error:
-            self._not_begun(row, error)
-            return
-        self.rows.append(row)
-        request.handle.begin(hit.length)
-        self.counts.prompt_tokens += len(request.ids)
-        self.counts.cached_tokens += hit.length
+        chunks: list[Chunk] = []
+        # What a grammar decides may come before the first forward, or be the whole text
+        while (chunk := self._going_on(row)) is not None:
+            chunks.append(chunk)
+            if chunk.finish_reason is not None:
+                break
+        if row.forward is not None:
+            try:
+                self.groups.place(row)
+                self.reuse.bring(hit, row)
+            except Exception as error:
+                self._not_begun(row, error)
+                return
+            self.rows.append(row)
+            request.handle.begin(hit.length)
+            self.counts.prompt_tokens += len(request.ids)
+            self.counts.cached_tokens += hit.length
+        for chunk in chunks:
+            self._deliver(row, chunk)
 
     def _new_row(self, request: Request, cached_length: int) -> EngineRow:
         sequence = Text(self._view, self._model, request.ids)
@@ -270,21 +284,30 @@ class EngineCore:
         return Outcome.RETRYABLE
 
     def _advance(self, row: EngineRow, outputs: Outputs | None = None) -> bool:
-        """Let a row go on; whether it waits for a forward now. Its errors are its own."""
+        """Let a row go on; whether it waits for a forward now."""
+        chunk = self._going_on(row, outputs)
+        if chunk is not None:
+            self._deliver(row, chunk)
+        return row.forward is not None
+
+    def _going_on(self, row: EngineRow, outputs: Outputs | None = None) -> Chunk | None:
+        """Let a row go on to what it commits; None where it waits, or has failed.
+
+        Its errors are its own.
+        """
         try:
-            chunk = row.advance(outputs)
+            return row.advance(outputs)
         except Exception as error:
             row.is_broken = True
             row.handle.fail(error)
-            return False
-        if chunk is None:
-            return True
+            return None
+
+    def _deliver(self, row: EngineRow, chunk: Chunk) -> None:
         if row.handle.deliver(chunk.token_ids):
             self.counts.completion_tokens += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             row.spend()
             row.handle.finish(row.stream.result)
-        return False
 
     def _committed(self, row: EngineRow, outputs: Outputs) -> None:
         self._num_failures = 0

@@ -5,7 +5,7 @@ What a row's tokens are does not depend on any of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trimode.formats.contract import GraphName
@@ -63,13 +63,19 @@ def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
 
     Once a row has waited for :data:`PATIENCE` steps, its kind comes first.
     """
+    groups = by_kind(waiting)
+    oldest = min(waiting, key=lambda one: one.since)
+    if now - oldest.since >= PATIENCE:
+        return next(group for group in groups if oldest in group)
+    return max(groups, key=lambda group: (len(group), -min(one.since for one in group)))
+
+
+def by_kind(waiting: Iterable[Waiting]) -> list[list[Waiting]]:
+    """Rows by the kind of their forward: those of one kind may run together."""
     groups: dict[tuple[GraphName, int, float], list[Waiting]] = {}
     for one in waiting:
         groups.setdefault(_kind(one), []).append(one)
-    oldest = min(waiting, key=lambda one: one.since)
-    if now - oldest.since >= PATIENCE:
-        return groups[_kind(oldest)]
-    return max(groups.values(), key=lambda group: (len(group), -min(one.since for one in group)))
+    return list(groups.values())
 
 
 def join_forwards(

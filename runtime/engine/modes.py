@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from trimode.formats.contract import Mode
 from trimode.runtime.auto.policy import AR_STEP
+from trimode.runtime.engine.load.rows import MakeRowPolicy, RowPolicy
 from trimode.runtime.engine.load.state import ModePlan, ModePolicy, RowState
 from trimode.runtime.engine.request import Request
 from trimode.runtime.engine.row import EngineRow
-from trimode.runtime.engine.row_policy import MakeRowPolicy, RowPolicy
 from trimode.runtime.engine.stats import ModeSwitch
 
 _KEPT_SWITCHES = 100

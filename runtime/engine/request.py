@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimode.formats.contract import Mode
 from trimode.runtime.decode.options import DecodeOptions
+from trimode.runtime.decode.stream import Observer
 from trimode.runtime.engine.handle import Handle
 from trimode.runtime.engine.prefix_cache import Kind
 
@@ -25,8 +26,10 @@ class Request:
         priority: Larger comes first.
         deadline: On the engine's clock; None = none.
         system_length: Tokens of the prompt that are the system prompt.
+        is_kept: Whether what it has computed is kept for others once it has ended.
         number: Order of arrival.
         attempts: Times that it could not be given a row.
+        observer: Told of each turn of its algorithm, on the engine's thread; None = nobody is.
     """
 
     handle: Handle
@@ -38,8 +41,14 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     system_length: int = 0
+    is_kept: bool = True
     number: int = 0
     attempts: int = 0
+    observer: Observer | None = None
+
+    def take_grammar(self, compiled: DecodeOptions) -> None:
+        """Have the grammar that was compiled for options like its own."""
+        self.options = replace(self.options, structured_outputs=compiled.structured_outputs)
 
     @property
     def end(self) -> int:

@@ -136,7 +136,7 @@ class PrefixReuse:
     def keep(self, row: EngineRow) -> None:
         """Keep what a row that ends has computed. A failure loses it, and nothing else."""
         group, length = row.group, row.stored_length
-        if group is None or not length or not self._max_bytes:
+        if group is None or not length or not self._max_bytes or not row.request.is_kept:
             return
         cache, tokens = group.cache, row.sequence.tokens[:length]
         self._measure(cache.bytes_per_token)

@@ -10,8 +10,9 @@ from trimode.formats.contract import GraphName
 from trimode.runtime.decode.forward import Forward, Outputs
 from trimode.runtime.decode.sequence import Sequence
 from trimode.runtime.decode.stream import Chunk, Stream
+from trimode.runtime.engine.load.rows import RowPolicy
+from trimode.runtime.engine.neighbours import make_neighbours
 from trimode.runtime.engine.request import Request
-from trimode.runtime.engine.row_policy import RowPolicy
 from trimode.runtime.sessions.base import BatchCache, Ids, KVCache, SessionView
 
 CAUSAL: tuple[GraphName, ...] = ("ar", "verify")
@@ -58,6 +59,7 @@ class EngineRow:
         forward: Forward that it waits for; None after a commit.
         num_read: Tokens of that forward that have run: a prompt is read in parts.
         since: Step of its group in which it asked for the forward.
+        held_ms: Milliseconds that the forward waits for other rows' forwards, as predicted.
         attempts: Times that the forward has failed.
         causal_length: First slots that hold what causal graphs wrote.
         is_broken: Whether it has failed, so that nothing of it is kept.
@@ -76,7 +78,7 @@ class EngineRow:
         self.place = -1
         self.forward: Forward | None = None
         self.num_read = self.since = self.attempts = self.causal_length = 0
-        self.is_broken = False
+        self.held_ms, self.is_broken = 0.0, False
         self._begun = time.perf_counter()
 
     @property
@@ -152,7 +154,7 @@ class EngineRow:
             What it has committed; None where it waits for a forward.
         """
         answered = self.forward
-        self.forward, self.num_read = None, 0
+        self.forward, self.num_read, self.held_ms = None, 0, 0.0
         step = self.stream.advance(outputs)
         if outputs is not None and answered is not None and answered.graph_name in CAUSAL:
             self.causal_length = self.sequence.cached_length
@@ -209,7 +211,7 @@ class CacheGroup:
         row.since = self.num_steps
 
     def free(self, row: EngineRow) -> None:
-        """The only way that a row loses its place."""
+        """Take a row out of its place; nothing else does."""
         assert self.rows[row.place] is row
         self.rows[row.place], row.group = None, None
         self._has_gaps = True
@@ -222,15 +224,14 @@ class CacheGroup:
         """
         if not self._has_gaps:
             return 0
-        copied, count = 0, len(self.texts)
-        while None in self.rows[:count]:
-            free = self.rows.index(None)
-            last = max(place for place, row in enumerate(self.rows) if row is not None)
-            row = self.at(last)
+        copied = 0
+
+        def move(row: EngineRow, place: int, free: int) -> None:
+            nonlocal copied
             if row.valid_length:
-                self.cache.move(last, free, row.valid_length)
-            copied += row.valid_length
-            self.free(row)
-            self.take(row, free)
+                self.cache.move(place, free, row.valid_length)
+            row.place, copied = free, copied + row.valid_length
+
+        make_neighbours(self.rows, move)
         self._has_gaps = False
         return copied

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from trimode.runtime.engine.load.cost_table import CostTable
+from trimode.runtime.engine.load.drift import DriftAlarm
+from trimode.runtime.engine.load.rows import MakeRowPolicy, unmeasured_rows
 from trimode.runtime.engine.load.state import ModePolicy
-from trimode.runtime.engine.row_policy import MakeRowPolicy, PlainRowPolicy
 from trimode.runtime.engine.steps import Observe
 
 
@@ -23,6 +25,8 @@ class Settings:
         is_fair: Whether requests of one priority take turns by key.
         mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
         make_row_policy: Makes the policy of a row that follows such a plan.
+        table: Costs of forwards, by which rows wait for others; None = none does.
+        alarm: Warns when that table has become wrong.
         observe: Told of each forward how long it took; None = nobody is.
         clock: Gives the time in seconds; never goes back.
     """
@@ -33,6 +37,8 @@ class Settings:
     prefill_share: float = 0.5
     is_fair: bool = False
     mode_policy: ModePolicy | None = None
-    make_row_policy: MakeRowPolicy = PlainRowPolicy
+    make_row_policy: MakeRowPolicy = field(default_factory=unmeasured_rows)
+    table: CostTable | None = None
+    alarm: DriftAlarm | None = None
     observe: Observe | None = None
     clock: Callable[[], float] = time.perf_counter

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.engine.core import EngineCore
-from trimode.runtime.engine.stats import EngineStats
+from trimode.runtime.engine.row import EngineRow
+from trimode.runtime.engine.stats import EngineStats, RowStats
 
 
 def snapshot(core: EngineCore) -> EngineStats:
@@ -41,4 +43,22 @@ def snapshot(core: EngineCore) -> EngineStats:
         decode_s=counts.decode_s,
         mode_switches=tuple(core.modes.switches),
         num_mode_switches=core.modes.num_switches,
+        rows=tuple(_row(row) for row in rows),
+        detours=core.num_detours,
+        timing_alarms=0 if core.settings.alarm is None else core.settings.alarm.count,
+    )
+
+
+def _row(row: EngineRow) -> RowStats:
+    request, group = row.request, row.group
+    own = AR_STEP if request.mode == "ar" else request.options.block_length
+    return RowStats(
+        mode=request.mode,
+        block_length=own if row.policy is None else row.policy.block_length,
+        is_reading=row.is_reading,
+        prompt_tokens=len(request.ids),
+        shared_tokens=request.handle.usage.cached_tokens,
+        tokens=len(row.sequence.tokens),
+        cached_tokens=row.sequence.cached_length,
+        capacity=0 if group is None else group.capacity,
     )

@@ -32,6 +32,31 @@ class ModeSwitch:
 
 
 @dataclass(frozen=True)
+class RowStats:
+    """Describes a row at work.
+
+    Attributes:
+        mode: Mode of its request.
+        block_length: Block length of its step; 1 stands for AR.
+        is_reading: Whether it reads its prompt.
+        prompt_tokens: Tokens of its prompt.
+        shared_tokens: Those of them that were not computed again.
+        tokens: Tokens of prompt and answer so far.
+        cached_tokens: Those of them that are cached.
+        capacity: Slots of its cache.
+    """
+
+    mode: Mode
+    block_length: int
+    is_reading: bool
+    prompt_tokens: int
+    shared_tokens: int
+    tokens: int
+    cached_tokens: int
+    capacity: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Reports what an engine has done so far, and what it is doing.
 
@@ -65,6 +90,10 @@ class EngineStats:
         decode_s: Seconds of all other steps.
         mode_switches: Plans that changed, the newest last; the last hundred.
         num_mode_switches: Plans that changed, in all.
+        rows: Rows at work.
+        detours: Times that a forward waited for rows that were one forward behind.
+        timing_alarms: Times that forwards took over 1.5 times what the table of timings says, for
+            a minute.
     """
 
     is_healthy: bool
@@ -95,6 +124,9 @@ class EngineStats:
     decode_s: float
     mode_switches: tuple[ModeSwitch, ...]
     num_mode_switches: int
+    rows: tuple[RowStats, ...] = ()
+    detours: int = 0
+    timing_alarms: int = 0
 
 
 @dataclass

@@ -6,10 +6,12 @@ What a row's tokens are does not depend on any of this.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimode.runtime.decode.sequence import PREFILL_CHUNK
-from trimode.runtime.engine.grouping import Waiting, choose_group
+from trimode.runtime.engine.detours import Detours, Step
+from trimode.runtime.engine.grouping import PATIENCE, Waiting, by_kind, choose_group
+from trimode.runtime.engine.load.cost_table import CostTable
 from trimode.runtime.engine.row import CacheGroup, EngineRow
 
 LEAST_CHUNK = 16
@@ -91,6 +93,10 @@ class TimeShare:
         """Whether reading is due."""
         return self._credit >= 0
 
+    def may_read_ahead(self, seconds: float) -> bool:
+        """Whether reading may have these seconds before it is due: decoding makes up for them."""
+        return self._credit - seconds >= -self._most
+
     def record(self, seconds: float, *, is_prefill: bool, is_shared: bool) -> None:
         """Take note of a step; ``is_shared``: somebody else would have liked to run."""
         if not is_shared:
@@ -107,13 +113,18 @@ class Turns:
     Args:
         latency_target_s: Most seconds that a part of a prompt may keep a decoding row waiting.
         prefill_share: Share of the time that reading has while others decode.
+        table: Costs of forwards, by which rows wait for others; None = none does.
 
     Attributes:
         costs: What reading takes.
+        detours: Who waits for whom.
     """
 
-    def __init__(self, latency_target_s: float, prefill_share: float) -> None:
+    def __init__(
+        self, latency_target_s: float, prefill_share: float, table: CostTable | None = None
+    ) -> None:
         self.costs = ChunkCosts()
+        self.detours = Detours(table, 1000 * latency_target_s)
         self._target = latency_target_s
         self._share = TimeShare(prefill_share, latency_target_s)
         self._least_spent = 0.0
@@ -127,7 +138,7 @@ class Turns:
         is_shared = bool(reading and decoding)
         if reading and (not decoding or self._share.may_read):
             return self._read(reading, is_shared=is_shared)
-        return self._decode(decoding, is_shared=is_shared) if decoding else None
+        return self._decode(decoding, reading) if decoding else None
 
     def record(self, plan: StepPlan, seconds: float) -> None:
         """Take note of how long a step took."""
@@ -155,7 +166,7 @@ class Turns:
                 longest = padded
         return StepPlan(group, taken, len(taken), True, is_shared)
 
-    def _decode(self, decoding: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:
+    def _decode(self, decoding: Sequence[EngineRow], reading: Sequence[EngineRow]) -> StepPlan:
         """The group whose rows have had least time, and of it the kind of forward that comes
         next.
         """
@@ -169,7 +180,42 @@ class Turns:
         running = suspects[:1] or members  # alone, to know whose forward it is that fails
         waiting = [_waiting(row, row.num_left) for row in running]
         chosen = choose_group(waiting, group.num_steps)
-        return StepPlan(group, chosen, len(members), False, is_shared)
+        plan = StepPlan(group, chosen, len(members), False, bool(reading))
+        return plan if suspects else self._detour(plan, waiting, reading) or plan
+
+    def _detour(
+        self,
+        plan: StepPlan,
+        waiting: Sequence[Waiting],
+        reading: Sequence[EngineRow],
+    ) -> StepPlan | None:
+        """What the plan's rows should wait for, because it lets others join them; mostly None."""
+        group = plan.group
+        readers = [row for row in reading if row.group is group and not row.attempts]
+        rest = [one for one in waiting if one not in plan.waiting]
+        held = group.num_steps - min(one.since for one in plan.waiting)
+        if not (rest or readers) or held >= PATIENCE:
+            return None
+        ready = [group.at(one.row) for one in plan.waiting]
+        plans = [replace(plan, waiting=members) for members in by_kind(rest)]
+        if readers:
+            plans.append(self._read(readers, is_shared=True))
+        return self.detours.first(ready, [one for one in map(self._step, plans) if one])
+
+    def _step(self, plan: StepPlan) -> Step[StepPlan] | None:
+        """A plan with its rows and its time; None where that is unknown, or reading may not."""
+        rows = [plan.group.at(one.row) for one in plan.waiting]
+        if not plan.is_prefill:
+            ms = self.detours.ms(rows)
+            return None if ms is None else Step(plan, rows, ms)
+        tokens = max(one.num_tokens for one in plan.waiting) * len(rows)
+        seconds = self.costs.seconds(plan.group.capacity, tokens)
+        is_whole = all(
+            row.num_left == one.num_tokens for row, one in zip(rows, plan.waiting, strict=True)
+        )
+        if seconds is None or not is_whole or not self._share.may_read_ahead(seconds):
+            return None
+        return Step(plan, rows, 1000 * seconds)
 
 
 def group_of(row: EngineRow) -> CacheGroup:

@@ -18,6 +18,7 @@ from trimode.runtime.decode.options import (
     make_options,
     read_options,
 )
+from trimode.runtime.grammar.library import load_llguidance
 from trimode.runtime.request.parts import BundleParts
 from trimode.runtime.request.step_costs import StepCostTable
 from trimode.runtime.sessions.base import Session
@@ -49,8 +50,11 @@ class ChoiceReader:
 
         Raises:
             UsageError: an unknown mode or keyword, or a value out of its range.
+            DependencyError: an answer has to follow a grammar, and llguidance is not installed.
         """
         options = read_options(options)
+        if options.get("structured_outputs") is not None:
+            load_llguidance()
         _check_mode(mode)
         defaults = {
             "threshold": DEFAULT_THRESHOLDS[mode],
@@ -86,11 +90,12 @@ class ChoiceReader:
         return {"threshold": DEFAULT_MARGIN} if sampler == "margin" else {}
 
     def _with_end_think(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Add the tokenizer's ``</think>`` where a thinking budget names no token."""
-        if (
-            options.get("max_thinking_tokens") is None
-            or options.get("end_think_token_id") is not None
-        ):
+        """Add the tokenizer's ``</think>`` where it is needed and not named."""
+        asked = options.get("structured_outputs")
+        is_needed = options.get("max_thinking_tokens") is not None or (
+            asked is not None and asked.after_thinking
+        )
+        if not is_needed or options.get("end_think_token_id") is not None:
             return options
         return {**options, "end_think_token_id": self._parts.codec.token_id(END_THINK)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from trimode.errors import UsageError
@@ -9,7 +10,10 @@ from trimode.formats.hints import TRAIN_SAMPLER
 from trimode.formats.manifest import SamplerRecord
 from trimode.runtime.auto.timings import Timings, find_timings, subject_of
 from trimode.runtime.bundle.open import Bundle
+from trimode.runtime.decode.options import DecodeOptions
 from trimode.runtime.decode.unmasking import Scorer
+from trimode.runtime.grammar.compile import CompiledOutputs, GrammarCompiler
+from trimode.runtime.grammar.vocabulary import Vocabulary
 from trimode.runtime.text.codec import TextCodec
 
 
@@ -47,6 +51,27 @@ class BundleParts:
         from trimode.runtime.decode.learned_sampler import LearnedScorer
 
         return LearnedScorer(self.bundle.path / self.sampler_record.file, self.num_threads)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What compiles grammars; :class:`UsageError` where the bundle has no tokenizer.
+
+        Raises:
+            DependencyError: llguidance is not installed.
+        """
+        return GrammarCompiler(Vocabulary(self.codec.tokenizer, self.bundle.manifest.model))
+
+    def with_grammar(self, options: DecodeOptions) -> DecodeOptions:
+        """Compile the grammar of checked options, if they have one.
+
+        Raises:
+            UsageError: it is wrong or too complex, or the bundle has no tokenizer.
+            DependencyError: llguidance is not installed.
+        """
+        asked = options.structured_outputs
+        if asked is None or isinstance(asked, CompiledOutputs):
+            return options
+        return replace(options, structured_outputs=self.grammars.compile(asked))
 
     @property
     def sampler_record(self) -> SamplerRecord:

@@ -27,6 +27,8 @@ from trimode.runtime.text.token_window import Decoding
 __all__ = ["Message", "TextCodec", "TextStream", "first_stop"]
 
 Message = dict[str, Any]
+_BLANK = "\u2581"
+"""Stands for a blank in the vocabularies of SentencePiece."""
 THINKING = ("<think>", "</think>")
 _OF_TEMPLATES = ("chat_template", "continue_final_message")
 _CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -71,6 +73,11 @@ class TextCodec:
         return frozenset(
             one for one in added if decode([one]) != decode([one], skip_special_tokens=False)
         )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer itself, with the special tokens of all files."""
+        return self._tokenizer
 
     @property
     def cleans_up(self) -> bool:
@@ -167,6 +174,16 @@ class TextCodec:
         """
         return self._tokenizer.token_to_id(token)
 
+    def token_text(self, token_id: int) -> str:
+        """Decode one token, special tokens included; half a character becomes U+FFFD.
+
+        A blank before it is kept.
+        """
+        text = self._decode_raw([token_id], skip_special_tokens=False)
+        name = self._tokenizer.id_to_token(token_id) or ""
+        lost = name.startswith(_BLANK) and not text.startswith(" ")  # at the beginning of a text
+        return f" {text}" if lost else text
+
     def decode(self, token_ids: Seq[int]) -> str:
         """Decode tokens, without special tokens."""
         text = self._decode_raw(token_ids)
@@ -205,10 +222,6 @@ class TextCodec:
         rendered = self.render_chat(marked, **given)
         ids = tokens.encode(rendered, mark, self.encode_rendered)
         return rendered.replace(mark, ""), ids
-
-    def token_text(self, token: int) -> str:
-        """Decode one token, special tokens included; half a character becomes U+FFFD."""
-        return self._decode_raw([token], skip_special_tokens=False)
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """Encode what :meth:`render_chat` has rendered.

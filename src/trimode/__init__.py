@@ -34,6 +34,7 @@ from trimode.errors import (
 if TYPE_CHECKING:
     from trimode.runtime.decode.stream import Chunk, Generation
     from trimode.runtime.engine.handle import Handle
+    from trimode.runtime.grammar.spec import StructuredOutputs
     from trimode.runtime.model import TriModeModel
     from trimode.runtime.service import Engine
 
@@ -52,6 +53,7 @@ __all__ = [
     "QueueFullError",
     "RequestCancelledError",
     "RequestTimeoutError",
+    "StructuredOutputs",
     "TriModeModel",
     "TrimodeError",
     "UsageError",
@@ -62,6 +64,7 @@ _HOMES = {
     "Engine": "trimode.runtime.service",
     "Generation": "trimode.runtime.decode.stream",
     "Handle": "trimode.runtime.engine.handle",
+    "StructuredOutputs": "trimode.runtime.grammar.spec",
     "TriModeModel": "trimode.runtime.model",
 }
 """Where the names are that bring numpy with them."""

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from commands import trimode
 from conftest import Built
 
 from trimode.calib.evaluate.speed_of_light import oracle as search
@@ -208,15 +207,6 @@ def test_a_search_that_is_cut_short_says_so(built: Callable[[str], Built]) -> No
     assert ways["speed of light"].num_exhausted
     assert ways["speed of light"].nfe <= ways[SERIAL].nfe
     assert search.MAX_FORWARDS == 5000
-
-
-def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_command_writes_table_json_and_picture(

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import trimode
 
 from trimode.compiler.pipeline import build_bundle
 from trimode.formats.files import sha256_of
@@ -22,15 +21,6 @@ TEXT = "Add 478 and 356."
 USER = {"role": "user", "content": TEXT}
 SYSTEM = {"role": "system", "content": "Be brief."}
 NOTE = "there is no chat template, as in a base model: texts are taken as they are"
-
-
-def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import config_of, write_checkpoint
+from commands import trimode
 from conftest import Built
 
 from trimode.cli.parse import parse_biases
@@ -28,15 +29,6 @@ FIELDS = {
     "seed",
     "elapsed_s",
 }
-
-
-def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_version_and_help() -> None:

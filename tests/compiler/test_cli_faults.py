@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 from conftest import Built
 
@@ -30,15 +31,7 @@ DROP = (
 
 
 def trimode(*args: object, **changes: str) -> subprocess.CompletedProcess[str]:
-    command = [*CLI, *(arg if isinstance(arg, bytes) else str(arg) for arg in args)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        env=os.environ | changes,
-    )
+    return commands.trimode(*args, env=changes)
 
 
 def shell(script: str, *args: object) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from commands import trimode
 
 from trimode.cli.main import app
 from trimode.formats import hints
@@ -202,19 +201,11 @@ def test_the_commands_of_hints_run(tmp_path: Path) -> None:
     ):
         line = re.findall(r"`trimode ([^`]*)`", hint)[0]
         words = [str(places.get(word, word)) for word in shlex.split(line)]
-        command = [sys.executable, "-m", "trimode.cli.main", *words, *quick.get(words[0], [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = trimode(*words, *quick.get(words[0], []))
         assert done.returncode == 0, (line, done.stderr)
 
 
 def test_a_damaged_bundle_is_mended_by_its_hint(tmp_path: Path) -> None:
-    def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
     bundle, checkpoint = tmp_path / "bundle", ROOT / "artifacts" / "nld-tiny"
     ask = ("run", bundle, "--token-ids", "1,10", "--max-new-tokens", 1)

@@ -38,7 +38,8 @@ def _sources() -> set[str]:
         text=True,
     )
     files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    assert not [name for name in files if not name.endswith((".py", "py.typed"))]
+    is_code = (".py", "py.typed")
+    assert not [name for name in files if not (name.endswith(is_code) or "/static/" in name)]
     return {f"trimode/{name.removeprefix('src/trimode/')}" for name in files}
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import config_of, write_checkpoint
+from commands import trimode
 
 from trimode.cli.inspect import describe, sharing
 from trimode.compiler import pipeline
@@ -493,13 +492,6 @@ def test_only_what_a_precision_reads_is_hashed(
 
 
 def test_command_line(two: tuple[Path, BuildResult]) -> None:
-    def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "trimode.cli.main", *map(str, args)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
     command = (
         "run",

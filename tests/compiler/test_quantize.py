@@ -5,8 +5,6 @@ engines for real, and what is refused.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,11 @@ from checkpoints import config_of, write_checkpoint
 from once import TracedOnce
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
 from trimode.cli.inspect import describe
+from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.pack.integer_stream import WeightStream
 from trimode.compiler.pack.layout import plan_pack
@@ -883,23 +883,8 @@ def test_calibrations_of_something_else(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "trimode.cli.main",
-        "build",
-        str(checkpoint),
-        "-o",
-        str(tmp_path / "bundle"),
-        "--no-cache",
-        "--json",
-    ]
-    done = subprocess.run(
-        [*command, "--precision", "int4", "--calibration", "rtn"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["build", str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-cache", "--json"]
+    done = CliRunner().invoke(app, [*command, "--precision", "int4", "--calibration", "rtn"])
     assert json.loads(done.stdout)["precision"] == "int4", done.stderr
     assert "rounded to nearest, blocks of 64" in "\n".join(
         describe(open_bundle(tmp_path / "bundle").manifest)

@@ -32,6 +32,7 @@ from trimode.errors import CheckpointError
 from trimode.formats.contract import GraphName
 from trimode.formats.sampler import WEIGHTS, ShapeRecord, load_sampler_record
 from trimode.graphs.checkpoint import Checkpoint, describe_model, open_checkpoint
+from trimode.graphs.decoder.trace import trace_graph
 from trimode.graphs.sampler.network import BlockSampler, SamplerShape
 
 DEMO_SAMPLER = Path(__file__).parents[2] / "artifacts" / "nld-tiny-sampler"
@@ -168,6 +169,27 @@ def test_what_a_graph_depends_on_is_in_its_key(checkpoint: Checkpoint, tmp_path:
     )
     # weights do not count
     assert traced.key_of_trace("draft", same, describe_model(same)) == keys["it"]
+
+
+@pytest.mark.parametrize("graph_name", ["ar", "draft"])
+def test_models_that_differ_in_tokens_and_block_size_share_graphs(
+    checkpoint: Checkpoint, tmp_path: Path, traced_once: TracedOnce, graph_name: GraphName
+) -> None:
+    """The graph of the one is what tracing with all facts of the other gives."""
+    changes = {"bos_token_id": 7, "eos_token_id": [2, 3], "block_size": 8}
+    rank = 0 if graph_name == "ar" else 2
+    folder = write_checkpoint(tmp_path / "other", config_of(**SMALL, **changes), rank=rank)
+    other = open_checkpoint(folder)
+    facts = describe_model(other)
+    key, same = (
+        traced.key_of_trace(graph_name, one, describe_model(one)) for one in (checkpoint, other)
+    )
+    assert key == same
+    with_all = trace_graph(graph_name, other.config, facts, other.drafter)
+    shared = traced_once.graph(graph_name, checkpoint, describe_model(checkpoint))
+    assert to_bytes(lower(with_all, WeightsToInputs())) == to_bytes(
+        lower(shared, WeightsToInputs())
+    )
 
 
 def test_a_graph_from_the_cache_is_the_graph(

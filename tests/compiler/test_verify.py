@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import SHAPES, config_of, write_checkpoint
+from commands import trimode
 from conftest import Built
 from safetensors.torch import load_file, save_file
 
@@ -522,22 +523,16 @@ def test_a_reference_or_a_spread_that_is_no_number_passes_nothing(tmp_path: Path
 
 def test_command_line(copied: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = copied("plain")
-
-    def trimode(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trimode.cli.main", "verify", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    done = trimode(
-        bundle, "--against", checkpoint, "--json", "--max-new-tokens", 4, "--long", 40, "--seed", 2
-    )
+    command = ("verify", bundle, "--against", checkpoint)
+    done = trimode(*command, "--json", "--max-new-tokens", 4, "--long", 40, "--seed", 2)
     assert done.returncode == 0, done.stderr
     assert Verification.model_validate_json(done.stdout).passed
     weights = load_file(checkpoint / "model.safetensors")
     weights["diffusion_head.weight"][5] *= 1.02
     save_file(weights, checkpoint / "model.safetensors")
-    done = trimode(bundle, "--against", checkpoint, "--max-new-tokens", 4, "--long", 40)
+    done = trimode(*command, "--max-new-tokens", 4, "--long", 40)
     assert (done.returncode, "FAILED: " in done.stdout) == (1, True)
-    done = trimode(bundle, "--against", checkpoint, "--target", "toaster")
+    done = trimode(*command, "--target", "toaster")
     assert (done.returncode, done.stdout) == (2, "")
     assert "toaster" in done.stderr
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import config_of, write_checkpoint
+from commands import trimode
 
 from trimode.calib.reference.fake_quant import InputQuantizer, quantize_trunk
 from trimode.calib.reference.torch_session import TorchSession, load_trunk
@@ -369,22 +368,7 @@ def test_refuses_what_it_cannot_compare(
     change_tensor(bundle, f"{LAYER}.input_scale", np.float32, lambda values: values.fill(np.nan))
     with pytest.raises(BundleError, match=rf"{LAYER}.input_scale: expected positive numbers"):
         verify(bundle, checkpoint)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "trimode.cli.main",
-            "verify",
-            str(bundle),
-            "--against",
-            str(checkpoint),
-            "--precision",
-            "int4",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = trimode("verify", bundle, "--against", checkpoint, "--precision", "int4")
     assert (done.returncode, done.stdout) == (2, "")
     assert "expected a precision of the bundle (int8), found 'int4'" in done.stderr
 

@@ -115,6 +115,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], bool]] = {
     "frequency_penalty": (NOT_NUMBER, False),
     "logit_bias": (NOT_BIASES, True),
     "seed": (NOT_WHOLE, True),
+    "structured_outputs": ((1, "json", [], True), True),
 }
 """By option: values of the wrong type, and whether None is allowed."""
 CHOICES = (
@@ -131,6 +132,7 @@ CHOICES = (
     "stop",
     "max_thinking_tokens",
     "end_think_token_id",
+    "structured_outputs",
 )
 BLOCKS = ("max_new_tokens", "block_length")
 

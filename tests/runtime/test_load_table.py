@@ -239,8 +239,8 @@ def test_nobody_waits_longer_than_the_latency_target() -> None:
 
 def test_the_shortest_forward_that_is_worth_it_runs_first() -> None:
     found, ready = table(), ReadyRows("draft", 4, 8, 512)
-    long, short = ReadyRows("ar", 4, 512, 0), ReadyRows("ar", 4, 8, 0)
-    endless = ReadyRows("ar", 1, 512, 2048)
+    long, short = (ComingRows(4, 1, found.ms("ar", 4, tokens, 0)) for tokens in (512, 8))
+    endless = ComingRows(1, 1, found.ms("ar", 1, 512, 2048))
     assert first_to_run(ready, [long, short], found) == 1
     assert first_to_run(ready, [endless], found) is None
     assert first_to_run(ready, [], found) is None

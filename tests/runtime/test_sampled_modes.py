@@ -7,6 +7,7 @@ in seconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, cast
@@ -25,6 +26,10 @@ from sampling_reference import (
     with_transformers,
     without_penalties,
 )
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from trimode.calib.reference.torch_session import accepted_lengths
 from trimode.formats.contract import GraphName, Mode, ModelInfo
@@ -33,6 +38,9 @@ from trimode.runtime.decode.algorithms import MODES, Counters
 from trimode.runtime.decode.options import DecodeOptions, make_options
 from trimode.runtime.decode.sampling import SamplingOptions
 from trimode.runtime.decode.sequence import Sequence
+from trimode.runtime.grammar.compile import CompiledOutputs, GrammarCompiler
+from trimode.runtime.grammar.spec import read_structured_outputs
+from trimode.runtime.grammar.vocabulary import Vocabulary
 from trimode.runtime.sessions.base import Session
 
 VOCABULARY, MASK = 10, 9
@@ -374,3 +382,72 @@ def test_drawn_drafts_are_filled_from_the_left() -> None:
 def test_plain_options_read_no_logits() -> None:
     assert DecodeOptions().is_plain
     assert not make_options(temperature=0.5).is_plain
+
+
+LETTERS = "abcdef"
+EXPRESSION = "a[bd-f][a-f]|[c-f][ace][b-f]|b[a-f]f"
+"""Of three letters, which are the tokens 3 to 8; the last one is decided after b."""
+
+
+def grammar_of_letters() -> CompiledOutputs:
+    names = ["?", "<s>", "</s>", *LETTERS, "<mask>"]
+    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    tokenizer.add_special_tokens(["?", "<s>", "</s>", "<mask>"])
+    compiler = GrammarCompiler(Vocabulary(tokenizer, MODEL))
+    return compiler.compile(read_structured_outputs({"regex": EXPRESSION}))
+
+
+def exact_constrained(model: Reference, options: DecodeOptions) -> np.ndarray:
+    """Probability of each text that matches, with transformers' processors over what may come
+    next, which is read off all these texts.
+    """
+    table, sampling = np.zeros((VOCABULARY,) * 3), options.sampling
+    texts = map("".join, product(LETTERS, repeat=3))
+    matching = [text for text in texts if re.fullmatch(EXPRESSION, text)]
+    wanted = {tuple(3 + LETTERS.index(letter) for letter in text) for text in matching}
+    for text in wanted:
+        value = 1.0
+        for i, token in enumerate(text):
+            prefix = text[:i]
+            next_ids = sorted({one[i] for one in wanted if one[:i] == prefix})
+            logits = model.logits([*PROMPT, *prefix])[-1].double().numpy()
+            changed = with_penalties(logits, sampling, PROMPT, prefix)[next_ids]
+            kept = with_transformers(
+                changed, without_penalties(sampling), np.zeros(len(next_ids), bool)
+            )
+            value *= kept[next_ids.index(token)]
+        table[text] = value
+    return table
+
+
+CONSTRAINED = {
+    "plain": CASES["plain"],
+    "several draft forwards": CASES["several draft forwards"],
+    "top_k": {"temperature": TEMPERATURE, "threshold": 0.0, "top_k": 2},
+    "every penalty": CASES["every penalty"],
+}
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec"])
+@pytest.mark.parametrize("case", CONSTRAINED)
+def test_a_constrained_text_has_the_conditional_distribution(
+    session: RememberedSession, mode: Mode, case: str
+) -> None:
+    options = {**CONSTRAINED[case], "structured_outputs": grammar_of_letters()}
+    counts, _ = count_texts(session, mode, count=2000, **options)
+    expected = exact_constrained(session.model, make_options(**options))
+    assert np.isclose(expected.sum(), 1)
+    assert chi_squared_p_value(counts, expected) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("rule", WRONG_RULES)
+def test_a_wrong_rule_is_told_under_a_grammar(
+    session: RememberedSession, rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_choice, "accept_or_replace", rule)
+    options = {**CASES["plain"], "structured_outputs": grammar_of_letters()}
+    counts, _ = count_texts(session, "linear_spec", count=2000, **options)
+    expected = exact_constrained(session.model, make_options(**options))
+    assert chi_squared_p_value(counts, expected) < 1e-6

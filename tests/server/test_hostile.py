@@ -95,6 +95,12 @@ def test_a_bad_body_is_refused_in_openais_form(hostile: Any, name: str) -> None:
     assert len(answer.content) < 2000
 
 
+def test_prompts_times_answers_have_a_limit(hostile: Any) -> None:
+    asked = {"prompt": ["x"] * 64, "n": 16, "max_tokens": 1}
+    answer = post(hostile[0], json.dumps(asked).encode(), "/v1/completions")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "limit_exceeded")
+
+
 def test_ten_megabytes_are_too_much(hostile: Any) -> None:
     big = body_of(messages=[{"role": "user", "content": "a" * 10_000_000}])
     declared = post(hostile[0], big)

@@ -25,6 +25,8 @@ from trimode.runtime.engine.load.roofline import Forwards, fit_roofline
 CACHED_STEP = 32
 """Cached tokens between which a prediction is taken to be the same."""
 
+MOST_KNOWN = 4096
+"""Predictions that are kept."""
 LEARNED_FORWARDS = 5
 """Forwards of which one is learned from: an odd number, since drafts and verifications take turns.
 """
@@ -94,6 +96,10 @@ class CostTable:
         """Measured over predicted milliseconds, of late and over all forwards."""
         return self._corrections.common
 
+    def knows(self, graph_name: GraphName) -> bool:
+        """Whether a graph was measured."""
+        return graph_name in self._grids
+
     def ms(self, graph_name: GraphName, rows: int, tokens: int, cached: int) -> float:
         """Milliseconds that a forward is expected to take.
 
@@ -105,25 +111,32 @@ class CostTable:
 
     def observe(
         self, graph_name: GraphName, rows: int, tokens: int, cached: int, ms: float
-    ) -> None:
+    ) -> float | None:
         """Learn from a forward that took ``ms`` milliseconds, its host time included; every fifth
         is enough.
 
         Of forwards with more new tokens than were measured nothing is learned: how far a fit is
         off there says nothing of the forwards that it was made from.
+
+        Returns:
+            Measured over stored milliseconds; None of a forward that was not looked at.
         """
         self._num_forwards += 1
-        if self.is_frozen or self._num_forwards % LEARNED_FORWARDS:
-            return
+        if self._num_forwards % LEARNED_FORWARDS:
+            return None
         if graph_name not in self._grids or tokens > self._grids[graph_name].most_tokens:
-            return
+            return None
         base, place = self._predicted(graph_name, rows, tokens, cached)
-        self._corrections.observe((graph_name, tokens > 1), place, ms / base)
+        if not self.is_frozen:
+            self._corrections.observe((graph_name, tokens > 1), place, ms / base)
+        return ms / base
 
     def _predicted(
         self, graph_name: GraphName, rows: int, tokens: int, cached: int
     ) -> tuple[float, _Place]:
         key = graph_name, rows, tokens, round(cached / CACHED_STEP)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
         if key not in self._known:
             if graph_name not in self._grids:
                 raise UsageError(f"expected timings of {graph_name}, found none", BENCH)

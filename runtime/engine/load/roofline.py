@@ -87,8 +87,8 @@ def _error(roofline: Roofline, found: Forwards) -> float:
 def _non_negative(terms: Numbers, ms: Numbers) -> tuple[float, float, float]:
     """Least squares of relative errors; a term that would be negative is left out."""
     solved = np.zeros(terms.shape[1])
-    kept = _independent(terms)
-    while kept and len(ms):
+    kept = _independent(terms) if len(ms) else []
+    while kept:
         scaled = terms[:, kept] / ms[:, None]
         values = np.linalg.lstsq(scaled, np.ones(len(ms)), rcond=None)[0]
         if (values >= 0).all():

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from trimode.formats.contract import MAX_BLOCK_LENGTH
 from trimode.runtime.auto.acceptance import MEMORY_TOKENS, Acceptance
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.auto.prior import AcceptanceHistory, Prior
@@ -136,6 +137,11 @@ class RowPolicy:
         return following if is_going_on else 0
 
     @property
+    def next_length(self) -> int:
+        """Block length that the plan has for its next cycle."""
+        return self._length_of_plan()
+
+    @property
     def likely(self) -> tuple[float, ...]:
         """Probability that each token of a cycle comes, as in
         :class:`~trimode.runtime.engine.load.state.RowState`.
@@ -153,3 +159,13 @@ class RowPolicy:
         passed = self._num_tokens - self._num_forgotten
         self._acceptance.forget(passed * MEMORY_TOKENS / ROW_TOKENS)
         self._num_forgotten = self._num_tokens
+
+
+MakeRowPolicy = Callable[[Sequence[int], Callable[[], int]], RowPolicy]
+"""From a prompt, and from what gives the block length that the plan has for the row."""
+
+
+def unmeasured_rows() -> MakeRowPolicy:
+    """Make policies of rows of whose texts nothing was measured beforehand."""
+    pools = Pools(AcceptanceHistory(), MAX_BLOCK_LENGTH)
+    return lambda prompt, length_of_plan: RowPolicy(pools.of(prompt), length_of_plan)

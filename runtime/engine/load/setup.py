@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from trimode.formats.contract import GraphName
 from trimode.formats.hints import BENCH_BATCH
 from trimode.runtime.auto.policy import AR_STEP
 from trimode.runtime.auto.prior import AcceptanceHistory
 from trimode.runtime.auto.timings import Timings
 from trimode.runtime.engine.load.cost_table import CostTable
+from trimode.runtime.engine.load.drift import DriftAlarm
 from trimode.runtime.engine.load.policy import LoadPolicy, LoadSettings
 from trimode.runtime.engine.load.rows import Pools, RowPolicy
 
@@ -23,13 +25,23 @@ class LoadModes:
 
     Attributes:
         policy: Plans for the running rows.
-        table: Costs of the forwards; who runs them calls its ``observe``.
+        table: Costs of the forwards.
         pools: What texts have shown, by kind of prompt.
+        alarm: Warns when the table has become wrong.
     """
 
     policy: LoadPolicy
     table: CostTable
     pools: Pools
+    alarm: DriftAlarm = field(default_factory=DriftAlarm)
+
+    def observe(
+        self, graph_name: GraphName, rows: int, tokens: int, cached: int, ms: float
+    ) -> None:
+        """Learn from a forward that took ``ms`` milliseconds."""
+        ratio = self.table.observe(graph_name, rows, tokens, cached, ms)
+        if ratio is not None:
+            self.alarm.note(ratio)
 
     def row(self, prompt: Sequence[int], length_of_plan: Callable[[], int]) -> RowPolicy:
         """The policy of a row that follows the plan, after a prompt of token ids ``(n,)``."""

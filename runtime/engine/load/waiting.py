@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from trimode.formats.contract import GraphName
 from trimode.runtime.engine.load.cost_table import CostTable
 
+LEAST_SAVED = 0.25
+"""Share of the ready rows' forward that a joint one must save. Of 0, 1/4 and 1 the middle one took
+least time on every simulated machine (`benchmarks/waiting.py`).
+"""
+CYCLES_TOGETHER = 2
+"""Cycles in which rows that have run together go on so."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadyRows:
@@ -24,6 +31,10 @@ class ReadyRows:
     rows: int
     tokens: int
     cached: int
+
+    def ms(self, table: CostTable, more_rows: int = 0) -> float:
+        """Milliseconds of their forward, with more such rows in it."""
+        return table.ms(self.graph_name, self.rows + more_rows, self.tokens, self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +57,10 @@ def steps_to_wait(
 ) -> int:
     """Steps that ready rows should wait for coming ones; 0 where waiting does not pay.
 
-    All times are of one machine, which works either way. What differs is who stands still. Waiting
-    holds up the ready rows for ``coming.ms``. Not waiting holds up the coming rows for one forward,
-    and a later forward of their own holds up all.
+    Waiting pays only where a joint forward takes much less time than two: else it changes nothing
+    but the order. It holds up the ready rows for ``coming.ms``. Not waiting holds up the coming
+    rows for one forward, and what two forwards take longer holds up all, for some cycles: rows that
+    run together once go on together.
 
     Args:
         ready: Rows whose forward could run now.
@@ -58,20 +70,18 @@ def steps_to_wait(
     """
     if not coming.rows or coming.ms > most_ms:
         return 0
-
-    def ms(rows: int) -> float:
-        return table.ms(ready.graph_name, rows, ready.tokens, ready.cached)
-
-    both = ready.rows + coming.rows
-    saved = ms(ready.rows) + ms(coming.rows) - ms(both)
+    alone_ms, both = ready.ms(table), ready.rows + coming.rows
+    coming_ms = table.ms(ready.graph_name, coming.rows, ready.tokens, ready.cached)
+    saved = alone_ms + coming_ms - ready.ms(table, coming.rows)
     held_by_waiting = ready.rows * coming.ms
-    held_by_going_on = coming.rows * ms(ready.rows) + both * max(saved, 0.0)
-    return coming.steps if held_by_waiting <= held_by_going_on else 0
+    held_by_going_on = coming.rows * alone_ms + CYCLES_TOGETHER * both * saved
+    is_worth_it = saved > LEAST_SAVED * alone_ms and held_by_waiting <= held_by_going_on
+    return coming.steps if is_worth_it else 0
 
 
 def first_to_run(
     ready: ReadyRows,
-    others: Sequence[ReadyRows],
+    others: Sequence[ComingRows],
     table: CostTable,
     *,
     most_ms: float = float("inf"),
@@ -80,7 +90,7 @@ def first_to_run(
 
     Args:
         ready: Rows whose forward was chosen.
-        others: Groups whose next forward is the ready rows' kind.
+        others: Rows whose next forward is of the ready rows' kind, by group.
         table: Costs of the forwards.
         most_ms: Most milliseconds to wait.
 
@@ -90,8 +100,6 @@ def first_to_run(
     """
     best, least = None, float("inf")
     for index, other in enumerate(others):
-        ms = table.ms(other.graph_name, other.rows, other.tokens, other.cached)
-        coming = ComingRows(other.rows, 1, ms)
-        if ms < least and steps_to_wait(ready, coming, table, most_ms=most_ms):
-            best, least = index, ms
+        if other.ms < least and steps_to_wait(ready, other, table, most_ms=most_ms):
+            best, least = index, other.ms
     return best

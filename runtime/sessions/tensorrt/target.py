@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from trimode.errors import BundleError, DeviceError, UsageError
-from trimode.formats.contract import GRAPH_NAMES, GraphName, TensorSpec, cache_specs, joint_contract
+from trimode.formats.contract import (
+    GRAPH_NAMES,
+    GraphContract,
+    GraphName,
+    ModelInfo,
+    TensorSpec,
+    cache_specs,
+    joint_contract,
+)
 from trimode.formats.hints import ADD_TARGET, BUILD, REBUILD_TARGET
-from trimode.formats.manifest import EngineRecord, Manifest, TargetRecord
+from trimode.formats.manifest import EngineRecord, TargetRecord
 from trimode.runtime.bundle.open import Bundle
 from trimode.runtime.bundle.weights import PrecisionWeights
 from trimode.runtime.sessions.gpu import Gpu, NoGpu
@@ -120,7 +128,12 @@ def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> P
     }
 
     def lay_out(batch: int) -> tuple[CacheLayout, dict[GraphName, IoLayout]]:
-        io = {graph_name: _lay_out_io(manifest, target, graph_name, batch) for graph_name in files}
+        io = {
+            graph_name: lay_out_graph(
+                manifest.model, manifest.contracts[graph_name], target, graph_name, batch
+            )
+            for graph_name in files
+        }
         return lay_out_cache(manifest.model, target.compute_dtype, capacity, batch), io
 
     return PreparedEngines(
@@ -141,18 +154,26 @@ def _constant_bytes(target: TargetRecord) -> int:
     return min(engine.constant_bytes for engine in target.engines)
 
 
-def _lay_out_io(
-    manifest: Manifest, target: TargetRecord, graph_name: GraphName, batch: int
+def lay_out_graph(
+    model: ModelInfo,
+    contract: GraphContract,
+    target: TargetRecord,
+    graph_name: GraphName,
+    batch: int,
 ) -> IoLayout:
+    """Lay out the inputs and outputs of a graph for forwards of up to ``batch`` sequences.
+
+    Those of a joint engine are laid out once, for all of its graphs alike.
+    """
     joint = target.is_joint(graph_name)
     record = target.graphs["ar" if joint else graph_name]  # which has the most rows
     rows = max_rows(record)
     scratch = (
-        query_bytes(manifest.model, target.compute_dtype, graph_name, rows, batch)
+        query_bytes(model, target.compute_dtype, graph_name, rows, batch)
         if target.backend == "tensorrt_rtx"
         else 0
     )
-    contract = joint_contract(manifest.model) if joint else manifest.contracts[graph_name]
+    contract = joint_contract(model) if joint else contract
     return lay_out_io(engine_contract(contract, target.compute_dtype), rows, batch, scratch)
 
 

@@ -67,6 +67,8 @@ def as_record(result: Generation, text: str | None, prompt: Prompt) -> dict[str,
     }
     if result.picks is not None:
         record["picks"] = result.picks
+    if result.forced_tokens is not None:
+        record["forced_tokens"] = result.forced_tokens
     if result.logprobs is not None:
         record["logprobs"] = _logprobs(result.logprobs)
     if prompt.answers:
@@ -93,6 +95,8 @@ def summary(result: Generation) -> str:
         parts.append(f"acceptance length {result.acceptance_length:.2f}")
     if result.picks:
         parts.append(_picks(result.picks))
+    if result.forced_tokens is not None:
+        parts.append(f"{result.forced_tokens} forced")
     if result.seed is not None:
         parts.append(f"seed {result.seed}")
     speed = count / result.elapsed_s if result.elapsed_s else 0.0

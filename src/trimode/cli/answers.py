@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from trimode.cli.trace_output import traced
 from trimode.errors import UsageError
 
 if TYPE_CHECKING:
     from trimode.cli.batch_answers import BatchAnswer
     from trimode.cli.run_request import RunRequest
+    from trimode.cli.trace_output import TraceFile
     from trimode.formats.contract import Mode
     from trimode.runtime.decode.stream import Generation, Stream
     from trimode.runtime.model import TriModeModel
@@ -64,6 +66,7 @@ def one_by_one(
     questions: Sequence[EncodedPrompt | BadLine],
     mode: Mode,
     request: RunRequest,
+    trace: TraceFile | None = None,
 ) -> Iterator[Answer | BadLine]:
     """Answer one prompt after another; without --json print text as it arrives."""
     from trimode.runtime.text.prompts import BadLine
@@ -76,11 +79,12 @@ def one_by_one(
         # options that cannot be show here, before any answer
         stream = model.stream([token_ids], mode, **request.decoding)
         try:
-            text = (
-                _drain(model, stream, prompt)
-                if request.as_json
-                else _show_stream(model, stream, prompt)
-            )
+            with traced(trace, stream, mode, token_ids):
+                text = (
+                    _drain(model, stream, prompt)
+                    if request.as_json
+                    else _show_stream(model, stream, prompt)
+                )
         except UsageError as error:
             if prompt.line is None:
                 raise
@@ -94,6 +98,7 @@ def side_by_side(
     questions: Sequence[EncodedPrompt | BadLine],
     mode: Mode,
     request: RunRequest,
+    trace: TraceFile | None = None,
 ) -> Iterator[Answer | BadLine]:
     """Answer several prompts at the same time.
 
@@ -108,7 +113,7 @@ def side_by_side(
         if isinstance(one, EncodedPrompt)
     ]
     outcomes = answer_side_by_side(
-        model.new_batch(request.batch), asked, mode, dict(request.decoding)
+        model.new_batch(request.batch), asked, mode, dict(request.decoding), trace
     )
     for one in questions:
         if isinstance(one, BadLine):

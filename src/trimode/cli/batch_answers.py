@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimode.errors import UsageError
 from trimode.formats.contract import Mode
 from trimode.runtime.decode.stream import Chunk, Generation
 from trimode.runtime.engine.batch import Batch, BatchRow
 from trimode.runtime.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from trimode.cli.trace_output import TraceFile
+    from trimode.runtime.measure.trace import RunTrace
 
 
 class BatchQuestion(NamedTuple):
@@ -36,18 +40,27 @@ class _Text:
 
     number: int
     stream: TextStream | None
+    run: RunTrace | None
     pieces: list[str] = field(default_factory=list)
 
     def push(self, token_ids: list[int]) -> None:
         if self.stream is not None:
             self.pieces.append(self.stream.push(token_ids))
 
+    def end(self, result: Generation, error: UsageError | None = None) -> None:
+        if self.run is not None:
+            self.run.end(result, error)
+
     def whole(self) -> str | None:
         return None if self.stream is None else "".join([*self.pieces, self.stream.finish()])
 
 
 def answer_side_by_side(
-    batch: Batch, questions: Sequence[BatchQuestion], mode: Mode, options: dict[str, Any]
+    batch: Batch,
+    questions: Sequence[BatchQuestion],
+    mode: Mode,
+    options: dict[str, Any],
+    trace: TraceFile | None = None,
 ) -> Iterator[BatchAnswer | UsageError]:
     """Yield the answers in the questions' order, as soon as possible.
 
@@ -58,7 +71,7 @@ def answer_side_by_side(
     """
     finished: dict[int, BatchAnswer | UsageError] = {}
     following = 0
-    for number, outcome in _as_they_come(batch, questions, mode, options):
+    for number, outcome in _as_they_come(batch, questions, mode, options, trace):
         finished[number] = outcome
         while following in finished:
             yield finished.pop(following)
@@ -66,7 +79,11 @@ def answer_side_by_side(
 
 
 def _as_they_come(
-    batch: Batch, questions: Sequence[BatchQuestion], mode: Mode, options: dict[str, Any]
+    batch: Batch,
+    questions: Sequence[BatchQuestion],
+    mode: Mode,
+    options: dict[str, Any],
+    trace: TraceFile | None,
 ) -> Iterator[tuple[int, BatchAnswer | UsageError]]:
     todo = enumerate(questions)
     texts: dict[BatchRow, _Text] = {}
@@ -74,7 +91,8 @@ def _as_they_come(
         while batch.num_free and (one := next(todo, None)) is not None:
             number, question = one
             row = batch.add(question.token_ids, mode, **options)
-            texts[row] = _Text(number, row.stream.new_text() if question.wants_text else None)
+            run = None if trace is None else trace.begin(row.stream, mode, question.token_ids)
+            texts[row] = _Text(number, row.stream.new_text() if question.wants_text else None, run)
         if not texts:
             return
         yield from _step(batch, texts)
@@ -93,11 +111,14 @@ def _step(
         if chunk.finish_reason is not None:
             text = texts.pop(row)
             batch.finish(row)
+            text.end(row.result)
             yield text.number, BatchAnswer(row.result, text.whole())
     if failure is not None:  # what is at work no more and has not finished
         for row in [row for row in texts if not row.is_at_work]:
             batch.finish(row)
-            yield texts.pop(row).number, failure
+            text = texts.pop(row)
+            text.end(row.result, failure)
+            yield text.number, failure
 
 
 def _next_chunks(batch: Batch) -> tuple[list[tuple[BatchRow, Chunk]], UsageError | None]:

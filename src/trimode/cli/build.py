@@ -34,6 +34,7 @@ def build(
     exact: options.Exact = False,
     weights: options.Weights = "shared",
     workspace: options.Workspace = None,
+    gpu_memory: options.GpuMemory = None,
     timing_cache: options.TimingCache = None,
     jobs: options.Jobs = None,
     no_cache: options.NoCache = False,
@@ -51,7 +52,7 @@ def build(
     chosen = BuildOptions(
         targets=tuple(target or ("cpu",)),
         precision=precision,
-        calibration=_calibration(calibration),
+        calibration=read_calibration(calibration),
         drafter=drafter,
         sampler=sampler,
         max_length=max_length,
@@ -63,6 +64,7 @@ def build(
         exact=exact,
         weights=weights,  # type: ignore[arg-type]  # BuildOptions.check refuses any other
         workspace_mib=workspace,
+        gpu_memory_gb=gpu_memory,
         timing_cache=timing_cache,
         num_jobs=jobs,
         cache=None if no_cache else usual_folder(),
@@ -96,7 +98,7 @@ def _plan_warnings(output: Path, result: BuildResult) -> list[str]:
     return list(warnings_of(read_plans(output, {result.precision: built})))
 
 
-def _calibration(value: str | None) -> Path | Literal["rtn"] | None:
+def read_calibration(value: str | None) -> Path | Literal["rtn"] | None:
     """Parse ``rtn`` as the method, anything else as a folder.
 
     ``./rtn`` is a folder, too.

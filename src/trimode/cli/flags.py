@@ -62,6 +62,7 @@ _OF_BUILD = (
 )
 BUILD_FLAGS = {
     **{name: f"--{name.replace('_', '-')}" for name in _OF_BUILD},
+    "gpu_memory_gb": "--gpu-memory",
     "num_jobs": "--jobs",
     "targets": "--target",
     "workspace_mib": "--workspace",

@@ -25,6 +25,7 @@ from trimode.cli.calibrate.scales import scales
 from trimode.cli.calibrate.sensitivity import sensitivity
 from trimode.cli.groups import BenchGroup, CalibrateGroup
 from trimode.cli.inspect import inspect
+from trimode.cli.plan import plan
 from trimode.cli.report import quantization
 from trimode.cli.report_serve import report_serve
 from trimode.cli.run import run
@@ -81,6 +82,7 @@ def _root(
 
 
 app.command()(build)
+app.command()(plan)
 calibrate.command()(scales)
 calibrate.command()(sensitivity)
 report.command()(quantization)

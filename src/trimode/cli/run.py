@@ -23,6 +23,7 @@ from trimode.cli.options.shared import (
 from trimode.cli.parse import given, parse_biases, parse_mode
 from trimode.cli.prompt_options import prompt_style
 from trimode.cli.run_request import RunRequest, check_request, read_prompts
+from trimode.cli.structured import structured_outputs
 
 if TYPE_CHECKING:
     from trimode.cli.answers import Answer
@@ -60,17 +61,27 @@ def run(
     max_thinking_tokens: options.MaxThinkingTokens = None,
     end_think_token_id: options.EndThinkTokenId = None,
     logprobs: options.Logprobs = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
+    grammar: options.GrammarFile = None,
+    json_object: options.JsonObject = False,
+    compact: options.Compact = False,
+    after_thinking: options.AfterThinking = False,
     precision: RunPrecision = None,
     target: RunTarget = None,
     threads: Threads = None,
     runtime_cache: RuntimeCache = None,
     timings: options.TimingsFile = None,
+    trace: options.TraceFile = None,
     as_json: Json = False,
 ) -> None:
     """Generate text or token ids.
 
     The exit code is 2 if a line of --prompts-file has no answer.
     """
+    flags = {"json_object": json_object, "compact": compact, "after_thinking": after_thinking}
+    asked = structured_outputs(json_schema, regex, choice, grammar, **flags)
     decoding = {
         "max_new_tokens": max_new_tokens,
         "use_drafter": not no_drafter,
@@ -78,9 +89,8 @@ def run(
         **given(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
         **given(repetition_penalty=repetition_penalty, stop=stop, min_new_tokens=min_new_tokens),
         **given(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty),
-        **given(logit_bias=parse_biases(logit_bias)),
         **given(max_thinking_tokens=max_thinking_tokens, end_think_token_id=end_think_token_id),
-        **given(logprobs=logprobs),
+        **given(logit_bias=parse_biases(logit_bias), logprobs=logprobs, structured_outputs=asked),
     }
     machine = {"num_threads": threads, "runtime_cache": runtime_cache, "timings": timings}
     request = RunRequest(
@@ -93,6 +103,7 @@ def run(
         style=prompt_style(raw, system, enable_thinking),
         batch=batch,
         as_json=as_json,
+        trace=trace,
     )
     if not run_prompts(bundle, request):
         raise typer.Exit(2)
@@ -106,6 +117,7 @@ def run_prompts(bundle: Path, request: RunRequest) -> bool:
     """
     from trimode.cli.answer_output import show_outcomes
     from trimode.cli.answers import encode_all, one_by_one, side_by_side
+    from trimode.cli.trace_output import TraceFile
     from trimode.runtime.model import TriModeModel
     from trimode.runtime.text.prompts import BadLine
 
@@ -118,4 +130,8 @@ def run_prompts(bundle: Path, request: RunRequest) -> bool:
     with TriModeModel.from_pretrained(bundle, **request.model) as model:
         questions = encode_all(model, prompts)
         answer = one_by_one if request.batch == 1 else side_by_side
-        return show_outcomes(answer(model, questions, mode, request), request)
+        trace = None if request.trace is None else TraceFile(model, request.trace)
+        is_whole = show_outcomes(answer(model, questions, mode, request, trace), request)
+        if trace is not None:
+            trace.save()
+        return is_whole

@@ -26,6 +26,7 @@ class RunRequest:
         style: Form in which texts reach the model.
         batch: Number of prompts answered at the same time.
         as_json: Whether answers are printed as JSON.
+        trace: File for the trace; None = none is written.
     """
 
     mode: str
@@ -37,10 +38,12 @@ class RunRequest:
     style: PromptStyle
     batch: int
     as_json: bool
+    trace: Path | None = None
 
 
 def check_request(request: RunRequest) -> None:
     """Raise :class:`UsageError` if options contradict each other."""
+    from trimode.formats.files import check_file_place
     from trimode.runtime.text.prompts import check_text
 
     if request.model["timings"] is not None and request.mode != "auto":
@@ -54,6 +57,8 @@ def check_request(request: RunRequest) -> None:
             f"expected --prompts-file together with --batch, found --batch {request.batch} without"
         )
         raise UsageError(found, "leave it out for a single prompt")
+    if request.trace is not None:
+        check_file_place(request.trace)
     for text in request.decoding.get("stop", ()):
         check_text(text, "--stop")
     request.style.check()

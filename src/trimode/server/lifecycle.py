@@ -35,6 +35,17 @@ class Lifecycle:
             raise ApiError(503, "the server is shutting down; ask another one", code="draining")
 
     @contextlib.contextmanager
+    def taking(self) -> Iterator[None]:
+        """Count a request while it is made ready for the engine, unless the server drains.
+
+        Raises:
+            ApiError: 503, it drains.
+        """
+        self.check_open()
+        with self.answering(()):
+            yield
+
+    @contextlib.contextmanager
     def answering(self, handles: tuple[Handle, ...]) -> Iterator[None]:
         """Count a request while it is answered; what has not ended then is cancelled."""
         self._running += 1

@@ -17,6 +17,7 @@ class Limits:
         write_timeout_s: Most seconds in which a client may take nothing of its answer.
         max_messages: Most messages of a conversation.
         max_prompts: Most prompts of one request for completions.
+        max_texts: Most answers to all prompts of a request together.
         max_stop: Most stop strings.
         max_stop_characters: Most characters of a stop string.
         max_n: Most answers to one prompt.
@@ -31,6 +32,7 @@ class Limits:
     write_timeout_s: float = 60.0
     max_messages: int = 1024
     max_prompts: int = 64
+    max_texts: int = 256
     max_stop: int = 16
     max_stop_characters: int = 1024
     max_n: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from trimode.runtime.engine.handle import Handle
 from trimode.server.errors import CLIENT_LEFT, ApiError
 from trimode.server.outputs import ChoiceText, Update
 from trimode.server.records import RequestRecord, make_record
+from trimode.server.ticking import every
 
 
 class Bell:
@@ -31,10 +33,10 @@ class Bell:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._event.set)
 
-    async def wait(self, timeout_s: float) -> bool:
+    async def wait(self, timeout_s: float | None = None) -> bool:
         """Sleep until it rings; False where time ran out first."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) if timeout_s else contextlib.nullcontext():
                 await self._event.wait()
         except TimeoutError:
             return False
@@ -120,11 +122,14 @@ class Reply:
         """
         for handle in self.handles:
             handle.add_done_callback(self.bell.ring)
-        while not all(text.is_finished for text in self.texts):
-            has_rung = await self.bell.wait(ping_s)
-            news = self._read()
-            if news or not has_rung:
-                yield news
+        last = time.monotonic()
+        with every(ping_s / 2, self.bell.ring):
+            while not all(text.is_finished for text in self.texts):
+                await self.bell.wait()
+                news, now = self._read(), time.monotonic()
+                if news or now - last >= ping_s:
+                    last = now
+                    yield news
 
     def _read(self) -> list[Update]:
         try:

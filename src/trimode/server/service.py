@@ -26,6 +26,9 @@ from trimode.server.reply import Asked, Bell, Reply
 _QUICK = 4096
 """Characters that are encoded on the event loop; more go to a thread."""
 
+_FEW = 8
+"""Texts that are submitted on the event loop."""
+
 MakeProcessors = Callable[[Sampling, str], Sequence[OutputProcessor]]
 """Makes the steps from text to answer, for a request and its rendered prompt."""
 
@@ -89,7 +92,8 @@ class Service:
         bell = Bell()
         if request.stream:  # an answer in one piece is told at its end alone
             choices = choices | {"on_piece": bell.ring}
-        if "structured_outputs" in choices:  # compiling what it says may take a while
+        is_slow = "structured_outputs" in choices  # it is compiled
+        if is_slow or len(prompts) * (request.n or 1) > _FEW:
             texts = await asyncio.to_thread(self._texts, asked, prompts, request, choices)
         else:
             texts = self._texts(asked, prompts, request, choices)

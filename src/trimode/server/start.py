@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
 
 from trimode.errors import UsageError
 from trimode.runtime.model import TriModeModel
@@ -14,6 +18,7 @@ from trimode.server.operations import operating
 from trimode.server.options import ServeOptions
 from trimode.server.run import serve
 from trimode.server.service import Service
+from trimode.server.watch.router import OPEN_PATHS, watch_router
 
 DEFAULT_ROWS = 8
 
@@ -47,7 +52,11 @@ def serve_bundle(bundle: Path, options: ServeOptions) -> None:
             observers=watching.observers,
         )
         serve(
-            create_app(service, routers=watching.routers, middleware=watching.middleware),
+            create_app(
+                service,
+                middleware=watching.middleware,
+                **further_routes(service, watching.routers, options),
+            ),
             service.lifecycle,
             host=options.host,
             port=options.port,
@@ -69,6 +78,15 @@ def open_engine(model: TriModeModel, options: ServeOptions, *, is_fair: bool) ->
         mode=options.mode,
         is_fair=is_fair,
     )
+
+
+def further_routes(
+    service: Service, routers: Sequence[APIRouter], options: ServeOptions
+) -> dict[str, Any]:
+    """Return keywords of :func:`create_app`: these routes, and those of the page if asked for."""
+    if not options.watch:
+        return {"routers": routers}
+    return {"routers": [*routers, watch_router(service)], "open_paths": OPEN_PATHS}
 
 
 def _check_text(model: TriModeModel) -> None:

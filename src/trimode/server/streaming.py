@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from trimode.server.protocol.base import StreamOptions
 from trimode.server.reasoning import CLOSE as END_THINK
 from trimode.server.reply import Reply, watching_client
 from trimode.server.service import Service
+from trimode.server.ticking import every
 from trimode.server.usage import ending_of, usage_so_far
 
 _DONE, _PING = b"data: [DONE]\n\n", b": ping\n\n"
@@ -90,10 +92,10 @@ class EventStream(Response):
         """Send the head, the events and the end."""
         del scope
         telling = self._telling
-        send = _hurried(send, telling.service.limits.write_timeout_s)
         async with answering(telling, receive):
             try:
-                await self._send(send)
+                async with _hurried(send, telling.service.limits.write_timeout_s) as within:
+                    await self._send(within)
             except (TimeoutError, OSError):
                 telling.reply.abandon()
 
@@ -163,11 +165,25 @@ def _data(found: Object) -> bytes:
     )
 
 
-def _hurried(send: Send, timeout_s: float) -> Callable[[Any], Awaitable[None]]:
-    """Let nobody take longer over a part than so many seconds."""
+@contextlib.asynccontextmanager
+async def _hurried(send: Send, timeout_s: float) -> AsyncIterator[Send]:
+    """Let nobody take longer over a part than so many seconds.
 
-    async def within(message: Any) -> None:
-        async with asyncio.timeout(timeout_s):
+    Raises:
+        TimeoutError: somebody has.
+    """
+    loop, since = asyncio.get_running_loop(), math.inf
+    async with asyncio.timeout(None) as scope:
+
+        def look() -> None:
+            if loop.time() - since > timeout_s:
+                scope.reschedule(loop.time())
+
+        async def within(message: Any) -> None:
+            nonlocal since
+            since = loop.time()
             await send(message)
+            since = math.inf
 
-    return within
+        with every(timeout_s / 2, look):
+            yield within

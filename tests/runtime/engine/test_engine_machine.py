@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trimode.runtime.engine import core
+from trimode.runtime.engine.load.cost_table import Cell, CostTable
 from trimode.runtime.engine.load.state import ModePlan, RowState
 
 MODES = ("ar", "diffusion", "linear_spec", "auto")
@@ -40,6 +41,12 @@ class RestlessPolicy:
         return ModePlan(self._rng.choice(lengths), own, "restless")
 
 
+def flat_table() -> CostTable:
+    """Every forward takes as long as any other, so rows wait for one another."""
+    cells = [Cell(rows, tokens, 0, 1.0) for rows in (1, 8) for tokens in (1, 128)]
+    return CostTable({"ar": cells, "draft": cells, "verify": cells})
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Moves of an engine; the driver checks the invariants after every turn."""
 
@@ -53,9 +60,16 @@ class EngineMachine(RuleBasedStateMachine):
         kept=st.sampled_from([0, 60, 5000]),
         free_tokens=st.sampled_from([0, 8, 1000]),
         is_planned=st.booleans(),
+        waits=st.booleans(),
     )
     def start(
-        self, seed: int, max_rows: int, kept: int, free_tokens: int, is_planned: bool
+        self,
+        seed: int,
+        max_rows: int,
+        kept: int,
+        free_tokens: int,
+        is_planned: bool,
+        waits: bool,
     ) -> None:
         self.rng = random.Random(seed)
         self.driver = Driver(
@@ -64,6 +78,7 @@ class EngineMachine(RuleBasedStateMachine):
             latency_target_s=self.rng.choice([1e-9, 1.0]),
             is_fair=self.rng.random() < 0.5,
             mode_policy=RestlessPolicy(self.rng) if is_planned else None,
+            table=flat_table() if waits else None,
         )
         self.driver.session.free_tokens = free_tokens
         self.driver.session.on_use = self.use

@@ -94,6 +94,12 @@ Weights = Annotated[
 Workspace = Annotated[
     int | None, typer.Option(metavar="MIB", help="Most scratch memory of an engine on the GPU.")
 ]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB", help="Memory of the GPU in 10^9 bytes; default: the smallest variant sold."
+    ),
+]
 TimingCache = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Timing cache of TensorRT; TensorRT-RTX has none."),

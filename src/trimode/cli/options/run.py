@@ -110,11 +110,46 @@ Logprobs = Annotated[
         help="Add to --json the log-probabilities of each token and of the N most probable ones.",
     ),
 ]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|JSON", help="JSON schema that the answer follows: a file, or the text of one."
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option(metavar="R", help="Regular expression that the whole answer matches.")
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that the answer may be; repeatable."),
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar", metavar="FILE", help="Grammar that the answer follows, in Lark's form or GBNF."
+    ),
+]
+JsonObject = Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")]
+Compact = Annotated[bool, typer.Option("--compact", help="Answer with JSON without blanks.")]
+AfterThinking = Annotated[
+    bool,
+    typer.Option(
+        "--after-thinking", help="Let the schema or grammar begin after the token </think>."
+    ),
+]
 TimingsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
         help="Timings for --mode auto, written by `trimode bench -o`; "
         "default: those kept for this machine.",
+    ),
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write each forward and its effect to this file, as JSON lines for /watch.",
     ),
 ]

@@ -37,7 +37,8 @@ def texts_router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         asked = await read_model(request, ChatRequest, service.limits)
-        reply = await _chat_reply(service, request, asked)
+        with service.lifecycle.taking():
+            reply = await _chat_reply(service, request, asked)
         shape = ChatShape(service, with_ids=bool(asked.return_token_ids))
         envelope = Envelope("chat.completion", "chatcmpl", service.model_name)
         return await _answer(
@@ -52,7 +53,8 @@ def texts_router(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Continue texts."""
         asked = await read_model(request, CompletionRequest, service.limits)
-        reply = await _completion_reply(service, request, asked)
+        with service.lifecycle.taking():
+            reply = await _completion_reply(service, request, asked)
         shape = CompletionShape(service, with_ids=bool(asked.return_token_ids))
         envelope = Envelope("text_completion", "cmpl", service.model_name)
         return await _answer(
@@ -67,7 +69,6 @@ async def _answer(request: Request, asked: Sampling, telling: Telling) -> Respon
 
 
 async def _chat_reply(service: Service, request: Request, asked: ChatRequest) -> Reply:
-    service.lifecycle.check_open()
     service.check_model(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(
@@ -89,10 +90,11 @@ async def _chat_reply(service: Service, request: Request, asked: ChatRequest) ->
 
 
 async def _completion_reply(service: Service, request: Request, asked: CompletionRequest) -> Reply:
-    service.lifecycle.check_open()
     service.check_model(asked.model)
     prompts = prompts_of(asked)
     check_most("prompt", len(prompts), service.limits.max_prompts, "prompts")
+    num_texts = len(prompts) * (asked.n or 1)
+    check_most("n", num_texts, service.limits.max_texts, "texts in all")
     choices = engine_choices(asked, service, request.state.key, asked.logprobs)
 
     def encode() -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""Shows in a browser how texts are decoded."""
