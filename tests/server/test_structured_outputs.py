@@ -25,7 +25,7 @@ NAMED: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema":
 
 def ask(running: Any, mode: str = "ar", **options: Any) -> str:
     more = options.pop("extra_body", {})
-    found = running.client().chat.completions.create(
+    found = running.client.chat.completions.create(
         model="demo",
         messages=QUESTION,
         max_tokens=120,
@@ -58,7 +58,7 @@ def test_vllms_fields(running: Any) -> None:
 
 
 def test_a_stream_follows_too(running: Any) -> None:
-    stream = running.client().chat.completions.create(
+    stream = running.client.chat.completions.create(
         model="demo", messages=QUESTION, temperature=0, response_format=NAMED, stream=True
     )
     text = "".join(event.choices[0].delta.content or "" for event in stream)
@@ -76,7 +76,7 @@ def test_a_wrong_grammar_is_a_bad_request(running: Any, stream: bool) -> None:
         ({"regex": "a" * 70_000}, "at most 65,536 bytes"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):
-            running.client().chat.completions.create(
+            running.client.chat.completions.create(
                 model="demo",
                 messages=QUESTION,
                 stream=stream,
