@@ -242,6 +242,29 @@ def test_overload_is_counted_not_hidden() -> None:
     assert run.completed == len(stub.served) - 1
 
 
+def test_a_run_is_given_up_where_nothing_is_answered_any_more() -> None:
+    with running() as stub:
+        test = load_test(
+            stub,
+            questions(script((0, "a"), tokens=1)),
+            loads=(Load(concurrency=32), Load(concurrency=1)),
+            span=Span(duration=60),
+        )
+
+        def last(body: dict[str, Any]) -> dict[str, Any]:
+            stub.most = 0
+            return {"chunks": [[0, "a"]], "tokens": 1}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stub_server.script_of", last)
+            measured = run_load_test(test)
+    (run,) = measured.runs  # the second load is left out
+    assert run.partial
+    assert 200 <= run.failed < 300
+    assert measured.is_partial
+    assert not measured.is_interrupted
+
+
 def test_a_server_that_is_gone_ends_the_test() -> None:
     with running() as stub:
         test = load_test(stub, questions(script((0, "a"), tokens=1)))

@@ -47,6 +47,14 @@ def test_answers_under_load_are_those_of_single_runs(running: Any, mode: str) ->
     assert measured.server.bundle_sha256 == hashlib.sha256(manifest).hexdigest()
     assert measured.check is not None
     assert (measured.check.compared, measured.check.differing) == (run.completed, 0)
+    if mode == "linear-spec":
+        by_category = run.acceptance_by_category.values()
+        assert run.acceptance is not None
+        assert sum(one.num_spec_steps for one in by_category) == run.acceptance.num_spec_steps
+        told = run.acceptance.acceptance_histogram
+        assert sum(told.values()) == run.acceptance.num_spec_steps
+        accepted = sum(length * count for length, count in told.items())
+        assert accepted == run.acceptance.num_accepted_draft_tokens
     codec, by_id = running.model.codec, {one.question_id: one for one in data.questions}
     for one in measured.requests:
         if one.turn == 0:

@@ -43,9 +43,12 @@ def _complaints(result: LoadResult) -> Iterator[str]:
             f"{first.expected!r}, found {first.found!r}"
         )
     for run in result.runs:
-        if run.failed and not run.completed:
-            reason = next(iter(run.errors))
-            yield f"no request was answered with {run_name(run)}, {mode_name(run)}: {reason}"
+        if run.failed and (run.partial or not run.completed):
+            reason, end = next(iter(run.errors)), "; the run ended early" if run.partial else ""
+            yield (
+                f"{run.failed} of {run.failed + run.completed} requests failed with "
+                f"{run_name(run)}, {mode_name(run)}{end}: {reason}"
+            )
 
 
 def _runs(results: Results) -> Table:
