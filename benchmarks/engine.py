@@ -3,7 +3,8 @@
     python -m benchmarks.engine BUNDLE [--threads 2] [--rounds 7]
 
 Everything is measured in one run and in turns, so that the machine's mood hits both sides of a
-ratio. Ratios are of the fastest rounds: on a shared machine the others measure the neighbours.
+ratio. Times are of the processor, all threads of the process together, since a shared machine's
+clock measures the neighbours. Ratios are of the fastest rounds, and the median of the rounds' own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import arguments_of, median, save
+from benchmarks.simulator.machines import machine
+from benchmarks.waiting import run
 from trimode import Engine, TriModeModel
 from trimode.calib.demo.tasks import examples
 
@@ -26,9 +29,10 @@ PREFIX = 512
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Processor time of the process."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def summary(first: list[float], second: list[float]) -> dict[str, Any]:
@@ -69,9 +73,9 @@ def overhead_of(
     alone(), through()
     times: dict[str, tuple[list[float], list[float]]] = {"wall": ([], []), "processor": ([], [])}
     for _ in range(rounds):
-        for side, run in enumerate((alone, through)):
+        for side, answer in enumerate((alone, through)):
             start, cpu = time.perf_counter(), time.process_time()
-            run()
+            answer()
             times["wall"][side].append(time.perf_counter() - start)
             times["processor"][side].append(time.process_time() - cpu)
     return {clock: summary(*sides) for clock, sides in times.items()}
@@ -92,6 +96,18 @@ def auto_of_ar(model: TriModeModel, prompts: list[list[int]], rounds: int) -> di
     return summary(fixed[1:], planned[1:])
 
 
+def first_token(engine: Engine, ids: list[int], **options: Any) -> tuple[Any, float]:
+    """A request, and the processor time of the process until its first token."""
+    start, ends = time.process_time(), []
+    handle = engine.submit(
+        ids, mode="ar", on_piece=lambda _: ends.append(time.process_time()), **options
+    )
+    next(iter(handle))
+    while not ends:  # the callback comes just after the piece
+        time.sleep(1e-4)
+    return handle, ends[0] - start
+
+
 def shared_prefix(model: TriModeModel, rounds: int) -> dict[str, Any]:
     """Time to the first token of the first and of the second prompt with a prefix of 512 tokens,
     with the first at work or ended.
@@ -104,15 +120,11 @@ def shared_prefix(model: TriModeModel, rounds: int) -> dict[str, Any]:
             stem = rng.integers(12, 99, PREFIX).tolist()
             with Engine(model) as engine:
                 new = 2 if name == "ended" else 200
-                one = engine.submit([*stem, 20], mode="ar", max_new_tokens=new, eos_token_ids=())
-                next(iter(one))
+                one, took = first_token(engine, [*stem, 20], max_new_tokens=new, eos_token_ids=())
+                first.append(took)
                 if name == "ended":
                     one.result()
-                two = engine.submit([*stem, 30], mode="ar", max_new_tokens=1)
-                two.result()
-                for handle, times in ((one, first), (two, second)):
-                    assert handle.times.first_token is not None
-                    times.append(handle.times.first_token - handle.times.submitted)
+                second.append(first_token(engine, [*stem, 30], max_new_tokens=1)[1])
                 one.cancel()
         found[name] = summary(first, second)
     return found
@@ -176,8 +188,8 @@ def beside_a_long_one(model: TriModeModel, rounds: int) -> dict[str, Any]:
 
 
 def alignment(model: TriModeModel, prompts: list[list[int]]) -> dict[str, Any]:
-    """Rows per forward of as many requests as there are prompts, eight at a time; and forwards
-    over those of single runs.
+    """Rows per forward of all prompts at once, eight at a time; and forwards over those of single
+    runs. Who runs with whom is counted on a simulated clock, so that it can be repeated.
     """
     found = {}
     for mode in MODES[:3]:
@@ -185,14 +197,19 @@ def alignment(model: TriModeModel, prompts: list[list[int]]) -> dict[str, Any]:
         for prompt in prompts:
             result = model.stream([prompt], mode).finish()
             single += sum(vars(result.forwards).values())
-        with Engine(model, max_rows=8, kv_bytes=0) as engine:
-            for handle in [engine.submit(p, mode=mode) for p in prompts]:
-                handle.result()
-            stats = engine.stats()
+        joint = run(
+            model,
+            prompts,
+            machine("cpu"),
+            block_length=32,
+            arrival="together",
+            waits=False,
+            mode=mode,
+        )
         found[mode] = {
-            "rows_per_forward": stats.rows_per_forward,
-            "forwards": stats.forwards,
-            "share_of_single_forwards": sum(stats.forwards.values()) / single,
+            "rows_per_forward": joint["rows_per_forward"],
+            "forwards": joint["forwards"],
+            "share_of_single_forwards": sum(joint["forwards"].values()) / single,
         }
     return found
 

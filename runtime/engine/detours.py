@@ -29,7 +29,7 @@ class Step(NamedTuple, Generic[P]):
 
 
 class Detours:
-    """Decides who runs first. Nobody waits longer than the latency target for others.
+    """Decides who runs first. A forward waits once, and not longer than the latency target.
 
     Args:
         table: Costs of the forwards; None = nobody waits.
@@ -59,14 +59,15 @@ class Detours:
             return None
         counted = [(step, sum(next_kind(row) == kind for row in step.rows)) for step in steps]
         useful = [(step, count) for step, count in counted if count]
-        left = self._most_ms - max(row.held_ms for row in ready)
+        if any(row.held_ms for row in ready):  # others would always come behind
+            return None
         coming = [ComingRows(count, 1, step.ms) for step, count in useful]
-        found = first_to_run(_ready(ready), coming, self._table, most_ms=left)
+        found = first_to_run(_ready(ready), coming, self._table, most_ms=self._most_ms)
         if found is None:
             return None
         self.num_taken += 1
         for row in ready:
-            row.held_ms += coming[found].ms
+            row.held_ms = coming[found].ms
         return useful[found][0].plan
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from trimode.formats.contract import GraphName, ModelInfo, slots_written
 from trimode.runtime.decode.forward import Outputs
 from trimode.runtime.engine.grouping import JointForward, Length
-from trimode.runtime.sessions.base import BatchCache, BatchSession
+from trimode.runtime.sessions.base import BatchCache, BatchSession, Ids
 
 
 def run_joint(
@@ -26,17 +26,26 @@ def run_joint(
     Returns:
         Outputs of the graph's contract, one entry for each of ``joint.rows``.
     """
-    shape, first = (len(joint.rows), joint.num_tokens), joint.rows.start
-    ids, real = np.zeros(shape, np.int64), np.ones(shape[0], np.int64)
-    past = np.array([length_of(row) for row in joint.rows])
-    for one in joint.members:
-        place = one.row - first
-        ids[place, : one.num_tokens] = one.forward.token_ids
-        past[place], real[place] = one.forward.past_length, one.num_tokens
+    ids, past, real = _inputs(joint, length_of)
     outputs = session.run_rows(
         joint.graph_name, cache, joint.rows, ids, past, real, joint.drafter_scale
     )
     return keep(joint.graph_name, outputs)
+
+
+def _inputs(joint: JointForward, length_of: Length) -> tuple[Ids, Ids, Ids]:
+    """Ids ``(rows, tokens)``, and of each row its cached and its new tokens."""
+    first, num_rows = joint.members[0], len(joint.rows)
+    if num_rows == 1:  # the usual case where nobody else is there: no padding
+        ids = np.array(first.forward.token_ids, np.int64, ndmin=2)
+        return ids, np.array([first.forward.past_length]), np.array([first.num_tokens])
+    ids, real = np.zeros((num_rows, joint.num_tokens), np.int64), np.ones(num_rows, np.int64)
+    past = np.array([length_of(row) for row in joint.rows])
+    for one in joint.members:
+        place = one.row - joint.rows.start
+        ids[place, : one.num_tokens] = one.forward.token_ids
+        past[place], real[place] = one.forward.past_length, one.num_tokens
+    return ids, past, real
 
 
 def has_room(

@@ -123,7 +123,7 @@ class Turns:
     def __init__(
         self, latency_target_s: float, prefill_share: float, table: CostTable | None = None
     ) -> None:
-        self.costs = ChunkCosts()
+        self.costs, self._waits = ChunkCosts(), table is not None
         self.detours = Detours(table, 1000 * latency_target_s)
         self._target = latency_target_s
         self._share = TimeShare(prefill_share, latency_target_s)
@@ -181,7 +181,9 @@ class Turns:
         waiting = [_waiting(row, row.num_left) for row in running]
         chosen = choose_group(waiting, group.num_steps)
         plan = StepPlan(group, chosen, len(members), False, bool(reading))
-        return plan if suspects else self._detour(plan, waiting, reading) or plan
+        if suspects or not self._waits:
+            return plan
+        return self._detour(plan, waiting, reading) or plan
 
     def _detour(
         self,

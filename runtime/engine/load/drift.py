@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -32,18 +33,25 @@ class DriftAlarm:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._ratio, self._lasted_s, self._last = 1.0, 0.0, clock()
+        self._log_ratio, self._lasted_s, self._last = 0.0, 0.0, clock()
         self._is_on = False
         self.count = 0
+
+    @property
+    def ratio(self) -> float:
+        """Measured over stored milliseconds of late: the geometric mean, so that one forward that
+        stood still says little.
+        """
+        return math.exp(self._log_ratio)
 
     def note(self, ratio: float) -> None:
         """Take note of a forward: measured over stored milliseconds."""
         now = self._clock()
         gap, self._last = min(now - self._last, LONGEST_GAP_S), now
-        self._ratio += (ratio - self._ratio) / MEMORY
-        self._lasted_s = self._lasted_s + gap if self._ratio > MOST_RATIO else 0.0
+        self._log_ratio += (math.log(ratio) - self._log_ratio) / MEMORY
+        self._lasted_s = self._lasted_s + gap if self.ratio > MOST_RATIO else 0.0
         if self._is_on:
-            self._is_on = self._ratio > CALM_RATIO
+            self._is_on = self.ratio > CALM_RATIO
         elif self._lasted_s >= LASTING_S:
             self._warn()
 
@@ -51,7 +59,7 @@ class DriftAlarm:
         self._is_on, self.count = True, self.count + 1
         logger.warning(
             "forwards take %.1f times as long as the table of timings says, for %.0f s; %s",
-            self._ratio,
+            self.ratio,
             self._lasted_s,
             BENCH_BATCH,
         )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from trimode.formats.contract import GraphName
 from trimode.runtime.engine.load.cost_table import CostTable
 
-LEAST_SAVED = 0.25
-"""Share of the ready rows' forward that a joint one must save. Of 0, 1/4 and 1 the middle one took
-least time on every simulated machine (`benchmarks/waiting.py`).
+LEAST_SAVED = 0.5
+"""Share of the ready rows' forward that a joint one must save. With a quarter, a GPU whose forwards
+grow with their rows kept texts waiting a quarter longer (`benchmarks/waiting.py`).
 """
 CYCLES_TOGETHER = 2
 """Cycles in which rows that have run together go on so."""
