@@ -1,6 +1,6 @@
 """Answers that follow grammars: how many validate, what they cost, and how many tokens are forced.
 
-    PYTHONPATH=src:tests python -m benchmarks.grammar BUNDLE [--schemas 1000] [--regexes 200]
+    PYTHONPATH=src:tests python -m benchmarks.grammar BUNDLE [--schemas 1000] [--only demo]
 
 Every grammar is random (`tests/grammars.py`) and followed in AR, self-speculation and block
 diffusion; every second schema without blanks. Half of the schemas run on the bundle, the others on
@@ -19,17 +19,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mistral_common
 import numpy as np
 from checkpoints import config_of, write_checkpoint
 from grammars import follows_regex, follows_schema, random_regex, random_schema
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from benchmarks.common import arguments_of, median, save
 from trimode import Engine, TriModeModel, UsageError
 from trimode.compiler.pipeline import build_bundle
+from trimode.runtime.grammar.compile import GrammarCompiler
 from trimode.runtime.grammar.spec import read_structured_outputs
+from trimode.runtime.grammar.vocabulary import Vocabulary
 
 MODES: tuple[Any, ...] = ("ar", "linear_spec", "diffusion")
 ENGINE_EVERY = 20
@@ -108,7 +113,7 @@ def prompt_of(model: TriModeModel, number: int) -> list[int]:
     return model.codec.encode(text)
 
 
-def costs(model: TriModeModel, grammars: list[Any], seed: int) -> dict[str, Any]:
+def costs(compiler: GrammarCompiler, end: int, grammars: list[Any], seed: int) -> dict[str, Any]:
     """Microseconds of processor time a call, on random walks; the median and 99% of calls."""
     spent: dict[str, list[float]] = {name: [] for name in ("compile", "forced", "allows", "mask")}
     rng = random.Random(seed)
@@ -119,13 +124,13 @@ def costs(model: TriModeModel, grammars: list[Any], seed: int) -> dict[str, Any]
         spent[name].append((time.thread_time_ns() - start) / 1000)
         return value
 
-    ends = frozenset(model.model.eos_token_ids)
+    ends = frozenset({end})
     for asked, _ in grammars:
         spec = read_structured_outputs(asked)
-        if model.grammars.find(spec) is not None:
+        if compiler.find(spec) is not None:
             continue
         try:
-            compiled = timed("compile", lambda spec=spec: model.grammars.compile(spec))
+            compiled = timed("compile", lambda spec=spec: compiler.compile(spec))
         except UsageError:
             continue
         state = compiled.compiled.start(ends)
@@ -141,6 +146,13 @@ def costs(model: TriModeModel, grammars: list[Any], seed: int) -> dict[str, Any]
         name: {"calls": len(us), "median_us": median(us), "p99_us": float(np.quantile(us, 0.99))}
         for name, us in spent.items()
     }
+
+
+def tekken_compiler() -> GrammarCompiler:
+    """For the true vocabulary of 131,072 ids, as mistral-common ships it."""
+    file = Path(mistral_common.__file__ or "").parent / "data" / "tekken_240911.json"
+    model: Any = SimpleNamespace(vocab_size=131_072, eos_token_ids=(2,), mask_token_id=100)
+    return GrammarCompiler(Vocabulary(MistralConverter(str(file)).converted(), model))
 
 
 def byte_level_bundle(folder: Path) -> Path:
@@ -181,13 +193,21 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--schemas", type=int, default=1000)
     parser.add_argument("--regexes", type=int, default=200)
+    parser.add_argument("--only", choices=("demo", "bytes", "tekken"))
     parser.add_argument("--max-new-tokens", type=int, default=160)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
+    suffix = f"_{arguments.only}" if arguments.only else ""
     half, most = arguments.schemas // 2, arguments.max_new_tokens
+    if arguments.only in (None, "tekken"):
+        asked = schemas(half, unicode=True)[::5]
+        results["tekken costs"] = costs(tekken_compiler(), 2, asked, 1)
+        save(f"grammar{suffix}", {**arguments_of(vars(arguments)), **results})
     with tempfile.TemporaryDirectory() as temporary:
         opened = {"demo": arguments.bundle, "bytes": byte_level_bundle(Path(temporary))}
         for name, bundle in opened.items():
+            if arguments.only not in (None, name):
+                continue
             model = TriModeModel.from_pretrained(bundle, num_threads=1)
             count = half if name == "demo" else arguments.schemas - half
             kinds = {
@@ -196,13 +216,15 @@ def main() -> None:
             }
             with model, Engine(model, max_rows=4) as engine:
                 asked = [*kinds["schemas"], *kinds["regexes"]]
-                results[f"{name} costs"] = costs(model, asked[::10], 1)
+                results[f"{name} costs"] = costs(
+                    model.grammars, model.model.eos_token_ids[0], asked[::10], 1
+                )
                 for kind, grammars in kinds.items():
                     if grammars:
                         found = follow(model, engine, grammars, most)
                         results[f"{name} {kind}"] = found
                         print(name, kind, found, flush=True)
-                        save("grammar", {**arguments_of(vars(arguments)), **results})
+                        save(f"grammar{suffix}", {**arguments_of(vars(arguments)), **results})
 
 
 if __name__ == "__main__":

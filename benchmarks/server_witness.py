@@ -2,11 +2,16 @@
 
     python -m venv /tmp/witness && /tmp/witness/bin/pip install guidellm
     python -m benchmarks.server_witness /tmp/witness/bin/guidellm [--rounds 4] [--clients 2]
+    python -m benchmarks.server_witness /tmp/witness/bin/guidellm --scripted
 
-Both play the demo's 108 conversations of one turn, greedily, in mode `ar`, with the same number of
-clients. They run side by side, so that whatever else the machine does slows both. Of ours, only
-requests count that were sent and answered while guidellm's were. Conversations are compared one by
-one, by the mean of each tool, and what is reported is the median of ours divided by theirs.
+Without `--scripted` the server is the demo's, in mode `ar`, and both play its 108 conversations of
+one turn, greedily. With it the server is that of the tests, which sends scripted texts at scripted
+times: a busy machine hardly changes these, so that only the tools' definitions can differ.
+
+Both have the same number of clients, and run side by side, so that whatever else the machine does
+slows both. Of ours, only requests count that were sent and answered while guidellm's were.
+Conversations are compared one by one, by the mean of each tool, and what is reported is the median
+of ours divided by theirs.
 
 Names differ. guidellm's inter-token latency goes from the first to the last event with text, and
 our TPOT to the last event of the stream; guidellm's TPOT divides the whole time by all tokens. Both
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import subprocess
@@ -35,6 +41,7 @@ import httpx
 
 from benchmarks.common import save
 from benchmarks.server_soak import ROOT, demo_server
+from tests.stub_server import running, script
 from trimode.formats.load import RequestRecord
 from trimode.loadtest.bodies import Composer
 from trimode.loadtest.client import Connections
@@ -46,6 +53,7 @@ from trimode.loadtest.requests import request_record
 from trimode.loadtest.window import Window
 
 DATA = ROOT / "artifacts" / "speed-demo" / "single_turn.jsonl"
+MODEL = "nld-tiny"
 AGREEMENT = 0.05
 LONGEST_S = 500.0
 OWN = ("TTFT ms", "E2EL ms")
@@ -111,16 +119,16 @@ def their_sample(one: dict[str, Any]) -> Sample:
     }
 
 
-async def side_by_side(url: str, clients: int, command: list[str]) -> list[Turn]:
+async def side_by_side(url: str, clients: int, data: Path, command: list[str]) -> list[Turn]:
     """Put our load on the server while guidellm runs; return our turns."""
     turns: list[Turn] = []
     offset = time.time() - time.perf_counter()
-    questions = read_questions(DATA).questions
+    questions = read_questions(data).questions
     async with Noting(Server(url, timeout=60)) as connections:
         player = Player(
             connections,
             url,
-            Composer("nld-tiny", Sampling()),
+            Composer(MODEL, Sampling()),
             lambda one: turns.append(Turn(one.exchange.sent + offset, DISPATCHED.get(), one)),
         )
         window = Window(Span(duration=LONGEST_S))
@@ -139,30 +147,39 @@ async def side_by_side(url: str, clients: int, command: list[str]) -> list[Turn]
 
 def command_of(guidellm: str, url: str, clients: int, folder: Path) -> list[str]:
     prompts = folder / "prompts.jsonl"
-    lines = [json.loads(line) for line in DATA.read_text().splitlines()]
-    prompts.write_text(
-        "".join(json.dumps({"prompt": one["messages"][0]["content"]}) + "\n" for one in lines)
-    )
     backend = {
         "kind": "openai_http",
         "target": url,
-        "model": "nld-tiny",
+        "model": MODEL,
+        "validate_backend": False,
         "max_tokens": 128,
         "extras": {"body": {"temperature": 0}},
     }
     options = (
         ("--backend", json.dumps(backend)),
         ("--profile", f"kind=concurrent,streams={clients}"),
-        ("--constraint", f"kind=max_requests,count={len(lines)}"),
+        ("--constraint", f"kind=max_requests,count={len(prompts.read_text().splitlines())}"),
         ("--data", f"kind=json_file,path={prompts}"),
         ("--output", f"kind=json,path={folder / 'report.json'}"),
     )
     return [guidellm, "run", *(word for pair in options for word in pair), "--disable-console"]
 
 
+def write_prompts(folder: Path, *, scripted: bool) -> None:
+    """Write what both play: the demo's questions, or scripts of the tests' server."""
+    lines = [json.loads(line) for line in DATA.read_text().splitlines()]
+    prompts = [one["messages"][0]["content"] for one in lines]
+    if scripted:
+        starts = [0.2 + 0.002 * n for n in range(60)]
+        prompts = [script((start, "a"), *[(0.05, "bc")] * 9, tokens=37) for start in starts]
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": one}) + "\n" for one in prompts)
+    )
+
+
 def one_round(url: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = command_of(args.guidellm, url, args.clients, folder)
-    turns = asyncio.run(side_by_side(url, args.clients, command))
+    turns = asyncio.run(side_by_side(url, args.clients, folder / "prompts.jsonl", command))
     (benchmark,) = json.loads((folder / "report.json").read_text())["benchmarks"]
     theirs = benchmark["requests"]["successful"]
     start = min(one["request_start_time"] for one in theirs)
@@ -229,15 +246,19 @@ def main() -> None:
     parser.add_argument("guidellm")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--scripted", action="store_true")
     args = parser.parse_args()
     version = subprocess.run(
         [args.guidellm, "--version"], capture_output=True, text=True, check=True
     )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        demo_server("--mode", "ar", "--threads", 1) as url,
-    ):
-        rounds = [one_round(url, args, Path(folder)) for _ in range(args.rounds)]
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        write_prompts(folder, scripted=args.scripted)
+        if args.scripted:
+            url = stack.enter_context(running()).url
+        else:
+            url = stack.enter_context(demo_server("--mode", "ar", "--threads", 1))
+        rounds = [one_round(url, args, folder) for _ in range(args.rounds)]
     table = compared(rounds)
     ratio = "ours / guidellm's, median of conversations"
     verdict = {name: abs(table[name][ratio] - 1) <= AGREEMENT for name in FIGURES}
@@ -251,7 +272,7 @@ def main() -> None:
         "compared": table,
         "within_5_percent": verdict,
     }
-    save("server_witness", measured)
+    save("server_witness_scripted" if args.scripted else "server_witness", measured)
     sys.exit(not all(verdict.values()))
 
 

@@ -127,5 +127,5 @@ def check_fits(max_new_tokens: int, prompt_length: int, room: int) -> None:
         raise UsageError(
             f"expected at most {room} new tokens after a prompt of {prompt_length}, "
             f"found max_new_tokens {max_new_tokens}",
-            "ask for fewer, shorten the prompt, or build with a larger --max-length",
+            "ask for fewer, shorten the prompt, or build with a larger `max_length`",
         )

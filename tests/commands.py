@@ -79,7 +79,11 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        atexit.register(self._process.terminate)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._process.terminate()
+        self._process.wait()
 
     def run(self, request: dict[str, Any]) -> int:
         assert self._process.stdin is not None

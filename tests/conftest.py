@@ -21,8 +21,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test comes first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.name != "test_readme_is_true")
+    """The longest tests come first, so that no worker is left alone with one at the end."""
+    longest = ("test_readme_is_true", "test_commands_of_a_guide_run")
+    items.sort(key=lambda item: not item.name.startswith(longest))
 
 
 @pytest.fixture(scope="session")

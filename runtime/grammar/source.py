@@ -75,6 +75,6 @@ def _user_lark(grammar: str) -> str:
         return any_to_lark(grammar)
     except Exception as error:  # the converter raises what it likes
         raise UsageError(
-            f"structured_outputs grammar: expected GBNF, found: {reason_of(error)}",
+            f"structured_outputs grammar: expected GBNF, found: {reason_of(error)[:200]}",
             "check the rule, or write it in Lark's form: start: ...",
         ) from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trimode.errors import UsageError
 from trimode.runtime.grammar.vocabulary import Vocabulary
 
-_LONGEST_RUN = 256
+_LONGEST_RUN = 64
 """Bytes that are looked ahead for forced tokens."""
 
 

@@ -16,7 +16,7 @@ from trimode.runtime.grammar.token_table import TokenTable
 _PROBES = (b"a", b"e", b"0", b"1", b" ", b'"')
 _MOST_BEGINNINGS = 64
 """Words of a mask of which more than one text is expected."""
-_LONGEST_LOOK = 64
+_LONGEST_LOOK = 32
 """Bytes from the end of a forced text in which a longer token may begin."""
 
 

@@ -46,7 +46,7 @@ def check_max_rows(max_rows: int | None, most: int | None, target: str) -> int:
         limit = f"at most {most} rows, which target {target} was built for"
         raise UsageError(
             f"expected a batch of {limit}, found {max_rows}",
-            "build the target with a larger --max-batch, or choose one that runs on ONNX Runtime",
+            "build the target with a larger `max_batch`, or choose one that runs on ONNX Runtime",
         )
     return max_rows
 

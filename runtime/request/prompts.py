@@ -70,7 +70,7 @@ def _check_tokens(array: NDArray[Any], model: ModelInfo) -> list[int]:
     if array.size >= model.max_length:
         raise UsageError(
             f"expected a prompt shorter than {model.max_length} tokens, found {array.size}",
-            "shorten the prompt, or build with a larger --max-length",
+            "shorten the prompt, or build with a larger `max_length`",
         )
     return array.tolist()  # type: ignore[no-any-return]
 

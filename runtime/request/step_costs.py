@@ -42,6 +42,6 @@ class StepCostTable:
             raise UsageError(
                 f"expected timings of a block of at most {block_length} that the graphs take, "
                 f"found {', '.join(map(str, costs.lengths))}",
-                f"measure it: trimode bench BUNDLE --rows 1,{block_length}",
+                f"measure it: `trimode bench BUNDLE --rows 1,{block_length}`",
             )
         return usable

@@ -108,6 +108,6 @@ def _advice(status: Any) -> str:
     if status.name == "cudaErrorMemoryAllocation":
         return (
             "free memory on the GPU (nvidia-smi shows who uses it), "
-            "or build the target with a smaller --max-length"
+            "or build the target with a smaller `max_length`"
         )
     return "nvidia-smi shows the state of the GPU and its driver"

@@ -107,7 +107,7 @@ def beyond_target(most: int, length: int) -> UsageError:
     """The error of a text that needs more slots than a target has."""
     return UsageError(
         f"expected at most {most} tokens, which the cache of this target holds, found {length}",
-        "shorten the text, or build with a larger --max-length",
+        "shorten the text, or build with a larger `max_length`",
     )
 
 

@@ -21,7 +21,7 @@ _LINE_HINT = 'write {"prompt": "..."}, {"messages": [...]} or {"token_ids": [1, 
 _MESSAGES_HINT = 'write {"messages": [{"role": "user", "content": "..."}]}'
 _BASE_HINT = (
     'a base model takes plain text: write {"prompt": "..."}, '
-    "and leave out --system and --enable-thinking"
+    "and leave out `system` and `enable_thinking`"
 )
 _OWN_KEYS = ("self", "messages", "tools", "documents", "add_generation_prompt")
 """What ``chat_template_kwargs`` may not hold: it has a key of its own, or follows from what is
@@ -72,17 +72,14 @@ class PromptStyle:
     enable_thinking: bool | None = None
 
     @property
-    def options(self) -> list[str]:
-        """The command line's names of what was chosen."""
-        thinking = {True: "--enable-thinking", False: "--no-enable-thinking", None: ""}[
-            self.enable_thinking
-        ]
-        chosen = (
-            "--raw" if self.is_raw else "",
-            "--system" if self.system is not None else "",
-            thinking,
-        )
-        return [name for name in chosen if name]
+    def chosen(self) -> list[str]:
+        """Name the parameters that were chosen."""
+        is_chosen = {
+            "is_raw": self.is_raw,
+            "system": self.system is not None,
+            "enable_thinking": self.enable_thinking is not None,
+        }
+        return [f"`{name}`" for name, given in is_chosen.items() if given]
 
     def check(self) -> None:
         """Check that the choices agree, and that the text is one.
@@ -90,16 +87,16 @@ class PromptStyle:
         Raises:
             UsageError: they contradict each other, or the text is none.
         """
-        others = self.options[1:] if self.is_raw else []
+        others = self.chosen[1:] if self.is_raw else []
         if others:
-            found = f"expected --raw without {others[0]}, found both"
+            found = f"expected `is_raw` without {others[0]}, found both"
             raise UsageError(
                 found,
                 f"leave out one of them: {others[0]} is for the chat template, "
-                "which --raw goes without",
+                "which `is_raw` goes without",
             )
         if self.system is not None:
-            check_text(self.system, "--system")
+            check_text(self.system, "`system`")
 
 
 USUAL_STYLE = PromptStyle()
@@ -325,10 +322,10 @@ def apply_style(prompt: Prompt, style: PromptStyle) -> Prompt:
     messages = prompt.messages or [{"role": "user", "content": prompt.text}]
     if messages[0]["role"] in ("system", "developer"):
         found = (
-            f"expected --system or a conversation that has a {messages[0]['role']} "
+            f"expected `system` or a conversation that has a {messages[0]['role']} "
             "message, found both"
         )
-        raise UsageError(found, "leave out --system, or the message")
+        raise UsageError(found, "leave out `system`, or the message")
     return replace(
         prompt, text=None, messages=[{"role": "system", "content": style.system}, *messages]
     )
@@ -350,8 +347,8 @@ def _taken_raw(prompt: Prompt) -> Prompt:
     found = "messages" if prompt.messages is not None else next(iter(prompt.template), None)
     if found is not None:
         raise UsageError(
-            f"expected a `prompt` alone with --raw, found `{found}`",
-            f"leave out --raw, or `{found}`, which is for the chat template",
+            f"expected a `prompt` alone with `is_raw`, found `{found}`",
+            f"leave out `is_raw`, or `{found}`, which is for the chat template",
         )
     return replace(prompt, is_raw=True)
 
@@ -416,12 +413,12 @@ def _template_of(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         if template.setdefault(key, value) != value:
             raise UsageError(
-                f"expected `{key}` once, or twice the same, found `chat_template_kwargs` to differ",
+                f'expected "{key}" once, or twice the same, found `chat_template_kwargs` to differ',
                 "leave out one of the two",
             )
     if not isinstance(template.get("enable_thinking"), bool | None):
         raise UsageError(
-            "expected `enable_thinking` to be true or false, "
+            'expected "enable_thinking" to be true or false, '
             f"found {_shown(template['enable_thinking'])}",
             "correct it, or leave it out",
         )

@@ -34,7 +34,7 @@ RTN: dict[str, Any] = {"calibration": "rtn"}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_of(
         num_hidden_layers=1,
-        intermediate_size=64,
+        intermediate_size=128,
         hidden_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,

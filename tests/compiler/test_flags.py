@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from commands import trimode
 
 from trimode.calib.drafter.job import DrafterJob
 from trimode.calib.drafter.settings import DrafterJobSettings
@@ -30,9 +32,10 @@ from trimode.cli.main import app
 from trimode.compiler.options import BuildOptions
 from trimode.compiler.verify.run import verify
 from trimode.errors import CheckpointError, TrimodeError, UsageError
-from trimode.runtime.text.prompts import USUAL_STYLE
+from trimode.runtime.text.prompts import USUAL_STYLE, PromptStyle
 
-CALIB = Path(__file__).parents[2] / "calib"
+ROOT = Path(__file__).parents[2]
+CALIB = ROOT / "calib"
 SPOKEN = re.compile(r"`([a-z_]+)`")
 
 
@@ -62,10 +65,13 @@ def test_every_parameter_in_an_error_has_a_flag() -> None:
 
 
 def test_no_error_of_the_library_names_a_flag() -> None:
-    for path in sorted(CALIB.rglob("*.py")):
+    rooms = (CALIB, ROOT / "runtime")
+    for path in sorted(path for room in rooms for path in room.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                assert not [text for text in texts(node) if re.search(r"(?<!\S)--[a-z]", text)]
+                # a command line that a hint gives whole has its flags
+                words = re.sub(r"`trimode [^`]*`", "", "".join(texts(node)))
+                assert not re.search(r"(?<!\S)--[a-z]", words), f"{path}:{node.lineno}"
 
 
 def test_parameters_and_flags_exist() -> None:
@@ -196,3 +202,26 @@ def test_a_calibration_names_its_flags(
             style=USUAL_STYLE,
             resume=resume,
         )
+
+
+def test_a_command_names_flags_whoever_raised_the_error(demo: Path) -> None:
+    """The library speaks of parameters; no command has to know which."""
+    style = PromptStyle(is_raw=True, system="x")
+    with pytest.raises(UsageError, match="expected `is_raw` without `system`, found both"):
+        style.check()
+    done = trimode("run", demo, "--prompt", "a", "--raw", "--system", "x")
+    assert done.returncode == 2
+    assert "expected --raw without --system, found both" in done.stderr
+    assert "which --raw goes without" in done.stderr
+
+
+def test_a_bad_line_names_flags_too(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    done = trimode("run", demo, "--prompts-file", file, "--raw", "--json")
+    assert done.returncode == 2
+    assert "`messages`, which is for the chat template" in done.stderr
+    assert json.loads(done.stdout) == {
+        "line": 1,
+        "error": "expected a `prompt` alone with --raw, found `messages`",
+    }

@@ -84,10 +84,12 @@ def record_again(bundle: Path, name: str) -> None:
 
 
 def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], None]) -> None:
-    model = onnx.load(bundle / name, load_external_data=False)
-    change(model.graph)
-    (bundle / name).write_bytes(model.SerializeToString())
-    record_again(bundle, name)
+    """Change the portable graph, and that of the target ``cpu``."""
+    for file in (name, name.replace(".onnx", ".cpu.onnx")):
+        model = onnx.load(bundle / file, load_external_data=False)
+        change(model.graph)
+        (bundle / file).write_bytes(model.SerializeToString())
+        record_again(bundle, file)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -462,6 +464,7 @@ def test_a_bundle_that_computes_nan_fails_by_the_names_of_its_graphs(
     outputs = [output for record in failed(found) for output in record.outputs]
     assert len(lines) == sum(not output.passed for output in outputs) + len(found.tokens)
     assert all("no number" in line for line in lines)
+    assert any("NaN or infinity" in line for line in printed)
     assert "NaN" not in (bundle / VERIFICATION).read_text()
 
 

@@ -177,17 +177,18 @@ def change_tensor(
 
 
 def swap_initializers(bundle: Path, graph: str, one: str, other: str) -> None:
-    """Let a graph read each of two tensors of the pack where the other lies."""
-    model = onnx.load(bundle / graph, load_external_data=False)
-    first, second = (
-        {e.key: e for e in t.external_data}["offset"]
-        for name in (one, other)
-        for t in model.graph.initializer
-        if t.name == name
-    )
-    first.value, second.value = second.value, first.value
-    (bundle / graph).write_bytes(model.SerializeToString())
-    record_again(bundle, graph)
+    """Let a portable graph, and that of ``cpu``, read two tensors each where the other lies."""
+    for file in (graph, graph.replace(".onnx", ".cpu.onnx")):
+        model = onnx.load(bundle / file, load_external_data=False)
+        first, second = (
+            {e.key: e for e in t.external_data}["offset"]
+            for name in (one, other)
+            for t in model.graph.initializer
+            if t.name == name
+        )
+        first.value, second.value = second.value, first.value
+        (bundle / file).write_bytes(model.SerializeToString())
+        record_again(bundle, file)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

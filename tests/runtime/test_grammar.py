@@ -307,6 +307,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "many ways": {"regex": "(a?){300}a{300}"},
     "wide": {"json": {"properties": {f"p{i}": {} for i in range(1500)}}},
     "many terminals": {"grammar": "start: " + " | ".join(f"/[a-z]*{i}/" for i in range(2500))},
+    "many readings": {"grammar": 'start: x{50}\nx: "a" | "aa" | "aaa" | y\ny: "a" | "aa" | x x'},
     "long string": {"json": {"type": "string", "minLength": 10**9}},
     "doubling rules": {
         "grammar": 'start: r20\nr0: "a"\n'

@@ -771,7 +771,7 @@ def test_full_tensorrt_replays_whole_batches(host: Host) -> None:
 def test_a_batch_larger_than_was_built_for(host: Host) -> None:
     with pytest.raises(UsageError, match=r"at most 4 rows.*found 5") as raised:
         host.model(RECORDS["rtx"]).new_batch(5)
-    assert "--max-batch" in raised.value.hint
+    assert "a larger `max_batch`" in raised.value.hint
 
 
 def test_sequences_begin_where_tensors_may(host: Host) -> None:

@@ -79,7 +79,7 @@ def test_no_request_breaks_the_schema(
     @MADE
     @given(case=operation.as_strategy(generation_mode=kind))
     def run(case: Any) -> None:
-        if isinstance(case.body, dict):
+        if isinstance(case.body, dict) and path.startswith("/v1/"):
             hurry(case.body)
         answer = case.call(timeout=30)
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])

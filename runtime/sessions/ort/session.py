@@ -78,7 +78,7 @@ class OrtSession(Closable):
         if num_threads is not None and num_threads < 1:
             raise UsageError(
                 f"expected at least 1 thread, found {num_threads}",
-                "leave --threads out to use every core",
+                "leave `num_threads` out to use every core",
             )
         manifest = bundle.manifest
         self.model = manifest.model

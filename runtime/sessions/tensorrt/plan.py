@@ -187,7 +187,7 @@ def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
         raise UsageError(
             "expected a block of a length that the engine was built for "
             f"({describe_rows(record)}), found {rows}",
-            "choose one of these lengths, or build the target with --block-lengths",
+            "choose one of these lengths, or build the target with `block_lengths`",
         )
     return min(fitting, key=lambda i: _width(record.profiles[i]))
 
@@ -354,7 +354,7 @@ def check_memory(plan: MemoryPlan, gpu: Gpu) -> None:
         raise DeviceError(
             f"expected at least {_gib(plan.total)} GiB of GPU memory ({parts}), "
             f"found {_gib(gpu.memory_bytes)} on {gpu.name}",
-            "build with a smaller --max-length, or choose the target cpu",
+            "build with a smaller `max_length`, or choose the target cpu",
         )
 
 

@@ -207,10 +207,10 @@ def check_gpu(target: TargetRecord, gpu: Gpu | NoGpu) -> Gpu:
             "the rest of the target is in order; run it where there is such a GPU",
         )
     if target.compute_capability not in (None, gpu.compute_capability):
+        command = f"{BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`"
         raise DeviceError(
             f"expected {wanted}, found {gpu.name} of {gpu.compute_capability}",
-            "add a target for this GPU: "
-            f"{BUILD[:-1]} --target sm{gpu.compute_capability.replace('.', '')}`",
+            f"add a target for this GPU: {command}",
         )
     return gpu
 
@@ -240,5 +240,5 @@ def check_block_length(
             raise UsageError(
                 "expected a block length that the target was built for "
                 f"({describe_rows(record)}), found {block_length}",
-                "choose one of these lengths, or build the target with --block-lengths",
+                "choose one of these lengths, or build the target with `block_lengths`",
             )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trimode.cli.flags import COMMON_FLAGS
 from trimode.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def show_outcomes(outcomes: Iterator[Answer | BadLine], request: RunRequest) -> 
 def _show_bad_line(bad: BadLine, request: RunRequest) -> None:
     """Report a bad line on stderr and, with --json, on stdout."""
     line, error = bad
+    error.rename(COMMON_FLAGS)
     sys.stderr.write(
         f"error: {request.prompts_file}, line {line}: {error.message}\nhint: {error.hint}\n"
     )

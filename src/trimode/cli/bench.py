@@ -6,7 +6,6 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from trimode.runtime.auto.timings import AcceptanceRecord, Timings
     from trimode.runtime.measure.forwards import TimerSettings
     from trimode.runtime.model import TriModeModel
-    from trimode.runtime.text.prompts import Prompt
 
 
 def forwards(
@@ -73,15 +71,23 @@ def forwards(
     model = {"precision": precision, "target": target, **machine}
     questions = PromptsFile(prompts_file, prompt_style(raw, system, enable_thinking))
     if not speed_of_light:
-        run_bench(bundle, BenchRequest(model, timer_settings(**timer), questions, output, as_json))
+        settings = timer_settings(**timer)
+        run_bench(bundle, model, settings, questions=questions, output=output, as_json=as_json)
         return
-    from trimode.cli.speed_of_light import LightRequest, light_settings, run_light
+    from trimode.cli.speed_of_light import light_settings, run_light
 
     draws = not no_figure
     if output is not None and draws:
         need("the picture (--no-figure leaves it out)", "calib", "matplotlib")
-    settings = light_settings(**counter)
-    run_light(bundle, LightRequest(model, settings, questions, output, draws, as_json))
+    run_light(
+        bundle,
+        model,
+        light_settings(**counter),
+        questions=questions,
+        output=output,
+        draws=draws,
+        as_json=as_json,
+    )
 
 
 def _check_options(timer: dict[str, Any], counter: dict[str, Any], *, counts: bool) -> None:
@@ -110,47 +116,49 @@ def timer_settings(
     )
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """Holds what a user asks of ``trimode bench``.
+def run_bench(
+    bundle: Path,
+    options: Mapping[str, Any],
+    settings: TimerSettings,
+    *,
+    questions: PromptsFile,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure, keep the table for mode ``auto``, and print it.
 
-    Attributes:
-        model: Keywords for :meth:`trimode.runtime.model.TriModeModel.from_pretrained`.
+    Args:
+        bundle: Folder of the bundle.
+        options: Keywords for :meth:`trimode.runtime.model.TriModeModel.from_pretrained`.
         settings: Forwards to time.
         questions: Prompts to measure acceptance with, if any.
         output: File to write besides the one that mode ``auto`` reads.
         as_json: Whether the table is printed as JSON.
+
+    Raises:
+        UsageError: an option or a prompt does not suit the model.
+        BundleError: the bundle is missing or damaged.
     """
-
-    model: Mapping[str, Any]
-    settings: TimerSettings
-    questions: PromptsFile
-    output: Path | None
-    as_json: bool
-
-
-def run_bench(bundle: Path, request: BenchRequest) -> None:
-    """Measure, keep the table for mode ``auto``, and print it."""
     from trimode.cli.output import print_json
     from trimode.cli.prompt_options import check_prompt_options
     from trimode.runtime.model import TriModeModel
-    from trimode.runtime.text.prompts import read_prompts_file
+    from trimode.runtime.text.prompts import encode_prompts, read_prompts_file
 
-    if request.output is not None:
-        _check_output(request.output)
-    check_prompt_options(request.questions.file, request.questions.style)
-    questions = (
-        read_prompts_file(request.questions.file, request.questions.style)
-        if request.questions.file
-        else []
-    )
+    if output is not None:
+        _check_output(output)
+    check_prompt_options(questions.file, questions.style)
+    prompts = read_prompts_file(questions.file, questions.style) if questions.file else []
     with (
         flags_in_errors(BENCH_FLAGS),
-        TriModeModel.from_pretrained(bundle, **request.model) as model,
+        TriModeModel.from_pretrained(bundle, **options) as model,
     ):
-        timings = _measure(model, questions, request)
-    _keep(timings, request.output)
-    if request.as_json:
+        # A prompt that the model does not take shows before minutes of measuring.
+        encoded = encode_prompts(
+            questions.file or Path(), prompts, lambda: model.codec, model.model
+        )
+        timings = _measure(model, encoded, settings, options["num_threads"])
+    _keep(timings, output)
+    if as_json:
         print_json(timings, indent=1)
     else:
         show(timings)
@@ -168,20 +176,20 @@ def _check_output(output: Path) -> None:
     check_file_place(output)
 
 
-def _measure(model: TriModeModel, questions: list[Prompt], request: BenchRequest) -> Timings:
-    """Time the forwards, then measure acceptance over the questions."""
+def _measure(
+    model: TriModeModel,
+    prompts: list[list[int]],
+    settings: TimerSettings,
+    num_threads: int | None,
+) -> Timings:
+    """Time the forwards, then measure acceptance over the prompts."""
     from trimode.cli.console import RichProgress
     from trimode.cli.output import command_line
     from trimode.runtime.auto.timings import Timings, subject_of
     from trimode.runtime.measure.forwards import USUAL_REPEATS, check_settings, time_forwards
-    from trimode.runtime.text.prompts import encode_prompts
 
-    settings = check_settings(request.settings, model.model, model.session)
-    subject = subject_of(model.bundle, model.target, request.model["num_threads"])
-    # A prompt that the model does not take shows before minutes of measuring.
-    prompts = encode_prompts(
-        request.questions.file or Path(), questions, lambda: model.codec, model.model
-    )
+    settings = check_settings(settings, model.model, model.session)
+    subject = subject_of(model.bundle, model.target, num_threads)
     with RichProgress() as progress:
         advance = progress.stage("time forwards", settings.repeats or USUAL_REPEATS)
         forwards = time_forwards(model.session, model.model, settings, advance)

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from trimode.cli.flags import COMMON_FLAGS
 from trimode.errors import TrimodeError, report
 from trimode.formats.texts import reason_of
 
@@ -82,6 +83,7 @@ def _code_of(command: Callable[[], object]) -> int:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         found = as_error(error)
+        found.rename(COMMON_FLAGS)
         report(found)
         return found.exit_code
     return 0

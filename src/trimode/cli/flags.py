@@ -113,6 +113,16 @@ _OF_SERVE = (
 )
 SERVE_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _OF_SERVE}
 """Flags of ``trimode serve``."""
+COMMON_FLAGS = {
+    "block_lengths": "--block-lengths",
+    "enable_thinking": "--enable-thinking",
+    "is_raw": "--raw",
+    "max_batch": "--max-batch",
+    "max_length": "--max-length",
+    "num_threads": "--threads",
+    "system": "--system",
+}
+"""Flags that mean the same in every command that has them."""
 
 
 def with_flags(text: str, flags: Mapping[str, str] = FLAGS) -> str:

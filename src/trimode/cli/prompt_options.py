@@ -24,8 +24,8 @@ class PromptsFile(NamedTuple):
 def check_prompt_options(prompts_file: Path | None, style: PromptStyle) -> None:
     """Raise :class:`UsageError` if the options contradict each other or lack a file."""
     style.check()
-    if style.options and prompts_file is None:
-        name = style.options[0]
+    if style.chosen and prompts_file is None:
+        name = style.chosen[0]
         raise UsageError(
             f"expected {name} together with --prompts-file, found it alone",
             f"leave {name} out, or add --prompts-file",

@@ -83,9 +83,9 @@ def read_prompts(request: RunRequest) -> list[Prompt | BadLine]:
     if request.prompt is not None:
         check_text(request.prompt, "--prompt")
         return [apply_style(Prompt(text=request.prompt), request.style)]
-    if request.style.options:
+    if request.style.chosen:
         found = (
-            f"expected {request.style.options[0]} together with --prompt or --prompts-file, "
+            f"expected {request.style.chosen[0]} together with --prompt or --prompts-file, "
             "found it with --token-ids"
         )
         raise UsageError(found, "leave it out: token ids are what the model reads, as they are")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,6 @@ from trimode.runtime.text.prompts import encode_prompts, read_prompts_file
 PICTURE = "speed_of_light.png"
 
 
-@dataclass(frozen=True)
-class LightRequest:
-    """Holds what a user asks of ``trimode bench --speed-of-light``.
-
-    Attributes:
-        model: Keywords for :meth:`trimode.runtime.model.TriModeModel.from_pretrained`.
-        settings: Blocks and thresholds to try.
-        questions: Prompts to answer; a file is required.
-        output: Folder to write, if any.
-        draws: Whether a figure is written too.
-        as_json: Whether the report is printed as JSON.
-    """
-
-    model: Mapping[str, Any]
-    settings: LightSettings
-    questions: PromptsFile
-    output: Path | None
-    draws: bool
-    as_json: bool
-
-
 def light_settings(
     *, block_length: int | None, thresholds: str | None, max_new_tokens: int | None
 ) -> LightSettings:
@@ -60,40 +38,60 @@ def light_settings(
     )
 
 
-def run_light(bundle: Path, request: LightRequest) -> None:
+def run_light(
+    bundle: Path,
+    options: Mapping[str, Any],
+    settings: LightSettings,
+    *,
+    questions: PromptsFile,
+    output: Path | None,
+    draws: bool,
+    as_json: bool,
+) -> None:
     """Measure, write any folder named, and print a table or JSON.
 
-    Errors are raised before anything is written.
+    Args:
+        bundle: Folder of the bundle.
+        options: Keywords for :meth:`trimode.runtime.model.TriModeModel.from_pretrained`.
+        settings: Blocks and thresholds to try.
+        questions: Prompts to answer; a file is required.
+        output: Folder to write, if any.
+        draws: Whether a figure is written too.
+        as_json: Whether the report is printed as JSON.
+
+    Raises:
+        UsageError: an option, the output or a prompt cannot be used; nothing is written.
+        BundleError: the bundle is missing or damaged.
     """
-    prompts_file = _checked_prompts(request)
-    request.questions.style.check()
-    questions = read_prompts_file(prompts_file, request.questions.style)
-    with TriModeModel.from_pretrained(bundle, **request.model) as model:
+    file = _checked_prompts(questions.file, output, draws=draws)
+    questions.style.check()
+    lines = read_prompts_file(file, questions.style)
+    with TriModeModel.from_pretrained(bundle, **options) as model:
         # A prompt that the model does not take shows before minutes of measuring.
-        prompts = encode_prompts(prompts_file, questions, lambda: model.codec, model.model)
-        report = _measure(model, prompts, sha256_of(prompts_file), request.settings)
-    if request.output is not None:
-        _save(report, request.output, draws=request.draws)
-        sys.stderr.write(f"wrote {request.output}\n")
-    if request.as_json:
+        prompts = encode_prompts(file, lines, lambda: model.codec, model.model)
+        report = _measure(model, prompts, sha256_of(file), settings)
+    if output is not None:
+        _save(report, output, draws=draws)
+        sys.stderr.write(f"wrote {output}\n")
+    if as_json:
         print_json(report, indent=1)
     else:
         _show(report)
 
 
-def _checked_prompts(request: LightRequest) -> Path:
+def _checked_prompts(file: Path | None, output: Path | None, *, draws: bool) -> Path:
     """Return the file of prompts, once it and the output are fit."""
-    if request.questions.file is None:
+    if file is None:
         raise UsageError(
             "expected --prompts-file together with --speed-of-light, found none",
             "name a file of prompts, one JSON object a line",
         )
-    if request.output is not None:
-        check_replaceable(request.output, REPORT, "a report")
-        check_apart(request.output, None, request.questions.file)
-        if request.draws:
+    if output is not None:
+        check_replaceable(output, REPORT, "a report")
+        check_apart(output, None, file)
+        if draws:
             load_matplotlib()  # it takes minutes to need it, and no time to miss it
-    return request.questions.file
+    return file
 
 
 def _measure(

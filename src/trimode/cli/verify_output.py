@@ -44,7 +44,11 @@ _TOKEN_HEADINGS = (
     "",
 )
 _NO_NUMBER = "no number"
-"""Stands for NaN, infinity, and what has no figure because shapes or lengths differ."""
+"""Stands for a figure that there is none of; :data:`_WHY` tells the reader why."""
+_WHY = (
+    "no number: a graph returned NaN or infinity, or an output of another shape, "
+    "so there is no figure to compare"
+)
 
 
 def show_verification(verification: Verification, checkpoint: Path) -> None:
@@ -57,9 +61,21 @@ def show_verification(verification: Verification, checkpoint: Path) -> None:
     console.print(_token_table(verification.tokens))
     if verification.sampler is not None:
         console.print(_sampler_line(verification.sampler))
+    if _lacks_figures(verification):
+        console.print(_WHY)
     for note in verification.notes:
         console.print(f"note: {note}")
     console.print(_summary(verification))
+
+
+def _lacks_figures(found: Verification) -> bool:
+    """Whether a table or line says that there is no number."""
+    outputs = (output for record in found.graphs for output in record.outputs)
+    return (
+        any(output.max_error is None for output in outputs)
+        or any(_preference(record) == _NO_NUMBER for record in found.tokens)
+        or (found.sampler is not None and found.sampler.max_error is None)
+    )
 
 
 def _subject(found: Verification, checkpoint: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimode.formats.contract import Mode
 from trimode.runtime.engine.handle import Handle
+from trimode.runtime.grammar.spec import read_structured_outputs
 from trimode.runtime.service import Engine
 from trimode.runtime.text.codec import TextCodec
 from trimode.runtime.text.stream import TextStream
@@ -102,6 +103,9 @@ class Service:
     def _texts(
         self, asked: Asked, prompts: Sequence[list[int]], request: Sampling, choices: dict[str, Any]
     ) -> list[ChoiceText]:
+        if (follows := choices.get("structured_outputs")) is not None:
+            # A wrong grammar is refused here, before an answer begins; the engine finds it compiled
+            self.engine.model.grammars.compile(read_structured_outputs(follows))
         stops, fewest = choices.get("stop") or (), choices.get("min_new_tokens") or 0
         handles: list[Handle] = []
         try:

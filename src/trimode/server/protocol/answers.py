@@ -141,11 +141,10 @@ class Completion(Declared):
 
 def answer_response(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Declare an answer in one piece, or in events, for the OpenAPI schema."""
-    events = {"schema": {"type": "string", "description": "Server-sent events."}}
     return {
         200: {
             "model": model,
             "description": "Answer in one piece; in events where `stream` is true.",
-            "content": {"text/event-stream": events},
+            "content": {"text/event-stream": {}},
         }
     }

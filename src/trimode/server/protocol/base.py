@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trimode.server.protocol.strict import Strict, Whole
+from trimode.server.protocol.strict import WHOLE, Strict
 from trimode.server.protocol.structured import StructuredOutputs
 
 ModeName = Literal[
@@ -65,11 +65,11 @@ class Sampling(Strict):
     """
 
     model: str | None = None
-    max_tokens: Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | None = None
-    min_tokens: Annotated[Whole, Field(ge=0, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -80,19 +80,19 @@ class Sampling(Strict):
         ]
         | None
     ) = None
-    seed: Annotated[Whole, Field(ge=0, le=MOST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED), WHOLE] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[Whole, Field(ge=0, le=MOST_TOKENS)]] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]] | None = None
     ignore_eos: bool | None = None
-    n: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    n: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     mode: ModeName | None = None
-    block_length: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    block_length: Annotated[int, Field(ge=1, le=1024), WHOLE] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    priority: Annotated[Whole, Field(ge=-(2**31), le=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31), WHOLE] | None = None
     return_token_ids: bool | None = None
-    max_thinking_tokens: Annotated[Whole, Field(ge=0, le=MOST_TOKENS)] | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE] | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -7,9 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from trimode.server.protocol.base import MOST_TOKENS, MOST_TOP_LOGPROBS, Sampling
-from trimode.server.protocol.strict import Whole
+from trimode.server.protocol.strict import WHOLE
 
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]], Field(min_length=1)]
 
 
 class CompletionRequest(Sampling):
@@ -26,4 +26,4 @@ class CompletionRequest(Sampling):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    logprobs: Annotated[Whole, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), WHOLE] | None = None

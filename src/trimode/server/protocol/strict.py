@@ -12,7 +12,9 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
+"""Stands behind a number's bounds, so that the schema has them."""
+Whole = Annotated[int, WHOLE]
 
 
 class Strict(BaseModel):
