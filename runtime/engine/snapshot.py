@@ -43,6 +43,7 @@ def snapshot(core: EngineCore) -> EngineStats:
         decode_s=counts.decode_s,
         mode_switches=tuple(core.modes.switches),
         num_mode_switches=core.modes.num_switches,
+        prediction_ratio=None if (table := core.settings.table) is None else table.drift,
         rows=tuple(_row(row) for row in rows),
         detours=core.num_detours,
         timing_alarms=0 if core.settings.alarm is None else core.settings.alarm.count,

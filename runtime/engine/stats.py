@@ -90,6 +90,7 @@ class EngineStats:
         decode_s: Seconds of all other steps.
         mode_switches: Plans that changed, the newest last; the last hundred.
         num_mode_switches: Plans that changed, in all.
+        prediction_ratio: Measured over predicted time of forwards, of late; None without a table.
         rows: Rows at work.
         detours: Times that a forward waited for rows that were one forward behind.
         timing_alarms: Times that forwards took over 1.5 times what the table of timings says, for
@@ -124,6 +125,7 @@ class EngineStats:
     decode_s: float
     mode_switches: tuple[ModeSwitch, ...]
     num_mode_switches: int
+    prediction_ratio: float | None
     rows: tuple[RowStats, ...] = ()
     detours: int = 0
     timing_alarms: int = 0

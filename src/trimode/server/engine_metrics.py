@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from trimode.runtime.engine.stats import EngineStats
 
-Value = Callable[[EngineStats], float]
+Value = Callable[[EngineStats], float | None]
 Values = Callable[[EngineStats], Mapping[str, float]]
 
 STEP_SIZES = tuple(1 << power for power in range(14))
@@ -54,6 +54,11 @@ GAUGES = (
     ),
     One("trimode:free_rows", "Rows that are free.", lambda s: s.free_rows),
     One("trimode:healthy", "Whether the engine takes requests: 1 or 0.", lambda s: s.is_healthy),
+    One(
+        "trimode:step_prediction_ratio",
+        "Measured over predicted time of forwards, of late; none without timings.",
+        lambda s: s.prediction_ratio,
+    ),
     One("trimode:kept_tokens", "Tokens of ended texts in host memory.", lambda s: s.kept_tokens),
     One("trimode:kept_bytes", "Bytes of their keys and values.", lambda s: s.kept_bytes),
 )
@@ -165,7 +170,8 @@ class EngineCollector(Collector):
     ) -> Iterator[Metric]:
         for one in metrics:
             made = family(one.name, one.text, labels=["model_name"])
-            made.add_metric([self._model_name], float(one.value(stats)))
+            if (value := one.value(stats)) is not None:
+                made.add_metric([self._model_name], float(value))
             yield made
 
     def _by_label(
