@@ -226,7 +226,7 @@ class Load:
                 next(iter(one.handle), None)
             one.handle.cancel()
         with contextlib.suppress(RequestTimeoutError, RequestCancelledError):
-            one.handle.result(120)
+            one.handle.result(600)  # a busy machine may stand still
 
     def _check(self, one: Asked, singles: dict[Any, list[int]]) -> None:
         found, error = one.handle.token_ids, one.handle.error
