@@ -1,1 +1,1 @@
-"""Mode ``auto``: which step to take next, from timings and from what texts have shown."""
+"""Chooses the steps of mode ``auto`` from timings and earlier texts."""

@@ -1,4 +1,6 @@
-"""How likely drafts are accepted in one text, from the cycles that it has had so far.
+"""Estimates how likely drafts are accepted in one text.
+
+It goes by the cycles that the text has had so far.
 
 All is in plain Python: these are lists of some thirty numbers, and between two forwards, whose
 weights have just passed through the processor's caches, a call of numpy takes longer than such a
@@ -24,7 +26,9 @@ acceptance is a property of a stretch of text.
 
 
 class Acceptance:
-    """How likely each slot's draft is accepted once those before it are.
+    """Estimates how likely each slot's draft is accepted.
+
+    The question is about a draft once those before it are accepted.
 
     A discounted Kaplan-Meier estimate: a slot counts as tried only where all before it were
     accepted. Of a block whose drafts were all accepted, as far as they were verified, those behind
@@ -34,7 +38,7 @@ class Acceptance:
     more or fewer this text has shown than were to be expected (shared frailty).
 
     Args:
-        prior: what was expected before anything was seen.
+        prior: Expectation before anything was seen.
     """
 
     def __init__(self, prior: Prior) -> None:
@@ -49,11 +53,16 @@ class Acceptance:
         *,
         first_slot: int = 0,
     ) -> None:
-        """Take note of a cycle: drafts that were verified, those of them that were accepted, and
-        the confidence of those behind them.
+        """Take note of what came of a cycle.
 
-        ``first_slot`` is the slot that the first draft counts for: not 0 where the cycle goes on
-        from one whose drafts were all accepted. Slots behind the last one are left out.
+        Slots behind the last one are left out.
+
+        Args:
+            num_verified: Number of drafts that were verified.
+            num_accepted: Number of these that were accepted.
+            unverified: Confidence of the drafts behind them.
+            first_slot: Slot that the first draft counts for. Not 0 where the cycle goes on from one
+                whose drafts were all accepted.
         """
         tried, accepted = self._tried, self._accepted
         end = min(first_slot + num_verified, len(tried))
@@ -69,7 +78,10 @@ class Acceptance:
                 accepted[slot] += reached
 
     def lean_on(self, prior: Prior) -> None:
-        """Expect something else from now on of what was not seen; as many slots as before."""
+        """Lean on another prior from now on, for what was not seen.
+
+        It has as many slots as the one before.
+        """
         self._weight, self._rejection = prior.weight, prior.rejection
 
     def forget(self, num_tokens: float) -> None:
@@ -80,17 +92,21 @@ class Acceptance:
 
     @property
     def rejection_scale(self) -> float:
-        """How many times as often as expected drafts were rejected, the prior counting for so many
-        rejections as it weighs.
+        """Ratio of the rejections seen to those that were expected.
+
+        The prior counts for as many rejections as it weighs.
         """
         seen = sum(self._tried) - sum(self._accepted)
         expected: float = sum(map(mul, self._tried, self._rejection))
         return (seen + self._weight) / (expected + self._weight)
 
     def rates(self, ahead: Sequence[float] = ()) -> list[float]:
-        """Compute how likely each slot's draft is accepted, if those before it are.
+        """Compute how likely each slot's draft is accepted.
 
-        ``ahead`` is the confidence in the first ones.
+        That is once those before it are.
+
+        Args:
+            ahead: Confidence in the drafts of the first slots.
         """
         rejection_scale, result = self.rejection_scale, []
         for tried, accepted, rejection in zip(
@@ -107,5 +123,5 @@ class Acceptance:
 
 
 def weight_after(num_tokens: float) -> float:
-    """Of what was seen, so many tokens later."""
+    """Return the weight of what was seen, so many tokens later."""
     return math.exp(-num_tokens / MEMORY_TOKENS)

@@ -1,5 +1,7 @@
-"""Mode ``auto``: which step comes next, one token of AR or a cycle of self-speculation, how long
-its block is, and how much of it is verified.
+"""Chooses the next step of a text in mode ``auto``.
+
+A step is one token of AR or a cycle of self-speculation. Of a cycle it also chooses how long the
+block is, and how much of it is verified.
 
 Every choice yields the tokens of AR, or their distribution, so what is chosen is a matter of time
 alone. A step is worth the tokens that it is expected to yield; the policy takes the one with the
@@ -62,11 +64,11 @@ class StepCosts:
     Between its points they are interpolated, beyond them held.
 
     Attributes:
-        past: the grid, ascending.
-        ar_ms: of one forward of one token.
-        draft_ms: block length -> of its draft.
-        verify_ms: of verifying so many tokens, for the same lengths.
-        history: what to expect of a text of which nothing is known yet.
+        past: Numbers of cached tokens, ascending: the grid.
+        ar_ms: Milliseconds of one forward of one token.
+        draft_ms: Block length -> milliseconds of its draft.
+        verify_ms: Block length -> milliseconds of verifying so many tokens, for the same lengths.
+        history: Acceptance to expect of a text of which nothing is known yet.
     """
 
     past: tuple[int, ...]
@@ -98,7 +100,7 @@ class StepCosts:
         return tuple(sorted(self.draft_ms))
 
     def at(self, past: float) -> StepTimes:
-        """The steps after so many cached tokens."""
+        """Return the times of the steps after so many cached tokens."""
         if past not in self._times:
             if len(self._times) == _KEPT:
                 self._times.clear()
@@ -115,7 +117,10 @@ class StepCosts:
         )
 
     def kind_of(self, prompt: Sequence[int]) -> TextKind:
-        """What the text after a prompt is like; one object for all prompts of a kind."""
+        """Return the kind of the text after a prompt.
+
+        It is one object for all prompts of a kind.
+        """
         kinds = tuple(self.history.kinds_of(prompt))
         name = kinds[-1].sha256 if kinds else ""
         if name not in self._kinds:
@@ -124,7 +129,7 @@ class StepCosts:
         return self._kinds[name]
 
     def only(self, is_usable: Callable[[int], bool]) -> StepCosts:
-        """With these block lengths only."""
+        """Return the costs with the usable block lengths only."""
         usable = [length for length in self.lengths if is_usable(length)]
         return replace(
             self,
@@ -134,11 +139,11 @@ class StepCosts:
 
 
 class TextKind:
-    """Texts of which the same is expected.
+    """Stands for texts of which the same is expected.
 
     Args:
-        prior: what that is.
-        times: of the steps, at a usual number of cached tokens.
+        prior: Expectation of them.
+        times: Times of the steps, at a usual number of cached tokens.
     """
 
     def __init__(self, prior: Prior, times: StepTimes) -> None:
@@ -146,8 +151,10 @@ class TextKind:
         self._remaining: dict[tuple[int, bool], RemainingTime] = {}
 
     def remaining(self, rejection_scale: float, *, is_confident: bool) -> RemainingTime:
-        """On the rest of a text in which drafts are rejected ``rejection_scale`` times as often as
-        expected, to the next power of 2.
+        """Return the remaining time of a text of this kind.
+
+        Drafts in it are rejected ``rejection_scale`` times as often as expected, to the next power
+        of 2.
         """
         level = round(
             math.log2(min(max(rejection_scale, 1 / MOST_REJECTION_SCALE), MOST_REJECTION_SCALE))
@@ -169,43 +176,50 @@ class Policy(Protocol):
     """
 
     def choose(self, past: int, left: int) -> int:
-        """The next step's block length, or :data:`AR_STEP`.
+        """Choose the next step's block length, or :data:`AR_STEP`.
 
         Args:
-            past: cached tokens.
-            left: tokens that may still come.
+            past: Number of cached tokens.
+            left: Number of tokens that may still come.
         """
         ...
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
-        """How many tokens of a drafted block to verify, its first one included.
+        """Choose how many tokens of a drafted block to verify.
+
+        Its first token is one of them.
 
         Args:
-            num_wanted: tokens that the cycle may yield at most: as many as may still come, and none
-            behind a drafted end.
-            confidence: ``(block_length,)``, of each slot's draft, the first being no draft. None
-                where tokens are drawn: then ``num_wanted`` depends on a draw, and less must not be
-                verified. An end that was drawn would be drawn again, and come too seldom.
+            num_wanted: Most tokens that the cycle may yield: as many as may still come, and none
+                behind a drafted end.
+            confidence: Confidence in each slot's draft, ``(block_length,)``, the first being no
+                draft. None where tokens are drawn: then ``num_wanted`` depends on a draw, and less
+                must not be verified. An end that was drawn would be drawn again, and come too
+                seldom.
         """
         ...
 
     def record(self, num_tokens: int) -> None:
-        """Take note that the step yielded so many tokens, of which the last was no accepted
-        draft.
+        """Take note of how many tokens the step yielded.
+
+        The last of them was no accepted draft.
         """
         ...
 
 
 @runtime_checkable
 class Reasoned(Protocol):
-    """A policy that gives the reason for its last choice, in words."""
+    """Gives the reason for a policy's last choice, in words."""
 
     @property
     def reason(self) -> str: ...
 
 
 class FixedPolicy:
-    """Always the same; without a table there is nothing to choose by."""
+    """Chooses the same block length every time.
+
+    Without a table there is nothing to choose by.
+    """
 
     reason = "no timings of this machine: blocks of one length"
 
@@ -213,19 +227,19 @@ class FixedPolicy:
         self._block_length = block_length
 
     def choose(self, past: int, left: int) -> int:  # noqa: ARG002
-        """See :class:`Policy`."""
         return self._block_length
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:  # noqa: ARG002
-        """See :class:`Policy`."""
         return self._block_length
 
     def record(self, num_tokens: int) -> None:
-        """Nothing is noted."""
+        """Note nothing."""
 
 
 class AdaptivePolicy:
-    """The step that is expected to leave the least to do, in milliseconds, its own included.
+    """Chooses the step that is expected to leave the least to do.
+
+    What is left is counted in milliseconds, the step's own included.
 
     The next block is judged by what the last draft made of the same positions: slots behind the
     first rejection are drafted again, and where they were sure, or unsure, they mostly still are;
@@ -237,9 +251,9 @@ class AdaptivePolicy:
     rises too.
 
     Args:
-        costs: of the steps there are to choose from.
-        prompt: of the text; its first token is written.
-        is_confident: whether :meth:`rows_to_verify` will be told how likely drafts are to be
+        costs: Costs of the steps there are to choose from.
+        prompt: Prompt of the text, whose first token is written.
+        is_confident: Whether :meth:`rows_to_verify` will be told how likely drafts are to be
             accepted.
     """
 
@@ -254,7 +268,6 @@ class AdaptivePolicy:
         self._reasons: tuple[float, list[float], list[float], list[int], list[float]]
 
     def choose(self, past: int, left: int) -> int:
-        """See :class:`Policy`."""
         times, remaining = (
             self._costs.at(past),
             self._kind.remaining(self._acceptance.rejection_scale, is_confident=self._is_confident),
@@ -279,7 +292,10 @@ class AdaptivePolicy:
 
     @property
     def reason(self) -> str:
-        """What was expected of the last choice, and of what it was chosen over."""
+        """Tokens and time expected of the best block and of AR.
+
+        One of them was the last choice.
+        """
         ar_ms, cycles, likely, wanted, left_to_do = self._reasons
         best = left_to_do.index(min(left_to_do[1:]), 1) - 1
         tokens = sum(likely[: wanted[best] + 1])
@@ -289,8 +305,9 @@ class AdaptivePolicy:
         )
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:
-        """See :class:`Policy`. The draft is paid for; a further row has to save more than it
-        takes.
+        """Choose as many rows as save more time than they take.
+
+        The draft is already paid for.
         """
         step = self._step
         step.num_wanted = num_wanted
@@ -328,8 +345,10 @@ class AdaptivePolicy:
 
 
 class _Waste:
-    """Of the rows that yield no token the share that is verified all the same: 0 where confidence
-    tells them beforehand, 1 where it does not.
+    """Tracks the share of useless rows that is verified all the same.
+
+    Such rows yield no token. The share is 0 where confidence tells them beforehand, 1 where it does
+    not.
     """
 
     def __init__(self, prior: float) -> None:
@@ -351,15 +370,15 @@ class _Waste:
 
 @dataclass
 class _Step:
-    """A step that was chosen.
+    """Holds a step that was chosen.
 
     Attributes:
-        verify_ms: of each block length.
-        remaining: that it was chosen by.
-        scale: of what tokens are worth there, in this text.
-        rows: that are verified.
-        num_wanted: tokens that may come of it.
-        drafts: confidence in those of the block that are wanted; empty where it says nothing.
+        verify_ms: Milliseconds of verifying each block length.
+        remaining: Remaining time that it was chosen by.
+        scale: Factor of what tokens are worth there, in this text.
+        rows: Number of rows that are verified.
+        num_wanted: Number of tokens that may come of it.
+        drafts: Confidence in those of the block that are wanted; empty where it says nothing.
     """
 
     block_length: int

@@ -1,5 +1,7 @@
-"""What texts have shown before whose prompts begin alike: what mode ``auto`` expects of a text
-before it has seen any of it.
+"""Tells what to expect of a text by its prompt's beginning.
+
+Texts whose prompts begin alike have shown it before. Mode ``auto`` expects the same before it has
+seen any of the text.
 
 A service mostly sees a few kinds of prompts, each with its own instructions in front, and texts of
 one kind resemble each other: in how often their drafts are accepted, slot by slot, and in how long
@@ -42,16 +44,16 @@ values (Silverman 1986, eq. 3.31).
 
 
 class PromptGroup(Record):
-    """Prompts that begin with the same tokens, and what came of them.
+    """Groups prompts that begin with the same tokens, with what followed.
 
     Attributes:
-        num_tokens: that they have in common.
-        sha256: of these tokens, as little-endian int64.
-        tried: per slot of the block, how often all drafts before it were accepted.
-        accepted: how often it was, too.
-        weight: rejections of its own that a text must show to count as much as the kind. The more
-        the texts of a kind differ, the fewer.
-        lengths: of the texts that ended by themselves, in tokens, ascending.
+        num_tokens: Number of tokens that they have in common.
+        sha256: Digest of these tokens, as little-endian int64.
+        tried: Number of times that all drafts before a slot were accepted, per slot of the block.
+        accepted: Number of times that its own draft was, too.
+        weight: Rejections of its own that a text must show to count as much as the kind. The more
+            the texts of a kind differ, the fewer.
+        lengths: Lengths of the texts that ended by themselves, in tokens, ascending.
     """
 
     num_tokens: int = Field(ge=0)
@@ -65,8 +67,13 @@ class PromptGroup(Record):
 
 @dataclass(frozen=True)
 class FinishedText:
-    """A text that was written: its prompt, per slot how often its draft was tried and accepted
-    ``(num_slots,)``, its length if it ended by itself.
+    """Records how the drafts of a written text fared.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        tried: Number of times that each slot's draft was tried, ``(num_slots,)``.
+        accepted: Number of times that it was accepted, ``(num_slots,)``.
+        length: Length of the text if it ended by itself, else None.
     """
 
     prompt: Sequence[int]
@@ -77,14 +84,14 @@ class FinishedText:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is expected of a text.
+    """Holds what is expected of a text.
 
     Attributes:
-        rejection: of each slot, how likely its draft is rejected where those before it are
-        accepted.
-        weight: as in :class:`PromptGroup`.
-        ends: ``ends[n]`` is how likely a text of ``n`` tokens or more has no more; the last one
-            goes for all longer ones. Empty = not known.
+        rejection: Probability, per slot, that its draft is rejected where those before it are
+            accepted.
+        weight: Weight, as in :class:`PromptGroup`.
+        ends: Probability at index ``n`` that a text of ``n`` tokens or more has no more; the last
+            one goes for all longer ones. Empty = not known.
     """
 
     rejection: tuple[float, ...]
@@ -94,14 +101,20 @@ class Prior:
 
 @dataclass(frozen=True)
 class AcceptanceHistory:
-    """Kinds of prompts; ``rate`` is the acceptance to expect where there are none."""
+    """Holds what is known of kinds of prompts.
+
+    Attributes:
+        rate: Acceptance to expect where there are no kinds.
+        kinds: Kinds of prompts.
+    """
 
     rate: float = PRIOR_ACCEPTANCE
     kinds: tuple[PromptGroup, ...] = ()
 
     def prior(self, kinds: Sequence[PromptGroup], num_slots: int) -> Prior:
-        """What to expect of a text of these kinds, each of which contains the next one and is
-        corrected by it.
+        """Return what to expect of a text of these kinds.
+
+        Each kind contains the next one and is corrected by it.
         """
         rate = min(self.rate, GREATEST_RATE)
         rates, weight = np.full(num_slots, rate), (1 - rate) * PRIOR_SLOTS
@@ -117,7 +130,7 @@ class AcceptanceHistory:
         )
 
     def kinds_of(self, prompt: Sequence[int]) -> Iterator[PromptGroup]:
-        """What it is one of, from the shortest beginning to the longest."""
+        """Yield the kinds of a prompt, from the shortest beginning on."""
         digest, done = hashlib.sha256(), 0
         for num_tokens, kinds in self._by_length:
             if num_tokens > len(prompt):
@@ -138,9 +151,9 @@ class AcceptanceHistory:
 
 
 def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
-    """Compute at index ``n`` how likely a text of ``n`` tokens ends there.
+    """Compute how likely a text ends, by its number of tokens.
 
-    The last entry counts for all longer texts.
+    Index ``n`` is for a text of ``n`` tokens. The last entry counts for all longer texts.
 
     A kernel estimate (normal, Silverman's bandwidth), and beside the texts that were written one
     that is longer than all, since there may be such. Behind what is known lengths have no memory,
@@ -159,8 +172,10 @@ def ends_of(lengths: Sequence[int], num_texts: int) -> tuple[float, ...]:
 
 
 def tell_apart(texts: Sequence[FinishedText]) -> tuple[PromptGroup, ...]:
-    """The tree of beginnings that enough of the prompts share, from the shortest to the longest:
-    one kind where they part, each way on.
+    """Find the beginnings that enough of the prompts share.
+
+    They are a tree: one kind where prompts part, each way on. They come from the shortest to the
+    longest.
     """
     least = max(LEAST_PROMPTS, LEAST_SHARE * len(texts))
     kinds, open_groups = [], [list(texts)]
@@ -200,8 +215,10 @@ def _kind(group: Sequence[FinishedText], num_tokens: int) -> PromptGroup:
 def _weight(
     group: Sequence[FinishedText], tried: NDArray[np.int64], accepted: NDArray[np.int64]
 ) -> float:
-    """Shape of the gamma distribution that multiplies the rate of rejections from one text to the
-    next (shared frailty), by its moments.
+    """Estimate the weight of a kind from how its texts differ.
+
+    It is the shape of the gamma distribution that multiplies the rate of rejections from one text
+    to the next (shared frailty), by its moments.
 
     A text that is expected to have ``e`` rejections has ``r`` of them, with variance ``e + e * e /
     weight``.

@@ -1,4 +1,6 @@
-"""What the rest of a text will take, where it is known how long such texts are.
+"""Computes how long the rest of a text will take.
+
+That is possible where it is known how long such texts are.
 
 A step is worth the milliseconds that its tokens save later. In the middle of a long text that is
 the same for each of them. Near the end it is not: the token that makes another cycle unnecessary
@@ -21,13 +23,13 @@ _KEPT = 4096
 
 
 class StepTimes:
-    """Milliseconds of each step at one number of cached tokens.
+    """Holds milliseconds of each step at one number of cached tokens.
 
     Args:
-        lengths: of blocks, ascending.
-        ar_ms: of a step of AR.
-        draft_ms: of drafting each length.
-        verify_ms: of verifying so many tokens.
+        lengths: Lengths of blocks, ascending.
+        ar_ms: Milliseconds of a step of AR.
+        draft_ms: Milliseconds of drafting each length.
+        verify_ms: Milliseconds of verifying so many tokens.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class StepTimes:
         self._rows, self._row_ms = (1, *lengths), (ar_ms, *verify_ms)
 
     def cycles(self, tokens: Iterable[float], waste: float) -> list[float]:
-        """Of a cycle of each length, of which so many ``tokens`` are expected to be of use and this
-        share of the others is verified, too.
+        """Return the milliseconds of a cycle of each block length.
+
+        Args:
+            tokens: Number of its tokens that are expected to be of use, per length.
+            waste: Share of the others that is verified, too.
         """
         return [
             draft + self._rows_ms(useful + waste * (length - useful))
@@ -55,8 +60,12 @@ class StepTimes:
         ]
 
     def best(self, tokens: Sequence[float], waste: float) -> float:
-        """Milliseconds a token in the middle of a text, where a cycle is expected to yield
-        ``tokens[k - 1]`` of at most ``k``.
+        """Return the least milliseconds a token in the middle of a text.
+
+        Args:
+            tokens: Number of tokens that a cycle is expected to yield: ``tokens[k - 1]`` of at most
+                ``k``.
+            waste: Share of the rows without use that is verified.
         """
         found = [tokens[length - 1] for length in self.lengths]
         return min(
@@ -65,7 +74,7 @@ class StepTimes:
         )
 
     def _rows_ms(self, rows: float) -> float:
-        """Of so many rows that are verified, between those that were measured."""
+        """Interpolate the milliseconds of verifying so many rows."""
         right = min(max(bisect_left(self._rows, rows), 1), len(self._rows) - 1)
         low, high, low_ms, high_ms = (
             self._rows[right - 1],
@@ -77,23 +86,26 @@ class StepTimes:
 
 
 def reached(rates: Iterable[float]) -> list[float]:
-    """How likely each token of a cycle comes whose slots have such rates; one more than these, the
-    first being certain.
+    """Return how likely each token of a cycle comes.
+
+    Its slots have these rates. There is one token more than rates: the first is certain.
     """
     return list(accumulate(rates, mul, initial=1.0))
 
 
 class RemainingTime:
-    """The rest of texts of one kind.
+    """Computes the time that the rest of a text takes.
+
+    One object is about texts of one kind.
 
     Args:
-        rates: of each slot, how likely its draft is accepted where those before it are.
-        ends: how likely a text ends where, as in :class:`trimode.runtime.auto.prior.Prior`.
-        times: of the steps, at a usual number of cached tokens.
-        waste: share of the rows without use that will be verified.
+        rates: Probability, per slot, that its draft is accepted where those before it are.
+        ends: Probability that a text ends, as in :class:`trimode.runtime.auto.prior.Prior`.
+        times: Times of the steps, at a usual number of cached tokens.
+        waste: Share of the rows without use that will be verified.
 
     Attributes:
-        ms_per_token: in the middle of such a text.
+        ms_per_token: Milliseconds a token in the middle of such a text.
     """
 
     def __init__(
@@ -109,8 +121,10 @@ class RemainingTime:
         self._worth: dict[tuple[int, int], list[float]] = {}
 
     def goes_on(self, num_tokens: int) -> list[float]:
-        """How likely a text that goes on after so many tokens does so after 0, 1, ... as many more
-        as the longest block has.
+        """Return how likely a text still goes on after some more tokens.
+
+        It goes on after ``num_tokens``. The answers are for 0, 1, ... as many more as the longest
+        block has.
         """
         num_tokens = min(num_tokens, len(self._ends))
         if num_tokens not in self._goes_on:
@@ -118,8 +132,11 @@ class RemainingTime:
         return self._goes_on[num_tokens]
 
     def worth(self, num_tokens: int, left: int) -> list[float]:
-        """Milliseconds that each token of a cycle saves later, after so many tokens, if ``left``
-        more may come.
+        """Return the milliseconds that each token of a cycle saves later.
+
+        Args:
+            num_tokens: Number of tokens before the cycle.
+            left: Number of tokens that may still come.
         """
         key = num_tokens, left
         if key not in self._worth:
@@ -133,7 +150,7 @@ class RemainingTime:
         return self._worth[key]
 
     def worth_until(self, end: int) -> list[float]:
-        """The same where the text ends with the cycle's ``end``-th token."""
+        """Return the same where the cycle's ``end``-th token ends the text."""
         rest = [self._rest_until(end - k) for k in range(self._longest + 1)]
         return [before - after for before, after in pairwise(rest)]
 
@@ -146,11 +163,14 @@ class RemainingTime:
         )
 
     def _rest_from(self, num_tokens: int) -> float:
-        """After so many tokens, if the text goes on."""
+        """Return the time to come after so many tokens.
+
+        The text goes on after them.
+        """
         return self._from[min(num_tokens, len(self._from) - 1)]
 
     def _rest_until(self, left: int) -> float:
-        """With so many tokens left."""
+        """Return the time to come with so many tokens left."""
         known = len(self._until_end) - 1
         return (
             self._until_end[max(left, 0)]
@@ -159,7 +179,10 @@ class RemainingTime:
         )
 
     def _times_until_end(self) -> list[float]:
-        """For 0, 1, ... tokens left, of which it is known how many they are."""
+        """Compute the time to come for 0, 1, ... tokens left.
+
+        It is known that so many are left.
+        """
         least = [0.0]
         for left in range(1, 2 * self._longest + 1):
             rest = [least[max(left - k, 0)] for k in range(1, self._longest + 1)]
@@ -167,8 +190,10 @@ class RemainingTime:
         return least
 
     def _times_from(self) -> list[float]:
-        """After 0, 1, ... tokens, of a text that goes on. Behind what is known its length has no
-        memory, so there the time to come is the same.
+        """Compute the time to come after 0, 1, ... tokens.
+
+        The text goes on after them. Behind what is known its length has no memory, so there the
+        time to come is the same.
         """
         if not self._ends:
             return [math.inf]
@@ -185,8 +210,12 @@ class RemainingTime:
         return backwards[::-1]
 
     def _least(self, rest: Sequence[float], useful: Iterable[float], left: int) -> float:
-        """Of the next step and all behind it, ``rest`` being what is behind 1, 2, ... of its
-        tokens, each of use with such probability.
+        """Find the least time of the next step and all behind it.
+
+        Args:
+            rest: Time behind 1, 2, ... of the step's tokens.
+            useful: Probability that each of them is of use.
+            left: Most of them that may be of use.
         """
         tokens = list(accumulate(useful))
         changes = (

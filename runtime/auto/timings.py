@@ -1,5 +1,6 @@
-"""Milliseconds of each kind of forward on one machine: written by ``trimode bench``, read by mode
-``auto``.
+"""Keeps the milliseconds of each kind of forward on one machine.
+
+``trimode bench`` writes them, mode ``auto`` reads them.
 
 A table belongs to a machine as much as to a bundle, so it does not lie in the bundle but in the
 user's cache folder, as ``timings/<key>.json``. The key is the digest of all that the figures depend
@@ -45,15 +46,18 @@ _Key = tuple[GraphName, int, int, bool]
 
 
 class ForwardTime(Record):
-    """Wall time of one forward, ids in to ids out, in milliseconds.
+    """Records the wall time of one kind of forward, in milliseconds.
+
+    It is taken from ids in to ids out.
 
     Attributes:
-        rows: tokens of the forward, per sequence.
-        past: tokens cached before it.
-        batch: sequences in it.
-        drafter: whether the drafter's adapter was on.
-        num_runs: forwards that were timed.
-        least_ms: of these, and so are the others; the quartiles say how much they vary.
+        rows: Number of tokens of the forward, per sequence.
+        past: Number of tokens cached before it.
+        batch: Number of sequences in it.
+        drafter: Whether the drafter's adapter was on.
+        num_runs: Number of forwards that were timed.
+        least_ms: Least time of these. The others are of these, too; the quartiles say how much they
+            vary.
     """
 
     graph: GraphName
@@ -69,15 +73,15 @@ class ForwardTime(Record):
 
 
 class Subject(Record):
-    """What was measured, where: all that the figures depend on.
+    """Says what was measured where: all that the figures depend on.
 
     Attributes:
-        source_name: the checkpoint's name.
-        files_sha256: digest over the digests of the weight packs and graphs that ran.
-        target: name of the bundle's target, or ``portable``.
-        library: that ran the graphs, and its version.
-        num_threads: inside one operator on the CPU; None = the library's choice.
-        gpu: None where the target runs on the CPU.
+        source_name: Name of the checkpoint.
+        files_sha256: Digest over the digests of the weight packs and graphs that ran.
+        target: Name of the bundle's target, or ``portable``.
+        library: Library that ran the graphs, and its version.
+        num_threads: Number of threads inside one operator on the CPU; None = the library's choice.
+        gpu: Name and compute capability of the GPU; None where the target runs on the CPU.
     """
 
     source_name: str
@@ -100,8 +104,16 @@ class Subject(Record):
 
 
 class AcceptanceRecord(Record):
-    """Share of drafts that are accepted, those before them in the block having been, over some
-    prompts, and the kinds that these are of.
+    """Records the share of drafts that are accepted, over some prompts.
+
+    A draft counts where those before it in the block were accepted.
+
+    Attributes:
+        drafter: Whether the drafter's adapter was on.
+        rate: Share of drafts that are accepted.
+        block_length: Number of slots of a block.
+        num_prompts: Number of prompts.
+        kinds: Kinds that the prompts are of.
     """
 
     drafter: bool
@@ -114,7 +126,7 @@ class AcceptanceRecord(Record):
     def of(
         cls, texts: Sequence[FinishedText], block_length: int, *, drafter: bool
     ) -> AcceptanceRecord | None:
-        """What these texts have shown; None where no draft was judged."""
+        """Record what texts have shown; None where no draft was judged."""
         rate = acceptance_rate(texts)
         if rate is None:
             return None
@@ -191,7 +203,10 @@ class Timings(Record):
 
 
 def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
-    """What a table of this bundle would be about, if it were measured here and now."""
+    """Describe what a table of this bundle would be about.
+
+    That is the table that would be measured here and now.
+    """
     record = bundle.chosen.targets.get(target)
     graphs = (
         bundle.chosen.graphs.values()
@@ -218,13 +233,19 @@ def subject_of(bundle: Bundle, target: str, num_threads: int | None) -> Subject:
 
 
 def table_path(subject: Subject) -> Path:
-    """Where the table of a subject is kept; :class:`OSError` where the user has no home."""
+    """Return the path where the table of a subject is kept.
+
+    Raises:
+        OSError: the user has no home.
+    """
     return default_folder() / TIMINGS / f"{subject.key}.json"
 
 
 def save_timings(timings: Timings, path: Path) -> None:
-    """Write a table, or leave what is there; :class:`OSError`, which names the disk, where it
-    cannot be written.
+    """Write a table, or leave what is there.
+
+    Raises:
+        OSError: it cannot be written; names the disk.
     """
     try:
         replace_text(path, timings.model_dump_json(indent=1) + "\n")
@@ -251,9 +272,10 @@ def read_timings(path: Path) -> Timings:
 
 
 def find_timings(subject: Subject, given: Timings | None = None) -> Timings | None:
-    """Find the table for a subject: the given one, or the kept one.
+    """Find the table for a subject.
 
-    The log says where there is none, or one of something else.
+    It is the given one, or the kept one. The log says where there is none, or one of something
+    else.
     """
     if given is not None:
         _warn_of_differences(given.subject, subject)
