@@ -306,7 +306,10 @@ class TriModeModel(BundleParts, Closable):
         return self._open_stream(1, sequence, mode, **options)
 
     def _open_stream(self, batch: int, sequence: Sequence, mode: Mode, **options: Any) -> Stream:
-        """Continue a sequence that runs side by side with others, ``batch`` at most."""
+        """Continue a sequence that runs side by side with others.
+
+        Together they are ``batch`` at most.
+        """
         self.check_open()
         chosen = self.with_grammar(self.read_options(mode, options, batch))
         return Stream(sequence, mode, chosen, lambda: self.codec)

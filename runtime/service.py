@@ -249,10 +249,10 @@ class Engine:
 
     @checks_arguments(_FOLLOWING, options=(*_SUBMITTING, *KINDS, "on_piece", "fair_key", "trace"))
     def follow_up(self, handle: Handle, ids: Any, **choices: Any) -> Handle:
-        """Go on after a text that has ended: its prompt, its answer and ``ids`` are the prompt.
+        """Go on after a text that has ended.
 
-        What it has computed is not computed again while it is kept. Everything is as in
-        :meth:`submit`; pass the same ``cache_salt``.
+        Its prompt, its answer and ``ids`` are the new prompt. What it has computed is not computed
+        again while it is kept. Everything is as in :meth:`submit`; pass the same ``cache_salt``.
 
         Raises:
             UsageError: the text has not ended.
@@ -266,7 +266,7 @@ class Engine:
         return self.submit([*handle.prompt, *handle.token_ids, *turn], **choices)
 
     def stats(self) -> EngineStats:
-        """Report what the engine has done so far, and what it is doing."""
+        """Report what the engine has done, and what it is doing."""
         return snapshot(self._core)
 
     @property

@@ -1,4 +1,4 @@
-"""What an engine does for one of its methods: opens, checks, and fills in."""
+"""Does what an engine's methods need: opens, checks, fills in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from trimode.runtime.sessions.base import takes_block
 
 
 def open_model(model: str | Path | TriModeModel, opening: dict[str, Any]) -> TriModeModel:
-    """Open a bundle folder with these keywords; return an opened model as it is."""
+    """Open a bundle folder with these keywords.
+
+    An opened model is returned as it is.
+    """
     if not isinstance(model, TriModeModel):
         return TriModeModel.from_pretrained(model, **opening)
     if opening:
@@ -53,10 +56,12 @@ def _end(run: RunTrace, handle: Handle) -> None:
 
 
 def timed(settings: Settings, model: TriModeModel, *, has_plans: bool, is_frozen: bool) -> Settings:
-    """Settings with a table of costs, where timings of several texts were measured.
+    """Add a table of costs to settings.
+
+    That is where timings of several texts were measured, or where one plan is made for all rows.
 
     Args:
-        settings: What is chosen otherwise.
+        settings: Settings otherwise.
         model: Opened model.
         has_plans: Whether one plan is made for all rows.
         is_frozen: Whether the table stays as it was measured.
@@ -79,7 +84,10 @@ def timed(settings: Settings, model: TriModeModel, *, has_plans: bool, is_frozen
 
 
 def shut(compiling: Compiling, worker: Worker, model: TriModeModel | None) -> None:
-    """What is left of an engine that nobody holds: its threads, and the model it has opened."""
+    """Shut what is left of an engine that nobody holds.
+
+    That is its threads, and the model it has opened.
+    """
     compiling.close(drain=False)
     worker.stop(drain=False)
     worker.join(None)
@@ -88,7 +96,7 @@ def shut(compiling: Compiling, worker: Worker, model: TriModeModel | None) -> No
 
 
 def with_seed(options: DecodeOptions, number: int) -> DecodeOptions:
-    """Options of the text of this number among several after one prompt."""
+    """Return the options of one of several texts after one prompt."""
     seed = options.sampling.seed
     if seed is None or not number:
         return options
@@ -102,7 +110,7 @@ def check_least(name: str, value: int, least: int) -> None:
 
 
 def check_within(name: str, value: int, most: int) -> None:
-    """Raise :class:`UsageError` for a number of tokens that a prompt does not have."""
+    """Raise :class:`UsageError` where a prompt has not so many tokens."""
     if not 0 <= value <= most:
         raise UsageError(
             f"expected {name} from 0 to {most}, found {value}", "count tokens of the prompt"

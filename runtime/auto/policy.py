@@ -39,8 +39,9 @@ AR_STEP = 1
 """The block length that stands for a step of AR."""
 
 AHEAD_AFTER_AR = 4
-"""Slots of which it still says something once a token has come by AR. That token was unknown to the
-draft, and may have been what made it unsure.
+"""Slots of which a draft still says something once a token has come by AR.
+
+That token was unknown to the draft, and may have been what made it unsure.
 """
 MOST_REJECTION_SCALE = 64.0
 """Times as often as expected, or as seldom, that drafts are taken to be rejected in the rest of a

@@ -26,17 +26,17 @@ from pydantic import Field
 from trimode.formats.record import Record
 
 PRIOR_ACCEPTANCE = 0.93
-"""Of a slot whose predecessors were accepted, where nothing was measured."""
+"""Acceptance of a slot whose predecessors were accepted, where nothing was measured."""
 PRIOR_SLOTS = 4.0
 """Drafts that this weighs as much as."""
 GREATEST_RATE = 0.999
-"""That is expected: no number of accepted drafts says that the next is certain."""
+"""Rate that is expected at most: no number of accepted drafts makes the next certain."""
 KIND_TRIALS = 4.0
 """Trials of one slot that weigh as much as what the shorter beginning says of it."""
 LEAST_PROMPTS, LEAST_SHARE = 8, 0.01
-"""Prompts of a kind, and their share of all."""
+"""Least prompts of a kind, and their least share of all."""
 LEAST_WEIGHT, GREATEST_WEIGHT = 0.25, 8.0
-"""Of what a kind says against what a text shows, in rejections."""
+"""Weights of what a kind says against what a text shows, in rejections."""
 SILVERMAN = 0.9
 """Bandwidth of a kernel estimate over the standard deviation, times the fifth root of the number of
 values (Silverman 1986, eq. 3.31).

@@ -150,7 +150,7 @@ class RemainingTime:
         return self._worth[key]
 
     def worth_until(self, end: int) -> list[float]:
-        """Return the same where the cycle's ``end``-th token ends the text."""
+        """Return :meth:`worth` where the text ends with the ``end``-th token."""
         rest = [self._rest_until(end - k) for k in range(self._longest + 1)]
         return [before - after for before, after in pairwise(rest)]
 

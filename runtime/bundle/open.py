@@ -41,7 +41,7 @@ class Bundle:
 
     @property
     def chosen(self) -> PrecisionRecord:
-        """What the manifest says of the precision."""
+        """Facts of the manifest about the precision."""
         return self.manifest.precisions[self.precision]
 
     def weights(self) -> PrecisionWeights:

@@ -107,7 +107,6 @@ class PrecisionWeights:
         return self._packs[name]
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """See :meth:`WeightPack.raw`."""
         return self._packs[name].raw(name)
 
     def widened(self, name: str) -> NDArray[np.float32]:

@@ -1,1 +1,1 @@
-"""Decoding: the algorithm of each mode, its options, and how tokens are chosen."""
+"""Decodes: each mode's algorithm, its options, and the choice of tokens."""

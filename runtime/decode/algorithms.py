@@ -1,8 +1,8 @@
-"""The decoding algorithms, one function each, in the words of the Nemotron-Labs-Diffusion report
-(arXiv 2607.05722).
+"""Defines the decoding algorithms, one function each.
 
-Each is a generator over a :class:`~trimode.runtime.decode.sequence.Sequence`: it yields tokens as
-they are committed and never takes one back. In between it yields the forwards that it needs
+They are in the words of the Nemotron-Labs-Diffusion report (arXiv 2607.05722). Each is a generator
+over a :class:`~trimode.runtime.decode.sequence.Sequence`: it yields tokens as they are committed
+and never takes one back. In between it yields the forwards that it needs
 (:mod:`trimode.runtime.decode.forward`), which :class:`Algorithm` runs for those who only want
 tokens. ``nfe`` follows the reference implementation: AR counts a forward per token, diffusion its
 denoise and commit forwards, self-speculation the prefill and every draft and verify forward,
@@ -36,21 +36,22 @@ Tokens = Generator[list[int], None, None]
 
 @dataclass
 class Counters:
-    """What an algorithm counts while it runs.
+    """Counts what an algorithm does while it runs.
 
     Attributes:
-        nfe: forward passes, counted as the reference counts them.
-        cycles: draft-and-verify cycles.
-        cycle_tokens: tokens those cycles yielded, up to the end of the text.
-        drafted: drafts that were verified, the tokens before them not counted.
-        accepted: those of each cycle that are part of the text.
-        denoised_slots: slots of blocks in denoise forwards.
-        finish_reason: ``stop`` after an end token, ``length`` at a limit, None while running.
-        seed: of the draws; None where nothing is drawn.
-        logprobs: one for each token, where asked for.
-        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR.
-        policy: of ``auto``: what has chosen these.
-        forced: tokens that a grammar decided; None without one.
+        nfe: Number of forward passes, counted as the reference counts them.
+        cycles: Number of draft-and-verify cycles.
+        cycle_tokens: Number of tokens those cycles yielded, up to the end of the text.
+        drafted: Number of drafts that were verified, the tokens before them not counted.
+        accepted: Number of those of each cycle that are part of the text.
+        denoised_slots: Number of slots of blocks in denoise forwards.
+        finish_reason: Reason of the end: ``stop`` after an end token, ``length`` at a limit, None
+            while running.
+        seed: Seed of the draws; None where nothing is drawn.
+        logprobs: Log-probabilities, one for each token, where asked for.
+        picks: Block length -> steps of ``auto`` that had it, 1 being steps of AR.
+        policy: Policy of ``auto`` that has chosen these.
+        forced: Number of tokens that a grammar decided; None without one.
     """
 
     nfe: int = 0
@@ -68,8 +69,10 @@ class Counters:
 
 
 class Algorithm:
-    """A way to decode: a call runs each forward at once over the sequence's own cache, ``steps``
-    leaves the forwards to whoever drives it.
+    """Wraps the steps of a way to decode.
+
+    A call runs each forward at once over the sequence's own cache. ``steps`` leaves the forwards to
+    whoever drives it.
     """
 
     def __init__(self, steps: Callable[[Sequence, DecodeOptions, Counters], Steps]) -> None:
@@ -77,13 +80,16 @@ class Algorithm:
         update_wrapper(self, steps)
 
     def __call__(self, sequence: Sequence, options: DecodeOptions, counters: Counters) -> Tokens:
-        """Yields tokens as they are committed."""
+        """Yield tokens as they are committed."""
         return drive(self.steps(sequence, options, counters), sequence.answer)
 
 
 @Algorithm
 def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Autoregressive: one causal forward a token; none for tokens that a grammar decides."""
+    """Decode autoregressively: one causal forward a token.
+
+    Tokens that a grammar decides need none.
+    """
     budget, choose = _start(sequence, options, counters)
     while not budget.done:
         if (yield from _jump(sequence, counters, budget, choose)):
@@ -96,12 +102,12 @@ def decode_ar(sequence: Sequence, options: DecodeOptions, counters: Counters) ->
 
 @Algorithm
 def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Block diffusion: denoise a block whose first slot is the causal prediction, then commit it
-    with a causal forward.
+    """Decode by block diffusion: denoise a block, then commit it.
 
-    Which slots each forward fills is up to a policy (:mod:`trimode.runtime.decode.unmasking`);
-    where it finds none, they stay masked, as in the reference. A last block that would exceed the
-    limit is denoised whole and cut, so the tokens are those of a longer run.
+    The block's first slot is the causal prediction, and a causal forward commits it. Which slots
+    each forward fills is up to a policy (:mod:`trimode.runtime.decode.unmasking`); where it finds
+    none, they stay masked, as in the reference. A last block that would exceed the limit is
+    denoised whole and cut, so the tokens are those of a longer run.
     """
     budget, choose = _start(sequence, options, counters)
     fill = fill_policy(
@@ -140,10 +146,10 @@ def decode_diffusion(sequence: Sequence, options: DecodeOptions, counters: Count
 
 @Algorithm
 def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Linear self-speculation: draft a block bidirectionally, verify it causally, keep the agreeing
-    prefix and one token more.
+    """Decode by linear self-speculation: draft a block, then verify it.
 
-    What is drawn has the distribution of :func:`decode_ar` (see
+    A block is drafted bidirectionally and verified causally. The agreeing prefix is kept, and one
+    token more. What is drawn has the distribution of :func:`decode_ar` (see
     :func:`~trimode.runtime.decode.sampling.accept_or_replace`).
     """
     budget, choose = _start(sequence, options, counters)
@@ -161,12 +167,12 @@ def decode_linear_spec(sequence: Sequence, options: DecodeOptions, counters: Cou
 
 @Algorithm
 def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """Quadratic self-speculation: every forward verifies a draft and drafts the next block for each
-    prefix of it that may prove right.
+    """Decode by quadratic self-speculation: one forward verifies and drafts.
 
-    The reference reads the prompt and makes the first draft in one forward, which counts; here
-    these are two. The graph itself decides which drafts are right, and has drafted behind these by
-    then, so no rule may have another opinion: options must be plain.
+    Every forward verifies a draft and drafts the next block for each prefix of it that may prove
+    right. The reference reads the prompt and makes the first draft in one forward, which counts;
+    here these are two. The graph itself decides which drafts are right, and has drafted behind
+    these by then, so no rule may have another opinion: options must be plain.
     """
     assert options.is_plain
     budget, _ = _start(sequence, options, counters)
@@ -190,12 +196,13 @@ def decode_quadratic_spec(sequence: Sequence, options: DecodeOptions, counters: 
 
 @Algorithm
 def decode_auto(sequence: Sequence, options: DecodeOptions, counters: Counters) -> Steps:
-    """AR or linear self-speculation, step by step whichever is expected to take fewer milliseconds
-    a token (:mod:`trimode.runtime.auto.policy`).
+    """Decode by AR or linear self-speculation, whichever is expected to be faster.
 
-    The tokens are those of :func:`decode_ar`, or their distribution, whatever is chosen: a choice
-    knows the text so far, and nothing of what is drawn next. A drawn end of the text is no
-    exception: what stands behind it in the block is of no use whether it is accepted or not.
+    Each step is the one that is expected to take fewer milliseconds a token
+    (:mod:`trimode.runtime.auto.policy`). The tokens are those of :func:`decode_ar`, or their
+    distribution, whatever is chosen: a choice knows the text so far, and nothing of what is drawn
+    next. A drawn end of the text is no exception: what stands behind it in the block is of no use
+    whether it is accepted or not.
     """
     budget, choose = _start(sequence, options, counters)
     if budget.done:
@@ -253,9 +260,10 @@ def _start(
 def _write_forced(
     sequence: Sequence, budget: _Budget, choose: TokenSelector, least: int
 ) -> list[int]:
-    """Append a run of at least so many tokens that a grammar decides, or one that ends the text.
+    """Append a run of tokens that a grammar decides.
 
-    They take no forward here; the next one reads them. Empty where there is no such run.
+    It has at least ``least`` tokens, or ends the text. They take no forward here; the next one
+    reads them. Empty where there is no such run.
     """
     run = budget.fit(choose.forced(max(1, least), budget.left))
     if run:
@@ -267,9 +275,9 @@ def _write_forced(
 def _jump(
     sequence: Sequence, counters: Counters, budget: _Budget, choose: TokenSelector, least: int = 1
 ) -> Generator[Forward | list[int], Outputs, bool]:
-    """Write such a run, and the token after it, which a single forward tells.
+    """Write a run of forced tokens, and the token after it.
 
-    Returns whether there was one.
+    A single forward tells that token. Returns whether there was a run.
     """
     run = _write_forced(sequence, budget, choose, least)
     if run:
@@ -299,9 +307,9 @@ def _cycle(
     choose: TokenSelector,
     policy: Policy | None = None,
 ) -> Effect[list[int]]:
-    """Draft a block after the last token, and verify what a policy asks.
+    """Draft a block after the last token, and verify it.
 
-    Returns the accepted tokens, up to the end of the text.
+    A policy may ask to verify less of it. Returns the accepted tokens, up to the end of the text.
     """
     block = _masked_block(sequence.tokens[-1], options.block_length, sequence.model)
     choose.begin_draft(block)
@@ -321,7 +329,7 @@ def _cycle(
 
 
 def _num_agreeing(drafts: list[int], token_ids: list[int]) -> int:
-    """How many of the first drafts are these tokens."""
+    """Count the first drafts that are these tokens."""
     pairs = zip(drafts, token_ids, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -333,15 +341,16 @@ def _draft(
     counters: Counters,
     choose: TokenSelector,
 ) -> Effect[NDArray[Any]]:
-    """Fill the masked slots of ``block``: in one forward at threshold 0, else in as many as the
-    threshold asks.
+    """Fill the masked slots of ``block`` with drafts.
+
+    That takes one forward at threshold 0, else as many as the threshold asks.
 
     Drawn drafts are filled from the left. The rule that accepts them takes a draft for one drawn
     from its ``q`` whatever came before it; a slot drawn before one to its left would have steered
     that one's ``q``, and then be no such draw given that that one was accepted.
 
     Returns:
-        ``(L,)``, the confidence that the last forward had in each slot.
+        Confidence that the last forward had in each slot, ``(L,)``.
     """
     choose_slots = _leading if options.sampling.is_random else reaching
     confidence: NDArray[Any] = np.ones(len(block))
@@ -369,7 +378,9 @@ def _masked_block(first: int, length: int, model: ModelInfo) -> Ids:
 def _leading(
     masked: NDArray[np.bool_], confidence: NDArray[Any], threshold: float
 ) -> NDArray[np.bool_]:
-    """The first masked slot, and those after it up to the first whose confidence does not reach the
+    """Find the masked slots to fill, from the left.
+
+    They are the first one, and those after it up to the first whose confidence does not reach the
     threshold.
     """
     below = masked & (confidence < threshold)
@@ -379,15 +390,16 @@ def _leading(
 
 
 def _ends_decided(block: Ids, eos: tuple[int, ...], mask_token_id: int) -> bool:
-    """Whether the block has an end token with no masked slot before it: what follows cannot
-    matter.
+    """Tell whether an end token has no masked slot before it.
+
+    What follows it cannot matter.
     """
     ends = np.isin(block, eos)
     return bool(ends.any()) and not (block[: ends.argmax()] == mask_token_id).any()
 
 
 class _Budget:
-    """Applies the limits: how many tokens may still come, and where the text ends."""
+    """Applies the limits on a text's length and end."""
 
     def __init__(
         self,
@@ -406,20 +418,20 @@ class _Budget:
         return self._counters.finish_reason is not None
 
     def fit(self, token_ids: list[int]) -> list[int]:
-        """The tokens that still fit."""
+        """Return the tokens that still fit."""
         return token_ids[: self.left]
 
     def before_end(self, token_ids: list[int]) -> list[int]:
-        """The tokens up to and including the first end token."""
+        """Return the tokens up to and including the first end token."""
         for i, token in enumerate(token_ids):
             if token in self.eos:
                 return token_ids[: i + 1]
         return token_ids
 
     def settle(self, kept: list[int]) -> list[int]:
-        """Count tokens that were appended, and decide whether they are the last ones.
+        """Count tokens that were appended, and return them.
 
-        Returns them.
+        It decides whether they are the last ones.
         """
         self.left -= len(kept)
         self._count += len(kept)

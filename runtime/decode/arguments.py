@@ -1,4 +1,6 @@
-"""Checks the types of what callers pass, by name: one table for all methods.
+"""Checks the types of what callers pass, by argument name.
+
+One table serves all methods.
 
 A method marked with :func:`checks_arguments` gets values of plain Python types: whole numbers and
 numbers may also be numpy's, and arrive as ``int`` and ``float``. Ranges are checked where they are
@@ -27,22 +29,23 @@ _LONGEST_SHOWN = 60
 
 
 class WrongType(Exception):  # noqa: N818  (worded by :func:`checked`, which knows the name)
-    """A value is not what an argument takes."""
+    """Says that a value is not what an argument takes."""
 
 
 class Kind(NamedTuple):
-    """What an argument takes.
+    """Says what an argument takes.
 
     Attributes:
-        words: it, in words.
-        read: gives the value in a plain type; raises :class:`WrongType` for any other value.
+        words: Description of it, in words.
+        read: Function that gives the value in a plain type; raises :class:`WrongType` for any other
+            value.
     """
 
     words: str
     read: Callable[[Any], Any]
 
     def or_none(self) -> Kind:
-        """The same, or None."""
+        """Return the same kind, or None."""
         return Kind(
             f"{self.words} or None", lambda value: None if value is None else self.read(value)
         )
@@ -122,7 +125,7 @@ PATH = Kind("a path", _path)
 
 
 def instance_of(cls: type, words: str) -> Kind:
-    """Values of a class."""
+    """Return the kind of the values of a class."""
 
     def read(value: Any) -> Any:
         if isinstance(value, cls):
@@ -136,7 +139,9 @@ Kinds = Mapping[str, Kind]
 
 
 def checked(given: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """The values in plain types; those whose names are not among ``kinds`` as they are.
+    """Return the values in plain types.
+
+    Those whose names are not among ``kinds`` stay as they are.
 
     Raises:
         UsageError: one is of another type; names the argument.
@@ -164,11 +169,13 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
 def checks_arguments(
     kinds: Kinds, *, options: Iterable[str] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Let a method refuse arguments of the wrong type, and keywords that it does not take.
+    """Let a method refuse arguments that it does not take.
+
+    They are of the wrong type, or unknown keywords.
 
     Args:
-        kinds: what its arguments take; any that are not named here are not looked at.
-        options: keywords that its ``**`` parameter takes, which it checks itself.
+        kinds: Kinds of its arguments; any that are not named here are not looked at.
+        options: Keywords that its ``**`` parameter takes, which it checks itself.
     """
     more = frozenset(options)
 
@@ -214,7 +221,7 @@ def _checked(name: str, value: Any, kind: Kind) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value and its type, in one short line."""
+    """Show a value and its type, in one short line."""
     text = " ".join(repr(value).split())
     short = text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
     return (

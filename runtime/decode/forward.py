@@ -1,5 +1,6 @@
-"""Forwards as requests, so that an algorithm is written for one text and runs alone or among
-others.
+"""Lets algorithms ask for forwards as requests.
+
+So an algorithm is written for one text and runs alone or among others.
 
 What needs a forward is a generator: it yields a :class:`Forward` and is sent its outputs. Whoever
 drives it decides when the forward runs, and with what others. :func:`perform` runs each at once;
@@ -30,12 +31,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
-    """A forward that a text needs.
+    """Describes a forward that a text needs.
 
     Attributes:
-        token_ids: ``(T,)``; a block of ``draft`` is filled in place once its outputs are there.
-        past_length: tokens cached before them.
-        drafter_scale: of ``draft``.
+        token_ids: Tokens ``(T,)``; a block of ``draft`` is filled in place once its outputs are
+            there.
+        past_length: Number of tokens cached before them.
+        drafter_scale: Scale of the drafter's adapter, for ``draft``.
     """
 
     graph_name: GraphName
@@ -45,7 +47,7 @@ class Forward:
 
     @property
     def end(self) -> int:
-        """Slots that the cache must have."""
+        """Number of slots that the cache must have."""
         return self.past_length + slots_written(self.graph_name, len(self.token_ids))
 
 
@@ -78,7 +80,10 @@ _HINT = (
 
 
 class NotFiniteError(BundleError):
-    """A graph has returned numbers that are NaN or infinite, of which no token can be made."""
+    """Says that a graph has returned numbers that are not finite.
+
+    They are NaN or infinite, and no token can be made of them.
+    """
 
 
 def ask(forward: Forward) -> Effect[Outputs]:
@@ -101,13 +106,15 @@ def ask(forward: Forward) -> Effect[Outputs]:
 
 
 def read_logits(forward: Forward, logits: Any, first_row: int | None = None) -> NDArray[np.float32]:
-    """The logits of a forward, or of some of its rows, copied from a GPU where they are there.
+    """Read the logits of a forward, or of some of its rows.
+
+    They are copied from a GPU where they are there.
 
     Args:
-        forward: what returned them.
-        logits: ``(V,)`` or ``(n, V)``.
-        first_row: the token that the first row is about; None = the last one for ``(V,)``, else
-            the first one.
+        forward: Forward that returned them.
+        logits: Logits ``(V,)`` or ``(n, V)``.
+        first_row: Token that the first row is about; None = the last one for ``(V,)``, else the
+            first one.
 
     Raises:
         NotFiniteError: one is NaN or infinite.

@@ -25,12 +25,12 @@ from trimode.runtime.sessions.base import Array, Ids
 
 
 class GrammarSelector(RuledSelector):
-    """Tokens under :class:`DecodeOptions` that follow their grammar.
+    """Chooses tokens under :class:`DecodeOptions` that follow their grammar.
 
     Args:
-        sequence: what the tokens follow.
-        options: checked, with a compiled grammar.
-        logprobs: takes them where they are asked for.
+        sequence: Sequence that the tokens follow.
+        options: Checked options, with a compiled grammar.
+        logprobs: List that takes them where they are asked for.
     """
 
     def __init__(
@@ -84,7 +84,10 @@ class GrammarSelector(RuledSelector):
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """A slot may be filled where the grammar has been followed up to it."""
+        """Choose tokens for a block to denoise.
+
+        A slot may be filled where the grammar has been followed up to it.
+        """
         walk = _Walk(self._state.copy(), block, masked, ids, probabilities)
         self._follow(walk, self._index)
         self._slots.keep(masked, ids, probabilities)
@@ -108,7 +111,10 @@ class GrammarSelector(RuledSelector):
         return block
 
     def _follow(self, walk: _Walk, first: int) -> None:
-        """Choose a token for each masked slot, from left to right, as far as one is allowed."""
+        """Choose a token for each masked slot, from left to right.
+
+        It goes as far as one is allowed.
+        """
         arguments = (walk.block, walk.masked, first, walk.ids, walk.probabilities)
         scores = self._candidate_scores(*arguments)
         walk.q = distribution(scores, self._sampling)
@@ -126,7 +132,7 @@ class GrammarSelector(RuledSelector):
             walk.state.advance(int(walk.tokens[slot]))
 
     def _fill(self, walk: _Walk, slot: int, scores: NDArray[np.float64], may_end: bool) -> bool:
-        """Choose a slot's token; whether there is one that is allowed."""
+        """Choose a slot's token; return whether there is one allowed."""
         if (forced := walk.state.forced()) is not None:
             walk.decide(slot, forced, 1.0)
             return True
@@ -186,15 +192,15 @@ class GrammarSelector(RuledSelector):
 
 
 class _Walk:
-    """A block that is filled from left to right.
+    """Fills a block from left to right.
 
     Attributes:
-        state: grammar before the slot that is looked at.
-        block, masked, ids, probabilities: as for :meth:`RuledSelector.denoised`.
-        q: ``(L, 5)``, what a slot's token was drawn from.
-        tokens: ``(L,)``, what to fill each slot with.
-        confidence: ``(L,)``, in the best token that is allowed.
-        is_reached: ``(L,)``, masked slots whose token follows the grammar.
+        state: Grammar state before the slot that is looked at.
+        block, masked, ids, probabilities: Arguments of :meth:`RuledSelector.denoised`.
+        q: Distribution that a slot's token was drawn from, ``(L, 5)``.
+        tokens: Tokens to fill each slot with, ``(L,)``.
+        confidence: Confidence in the best token that is allowed, ``(L,)``.
+        is_reached: Masked slots whose token follows the grammar, ``(L,)``.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
-"""The learned sampler of a bundle: ``sampler.onnx``, run by ONNX Runtime on the CPU whatever runs
-the model.
+"""Scores masked slots with the learned sampler of a bundle.
+
+The sampler is ``sampler.onnx``. ONNX Runtime runs it on the CPU, whatever runs the model.
 
 Its inputs are lists of five candidates, a few kilobytes a block, which have come to the CPU anyway;
 all that becomes of them is in the graph (:mod:`trimode.graphs.sampler.network`).
@@ -20,11 +21,13 @@ from trimode.runtime.sessions.ort.library import load_graph, session_options
 
 
 class LearnedScorer:
-    """A :class:`trimode.runtime.decode.unmasking.Scorer` over a bundle's graph.
+    """Scores slots with a bundle's sampler graph.
+
+    It is a :class:`trimode.runtime.decode.unmasking.Scorer`.
 
     Args:
-        path: of the graph.
-        num_threads: inside one operator; None = one per physical core.
+        path: Path of the graph.
+        num_threads: Number of threads inside one operator; None = one per physical core.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -37,7 +40,7 @@ class LearnedScorer:
     def score(
         self, block: Ids, masked: Slots, ids: Array, probabilities: Array
     ) -> NDArray[np.float32]:
-        """See :class:`trimode.runtime.decode.unmasking.Scorer`.
+        """Score the slots, and refuse scores that are not finite.
 
         Raises:
             NotFiniteError: the score of a masked slot is NaN or infinite.

@@ -1,4 +1,4 @@
-"""What a caller can choose about decoding, and the check that the choices make sense."""
+"""Holds what a caller can choose about decoding, and checks it."""
 
 from __future__ import annotations
 
@@ -36,40 +36,42 @@ DEFAULT_THRESHOLDS: dict[Mode, float] = {
     "auto": 0.0,
 }
 DEFAULT_MARGIN = 0.8
-"""Of the sampler ``margin``."""
+"""Threshold of the sampler ``margin``."""
 DEFAULT_QUADRATIC_LENGTH = 16
-"""The reference's: rows of a forward grow with the square."""
+"""Block length of the reference: rows of a forward grow with the square."""
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """What a caller can choose.
+    """Holds what a caller can choose.
 
     Attributes:
-        max_new_tokens: no mode returns more.
-        block_length: slots of a block, the first of which is always a token already decided. For
-        ``auto`` the most that a block may have.
-        threshold: a masked slot is filled when its probability reaches it; the most probable slot
-            always is. 0 fills all at once. With the samplers ``margin`` and ``learned`` a margin or
-            a score has to reach it.
-        use_drafter: draft with the adapter where the bundle has one; changes speed, never tokens.
-        Quadratic self-speculation never does.
-        eos_token_ids: any of them ends a text; None = the model's.
-        sampling: how the next token is drawn.
-        min_new_tokens: no end token, and no stop string, ends the text before it has as many.
-        stop: texts that end the answer when they appear in it; they are not part of it.
-        max_thinking_tokens: where no ``end_think_token_id`` has come by then, it is the token after
-        so many; None = no budget.
-        end_think_token_id: the token that ends thinking.
-        logprobs: report the log-probability of each token, and of so many most probable ones; None
-        = do not.
-        costs: what ``auto`` chooses by; None = it does not choose, and speculates with
-        ``block_length``.
-        sampler: which slots of a block diffusion fills after a forward
-        (:mod:`trimode.runtime.decode.unmasking`).
-        steps: of the sampler ``schedule``: denoise forwards of a block; None = one a slot.
-        scorer: what the sampler ``learned`` asks.
-        structured_outputs: what the answer has to follow; None = nothing.
+        max_new_tokens: Most tokens that any mode returns.
+        block_length: Number of slots of a block, the first of which is always a token already
+            decided. For ``auto`` the most that a block may have.
+        threshold: Probability at which a masked slot is filled; the most probable slot always is. 0
+            fills all at once. With the samplers ``margin`` and ``learned`` a margin or a score has
+            to reach it.
+        use_drafter: Whether to draft with the adapter where the bundle has one; changes speed,
+            never tokens. Quadratic self-speculation never does.
+        eos_token_ids: Tokens any of which ends a text; None = the model's.
+        sampling: Options of how the next token is drawn.
+        min_new_tokens: Least number of tokens: no end token, and no stop string, ends the text
+            before it has as many.
+        stop: Texts that end the answer when they appear in it; they are not part of it.
+        max_thinking_tokens: Number of tokens after which ``end_think_token_id`` is the next one,
+            where none has come by then; None = no budget.
+        end_think_token_id: Token that ends thinking.
+        logprobs: Number of most probable tokens whose log-probabilities are reported with each
+            token's own; None = nothing is reported.
+        costs: Step costs that ``auto`` chooses by; None = it does not choose, and speculates with
+            ``block_length``.
+        sampler: Name of the policy by which diffusion fills slots of a block after a forward
+            (:mod:`trimode.runtime.decode.unmasking`).
+        steps: Number of denoise forwards of a block, for the sampler ``schedule``; None = one a
+            slot.
+        scorer: Scorer that the sampler ``learned`` asks.
+        structured_outputs: Form that the answer has to follow; None = any.
     """
 
     max_new_tokens: int = 128
@@ -90,13 +92,14 @@ class DecodeOptions:
     structured_outputs: StructuredOutputs | None = None
 
     def end_tokens(self, model: ModelInfo) -> tuple[int, ...]:
-        """The tokens that end a text."""
+        """Return the tokens that end a text."""
         return model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
 
     @property
     def is_plain(self) -> bool:
-        """Whether the ids that the graphs return are the tokens: nothing is drawn, penalised,
-        forbidden, forced or reported, and no grammar is followed.
+        """Whether the ids that the graphs return are the tokens.
+
+        Nothing is drawn, penalised, forbidden, forced or reported then, and no grammar is followed.
         """
         is_free = (
             self.min_new_tokens == 0
@@ -108,7 +111,7 @@ class DecodeOptions:
 
 
 class TokenChoices(TypedDict, total=False):
-    """Keywords that every way to generate takes.
+    """Names the keywords that every way to generate takes.
 
     See :class:`DecodeOptions` and :class:`~trimode.runtime.decode.sampling.SamplingOptions`.
     """
@@ -162,8 +165,10 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingOptions))
 
 
 def read_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords in plain types: ``stop`` may be one text or several, ``eos_token_ids`` one id or
-    several, ``logit_bias`` a mapping.
+    """Return keywords in plain types.
+
+    ``stop`` may be one text or several, ``eos_token_ids`` one id or several, ``logit_bias`` a
+    mapping.
 
     Raises:
         UsageError: an unknown keyword, or a value of the wrong type.
@@ -173,7 +178,7 @@ def read_options(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_options(**chosen: Any) -> DecodeOptions:
-    """Options from keywords, those of :class:`SamplingOptions` among them.
+    """Make options from keywords, those of :class:`SamplingOptions` among them.
 
     Raises:
         UsageError: an unknown keyword, or a value of the wrong type.
@@ -340,8 +345,9 @@ def _check_logprobs(options: DecodeOptions, model: ModelInfo, mode: Mode) -> Non
 
 
 def _check_plain(options: DecodeOptions) -> None:
-    """For quadratic self-speculation, whose graph decides by itself which drafts are right, and
-    drafts behind them in the same forward.
+    """Refuse options that quadratic self-speculation cannot follow.
+
+    Its graph decides by itself which drafts are right, and drafts behind them in the same forward.
     """
     chosen = {
         "temperature": options.sampling.is_random,
@@ -372,7 +378,7 @@ def _check_token(what: str, token: int, model: ModelInfo) -> None:
 
 
 def default_block_length(mode: Mode, model: ModelInfo) -> int:
-    """The block length that a mode has where none is asked for."""
+    """Return the block length that a mode has by default."""
     return (
         min(DEFAULT_QUADRATIC_LENGTH, model.max_quadratic_length)
         if mode == "quadratic_spec"

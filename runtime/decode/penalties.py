@@ -1,4 +1,4 @@
-"""What the text so far, and the caller, do to the logits of some tokens.
+"""Changes the logits of some tokens, as text and caller ask.
 
 In the order of vLLM: bias (OpenAI's ``logit_bias``), repetition penalty (Keskar et al. 2019, CTRL;
 as transformers has it), frequency and presence penalty (OpenAI's). The repetition penalty concerns
@@ -23,9 +23,9 @@ class Penalties:
     """Knows which tokens a text has, and changes logits accordingly.
 
     Args:
-        sampling: penalties and biases.
-        vocab_size: V.
-        prompt: its tokens.
+        sampling: Penalties and biases.
+        vocab_size: Number V of tokens in the vocabulary.
+        prompt: Tokens of the prompt.
     """
 
     def __init__(self, sampling: SamplingOptions, vocab_size: int, prompt: list[int]) -> None:
@@ -53,11 +53,11 @@ class Penalties:
         self._counts[token] -= 1
 
     def row(self, logits: NDArray[np.float32], forbidden: Ids = _NONE) -> Row:
-        """A row ``(V,)`` as the penalties leave it.
+        """Return a row ``(V,)`` as the penalties leave it.
 
         Args:
-            logits: the model's.
-            forbidden: tokens that must not come.
+            logits: Logits of the model.
+            forbidden: Tokens that must not come.
         """
         ids = np.flatnonzero(self._is_changed)
         if forbidden.size:
@@ -67,14 +67,14 @@ class Penalties:
         return Row(logits, ids, scores)
 
     def changed(self, ids: Array, scores: NDArray[Any], more: Ids = _NONE) -> NDArray[np.float64]:
-        """Logits or log-probabilities of tokens, as the penalties leave them.
+        """Return logits or log-probabilities as the penalties leave them.
 
         The repetition penalty is another one to log-probabilities; the rest is the same.
 
         Args:
-            ids: any shape, the tokens.
-            scores: the same shape.
-            more: ``(m,)``, tokens that the text has besides.
+            ids: Tokens, of any shape.
+            scores: Logits or log-probabilities of these, of the same shape.
+            more: Tokens ``(m,)`` that the text has besides.
         """
         s, result = self._sampling, scores.astype(np.float64)
         if self._bias is not None:

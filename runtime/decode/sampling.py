@@ -1,5 +1,6 @@
-"""From logits to a distribution to a token: the processors of transformers' ``generate``, in its
-order and meaning, on numpy arrays.
+"""Makes a distribution from logits, and draws a token from it.
+
+These are the processors of transformers' ``generate``, in its order and meaning, on numpy arrays.
 
 Temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). What
 comes before these, penalties and biases, is in :mod:`trimode.runtime.decode.penalties`. Pure
@@ -22,26 +23,27 @@ from trimode.runtime.sessions.base import Ids
 Probabilities = NDArray[np.float64]
 
 MOST_PENALTY = 2.0
-"""Of presence and frequency, in either direction: OpenAI's range."""
+"""Largest presence or frequency penalty, in either direction: OpenAI's range."""
 MOST_BIAS = 100.0
-"""Likewise of a token's bias."""
+"""Largest bias of a token, in either direction: OpenAI's range."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn.
+    """Says how the next token is drawn.
 
     Attributes:
-        temperature: divides the logits; 0 = the most probable token (greedy).
-        top_k: keep the k most probable tokens; 0 = all.
-        top_p: keep the most probable tokens that together have this probability; 1 = all.
-        min_p: keep tokens of at least this share of the highest probability; 0 = all.
-        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens
-        that the prompt or the text has; 1 = none.
-        seed: of the draws; None = one that is drawn itself, and reported.
-        presence_penalty: taken from the logits of tokens that the answer has; 0 = none.
-        frequency_penalty: taken from these logits as often as the answer has the token; 0 = none.
-        logit_bias: added to the logits of some tokens, as pairs of token id and bias.
+        temperature: Divisor of the logits; 0 = the most probable token (greedy).
+        top_k: Number of most probable tokens that are kept; 0 = all.
+        top_p: Probability that the most probable tokens, which are kept, have together; 1 = all.
+        min_p: Least share of the highest probability with which tokens are kept; 0 = all.
+        repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of
+            tokens that the prompt or the text has; 1 = none.
+        seed: Seed of the draws; None = one that is drawn itself, and reported.
+        presence_penalty: Amount taken from the logits of tokens that the answer has; 0 = none.
+        frequency_penalty: Amount taken from these logits as often as the answer has the token; 0 =
+            none.
+        logit_bias: Pairs of token id and bias, which is added to the token's logit.
     """
 
     temperature: float = 0.0
@@ -105,24 +107,24 @@ def _check_span(what: str, value: float, most: float, hint: str) -> None:
 
 
 def generator(seed: int | None) -> tuple[np.random.Generator, int]:
-    """A generator of the draws and its seed, which is itself drawn if None.
+    """Make a generator of the draws, and return its seed.
 
-    Same seed, same draws, on every machine (Philox).
+    The seed is itself drawn if None. Same seed, same draws, on every machine (Philox).
     """
     chosen = secrets.randbits(32) if seed is None else seed
     return np.random.Generator(np.random.Philox(chosen)), chosen
 
 
 def distribution(logits: ArrayLike, sampling: SamplingOptions) -> Probabilities:
-    """What a token is drawn from.
+    """Compute what a token is drawn from.
 
     Args:
-        logits: ``(..., n)``, or log-probabilities; -inf for what must not be drawn, at least one
-        finite.
-        sampling: the processors. At temperature 0 all the probability is on the highest logit.
+        logits: Logits ``(..., n)``, or log-probabilities; -inf for what must not be drawn, at least
+            one finite.
+        sampling: Processors. At temperature 0 all the probability is on the highest logit.
 
     Returns:
-        ``(..., n)``, each row of sum 1.
+        Probabilities ``(..., n)``, each row of sum 1.
     """
     scores = np.array(logits, np.float64)
     if not sampling.is_random:
@@ -147,7 +149,7 @@ def distribution(logits: ArrayLike, sampling: SamplingOptions) -> Probabilities:
 
 
 def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
-    """Log-probabilities ``(..., n)`` of logits ``(..., n)``."""
+    """Return log-probabilities ``(..., n)`` of logits ``(..., n)``."""
     scores = np.array(logits, np.float64)
     scores -= scores.max(-1, keepdims=True)
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
@@ -155,8 +157,9 @@ def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
 
 
 def draw(probabilities: Probabilities, rng: np.random.Generator) -> Ids:
-    """An index for each row of ``(..., n)``, by inverting the cumulative sum: one random number a
-    row, ``(...)``. Rows need not sum to 1.
+    """Draw an index for each row of ``(..., n)``.
+
+    It inverts the cumulative sum: one random number a row, ``(...)``. Rows need not sum to 1.
     """
     cumulative = probabilities.cumsum(-1)
     # `random` is below 1, but the product may round up to the total: never an index past the last
@@ -169,7 +172,7 @@ def draw(probabilities: Probabilities, rng: np.random.Generator) -> Ids:
 
 
 def _softmax(scores: NDArray[np.float64]) -> Probabilities:
-    """Of scores whose highest is 0."""
+    """Compute the softmax of scores whose highest is 0."""
     return _normalised(np.exp(scores))
 
 
@@ -178,9 +181,9 @@ def _normalised(weights: NDArray[np.float64]) -> Probabilities:
 
 
 def _outside_top_p(probabilities: Probabilities, top_p: float) -> NDArray[np.bool_]:
-    """The least probable tokens which together have at most ``1 - top_p``.
+    """Find the least probable tokens, which are outside ``top_p``.
 
-    Never the most probable one.
+    Together they have at most ``1 - top_p``. The most probable one is never among them.
     """
     outside = np.zeros(probabilities.shape, bool)
     for row in np.ndindex(probabilities.shape[:-1]):

@@ -16,7 +16,10 @@ from trimode.runtime.decode.token_choice import (
 def make_token_selector(
     sequence: Sequence, options: DecodeOptions, logprobs: list[TokenLogprob]
 ) -> TokenSelector:
-    """The selector for these options; it appends to ``logprobs`` where they are asked for."""
+    """Make the selector for these options.
+
+    It appends to ``logprobs`` where they are asked for.
+    """
     if options.is_plain:
         return GreedySelector(sequence)
     if options.structured_outputs is None:

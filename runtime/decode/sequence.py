@@ -1,4 +1,6 @@
-"""One text in the making: its tokens, the cache, and how far the cache agrees with the tokens.
+"""Holds one text in the making: its tokens and the cache.
+
+It knows how far the cache agrees with the tokens.
 
 What needs a forward is a generator that asks for it (:mod:`trimode.runtime.decode.forward`):
 ``yield from`` it in an algorithm, and hand it to :meth:`Sequence.run` elsewhere.
@@ -40,7 +42,7 @@ capacity.
 
 @dataclass
 class Forwards:
-    """Forward passes by phase, as executed."""
+    """Counts forward passes by phase, as executed."""
 
     prefill: int = 0
     decode: int = 0
@@ -53,13 +55,15 @@ class Forwards:
 
 @dataclass
 class Verification:
-    """What a verify forward says of a block of L tokens; valid until the next one.
+    """Holds what a verify forward says of a block of L tokens.
+
+    It is valid until the next one.
 
     Attributes:
-        greedy_ids: ``(L,)``, the most probable token after each.
-        accepted_length: how many of the block's drafts, from its second token on, are these.
-        forward: what it was.
-        logits: ``(L, V)``, of the token after each, perhaps on a GPU.
+        greedy_ids: Most probable token after each, ``(L,)``.
+        accepted_length: Number of the block's drafts, from its second token on, that are these.
+        forward: Forward that says so.
+        logits: Logits of the token after each, ``(L, V)``, perhaps on a GPU.
     """
 
     greedy_ids: Ids
@@ -69,8 +73,9 @@ class Verification:
     _rows: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     def row(self, index: int) -> NDArray[np.float32]:
-        """One row of the logits, ``(V,)``; copied from a GPU when first asked for, without the
-        others where that is possible.
+        """Return one row of the logits, ``(V,)``.
+
+        It is copied from a GPU when first asked for, without the others where that is possible.
         """
         if not (isinstance(self.logits, DeviceArray) and self.logits.reads_parts):
             return self._all_rows[index]  # type: ignore[no-any-return]
@@ -85,13 +90,14 @@ class Verification:
 
 @dataclass(kw_only=True)
 class Speculation(Verification):
-    """What a forward of quadratic self-speculation says of L drafts, and what it drafts behind the
-    right ones.
+    """Holds what a forward of quadratic self-speculation says of L drafts.
+
+    It also holds what the forward drafts behind the right ones.
 
     Attributes:
-        accepted: the right drafts, at least one: the first was known to be, ``accepted_length``
-        more proved so.
-        next_drafts: ``(L,)``, of what follows these, of which again the first is right.
+        accepted: Right drafts, at least one: the first was known to be, ``accepted_length`` more
+            proved so.
+        next_drafts: Drafts ``(L,)`` of what follows these, of which again the first is right.
     """
 
     accepted: list[int]
@@ -99,16 +105,18 @@ class Speculation(Verification):
 
 
 class Sequence:
-    """A sequence over a session. Modes may alternate; none re-reads what is cached.
+    """Grows a text over a session.
+
+    Modes may alternate; none re-reads what is cached.
 
     Args:
-        session: loaded graphs.
-        model: the contract's facts.
-        token_ids: the prompt, at least one token.
+        session: Session with loaded graphs.
+        model: Facts of the contract.
+        token_ids: Tokens of the prompt, at least one.
 
     Attributes:
-        reader: ticket of the stream that continues it, and alone may.
-        policy: what mode ``auto`` follows in place of its own policy; None = nothing.
+        reader: Ticket of the stream that continues it, and alone may.
+        policy: Policy that mode ``auto`` follows in place of its own; None = none.
     """
 
     def __init__(self, session: Session, model: ModelInfo, token_ids: Seq[int]) -> None:
@@ -126,7 +134,7 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """Tokens that may still be added before ``max_length``."""
+        """Number of tokens that may still be added before ``max_length``."""
         return self.model.max_length - len(self.tokens)
 
     def check_open(self) -> None:
@@ -146,8 +154,10 @@ class Sequence:
         return tuple(of_row(output, 0) for output in outputs)
 
     def predict(self) -> Effect[int]:
-        """Greedy next token. Runs the tokens that are not cached yet: a prompt in chunks (prefill),
-        or the last token (decode).
+        """Return the greedy next token.
+
+        It runs the tokens that are not cached yet: a prompt in chunks (prefill), or the last token
+        (decode).
         """
         if self._next is not None:
             return self._next
@@ -165,16 +175,19 @@ class Sequence:
         return predicted
 
     def predicted_logits(self) -> NDArray[np.float32]:
-        """Logits ``(V,)`` of the token that :meth:`predict` has told.
+        """Return logits ``(V,)`` of the token that :meth:`predict` has told.
 
-        Valid until the next causal forward.
+        They are valid until the next causal forward.
         """
         assert self._next is not None
         assert self._next_logits is not None
         return self._next_logits()
 
     def append(self, token_ids: Seq[int]) -> None:
-        """Add tokens that were decided on, or given (the next turn of a conversation)."""
+        """Add tokens that were decided on, or given.
+
+        The next turn of a conversation is given.
+        """
         self.tokens += token_ids
         self._next = None
 
@@ -186,15 +199,15 @@ class Sequence:
             self._next = None
 
     def denoise(self, block: Ids) -> Effect[tuple[Array, Array]]:
-        """Bidirectional forward over ``block (L,)`` placed after the tokens.
+        """Run a bidirectional forward over ``block (L,)``, placed after the tokens.
 
-        Ids and probabilities ``(L, 5)``, best first.
+        Returns ids and probabilities ``(L, 5)``, best first.
         """
         self.forwards.denoise += 1
         return (yield from self._bidirectional(block, 0.0))
 
     def draft(self, block: Ids, *, use_drafter: bool) -> Effect[tuple[Array, Array]]:
-        """Like :meth:`denoise`, with the drafter's adapter.
+        """Do as :meth:`denoise`, with the drafter's adapter.
 
         ``block[0]`` is the last token, which is not cached yet.
         """
@@ -202,9 +215,10 @@ class Sequence:
         return (yield from self._bidirectional(block, 1.0 if use_drafter else 0.0))
 
     def verify(self, block: Ids) -> Effect[Verification]:
-        """Causal forward over a drafted block whose first token is the last of the sequence.
+        """Run a causal forward over a drafted block.
 
-        The caller decides what to :meth:`accept`.
+        The block's first token is the last of the sequence. The caller decides what to
+        :meth:`accept`.
         """
         self.forwards.verify += 1
         forward = Forward("verify", block, self.cached_length)
@@ -212,8 +226,10 @@ class Sequence:
         return Verification(greedy, int(accepted), forward, logits)
 
     def first_drafts(self, block_length: int) -> Effect[Ids]:
-        """Drafts ``(L,)`` of what follows: the causal prediction, then what a forward over masked
-        slots behind all tokens gives.
+        """Make drafts ``(L,)`` of what follows the tokens.
+
+        The first is the causal prediction. The others come from a forward over masked slots behind
+        all tokens.
         """
         first = yield from self.predict()
         ids, _ = yield from self.draft(
@@ -222,8 +238,9 @@ class Sequence:
         return _drafts(ids, first)
 
     def speculate(self, drafts: Ids) -> Effect[Speculation]:
-        """One forward that verifies ``drafts (L,)``, of which the first is known to be right, and
-        drafts anew behind those that are.
+        """Verify ``drafts (L,)``, and draft anew, in one forward.
+
+        The first draft is known to be right. The new ones are behind those that are right.
 
         All tokens must be cached. The caller decides how many of the right drafts to
         :meth:`accept_drafts`.
@@ -257,17 +274,18 @@ class Sequence:
             )
 
     def accept(self, token_ids: Seq[int]) -> None:
-        """Append what follows the first token of the verified block: its drafts, as it has them,
-        and any one token after these.
+        """Append what follows the first token of the verified block.
 
-        :meth:`verify` cached the block's first token and all of these but the last.
+        That is its drafts, as it has them, and any one token after these. :meth:`verify` cached the
+        block's first token and all of these but the last.
         """
         self.cached_length += len(token_ids)
         self.append(token_ids)
 
     def commit(self, block: Ids) -> Effect[None]:
-        """Append a finished block and cache it with a causal forward, which also predicts the token
-        after it.
+        """Append a finished block and cache it with a causal forward.
+
+        The forward also predicts the token after it.
         """
         self.forwards.commit += 1
         self._next = yield from self._causal(block.tolist())
@@ -288,8 +306,9 @@ class Sequence:
 
 
 def _drafts(candidates: Array, first: int) -> Ids:
-    """The best candidate of each slot, ``(L, 5)`` -> ``(L,)``, the first replaced by a token that
-    is certain.
+    """Take the best candidate of each slot, ``(L, 5)`` -> ``(L,)``.
+
+    The first is replaced by a token that is certain.
     """
     drafts: Ids = candidates[:, 0].astype(np.int64)
     drafts[0] = first

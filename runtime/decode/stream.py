@@ -1,5 +1,6 @@
-"""One run of an algorithm over a sequence, as whoever asked for it sees it: chunks of tokens or
-pieces of text, and a result.
+"""Runs an algorithm over a sequence, as whoever asked sees it.
+
+They see chunks of tokens or pieces of text, and a result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from trimode.runtime.text.stream import TextStream
 
 
 class Chunk(NamedTuple):
-    """Tokens committed by one step; ``finish_reason`` is set on the last chunk."""
+    """Holds the tokens committed by one step.
+
+    ``finish_reason`` is set on the last chunk.
+    """
 
     token_ids: list[int]
     finish_reason: str | None
@@ -30,29 +34,31 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """A generation, finished but where its ``finish_reason`` is None.
+    """Holds what was generated.
+
+    It is finished but where its ``finish_reason`` is None.
 
     Attributes:
-        token_ids: new tokens, the end token included, or the token that completed a stop string.
-        nfe: forward passes as the reference counts them (see
+        token_ids: New tokens, the end token included, or the token that completed a stop string.
+        nfe: Number of forward passes as the reference counts them (see
             :mod:`trimode.runtime.decode.algorithms`).
-        prefill_forwards: forwards that read the prompt.
-        tokens_per_forward: new tokens / nfe.
-        acceptance_length: tokens a draft-and-verify cycle yields on average; None in the other
-            modes.
-        forwards: executed forward passes by phase.
-        finish_reason: ``stop`` (end token or stop string) or ``length`` (a limit); None of a
-            batch's row that is at work, or was given up.
-        seed: of the draws; None where nothing was drawn.
-        logprobs: one for each new token; None if not asked for.
-        picks: of ``auto``: block length -> steps that had it, 1 being steps of AR; None in the
+        prefill_forwards: Number of forwards that read the prompt.
+        tokens_per_forward: Number of new tokens / nfe.
+        acceptance_length: Number of tokens a draft-and-verify cycle yields on average; None in the
             other modes.
-        elapsed_s: wall time, tokens in to tokens out.
-        forced_tokens: new tokens that a grammar decided, which need no forward of their own; None
-        without a grammar.
-        drafted: drafts that were verified; 0 in the modes without drafts.
-        accepted: those of each draft-and-verify cycle that are part of the text.
-        denoised_slots: slots of blocks in denoise forwards; 0 outside of diffusion.
+        forwards: Number of executed forward passes by phase.
+        finish_reason: Reason of the end: ``stop`` (end token or stop string) or ``length`` (a
+            limit); None of a batch's row that is at work, or was given up.
+        seed: Seed of the draws; None where nothing was drawn.
+        logprobs: Log-probabilities, one for each new token; None if not asked for.
+        picks: Block length -> steps of ``auto`` that had it, 1 being steps of AR; None in the other
+            modes.
+        elapsed_s: Wall time, tokens in to tokens out.
+        forced_tokens: Number of new tokens that a grammar decided, which need no forward of their
+            own; None without a grammar.
+        drafted: Number of drafts that were verified; 0 in the modes without drafts.
+        accepted: Number of those of each draft-and-verify cycle that are part of the text.
+        denoised_slots: Number of slots of blocks in denoise forwards; 0 outside of diffusion.
     """
 
     token_ids: list[int]
@@ -74,11 +80,11 @@ class Generation:
 
 
 class Step(NamedTuple):
-    """One turn of an algorithm, for whoever observes it.
+    """Shows one turn of an algorithm to whoever observes it.
 
     Attributes:
-        sequence: Its text, as it is after the turn.
-        counters: Its counters.
+        sequence: Text of the algorithm, as it is after the turn.
+        counters: Counters of the algorithm.
         outputs: Outputs that it was given, good until the observer returns; None = none.
         result: Forward that it needs next, or what it has committed; None before its first turn.
     """
@@ -99,14 +105,14 @@ class Stream:
     when the model is closed, when something else has continued its sequence, or after an error.
 
     Args:
-        sequence: what to continue.
-        mode: how.
-        options: checked.
-        codec: gives the tokenizer, when text is asked for or stop strings are given; without,
-            neither may be.
+        sequence: Sequence to continue.
+        mode: Mode to decode in.
+        options: Checked options.
+        codec: Function that gives the tokenizer, when text is asked for or stop strings are given;
+            without, neither may be.
 
     Attributes:
-        observer: Told of each turn of the algorithm; None = nobody is.
+        observer: Observer that is told of each turn of the algorithm; None = nobody is.
     """
 
     def __init__(
@@ -150,8 +156,10 @@ class Stream:
         return step
 
     def advance(self, outputs: Outputs | None = None) -> Forward | Chunk | None:
-        """Go on, for whoever runs the forwards: to one that is needed, whose outputs the next call
-        brings, to a chunk, or to None, the end.
+        """Go on to the next forward, chunk or end.
+
+        It is for whoever runs the forwards. It returns one that is needed, whose outputs the next
+        call brings, a chunk, or None, the end.
 
         Raises:
             UsageError: the stream cannot go on.
@@ -184,15 +192,19 @@ class Stream:
             self.observer(Step(self._sequence, self._counters, outputs, result))
 
     def break_off(self, error: BaseException) -> None:
-        """Let the stream go no further, because of an error in it or in a forward that it asked
-        for.
+        """Let the stream go no further, because of an error.
+
+        The error is in it or in a forward that it asked for.
         """
         self._broken = f"one that an error has ended: {reason_of(error)}"
         self._steps.close()
 
     @property
     def finish_reason(self) -> str | None:
-        """``stop`` or ``length``; None where the text has not ended."""
+        """Reason of the text's end: ``stop`` or ``length``.
+
+        None where it has not ended.
+        """
         return self._counters.finish_reason
 
     @property
@@ -202,7 +214,10 @@ class Stream:
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """Those of the tokens so far, the list itself, which grows; None if not asked for."""
+        """Log-probabilities of the tokens so far; None if not asked for.
+
+        It is the list itself, which grows.
+        """
         return None if self._options.logprobs is None else self._counters.logprobs
 
     def spend(self, seconds: float) -> None:
@@ -210,8 +225,9 @@ class Stream:
         self._elapsed_s += seconds
 
     def text(self) -> Iterator[str]:
-        """Iterate to the end, in pieces of text: as soon as they are certain, without special
-        tokens, ending before a stop string.
+        """Iterate to the end, in pieces of text.
+
+        They come as soon as they are certain, without special tokens, and end before a stop string.
 
         Raises:
             UsageError: the bundle has no tokenizer, or the first tokens have been read already.
@@ -230,14 +246,14 @@ class Stream:
         yield text.finish()
 
     def finish(self) -> Generation:
-        """Iterate to the end, from wherever the stream is; the result."""
+        """Iterate to the end, from wherever the stream is; return the result."""
         while next(self, None) is not None:
             pass
         return self.result
 
     @property
     def result(self) -> Generation:
-        """What has been generated.
+        """Everything that has been generated.
 
         Raises:
             UsageError: the text has not ended yet.
@@ -253,7 +269,7 @@ class Stream:
 
     @property
     def so_far(self) -> Generation:
-        """What has been generated until now, the text ended or not."""
+        """Everything that has been generated until now, the text ended or not."""
         counters, count = self._counters, len(self._token_ids)
         forwards = Forwards(
             **{
@@ -281,8 +297,10 @@ class Stream:
         )
 
     def new_text(self) -> TextStream:
-        """What turns this stream's tokens into text; :class:`UsageError` where the bundle has no
-        tokenizer.
+        """Make what turns this stream's tokens into text.
+
+        Raises:
+            UsageError: the bundle has no tokenizer.
         """
         if self._codec is None:
             raise UsageError(
@@ -299,7 +317,7 @@ class Stream:
             raise
 
     def _begin(self) -> None:
-        """Be the one who continues the sequence."""
+        """Become the one who continues the sequence."""
         if not self._is_begun:
             self._is_begun, self._sequence.reader = True, self._ticket
             self._before, self._length = (
@@ -323,7 +341,7 @@ class Stream:
         self._sequence.check_open()
 
     def _before_stop(self, watch: TextStream, token_ids: list[int]) -> list[int]:
-        """The tokens up to the one that completes a stop string.
+        """Return the tokens up to the one that completes a stop string.
 
         The rest is forgotten before anybody has seen it.
         """
@@ -335,7 +353,10 @@ class Stream:
         return token_ids
 
     def _end(self, count: int, surplus: int) -> None:
-        """End here, with ``count`` tokens of the last step and without its last ``surplus``."""
+        """End here, with ``count`` tokens of the last step.
+
+        Its last ``surplus`` tokens are dropped.
+        """
         counters = self._counters
         self._steps.close()
         self._sequence.truncate(len(self._sequence.tokens) - surplus)

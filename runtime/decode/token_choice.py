@@ -1,9 +1,11 @@
-"""Which token: what the algorithms of :mod:`trimode.runtime.decode.algorithms` ask, once by
-forward, and leave to this module.
+"""Chooses which token it is, for the decoding algorithms.
+
+The algorithms (:mod:`trimode.runtime.decode.algorithms`) ask once by forward, and leave it to this
+module.
 
 :class:`GreedySelector` hands through what the graphs return. :class:`RuledSelector` draws,
-penalises, forbids, forces and reports; it reads logits only where it must. Both take the
-candidates of a denoise or draft forward as arrays ``(L, 5)``, best first.
+penalises, forbids, forces and reports; it reads logits only where it must. Both take the candidates
+of a denoise or draft forward as arrays ``(L, 5)``, best first.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ logarithm is finite.
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of a token under the model's own distribution: temperature 1, nothing
-    penalised, forbidden or cut off.
+    """Holds the log-probability of a token.
+
+    It is the one under the model's own distribution: temperature 1, nothing penalised, forbidden or
+    cut off.
 
     Attributes:
-        token_id: the token.
-        logprob: None where no forward has told it: in a denoised block, a token that a thinking
-        budget wrote, or a slot left masked.
-        top: the most probable tokens with theirs, best first.
+        token_id: Id of the token.
+        logprob: Log-probability; None where no forward has told it: in a denoised block, a token
+            that a thinking budget wrote, or a slot left masked.
+        top: Most probable tokens with theirs, best first.
     """
 
     token_id: int
@@ -57,62 +61,84 @@ class TokenSelector(Protocol):
 
     @property
     def seed(self) -> int | None:
-        """Of the draws; None where nothing is drawn."""
+        """Seed of the draws; None where nothing is drawn."""
         ...
 
     def next(self) -> Effect[int]:
-        """The token after the sequence; the only question that may take a forward."""
+        """Choose the token after the sequence.
+
+        It is the only question that may take a forward.
+        """
         ...
 
     def begin_block(self, block: Ids) -> None:
-        """Write tokens that are decided beforehand into a masked block to denoise, which comes
-        after the sequence.
+        """Write tokens that are decided beforehand into a masked block.
+
+        The block is to be denoised, and comes after the sequence.
         """
         ...
 
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """For each slot of such a block the token to fill it with, the confidence in it, and
-        whether it may be filled: ``(L,)`` each.
+        """Choose the token for each slot of a block to denoise.
+
+        Returns:
+            Token to fill each slot with, the confidence in it, and whether it may be filled:
+            ``(L,)`` each.
         """
         ...
 
     def begin_draft(self, block: Ids) -> None:
-        """Likewise for a block to verify, whose first slot is the last token of the sequence."""
+        """Write tokens that are decided beforehand into a block to verify.
+
+        Its first slot is the last token of the sequence.
+        """
         ...
 
     def drafted(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array]:
-        """For each slot of a block to verify the token, and the confidence in it."""
+        """Choose the token for each slot of a block to verify.
+
+        Also returns the confidence in it.
+        """
         ...
 
     def verified(self, block: Ids, verification: Verification) -> list[int]:
-        """What follows the first token of a drafted block: the accepted drafts, and one token
-        more.
+        """Return what follows the first token of a drafted block.
+
+        That is the accepted drafts, and one token more.
         """
         ...
 
     def allowed(self, block: Ids) -> Ids:
-        """What may be kept of a denoised block: all of it, or its beginning."""
+        """Return what may be kept of a denoised block.
+
+        That is all of it, or its beginning.
+        """
         ...
 
     def committed(self, token_ids: list[int]) -> None:
-        """Take note of a denoised block, or what is kept of it, before it is appended to the
-        sequence.
+        """Take note of a denoised block, or what is kept of it.
+
+        It is not yet appended to the sequence.
         """
         ...
 
     def forced(self, least: int, most: int) -> list[int]:
-        """Take note of tokens after the sequence that are decided without a forward.
+        """Take note of tokens that are decided without a forward.
 
-        None where there are fewer than ``least``; ``most`` at a time.
+        They come after the sequence, ``most`` at a time. There are none where fewer than ``least``
+        are decided, unless they end the text.
         """
         ...
 
     def num_forced(self, count: int) -> int | None:
-        """How many of the first ``count`` new tokens were decided so; None without a grammar."""
+        """Count those of the first ``count`` new tokens that were forced.
+
+        None without a grammar.
+        """
         ...
 
     @property
@@ -122,14 +148,14 @@ class TokenSelector(Protocol):
 
 
 class UnconstrainedSelector:
-    """What selectors do that know no grammar."""
+    """Does what selectors do that know no grammar."""
 
     @property
     def is_over(self) -> bool:
         return False
 
     def begin_draft(self, block: Ids) -> None:
-        """Nothing is decided beforehand."""
+        """Decide nothing beforehand."""
 
     def allowed(self, block: Ids) -> Ids:
         return block
@@ -142,7 +168,7 @@ class UnconstrainedSelector:
 
 
 class GreedySelector(UnconstrainedSelector):
-    """The most probable token, as the graphs return it."""
+    """Chooses the most probable token, as the graphs return it."""
 
     seed = None
 
@@ -153,7 +179,7 @@ class GreedySelector(UnconstrainedSelector):
         return self._sequence.predict()
 
     def begin_block(self, block: Ids) -> None:
-        """Nothing is decided beforehand."""
+        """Decide nothing beforehand."""
 
     def denoised(
         self,
@@ -177,12 +203,13 @@ class GreedySelector(UnconstrainedSelector):
         return verification.greedy_ids[: verification.accepted_length + 1].tolist()  # type: ignore[no-any-return]
 
     def committed(self, token_ids: list[int]) -> None:
-        """Nothing is noted."""
+        """Note nothing."""
 
 
 class RuledSelector(UnconstrainedSelector):
-    """Tokens under :class:`DecodeOptions`: at a temperature drawn, else the most probable one of
-    what the rules leave.
+    """Chooses tokens under :class:`DecodeOptions`.
+
+    At a temperature they are drawn; else each is the most probable one of what the rules leave.
 
     A token's *index* is its place among the new tokens of this run. Causal distributions are over
     the whole vocabulary. A denoise or draft forward names five candidates for a slot, so a slot's
@@ -211,8 +238,9 @@ class RuledSelector(UnconstrainedSelector):
         return token
 
     def begin_block(self, block: Ids) -> None:
-        """The first slot has been chosen by :meth:`next`, which knows the
-        budget.
+        """Write the end of thinking where the budget asks it.
+
+        The first slot has been chosen by :meth:`next`, which knows the budget.
         """
         self._slots = _Slots()
         for slot in range(1, len(block)):
@@ -222,8 +250,9 @@ class RuledSelector(UnconstrainedSelector):
     def denoised(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """The confidence is the probability that the model gives the token,
-        as in the reference.
+        """Choose a candidate for each slot.
+
+        The confidence is the probability that the model gives the token, as in the reference.
         """
         drawn, _ = self._draw_candidates(block, masked, self._index, ids, probabilities)
         self._slots.keep(masked, ids, probabilities)
@@ -232,8 +261,10 @@ class RuledSelector(UnconstrainedSelector):
     def drafted(
         self, block: Ids, masked: NDArray[np.bool_], ids: Array, probabilities: Array
     ) -> tuple[Array, Array]:
-        """The confidence is that of the slot's best candidate, whichever is
-        drawn: see :func:`decode_linear_spec`.
+        """Choose a candidate for each slot.
+
+        The confidence is that of the slot's best candidate, whichever is drawn: see
+        :func:`decode_linear_spec`.
         """
         drawn, q = self._draw_candidates(block, masked, self._index - 1, ids, probabilities)
         self._slots.keep(masked, ids, q)
@@ -251,8 +282,9 @@ class RuledSelector(UnconstrainedSelector):
         return out
 
     def committed(self, token_ids: list[int]) -> None:
-        """The first token came from :meth:`next`, which noted it, unless that
-        chose the mask token.
+        """Take note of what is kept of a denoised block.
+
+        The first token came from :meth:`next`, which noted it, unless that chose the mask token.
         """
         for slot, token in enumerate(token_ids):
             if slot == 0:
@@ -272,7 +304,7 @@ class RuledSelector(UnconstrainedSelector):
         return self._is_thinking and index == self._options.max_thinking_tokens
 
     def _pick(self, index: int, greedy: int, logits: Callable[[], NDArray[np.float32]]) -> int:
-        """A token from a causal row.
+        """Choose a token from a causal row.
 
         ``greedy`` is its best, which mostly is all there is to know at temperature 0.
         """
@@ -288,7 +320,7 @@ class RuledSelector(UnconstrainedSelector):
     def _verify_row(
         self, index: int, row: int, draft: int | None, verification: Verification
     ) -> tuple[int, bool]:
-        """The token at ``index``, and whether it is the draft."""
+        """Choose the token at ``index``; tell whether it is the draft."""
         if draft is None or not self._sampling.is_random or self._is_forced(index):
             token = self._pick(
                 index, int(verification.greedy_ids[row]), partial(verification.row, row)
@@ -300,7 +332,7 @@ class RuledSelector(UnconstrainedSelector):
         )
 
     def _distribution(self, index: int, logits: NDArray[np.float32]) -> TokenDistribution:
-        """Of a causal row ``(V,)``."""
+        """Return the distribution of a causal row ``(V,)``."""
         return row_distribution(self._row(index, logits), self._sampling)
 
     def _row(self, index: int, logits: NDArray[np.float32]) -> Row:
@@ -310,9 +342,9 @@ class RuledSelector(UnconstrainedSelector):
     def _draw_candidates(
         self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
     ) -> tuple[Ids, Probabilities]:
-        """A candidate for each slot ``(L,)`` and what it was drawn from ``(L, 5)``.
+        """Draw a candidate for each slot, ``(L,)``.
 
-        ``first`` is the index of the first slot.
+        Also returns what it was drawn from, ``(L, 5)``. ``first`` is the index of the first slot.
         """
         scores = self._candidate_scores(block, masked, first, ids, probabilities)
         q = distribution(scores, self._sampling)
@@ -321,7 +353,10 @@ class RuledSelector(UnconstrainedSelector):
     def _candidate_scores(
         self, block: Ids, masked: NDArray[np.bool_], first: int, ids: Array, probabilities: Array
     ) -> NDArray[np.float64]:
-        """Log-probabilities ``(L, 5)`` as penalties leave them; -inf for what must not come."""
+        """Return log-probabilities ``(L, 5)`` as penalties leave them.
+
+        They are -inf for what must not come.
+        """
         scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
         # A slot that draws the mask token would stay undecided and be drawn again; what fills it in
         # the end would have another distribution.
@@ -344,7 +379,7 @@ class RuledSelector(UnconstrainedSelector):
             self._logprobs.append(logprob_of(token, logits(), self._options.logprobs))
 
     def _has_finished(self) -> bool:
-        """Whether no token can follow those that were noted."""
+        """Tell whether no token can follow those that were noted."""
         return False
 
     def _mark(self, token: int) -> None:
@@ -354,8 +389,9 @@ class RuledSelector(UnconstrainedSelector):
 
 
 class _Slots:
-    """Candidates of each slot of a block and a value for each, as of the last forward in which the
-    slot was masked: the one that filled it.
+    """Keeps candidates of each slot of a block with their values.
+
+    They are of the last forward in which the slot was masked: the one that filled it.
     """
 
     def __init__(self) -> None:
@@ -376,15 +412,15 @@ class _Slots:
         self._ids[masked], self._values[masked] = ids[masked], values[masked]
 
     def knows(self, slot: int) -> bool:
-        """Whether the slot has been masked."""
+        """Tell whether the slot has been masked."""
         return self._known is not None and bool(self._known[slot])
 
     def of(self, slot: int) -> tuple[Ids, NDArray[Any]]:
-        """Candidates of a slot and their values, ``(5,)`` each."""
+        """Return candidates of a slot and their values, ``(5,)`` each."""
         return self._ids[slot], self._values[slot]
 
     def logprob(self, slot: int, token: int, count: int) -> TokenLogprob:
-        """Of a slot's token, where the values are probabilities."""
+        """Return the log-probability of a slot's token from probabilities."""
         if not self.knows(slot):
             return TokenLogprob(token, None, ())
         ids, values = self.of(slot)
@@ -394,7 +430,7 @@ class _Slots:
 
 
 def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogprob:
-    """From the logits ``(V,)`` of a causal row."""
+    """Return a token's log-probability from a causal row's logits ``(V,)``."""
     values = log_softmax(logits)
     best = (
         np.argpartition(logits, values.size - count)[values.size - count :]
@@ -408,5 +444,5 @@ def logprob_of(token: int, logits: NDArray[np.float32], count: int) -> TokenLogp
 
 
 def _column(table: Array, columns: Ids) -> Array:
-    """``table (L, n)`` and one column a row -> ``(L,)``."""
+    """Take one column a row, ``table (L, n)`` -> ``(L,)``."""
     return np.take_along_axis(table, columns[:, None], -1)[:, 0]

@@ -1,4 +1,4 @@
-"""Probabilities over a vocabulary, and draws from them.
+"""Holds probabilities over a vocabulary, and draws from them.
 
 Drawing inverts the cumulative sum over the tokens in their order. The sum is taken in blocks, so
 that a draw from 131,072 tokens adds each of them once and looks at one block.
@@ -21,11 +21,13 @@ _BLOCK = 512
 
 
 class TokenDistribution:
-    """Probabilities of some tokens of a vocabulary; all others have none.
+    """Holds probabilities of some tokens of a vocabulary.
+
+    All others have none.
 
     Args:
-        ids: ``(n,)``, the tokens in ascending order; None = token i has weight i.
-        weights: ``(n,)``, in proportion to the probabilities; at least one is positive.
+        ids: Tokens ``(n,)`` in ascending order; None = token i has weight i.
+        weights: Weights ``(n,)`` in proportion to the probabilities; at least one is positive.
     """
 
     def __init__(self, ids: Ids | None, weights: ArrayLike) -> None:
@@ -38,7 +40,7 @@ class TokenDistribution:
         return float(self.weights.sum())
 
     def __getitem__(self, token: int) -> float:
-        """Probability of a token."""
+        """Return the probability of a token."""
         places, found = self._places(np.array([token], np.int64))
         return float(self.weights[places[0]]) / self.total if found[0] else 0.0
 
@@ -53,7 +55,10 @@ class TokenDistribution:
         return place if self.ids is None else int(self.ids[place])
 
     def select(self, places: NDArray[np.int64]) -> TokenDistribution:
-        """Keep the tokens at these places, ``(m,)`` in ascending order, and their proportions."""
+        """Keep the tokens at these places, and their proportions.
+
+        The places are ``(m,)`` in ascending order.
+        """
         ids = places if self.ids is None else self.ids[places]
         return TokenDistribution(ids, self.weights[places])
 
@@ -61,8 +66,8 @@ class TokenDistribution:
         """Take away probabilities, down to 0; None where nothing is left.
 
         Args:
-            ids: ``(m,)``, distinct tokens.
-            probabilities: ``(m,)``.
+            ids: Distinct tokens ``(m,)``.
+            probabilities: Probabilities ``(m,)`` to take from these.
         """
         places, found = self._places(ids)
         places = places[found]
@@ -72,7 +77,7 @@ class TokenDistribution:
         return TokenDistribution(self.ids, weights) if weights.any() else None
 
     def _places(self, ids: Ids) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Where tokens are among the weights, and whether they are."""
+        """Find where tokens are among the weights, and whether they are."""
         if self.ids is None:
             return ids, np.ones(ids.shape, bool)
         places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
@@ -82,18 +87,20 @@ class TokenDistribution:
 def accept_or_replace(
     draft: int, p: TokenDistribution, q_ids: Ids, q: Weights, rng: np.random.Generator
 ) -> tuple[int, bool]:
-    """Draw a token from ``p`` with the help of a draft from ``q``: speculative sampling's rule.
+    """Draw a token from ``p`` with the help of a draft.
+
+    It is speculative sampling's rule, for a draft from ``q``.
 
     The draft is accepted with probability min(1, p/q); otherwise the token comes from max(0, p -
     q), normalised. Every other rule that keeps ``p`` accepts less often (Leviathan et al. 2023,
     theorem 3.5 and appendix A.3).
 
     Args:
-        draft: drawn from ``q``.
-        p: what the token's distribution is.
-        q_ids: ``(k,)``, distinct tokens; ``q`` is 0 for all others.
-        q: ``(k,)``.
-        rng: independent of the draft's draw.
+        draft: Token that was drawn from ``q``.
+        p: Distribution of the token.
+        q_ids: Distinct tokens ``(k,)``; ``q`` is 0 for all others.
+        q: Probabilities ``(k,)`` of these.
+        rng: Generator that is independent of the draft's draw.
 
     Returns:
         The token, and whether it is the accepted draft.
@@ -105,7 +112,10 @@ def accept_or_replace(
 
 
 def leading(values: Weights, most: float) -> int:
-    """How many of the leading values ``(n,)``, none negative, add up to at most ``most``."""
+    """Count the leading values that add up to at most ``most``.
+
+    The values ``(n,)`` are never negative.
+    """
     whole = len(values) - len(values) % _BLOCK
     sums = values[:whole].reshape(-1, _BLOCK).sum(-1).cumsum()
     block = int(sums.searchsorted(most, side="right"))
@@ -115,6 +125,9 @@ def leading(values: Weights, most: float) -> int:
 
 
 def _nearest_positive(weights: Weights, place: int) -> int:
-    """The place of a positive weight: the last one before ``place``, else the first."""
+    """Find the place of a positive weight.
+
+    It is the last one before ``place``, else the first.
+    """
     positive = np.flatnonzero(weights)
     return int(positive[max(0, int(positive.searchsorted(place)) - 1)])

@@ -1,15 +1,16 @@
-"""Which masked slots of a block to fill after a denoise forward: the policies of block diffusion,
-one function each.
+"""Chooses which masked slots of a block a denoise forward fills.
 
-=============
-====================================================================================================
-``threshold`` every slot whose token has at least this probability; the most probable one in any
-case (the reference) ``schedule``  ``ceil(masks left / steps left)`` slots, the most probable ones;
-a step a slot is serial denoising ``margin``    every slot whose token is at least so much more
-probable than the next; the clearest one in any case ``leftmost``  the first masked slot ``learned``
-every slot that a trained network scores at least so high; the one it scores highest in any case
-=============
-====================================================================================================
+These are the policies of block diffusion, one function each:
+
+- ``threshold``: every slot whose token has at least this probability; the most probable one in any
+  case (the reference)
+- ``schedule``: ``ceil(masks left / steps left)`` slots, the most probable ones; a step a slot is
+  serial denoising
+- ``margin``: every slot whose token is at least so much more probable than the next; the clearest
+  one in any case
+- ``leftmost``: the first masked slot
+- ``learned``: every slot that a trained network scores at least so high; the one it scores highest
+  in any case
 
 A filled slot is never masked again. ``threshold`` is the reference's rule to the letter, and may
 choose a slot whose token is the mask token, which then stays masked; the others leave such slots
@@ -34,17 +35,17 @@ Slots = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Denoised:
-    """A block of L slots after a denoise forward.
+    """Describes a block of L slots after a denoise forward.
 
     Attributes:
-        block: ``(L,)``, what the forward saw.
-        masked: ``(L,)``, slots that are not filled yet.
-        ids, probabilities: ``(L, n)``, candidates of each slot, best first.
-        tokens: ``(L,)``, what each slot would be filled with: the best candidate, unless it was
-        drawn or a rule forbade that.
-        confidence: ``(L,)``, the probability that the model gives it.
-        mask_token_id: marks a masked slot.
-        step: denoise forwards that the block has had before this one.
+        block: Block that the forward saw, ``(L,)``.
+        masked: Slots that are not filled yet, ``(L,)``.
+        ids, probabilities: Candidates of each slot, ``(L, n)``, best first.
+        tokens: Tokens that the slots would be filled with, ``(L,)``: the best candidate, unless it
+            was drawn or a rule forbade that.
+        confidence: Probability that the model gives each, ``(L,)``.
+        mask_token_id: Id that marks a masked slot.
+        step: Number of denoise forwards that the block has had before this one.
     """
 
     block: Ids
@@ -69,28 +70,31 @@ FillPolicy = Callable[[Denoised], Slots]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """How sure it is that the best candidate of a masked slot is right.
+    """Scores how surely a masked slot's best candidate is right.
 
-    What the learned policy asks.
+    The learned policy asks it.
     """
 
     def score(
         self, block: Ids, masked: Slots, ids: Array, probabilities: Array
     ) -> NDArray[np.float32]:
-        """From 0 to 1 for each slot ``(L,)``; the arguments are those of :class:`Denoised`."""
+        """Return a score from 0 to 1 for each slot, ``(L,)``.
+
+        The arguments are those of :class:`Denoised`.
+        """
         ...
 
 
 def fill_policy(
     name: SamplerName, threshold: float, steps: int, scorer: Scorer | None
 ) -> FillPolicy:
-    """The policy of this name.
+    """Return the policy of this name.
 
     Args:
-        name: which.
-        threshold: of ``threshold``, ``margin`` and ``learned``.
-        steps: of ``schedule``.
-        scorer: of ``learned``.
+        name: Name of the policy.
+        threshold: Threshold of ``threshold``, ``margin`` and ``learned``.
+        steps: Number of steps of ``schedule``.
+        scorer: Scorer of ``learned``.
     """
     if name == "learned":
         assert scorer is not None, "checked where the options are"
@@ -105,14 +109,14 @@ def fill_policy(
 
 
 def fill_threshold(denoised: Denoised, threshold: float) -> Slots:
-    """See the module: by the probability of the token."""
+    """Choose slots by the probability of the token, as the module says."""
     return reaching(denoised.masked, denoised.confidence, threshold)
 
 
 def fill_schedule(denoised: Denoised, steps: int) -> Slots:
-    """See the module: so many a step that no slot is masked after ``steps`` of them.
+    """Choose so many slots that ``steps`` steps leave none masked.
 
-    The slot further left among equals.
+    They are the most probable ones; the slot further left among equals.
     """
     count = -(-int(denoised.masked.sum()) // max(1, steps - denoised.step))
     ranked = np.argsort(-np.where(denoised.fillable, denoised.confidence, -np.inf), kind="stable")
@@ -122,14 +126,17 @@ def fill_schedule(denoised: Denoised, steps: int) -> Slots:
 
 
 def fill_margin(denoised: Denoised, threshold: float) -> Slots:
-    """See the module: by the probability of the token less that of the best other candidate."""
+    """Choose slots by the lead of the token, as the module says.
+
+    The lead is its probability less that of the best other candidate.
+    """
     is_other = denoised.ids != denoised.tokens[:, None]
     others = np.where(is_other, denoised.probabilities, 0).max(-1)
     return reaching(denoised.fillable, denoised.confidence - others, threshold)
 
 
 def fill_leftmost(denoised: Denoised) -> Slots:
-    """See the module: strictly from left to right."""
+    """Choose the first masked slot: strictly from left to right."""
     chosen = np.zeros_like(denoised.masked)
     if denoised.masked.any():
         chosen[denoised.masked.argmax()] = True
@@ -137,9 +144,10 @@ def fill_leftmost(denoised: Denoised) -> Slots:
 
 
 def fill_learned(denoised: Denoised, threshold: float, scorer: Scorer) -> Slots:
-    """See the module. A score is about the best candidate.
+    """Choose slots by their scores, as the module says.
 
-    A slot with another token has that token's probability in its place.
+    A score is about the best candidate. A slot with another token has that token's probability in
+    its place.
     """
     scores = scorer.score(denoised.block, denoised.masked, denoised.ids, denoised.probabilities)
     scores = np.where(denoised.tokens == denoised.ids[:, 0], scores, denoised.confidence)
@@ -147,8 +155,9 @@ def fill_learned(denoised: Denoised, threshold: float, scorer: Scorer) -> Slots:
 
 
 def reaching(slots: Slots, values: NDArray[Any], threshold: float) -> Slots:
-    """Those of ``slots`` whose value reaches the threshold, and the one with the highest in any
-    case.
+    """Choose those of ``slots`` whose value reaches the threshold.
+
+    The one with the highest value is chosen in any case.
     """
     values = np.where(slots, values, -np.inf)
     chosen: Slots = slots & (values >= threshold)

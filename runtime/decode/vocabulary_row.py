@@ -1,7 +1,8 @@
-"""From a row of logits over the whole vocabulary to what a token is drawn from.
+"""Turns a row of logits into what a token is drawn from.
 
-The result is that of :func:`trimode.runtime.decode.sampling.distribution`, in float64, without
-computing what no option asks for:
+The row is over the whole vocabulary. The result is that of
+:func:`trimode.runtime.decode.sampling.distribution`, in float64, without computing what no option
+asks for:
 
 - Few tokens are penalised or forbidden. They are kept beside the row, which stays float32.
 - ``top_k`` and ``min_p`` are bounds on the logits. Where one is given, the exponential is taken of
@@ -36,7 +37,10 @@ _SORTED = 4096
 
 
 class _Scratch(threading.local):
-    """Memory that each thread keeps from row to row: new pages cost more than their use."""
+    """Keeps memory in each thread from row to row.
+
+    New pages cost more than their use.
+    """
 
     values: Weights = np.empty(0)
 
@@ -45,12 +49,13 @@ _scratch = _Scratch()
 
 
 class Row(NamedTuple):
-    """Logits of which some have been replaced.
+    """Holds logits of which some have been replaced.
 
     Attributes:
-        logits: ``(V,)``, floating point.
-        ids: ``(m,)`` in ascending order, the tokens whose logits are replaced.
-        scores: ``(m,)``, by what; -inf = never this token. At least one token has a finite logit.
+        logits: Logits ``(V,)``, floating point.
+        ids: Tokens ``(m,)`` in ascending order whose logits are replaced.
+        scores: Scores ``(m,)`` in their place; -inf = never this token. At least one token has a
+            finite logit.
     """
 
     logits: NDArray[Any]
@@ -58,7 +63,7 @@ class Row(NamedTuple):
     scores: NDArray[np.float64]
 
     def without_replaced(self) -> NDArray[Any]:
-        """The logits, -inf for those that are replaced."""
+        """Return the logits, -inf for those that are replaced."""
         if not self.ids.size:
             return self.logits
         others = self.logits.copy()
@@ -67,7 +72,7 @@ class Row(NamedTuple):
 
 
 def best_token(row: Row) -> int:
-    """The token of the highest logit, the first one among equals."""
+    """Return the token of the highest logit, the first one among equals."""
     others = row.without_replaced()
     best = int(others.argmax())
     if not row.ids.size:
@@ -78,11 +83,11 @@ def best_token(row: Row) -> int:
 
 
 def row_distribution(row: Row, sampling: SamplingOptions) -> TokenDistribution:
-    """What a token is drawn from, at a temperature above 0.
+    """Compute what a token is drawn from, at a temperature above 0.
 
     Args:
-        row: the logits, penalised and forbidden tokens replaced.
-        sampling: temperature, ``top_k``, ``top_p`` and ``min_p``.
+        row: Logits, penalised and forbidden tokens replaced.
+        sampling: Temperature, ``top_k``, ``top_p`` and ``min_p``.
     """
     others = row.without_replaced()
     highest = max(float(others.max()), float(row.scores.max(initial=-np.inf)))
@@ -99,7 +104,7 @@ def row_distribution(row: Row, sampling: SamplingOptions) -> TokenDistribution:
 def _bound(
     others: NDArray[Any], scores: NDArray[np.float64], highest: float, sampling: SamplingOptions
 ) -> float:
-    """The logit below which no token can be drawn."""
+    """Find the logit below which no token can be drawn."""
     bound = highest - _FARTHEST * sampling.temperature
     if 0 < sampling.top_k < len(others):
         bound = max(bound, _kth_highest(others, scores, sampling.top_k))
@@ -112,7 +117,7 @@ def _bound(
 
 
 def _kth_highest(others: NDArray[Any], scores: NDArray[np.float64], k: int) -> float:
-    """The k-th highest of the other logits and the replaced ones together."""
+    """Find the k-th highest of the other and the replaced logits."""
     size = len(others)
     best = np.partition(others, size - k)[size - k :].astype(np.float64)
     if not scores.size:
@@ -121,9 +126,10 @@ def _kth_highest(others: NDArray[Any], scores: NDArray[np.float64], k: int) -> f
 
 
 def _above(others: NDArray[Any], row: Row, bound: float) -> tuple[Ids | None, NDArray[np.float64]]:
-    """Tokens whose logit is at least ``bound`` and their logits in float64.
+    """Find tokens whose logit is at least ``bound``, with these logits.
 
-    Where these are most, all tokens (None), and -inf for those below.
+    The logits are float64. Where these tokens are most, all tokens are returned (None),
+    with -inf for those below.
     """
     is_above, is_in = others >= _rounded_up(bound, others.dtype), row.scores >= bound
     count = np.count_nonzero(is_above)
@@ -143,14 +149,17 @@ def _above(others: NDArray[Any], row: Row, bound: float) -> tuple[Ids | None, ND
 
 
 def _rounded_up(bound: float, dtype: np.dtype[Any]) -> Any:
-    """The least value of a type that is not below ``bound``; comparing within it is quicker."""
+    """Return the least value of a type not below ``bound``.
+
+    Comparing within the type is quicker.
+    """
     with np.errstate(over="ignore"):
         value = np.array(bound).astype(dtype)[()]
     return value if np.float64(value) >= bound else np.nextafter(value, dtype.type(np.inf))
 
 
 def _weights(scores: NDArray[np.float64], highest: float, temperature: float) -> Weights:
-    """Probabilities but for a factor, the highest being 1; computed in place."""
+    """Compute probabilities but for a factor, in place; the highest is 1."""
     # What overflows to -inf, by a low temperature or far below the highest, is as good as that.
     with np.errstate(over="ignore"):
         scores -= highest
@@ -160,9 +169,10 @@ def _weights(scores: NDArray[np.float64], highest: float, temperature: float) ->
 
 
 def _keep_top_p(kept: TokenDistribution, top_p: float) -> TokenDistribution:
-    """Drop the least probable tokens that together have at most ``1 - top_p``.
+    """Drop the least probable tokens, which are outside ``top_p``.
 
-    Of equal tokens at the edge the first ones are dropped; the last most probable one never is.
+    Together they have at most ``1 - top_p``. Of equal tokens at the edge the first ones are
+    dropped; the last most probable one never is.
     """
     weights, droppable = kept.weights, (1 - top_p) * kept.total
     # Tokens below this share cannot reach `droppable` together: the long tail is not sorted.
@@ -175,11 +185,11 @@ def _keep_top_p(kept: TokenDistribution, top_p: float) -> TokenDistribution:
 
 
 def _edge(weights: Weights, most: float) -> tuple[float, int]:
-    """The least weight that stays when the smallest, adding up to at most ``most``, are dropped.
+    """Find the least weight that stays when the smallest are dropped.
 
     Args:
-        weights: ``(n,)``; their order is changed.
-        most: what is dropped adds up to no more; one weight stays in any case.
+        weights: Weights ``(n,)``; their order is changed.
+        most: Most that the dropped ones may add up to; one weight stays in any case.
 
     Returns:
         That weight, and how many equal ones are dropped.
@@ -200,7 +210,10 @@ def _edge(weights: Weights, most: float) -> tuple[float, int]:
 
 
 def _where(weights: Weights, stays: NDArray[np.bool_]) -> Weights:
-    """The weights that stay, and some others where these are few, in memory to be written to."""
+    """Return the weights that stay, in memory to be written to.
+
+    Where most stay, the others are among them.
+    """
     if 2 * np.count_nonzero(stays) <= len(weights):
         return weights[np.flatnonzero(stays)]
     if _scratch.values.size < len(weights):
@@ -211,7 +224,10 @@ def _where(weights: Weights, stays: NDArray[np.bool_]) -> Weights:
 
 
 def _keep(kept: TokenDistribution, stays: NDArray[np.bool_]) -> TokenDistribution:
-    """The tokens that stay. Where most do, the others' weights become 0, in place."""
+    """Keep the tokens that stay.
+
+    Where most do, the others' weights become 0, in place.
+    """
     count = np.count_nonzero(stays)
     if count == len(stays):
         return kept

@@ -1,7 +1,8 @@
-"""Turns what an algorithm asks for, and is given, into records of its forwards.
+"""Makes records of an algorithm's forwards.
 
-Nothing is asked of the algorithms. A forward shows which positions were masked before it, and the
-next one, or the block that both are about, which were afterwards.
+It turns what the algorithm asks for, and is given, into them. Nothing is asked of the algorithms. A
+forward shows which positions were masked before it, and the next one, or the block that both are
+about, which were afterwards.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _COUNTED_BEFORE: tuple[Phase, ...] = ("denoise", "draft", "verify", "commit", "q
 
 @dataclass
 class _Pending:
-    """A forward that has not come back.
+    """Holds a forward that has not come back.
 
     Attributes:
-        input_ids: Its tokens as they were when it was asked for: blocks are filled in place.
-        phase: Its phase; None where that shows afterwards.
+        input_ids: Tokens as they were when it was asked for: blocks are filled in place.
+        phase: Phase of the forward; None where that shows afterwards.
         since: Time at which it was asked for.
         switch: Change of the way that began with it.
     """
@@ -103,7 +104,10 @@ class StepTrace:
         }
 
     def _switched(self, step: Step) -> ModeSwitch | None:
-        """The change, where mode ``auto`` has chosen another way since the last turn."""
+        """Return the change of mode ``auto`` since the last turn.
+
+        None where it has not chosen another way.
+        """
         picks = step.counters.picks
         length = next((one for one in picks if picks[one] != self._picks.get(one)), None)
         if length is None:
@@ -206,7 +210,10 @@ def _drafts(step: Step, outputs: Outputs) -> Iterator[PositionRecord]:
 
 
 def _causal(pending: _Pending, step: Step, greedy: Any, logits: Any) -> Iterator[PositionRecord]:
-    """Positions after the rows of a causal forward, as far as they were not decided."""
+    """Yield positions after the rows of a causal forward.
+
+    Those that were decided already are left out.
+    """
     first, num_rows = pending.forward.past_length + 1, len(pending.input_ids)
     end, is_whole = len(step.sequence.tokens), np.ndim(greedy) == 1
     begin = end - (len(step.result.token_ids) if isinstance(step.result, Chunk) else 0)
@@ -217,7 +224,10 @@ def _causal(pending: _Pending, step: Step, greedy: Any, logits: Any) -> Iterator
 
 
 def _decided(step: Step, position: int) -> int | None:
-    """The token that a position has after a turn; None where it is not decided."""
+    """Return the token that a position has after a turn.
+
+    None where it is not decided.
+    """
     tokens, following = step.sequence.tokens, step.result
     if position < len(tokens):
         return tokens[position]
@@ -234,7 +244,10 @@ def _row(logits: Any, row: int) -> Any:
 
 
 def _best(logits: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Most probable tokens and their probabilities, of logits ``(V,)`` that are on the host."""
+    """Return most probable tokens and their probabilities, of logits ``(V,)``.
+
+    There are none where the logits are not on the host.
+    """
     if logits is None or isinstance(logits, DeviceArray):
         return np.empty(0, np.int64), np.empty(0)
     values = log_softmax(np.asarray(logits))

@@ -43,17 +43,19 @@ def header_of(manifest: Manifest, precision: str, target: str) -> TraceHeader:
 
 
 def codec_of(model: BundleParts) -> TextCodec | None:
-    """The tokenizer of a bundle; None where it has none."""
+    """Return the tokenizer of a bundle; None where it has none."""
     return model.codec if (model.bundle.path / "tokenizer.json").is_file() else None
 
 
 class TraceWriter:
-    """Writes the runs of one trace, which may be at work at the same time.
+    """Writes the runs of one trace.
+
+    They may be at work at the same time.
 
     Args:
         header: First line.
         codec: Tokenizer; None = the trace has token ids only.
-        sink: Takes the lines.
+        sink: Function that takes the lines.
     """
 
     def __init__(self, header: TraceHeader, codec: TextCodec | None, sink: Sink) -> None:
@@ -69,13 +71,16 @@ class TraceWriter:
         options: DecodeOptions,
         plan_reason: Callable[[], str] = str,
     ) -> RunTrace:
-        """Begin a run; make what it returns the observer of the run's stream.
+        """Begin a run, and return the observer of its stream.
+
+        The caller makes it the stream's observer.
 
         Args:
             mode: Mode of the run.
             prompt_ids: Token ids of the prompt.
             options: Options of the run.
-            plan_reason: Gives the reason of the plan that mode ``auto`` follows in an engine.
+            plan_reason: Function that gives the reason of the plan that mode ``auto`` follows in an
+                engine.
         """
         start = RunStart(
             run=self._num_runs,
@@ -94,7 +99,10 @@ class TraceWriter:
         return RunTrace(self, start.run, text, plan_reason)
 
     def write(self, record: TraceRecord, token_ids: Iterable[int] = ()) -> None:
-        """Write a line, after the texts of its tokens that no line has given."""
+        """Write a line, after the new texts of its tokens.
+
+        New are those that no line has given.
+        """
         new = sorted(set(token_ids) - self._named)
         if self._codec is not None and new:
             self._named.update(new)
@@ -106,10 +114,10 @@ class RunTrace:
     """Observes the stream of one run, and writes its lines.
 
     Args:
-        writer: Writes them.
+        writer: Writer of its lines.
         run: Number of the run.
         text: Text of the run; None without a tokenizer.
-        plan_reason: Gives the reason of an engine's plan.
+        plan_reason: Function that gives the reason of an engine's plan.
     """
 
     def __init__(
@@ -128,10 +136,12 @@ class RunTrace:
         self._observe(step)
 
     def end(self, result: Generation | None, error: BaseException | None = None) -> None:
-        """Write the end of the run, on any thread; nothing of it is written afterwards.
+        """Write the end of the run, on any thread.
+
+        Nothing of it is written afterwards.
 
         Args:
-            result: What was generated, the text ended or not; None where that is not known.
+            result: Generation so far, the text ended or not; None where that is not known.
             error: Error that ended the run.
         """
         record = RunEnd(run=self._run, error=None if error is None else reason_of(error))

@@ -67,7 +67,7 @@ class TextCodec:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The added tokens that :meth:`decode` leaves out."""
+        """Added tokens that :meth:`decode` leaves out."""
         # The library is asked: it goes by the texts that ever were special, not by the flags.
         added, decode = self._tokenizer.get_added_tokens_decoder(), self._decode_raw
         return frozenset(
@@ -86,7 +86,10 @@ class TextCodec:
 
     @cached_property
     def decoding(self) -> Decoding:
-        """How :meth:`decode` works, before it takes out blanks, for a stream."""
+        """Way in which :meth:`decode` works before it takes out blanks.
+
+        A stream needs it.
+        """
         return Decoding(self._decode_raw, self._is_silent, _byte_values(self._tokenizer))
 
     def encode(self, text: str) -> list[int]:
@@ -195,9 +198,10 @@ class TextCodec:
         return ControlTokens(self._tokenizer)
 
     def encode_messages(self, messages: Seq[Message], **options: Any) -> tuple[str, list[int]]:
-        """Encode a conversation of strangers: no text of it becomes a control token.
+        """Encode a conversation of strangers.
 
-        An assistant's message may hold ``<think>`` and ``</think>``, which templates look for.
+        No text of it becomes a control token. An assistant's message may hold ``<think>`` and
+        ``</think>``, which templates look for.
 
         Args:
             messages: Messages, as for :meth:`render_chat`.

@@ -1,4 +1,4 @@
-"""Keeps what looks like a control token in a message from becoming one.
+"""Keeps texts of messages from becoming control tokens.
 
 A chat template writes control tokens such as ``<|im_end|>`` between the messages. The same
 characters inside a message are text. Rendering mixes both, so texts are marked first: each such
@@ -20,10 +20,10 @@ _BRACKETS = {"<": ">", "[": "]"}
 
 
 class ControlTokens:
-    """Knows the control tokens of a tokenizer: special ones, and added ones in brackets.
+    """Knows the control tokens of a tokenizer.
 
-    Other added tokens are words that the model has learned as one token; they mean no more than
-    their text.
+    They are special ones, and added ones in brackets. Other added tokens are words that the model
+    has learned as one token; they mean no more than their text.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -38,7 +38,7 @@ class ControlTokens:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        """The tokenizer that knows no control token."""
+        """Tokenizer that knows no control token."""
         plain = Tokenizer.from_str(self._source.to_str())
         plain.add_special_tokens([AddedToken(text, special=True) for text in self.ids])
         plain.no_truncation()
@@ -108,7 +108,10 @@ class ControlTokens:
 
 
 def new_mark() -> str:
-    """Make a mark that no client can guess: letters and digits, which templates keep."""
+    """Make a mark that no client can guess.
+
+    It has letters and digits, which templates keep.
+    """
     return f"x{secrets.token_hex(12)}x"
 
 

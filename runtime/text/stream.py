@@ -14,7 +14,7 @@ class Codec(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """How tokens become text, before blanks are taken out."""
+        """Way in which tokens become text, before blanks are taken out."""
         ...
 
     @property
