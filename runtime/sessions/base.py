@@ -1,4 +1,7 @@
-"""What decoding needs from an inference engine: forwards of its graphs over one K/V cache."""
+"""Declares what decoding needs from an inference engine.
+
+That is forwards of its graphs over one K/V cache.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ SMALLEST_BUCKET = 256
 
 
 class Closable:
-    """What can be closed once and for all.
+    """Can be closed once and for all.
 
     Attributes:
-        is_closed: whether it has been.
+        is_closed: Whether it has been closed.
     """
 
     is_closed = False
@@ -34,7 +37,10 @@ class Closable:
 
 
 def check_open(session: object) -> None:
-    """Raise :class:`UsageError` for what has been closed; what cannot be closed is always open."""
+    """Raise :class:`UsageError` for what has been closed.
+
+    What cannot be closed is always open.
+    """
     if getattr(session, "is_closed", False):
         raise UsageError(
             "expected an open model, found it closed",
@@ -50,7 +56,7 @@ class KVCache(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Slots."""
+        """Number of slots."""
         ...
 
     def reserve(self, length: int) -> None:
@@ -76,13 +82,14 @@ class Session(Protocol):
     def check_block_length(
         self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
     ) -> None:
-        """Raise :class:`UsageError` for a block length that one of these graphs was not built
-        for.
-        """
+        """Raise :class:`UsageError` unless all these graphs take blocks of this length."""
         ...
 
     def close(self) -> None:
-        """Give memory back. No cache or array of the session may be used afterwards."""
+        """Give memory back.
+
+        No cache or array of the session may be used afterwards.
+        """
         ...
 
     def new_cache(self) -> KVCache:
@@ -97,8 +104,10 @@ class Session(Protocol):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """One forward; writes K/V of ``input_ids (1, T)`` (``quadratic``: and of its masked slots)
-        into slots ``past_length ..`` of the cache, growing it where needed.
+        """Run one forward and write its keys and values into the cache.
+
+        Those of ``input_ids (1, T)`` go into slots ``past_length ..``, and for ``quadratic`` those
+        of its masked slots too. The cache grows where needed.
 
         Returns the outputs of the graph's contract as views that the next run of the same graph on
         this cache overwrites. A session on a GPU leaves ``logits`` there and returns a
@@ -108,12 +117,12 @@ class Session(Protocol):
 
 
 class SessionView:
-    """A session that stands on another one and does something about its forwards.
+    """Stands on another session and does something about its forwards.
 
     Closing it leaves the other one open.
 
     Args:
-        session: the other one.
+        session: Session that it stands on.
     """
 
     def __init__(self, session: Session) -> None:
@@ -126,20 +135,17 @@ class SessionView:
 
     @property
     def max_prefill_rows(self) -> int | None:
-        """See :class:`Session`."""
         return self._session.max_prefill_rows
 
     def check_block_length(
         self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
     ) -> None:
-        """See :class:`Session`."""
         self._session.check_block_length(block_length, graph_names)
 
     def close(self) -> None:
         """Closes nothing."""
 
     def new_cache(self) -> KVCache:
-        """See :class:`Session`."""
         return self._session.new_cache()
 
     def run(
@@ -154,7 +160,9 @@ class SessionView:
 
 
 class BatchCache(KVCache, Protocol):
-    """Keys and values of several texts, a row each; all rows have the same capacity.
+    """Holds keys and values of several texts, a row each.
+
+    All rows have the same capacity.
 
     A prefix is the first slots of a row. Those that ``ar``, ``verify`` and ``quadratic`` wrote for
     accepted tokens are valid in every mode. What lies behind them (drafts, masked slots) is not.
@@ -163,7 +171,7 @@ class BatchCache(KVCache, Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Texts."""
+        """Number of texts."""
         ...
 
     @property
@@ -190,7 +198,7 @@ class BatchCache(KVCache, Protocol):
         ...
 
     def copy_from(self, other: BatchCache, source: int, destination: int, length: int) -> None:
-        """Copy the first ``length`` slots of another cache's row into a row of this one.
+        """Copy the first ``length`` slots of a row of another cache.
 
         Args:
             other: Cache of the same session, of any capacity.
@@ -204,7 +212,7 @@ class BatchCache(KVCache, Protocol):
         ...
 
     def export_prefix(self, row: int, start: int, length: int) -> list[Array]:
-        """Copy slots ``start .. start + length`` of a row into host memory.
+        """Copy ``length`` slots of a row, from ``start`` on, into host memory.
 
         Returns:
             For each layer keys, then values: ``(heads, length, head size)``, as stored; bfloat16
@@ -235,8 +243,9 @@ class BatchSession(Session, Protocol):
 
     @property
     def free_tokens(self) -> int:
-        """How many tokens of rows that have nothing to do may go along with a forward before a
-        second forward is cheaper.
+        """Most tokens of idle rows that may go along with a forward.
+
+        Idle rows have nothing to do. With more of their tokens a second forward is cheaper.
         """
         ...
 
@@ -245,8 +254,9 @@ class BatchSession(Session, Protocol):
         ...
 
     def capacity_for(self, length: int) -> int:
-        """Slots that a cache has once it has reserved ``length``: the smallest capacity that holds
-        them.
+        """Return the smallest capacity that holds ``length`` slots.
+
+        A cache has so many slots once it has reserved ``length``.
 
         Raises:
             UsageError: no capacity holds them.
@@ -263,17 +273,17 @@ class BatchSession(Session, Protocol):
         input_length: Ids,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """Like :meth:`Session.run` for ``rows`` of a batch's cache.
+        """Run one forward like :meth:`Session.run`, for ``rows`` of a batch's cache.
 
         Args:
-            graph_name: which graph.
-            cache: has the capacity for all that is written.
-            rows: B neighbours.
-            input_ids: ``(B, T)``.
-            past_length: ``(B,)``.
-            input_length: ``(B,)``, of ``ar``: tokens that are real; what follows in the row is
-            padding.
-            drafter_scale: of ``draft``.
+            graph_name: Graph that runs.
+            cache: Cache of the batch, with the capacity for all that is written.
+            rows: Neighbouring rows, B of them.
+            input_ids: Token ids, ``(B, T)``.
+            past_length: Slots of each row before the first that is written, ``(B,)``.
+            input_length: Tokens of each row that are real, ``(B,)``, for ``ar``. What follows in
+                the row is padding.
+            drafter_scale: Scale of the drafter's adapter, for ``draft``.
 
         Returns:
             The outputs of the graph's contract; the next run of the graph on this cache, for
@@ -284,7 +294,7 @@ class BatchSession(Session, Protocol):
 
 @runtime_checkable
 class ExpectsLength(Protocol):
-    """A cache for which it is cheaper to know a text's length than to grow with it."""
+    """Takes a text's length beforehand, which is cheaper than growing with it."""
 
     def expect(self, num_tokens: int) -> None:
         """Prepare for a text of so many tokens."""
@@ -292,22 +302,22 @@ class ExpectsLength(Protocol):
 
 
 def expect_length(cache: KVCache, num_tokens: int) -> None:
-    """Tell a cache how long its text will be, where that matters to it."""
+    """Tell a cache its text's length beforehand, where that matters to it."""
     if isinstance(cache, ExpectsLength):
         cache.expect(num_tokens)
 
 
 class DeviceArray:
-    """An array in GPU memory that is copied when somebody asks for its values.
+    """Stands for an array in GPU memory and copies it when read.
 
-    The next forward into the same memory changes them.
+    The next forward into the same memory changes its values.
 
     Args:
-        shape: as numpy would say.
-        dtype: of the values.
-        fetch: copies all of it to the host.
-        fetch_part: copies what lies at some first indices, ``fetch_part(1, 3)`` for ``[1, 3]``;
-            None = only with all the rest.
+        shape: Shape of the array, as numpy would say.
+        dtype: Type of the values.
+        fetch: Function that copies all of it to the host.
+        fetch_part: Function that copies what lies at some first indices, ``fetch_part(1, 3)`` for
+            ``[1, 3]``; None = a part comes only with all the rest.
     """
 
     def __init__(
@@ -359,7 +369,7 @@ def takes_block(session: Session, block_length: int) -> bool:
 
 
 def bucket(length: int) -> int:
-    """Smallest capacity of the series 256, 512, 1024, ... that holds ``length`` slots."""
+    """Return the smallest of 256, 512, 1024, ... that holds ``length`` slots."""
     capacity = SMALLEST_BUCKET
     while capacity < length:
         capacity *= 2

@@ -14,11 +14,13 @@ _INSTALL = 'pip install "trimode[rtx]"'
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU that CUDA shows; ``CUDA_VISIBLE_DEVICES`` decides which that is.
+    """Describes the first GPU that CUDA shows.
+
+    ``CUDA_VISIBLE_DEVICES`` decides which that is.
 
     Attributes:
-        compute_capability: as ``8.9``.
-        memory_bytes: all of its memory, free or not.
+        compute_capability: Compute capability, as ``8.9``.
+        memory_bytes: Size of all its memory, free or not.
     """
 
     name: str
@@ -28,10 +30,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NoGpu:
-    """Why no GPU can be used, as what was found: ``the NVIDIA driver is not installed``.
+    """Says why no GPU can be used.
 
     Attributes:
-        is_certain: False where nothing could be asked, so that there may be one all the same.
+        reason: Finding, as a sentence: ``the NVIDIA driver is not installed``.
+        is_certain: Whether there is none for certain. False where nothing could be asked, so that
+            there may be one all the same.
     """
 
     reason: str
@@ -78,12 +82,13 @@ def cudart() -> Any:
 
 
 def check(call: str, result: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA runtime returned besides its status: None, the value, or a tuple of
-    values.
+    """Return what a call of the CUDA runtime gave besides its status.
+
+    That is None, the value, or a tuple of values.
 
     Args:
-        call: the function and what it was asked for, for the message.
-        result: the status and the values.
+        call: Function and what it was asked for, for the message.
+        result: Status and values.
 
     Raises:
         DeviceError: the status says that it failed.

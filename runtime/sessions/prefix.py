@@ -1,4 +1,7 @@
-"""The form in which keys and values of a text's first tokens are copied between rows."""
+"""Describes the form in which a prefix is copied between rows.
+
+A prefix is the keys and values of a text's first tokens.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def check_slots(cache: Rows, row: int, start: int, length: int) -> None:
 
 
 def beyond_target(most: int, length: int) -> UsageError:
-    """The error of a text that needs more slots than a target has."""
+    """Return the error of a text longer than a target has slots."""
     return UsageError(
         f"expected at most {most} tokens, which the cache of this target holds, found {length}",
         "shorten the text, or build with a larger `max_length`",
@@ -115,8 +118,8 @@ def check_same_session(ours: object, theirs: object) -> None:
     """Raise :class:`UsageError` unless two caches are of one session.
 
     Args:
-        ours: What all caches of a session share, of the one.
-        theirs: The same of the other; None = it is of another kind.
+        ours: Value that all caches of a session share, of the one.
+        theirs: Same value of the other; None = it is of another kind.
     """
     if ours != theirs:
         raise UsageError(

@@ -1,4 +1,7 @@
-"""Chooses which target of a bundle's precision runs on this machine, and opens it."""
+"""Chooses the target that runs on this machine, and opens it.
+
+It is one of those of a bundle's chosen precision.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class OpenedSession:
     """A session ready to run.
 
     Attributes:
-        target: name of the bundle's target, or :data:`PORTABLE`.
-        rejected: the targets that were preferred to it, and why each does not run here.
+        target: Name of the bundle's target, or :data:`PORTABLE`.
+        rejected: Targets that were preferred to it, and why each does not run here.
     """
 
     session: Session
@@ -44,12 +47,12 @@ def open_session(
     """Open a target of a bundle's chosen precision.
 
     Args:
-        bundle: an opened bundle.
-        target: a name, which is opened or fails. None or ``auto``: the first that runs here of
-            TensorRT targets, ONNX Runtime on a GPU, ONNX Runtime on the CPU, and the portable
-            graphs.
-        num_threads: threads inside one operator on the CPU; None = one per physical core.
-        runtime_cache: folder for what is made for this machine while running: kernels that
+        bundle: Opened bundle.
+        target: Name of a target, which is opened or fails. None or ``auto``: the first that runs
+            here of TensorRT targets, ONNX Runtime on a GPU, ONNX Runtime on the CPU, and the
+            portable graphs.
+        num_threads: Threads inside one operator on the CPU; None = one per physical core.
+        runtime_cache: Folder for what is made for this machine while running: kernels that
             TensorRT-RTX compiles (None = not kept) and int4 weights as ONNX Runtime arranges them
             (None = the user's cache folder).
 
@@ -119,7 +122,10 @@ def _rank(record: TargetRecord | None) -> int:
 
 
 def _why_not(record: TargetRecord | None, gpu: Gpu | NoGpu) -> str | None:
-    """Why a target cannot run here, where that shows before anything is loaded."""
+    """Return why a target cannot run here, or None.
+
+    Only what shows before anything is loaded counts.
+    """
     if record is None or record.device == "cpu":
         return None
     if isinstance(gpu, NoGpu):
@@ -153,7 +159,10 @@ def _open(
 def _report(
     name: str, record: TargetRecord | None, rejected: dict[str, str], bundle: Bundle
 ) -> None:
-    """Falling back from a GPU is worth a warning, the rest is information."""
+    """Log what runs, and why others do not.
+
+    Falling back from a GPU is worth a warning, the rest is information.
+    """
     chosen = f"{_LIBRARIES[record.backend] if record else 'ONNX Runtime'} ({name})"
     for other, reason in rejected.items():
         level = logging.WARNING if bundle.chosen.targets[other].device == "cuda" else logging.INFO

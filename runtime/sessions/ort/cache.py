@@ -1,4 +1,7 @@
-"""Keys and values in ONNX Runtime's memory, and graphs bound to rows of them."""
+"""Keeps keys and values in ONNX Runtime's memory.
+
+Graphs are bound to rows of them.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,23 @@ from trimode.runtime.sessions.prefix import (
 
 
 class OrtCache:
-    """Keys and values as one buffer each per layer.
+    """Holds keys and values as one buffer each per layer.
 
     Grows by copying into buffers of the next bucket.
 
     Args:
-        model: sizes.
-        dtype: type of keys and values.
-        device: where they are.
-        fixed_capacity: the only capacity that the graphs accept; None = any.
-        num_rows: texts. On the CPU, rows that nobody has written yet take no memory until the
-            buffers grow.
+        model: Facts of the model, for the sizes.
+        dtype: Type of keys and values.
+        device: Device that they are on.
+        fixed_capacity: Only capacity that the graphs accept; None = any.
+        num_rows: Number of texts. On the CPU, rows that nobody has written yet take no memory until
+            the buffers grow.
 
     Attributes:
-        slots: what a slot of a row holds.
-        bytes_per_token: bytes of one slot of a row, in all layers together.
-        bound: graphs over neighbouring rows and a number of tokens.
-        io: their inputs and outputs, for all rows; graphs over some of them share it.
+        slots: Format of a slot of a row.
+        bytes_per_token: Bytes of one slot of a row, in all layers together.
+        bound: Graphs over neighbouring rows and a number of tokens.
+        io: Inputs and outputs of the graphs, for all rows; graphs over some of them share it.
     """
 
     def __init__(
@@ -70,7 +73,6 @@ class OrtCache:
         self.capacity = 0
 
     def reserve(self, length: int) -> None:
-        """See :class:`trimode.runtime.sessions.base.KVCache`."""
         if length <= self.capacity:
             return
         capacity = capacity_for(length, self._fixed)
@@ -107,7 +109,10 @@ class OrtCache:
             self._write(row, start, arrays)
 
     def read(self, row: int, start: int, length: int) -> Iterator[Array]:
-        """Slots of a row in each tensor, ``(heads, length, head size)``; views on the CPU."""
+        """Yield a row's slots in each tensor, ``(heads, length, head size)``.
+
+        On the CPU they are views.
+        """
         for buffer in self.values.values():
             yield buffer.numpy()[row, :, start : start + length]
 
@@ -147,7 +152,10 @@ def capacity_for(length: int, fixed: int | None) -> int:
 
 
 class GraphBuffers:
-    """Inputs and outputs of a graph for a number of rows and of tokens a row."""
+    """Holds the inputs and outputs of a graph.
+
+    They are for a number of rows and of tokens a row.
+    """
 
     def __init__(
         self, contract: GraphContract, num_rows: int, num_tokens: int, device: Device
@@ -161,16 +169,16 @@ class GraphBuffers:
 
 
 class BoundGraph:
-    """One graph bound to neighbouring rows of one cache.
+    """Binds one graph to neighbouring rows of one cache.
 
     A step writes the inputs in place, binds them and runs.
 
     Args:
-        session: the graph.
-        cache: of one text, or of a batch.
-        rows: which texts of it.
-        io: for at least as many rows; the first of them are used.
-        weights: what the graph takes as further inputs.
+        session: Inference session of the graph.
+        cache: Cache of one text, or of a batch.
+        rows: Texts of the cache that run.
+        io: Inputs and outputs for at least as many rows; the first of them are used.
+        weights: Further inputs that the graph takes, by name.
     """
 
     def __init__(
@@ -207,8 +215,9 @@ class BoundGraph:
         self.outputs = tuple(_as_array(buffer) for buffer in self._buffers)
 
     def bind_inputs(self) -> None:
-        """Tell the graph the inputs' values: where it runs on a GPU, binding an array copies it
-        there.
+        """Tell the graph the inputs' values.
+
+        Where it runs on a GPU, binding an array copies it there.
         """
         for name, array in self._inputs.items():
             self.binding.bind_cpu_input(name, array)
@@ -223,7 +232,10 @@ def _array(spec: TensorSpec, sizes: dict[str, int]) -> Array:
 
 
 def _output_device(spec: TensorSpec, device: Device) -> Device:
-    """Logits are large and seldom read: they stay where they are computed. All else is small."""
+    """Return where an output is kept.
+
+    Logits are large and seldom read: they stay where they are computed. All else is small.
+    """
     return device if spec.name == "logits" else "cpu"
 
 

@@ -1,4 +1,7 @@
-"""The onnxruntime package: whether it is here, what it runs on, and graphs loaded into it."""
+"""Imports the onnxruntime package, and loads graphs into it.
+
+It says whether the package is here, and what that runs on.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,13 @@ def session_options(
     dequantizes: bool = False,
     is_optimized: bool = False,
 ) -> Any:
-    """Options for sessions that take turns.
+    """Return options for sessions that take turns.
 
     Args:
-        mapped_bytes: size of the weights that the graphs map from a file.
-        num_threads: threads inside one operator; None = one per physical core.
-        dequantizes: whether the graphs dequantize weights.
-        is_optimized: whether ONNX Runtime wrote the graphs itself, optimized for this machine.
+        mapped_bytes: Size of the weights that the graphs map from a file.
+        num_threads: Threads inside one operator; None = one per physical core.
+        dequantizes: Whether the graphs dequantize weights.
+        is_optimized: Whether ONNX Runtime wrote the graphs itself, optimized for this machine.
     """
     options = ort.SessionOptions()
     # errors only: warnings speak of graph internals that a user cannot change

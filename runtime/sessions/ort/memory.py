@@ -1,4 +1,6 @@
-"""Tensors in ONNX Runtime's memory, on the CPU or a GPU, bound to graphs by address.
+"""Holds tensors in ONNX Runtime's memory, bound to graphs by address.
+
+The memory is the CPU's or a GPU's.
 
 Numpy has no bfloat16, so such a tensor is moved as float16: the same two bytes. What they mean is
 said when it is bound.
@@ -30,18 +32,18 @@ GRAPH_TYPES: dict[str, DType] = {
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
 }
-"""How ONNX Runtime names the types of a graph's inputs."""
+"""Type of a graph's input, by the name that ONNX Runtime gives it."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor.
+    """Holds one tensor.
 
     Attributes:
-        value: the OrtValue over the memory.
-        array: on the CPU, the same memory; on a GPU None.
-        first: where in the value's first dimension the tensor begins.
-        is_whole: whether it is all of the value.
+        value: OrtValue over the memory.
+        array: Same memory on the CPU; None on a GPU.
+        first: Index in the value's first dimension at which the tensor begins.
+        is_whole: Whether it is all of the value.
     """
 
     value: Any
@@ -66,7 +68,10 @@ class Buffer:
         )
 
     def bind_input(self, binding: Any, name: str) -> None:
-        """Let a graph read this memory as ``name``. The buffer must outlive the binding."""
+        """Let a graph read this memory as ``name``.
+
+        The buffer must outlive the binding.
+        """
         if self._is_value:
             binding.bind_ortvalue_input(name, self.value)
         else:
@@ -75,7 +80,10 @@ class Buffer:
             )
 
     def bind_output(self, binding: Any, name: str) -> None:
-        """Let a graph write ``name`` into this memory. The buffer must outlive the binding."""
+        """Let a graph write ``name`` into this memory.
+
+        The buffer must outlive the binding.
+        """
         if self._is_value:
             binding.bind_ortvalue_output(name, self.value)
         else:
@@ -84,8 +92,9 @@ class Buffer:
             )
 
     def numpy(self) -> Array:
-        """The values in host memory, bfloat16 as float16: the memory itself on the CPU, a copy on a
-        GPU.
+        """Return the values in host memory, bfloat16 as float16.
+
+        On the CPU this is the memory itself, on a GPU a copy.
         """
         if self.array is not None:
             return self.array
@@ -94,8 +103,10 @@ class Buffer:
 
     @property
     def _is_value(self) -> bool:
-        """Whether it is all of an OrtValue on the CPU, under its own type: binding that takes a
-        fraction of the time that an address takes.
+        """Whether it is bound as a value, not by its address.
+
+        It must be all of an OrtValue on the CPU, under its own type. Binding that takes a fraction
+        of the time that an address takes.
         """
         return self.device == "cpu" and self.dtype != "bfloat16" and self.is_whole
 
@@ -111,8 +122,10 @@ def zeros(shape: tuple[int, ...], dtype: DType, device: Device) -> Buffer:
 
 
 def place(array: Array, dtype: DType, device: Device) -> Buffer:
-    """A buffer with the values of ``array``: on the CPU its own memory, where it is contiguous and
-    aligned; on a GPU a copy.
+    """Return a buffer with the values of ``array``.
+
+    On the CPU it is the array's own memory, where that is contiguous and aligned. On a GPU it is a
+    copy.
     """
     array = np.require(array, STORAGE[dtype], ["C_CONTIGUOUS", "ALIGNED"])
     value = ort.OrtValue.ortvalue_from_numpy(array, device, 0)
@@ -122,15 +135,15 @@ def place(array: Array, dtype: DType, device: Device) -> Buffer:
 def place_weights(
     pack: PrecisionWeights, graphs: Iterable[Mapping[str, Any]], device: Device
 ) -> dict[str, Buffer]:
-    """One buffer for every tensor of the pack that a graph reads.
+    """Return one buffer for every tensor of the pack that graphs read.
 
     What the pack stores narrower than a graph reads it is widened.
 
     Args:
-        pack: the weights.
-        graphs: for each graph its weight inputs by name, as ``InferenceSession.get_inputs``
-        describes them.
-        device: where to put them.
+        pack: Weights of the precision.
+        graphs: Weight inputs of each graph by name, as ``InferenceSession.get_inputs`` describes
+            them.
+        device: Device to put them on.
 
     Raises:
         BundleError: a graph reads a tensor that is not in the pack, or has another shape or type

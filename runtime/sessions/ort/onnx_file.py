@@ -1,5 +1,6 @@
-"""The little of an ONNX file that concerns the runtime, without the onnx package: its operators,
-and where its tensors lie.
+"""Reads the little of an ONNX file that concerns the runtime.
+
+That is its operators, and where its tensors lie. The onnx package is not needed.
 
 ONNX is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a row of fields,
 each a number and a value. Fields that are not looked at are copied as they are. Field numbers are
@@ -32,12 +33,14 @@ def operators(model: bytes) -> set[str]:
 
 
 def change_external_data(model: bytes, change: Callable[[dict[str, str]], dict[str, str]]) -> bytes:
-    """The model with other entries for each initializer whose data lies in another file.
+    """Return the model with other entries for external data.
+
+    They are those of each initializer whose data lies in another file.
 
     Args:
-        model: a serialized ``ModelProto``.
-        change: from the entries of one initializer (``location``, ``offset``, ...) to those that
-            take their place.
+        model: Serialized ``ModelProto``.
+        change: Function from the entries of one initializer (``location``, ``offset``, ...) to
+            those that take their place.
 
     Raises:
         ValueError: the bytes are no protobuf message.
@@ -63,7 +66,10 @@ def change_external_data(model: bytes, change: Callable[[dict[str, str]], dict[s
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """Each field's number, where it begins, where its value begins and ends, and its wire type."""
+    """Yield the fields of a message.
+
+    Each is its number, where it begins, where its value begins and ends, and its wire type.
+    """
     position = 0
     while position < len(message):
         begin = position
@@ -85,7 +91,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def _messages(message: bytes, number: int) -> list[bytes]:
-    """The values of the fields of that number, which are messages or strings."""
+    """Return the values of that number's fields: messages or strings."""
     return [
         message[value:end]
         for found, _, value, end, wire in _fields(message)
@@ -94,7 +100,7 @@ def _messages(message: bytes, number: int) -> list[bytes]:
 
 
 def _replace(message: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:
-    """The message with ``change`` applied to the value of each field of that number."""
+    """Return the message with ``change`` applied to that number's fields."""
     parts = (
         _encode(number, change(message[value:end]))
         if found == number and wire == _LENGTH
@@ -118,8 +124,9 @@ def _encode(number: int, value: bytes) -> bytes:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """The number that begins at ``position``, seven bits a byte and the lowest first, and where it
-    ends.
+    """Return the number that begins at ``position``, and where it ends.
+
+    It is written seven bits a byte, the lowest first.
     """
     value = shift = 0
     while position < len(message):

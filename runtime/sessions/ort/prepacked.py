@@ -1,4 +1,6 @@
-"""Weights that ONNX Runtime has prepacked for this processor, kept in one file that all graphs map.
+"""Keeps weights that ONNX Runtime has prepacked for this processor.
+
+They lie in one file that all graphs map.
 
 Kernels for int4 are only fast over weights in an arrangement of their own, which depends on the
 processor and on the version of ONNX Runtime. By default each session makes one for itself: so many
@@ -37,7 +39,7 @@ from trimode.runtime.sessions.ort.library import load_graph, ort
 from trimode.runtime.sessions.ort.onnx_file import change_external_data
 
 _VERSION = 1
-"""Of what an entry holds."""
+"""Version of what an entry holds."""
 _WEIGHTS, _CONTENTS = "weights.bin", "contents.json"
 _ALIGNMENT = 4096
 _MIN_EXTERNAL_BYTES = 1024
@@ -54,14 +56,15 @@ def prepacked_graphs(
     make_options: Callable[[], Any],
     cache: Path | None,
 ) -> dict[GraphName, Path]:
-    """The bundle's graphs over one file of prepacked weights, made where the cache does not have
-    them.
+    """Return the bundle's graphs over one file of prepacked weights.
+
+    They are made where the cache does not have them.
 
     Args:
-        bundle: an opened bundle.
-        graphs: the file of each graph in it.
-        make_options: new session options, those that the graphs are optimized with.
-        cache: folder of the cache; None = the user's.
+        bundle: Opened bundle.
+        graphs: File of each graph in it.
+        make_options: Function that makes the session options that the graphs are optimized with.
+        cache: Folder of the cache; None = the user's.
 
     Raises:
         OSError: the cache cannot be read or written; a disk that is full is named.
@@ -136,8 +139,9 @@ def _processor() -> list[str]:
 
 
 def _is_whole(entry: Path, graph_names: Iterable[GraphName], is_verified: bool) -> bool:
-    """Whether the entry is there, with the sizes, and if asked for the digests, that were written
-    down.
+    """Tell whether the entry is there as it was written down.
+
+    The sizes of its files count, and if asked for their digests.
     """
     try:
         contents = read_json(entry / _CONTENTS)
@@ -163,7 +167,10 @@ def _is_whole(entry: Path, graph_names: Iterable[GraphName], is_verified: bool) 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; never deleted, because a deleted lock can be held twice."""
+    """Hold a lock, which one process has at a time.
+
+    It is never deleted, because a deleted lock can be held twice.
+    """
     import fcntl  # where there is none, other bundles should run nevertheless
 
     with path.open("w") as stream:
@@ -197,8 +204,9 @@ def _make(entry: Path, graphs: Mapping[GraphName, Path], make_options: Callable[
 
 
 def _optimize(graph: Path, output: Path, options: Any) -> Path:
-    """Let ONNX Runtime write the graph as it runs it here, its weights beside it in
-    ``<output>.bin``.
+    """Let ONNX Runtime write the graph as it runs it here.
+
+    Its weights lie beside it in ``<output>.bin``.
     """
     options.optimized_model_filepath = str(output)
     options.add_session_config_entry(
@@ -220,7 +228,11 @@ class _SharedWeights:
         self._offsets: dict[bytes, int] = {}
 
     def take_over(self, graph: Path) -> bytes:
-        """Move the tensors beside a graph into this file; returns the graph over this file."""
+        """Move the tensors beside a graph into this file.
+
+        Returns:
+            Graph over this file, serialized.
+        """
         source = graph.with_name(f"{graph.name}.bin")
         with (
             source.open("rb") as stream,
@@ -234,7 +246,9 @@ class _SharedWeights:
         return changed
 
     def _move(self, entries: dict[str, str], source: memoryview) -> dict[str, str]:
-        """ONNX Runtime writes prepacked weights as ``key|offset;length;checksum|...``, under names
+        """Move an initializer's data into this file; return its new entries.
+
+        ONNX Runtime writes prepacked weights as ``key|offset;length;checksum|...``, under names
         that begin with ``prepacked``.
         """
         if not {"location", "offset", "length"} <= entries.keys():
@@ -268,7 +282,10 @@ class _SharedWeights:
         return moved
 
     def _place(self, source: memoryview, offset: str, length: str) -> str:
-        """Where in this file a piece of the source lies, as ONNX writes it."""
+        """Place a piece of the source in this file, once.
+
+        Returns its offset, as ONNX writes it.
+        """
         piece = source[int(offset) : int(offset) + int(length)]
         if len(piece) != int(length):
             raise OSError(

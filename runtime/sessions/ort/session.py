@@ -1,5 +1,6 @@
-"""ONNX Runtime behind :class:`trimode.runtime.sessions.base.Session`: IO binding, the cache updated
-in place, weights held once.
+"""Puts ONNX Runtime behind :class:`trimode.runtime.sessions.base.Session`.
+
+It uses IO binding, updates the cache in place, and holds the weights once.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ logger = logging.getLogger("trimode.runtime")
 
 
 class OrtSession(Closable):
-    """Inference sessions, one for each graph, over one copy of the weights.
+    """Runs one inference session per graph over one copy of the weights.
 
     Args:
-        bundle: an opened bundle, whose chosen precision runs.
-        target: what was built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
-        num_threads: threads inside one operator; None = one per physical core.
-        runtime_cache: folder for int4 weights that ONNX Runtime has prepacked for this processor;
+        bundle: Opened bundle, whose chosen precision runs.
+        target: Target built for ONNX Runtime; None = the portable graphs, in float32 on the CPU.
+        num_threads: Threads inside one operator; None = one per physical core.
+        runtime_cache: Folder for int4 weights that ONNX Runtime has prepacked for this processor;
             None = the user's cache folder. Where it cannot be written, each graph arranges a copy
             of its own, and a warning says so.
 
@@ -130,23 +131,19 @@ class OrtSession(Closable):
         """Any will do."""
 
     def close(self) -> None:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         self.is_closed = True
         self.sessions.clear()
         self._read_by.clear()
         self._weights.clear()
 
     def new_cache(self) -> OrtCache:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         return self.new_batch_cache(1)
 
     def new_batch_cache(self, num_rows: int) -> OrtCache:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         self.check_open()
         return OrtCache(self.model, self._dtype, self._device, self._capacity, num_rows)
 
     def capacity_for(self, length: int) -> int:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return capacity_for(length, self._capacity)
 
     def run(
@@ -157,7 +154,6 @@ class OrtSession(Closable):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         end = past_length + slots_written(graph_name, input_ids.shape[1])
         if end > cache.capacity:
             cache.reserve(end)
@@ -181,7 +177,6 @@ class OrtSession(Closable):
         input_length: Ids,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return self._run(
             graph_name,
             cast("OrtCache", cache),
@@ -293,7 +288,10 @@ def _load_arranged(
 
 
 def _weight_inputs(session: Any, contract: GraphContract, model: ModelInfo) -> dict[str, Any]:
-    """The inputs that are neither the contract's nor the cache: weights, by name."""
+    """Return the inputs that are weights, by name.
+
+    They are neither the contract's nor the cache.
+    """
     known = {spec.name for spec in (*contract.inputs, *cache_specs(model, "past_key_values"))}
     return {
         declared.name: declared for declared in session.get_inputs() if declared.name not in known

@@ -1,5 +1,6 @@
-"""What a sequence, or several side by side, occupy on the GPU, and how the next ones take it
-over.
+"""Holds what sequences occupy on the GPU, and hands it on.
+
+That is one sequence, or several side by side. The next ones take the memory over.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from trimode.runtime.sessions.tensorrt.target import PreparedEngines
 
 
 class TensorRTCache:
-    """Keys and values of sequences, in the smallest capacity that engines were built for and that
-    holds what was asked for.
+    """Holds keys and values of sequences.
 
-    The memory goes to the next ones when this is dropped.
+    Its capacity is the smallest that engines were built for and that holds what was asked for. The
+    memory goes to the next ones when this is dropped.
 
     Args:
-        pool: Lends the memory.
-        num_rows: Sequences.
+        pool: Pool that lends the memory.
+        num_rows: Number of sequences.
     """
 
     def __init__(self, pool: MemoryPool, num_rows: int) -> None:
@@ -47,7 +48,7 @@ class TensorRTCache:
 
     @property
     def capacity(self) -> int:
-        """Slots of a sequence; 0 before any were asked for."""
+        """Number of slots of a sequence; 0 before any were asked for."""
         return self._lease.memory.capacity if self._lease else 0
 
     @property
@@ -68,7 +69,10 @@ class TensorRTCache:
             self._grow(self._pool.engines_for(length))
 
     def expect(self, num_tokens: int) -> None:
-        """Have the capacity for a text of this length at once, not step by step."""
+        """Have the capacity for a text of this length at once.
+
+        The cache does not grow to it step by step.
+        """
         engines = self._pool.engines_for_text(num_tokens)
         if engines.capacity > self.capacity:
             self._grow(engines)
@@ -126,7 +130,10 @@ class TensorRTCache:
         length: int,
         num_heads: int | None = None,
     ) -> None:
-        """Queue copying slots, tensor by tensor; of one row, or of so many heads."""
+        """Queue copying slots, tensor by tensor.
+
+        They are those of one row, or of ``num_heads`` heads.
+        """
         width, height = length * self.slots.head_bytes, num_heads or self.slots.num_heads
         for to, begin in zip(destination, source, strict=True):
             stream.copy_lines(to, begin, width, height)
@@ -138,8 +145,9 @@ def _host_lines(arrays: Sequence[Array]) -> list[Lines]:
 
 
 class Lease:
-    """Memory that is given back when nobody refers to this any more: no cache, and no output that
-    lies in it.
+    """Gives memory back when nobody refers to the lease any more.
+
+    Caches refer to it, and outputs that lie in the memory.
     """
 
     def __init__(self, pool: MemoryPool, memory: SequenceMemory) -> None:
@@ -148,16 +156,16 @@ class Lease:
 
 
 class MemoryPool(Closable):
-    """Memory of sequences, which one cache hands on to the next.
+    """Hands memory of sequences on from one cache to the next.
 
     Args:
         capacities: Prepared engines of each capacity, ascending.
-        slots: What a slot of a sequence holds.
-        stream: Where everything is queued.
+        slots: Format of a slot of a sequence.
+        stream: Stream on which everything is queued.
 
     Attributes:
-        lock: Held while something is queued: what is queued while a forward is recorded would be
-            recorded with it.
+        lock: Lock that is held while something is queued: what is queued while a forward is
+            recorded would be recorded with it.
     """
 
     def __init__(
@@ -173,7 +181,7 @@ class MemoryPool(Closable):
         return len(self._capacities) == 1
 
     def engines_for(self, length: int) -> PreparedEngines:
-        """Those of the smallest capacity that holds ``length`` slots.
+        """Return the engines of the smallest capacity that holds ``length`` slots.
 
         Raises:
             UsageError: the largest is smaller.
@@ -184,7 +192,10 @@ class MemoryPool(Closable):
         raise beyond_target(self._capacities[-1].capacity, length)
 
     def engines_for_text(self, num_tokens: int) -> PreparedEngines:
-        """Those of the smallest capacity for texts of this length, or of the largest."""
+        """Return the engines of the smallest capacity that fits such texts.
+
+        Where none does, they are those of the largest.
+        """
         fitting = (one for one in self._capacities if num_tokens <= one.max_length)
         return next(fitting, self._capacities[-1])
 
@@ -200,7 +211,9 @@ class MemoryPool(Closable):
             yield self._stream
 
     def take(self, engines: PreparedEngines, num_rows: int) -> Lease:
-        """Memory for so many sequences: of some that nobody uses any more, or new.
+        """Lend memory for so many sequences.
+
+        It is that of some that nobody uses any more, or new.
 
         Where there is no room for new memory, that of other sizes which nobody uses makes room.
         """
@@ -258,14 +271,15 @@ class RecordedForward:
 
 
 class SequenceMemory:
-    """What ``batch`` sequences occupy on the GPU: keys and values, inputs and outputs, and the
-    forwards recorded over them.
+    """Holds what ``batch`` sequences occupy on the GPU.
+
+    That is keys and values, inputs and outputs, and the forwards recorded over them.
 
     Attributes:
-        capacity: slots of a sequence.
-        cache: where keys and values lie in ``keys_values``.
-        layouts: where inputs and outputs of a graph lie in its memory.
-        recorded: forwards of all the sequences, by graph and rows.
+        capacity: Slots of a sequence.
+        cache: Layout of keys and values in ``keys_values``.
+        layouts: Layout of each graph's inputs and outputs in its memory.
+        recorded: Forwards of all the sequences, by graph and rows.
     """
 
     def __init__(
@@ -283,7 +297,7 @@ class SequenceMemory:
         self.keys_values.clear(stream)
 
     def io(self, graph_name: GraphName) -> DeviceMemory:
-        """Inputs and outputs of a graph; there from the first time it is asked for."""
+        """Return a graph's inputs and outputs, allocated at the first call."""
         if graph_name not in self._io:
             self._io[graph_name] = DeviceMemory(
                 self.layouts[graph_name].layout.num_bytes, f"inputs and outputs of {graph_name}"
@@ -291,7 +305,7 @@ class SequenceMemory:
         return self._io[graph_name]
 
     def lines(self, row: int, slot: int) -> list[Lines]:
-        """Where the heads of a sequence lie in each tensor, from a slot on."""
+        """Find a sequence's heads in each tensor, from a slot on."""
         begin = self.keys_values.address + row * self.cache.sequence_bytes
         begin += slot * self._slots.head_bytes
         pitch = self.capacity * self._slots.head_bytes

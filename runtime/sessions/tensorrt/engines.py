@@ -21,14 +21,14 @@ logger = logging.getLogger("trimode.runtime")
 
 
 class LoadedEngines:
-    """The engines of one capacity.
+    """Holds the engines of one capacity.
 
     Args:
-        graphs: loaded engine of each graph; one that is several is the same object.
-        records: profiles of each graph.
-        model: the model's facts.
-        addresses: where each tensor of the weights lies, once they are uploaded.
-        stream: where forwards go.
+        graphs: Loaded engine of each graph; one that is several is the same object.
+        records: Profiles of each graph.
+        model: Facts of the model.
+        addresses: Address of each tensor of the weights, once they are uploaded.
+        stream: Stream that forwards go to.
     """
 
     def __init__(
@@ -44,8 +44,9 @@ class LoadedEngines:
 
     @cached_property
     def _runners(self) -> dict[GraphName, Runner]:
-        """Made for the first forward: contexts have scratch memory, which a capacity that no text
-        needs should not take.
+        """Runner of each graph, made for the first forward.
+
+        Contexts have scratch memory, which a capacity that no text needs should not take.
         """
         runners = {
             graph: self._runner(graph, graph.new_context())
@@ -61,7 +62,10 @@ class LoadedEngines:
         _ = self._runners
 
     def place(self, graph_name: GraphName) -> GraphName:
-        """Graph whose inputs and outputs a forward reads and writes: one for an engine."""
+        """Return the graph whose inputs and outputs a forward uses.
+
+        All graphs of one engine have the same.
+        """
         return self._graphs[graph_name].graph_name
 
     def choose_profile(self, graph_name: GraphName, rows: int, batch: int) -> int:
@@ -76,8 +80,9 @@ class LoadedEngines:
         profile: int,
         rows: int,
     ) -> None:
-        """Queue a forward: as recorded before, or step by step, and then record it where that is
-        possible.
+        """Queue a forward, as recorded before or step by step.
+
+        One that was queued step by step is then recorded where that is possible.
 
         Of a batch, forwards of all its sequences are recorded: there are many ways to take some of
         them, and each would need a context.
@@ -121,7 +126,9 @@ def load_graphs(
     model: ModelInfo,
     runtime_cache: Path | None,
 ) -> dict[GraphName, LoadedGraph]:
-    """Load the engines of one capacity; one that is several graphs once, under the first.
+    """Load the engines of one capacity.
+
+    One that is several graphs is loaded once, under the first.
 
     ``runtime_cache`` is the folder for compiled kernels; None = they are not kept.
     """

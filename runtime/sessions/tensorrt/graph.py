@@ -1,5 +1,6 @@
-"""One engine loaded, and execution contexts on it that are told only what changed since the last
-forward.
+"""Loads one engine, and runs execution contexts on it.
+
+A context is told only what changed since the last forward.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ class Places(Protocol):
 
 
 class LoadedGraph:
-    """An engine whose tensors have been checked.
+    """Holds an engine whose tensors have been checked.
 
     Args:
-        library: loads it.
-        graph_name: which graph it is.
-        record: its file and profiles.
-        path: the file.
-        io: its inputs and outputs.
-        cache: type and shape of every cache tensor.
-        model: the model's facts.
-        pack: the precision's tensors.
-        runtime_cache: file for compiled kernels; None = not kept.
+        library: Library that loads it.
+        graph_name: Graph that it is.
+        record: File and profiles of the engine.
+        path: Engine file.
+        io: Inputs and outputs of the engine.
+        cache: Type and shape of every cache tensor.
+        model: Facts of the model.
+        pack: Tensors of the precision.
+        runtime_cache: File for compiled kernels; None = not kept.
 
     Raises:
         BundleError: the library refuses the engine, or its tensors are not as the contract says.
@@ -90,7 +91,7 @@ class LoadedGraph:
 
     @property
     def replays_itself(self) -> bool:
-        """Whether the library records and replays forwards as CUDA graphs on its own."""
+        """Whether the library itself records and replays forwards as CUDA graphs."""
         return hasattr(self.library.trt, "CudaGraphStrategy")
 
     def new_context(self) -> Any:
@@ -108,7 +109,7 @@ class LoadedGraph:
         )
 
     def new_recorded_context(self) -> Any:
-        """An execution context for one profile, with scratch memory for that one only."""
+        """Return an execution context with scratch memory for one profile only."""
         strategy = self.library.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         return self.library.accept(
             self.engine.create_execution_context(strategy),
@@ -121,13 +122,14 @@ class LoadedGraph:
             save_runtime_cache(self._kernels, self._kernels_path)
 
     def addresses(self, memory: Places, first: int, weights: Mapping[str, int]) -> dict[str, int]:
-        """Where every tensor of the engine lies: past and present of the cache in the same place,
-        which updates it there.
+        """Return where every tensor of the engine lies.
+
+        Past and present of the cache lie in the same place, which updates it there.
 
         Args:
-            memory: of sequences.
-            first: of those that run.
-            weights: address of every tensor of the pack that the engine reads.
+            memory: Memory of sequences.
+            first: First of the sequences that run.
+            weights: Address of every tensor of the pack that the engine reads.
         """
         io, offsets = (
             memory.io(self.graph_name).address,
@@ -145,7 +147,10 @@ class LoadedGraph:
         return named | caches | scratch | {name: weights[name] for name in self.bindings.weights}
 
     def shapes(self, rows: int, batch: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs that have no fixed one, for ``batch`` sequences of ``rows`` rows."""
+        """Return shapes of the inputs that have no fixed one.
+
+        They are for ``batch`` sequences of ``rows`` rows.
+        """
         specs = {spec.name: spec for spec in self.io.contract.inputs}
         named = {
             name: tensor_shape(specs[name], rows, batch)
@@ -169,13 +174,13 @@ class LoadedGraph:
 
 
 class Runner:
-    """One execution context, and what it is set to.
+    """Runs one execution context, and knows what it is set to.
 
     Args:
-        graph: the engine.
-        context: on that engine; nobody else sets it.
-        weights: address of every tensor of the pack that the engine reads.
-        stream: where forwards go.
+        graph: Engine that runs.
+        context: Context on that engine; nobody else sets it.
+        weights: Address of every tensor of the pack that the engine reads.
+        stream: Stream that forwards go to.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What one engine for ``ar``, ``draft`` and ``verify`` is given, and what its outputs say to each
+"""Adapts one engine to the graphs ``ar``, ``draft`` and ``verify``.
+
+That is what the engine is given, and what its outputs say to each graph
 (:func:`trimode.formats.contract.joint_contract`).
 """
 
@@ -44,7 +46,10 @@ def joint_outputs(
 
 
 def accepted_length(greedy: Ids, input_ids: Ids) -> NDArray[np.int64]:
-    """How many drafts ``input_ids[:, 1:]`` agree with the greedy ids before them, ``(batch,)``."""
+    """Count the accepted drafts of each sequence, ``(batch,)``.
+
+    Of ``input_ids[:, 1:]``, those up to the first that differs from the greedy id before it.
+    """
     mismatch = greedy[:, :-1] != np.asarray(input_ids)[:, 1:]
     accepted: NDArray[np.int64] = (np.cumsum(mismatch, 1) == 0).sum(1).astype(np.int64)
     return accepted
@@ -58,7 +63,10 @@ def _last_rows(length: Any, batch: int, window: int) -> NDArray[np.int64]:
 
 
 def _rows_of(logits: DeviceArray, rows: NDArray[np.int64]) -> DeviceArray:
-    """Logits of one row of each sequence, ``(batch, vocabulary)``; they stay on the GPU."""
+    """Return one row's logits of each sequence, ``(batch, vocabulary)``.
+
+    They stay on the GPU.
+    """
 
     def fetch_row(sequence: int) -> Array:
         row: Array = np.asarray(logits.of_row(sequence).of_row(int(rows[sequence])))

@@ -1,5 +1,6 @@
-"""The tensorrt and tensorrt_rtx packages: the same Python interface twice, so the rest takes the
-package as a value.
+"""Imports the tensorrt and tensorrt_rtx packages, and loads engines with them.
+
+They are the same Python interface twice, so the rest takes the package as a value.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def import_library(backend: str) -> Any:
 
 
 class EngineLibrary:
-    """A loaded library with its logger: engines are read through it, and what it says about a
-    failure is kept.
+    """Reads engines through a loaded library.
+
+    Its logger keeps what the library says about a failure.
 
     Args:
-        trt: the package.
+        trt: Package ``tensorrt`` or ``tensorrt_rtx``.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -72,7 +74,9 @@ class EngineLibrary:
         return engine
 
     def accept(self, result: Any, what: str) -> Any:
-        """``result`` unless it is None or False, with which the library says that a call failed.
+        """Return ``result`` unless it is None or False.
+
+        With these the library says that a call failed.
 
         Raises:
             DeviceError: it is; names ``what`` was attempted.
@@ -94,7 +98,10 @@ def make_logger(trt: Any) -> Any:
     """A logger for the library that keeps its last errors in ``errors``."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last errors; nothing else is of use to somebody who runs a model."""
+        """Keeps the last errors.
+
+        Nothing else is of use to somebody who runs a model.
+        """
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -109,8 +116,9 @@ def make_logger(trt: Any) -> Any:
 
 
 def load_runtime_cache(config: Any, path: Path) -> Any:
-    """Give a runtime configuration a cache of compiled kernels, filled from ``path`` where that
-    fits this machine.
+    """Give a runtime configuration a cache of compiled kernels.
+
+    It is filled from ``path`` where that fits this machine.
 
     Returns:
         The cache, or None where the library has none (it then compiles no kernels while running).

@@ -28,7 +28,7 @@ class Lines(NamedTuple):
     """Stretches of memory at equal distances.
 
     Attributes:
-        address: Where the first begins.
+        address: Address at which the first begins.
         pitch: Bytes from the beginning of one to that of the next.
         is_on_gpu: Whether it is memory of the GPU, not of the host.
     """
@@ -39,7 +39,7 @@ class Lines(NamedTuple):
 
 
 class Stream:
-    """A stream of its own: work on it never waits for the default stream."""
+    """Queues work that never waits for the default stream."""
 
     def __init__(self) -> None:
         cuda = cudart()
@@ -56,7 +56,10 @@ class Stream:
         check("a forward on the GPU", cudart().cudaStreamSynchronize(self.handle))
 
     def copy_in(self, destination: int, source: int, num_bytes: int) -> None:
-        """Queue a copy from host to GPU; the host memory must stay as it is until it is done."""
+        """Queue a copy from host to GPU.
+
+        The host memory must stay as it is until it is done.
+        """
         kind = cudart().cudaMemcpyKind.cudaMemcpyHostToDevice
         check(
             f"a copy of {num_bytes} bytes to the GPU",
@@ -72,9 +75,10 @@ class Stream:
         )
 
     def copy_lines(self, destination: Lines, source: Lines, width: int, height: int) -> None:
-        """Queue a copy of ``height`` lines of ``width`` bytes, on the GPU or from or to the host.
+        """Queue a copy of ``height`` lines of ``width`` bytes.
 
-        Host memory must stay as it is until it is done.
+        It goes from GPU to GPU, or from or to the host. Host memory must stay as it is until
+        it is done.
         """
         kinds = cudart().cudaMemcpyKind
         kind = {
@@ -96,11 +100,11 @@ class Stream:
 
 
 class DeviceMemory:
-    """Bytes on the GPU.
+    """Holds bytes on the GPU.
 
     Args:
-        num_bytes: how many.
-        what: what they are for, for the message when there is no room.
+        num_bytes: Number of bytes.
+        what: Use of the bytes, for the message when there is no room.
     """
 
     def __init__(self, num_bytes: int, what: str) -> None:
@@ -142,11 +146,14 @@ class PinnedMemory:
 
 
 class RecordedWork:
-    """Work that was recorded from a stream as a CUDA graph and can be launched again in one call.
+    """Records work from a stream as a CUDA graph.
+
+    It can be launched again in one call.
 
     Args:
-        stream: idle; nothing of what is recorded is executed.
-        enqueue: puts the work on the stream. Addresses and shapes it uses must stay as they are.
+        stream: Stream that is idle; nothing of what is recorded is executed.
+        enqueue: Function that puts the work on the stream. Addresses and shapes it uses must stay
+            as they are.
     """
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
@@ -175,8 +182,9 @@ class RecordedWork:
 def upload(
     weights: PrecisionWeights, offsets: Mapping[str, int], memory: DeviceMemory, stream: Stream
 ) -> None:
-    """Copy tensors to ``offsets`` of ``memory``, piece by piece: host memory stays constant
-    whatever their size.
+    """Copy tensors to ``offsets`` of ``memory``, piece by piece.
+
+    Host memory stays constant whatever their size.
     """
     cuda = cudart()
     halves = [PinnedMemory(CHUNK_BYTES) for _ in range(2)]
@@ -207,8 +215,10 @@ def upload(
 def _release_with(
     owner: object, release: Callable[[Any], object], handle: Any
 ) -> Callable[[], object]:
-    """Release ``handle`` once: when the returned function is called, or ``owner`` is no longer
-    used. A process that ends releases all.
+    """Return a function that releases ``handle`` once.
+
+    It is released when the function is called, or ``owner`` is no longer used. A process that ends
+    releases all.
     """
     finalizer = weakref.finalize(owner, release, handle)
     finalizer.atexit = False

@@ -1,5 +1,6 @@
-"""What a TensorRT session can decide without a GPU: where tensors lie, which profile a forward runs
-under, and what is bound to what.
+"""Decides what a TensorRT session can decide without a GPU.
+
+That is where tensors lie, which profile a forward runs under, and what is bound to what.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ DEVICE_OUTPUTS = ("logits",)
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensors in one piece of memory: where each begins, and how large the whole is."""
+    """Says where tensors lie in one piece of memory, and its size."""
 
     offsets: dict[str, int]
     num_bytes: int
 
 
 def lay_out(sizes: Mapping[str, int]) -> Layout:
-    """Place tensors of these sizes in bytes one after the other, each at a multiple of
-    :data:`ALIGNMENT`.
+    """Place tensors of these sizes in bytes one after the other.
+
+    Each begins at a multiple of :data:`ALIGNMENT`.
     """
     offsets, end = {}, 0
     for name, size in sizes.items():
@@ -53,8 +55,9 @@ def lay_out(sizes: Mapping[str, int]) -> Layout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Keys and values of ``batch`` sequences: each tensor has them one after the other,
-    ``sequence_bytes`` each.
+    """Says where keys and values of ``batch`` sequences lie.
+
+    Each tensor has the sequences one after the other, ``sequence_bytes`` each.
 
     Names are those of the cache tensors without ``past_key_values`` or ``present``.
     """
@@ -85,13 +88,14 @@ def lay_out_cache(model: ModelInfo, dtype: DType, capacity: int, batch: int = 1)
 
 @dataclass(frozen=True)
 class IoLayout:
-    """Inputs and outputs of one graph in one piece of memory: inputs, then what is copied back,
-    then what stays.
+    """Says where inputs and outputs of one graph lie.
+
+    One piece of memory has the inputs, then what is copied back, then what stays.
 
     Attributes:
-        layout: where each begins.
-        inputs_end: bytes ``0 .. inputs_end`` are copied to the GPU before a forward.
-        copied_end: bytes ``inputs_end .. copied_end`` are copied back after it.
+        layout: Place of each.
+        inputs_end: Bytes ``0 .. inputs_end`` are copied to the GPU before a forward.
+        copied_end: Bytes ``inputs_end .. copied_end`` are copied back after it.
     """
 
     contract: GraphContract
@@ -101,8 +105,10 @@ class IoLayout:
 
 
 def engine_contract(contract: GraphContract, dtype: DType) -> GraphContract:
-    """The contract as an engine keeps it: outputs that stay on the GPU are in the type ``dtype`` it
-    computes in. They are widened when they are fetched.
+    """Return the contract as an engine keeps it.
+
+    Outputs that stay on the GPU are in the type ``dtype`` that it computes in. They are widened
+    when they are fetched.
     """
     outputs = tuple(
         spec.model_copy(update={"dtype": dtype}) if spec.name in DEVICE_OUTPUTS else spec
@@ -142,7 +148,7 @@ def lay_out_io(
 
 
 def tensor_shape(spec: TensorSpec, rows: int, batch: int = 1) -> tuple[int, ...]:
-    """The shape of an input or output for ``batch`` sequences of ``rows`` rows."""
+    """Return an input's or output's shape for ``batch`` sequences of ``rows`` rows."""
     sizes = {"batch": batch, "rows": rows, "window": min(rows, MAX_BLOCK_LENGTH)}
     return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
 
@@ -155,7 +161,10 @@ def tensor_bytes(spec: TensorSpec, rows: int, batch: int = 1) -> int:
 def query_bytes(
     model: ModelInfo, dtype: DType, graph_name: GraphName, rows: int, batch: int = 1
 ) -> int:
-    """Size of one layer's queries, ``(batch, heads, rows, head size)``, in a forward of a graph."""
+    """Return the bytes of one layer's queries in a forward.
+
+    Their shape is ``(batch, heads, rows, head size)``.
+    """
     return (
         batch
         * model.num_attention_heads
@@ -176,8 +185,9 @@ def max_batch(records: Iterable[EngineRecord]) -> int:
 
 
 def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
-    """Index of the profile under which ``batch`` sequences of ``rows`` rows run: of those that hold
-    them, the narrowest.
+    """Return the index of the narrowest profile that holds a forward.
+
+    The forward is of ``batch`` sequences of ``rows`` rows.
 
     Raises:
         UsageError: none holds it.
@@ -193,7 +203,10 @@ def choose_profile(record: EngineRecord, rows: int, batch: int = 1) -> int:
 
 
 def describe_rows(record: EngineRecord) -> str:
-    """The numbers of rows that an engine takes, for messages: ``8, 32`` or ``1, 1 to 512``."""
+    """Describe the numbers of rows that an engine takes.
+
+    For messages: ``8, 32`` or ``1, 1 to 512``.
+    """
     ranges = sorted(
         {(profile.rows[0], profile.rows[2]) for profile in record.profiles if profile.batch[0] <= 1}
     )
@@ -201,8 +214,9 @@ def describe_rows(record: EngineRecord) -> str:
 
 
 def recurs(profile: ProfileRecord, rows: int, model: ModelInfo) -> bool:
-    """Whether forwards of this size come again and again, so that recording one is worth while:
-    decoding and blocks, not prompt chunks.
+    """Tell whether forwards of this size come again and again.
+
+    Recording one is then worth while: decoding and blocks, not prompt chunks.
     """
     return rows == profile.rows[1] and rows <= model.max_block_length
 
@@ -226,14 +240,14 @@ class EngineTensor:
 
 @dataclass(frozen=True)
 class BindingPlan:
-    """What an engine's tensors are.
+    """Says what an engine's tensors are.
 
     Attributes:
-        inputs: of the contract; an engine may lack one that its graph does not use.
-        outputs: of the contract.
-        caches: engine tensor -> cache tensor, past and present alike.
-        weights: to be bound from the pack.
-        scratch: outputs that nobody reads.
+        inputs: Inputs of the contract; an engine may lack one that its graph does not use.
+        outputs: Outputs of the contract.
+        caches: Engine tensor -> cache tensor, past and present alike.
+        weights: Tensors to be bound from the pack.
+        scratch: Outputs that nobody reads.
     """
 
     inputs: tuple[str, ...]
@@ -251,15 +265,17 @@ def plan_bindings(
     cache: TensorSpec,
     pack: Mapping[str, PackEntry],
 ) -> BindingPlan:
-    """Sort the tensors of an engine, and check each against the contract or the weight pack.
+    """Sort the tensors of an engine, and check each.
+
+    It is checked against the contract or the weight pack.
 
     Args:
-        graph_name: for messages.
-        tensors: as the engine has them.
-        contract: inputs and outputs of the graph.
-        model: how many layers, and what a query's shape is.
-        cache: type and shape of every cache tensor.
-        pack: the precision's tensors.
+        graph_name: Name of the graph, for messages.
+        tensors: Tensors as the engine has them.
+        contract: Inputs and outputs of the graph.
+        model: Facts of the model, for the number of layers and the shape of a query.
+        cache: Type and shape of every cache tensor.
+        pack: Tensors of the precision.
 
     Raises:
         BundleError: the engine lacks an output or a cache tensor, or has a tensor that is not as
@@ -345,7 +361,10 @@ class MemoryPlan:
 
 
 def check_memory(plan: MemoryPlan, gpu: Gpu) -> None:
-    """Raise :class:`DeviceError` where the GPU is too small whatever else runs on it."""
+    """Raise :class:`DeviceError` where the GPU is too small.
+
+    Nothing else that runs on it is counted.
+    """
     if plan.total > gpu.memory_bytes:
         parts = (
             f"weights {_gib(plan.weights)}, engines {_gib(plan.engines)}, "

@@ -43,7 +43,7 @@ from trimode.runtime.sessions.tensorrt.target import check_block_length, check_g
 
 
 class TensorRTSession(Closable):
-    """Engines over one upload of the weights.
+    """Runs engines over one upload of the weights.
 
     One forward runs at a time; threads wait for each other.
 
@@ -51,9 +51,9 @@ class TensorRTSession(Closable):
     sequences here.
 
     Args:
-        bundle: an opened bundle, whose chosen precision runs.
-        target: what was built for this GPU.
-        runtime_cache: folder where kernels that TensorRT-RTX compiles while running are kept from
+        bundle: Opened bundle, whose chosen precision runs.
+        target: Target that was built for this GPU.
+        runtime_cache: Folder where kernels that TensorRT-RTX compiles while running are kept from
             one process to the next; written by :meth:`close`. None = compile them anew.
 
     Raises:
@@ -91,34 +91,26 @@ class TensorRTSession(Closable):
 
     @property
     def max_prefill_rows(self) -> int:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         return max_rows(self._target.graphs["ar"])
 
     @property
     def max_batch(self) -> int:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return max_batch(self._target.graphs.values())
 
     def check_block_length(
         self, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
     ) -> None:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         check_block_length(self._target, block_length, graph_names)
 
     def new_cache(self) -> TensorRTCache:
-        """See :class:`trimode.runtime.sessions.base.Session`. Takes the memory of a sequence that
-        nobody uses any more, where there is one.
-        """
+        """Return a cache in memory that nobody uses any more, or new."""
         return self.new_batch_cache(1)
 
     def new_batch_cache(self, num_rows: int) -> TensorRTCache:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`. Takes the memory of as many
-        sequences that nobody uses any more, where there is some.
-        """
+        """Return a cache in memory of as many sequences, unused or new."""
         return TensorRTCache(self._pool, num_rows)
 
     def capacity_for(self, length: int) -> int:
-        """See :class:`trimode.runtime.sessions.base.BatchSession`."""
         return self._pool.engines_for(length).capacity
 
     def run(
@@ -129,7 +121,6 @@ class TensorRTSession(Closable):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Array, ...]:
-        """See :class:`trimode.runtime.sessions.base.Session`."""
         rows = input_ids.shape[1]
         cache.reserve(past_length + slots_written(graph_name, rows))
         values = {
@@ -199,7 +190,7 @@ class TensorRTSession(Closable):
         return tuple({**copied, **kept}[spec.name] for spec in io.contract.outputs)
 
     def close(self) -> None:
-        """Save compiled kernels where they are kept, and give the GPU's memory back."""
+        """Save compiled kernels where they are kept, and free the GPU's memory."""
         with self._lock:
             if self.is_closed:
                 return
@@ -249,7 +240,10 @@ class TensorRTSession(Closable):
 
 
 def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:
-    """Write the inputs of a forward into host memory that is laid out like a sequence's."""
+    """Write the inputs of a forward into host memory.
+
+    The memory is laid out like a sequence's.
+    """
     for spec in io.contract.inputs:
         data = (
             np.ascontiguousarray(values[spec.name], np.dtype(spec.dtype)).reshape(-1).view(np.uint8)
@@ -259,8 +253,9 @@ def write_inputs(io: IoLayout, memory: Any, values: dict[str, Any]) -> None:
 
 
 def read_outputs(io: IoLayout, memory: Any, rows: int, batch: int = 1) -> dict[str, Array]:
-    """Copies of the outputs that a forward of ``batch`` sequences of ``rows`` rows has left in host
-    memory.
+    """Return copies of the outputs that a forward left in host memory.
+
+    It was one of ``batch`` sequences of ``rows`` rows.
     """
     outputs = {}
     for spec in io.contract.outputs:

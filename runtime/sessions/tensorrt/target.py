@@ -1,4 +1,4 @@
-"""A TensorRT target as far as it can be read and checked without a GPU."""
+"""Reads a TensorRT target and checks what needs no GPU."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from trimode.runtime.sessions.tensorrt.plan import (
 )
 
 _MAGIC = (b"vtrt", b"ftrt")
-"""How the engine files of TensorRT-RTX and of TensorRT begin."""
+"""First bytes of the engine files of TensorRT-RTX and of TensorRT."""
 
 
 @dataclass(frozen=True)
 class PreparedEngines:
-    """The engines of one capacity, as read and checked without a GPU.
+    """Holds the engines of one capacity, read and checked without a GPU.
 
     Attributes:
-        max_length: tokens of the longest text that they are for.
-        capacity: slots of a sequence.
-        graphs: profiles of each graph.
-        files: engine file of each graph.
-        io: inputs and outputs of each graph, for one sequence.
-        cache: type and shape of every cache tensor.
-        lay_out: where the keys and values of a number of sequences lie, and the inputs and outputs
-            of each graph.
+        max_length: Tokens of the longest text that they are for.
+        capacity: Slots of a sequence.
+        graphs: Profiles of each graph.
+        files: Engine file of each graph.
+        io: Inputs and outputs of each graph, for one sequence.
+        cache: Type and shape of every cache tensor.
+        lay_out: Function that says where the keys and values of a number of sequences lie, and the
+            inputs and outputs of each graph.
     """
 
     max_length: int
@@ -67,13 +67,13 @@ class PreparedEngines:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A target as read and checked without a GPU.
+    """Holds a target as read and checked without a GPU.
 
     Attributes:
-        trt: the library, of the version that compiled the engines.
-        slots: what one slot of a sequence holds.
-        capacities: the engines of each capacity, ascending.
-        memory: what one sequence of the smallest takes on the GPU, with all else.
+        trt: Library, of the version that compiled the engines.
+        slots: Format of one slot of a sequence.
+        capacities: Engines of each capacity, ascending.
+        memory: Memory that one sequence of the smallest takes on the GPU, with all else.
     """
 
     trt: Any
@@ -84,8 +84,9 @@ class Prepared:
 
 
 def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
-    """Check what can be checked without a GPU: the library's version, the engine files, the weight
-    packs, and the memory they need.
+    """Check what can be checked without a GPU.
+
+    That is the library's version, the engine files, the weight packs, and the memory they need.
 
     Raises:
         DependencyError: the library is not installed.
@@ -119,7 +120,7 @@ def prepare(bundle: Bundle, target: TargetRecord) -> Prepared:
 
 
 def _prepare_engines(bundle: Bundle, target: TargetRecord, max_length: int) -> PreparedEngines:
-    """Of a target of one capacity."""
+    """Prepare the engines of a target of one capacity."""
     manifest = bundle.manifest
     capacity = target.capacity or manifest.model.num_positions
     files = {
@@ -161,9 +162,10 @@ def lay_out_graph(
     graph_name: GraphName,
     batch: int,
 ) -> IoLayout:
-    """Lay out the inputs and outputs of a graph for forwards of up to ``batch`` sequences.
+    """Lay out the inputs and outputs of a graph.
 
-    Those of a joint engine are laid out once, for all of its graphs alike.
+    They are for forwards of up to ``batch`` sequences. Those of a joint engine are laid out
+    once, for all of its graphs alike.
     """
     joint = target.is_joint(graph_name)
     record = target.graphs["ar" if joint else graph_name]  # which has the most rows
@@ -178,8 +180,9 @@ def lay_out_graph(
 
 
 def check_library(trt: Any, target: TargetRecord) -> None:
-    """Raise :class:`BundleError` unless the library is the one, to the version, that compiled the
-    engines.
+    """Raise :class:`BundleError` unless this library compiled the engines.
+
+    It must be the same to the version.
     """
     found = f"{target.backend} {trt.__version__}"
     if found != target.library:
@@ -233,7 +236,7 @@ def check_engine_file(path: Path) -> int:
 def check_block_length(
     target: TargetRecord, block_length: int, graph_names: tuple[GraphName, ...] = GRAPH_NAMES
 ) -> None:
-    """Raise :class:`UsageError` unless these engines of a target take blocks of this length."""
+    """Raise :class:`UsageError` unless these engines take blocks of this length."""
     for graph_name in graph_names:
         record = target.graphs[graph_name]
         if not any(profile.holds(1, block_length) for profile in record.profiles):
