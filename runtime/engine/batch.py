@@ -1,4 +1,6 @@
-"""Several texts side by side: each as if it were alone, their forwards together.
+"""Runs several texts side by side, with their forwards together.
+
+Each text is as if it were alone.
 
 A row of a batch is a :class:`~trimode.runtime.decode.sequence.Sequence` in any mode, which may
 begin and end at any time. Its algorithm runs until it needs a forward
@@ -45,11 +47,12 @@ OpenStream = Callable[..., Stream]
 
 
 class BatchRequest(NamedTuple):
-    """A text to begin.
+    """Describes a text to begin.
 
     Attributes:
-        ids: the prompt, ``(n,)``.
-        options: as for :meth:`Batch.add`.
+        ids: Prompt, ``(n,)``.
+        mode: Mode of the text.
+        options: Options, as for :meth:`Batch.add`.
     """
 
     ids: Any
@@ -58,12 +61,12 @@ class BatchRequest(NamedTuple):
 
 
 class BatchRow:
-    """A text in a batch, from :meth:`Batch.add` to :meth:`Batch.finish`.
+    """Holds a text in a batch, from :meth:`Batch.add` to :meth:`Batch.finish`.
 
     Attributes:
-        sequence: its tokens. While the row is not at work it may be truncated, appended to, and go
-        on with :meth:`Batch.resume`.
-        stream: what it is doing, or did last; the batch iterates it.
+        sequence: Its tokens. While the row is not at work it may be truncated, appended to, and go
+            on with :meth:`Batch.resume`.
+        stream: Stream of what it is doing, or did last; the batch iterates it.
     """
 
     def __init__(self, session: RowSession, sequence: Sequence, stream: Stream) -> None:
@@ -73,7 +76,7 @@ class BatchRow:
 
     @property
     def result(self) -> Generation:
-        """What the stream has generated so far.
+        """Generation of the stream so far.
 
         Without a ``finish_reason`` where the text has not ended.
 
@@ -84,11 +87,12 @@ class BatchRow:
 
 
 class RowSession(SessionView):
-    """One row of a batch as a :class:`~trimode.runtime.sessions.base.Session`, so that its text is
-    a sequence as any other.
+    """Shows one row of a batch as a :class:`~trimode.runtime.sessions.base.Session`.
+
+    So its text is a sequence like any other.
 
     Attributes:
-        row: where the text lies at the moment; None once it has left.
+        row: Place of the text at the moment; None once it has left.
     """
 
     def __init__(self, session: BatchSession, cache: BatchCache, row: int) -> None:
@@ -97,7 +101,7 @@ class RowSession(SessionView):
         self.row: int | None = row
 
     def new_cache(self) -> KVCache:
-        """The batch's, of which a text in this row has one part."""
+        """Return the batch's cache, of which this row has one part."""
         return self._cache
 
     def run(
@@ -108,7 +112,7 @@ class RowSession(SessionView):
         past_length: int,
         drafter_scale: float = 0.0,
     ) -> tuple[Any, ...]:
-        """A forward of this row alone."""
+        """Run a forward of this row alone."""
         if self.row is None:
             raise UsageError(
                 "expected a row that is in its batch, found one that has left",
@@ -137,11 +141,12 @@ class Batch:
     Rows join, go on and leave at any time between two steps. For one thread.
 
     Args:
-        session: loaded graphs.
-        model: the contract's facts.
-        open_stream: checks a mode and its options, and opens a stream.
-        check_prompt: token ids ``(n,)`` as a list; raises :class:`UsageError` where they are none.
-        max_rows: most texts at a time.
+        session: Loaded graphs.
+        model: Facts about the model, from the contract.
+        open_stream: Function that checks a mode and its options, and opens a stream.
+        check_prompt: Function that gives token ids ``(n,)`` as a list; it raises
+            :class:`UsageError` where they are none.
+        max_rows: Most texts at a time.
     """
 
     def __init__(
@@ -165,12 +170,12 @@ class Batch:
 
     @property
     def rows(self) -> list[BatchRow]:
-        """Those that have joined and not left."""
+        """Rows that have joined and not left."""
         return [row for row in self._rows if row is not None]
 
     @property
     def num_free(self) -> int:
-        """How many more may join."""
+        """Number of texts that may still join."""
         return self._rows.count(None)
 
     @property
@@ -180,12 +185,14 @@ class Batch:
 
     @checks_arguments(MODE, options=KINDS)
     def add(self, ids: Any, mode: Mode = "linear_spec", **options: Any) -> BatchRow:
-        """Begin a text in a free row; the next step reads its prompt.
+        """Begin a text in a free row.
+
+        The next step reads its prompt.
 
         Args:
-            ids: the prompt, array-like ``(n,)``.
-            mode: how it goes on.
-            options: as for :meth:`~trimode.runtime.model.TriModeModel.stream`.
+            ids: Prompt, array-like ``(n,)``.
+            mode: Mode in which it goes on.
+            options: Options, as for :meth:`~trimode.runtime.model.TriModeModel.stream`.
 
         Raises:
             UsageError: no row is free, or a value is out of its range.
@@ -216,21 +223,27 @@ class Batch:
         row.waiting, row.is_at_work = None, True
 
     def pause(self, row: BatchRow) -> None:
-        """Give up what the row is doing; its sequence stays as it is."""
+        """Give up what the row is doing.
+
+        Its sequence stays as it is.
+        """
         self._index(row)
         row.waiting, row.is_at_work = None, False
 
     def finish(self, row: BatchRow) -> None:
-        """Free a row, at work or not. Its result stays; its sequence runs no more."""
+        """Free a row, at work or not.
+
+        Its result stays. Its sequence runs no more.
+        """
         self.pause(row)
         self._rows[self._index(row)] = None
         row.session.row = None
 
     def step(self) -> list[tuple[BatchRow, Chunk]]:
-        """Run one kind of forward, for all the rows that wait for it.
+        """Run one kind of forward for all rows that wait for it.
 
         Returns:
-            What was committed since the last step. A row's last chunk has a ``finish_reason``, and
+            Chunks committed since the last step. A row's last chunk has a ``finish_reason``, and
                 no tokens where there was no room for any.
 
         Raises:
@@ -250,14 +263,17 @@ class Batch:
         return chunks
 
     def __iter__(self) -> Iterator[tuple[BatchRow, Chunk]]:
-        """Steps until no row is at work; rows may join and leave meanwhile."""
+        """Yield chunks, step by step, until no row is at work.
+
+        Rows may join and leave meanwhile.
+        """
         while self.is_at_work:
             yield from self.step()
 
     def answer_all(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[int, BatchRow, Chunk]]:
-        """Answer one text after the other, as many at a time as there are free rows.
+        """Answer texts one after the other, in the rows that are free.
 
-        Each leaves when it is finished.
+        As many run at a time as there are free rows. Each leaves when it is finished.
 
         Yields:
             The number of the request, its row and a chunk, as they come.
@@ -291,7 +307,7 @@ class Batch:
                 self._run(joint)
 
     def _advance(self, row: BatchRow, outputs: Outputs | None = None) -> None:
-        """Let a row go on until it needs a forward or has committed something."""
+        """Let a row go on until it commits or needs a forward."""
         row.waiting, is_going_on = None, False
         try:
             step = row.stream.advance(outputs)
@@ -306,7 +322,7 @@ class Batch:
             row.is_at_work = is_going_on
 
     def _run(self, joint: JointForward) -> None:
-        """Run a forward and let its members go on with what it says of them."""
+        """Run a forward, and let its members go on with the outputs."""
         outputs = run_joint(self._session, self._cache, joint, self._length)
         for member in joint.members:
             row, place = self._rows[member.row], joint.rows.index(member.row)
@@ -314,7 +330,10 @@ class Batch:
             self._advance(row, tuple(of_row(output, place) for output in outputs))
 
     def _length(self, row: int) -> int:
-        """Cached tokens of a row; it is in use, since those in use are neighbours."""
+        """Return the number of cached tokens of a row.
+
+        The row is in use, since rows in use are neighbours.
+        """
         text = self._rows[row]
         assert text is not None
         return text.sequence.cached_length
@@ -327,7 +346,7 @@ class Batch:
             row.waiting = Waiting(free, row.waiting.forward, row.waiting.since)
 
     def _index(self, row: BatchRow) -> int:
-        """Where a row lies; :class:`UsageError` once it has left."""
+        """Return where a row lies; :class:`UsageError` once it has left."""
         if row.session.row is None:
             raise UsageError(
                 "expected a row that is in the batch, found one that has left",

@@ -15,11 +15,13 @@ NUM_THREADS = 2
 
 
 class Compiling:
-    """Compiles, and then hands requests on. For any thread.
+    """Compiles grammars, and then hands the requests on.
+
+    For any thread.
 
     Args:
-        compile_options: Compiles the grammar of options.
-        post: Takes a request that is ready.
+        compile_options: Function that compiles the grammar of options.
+        post: Function that takes a request that is ready.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Compiling:
                 request.handle.fail(error)
 
     def _compiled(self, requests: Sequence[Request]) -> Exception | None:
-        """Compile for requests of one submission; why that failed."""
+        """Compile for requests of one submission; return why that failed."""
         deadline = requests[0].deadline
         if deadline is not None and deadline <= time.perf_counter():
             return None  # the engine says so

@@ -1,4 +1,4 @@
-"""The work of an engine, step by step, for one thread.
+"""Does the work of an engine, step by step, in one thread.
 
 A step is: plan, reserve, run, commit. What fails before the commit leaves every row at its last
 committed token, with the forward that it waits for, so the next step runs it again. Other threads
@@ -47,15 +47,15 @@ class EngineCore:
     Args:
         session: Loaded graphs.
         model: Facts about the model.
-        open_stream: Opens the stream of a request over a sequence.
-        settings: How to work.
+        open_stream: Function that opens the stream of a request over a sequence.
+        settings: Settings of the engine; None = the defaults.
 
     Attributes:
-        error: Why it cannot go on; None while it can.
+        error: Error for which it cannot go on; None while it can.
         rows: Texts at work.
         waiting: Requests without a row.
         groups: Caches of the rows.
-        reuse: What was computed before.
+        reuse: Store of what was computed before.
     """
 
     def __init__(
@@ -123,7 +123,10 @@ class EngineCore:
         self.groups.close()
 
     def turn(self) -> Outcome:
-        """Take in what was posted, let go of what has ended, and run one step."""
+        """Take in what was posted, and run one step.
+
+        What has ended is let go before the step.
+        """
         self.take_in()
         self._expire()
         self._let_go()
@@ -170,8 +173,10 @@ class EngineCore:
             self.waiting.discard(handle)
 
     def _let_go(self) -> None:
-        """Free the rows of requests that have ended: with their texts, or because somebody ended
-        them. The only way out of the rows.
+        """Free the rows of requests that have ended.
+
+        They ended with their texts, or because somebody ended them. This is the only way out of the
+        rows.
         """
         for row in [row for row in self.rows if row.handle.done]:
             if not row.is_broken:
@@ -180,7 +185,10 @@ class EngineCore:
             self.rows.remove(row)
 
     def _admit(self) -> None:
-        """Give free rows to those who wait; a row is room for prompt and answer."""
+        """Give free rows to requests that wait.
+
+        A row is room for prompt and answer.
+        """
         while self.waiting and len(self.rows) < self.settings.max_rows:
             request = self.waiting.pop(
                 lambda request: not self.reuse.is_on_its_way(request, self.rows)
@@ -191,7 +199,10 @@ class EngineCore:
                 self._begin(request)
 
     def _begin(self, request: Request) -> None:
-        """Let a text begin behind what is computed of it; a failure lets it wait again."""
+        """Let a text begin behind what is computed of it.
+
+        After a failure it waits again.
+        """
         hit = self.reuse.find(request, self.rows)
         row = self._new_row(request, hit.length)
         chunks: list[Chunk] = []
@@ -265,7 +276,10 @@ class EngineCore:
         return Outcome.NOTHING
 
     def _failed(self, members: Sequence[EngineRow], error: Exception) -> Outcome:
-        """Nothing was committed. Who has failed too often is given up."""
+        """Count a failure of rows; nothing was committed.
+
+        A row that has failed too often is given up.
+        """
         for row in members:
             row.attempts += 1
             if row.attempts >= MOST_ATTEMPTS:
@@ -284,16 +298,16 @@ class EngineCore:
         return Outcome.RETRYABLE
 
     def _advance(self, row: EngineRow, outputs: Outputs | None = None) -> bool:
-        """Let a row go on; whether it waits for a forward now."""
+        """Let a row go on; return whether it waits for a forward."""
         chunk = self._going_on(row, outputs)
         if chunk is not None:
             self._deliver(row, chunk)
         return row.forward is not None
 
     def _going_on(self, row: EngineRow, outputs: Outputs | None = None) -> Chunk | None:
-        """Let a row go on to what it commits; None where it waits, or has failed.
+        """Let a row go on to what it commits.
 
-        Its errors are its own.
+        The result is None where it waits, or has failed. Its errors are its own.
         """
         try:
             return row.advance(outputs)
@@ -315,7 +329,7 @@ class EngineCore:
 
 
 def given_up(error: Exception) -> EngineError:
-    """The error of a text whose forward has failed too often."""
+    """Return the error of a text whose forward has failed too often."""
     found = f"expected a forward to run, found it failing {MOST_ATTEMPTS} times: {reason_of(error)}"
     given = EngineError(found, "submit it again, or see the log for the first failure")
     given.__cause__ = error

@@ -1,4 +1,7 @@
-"""Lets rows wait for others that are one forward behind, where a joint forward pays for it."""
+"""Lets rows wait for others that are one forward behind.
+
+They wait where a joint forward pays for it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ P = TypeVar("P")
 
 
 class Step(NamedTuple, Generic[P]):
-    """A step that could run now.
+    """Describes a step that could run now.
 
     Attributes:
         plan: Plan of the step.
@@ -29,7 +32,9 @@ class Step(NamedTuple, Generic[P]):
 
 
 class Detours:
-    """Decides who runs first. A forward waits once, and not longer than the latency target.
+    """Decides who runs first.
+
+    A forward waits once, and not longer than the latency target.
 
     Args:
         table: Costs of the forwards; None = nobody waits.
@@ -44,14 +49,19 @@ class Detours:
         self.num_taken = 0
 
     def ms(self, rows: Sequence[EngineRow]) -> float | None:
-        """Milliseconds of the forward that rows of one kind wait for; None where unknown."""
+        """Predict the milliseconds of the forward that rows wait for.
+
+        The rows are of one kind. The result is None where the time is unknown.
+        """
         ready = _ready(rows)
         if self._table is None or not self._table.knows(ready.graph_name):
             return None
         return ready.ms(self._table)
 
     def first(self, ready: Sequence[EngineRow], steps: Iterable[Step[P]]) -> P | None:
-        """The plan of the step to run before the ready rows' own, so that its rows can join them;
+        """Find the step to run first, so that its rows can join.
+
+        It runs before the ready rows' own step, and its rows join them. The result is its plan,
         mostly None.
         """
         kind = _kind(ready[0])
@@ -72,7 +82,10 @@ class Detours:
 
 
 def next_kind(row: EngineRow) -> tuple[GraphName, int] | None:
-    """The graph and tokens of the forward that follows a row's own; None where nobody knows."""
+    """Find the graph and tokens of the forward that comes next.
+
+    It follows the row's own forward. The result is None where nobody knows it.
+    """
     forward, options = row.forward, row.request.options
     if forward is None or row.request.mode in ("diffusion", "quadratic_spec"):
         return None
@@ -85,7 +98,10 @@ def next_kind(row: EngineRow) -> tuple[GraphName, int] | None:
 
 
 def _next_length(row: EngineRow) -> int | None:
-    """Block length of a row's next cycle; None where its own policy decides."""
+    """Return the block length of a row's next cycle.
+
+    It is None where its own policy decides.
+    """
     if row.policy is not None:
         return row.policy.next_length
     lengths = {"ar": AR_STEP, "linear_spec": row.request.options.block_length}

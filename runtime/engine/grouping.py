@@ -1,4 +1,4 @@
-"""Which of the forwards that the rows of a batch wait for run next, and which of them run together.
+"""Chooses which forwards of a batch's rows run next, and together.
 
 What a row's tokens are does not depend on any of this.
 """
@@ -20,7 +20,13 @@ most forwards by far, the others hardly differed (AR of the demo, batches of 8).
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """A row and the forward that it has been waiting for since some step."""
+    """Holds a row and the forward that it waits for.
+
+    Attributes:
+        row: Place of the row.
+        forward: Forward that it waits for.
+        since: Step from which on it has waited.
+    """
 
     row: int
     forward: Forward
@@ -28,18 +34,20 @@ class Waiting:
 
     @property
     def num_tokens(self) -> int:
-        """Of its forward."""
+        """Number of tokens of its forward."""
         return len(self.forward.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class JointForward:
-    """A forward over neighbouring rows.
+    """Describes a forward over neighbouring rows.
 
     Attributes:
-        num_tokens: of each row, those of shorter forwards being padded on the right.
-        rows: which run; also those between the members, which have not asked for it.
-        members: the rows that have, ascending.
+        graph_name: Graph that runs.
+        drafter_scale: Scale of the drafter, for ``draft``.
+        num_tokens: Tokens of each row; shorter forwards are padded on the right.
+        rows: Rows that run, also those between the members, which have not asked for it.
+        members: Rows that have asked for it, ascending.
     """
 
     graph_name: GraphName
@@ -58,10 +66,10 @@ the cache or the position tables.
 
 
 def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
-    """The rows whose forwards come next, all of one kind: the kind that most rows wait for, of
-    equal ones that of the row that waits longest.
+    """Choose the rows whose forwards come next, all of one kind.
 
-    Once a row has waited for :data:`PATIENCE` steps, its kind comes first.
+    It is the kind that most rows wait for, of equal ones that of the row that waits longest. Once a
+    row has waited for :data:`PATIENCE` steps, its kind comes first.
     """
     groups = by_kind(waiting)
     oldest = min(waiting, key=lambda one: one.since)
@@ -71,7 +79,10 @@ def choose_group(waiting: Sequence[Waiting], now: int) -> list[Waiting]:
 
 
 def by_kind(waiting: Iterable[Waiting]) -> list[list[Waiting]]:
-    """Rows by the kind of their forward: those of one kind may run together."""
+    """Group rows by the kind of their forward.
+
+    Rows of one kind may run together.
+    """
     groups: dict[tuple[GraphName, int, float], list[Waiting]] = {}
     for one in waiting:
         groups.setdefault(_kind(one), []).append(one)
@@ -81,17 +92,19 @@ def by_kind(waiting: Iterable[Waiting]) -> list[list[Waiting]]:
 def join_forwards(
     group: Sequence[Waiting], length_of: Length, fits: Fits, free_tokens: int
 ) -> Iterator[JointForward]:
-    """A group's forwards, as few as possible; each is to be run before the next is asked for.
+    """Yield a group's forwards, as few as possible.
+
+    Each is to be run before the next is asked for.
 
     A row between two members goes along, with padding that is written behind what it has cached,
     where that is harmless and costs little.
 
     Args:
-        group: of one kind.
-        length_of: asked about rows that go along, some of which may have gone on with a forward
-        before.
-        fits: whether padding has room; a member's own tokens always have.
-        free_tokens: how many tokens of such rows are cheaper than a further forward.
+        group: Rows of one kind.
+        length_of: Function asked for the cached tokens of rows that go along. Some of these rows
+            may have gone on with a forward before.
+        fits: Function that says whether padding has room; a member's own tokens always have.
+        free_tokens: Number of tokens of such rows that are cheaper than a further forward.
     """
     rest = sorted(group, key=lambda one: one.row)
     while rest:
@@ -114,10 +127,10 @@ def join_forwards(
 
 
 def _kind(waiting: Waiting) -> tuple[GraphName, int, float]:
-    """Forwards of one kind may run together.
+    """Return the kind of a forward.
 
-    Those of ``ar`` may differ in length, by less than a factor of two, which bounds the
-    padding.
+    Forwards of one kind may run together. Those of ``ar`` may differ in length, by less than a
+    factor of two, which bounds the padding.
     """
     forward, num_tokens = waiting.forward, waiting.num_tokens
     return (
@@ -130,7 +143,10 @@ def _kind(waiting: Waiting) -> tuple[GraphName, int, float]:
 def _stretches(
     group: Sequence[Waiting], num_tokens: int, length_of: Length, fits: Fits, free_tokens: int
 ) -> Iterator[list[Waiting]]:
-    """Members in ascending order, cut where the rows between two of them cannot go along."""
+    """Yield the members in ascending order, in stretches that run together.
+
+    A stretch ends where the rows between two members cannot go along.
+    """
     members: list[Waiting] = []
     for one in group:
         between = range(members[-1].row + 1, one.row) if members else range(0)

@@ -1,7 +1,8 @@
-"""Rows by capacity: texts of like length share a cache, so short ones do not pay for long ones.
+"""Groups rows by capacity: texts of like length share a cache.
 
-Attention costs by the slots that a cache has, whether they are used or not. A row begins in the
-smallest capacity that holds its next forward, and moves up by one copy of what is valid.
+So short texts do not pay for long ones. Attention costs by the slots that a cache has, whether they
+are used or not. A row begins in the smallest capacity that holds its next forward, and moves up by
+one copy of what is valid.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from trimode.runtime.sessions.base import BatchCache, BatchSession
 
 
 class CacheGroups:
-    """The groups of an engine, made as they are needed.
+    """Holds the groups of an engine, made as they are needed.
 
     Args:
         session: Loaded graphs.
@@ -37,9 +38,9 @@ class CacheGroups:
         return [row for group in self for row in group.texts]
 
     def place(self, row: EngineRow) -> None:
-        """Let a row lie where its forward has room; what is valid goes along.
+        """Let a row lie where its forward has room.
 
-        A failure leaves the row where it was.
+        What is valid goes along. A failure leaves the row where it was.
         """
         if row.group is not None and row.end <= row.group.capacity:
             return
@@ -61,7 +62,10 @@ class CacheGroups:
         self._groups.clear()
 
     def _with_room(self, length: int) -> CacheGroup:
-        """The group of the smallest capacity that holds ``length``, with a free place."""
+        """Find the group of least capacity for ``length``, with a free place.
+
+        It is made, or grows, where that is needed.
+        """
         capacity = self._session.capacity_for(length)
         if capacity not in self._groups:
             self._groups[capacity] = self._new_group(length, 1)
@@ -79,8 +83,9 @@ class CacheGroups:
         return cache
 
     def _grow(self, group: CacheGroup, length: int) -> None:
-        """Double the places of a group: memory for all rows at the longest capacity may be much
-        more than is ever used.
+        """Double the places of a group.
+
+        Memory for all rows at the longest capacity may be much more than is ever used.
         """
         num_rows = min(2 * len(group.rows), self._max_rows)
         assert num_rows > len(group.rows), "more rows than the engine has"

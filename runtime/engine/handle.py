@@ -1,4 +1,4 @@
-"""What a caller holds of a request: its tokens as they come, and its end."""
+"""Gives a caller a request's tokens as they come, and its end."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Times:
     """Tells when things happened to a request, by ``time.perf_counter``, in seconds.
 
     Attributes:
-        submitted: It was submitted.
-        begun: It got a row; None while it waits.
-        first_token: Its first tokens were delivered.
-        ended: It ended, for whatever reason.
-        pieces: Each piece of tokens was delivered.
+        submitted: Time of its submission.
+        begun: Time at which it got a row; None while it waits.
+        first_token: Time at which its first tokens were delivered; None before.
+        ended: Time at which it ended, for whatever reason; None before.
+        pieces: Times at which its pieces of tokens were delivered.
     """
 
     submitted: float
@@ -56,7 +56,9 @@ class Times:
 
 
 class Handle:
-    """A request to an engine. Every method may be called from any thread.
+    """Stands for a request to an engine.
+
+    Every method may be called from any thread.
 
     Iterating gives lists of committed token ids, from the first one on, however often it is
     iterated. ``async for`` and ``await`` do the same on an event loop, without a thread; where
@@ -64,13 +66,13 @@ class Handle:
 
     Args:
         prompt: Token ids of the prompt.
-        wake: Tells the engine that the request has been given up.
+        wake: Function that tells the engine that the request has been given up.
 
     Attributes:
         prompt: Token ids of the prompt.
         choices: Handles of all texts that were asked for with this one (``n``), itself included.
-        times: When it was submitted, begun, first answered, and ended.
-        on_piece: Called with each piece, on the engine's thread.
+        times: Times of its submission, its beginning, its pieces and its end.
+        on_piece: Function called with each piece, on the engine's thread.
         logprobs: Log-probabilities of the tokens so far, where they were asked for. It grows;
             only as many entries count as tokens were delivered.
     """
@@ -193,7 +195,10 @@ class Handle:
 
     @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[asyncio.Event]:
-        """Have an event set at each change; cancel the request where the task is cancelled."""
+        """Have an event set at each change.
+
+        Where the task is cancelled, so is the request.
+        """
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def notify() -> None:
@@ -224,7 +229,10 @@ class Handle:
     # --- what the engine calls
 
     def begin(self, cached_tokens: int) -> None:
-        """Take note that it has a row, and how much of the prompt it need not compute."""
+        """Take note that it has a row.
+
+        The first ``cached_tokens`` of the prompt need not be computed.
+        """
         self.times.begun, self._cached_tokens = time.perf_counter(), cached_tokens
 
     def add_closer(self, closer: Callable[[Handle], Any]) -> None:
@@ -236,7 +244,10 @@ class Handle:
         closer(self)
 
     def deliver(self, token_ids: list[int]) -> bool:
-        """Hand tokens to whoever reads; False, and nothing, once it has ended."""
+        """Hand tokens to whoever reads.
+
+        The result is False where nothing was handed over: there were none, or it had ended.
+        """
         with self._changed:
             if self._is_done or not token_ids:
                 return False
@@ -258,7 +269,10 @@ class Handle:
         return self._end(error=error)
 
     def _end(self, *, result: Generation | None = None, error: BaseException | None = None) -> bool:
-        """The only way to end; whoever comes first decides."""
+        """End with a result or an error; whoever comes first decides.
+
+        This is the only way to end. The result is False where it had ended before.
+        """
         with self._changed:
             if self._is_done:
                 return False
@@ -288,7 +302,10 @@ async def _until(changed: asyncio.Event, is_true: Callable[[], bool]) -> None:
 
 
 def _call(callback: Callable[[Any], Any], argument: Any) -> None:
-    """Call what a caller gave; its errors are its own, and never stop an engine."""
+    """Call what a caller gave, and log what it raises.
+
+    Its errors are its own, and never stop an engine.
+    """
     try:
         callback(argument)
     except Exception:
@@ -296,7 +313,10 @@ def _call(callback: Callable[[Any], Any], argument: Any) -> None:
 
 
 def _again(error: BaseException) -> BaseException:
-    """The error to raise: a fresh copy, as several threads may raise it."""
+    """Return the error to raise: a fresh copy.
+
+    Several threads may raise it.
+    """
     copy: TrimodeError
     if isinstance(error, TrimodeError):
         copy = type(error)(error.message, error.hint)

@@ -1,4 +1,7 @@
-"""Runs a forward of neighbouring rows, each over its own part of one cache."""
+"""Runs a forward of neighbouring rows of one cache.
+
+Each row runs over its own part of the cache.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from trimode.runtime.sessions.base import BatchCache, BatchSession, Ids
 def run_joint(
     session: BatchSession, cache: BatchCache, joint: JointForward, length_of: Length
 ) -> Outputs:
-    """Run a forward. A row that only lies between gets padding behind what is valid.
+    """Run a forward of neighbouring rows.
+
+    A row that only lies between gets padding behind what is valid.
 
     Args:
         session: Loaded graphs.
         cache: K/V of the rows.
-        joint: Rows, and what those that asked for the forward give it.
-        length_of: Valid slots of a row.
+        joint: Rows, and the tokens of those that asked for the forward.
+        length_of: Function that gives the valid slots of a row.
 
     Returns:
         Outputs of the graph's contract, one entry for each of ``joint.rows``.
@@ -34,7 +39,7 @@ def run_joint(
 
 
 def _inputs(joint: JointForward, length_of: Length) -> tuple[Ids, Ids, Ids]:
-    """Ids ``(rows, tokens)``, and of each row its cached and its new tokens."""
+    """Return ids ``(rows, tokens)``, and cached and new lengths ``(rows,)``."""
     first, num_rows = joint.members[0], len(joint.rows)
     if num_rows == 1:  # the usual case where nobody else is there: no padding
         ids = np.array(first.forward.token_ids, np.int64, ndmin=2)
@@ -51,8 +56,9 @@ def _inputs(joint: JointForward, length_of: Length) -> tuple[Ids, Ids, Ids]:
 def has_room(
     cache: BatchCache, model: ModelInfo, graph_name: GraphName, past_length: int, num_tokens: int
 ) -> bool:
-    """Whether padding stays within the cache, which must not grow for it, and within the position
-    tables.
+    """Whether padding stays within the cache and the position tables.
+
+    The cache must not grow for padding.
     """
     return (
         past_length + slots_written(graph_name, num_tokens) <= cache.capacity
@@ -61,8 +67,9 @@ def has_room(
 
 
 def keep(graph_name: GraphName, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Outputs that other rows' forwards do not overwrite.
+    """Copy outputs, so that other rows' forwards do not overwrite them.
 
-    Those of ``verify`` are large, and read before anything else runs, or never.
+    Those of ``verify`` are not copied: they are large, and read before anything else runs, or
+    never.
     """
     return outputs if graph_name == "verify" else tuple(np.array(output) for output in outputs)

@@ -1,4 +1,4 @@
-"""Lets one plan for all running rows decide how those in mode ``auto`` go on.
+"""Lets one plan decide how all rows in mode ``auto`` go on.
 
 A row asks at the end of each cycle, so nothing is cut short. Rows in another mode, and rows with a
 seed, keep their own way.
@@ -24,12 +24,12 @@ class Modes:
     """Asks a policy, and keeps its plan.
 
     Args:
-        policy: What is asked; None = every row keeps its own way.
-        make_row: Makes the policy of a row that follows the plan.
+        policy: Policy that is asked; None = every row keeps its own way.
+        make_row: Function that makes the policy of a row that follows the plan.
 
     Attributes:
         plan: Plan in force.
-        switches: The last plans that changed.
+        switches: Last plans that changed.
         num_switches: Plans that changed, in all.
     """
 
@@ -40,7 +40,10 @@ class Modes:
         self.num_switches = 0
 
     def row_policy(self, request: Request) -> RowPolicy | None:
-        """The policy of a new row; None where it keeps its own way."""
+        """Return the policy of a new row.
+
+        It is None where the row keeps its own way.
+        """
         if self._policy is None or request.is_pinned:
             return None
         most, key = request.options.block_length, id(request)

@@ -1,4 +1,4 @@
-"""Moves rows of a cache together, so that those in use are neighbours."""
+"""Moves rows of a cache, so that those in use are neighbours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def make_neighbours(rows: list[Row | None], move: Callable[[Row, int, int], None
     """Move rows from the end into free places.
 
     Args:
-        rows: What lies where; None = free. Changed in place.
-        move: Copies a row's K/V: the row, its place, and its new one. What it raises leaves the
-            row where it was.
+        rows: Row at each place; None = free. Changed in place.
+        move: Function that copies a row's K/V. It gets the row, its place, and its new one. What
+            it raises leaves the row where it was.
     """
     count = len(rows) - rows.count(None)
     while None in rows[:count]:

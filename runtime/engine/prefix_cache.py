@@ -1,8 +1,8 @@
-"""A radix tree over token ids that keeps what was computed for texts, under a budget of tokens.
+"""Keeps what was computed for texts, in a tree over tokens.
 
-A node holds a run of tokens and what was computed for them (a segment), so a prefix that many texts
-share is kept once. Tokens are compared themselves, never their hashes. Texts of different
-namespaces share nothing.
+It is a radix tree over token ids, under a budget of tokens. A node holds a run of tokens and what
+was computed for them (a segment), so a prefix that many texts share is kept once. Tokens are
+compared themselves, never their hashes. Texts of different namespaces share nothing.
 
 What goes first, where room is needed, are runs that nothing continues: answers before user turns
 before system prompts, and of equal ones the one that was longest not used.
@@ -19,7 +19,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 
 class Kind(IntEnum):
-    """Says what a run of tokens is. The lowest goes first."""
+    """Says what a run of tokens is; the lowest goes first."""
 
     ANSWER = 0
     USER = 1
@@ -27,10 +27,13 @@ class Kind(IntEnum):
 
 
 class Segment(Protocol):
-    """What was computed for a run of tokens."""
+    """Holds what was computed for a run of tokens."""
 
     def split(self, length: int) -> tuple[Self, Self]:
-        """The first ``length`` tokens' part, and the rest; neither keeps the other's memory."""
+        """Return the first ``length`` tokens' part, and the rest.
+
+        Neither keeps the other's memory.
+        """
         ...
 
 
@@ -43,13 +46,13 @@ comes after the last end is an answer.
 
 @dataclass(eq=False)
 class Node(Generic[S]):
-    """A run of tokens below what its parent holds.
+    """Holds a run of tokens below what its parent holds.
 
     Attributes:
         tokens: Tokens of the run; none in a root.
-        segment: What was computed for them; None in a root.
+        segment: Segment that was computed for them; None in a root.
         kind: Kind of its last token.
-        used: When it was last used, on the clock of the cache.
+        used: Time of its last use, on the clock of the cache.
         children: Nodes that go on, by their first token.
         parent: Node before it; None in a root, and in a node that was evicted.
     """
@@ -97,7 +100,10 @@ class PrefixCache(Generic[S]):
         self._has_empty = False
 
     def match(self, namespace: Hashable, tokens: Seq[int]) -> Match[S]:
-        """Find the longest prefix of ``tokens`` that is kept; it counts as used."""
+        """Find the longest prefix of ``tokens`` that is kept.
+
+        It counts as used.
+        """
         self._clock += 1
         pieces: list[tuple[S, int]] = []
         for node, length in self._walk(namespace, tokens):
@@ -112,10 +118,11 @@ class PrefixCache(Generic[S]):
         """Keep as much of a text as the budget allows.
 
         Args:
-            namespace: What the text shares with others.
+            namespace: Name within which texts share prefixes.
             tokens: Tokens of the text.
-            ends: Where the kinds of its tokens end.
-            read: Gives the segment of ``tokens[start:stop]``; asked only for what is not kept yet.
+            ends: Ends of the kinds of its tokens.
+            read: Function that gives the segment of ``tokens[start:stop]``; asked only for what is
+                not kept yet.
 
         Returns:
             Tokens of the text that were added.
@@ -143,8 +150,9 @@ class PrefixCache(Generic[S]):
             yield node
 
     def _walk(self, namespace: Hashable, tokens: Seq[int]) -> Iterator[tuple[Node[S], int]]:
-        """Yield the nodes that agree with ``tokens`` and by how many tokens, the last one maybe
-        in part.
+        """Yield the nodes that agree with ``tokens``, and how far.
+
+        How far is a number of tokens; the last node may agree only in part.
         """
         node, position = self._roots.get(namespace), 0
         while node is not None and position < len(tokens):
@@ -159,7 +167,10 @@ class PrefixCache(Generic[S]):
             position = stop
 
     def _path(self, namespace: Hashable, tokens: Seq[int]) -> list[Node[S]]:
-        """The root and the nodes of the longest prefix; the last one is split where it ends."""
+        """Return the root and the nodes of the longest prefix.
+
+        The last node is split where the prefix ends.
+        """
         root = self._roots.setdefault(namespace, Node([], None, Kind.SYSTEM, None))
         path = [root]
         for node, length in list(self._walk(namespace, tokens)):
@@ -167,7 +178,10 @@ class PrefixCache(Generic[S]):
         return path
 
     def _split(self, node: Node[S], length: int) -> Node[S]:
-        """Put a node with the first ``length`` tokens above the rest; return it."""
+        """Put a node with the first ``length`` tokens above the rest.
+
+        That node is returned.
+        """
         assert node.segment is not None
         assert node.parent is not None
         first, rest = node.segment.split(length)
@@ -178,7 +192,10 @@ class PrefixCache(Generic[S]):
         return upper
 
     def _use(self, path: list[Node[S]], ends: Ends) -> None:
-        """Count a path as used. What is a prompt now was an answer before: kinds only rise."""
+        """Count a path as used.
+
+        What is a prompt now was an answer before, so kinds only rise.
+        """
         position = 0
         for node in path[1:]:
             position += len(node.tokens)
@@ -193,7 +210,10 @@ class PrefixCache(Generic[S]):
         return node
 
     def _make_room(self, wanted: int, path: list[Node[S]]) -> int:
-        """Evict until ``wanted`` tokens fit, or nothing is left but the path; what fits then."""
+        """Evict until ``wanted`` tokens fit; return how many fit then.
+
+        Fewer fit where nothing is left but the path.
+        """
         kept = {id(node) for node in path}
         passed: list[Node[S]] = []
         while wanted > self.max_tokens - self.num_tokens:
@@ -236,8 +256,9 @@ class PrefixCache(Generic[S]):
         heapq.heappush(self._leaves, (node.kind, node.used, self._serial, node))
 
     def _next_leaf(self) -> Node[S] | None:
-        """Take the leaf that goes first. Entries are from when they were noted, and may have
-        changed since.
+        """Take the leaf that goes first.
+
+        Entries are from when they were noted, and may have changed since.
         """
         while self._leaves:
             kind, used, _, node = heapq.heappop(self._leaves)

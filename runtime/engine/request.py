@@ -1,4 +1,4 @@
-"""A request to an engine, from its submission to the end of its text."""
+"""Holds a request to an engine, from submission to its end."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from trimode.runtime.engine.prefix_cache import Kind
 
 @dataclass(eq=False)
 class Request:
-    """What an engine was asked for, checked.
+    """Holds what an engine was asked for, checked.
 
     Attributes:
-        handle: Where tokens go.
-        ids: Prompt.
+        handle: Handle that its tokens go to.
+        ids: Token ids of the prompt.
         mode: Mode of the text.
         options: Checked options.
-        namespace: What its computed prefixes are shared within.
-        fair_key: Whom it counts for where an engine is fair.
-        priority: Larger comes first.
-        deadline: On the engine's clock; None = none.
+        namespace: Name within which its computed prefixes are shared.
+        fair_key: Key that it counts for where an engine is fair.
+        priority: Priority; larger comes first.
+        deadline: Time on the engine's clock at which it fails; None = never.
         system_length: Tokens of the prompt that are the system prompt.
         is_kept: Whether what it has computed is kept for others once it has ended.
-        number: Order of arrival.
+        number: Number in the order of arrival.
         attempts: Times that it could not be given a row.
-        observer: Told of each turn of its algorithm, on the engine's thread; None = nobody is.
+        observer: Function told of each turn of its algorithm, on the engine's thread; None =
+            nobody is.
     """
 
     handle: Handle
@@ -52,15 +53,19 @@ class Request:
 
     @property
     def end(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Most tokens of prompt and answer together."""
         return len(self.ids) + self.options.max_new_tokens
 
     @property
     def ends(self) -> list[tuple[int, Kind]]:
-        """Where the kinds of the text's tokens end."""
+        """Ends of the kinds of the text's tokens."""
         return [(self.system_length, Kind.SYSTEM), (len(self.ids), Kind.USER)]
 
     @property
     def is_pinned(self) -> bool:
-        """Whether load may not change how it is decoded: other draws would come of its seed."""
+        """Whether load may not change how it is decoded.
+
+        It may not where another mode than ``auto`` was asked for. Nor may it where there is a seed,
+        of which other draws would come.
+        """
         return self.mode != "auto" or self.options.sampling.seed is not None

@@ -29,19 +29,20 @@ class KVSegment:
     """K/V of a run of tokens, in host memory.
 
     Attributes:
-        arrays: As ``BatchCache.export_prefix`` returns them: ``(heads, tokens, head size)`` each.
+        arrays: Arrays as ``BatchCache.export_prefix`` returns them, each
+            ``(heads, tokens, head size)``.
     """
 
     arrays: tuple[Array, ...]
 
     def split(self, length: int) -> tuple[KVSegment, KVSegment]:
-        """Copies, so that either half can be forgotten alone."""
+        """Copy both parts, so that either can be forgotten alone."""
         first = tuple(np.ascontiguousarray(one[:, :length]) for one in self.arrays)
         rest = tuple(np.ascontiguousarray(one[:, length:]) for one in self.arrays)
         return KVSegment(first), KVSegment(rest)
 
     def first(self, length: int) -> tuple[Array, ...]:
-        """The first tokens' part; views."""
+        """Return the first tokens' part, as views."""
         return tuple(one[:, :length] for one in self.arrays)
 
 
@@ -96,7 +97,10 @@ class PrefixReuse:
         return self._kept.num_evicted
 
     def find(self, request: Request, rows: Sequence[EngineRow]) -> Hit:
-        """Find the longest beginning of a prompt that is computed; the last token never is."""
+        """Find the longest beginning of a prompt that is computed.
+
+        The last token never counts as computed.
+        """
         most = len(request.ids) - 1
         kept = self._kept.match(request.namespace, request.ids[:most])
         length, row = max(
@@ -109,7 +113,7 @@ class PrefixReuse:
         return Hit(kept.length, None, kept)
 
     def is_on_its_way(self, request: Request, rows: Sequence[EngineRow]) -> bool:
-        """Whether a row is about to read much of what the prompt begins with."""
+        """Whether a row will soon read much of the prompt's beginning."""
         coming = max((_shared(row, request) for row in rows if row.is_reading), default=0)
         coming = min(coming, len(request.ids) - 1)
         if coming < WORTH_WAITING:
@@ -134,7 +138,10 @@ class PrefixReuse:
         self.num_hits += 1
 
     def keep(self, row: EngineRow) -> None:
-        """Keep what a row that ends has computed. A failure loses it, and nothing else."""
+        """Keep what a row that ends has computed.
+
+        A failure loses it, and nothing else.
+        """
         group, length = row.group, row.stored_length
         if group is None or not length or not self._max_bytes or not row.request.is_kept:
             return
@@ -160,7 +167,10 @@ class PrefixReuse:
 
 
 def _shared(row: EngineRow, request: Request, length: int | None = None) -> int:
-    """Tokens that a row and a prompt begin with in common, of the row's first ``length``."""
+    """Count the first tokens that a row and a prompt share.
+
+    Of the row, its first ``length`` tokens count; None = its prompt.
+    """
     if row.request.namespace != request.namespace:
         return 0
     tokens = row.request.ids if length is None else row.sequence.tokens[:length]

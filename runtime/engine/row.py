@@ -1,4 +1,7 @@
-"""Texts at work in an engine: their sequences and streams, and where their K/V lie."""
+"""Holds the texts at work in an engine.
+
+Each has its sequence and stream, and knows where its K/V lie.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,13 @@ CAUSAL: tuple[GraphName, ...] = ("ar", "verify")
 
 
 class EngineSession(SessionView):
-    """The session as a sequence of an engine sees it: its forwards are run by the engine alone."""
+    """Shows the session to a sequence of an engine.
+
+    Its forwards are run by the engine alone.
+    """
 
     def new_cache(self) -> KVCache:
-        """A cache without slots: the engine has its own."""
+        """Return a cache without slots: the engine has its own."""
         return _NoCache()
 
     def run(
@@ -47,13 +53,13 @@ class _NoCache:
 
 
 class EngineRow:
-    """A text at work.
+    """Holds a text at work.
 
     Attributes:
-        request: What was asked for.
+        request: Request of the text.
         sequence: Its tokens.
-        stream: Iterates over what it commits.
-        policy: Follows the plan of all rows; None where it keeps its own way.
+        stream: Stream of what it commits.
+        policy: Policy that follows the plan of all rows; None where it keeps its own way.
         group: Rows with as many slots, of which it is one; None before its first forward.
         place: Its number in the group.
         forward: Forward that it waits for; None after a commit.
@@ -107,7 +113,7 @@ class EngineRow:
 
     @property
     def is_reading(self) -> bool:
-        """Whether its forward reads a prompt, in which more than one token is left to read."""
+        """Whether its forward reads a prompt with more than one token left."""
         forward = self.forward
         return (
             forward is not None
@@ -129,7 +135,7 @@ class EngineRow:
         return self.forward.end
 
     def part(self, most_tokens: int) -> Forward:
-        """The next part of its forward, of so many tokens at most."""
+        """Return the next part of its forward, of at most ``most_tokens``."""
         forward = self.forward
         assert forward is not None
         if not self.num_read and len(forward.token_ids) <= most_tokens:
@@ -138,7 +144,7 @@ class EngineRow:
         return Forward(forward.graph_name, ids, forward.past_length + self.num_read)
 
     def read(self, num_tokens: int) -> bool:
-        """Take note that a part has run; whether it was the last one."""
+        """Take note that a part has run; return whether it was last."""
         assert self.forward is not None
         self.attempts = 0
         if num_tokens < self.num_left:
@@ -148,10 +154,10 @@ class EngineRow:
         return True
 
     def advance(self, outputs: Outputs | None = None) -> Chunk | None:
-        """Let the algorithm go on until it commits something or needs a forward.
+        """Let the algorithm go on until it commits or needs a forward.
 
         Returns:
-            What it has committed; None where it waits for a forward.
+            Chunk that it has committed; None where it waits for a forward.
         """
         answered = self.forward
         self.forward, self.num_read, self.held_ms = None, 0, 0.0
@@ -169,11 +175,11 @@ class EngineRow:
 
 
 class CacheGroup:
-    """Rows of one capacity, over one cache.
+    """Holds rows of one capacity, over one cache.
 
     Attributes:
         cache: K/V of the rows.
-        rows: What lies where; None = free.
+        rows: Row at each place; None = free.
         spent: Seconds that a row of it has had on average, for taking turns with other groups.
         num_steps: Steps that its rows have run.
     """
@@ -195,13 +201,13 @@ class CacheGroup:
         return [row for row in self.rows if row is not None]
 
     def at(self, place: int) -> EngineRow:
-        """The row at a place that is taken."""
+        """Return the row at a place that is taken."""
         row = self.rows[place]
         assert row is not None
         return row
 
     def valid_length(self, place: int) -> int:
-        """Slots that are valid in the row at a place that is taken."""
+        """Return the number of valid slots at a place that is taken."""
         return self.at(place).valid_length
 
     def take(self, row: EngineRow, place: int) -> None:
@@ -217,7 +223,9 @@ class CacheGroup:
         self._has_gaps = True
 
     def compact(self) -> int:
-        """Move rows from the end into free places, so that those in use are neighbours.
+        """Move rows from the end into free places.
+
+        So the rows in use are neighbours.
 
         Returns:
             Slots that were copied.

@@ -1,4 +1,4 @@
-"""How an engine works."""
+"""Holds the settings of an engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Settings:
         latency_target_s: Most seconds that reading may keep a decoding row waiting.
         prefill_share: Share of the time that reading has while others decode.
         is_fair: Whether requests of one priority take turns by key.
-        mode_policy: Plans for all rows in mode ``auto``; None = each has its own policy.
-        make_row_policy: Makes the policy of a row that follows such a plan.
+        mode_policy: Policy that plans for all rows in mode ``auto``; None = each has its own.
+        make_row_policy: Function that makes the policy of a row that follows such a plan.
         table: Costs of forwards, by which rows wait for others; None = none does.
-        alarm: Warns when that table has become wrong.
-        observe: Told of each forward how long it took; None = nobody is.
-        clock: Gives the time in seconds; never goes back.
+        alarm: Alarm that warns when that table has become wrong; None = nobody is warned.
+        observe: Function told of each forward how long it took; None = nobody is.
+        clock: Function that gives the time in seconds; never goes back.
     """
 
     max_rows: int = 8

@@ -1,4 +1,4 @@
-"""What an engine counts, and how it reports it."""
+"""Counts what an engine does, and reports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimode.runtime.engine.handle import Handle
 
 @dataclass(frozen=True)
 class ModeSwitch:
-    """A plan for the running rows that differs from the one before.
+    """Describes a change of the plan for the running rows.
 
     Attributes:
         before: Block length before; 1 stands for AR.
@@ -58,7 +58,7 @@ class RowStats:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Reports what an engine has done so far, and what it is doing.
+    """Reports what an engine has done, and what it is doing.
 
     Attributes:
         is_healthy: Whether it takes requests.
@@ -133,7 +133,7 @@ class EngineStats:
 
 @dataclass
 class Counts:
-    """What the engine's thread counts; see :class:`EngineStats`."""
+    """Holds what the engine's thread counts; see :class:`EngineStats`."""
 
     finished: int = 0
     failed: int = 0
@@ -160,7 +160,10 @@ class Counts:
                 self.failed += 1
 
     def ran(self, graph_name: GraphName, tokens: Sequence[int], num_slots: int) -> None:
-        """Count a forward: new tokens of each row, and all that it ran over."""
+        """Count a forward.
+
+        ``tokens`` are the new tokens of each row, ``num_slots`` all tokens that it ran over.
+        """
         self.forwards[graph_name] = self.forwards.get(graph_name, 0) + 1
         self.rows_served += len(tokens)
         self.forward_tokens += sum(tokens)

@@ -1,4 +1,4 @@
-"""Runs the forwards of one step, and hands the outputs to their rows."""
+"""Runs the forwards of one step, and gives rows their outputs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Steps:
     Args:
         session: Loaded graphs.
         model: Facts about the model.
-        counts: What is counted.
-        committed: Lets a row go on with its outputs.
-        failed: Takes note of rows whose forward has failed.
+        counts: Counts that the steps are added to.
+        committed: Function that lets a row go on with its outputs.
+        failed: Function that takes note of rows whose forward has failed.
 
     Attributes:
         seconds: Time of the last step.
-        clock: Gives the time in seconds.
-        observe: Told of each forward how long it took.
+        clock: Function that gives the time in seconds.
+        observe: Function told of each forward how long it took; None = nobody is.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Steps:
         )
 
     def _run(self, group: CacheGroup, joint: JointForward) -> Outcome:
-        """Run a forward, and let its members go on with what it says of them."""
+        """Run a forward, and let its members go on with the outputs."""
         members, start = [group.at(one.row) for one in joint.members], self.clock()
         try:
             outputs = self._outputs(group, joint)

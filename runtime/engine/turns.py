@@ -1,6 +1,7 @@
-"""Which rows run next: reading prompts takes turns with decoding, and capacities with each other.
+"""Decides which rows run next.
 
-What a row's tokens are does not depend on any of this.
+Reading prompts takes turns with decoding, and capacities with each other. What a row's tokens are
+does not depend on any of this.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ _NEW = 0.3
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: forwards of one kind, of rows that have the same capacity.
+    """Describes one step: forwards of one kind, over one group.
+
+    Rows of a group have the same capacity.
 
     Attributes:
         group: Rows that it is about.
-        waiting: Those that run.
+        waiting: Rows of it that run, with their forwards.
         num_rows: Rows that share its group's time.
         is_prefill: Whether it reads prompts.
         is_shared: Whether rows wait that read, and others that decode.
@@ -51,7 +54,7 @@ class ChunkCosts:
         self._per_token[key] = found + (1 - _NEW) * (self._per_token.get(key, found) - found)
 
     def seconds(self, capacity: int, num_tokens: int) -> float | None:
-        """Expected time; None where nothing was measured yet.
+        """Predict the time of reading; None where nothing was measured yet.
 
         A size that was not measured counts as the nearest one, another capacity as many times as
         its slots are.
@@ -66,7 +69,10 @@ class ChunkCosts:
         return self._per_token[near] * num_tokens * max(1.0, capacity / near[0])
 
     def chunk(self, capacity: int, target_s: float) -> int:
-        """Most tokens that are read within ``target_s``, by what is known."""
+        """Return the most tokens that are read within ``target_s`` seconds.
+
+        It goes by what is known of the costs.
+        """
         size = PREFILL_CHUNK
         while size > LEAST_CHUNK:
             seconds = self.seconds(capacity, size)
@@ -80,7 +86,7 @@ class TimeShare:
     """Lets reading have a share of the time while others decode.
 
     Args:
-        share: Of reading, from 0 to below 1.
+        share: Share of reading, from 0 to below 1.
         most_s: Most seconds that decoding may be ahead; so chunks never come in a row.
     """
 
@@ -94,11 +100,17 @@ class TimeShare:
         return self._credit >= 0
 
     def may_read_ahead(self, seconds: float) -> bool:
-        """Whether reading may have these seconds before it is due: decoding makes up for them."""
+        """Whether reading may have these seconds before it is due.
+
+        Decoding makes up for them.
+        """
         return self._credit - seconds >= -self._most
 
     def record(self, seconds: float, *, is_prefill: bool, is_shared: bool) -> None:
-        """Take note of a step; ``is_shared``: somebody else would have liked to run."""
+        """Take note of a step.
+
+        ``is_shared`` says that somebody else would have liked to run.
+        """
         if not is_shared:
             self._credit = 0.0
         elif is_prefill:
@@ -116,8 +128,8 @@ class Turns:
         table: Costs of forwards, by which rows wait for others; None = none does.
 
     Attributes:
-        costs: What reading takes.
-        detours: Who waits for whom.
+        costs: Costs of reading.
+        detours: Detours, which decide who waits for whom.
     """
 
     def __init__(
@@ -130,7 +142,10 @@ class Turns:
         self._least_spent = 0.0
 
     def plan(self, rows: Sequence[EngineRow]) -> StepPlan | None:
-        """The next step over rows that wait for a forward and have a place; None without any."""
+        """Plan the next step.
+
+        The rows wait for a forward and have a place. Without any, the result is None.
+        """
         reading: list[EngineRow] = []
         decoding: list[EngineRow] = []
         for row in rows:
@@ -150,7 +165,10 @@ class Turns:
         self._share.record(seconds, is_prefill=plan.is_prefill, is_shared=plan.is_shared)
 
     def _read(self, reading: Sequence[EngineRow], *, is_shared: bool) -> StepPlan:
-        """Read for the row that comes first, and for others where all have room in one chunk."""
+        """Read for the row that comes first, and others with it.
+
+        Others are read where all have room in one chunk.
+        """
         order = sorted(reading, key=lambda row: (-row.request.priority, row.request.number))
         first, group = order[0], group_of(order[0])
         budget = self.costs.chunk(group.capacity, self._target) if is_shared else PREFILL_CHUNK
@@ -167,8 +185,9 @@ class Turns:
         return StepPlan(group, taken, len(taken), True, is_shared)
 
     def _decode(self, decoding: Sequence[EngineRow], reading: Sequence[EngineRow]) -> StepPlan:
-        """The group whose rows have had least time, and of it the kind of forward that comes
-        next.
+        """Plan for the group whose rows have had least time.
+
+        Of the group, the kind of forward that comes next runs.
         """
         groups = {group_of(row) for row in decoding}
         for group in groups:  # one that was empty for a while has nothing to make up for
@@ -191,7 +210,10 @@ class Turns:
         waiting: Sequence[Waiting],
         reading: Sequence[EngineRow],
     ) -> StepPlan | None:
-        """What the plan's rows should wait for, because it lets others join them; mostly None."""
+        """Find what the plan's rows should wait for; mostly None.
+
+        It lets other rows join them.
+        """
         group = plan.group
         readers = [row for row in reading if row.group is group and not row.attempts]
         rest = [one for one in waiting if one not in plan.waiting]
@@ -205,7 +227,11 @@ class Turns:
         return self.detours.first(ready, [one for one in map(self._step, plans) if one])
 
     def _step(self, plan: StepPlan) -> Step[StepPlan] | None:
-        """A plan with its rows and its time; None where that is unknown, or reading may not."""
+        """Return a plan with its rows and its time.
+
+        It is None where the time is unknown. It is None, too, for reading that may not come early,
+        or that would leave tokens of its forwards for later.
+        """
         rows = [plan.group.at(one.row) for one in plan.waiting]
         if not plan.is_prefill:
             ms = self.detours.ms(rows)
@@ -221,7 +247,7 @@ class Turns:
 
 
 def group_of(row: EngineRow) -> CacheGroup:
-    """The group of a row that has a place."""
+    """Return the group of a row that has a place."""
     assert row.group is not None
     return row.group
 
@@ -231,5 +257,8 @@ def _waiting(row: EngineRow, most_tokens: int) -> Waiting:
 
 
 def _size(num_tokens: int) -> int:
-    """Chunks of one size run in one forward."""
+    """Return the size of a chunk, in powers of two.
+
+    Chunks of one size may run in one forward.
+    """
     return (num_tokens - 1).bit_length()

@@ -1,4 +1,7 @@
-"""Requests that wait for a row: by priority, then fair by key where asked, then by arrival."""
+"""Orders the requests that wait for a row.
+
+They come by priority, then fair by key where asked, then by arrival.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one thread of an engine."""
+"""Runs the one thread of an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Worker:
     It holds the core alone, so an engine that nobody holds can be collected.
 
     Args:
-        core: What is turned.
+        core: Core that is turned.
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -35,7 +35,7 @@ class Worker:
         return threading.current_thread() is self._thread
 
     def join(self, timeout_s: float | None) -> bool:
-        """Wait for the end; whether it came in time."""
+        """Wait for the end; return whether it came in time."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

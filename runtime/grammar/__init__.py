@@ -1,1 +1,4 @@
-"""Answers that follow a grammar: a JSON schema, a regular expression, choices, or Lark rules."""
+"""Makes answers follow a grammar.
+
+A grammar is a JSON schema, a regular expression, choices, or Lark rules.
+"""

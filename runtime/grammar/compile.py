@@ -17,7 +17,10 @@ from trimode.runtime.grammar.state import GrammarState
 from trimode.runtime.grammar.vocabulary import Vocabulary
 
 MOST_SECONDS = 5.0
-"""For one grammar. The library cannot be interrupted; its own limits end it before long."""
+"""Most seconds for one grammar.
+
+The library cannot be interrupted; its own limits end it before long.
+"""
 MOST_KEPT = 32
 LIMITS = {
     "max_items_in_row": 2_000,
@@ -28,7 +31,7 @@ LIMITS = {
     "max_grammar_size": 50_000,
     "verbose_errors": False,
 }
-"""The library's: work and memory for a grammar, and for one token of it."""
+"""Limits of the library: work and memory for a grammar, and for one token of it."""
 _POSITION = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
@@ -36,7 +39,7 @@ class Grammar:
     """Holds a compiled grammar, from which any number of texts begin.
 
     Args:
-        matcher: Library's matcher at its beginning.
+        matcher: Matcher of the library, at its beginning.
         vocabulary: Tokens of the model.
     """
 
@@ -65,7 +68,9 @@ class CompiledOutputs(StructuredOutputs):
 
 
 class GrammarCompiler:
-    """Compiles for one vocabulary, and keeps the last grammars. For any thread.
+    """Compiles for one vocabulary, and keeps the last grammars.
+
+    For any thread.
 
     Args:
         vocabulary: Tokens of the model.
@@ -81,7 +86,7 @@ class GrammarCompiler:
         """Compile a grammar, or find it among those kept.
 
         Args:
-            spec: What was read by ``read_structured_outputs``.
+            spec: Outputs as read by ``read_structured_outputs``.
 
         Raises:
             UsageError: the grammar is wrong, cannot be written by any answer, or is too complex.
@@ -120,7 +125,10 @@ class GrammarCompiler:
 
 
 def _try_beginning(grammar: Grammar) -> None:
-    """Find out here what would fail at the first token: a grammar without a text, or too wide."""
+    """Find out here what would fail at the first token.
+
+    That is a grammar without a text, or one that is too wide.
+    """
     state = grammar.start(frozenset())
     if not state.is_over and state.forced() is None:
         state.mask()

@@ -25,7 +25,7 @@ def grammar_source(spec: StructuredOutputs) -> str:
     """Write a grammar in llguidance's form.
 
     Args:
-        spec: What was read by ``read_structured_outputs``.
+        spec: Outputs as read by ``read_structured_outputs``.
 
     Raises:
         UsageError: the grammar sets options of the library, or is no GBNF.
@@ -49,7 +49,7 @@ def _lark(spec: StructuredOutputs) -> str:
 
 
 def _with_whitespace(schema: str, spec: StructuredOutputs) -> str:
-    """The schema with the library's options, which are ours alone."""
+    """Return the schema with the library's options, which are ours alone."""
     options = (
         {"whitespace_flexible": False}
         if spec.disable_any_whitespace

@@ -1,4 +1,4 @@
-"""What an answer has to follow, as a caller gives it."""
+"""Reads what an answer has to follow, as a caller gives it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ class StructuredOutputs:
 
 
 def read_structured_outputs(value: Any) -> StructuredOutputs:
-    """Read what a caller gives: the object, or a mapping with its attributes.
+    """Read what a caller gives: the object, or a mapping.
+
+    A mapping has the object's attributes.
 
     Returns:
-        It, with the schema as compact text and the choices as a tuple.
+        Object with the schema as compact text and the choices as a tuple.
 
     Raises:
         UsageError: it is neither, or a value is wrong, too long or too deep.
@@ -125,7 +127,7 @@ def _choices(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _schema(name: str, value: Any) -> str:
-    """Compact JSON text of a schema, so that equal ones are equal."""
+    """Write a schema as compact JSON, so that equal ones are equal."""
     if isinstance(value, str):
         try:
             value = json.loads(_short(name, value), parse_constant=_refuse_constant)

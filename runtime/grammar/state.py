@@ -1,4 +1,4 @@
-"""How far a text has followed its grammar, and what may come next.
+"""Follows a text through its grammar, and says what may come.
 
 Two rules make the answers of all modes equal:
 
@@ -28,7 +28,7 @@ class GrammarState:
     """Follows one text.
 
     Args:
-        matcher: Library's matcher, at the beginning, not shared.
+        matcher: Matcher of the library, at the beginning, not shared.
         vocabulary: Tokens of the model.
         ends: Tokens that end a text.
         end_think: Token after which the grammar begins; None = at once.
@@ -50,7 +50,7 @@ class GrammarState:
         self.has_ended = False
 
     def copy(self) -> GrammarState:
-        """A state that goes its own way."""
+        """Return a state that goes its own way."""
         other = object.__new__(GrammarState)
         other.__dict__.update(self.__dict__)
         other._matcher = self._matcher.deep_copy()
@@ -62,7 +62,7 @@ class GrammarState:
         return self.has_ended or (not self._ends and self._is_complete)
 
     def forced(self) -> int | None:
-        """The only token that may come; None where there are several.
+        """Return the only token that may come; None where several may.
 
         Raises:
             UsageError: the grammar is too complex to follow.
@@ -77,7 +77,7 @@ class GrammarState:
         """Whether a token may come.
 
         Args:
-            token: The token.
+            token: Token to ask about.
             may_end: Whether the text has the tokens that it must have. Where the grammar leaves
                 nothing else, it may end all the same.
         """
@@ -92,7 +92,7 @@ class GrammarState:
         return bool(self._matcher.validate_tokens([token]) == 1)
 
     def mask(self, *, may_end: bool = True) -> NDArray[np.bool_]:
-        """The tokens that may come, ``(V,)``.
+        """Return which tokens may come, ``(V,)``.
 
         Raises:
             UsageError: no token may come, or the grammar is too complex to follow.
@@ -141,7 +141,7 @@ class GrammarState:
         return bool(self._matcher.is_stopped()) or not self._taken().any()
 
     def _taken(self) -> NDArray[np.bool_]:
-        """Tokens that the library takes, ``(V,)``, end tokens left out."""
+        """Return which tokens the library takes, ``(V,)``, without end tokens."""
         if self._known is None:
             self._known = self._taken_by(self._matcher)
             self._check()
@@ -165,7 +165,7 @@ class GrammarState:
         return tokens[: self._matcher.validate_tokens(tokens)] if tokens else []
 
     def _is_free(self) -> bool:
-        """Whether two texts are seen to be possible at once, without a mask."""
+        """Whether two texts are seen to be possible, without a mask."""
         found = 0
         for token in self._vocabulary.probes:
             found += self._matcher.validate_tokens([token])
@@ -174,7 +174,10 @@ class GrammarState:
         return False
 
     def _forced_text(self) -> tuple[bytes, bool]:
-        """Bytes that must follow, up to a limit, and whether nothing can come after them."""
+        """Find the bytes that must follow, up to a limit.
+
+        The second value says whether nothing can come after them.
+        """
         walk, text, vocabulary = self._matcher.deep_copy(), b"", self._vocabulary
         while len(text) < _LONGEST_RUN:
             if walk.is_accepting():

@@ -1,4 +1,4 @@
-"""Says which bytes each token of a tokenizer writes, and tokenizes what a grammar forces."""
+"""Says which bytes each token writes, and tokenizes forced text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TokenTable:
 
     Attributes:
         tokens: Bytes of each token, V of them. Names of control tokens are for messages alone.
-        ids: A token that writes these bytes.
+        ids: Bytes -> a token that writes them.
         special_token_ids: Tokens that write no text: control tokens, and ids without a token.
     """
 
@@ -78,7 +78,7 @@ class TokenTable:
 
 
 def _control_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Added tokens that are special, or named like tags: ``<think>``."""
+    """List added tokens that are special, or named like tags: ``<think>``."""
     return [
         token
         for token, added in tokenizer.get_added_tokens_decoder().items()
@@ -87,7 +87,7 @@ def _control_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def _byte_reader(tokenizer: Tokenizer) -> Callable[[int, str], bytes]:
-    """What gives the bytes that a token writes inside a text."""
+    """Make what gives the bytes that a token writes inside texts."""
     kinds = repr(tokenizer.decoder)
     added = {token for token, one in tokenizer.get_added_tokens_decoder().items()}
     if "ByteLevel" in kinds:
@@ -117,7 +117,7 @@ def _by_decoding(tokenizer: Tokenizer, *, has_fallback: bool) -> Callable[[int, 
 
 @cache
 def _byte_level_values() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
+    """Map each character of byte-level vocabularies (GPT-2's) to its byte."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [value for value in range(256) if value not in shown]
     return {

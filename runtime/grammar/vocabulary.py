@@ -1,4 +1,7 @@
-"""A model's vocabulary as grammars see it: bytes of tokens, for the library and for forced text."""
+"""Shows grammars a model's vocabulary, as the bytes of its tokens.
+
+The library reads it, and forced text is written with it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Vocabulary:
         table: Bytes of each token.
         size: Rows of the model's head, V.
         mask_token_id: Token that no answer has.
-        library: What llguidance compiles grammars for.
+        library: Tokenizer that llguidance compiles grammars for.
         probes: Tokens of one byte each, of which any free text allows two.
 
     Raises:
@@ -50,17 +53,17 @@ class Vocabulary:
         self.probes = [single[text] for text in _PROBES if text in single]
 
     def read_mask(self, bitmask: bytes) -> NDArray[np.bool_]:
-        """The library's mask as ``(V,)``, of which the caller may change entries."""
+        """Read the library's mask as ``(V,)``; the caller may change it."""
         bits = np.unpackbits(np.frombuffer(bitmask, np.uint8), bitorder="little")
         return bits[: self.size].view(np.bool_)
 
     def common_beginning(self, bitmask: bytes, but: frozenset[int]) -> int | None:
-        """The token that all tokens of the library's mask begin with; None where there is none.
+        """Find the token that all tokens of the mask begin with.
 
-        So its bytes are forced.
+        So its bytes are forced. The result is None where there is no such token.
 
         Args:
-            bitmask: Library's mask.
+            bitmask: Mask of the library.
             but: Tokens of it that do not count.
         """
         words = np.frombuffer(bitmask, np.uint32)
@@ -78,7 +81,7 @@ class Vocabulary:
         return int(shortest) if is_common else None
 
     def tokenize(self, text: bytes, *, is_whole: bool) -> list[int]:
-        """The tokens of a forced text, as the tokenizer writes it.
+        """Tokenize a forced text, as the tokenizer writes it.
 
         Args:
             text: Bytes that are certain.
@@ -92,7 +95,10 @@ class Vocabulary:
         return tokens[: self._num_certain(tokens)]
 
     def _num_certain(self, tokens: list[int]) -> int:
-        """How many tokens stay, whatever follows: behind them no longer token can begin."""
+        """Count the tokens that stay, whatever follows.
+
+        Behind them no longer token can begin.
+        """
         tail, certain = b"", len(tokens)
         for number in range(len(tokens) - 1, -1, -1):
             tail = self.table.tokens[tokens[number]] + tail

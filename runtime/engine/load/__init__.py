@@ -1,1 +1,4 @@
-"""Modes by load: one plan for the rows of an engine, from a table of costs."""
+"""Chooses modes by load, from a table of costs.
+
+There is one plan for all rows of an engine.
+"""

@@ -1,4 +1,4 @@
-"""What the running rows could do together, and what each choice is expected to give."""
+"""Lists choices for the running rows, and predicts what each gives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AR_STEPS_IN_A_CYCLE = 2
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way for all rows that are not pinned.
+    """Describes one choice for all rows that are not pinned.
 
     Attributes:
         name: Name of the choice, the same whichever rows it is made for.
@@ -29,7 +29,7 @@ class Candidate:
     exceptions: Mapping[Hashable, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def length_of(self, row: RowState) -> int:
-        """Block length of a row; a pinned one keeps its own."""
+        """Return a row's block length; a pinned row keeps its own."""
         if row.is_pinned:
             return row.block_length
         return self.exceptions.get(row.key, self.block_length)
@@ -37,10 +37,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a candidate is expected to give.
+    """Tells what a candidate is expected to give.
 
     Attributes:
-        candidate: The choice.
+        candidate: Choice that it is about.
         tokens_per_ms: Tokens of use, of all rows together.
         round_ms: Milliseconds until each row has had a cycle.
         longest_ms: Milliseconds of its longest forward, which a prompt may have to wait for.
@@ -55,14 +55,15 @@ class Prospect:
 
 
 def uniform(lengths: Iterable[int]) -> Iterator[Candidate]:
-    """AR for all, and each block length for all."""
+    """Yield AR for all rows, and each block length for all."""
     for length in (AR_STEP, *lengths):
         yield Candidate(name_of(length), length)
 
 
 def splits(rows: Sequence[RowState], block_length: int) -> Iterator[Candidate]:
-    """The rows that expect least in AR, the others in blocks: up to the middle of the range, and
-    half of the rows.
+    """Yield splits: rows that expect least in AR, others in blocks.
+
+    In AR are the rows up to the middle of the range, or half of the rows.
     """
     free = [row for row in rows if not row.is_pinned]
     expected = {row.key: row.expected_tokens(block_length) for row in free}
@@ -79,15 +80,15 @@ def splits(rows: Sequence[RowState], block_length: int) -> Iterator[Candidate]:
 
 
 def name_of(block_length: int) -> str:
-    """How a block length is called in logs and metrics."""
+    """Return a block length's name in logs and metrics."""
     return "ar" if block_length == AR_STEP else f"linear_spec {block_length}"
 
 
 def judge(candidate: Candidate, rows: Sequence[RowState], table: CostTable) -> Prospect:
-    """Predict what a candidate gives: in a round each row has a cycle, or steps of AR.
+    """Predict what a candidate gives in a round.
 
-    Rows in diffusion and quadratic self-speculation are left out, since they take the same time
-    whatever the others do.
+    In a round each row has a cycle, or steps of AR. Rows in diffusion and quadratic
+    self-speculation are left out, since they take the same time whatever the others do.
     """
     groups: dict[int, list[RowState]] = {}
     for row in rows:
@@ -108,7 +109,7 @@ def judge(candidate: Candidate, rows: Sequence[RowState], table: CostTable) -> P
 
 
 def forward_times(table: CostTable, length: int, members: Sequence[RowState]) -> list[float]:
-    """Milliseconds of each forward of a group's cycle."""
+    """Predict the milliseconds of each forward of a group's cycle."""
     cached = max(row.cached_length for row in members)
     if length == AR_STEP:
         return [table.ms("ar", len(members), 1, cached)]

@@ -1,4 +1,6 @@
-"""Milliseconds of a forward by graph, rows, new tokens and cached tokens: measured, then learned.
+"""Predicts a forward's milliseconds from a table: measured, then learned.
+
+The table goes by graph, rows, new tokens and cached tokens.
 
 Between measured points the time follows the roofline that fits them; at the points it is what was
 measured. How far the two differ is interpolated, in powers of two, and held beyond the last point.
@@ -33,7 +35,7 @@ LEARNED_FORWARDS = 5
 
 
 class Cell(NamedTuple):
-    """A forward that was measured.
+    """Holds a forward that was measured.
 
     Attributes:
         rows: Texts in the forward.
@@ -78,7 +80,10 @@ class CostTable:
     def from_timings(
         cls, timings: Timings, *, use_drafter: bool, is_frozen: bool = False
     ) -> CostTable:
-        """Make the table from what ``trimode bench --batch`` stored, from its least times."""
+        """Make the table from what ``trimode bench --batch`` stored.
+
+        Of each forward, the least time counts.
+        """
         cells: dict[GraphName, list[Cell]] = {}
         for one in timings.forwards:
             if one.graph != "draft" or one.drafter == use_drafter:
@@ -88,7 +93,7 @@ class CostTable:
 
     @property
     def has_batches(self) -> bool:
-        """Whether AR was measured for one text and for several in a forward."""
+        """Whether AR forwards were measured for one text and for several."""
         return self._grids["ar"].num_row_counts > 1
 
     @property
@@ -101,7 +106,7 @@ class CostTable:
         return graph_name in self._grids
 
     def ms(self, graph_name: GraphName, rows: int, tokens: int, cached: int) -> float:
-        """Milliseconds that a forward is expected to take.
+        """Predict the milliseconds that a forward takes.
 
         Raises:
             UsageError: the graph was not measured.
@@ -112,14 +117,15 @@ class CostTable:
     def observe(
         self, graph_name: GraphName, rows: int, tokens: int, cached: int, ms: float
     ) -> float | None:
-        """Learn from a forward that took ``ms`` milliseconds, its host time included; every fifth
-        is enough.
+        """Learn from a forward that took ``ms`` milliseconds.
+
+        Its host time is included. Only every fifth forward is looked at, which is enough.
 
         Of forwards with more new tokens than were measured nothing is learned: how far a fit is
         off there says nothing of the forwards that it was made from.
 
         Returns:
-            Measured over stored milliseconds; None of a forward that was not looked at.
+            Measured over stored milliseconds; None for a forward that was not looked at.
         """
         self._num_forwards += 1
         if self._num_forwards % LEARNED_FORWARDS:
@@ -152,7 +158,10 @@ _SPECULATION: tuple[GraphName, GraphName] = ("draft", "verify")
 
 
 class _Place(NamedTuple):
-    """A cell of the table, by the place of its rows, tokens and cached tokens on their axes."""
+    """Names a cell of the table.
+
+    Its rows, tokens and cached tokens are given by their places on their axes.
+    """
 
     graph_name: GraphName
     rows: int
@@ -161,7 +170,10 @@ class _Place(NamedTuple):
 
 
 class _Grid:
-    """One graph's roofline, and measured over its milliseconds at each point of a grid."""
+    """Holds one graph's roofline, and how far measurements differ from it.
+
+    Measured over fitted milliseconds is kept for each point of a grid.
+    """
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         columns = np.array(cells, np.float64).T
@@ -171,7 +183,10 @@ class _Grid:
         self._ratios = self._filled(columns, self._roofline.ms(*columns[:3]))
 
     def _filled(self, columns: NDArray[np.float64], fitted: NDArray[np.float64]) -> _Numbers:
-        """Ratios at all points; one that was not measured has the mean of those that were."""
+        """Return measured over fitted milliseconds at all points.
+
+        A point that was not measured has the geometric mean of those that were.
+        """
         ratios = columns[3] / fitted
         filled = np.full([len(axis) for axis in self._axes], np.exp(np.log(ratios).mean()))
         places = tuple(
@@ -183,7 +198,7 @@ class _Grid:
 
     @property
     def num_row_counts(self) -> int:
-        """Numbers of texts in a forward that were measured."""
+        """Number of batch sizes that were measured."""
         return len(self._axes[0])
 
     @property
@@ -192,7 +207,7 @@ class _Grid:
         return float(self._axes[1][-1])
 
     def ms(self, at: Sequence[float]) -> float:
-        """Milliseconds of a forward of ``(rows, tokens, cached)``."""
+        """Predict the milliseconds of a forward of ``(rows, tokens, cached)``."""
         between = [_between(axis, value) for axis, value in zip(self._axes, at, strict=True)]
         ratio = sum(
             math.prod(share for _, share in corner)
@@ -202,7 +217,7 @@ class _Grid:
         return ratio * float(self._roofline.ms(*at))
 
     def nearest(self, at: Sequence[float]) -> tuple[int, int, int]:
-        """The point that weighs most there."""
+        """Find the point that weighs most at ``(rows, tokens, cached)``."""
         rows, tokens, cached = (
             max(_between(axis, value), key=lambda one: one[1])[0]
             for axis, value in zip(self._axes, at, strict=True)
@@ -214,7 +229,10 @@ _Numbers = NDArray[np.float64]
 
 
 def _between(axis: Sequence[float], value: float) -> tuple[tuple[int, float], ...]:
-    """Neighbouring places of a value on an axis with their shares, in powers of two."""
+    """Find a value's neighbouring places on an axis, with their shares.
+
+    Shares are linear in the logarithm to base two.
+    """
     right = bisect_right(axis, value)
     if right in (0, len(axis)):
         return ((max(right - 1, 0), 1.0),)

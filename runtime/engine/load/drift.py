@@ -1,4 +1,7 @@
-"""Tells when forwards take much longer than the table of timings says, for a minute."""
+"""Tells when forwards take much longer than the table says.
+
+They must have done so for a minute.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class DriftAlarm:
     """Warns once each time that the table has become wrong.
 
     Args:
-        clock: Gives the time in seconds.
+        clock: Function that gives the time in seconds.
 
     Attributes:
         count: Warnings so far.
@@ -39,8 +42,9 @@ class DriftAlarm:
 
     @property
     def ratio(self) -> float:
-        """Measured over stored milliseconds of late: the geometric mean, so that one forward that
-        stood still says little.
+        """Measured over stored milliseconds, of late.
+
+        It is the geometric mean, so that one forward that stood still says little.
         """
         return math.exp(self._log_ratio)
 

@@ -1,4 +1,7 @@
-"""What forwards really take, over what the table says: learned while an engine runs."""
+"""Learns how long forwards really take, over what the table says.
+
+It learns while an engine runs.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ LEAST_FACTOR, GREATEST_FACTOR = 0.5, 2.0
 
 
 class Corrections:
-    """Keeps measured over predicted milliseconds, for each cell of a table, each group of cells,
-    and for all.
+    """Keeps measured over predicted milliseconds, at three levels.
 
-    A cell leans on its group as far as it was not seen, and a group on all.
+    There is a ratio for each cell of a table, one for each group of cells, and one for all. A cell
+    leans on its group as far as it was not seen, and a group on all.
     """
 
     def __init__(self) -> None:
@@ -34,13 +37,16 @@ class Corrections:
         return self._all.leaning_on(1.0)
 
     def factor(self, group: Hashable, cell: Hashable) -> float:
-        """What to multiply a cell's milliseconds by, within 0.5 and 2."""
+        """Return the factor of a cell's milliseconds, within 0.5 and 2."""
         value = self._groups.get(group, _NOTHING).leaning_on(self.common)
         value = self._cells.get(cell, _NOTHING).leaning_on(value)
         return min(max(value, LEAST_FACTOR), GREATEST_FACTOR)
 
     def observe(self, group: Hashable, cell: Hashable, ratio: float) -> None:
-        """Take note of one forward: measured over predicted; what is out of range is clipped."""
+        """Take note of one forward: measured over predicted milliseconds.
+
+        A ratio that is out of range is clipped.
+        """
         ratio = min(max(ratio, LEAST_FACTOR), GREATEST_FACTOR)
         self._cells[cell] = self._cells.get(cell, _NOTHING).after(ratio)
         self._groups[group] = self._groups.get(group, _NOTHING).after(ratio)
@@ -48,7 +54,10 @@ class Corrections:
 
 
 class _Average(NamedTuple):
-    """A moving average: the weight of what was seen, and the weighted sum of it."""
+    """Holds a moving average.
+
+    It is the weight of what was seen, and the weighted sum of it.
+    """
 
     weight: float = 0.0
     total: float = 0.0

@@ -1,4 +1,6 @@
-"""The policy of modes by load: which plan gives most tokens a millisecond, and when to change it.
+"""Chooses the plan that gives most tokens a millisecond, by load.
+
+It also decides when the plan changes.
 
 The load decides more than the text. A forward of few rows waits for memory, so blocks are nearly
 free; with many rows it computes, and each drafted token has its price. As load rises the block
@@ -35,7 +37,7 @@ CHANGED_LOAD = 0.25
 FIRST_EVALUATIONS = 24
 """Evaluations that follow each other closely, since at first nothing is known of the texts."""
 SHORT_INTERVAL = 0.25
-"""Of the usual least interval, where evaluations follow each other closely."""
+"""Share of the usual least interval, where evaluations follow each other closely."""
 SPLIT_GAIN = 0.10
 """Gain over the best uniform choice from which on a split is considered. It rests on differences
 between rows, and those that look best are mostly not quite as good.
@@ -68,7 +70,7 @@ class LoadSettings:
 
 
 class Switch(NamedTuple):
-    """A change of plan, for logs and metrics.
+    """Records a change of plan, for logs and metrics.
 
     Attributes:
         at_ms: Time of the engine's clock.
@@ -77,7 +79,7 @@ class Switch(NamedTuple):
         num_rows: Running rows.
         num_queued: Requests that wait for a row.
         predicted_gain: Tokens a millisecond over those of the plan before, less 1.
-        reason: What has changed since the last switch.
+        reason: Change since the last switch, in words.
     """
 
     at_ms: float
@@ -96,9 +98,9 @@ class LoadPolicy:
 
     Args:
         table: Costs of the forwards; who runs them calls its ``observe``.
-        settings: How readily plans change.
+        settings: Settings of when plans change; None = the defaults.
         lengths: Block lengths to choose from; None = all that the table has.
-        is_prior_measured: Whether what rows expect at first was measured on such texts.
+        is_prior_measured: Whether the first expectations of rows were measured on such texts.
 
     Attributes:
         switches: The latest changes of plan.
@@ -149,7 +151,10 @@ class LoadPolicy:
         return self._with_probe(rows, current, now_ms)
 
     def _prospects(self, rows: Sequence[RowState], num_queued: int) -> list[Prospect]:
-        """All choices that keep the latency targets; where none does, all of them."""
+        """Return all choices that keep the latency targets.
+
+        Where none does, all are returned.
+        """
         found = [judge(one, rows, self._table) for one in uniform(self._lengths)]
         longer = max(found[1:], key=lambda one: one.tokens_per_ms, default=None)
         if longer is not None:
@@ -168,7 +173,7 @@ class LoadPolicy:
     def _current_prospect(
         self, rows: Sequence[RowState], prospects: Sequence[Prospect], now_ms: float
     ) -> Prospect:
-        """What the present plan gives now; the first plan is simply the best one.
+        """Judge the present plan; the first plan is the best one.
 
         Where nothing is known of the texts, it is the best one with blocks. In AR nothing would be
         learned, and a prior that is too low would keep it.
@@ -183,7 +188,7 @@ class LoadPolicy:
         return judge(self._current, rows, self._table)
 
     def _better(self, prospects: Sequence[Prospect], current: Prospect) -> Prospect | None:
-        """The best of the choices that have been better for long enough."""
+        """Find the best of the choices that have been better long enough."""
         least = (1 + self._settings.least_gain) * current.tokens_per_ms
         better = {one.candidate.name: one for one in prospects if one.tokens_per_ms >= least}
         self._held = {name: self._held.get(name, 0) + 1 for name in better}
@@ -231,7 +236,10 @@ class LoadPolicy:
         self._soonest_ms = now_ms + SHORT_INTERVAL * least_ms
 
     def _with_probe(self, rows: Sequence[RowState], current: Prospect, now_ms: float) -> ModePlan:
-        """The plan, for a moment with one row that drafts where all are in AR."""
+        """Return the plan, sometimes with one row that drafts.
+
+        Where all rows are in AR, one drafts for a moment.
+        """
         probe = self._prober.probe(current, rows, self._lengths, now_ms)
         if probe is None:
             return self._plan
@@ -241,7 +249,7 @@ class LoadPolicy:
 
 
 class _Load(NamedTuple):
-    """What a plan was made for."""
+    """Holds what a plan was made for."""
 
     num_rows: int
     cached: float
@@ -259,7 +267,7 @@ class _Load(NamedTuple):
         return _is_other(self.num_rows, before.num_rows)
 
     def reason_since(self, before: _Load) -> str:
-        """What differs most, in words that metrics can count."""
+        """Say what differs most, in words that metrics can count."""
         return next(self._changes(before), "timings")
 
     def _changes(self, before: _Load) -> Iterator[str]:

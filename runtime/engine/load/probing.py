@@ -1,4 +1,7 @@
-"""A draft now and then while all rows are in AR, so that better acceptance is noticed."""
+"""Drafts now and then while all rows are in AR.
+
+So better acceptance is noticed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ CYCLES_OF_PROBE = 2
 
 
 class Prober:
-    """Lets one row draft for a while, so seldom that it takes a given share of the time.
+    """Lets one row draft for a while, now and then.
+
+    It does so seldom enough to take a given share of the time.
 
     Args:
         table: Costs of the forwards.
@@ -28,10 +33,11 @@ class Prober:
     def probe(
         self, current: Prospect, rows: Sequence[RowState], lengths: Sequence[int], now_ms: float
     ) -> tuple[RowState, float] | None:
-        """The row that should draft now, and for how many milliseconds; mostly None.
+        """Choose the row that should draft now, and for how long.
 
-        It is the row that has most left. The shortest block costs least, and its slots are those
-        that every longer block begins with.
+        The result is mostly None; the time is in milliseconds. The row is the one that has most
+        left. The shortest block costs least, and its slots are those that every longer block begins
+        with.
         """
         chosen = current.candidate
         if chosen.block_length != AR_STEP or not lengths or not self._share:

@@ -1,4 +1,7 @@
-"""The shape of a forward's time: it waits for memory, or it computes, whichever takes longer."""
+"""Fits a forward's time: it waits for memory, or it computes.
+
+Whichever takes longer counts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ MOST_TURNS = 12
 
 @dataclass(frozen=True, slots=True)
 class Forwards:
-    """Holds forwards side by side, one array entry each; all arrays are ``(n,)``.
+    """Holds forwards side by side, in arrays ``(n,)``.
+
+    Each forward is one entry of every array.
 
     Attributes:
         rows: Texts in a forward.
@@ -43,7 +48,7 @@ class Roofline:
     compute: tuple[float, float, float]
 
     def ms(self, rows: Any, tokens: Any, cached: Any) -> Any:
-        """Milliseconds of forwards; numbers or arrays of one shape."""
+        """Predict the milliseconds of forwards; numbers or arrays of one shape."""
         new = rows * tokens
         memory = self.memory[0] + self.memory[1] * rows + self.memory[2] * rows * cached
         compute = self.compute[0] + self.compute[1] * new + self.compute[2] * new * cached
@@ -63,7 +68,10 @@ def fit_roofline(found: Forwards) -> Roofline:
 
 
 def _refined(is_memory: NDArray[np.bool_], found: Forwards) -> Roofline:
-    """Fit, and fit again as long as a forward turns out to be on the other side."""
+    """Fit until each forward turns out to be on its side.
+
+    There are :data:`MOST_TURNS` fits at most.
+    """
     new = found.rows * found.tokens
     memory = np.stack([np.ones_like(new), found.rows, found.rows * found.cached], 1)
     compute = np.stack([np.ones_like(new), new, new * found.cached], 1)
@@ -85,7 +93,10 @@ def _error(roofline: Roofline, found: Forwards) -> float:
 
 
 def _non_negative(terms: Numbers, ms: Numbers) -> tuple[float, float, float]:
-    """Least squares of relative errors; a term that would be negative is left out."""
+    """Fit by least squares of relative errors.
+
+    A term that would be negative is left out.
+    """
     solved = np.zeros(terms.shape[1])
     kept = _independent(terms) if len(ms) else []
     while kept:
@@ -99,7 +110,10 @@ def _non_negative(terms: Numbers, ms: Numbers) -> tuple[float, float, float]:
 
 
 def _independent(terms: Numbers) -> list[int]:
-    """Columns that are no multiple of an earlier one, as where all have as much cached."""
+    """Find the columns that are no combination of earlier ones.
+
+    Where all forwards have equally many cached tokens, one column is a multiple of another.
+    """
     kept: list[int] = []
     for column in range(terms.shape[1]):
         if len(terms) and np.linalg.matrix_rank(terms[:, [*kept, column]]) > len(kept):

@@ -1,4 +1,7 @@
-"""What each row has shown of its drafts, and what a row that has just come is expected to show."""
+"""Keeps what rows show of their drafts, for themselves and new rows.
+
+From it follows what a row that has just come is expected to show.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from trimode.runtime.auto.prior import AcceptanceHistory, Prior
 POOL_TOKENS = 3000.0
 """Tokens after which what the texts of one kind have shown together weighs 1/e."""
 ROW_TOKENS = 240.0
-"""The same of one text. Plans change seldom, so they should follow texts, not each stretch."""
+"""Tokens after which what one text has shown weighs 1/e.
+
+Plans change seldom, so they should follow texts, not each stretch.
+"""
 TOKENS_AT_ONCE = 48
 """Tokens that are forgotten in one go."""
 LEAST_WEIGHT = 4.0
@@ -25,13 +31,13 @@ LEAST_WEIGHT = 4.0
 
 
 class Pool:
-    """Acceptance of all texts of one kind of prompt, whichever row they were in.
+    """Keeps the acceptance of all texts of one kind of prompt.
 
-    It remembers while nothing is drafted: that AR is the better choice at high load says nothing of
-    how well drafts would do.
+    It does not matter which row a text was in. It remembers while nothing is drafted: that AR is
+    the better choice at high load says nothing of how well drafts would do.
 
     Args:
-        prior: What was expected before anything was seen.
+        prior: Acceptance that was expected before anything was seen.
     """
 
     def __init__(self, prior: Prior) -> None:
@@ -42,8 +48,10 @@ class Pool:
         self.version = 0
 
     def record(self, num_tried: int, num_accepted: int, first_slot: int) -> None:
-        """Take note of a cycle: drafts that were judged, those of them accepted, and the slot of
-        the longest block that its first one counts for.
+        """Take note of a cycle.
+
+        Of its drafts, ``num_tried`` were judged, and ``num_accepted`` of these accepted.
+        ``first_slot`` is the slot of the longest block that its first draft counts for.
         """
         self._acceptance.record(num_tried, num_accepted, first_slot=first_slot)
         self._passed += num_accepted + 1
@@ -53,7 +61,7 @@ class Pool:
             self.version += 1
 
     def prior(self) -> Prior:
-        """What is expected of a text of which nothing was seen yet."""
+        """Return what is expected of a text that has shown nothing yet."""
         if self._known is None:
             rejection = tuple(max(1 - rate, 0.0) for rate in self._acceptance.rates())
             weight = max(self.start.weight, LEAST_WEIGHT)
@@ -62,10 +70,12 @@ class Pool:
 
 
 class Pools:
-    """One pool for each kind of prompt that was measured, and one for all others.
+    """Keeps one pool for each kind of prompt that was measured.
+
+    One more pool is for all other prompts.
 
     Args:
-        history: What was measured beforehand.
+        history: Acceptance that was measured beforehand.
         longest: Slots of the longest block.
     """
 
@@ -74,7 +84,7 @@ class Pools:
         self._known: dict[str, Pool] = {}
 
     def of(self, prompt: Sequence[int]) -> Pool:
-        """The pool of a prompt, ``(n,)`` token ids."""
+        """Return the pool of a prompt, ``(n,)`` token ids."""
         kinds = tuple(self._history.kinds_of(prompt))
         name = kinds[-1].sha256 if kinds else ""
         if name not in self._known:
@@ -83,14 +93,15 @@ class Pools:
 
 
 class RowPolicy:
-    """Makes one row follow the plan of all, and notes what its drafts show.
+    """Makes one row follow the common plan, and notes what drafts show.
 
     It is the :class:`~trimode.runtime.auto.policy.Policy` of one text. The plan is read at the
     beginning of a cycle only.
 
     Args:
         pool: Acceptance of texts like this one.
-        length_of_plan: The block length that the plan has for this row, as of now.
+        length_of_plan: Function that gives the block length that the plan has for this row, as of
+            now.
     """
 
     def __init__(self, pool: Pool, length_of_plan: Callable[[], int]) -> None:
@@ -102,17 +113,23 @@ class RowPolicy:
         self._num_cycles = self._num_tokens = self._num_forgotten = self._first_slot = 0
 
     def choose(self, past: int, left: int) -> int:  # noqa: ARG002
-        """The plan's block length, or :data:`~trimode.runtime.auto.policy.AR_STEP`."""
+        """Return the plan's block length, or :data:`~trimode.runtime.auto.policy.AR_STEP`."""
         self.block_length = self._length_of_plan()
         return self.block_length
 
     def rows_to_verify(self, num_wanted: int, confidence: NDArray[Any] | None) -> int:  # noqa: ARG002
-        """The whole block: rows that verify as many tokens share a forward."""
+        """Return the length of the whole block.
+
+        Rows that verify as many tokens share a forward.
+        """
         self._num_tried = num_wanted - 1
         return self.block_length
 
     def record(self, num_tokens: int) -> None:
-        """Take note of a step; what lies beyond the end of the text was not rejected."""
+        """Take note of a step.
+
+        What lies beyond the end of the text was not rejected.
+        """
         self._num_tokens += num_tokens
         if self.block_length == AR_STEP:
             self._first_slot = 0
@@ -126,7 +143,7 @@ class RowPolicy:
             self._forget()
 
     def _slot_after(self, num_tokens: int) -> int:
-        """The slot that the next cycle begins at, seen as part of the longest block.
+        """Find the next cycle's first slot, as part of the longest block.
 
         After a rejection, or where that block is over, the next one begins.
         """
@@ -143,8 +160,9 @@ class RowPolicy:
 
     @property
     def likely(self) -> tuple[float, ...]:
-        """Probability that each token of a cycle comes, as in
-        :class:`~trimode.runtime.engine.load.state.RowState`.
+        """Probability that each token of a cycle comes.
+
+        It is as in :class:`~trimode.runtime.engine.load.state.RowState`.
         """
         version = self._num_cycles, self._num_tokens // 16 + self._pool.version
         if self._likely is None or self._likely[0] != version:
@@ -155,17 +173,20 @@ class RowPolicy:
         return self._likely[1]
 
     def _forget(self) -> None:
-        """Let what was seen weigh less; tokens of AR show nothing, but the text has moved on."""
+        """Let what was seen weigh less.
+
+        Tokens of AR show nothing, but the text has moved on.
+        """
         passed = self._num_tokens - self._num_forgotten
         self._acceptance.forget(passed * MEMORY_TOKENS / ROW_TOKENS)
         self._num_forgotten = self._num_tokens
 
 
 MakeRowPolicy = Callable[[Sequence[int], Callable[[], int]], RowPolicy]
-"""From a prompt, and from what gives the block length that the plan has for the row."""
+"""Makes a policy from a prompt, and from what gives the plan's block length for the row."""
 
 
 def unmeasured_rows() -> MakeRowPolicy:
-    """Make policies of rows of whose texts nothing was measured beforehand."""
+    """Make policies of rows whose texts were not measured beforehand."""
     pools = Pools(AcceptanceHistory(), MAX_BLOCK_LENGTH)
     return lambda prompt, length_of_plan: RowPolicy(pools.of(prompt), length_of_plan)

@@ -1,4 +1,4 @@
-"""Makes what an engine needs for modes by load, from a table of timings."""
+"""Makes what modes by load need, from a table of timings."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LoadModes:
     """Holds the parts of modes by load that share a table.
 
     Attributes:
-        policy: Plans for the running rows.
+        policy: Policy that plans for the running rows.
         table: Costs of the forwards.
-        pools: What texts have shown, by kind of prompt.
-        alarm: Warns when the table has become wrong.
+        pools: Pools of what texts have shown, by kind of prompt.
+        alarm: Alarm that warns when the table has become wrong.
     """
 
     policy: LoadPolicy
@@ -44,7 +44,10 @@ class LoadModes:
             self.alarm.note(ratio)
 
     def row(self, prompt: Sequence[int], length_of_plan: Callable[[], int]) -> RowPolicy:
-        """The policy of a row that follows the plan, after a prompt of token ids ``(n,)``."""
+        """Make the policy of a row that follows the plan.
+
+        Its prompt is token ids ``(n,)``.
+        """
         return RowPolicy(self.pools.of(prompt), length_of_plan)
 
 
@@ -59,14 +62,15 @@ def load_modes(
     """Make modes by load.
 
     Args:
-        timings: What ``trimode bench --batch`` has measured.
+        timings: Timings that ``trimode bench --batch`` has measured.
         use_drafter: Whether drafts are made with the adapter.
-        takes_length: Whether the graphs take a block of a length.
-        settings: How readily plans change.
+        takes_length: Function that says whether the graphs take a block of a length.
+        settings: Settings of when plans change; None = the defaults.
         is_frozen: Whether the table stays as it was measured.
 
     Returns:
-        None where the table says nothing of several texts in a forward; the log says so.
+        Parts of modes by load; None where the table says nothing of several texts in a forward.
+            The log says so.
     """
     table = CostTable.from_timings(timings, use_drafter=use_drafter, is_frozen=is_frozen)
     if not table.has_batches:

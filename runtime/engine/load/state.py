@@ -1,4 +1,4 @@
-"""What a mode policy sees of the running rows, and what it answers."""
+"""Defines what a mode policy sees of rows, and what it answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RowState:
     priority: int = 0
 
     def expected_tokens(self, block_length: int) -> float:
-        """Tokens of use that a cycle of this length is expected to give, on the average.
+        """Predict the average tokens of use of a cycle of this length.
 
         Shorter blocks do not begin where longer ones do: what one long cycle gives takes several
         of them. The longest gives ``sum(likely)`` tokens. A cycle of length ``L`` is needed for
@@ -49,7 +49,7 @@ class RowState:
 
 @dataclass(frozen=True, slots=True)
 class ModePlan:
-    """Says how the rows go on, each from the end of its cycle.
+    """Says how the rows go on, each from its cycle's end.
 
     Attributes:
         block_length: Block length of all rows that are not pinned; 1 stands for AR.
@@ -66,7 +66,10 @@ class ModePlan:
     tokens_per_ms: float = 0.0
 
     def length_of(self, key: Hashable) -> int:
-        """Block length of a row that is not pinned; one that joined later has the common one."""
+        """Return the block length of a row that is not pinned.
+
+        A row that joined later has the common one.
+        """
         return self.exceptions.get(key, self.block_length)
 
 
@@ -78,11 +81,14 @@ class ModePolicy(Protocol):
     """
 
     def is_due(self, num_rows: int, now_ms: float) -> bool:
-        """Whether the plan should be looked at again. Cheap: it is asked before each step."""
+        """Whether the plan should be looked at again.
+
+        It must be cheap: it is asked before each step.
+        """
         ...
 
     def plan(self, rows: Sequence[RowState], now_ms: float, *, num_queued: int = 0) -> ModePlan:
-        """The plan from now on, mostly the one before.
+        """Return the plan from now on, mostly the one before.
 
         Args:
             rows: Running rows, pinned ones too, that have read their prompts.
@@ -94,7 +100,7 @@ class ModePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedModePolicy:
-    """The same plan always.
+    """Gives the same plan always.
 
     Attributes:
         block_length: Block length of all rows; 1 stands for AR.
@@ -103,7 +109,7 @@ class FixedModePolicy:
     block_length: int = AR_STEP
 
     def is_due(self, num_rows: int, now_ms: float) -> bool:  # noqa: ARG002
-        """Never: nothing changes."""
+        """Return False: nothing changes."""
         return False
 
     def plan(
@@ -113,5 +119,5 @@ class FixedModePolicy:
         *,
         num_queued: int = 0,  # noqa: ARG002
     ) -> ModePlan:
-        """The one plan."""
+        """Return the one plan."""
         return ModePlan(self.block_length, reason="fixed")

@@ -1,4 +1,7 @@
-"""How long rows wait for others that are a forward or two behind, so that they run together."""
+"""Decides how long rows wait for others, to run together.
+
+The others are a forward or two behind.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class ReadyRows:
     cached: int
 
     def ms(self, table: CostTable, more_rows: int = 0) -> float:
-        """Milliseconds of their forward, with more such rows in it."""
+        """Predict their forward's milliseconds, with more such rows in it."""
         return table.ms(self.graph_name, self.rows + more_rows, self.tokens, self.cached)
 
 
@@ -55,7 +58,9 @@ class ComingRows:
 def steps_to_wait(
     ready: ReadyRows, coming: ComingRows, table: CostTable, *, most_ms: float = float("inf")
 ) -> int:
-    """Steps that ready rows should wait for coming ones; 0 where waiting does not pay.
+    """Count the steps that ready rows should wait for coming ones.
+
+    The count is 0 where waiting does not pay.
 
     Waiting pays only where a joint forward takes much less time than two: else it changes nothing
     but the order. It holds up the ready rows for ``coming.ms``. Not waiting holds up the coming
@@ -86,7 +91,9 @@ def first_to_run(
     *,
     most_ms: float = float("inf"),
 ) -> int | None:
-    """The group that should run before ready rows do, so that it can join them.
+    """Choose the group that should run before ready rows do.
+
+    It can then join them.
 
     Args:
         ready: Rows whose forward was chosen.
@@ -95,8 +102,8 @@ def first_to_run(
         most_ms: Most milliseconds to wait.
 
     Returns:
-        An index into ``others``: of those worth waiting for the one that takes least; None where
-        none is.
+        Index into ``others``: of those worth waiting for the one that takes least; None where none
+            is.
     """
     best, least = None, float("inf")
     for index, other in enumerate(others):
