@@ -33,7 +33,10 @@ class FileNames:
         return f"{graph_name}{self.suffix}.onnx"
 
     def cpu_graph(self, graph_name: GraphName) -> str:
-        """A graph for the CPU; it lies beside the packs, whose data it reads."""
+        """Return the name of a graph for the CPU.
+
+        It lies beside the packs, whose data it reads.
+        """
         return f"{graph_name}{self.suffix}.cpu.onnx"
 
     def target(self, name: str) -> str:

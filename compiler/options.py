@@ -123,8 +123,9 @@ class BuildOptions:
             )
 
     def _check_capacities(self) -> None:
-        """Refuse what no model would suit; :mod:`trimode.compiler.tensorrt.capacities` has the
-        rest.
+        """Refuse capacities that suit no model.
+
+        :mod:`trimode.compiler.tensorrt.capacities` checks the rest.
         """
         if self.capacities is None:
             return

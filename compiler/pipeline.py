@@ -113,7 +113,9 @@ def build_bundle(
     options: BuildOptions | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Build a bundle, or add a precision, targets or a learned sampler to one.
+    """Build a bundle, or add to one.
+
+    A precision, targets or a learned sampler can be added.
 
     Args:
         checkpoint: Folder of a Hugging Face checkpoint.

@@ -207,7 +207,7 @@ def plan_target(
 
 
 def _joined(graphs: dict[GraphName, EngineRecord], file: str) -> dict[GraphName, EngineRecord]:
-    """Make one engine of the three graphs: the profiles of ``ar``, then those of both others."""
+    """Join three graphs in one engine: ``ar``'s profiles, then the others'."""
     first = {"ar": 0, "draft": len(graphs["ar"].profiles), "verify": len(graphs["ar"].profiles)}
     return {
         graph_name: EngineRecord(
@@ -222,7 +222,10 @@ def _joined(graphs: dict[GraphName, EngineRecord], file: str) -> dict[GraphName,
 def _widens_int8(
     precision: Precision, quantization: Quantization | None, base: Manifest | None
 ) -> bool:
-    """Whether int8 weights meet inputs in high precision: those that are rounded without data."""
+    """Tell whether int8 weights meet inputs in high precision.
+
+    That is so where the weights are rounded without data.
+    """
     if precision != "int8":
         return False
     if quantization is not None:

@@ -33,13 +33,15 @@ ADAPTER_HINT = (
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Holds the fields that decide what the branch computes; names as in the file.
+    """Holds the fields that decide what the branch computes.
+
+    Names are as in the file.
 
     Attributes:
-        target_modules: names or their ends, or one regular expression; likewise
+        target_modules: Names or their ends, or one regular expression; likewise
         ``exclude_modules``.
-        layers_to_transform: None = every layer.
-        layers_pattern: regular expressions of what stands before the layer's number; none =
+        layers_to_transform: Numbers of layers; None = every layer.
+        layers_pattern: Regular expressions of what stands before the layer's number; none =
             anything.
     """
 
@@ -74,7 +76,7 @@ class AdapterConfig:
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
 
     def alpha(self, module: str) -> float:
-        """Give the alpha of a module's branch, as it is without rank stabilization.
+        """Return the alpha of a module's branch, without rank stabilization.
 
         The scale is alpha / rank.
         """

@@ -79,8 +79,8 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     """Open a checkpoint folder without reading any weight.
 
     Args:
-        path: the folder.
-        adapter: folder of a drafter adapter that takes the place of the checkpoint's own; None =
+        path: The folder.
+        adapter: Folder of a drafter adapter that takes the place of the checkpoint's own; None =
             its own, where it has one.
 
     Raises:

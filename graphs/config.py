@@ -28,7 +28,10 @@ _PUBLISHED = "check config.json against the one that was published"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Holds the fields that decide what the graphs compute; names as in the file."""
+    """Holds the fields that decide what the graphs compute.
+
+    Names are as in the file.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -86,9 +89,9 @@ def parse_config(
     """Turn the contents of ``config.json`` into a :class:`ModelConfig`.
 
     Args:
-        values: the object; missing fields take the family's defaults.
-        where: the file, for messages.
-        generation: the contents of the ``generation_config.json`` beside it.
+        values: The object; missing fields take the family's defaults.
+        where: The file, for messages.
+        generation: Contents of the ``generation_config.json`` beside it.
 
     Raises:
         CheckpointError: see :func:`load_config`.

@@ -1,6 +1,7 @@
-"""Identifies a checkpoint by digests of its bytes, and by a stamp of its files.
+"""Identifies a checkpoint by digests and a stamp.
 
-The stamp tells without reading them that nothing was touched.
+The digests are of its bytes, the stamp of its files. The stamp tells without reading them that
+nothing was touched.
 
 There are two digests. That of the *whole* covers the drafter's adapter and says what a bundle was
 built from. That of the *base* leaves the adapter out: scales of quantized weights, and adapters,

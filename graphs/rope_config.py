@@ -1,4 +1,4 @@
-"""Reads the rope fields of ``config.json``, in each of the ways in which transformers writes them.
+"""Reads the rope fields of ``config.json``, however transformers wrote them.
 
 Newer files have ``rope_parameters``, flat or nested by layer type; older ones ``rope_scaling``
 beside a top-level ``rope_theta``. A file may have both, mirrored. Where two places disagree, the
@@ -39,15 +39,15 @@ class RopeConfig:
 
     Attributes:
         rope_type: ``default`` or ``yarn``.
-        theta: base of the geometric series of wavelengths.
+        theta: Base of the geometric series of wavelengths.
         factor: YaRN interpolation factor; below 1 it extrapolates (inverse frequencies are
         multiplied).
-        original_max_position_embeddings: length in tokens before scaling.
-        beta_fast, beta_slow: rotations over the original length at which the ramp begins and ends.
-        attention_factor: multiplier of cos and sin; None = derived from ``mscale`` and
+        original_max_position_embeddings: Length in tokens before scaling.
+        beta_fast, beta_slow: Rotations over the original length at which the ramp begins and ends.
+        attention_factor: Multiplier of cos and sin; None = derived from ``mscale`` and
         ``mscale_all_dim``.
-        mscale, mscale_all_dim: see :func:`trimode.graphs.decoder.rope.attention_factor`.
-        truncate: whether the ramp's ends are rounded to whole frequency indices.
+        mscale, mscale_all_dim: Inputs of :func:`trimode.graphs.decoder.rope.attention_factor`.
+        truncate: Whether the ramp's ends are rounded to whole frequency indices.
         query_scale_beta: ``q *= 1 + beta * ln(1 + floor(position / original))``; None = no scale.
     """
 
@@ -116,7 +116,10 @@ def _parse_yarn(fields: Fields, theta: float, original: int, beta: float | None)
 
 
 def _rope_object(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """The object with the rope fields and its name; empty where the file has none."""
+    """Return the object with the rope fields, and its name.
+
+    The object is empty where the file has none.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = values.get(name)
@@ -151,7 +154,10 @@ def _untyped(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The fields of the one type of attention there is, where they are nested by type."""
+    """Return the rope fields of the one type of attention.
+
+    They may be nested by type.
+    """
     nested = {key: value for key, value in raw.items() if _is_layer_type(key, value)}
     if not nested:
         return dict(raw)

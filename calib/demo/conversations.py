@@ -20,7 +20,10 @@ from trimode.formats.files import replace_text
 
 
 class Size(NamedTuple):
-    """Says how many conversations of each category a file has, of how many turns."""
+    """Gives the size of a file, in conversations and turns.
+
+    ``num_conversations`` counts those of each category.
+    """
 
     num_conversations: int
     num_turns: int
@@ -32,7 +35,10 @@ FILES = {"single_turn.jsonl": Size(12, 1, 11), "multi_turn.jsonl": Size(4, 3, 12
 
 
 def conversations(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the lines of one of :data:`FILES`; no question comes twice in a category."""
+    """Yield the lines of one of :data:`FILES`.
+
+    No question comes twice in a category.
+    """
     size = FILES[name]
     prefix = name.split("_", maxsplit=1)[0]
     for category in FAMILIES:

@@ -105,7 +105,7 @@ def loss_of(
         texts: Texts for next-token prediction, in a forward of their own; None = ``chats``, in the
             same one.
         diffusion_weight: Weight of the noisy half.
-        see: Called with the logits ``(B, W, V)`` of the noisy half.
+        see: Function that is given the logits ``(B, W, V)`` of the noisy half.
     """
     device = device_of(trunk)
     noisy, chats, mask = noisy.to(device), chats.to(device), mask.to(device)

@@ -29,7 +29,7 @@ def measure(
         model: Facts that decoding needs.
         written: Prompts with the autoregressive answers.
         options: Block length, use of the adapter, and the limit that the answers were written with.
-        advance: Called with 1 after each prompt.
+        advance: Function that is called with 1 after each prompt.
     """
     counters, num_tokens, num_unlike = Counters(), 0, 0
     for one in written:

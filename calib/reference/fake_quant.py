@@ -150,7 +150,9 @@ class QuantizedLowRankLinear(LowRankLinear):
 
 
 def int8_steps(x: Tensor, block_size: int | None) -> tuple[Tensor, Tensor]:
-    """Divide each block of ``x (..., in)`` by the scale that its largest magnitude asks for.
+    """Divide each block of ``x (..., in)`` by its own scale.
+
+    The largest magnitude in the block decides the scale.
 
     Returns:
         Steps from -127 to 127, ``(..., in / block_size, block_size)``, and scales, ``(..., in /

@@ -108,8 +108,8 @@ def measure_texts(
         max_new_tokens: Longest answer, in tokens.
         target: Kind of text that counts as the target.
         scorer: Scorer of the slots.
-        is_right: Tells whether an answer to a prompt is right; None if that is not known.
-        advance: Called with 1 after each prompt.
+        is_right: Function that judges an answer to a prompt; None if that is not known.
+        advance: Function that is called with 1 after each prompt.
     """
     counts = [_Count(*policy) for policy in _POLICIES]
     num_known = 0

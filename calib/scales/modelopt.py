@@ -72,7 +72,7 @@ def run_modelopt(
             same objects.
         block_size: Inputs that share a scale, for int4.
         settings: Precision and its granularity.
-        forward_loop: Runs all data through the model; AWQ calls it twice.
+        forward_loop: Function that runs all data through the model; AWQ calls it twice.
 
     Raises:
         BuildError: ModelOpt gives up.

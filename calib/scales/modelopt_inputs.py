@@ -46,7 +46,7 @@ def find_scales(
         weights: Weights ``(out, in)`` in float32, by layer; SmoothQuant and AWQ leave them divided
             by ``pre_quant_scale``.
         statistics: Statistics of the layers' inputs.
-        inputs: Runs all forwards again.
+        inputs: Function that runs all forwards again.
         block_size: Inputs that share a scale, for int4.
         settings: Precision and its granularity.
 

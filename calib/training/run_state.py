@@ -134,8 +134,8 @@ def write_missing(
         state: State of the run. It is saved at the end, since an interrupt before the first step of
             the training must not cost what was written.
         texts: Texts in the order of the entries.
-        write: Returns the entry of a text, from its number and the text.
-        advance: Called after each entry, and at once for those that are there.
+        write: Function that makes the entry of a text, from its number and the text.
+        advance: Function that is called after each entry, and at once for those there.
     """
     first = len(state.written)
     advance(first)

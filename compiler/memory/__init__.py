@@ -1,1 +1,1 @@
-"""Says what a GPU will hold of a checkpoint, before anything is built."""
+"""Predicts what a GPU will hold of a checkpoint before a build."""

@@ -16,10 +16,11 @@ from trimode.graphs.numerics.scales import HEAD, LayerScales, linear_layers
 
 
 def plan_uncalibrated(checkpoint: Checkpoint, options: BuildOptions) -> BuildPlan:
-    """Plan a build; where a calibration is missing, take all linear layers but the head.
+    """Plan a build, and assume a calibration where there is none.
 
-    That is what a calibration quantizes unless it is told otherwise. Rounding to nearest stands
-    for it; for fp8, one scale a tensor for weights and inputs.
+    Then all linear layers but the head are quantized. That is what a calibration quantizes unless
+    it is told otherwise. Rounding to nearest stands for it; for fp8, one scale a tensor for weights
+    and inputs.
 
     Raises:
         UsageError: an option is out of range, or a target cannot run the precision.

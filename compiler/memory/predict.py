@@ -1,7 +1,8 @@
-"""Predicts what each GPU will hold, and how far text and batch could grow.
+"""Predicts what each GPU will hold, and what fits at most.
 
-Engines of the first layers are compiled: as asked, with a layer more, with shorter texts, and with
-more sequences. Their sizes grow evenly with each. All else follows from the checkpoint's header.
+That is how far text and batch could grow. Engines of the first layers are compiled: as asked, with
+a layer more, with shorter texts, and with more sequences. Their sizes grow evenly with each. All
+else follows from the checkpoint's header.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ def _check_target(target: Target) -> None:
 
 
 class _Shapes:
-    """Compiles shallow engines: as asked, with a layer more, shorter texts, or more sequences.
+    """Compiles shallow engines of different sizes when they are first needed.
 
-    Each is compiled when it is first needed: where a GPU's memory is not known, nobody asks how far
-    text and batch could grow.
+    The sizes: as asked, with a layer more, with shorter texts, or with more sequences. Where a
+    GPU's memory is not known, nobody asks how far text and batch could grow.
     """
 
     def __init__(self, plan: BuildPlan, cache: ContentCache | None, progress: Progress) -> None:
@@ -205,7 +206,10 @@ def _predict(plan: BuildPlan, name: str, shapes: _Shapes) -> TargetMemory:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 0 to ``most`` that fits, where each below it does, too."""
+    """Return the largest number from 0 to ``most`` that fits.
+
+    Each number below it has to fit, too.
+    """
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -236,7 +240,7 @@ class _Room:
         return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
 
     def use(self, length: int, batch: int) -> MemoryUse:
-        """Bytes with texts of so many tokens, and so many of them side by side."""
+        """Return the bytes for ``batch`` texts of ``length`` tokens side by side."""
         if length < 2 or batch < 1:  # no text is shorter
             return MemoryUse(self._weights, self._constants, 0, 0, 0)
         plan = with_sizes(self._plan, length, batch)
@@ -259,7 +263,10 @@ class _Room:
 
 
 def _forwards(name: str, shapes: _Shapes, num_layers: int) -> Iterator[ForwardCost]:
-    """Each profile's forward; the bytes of a layer are those that one more adds."""
+    """Yield the cost of each profile's forward.
+
+    The bytes of a layer are those that one layer more adds.
+    """
     asked, deeper = shapes.asked.records[name], shapes.deeper.records[name]
     bandwidth = find_target(name).bandwidth_gb_s
     for graph, engine in asked.graphs.items():

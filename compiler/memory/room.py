@@ -15,7 +15,10 @@ _NARROWER = ("int4", "nvfp4", "fp8", "int8")
 
 
 def memory_of(target: Target, gpu_memory_gb: float | None) -> int | None:
-    """Memory of a target's GPU in bytes; None where the target names no GPU."""
+    """Return the bytes of a GPU's memory; None without a GPU.
+
+    ``gpu_memory_gb`` takes the place of what is known of the target.
+    """
     found = gpu_memory_gb or target.memory_gb
     return None if found is None else round(found * 1e9)
 

@@ -1,8 +1,8 @@
-"""Compiles the engines of a checkpoint's first layers, to learn what all layers would take.
+"""Compiles the engines of a checkpoint's first layers.
 
-Layers are alike, so engines grow by the same amount with each. The weights are not read. Their
-pack is a sparse file of zeros, with scales of one. What engines hold themselves is drawn at random,
-since TensorRT-RTX keeps equal weights once.
+They tell what all layers would take. Layers are alike, so engines grow by the same amount with
+each. The weights are not read. Their pack is a sparse file of zeros, with scales of one. What
+engines hold themselves is drawn at random, since TensorRT-RTX keeps equal weights once.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def compile_shallow(
 
 
 def write_empty_pack(layout: PackLayout, path: Path, drawn: Container[str] = ()) -> None:
-    """Write a pack whose weights are zeros, as a sparse file, and whose scales are one.
+    """Write a sparse pack: weights are zeros, and scales are ones.
 
     Args:
         layout: Layout of the pack.

@@ -38,7 +38,9 @@ class MemoryUse:
 
 
 def fixed_use(model: ModelInfo, record: TargetRecord, batch: int) -> tuple[int, int]:
-    """Bytes of inputs and outputs, and of keys and values, which follow from the plan alone.
+    """Return the bytes of inputs and outputs, and of the cache.
+
+    Both follow from the plan alone. The cache holds keys and values.
 
     Args:
         model: Facts of the model.
@@ -57,7 +59,10 @@ def fixed_use(model: ModelInfo, record: TargetRecord, batch: int) -> tuple[int, 
 
 
 def scratch_of(record: TargetRecord) -> int:
-    """Bytes of temporaries by the engines' plans; each engine has a place of its own."""
+    """Return the bytes of temporaries, by the engines' plans.
+
+    Each engine has a place of its own.
+    """
     largest: dict[str, int] = {}
     for engine in record.graphs.values():
         most = max((plan.scratch for plan in engine.plans), default=0)

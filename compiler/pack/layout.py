@@ -182,7 +182,10 @@ def _stream(
 
 
 def _stored(dtype: DType, name: str, entry: TensorEntry, read: Read) -> Iterator[bytes]:
-    """Yield a tensor's bytes in the pack's type, reading as late as possible."""
+    """Yield a tensor's bytes in the pack's type.
+
+    Nothing is read before the first of them is asked for.
+    """
     yield from stored_as(dtype, name, entry, read(name))
 
 

@@ -74,7 +74,7 @@ class ComputeType(ir.passes.InPlacePass):
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield every value of a graph: inputs, weights and what its nodes give."""
+    """Yield every value of a graph: inputs, weights, outputs of nodes."""
     yield from model.graph.inputs
     yield from model.graph.initializers.values()
     for node in model.graph:

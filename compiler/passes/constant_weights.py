@@ -1,4 +1,4 @@
-"""Says which weights and scales an engine of TensorRT-RTX has to hold itself.
+"""Lists the weights and scales that an engine of TensorRT-RTX holds.
 
 TensorRT-RTX 1.7 reads these weights once, as they lie, only if it knows them when it compiles. As
 inputs it transposes or expands them in every forward:
@@ -36,7 +36,10 @@ def constant_weights(pack: Mapping[str, Stored]) -> tuple[str, ...]:
 
 
 def _is_fused(weight: Stored, has_input_scale: bool) -> bool:
-    """Whether the product with a weight in high precision widens it on the way."""
+    """Tell whether one kernel widens a weight and multiplies by it.
+
+    The other factor is in high precision.
+    """
     return weight.dtype == "int4" or (weight.dtype == "int8" and not has_input_scale)
 
 

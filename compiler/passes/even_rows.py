@@ -1,4 +1,4 @@
-"""Gives the products of a graph an even number of rows, on a CPU.
+"""Gives products on a CPU an even number of rows.
 
 ONNX Runtime multiplies two rows at a time with int4 weights in long blocks, and a single row by
 another routine, which rounds otherwise. With an even number what a row gets does not depend on how
@@ -22,7 +22,10 @@ _INT64 = ir.DataType.INT64
 
 
 class EvenRows(ir.passes.InPlacePass):
-    """Lengthens matrices that layers compute with by a row, where their rows are odd in number."""
+    """Adds a row to matrices that have an odd number of rows.
+
+    These are the matrices that layers compute with.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lengthen what becomes a matrix, and shorten what ceases to be one."""
@@ -44,7 +47,7 @@ class EvenRows(ir.passes.InPlacePass):
 
 
 class _Counts:
-    """Knows the number of rows, and how many are to be added to it."""
+    """Holds the number of rows, and how many to add."""
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         self.rows, self.odd = _count(Nodes(graph, _next(graph, first)), first.outputs[0], "even")
@@ -57,7 +60,10 @@ class _Counts:
 
 
 def _count(nodes: Nodes, matrix: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-    """Number of rows, and what is left of it when divided by two; int64 ``(1,)`` each."""
+    """Return a matrix's number of rows, and that number modulo two.
+
+    Both are int64 ``(1,)``.
+    """
     ends = {"start": 0, "end": 1}
     rows = nodes.add("Shape", [matrix], f"{name}_rows", _INT64, ir.Shape([1]), ends)
     return rows, nodes.add("Mod", [rows, nodes.shape(2)], f"{name}_odd", _INT64, ir.Shape([1]))
@@ -69,14 +75,14 @@ def _rows_of(nodes: Nodes, matrix: ir.Value, end: ir.Value, name: str) -> ir.Val
 
 
 def _longer(nodes: Nodes, matrix: ir.Value, odd: ir.Value, name: str) -> ir.Value:
-    """The matrix and, where its rows are odd in number, its first row."""
+    """Return the matrix, plus its first row where ``odd`` is 1."""
     assert matrix.dtype is not None
     more = _rows_of(nodes, matrix, odd, f"{name}_row")
     return nodes.add("Concat", [matrix, more], name, matrix.dtype, attributes={"axis": 0})
 
 
 def _lengthen(graph: ir.Graph, node: ir.Node, counts: _Counts, number: int) -> None:
-    """Let all that reads this matrix read one with an even number of rows."""
+    """Give a matrix's readers one with an even number of rows."""
     matrix = node.outputs[0]
     known = {counts.rows.producer()}
     readers = [use for use in matrix.uses() if use.node not in known]
@@ -135,7 +141,10 @@ def _is_float(node: ir.Node) -> bool:
 
 
 def _weight_of(node: ir.Node) -> tuple[str | None, ...]:
-    """Names of a product's second factor and of what it is widened from."""
+    """Return the names of a product's weight and of its source.
+
+    The weight is the second factor. Its source is what it is widened from.
+    """
     weight = node.inputs[1] if node.op_type == "Gemm" else None
     producer = weight.producer() if weight is not None else None
     source = producer.inputs[0] if producer is not None else None
@@ -153,7 +162,7 @@ def _depends_on_rows(node: ir.Node) -> bool:
 
 
 def _forget_rows(graph: ir.Graph) -> None:
-    """Take back what was known about the number of rows where there may be one more.
+    """Forget the number of rows wherever a row may be added.
 
     ONNX Runtime puts tensors of one shape in one place.
     """

@@ -90,9 +90,10 @@ def _sizes(graph: ir.Graph, nodes: Nodes) -> tuple[ir.Value, ir.Value, ir.Value]
 def _indices(
     nodes: Nodes, length: ir.Value, sizes: tuple[ir.Value, ir.Value, ir.Value]
 ) -> ir.Value:
-    """Rows of the flat hidden states ``(batch * rows, n)`` that the head sees, ``(batch * m,)``.
+    """Return the rows of the hidden states that the head sees.
 
-    Of a sequence they begin at ``max(input_length - m, 0)``.
+    They are ``(batch * m,)``, of the flat hidden states ``(batch * rows, n)``. Those of a sequence
+    begin at ``max(input_length - m, 0)``.
     """
     zero, one = (nodes.constant(f"window.{n}", np.array(n)) for n in (0, 1))
 

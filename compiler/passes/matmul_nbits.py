@@ -45,7 +45,10 @@ class MultiplyInt4(ir.passes.InPlacePass):
         self.accuracy_level = accuracy_level
 
     def requires(self, model: ir.Model) -> None:
-        """Each such node gives the second factor of one product, as ``(out, in)``."""
+        """Check that each such node feeds one product, as ``(out, in)``.
+
+        It is the second factor.
+        """
         for widen in _widened_weights(model):
             uses = list(widen.outputs[0].uses())
             if (
@@ -82,7 +85,10 @@ class MultiplyInt4(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"{weight.name} is still dequantized")
 
     def _replace(self, graph: ir.Graph, weight: ir.Value, widens: list[ir.Node]) -> None:
-        """Replace what dequantizes a weight, in the graph's order, and the products of that."""
+        """Replace the products with one weight, and what dequantizes it.
+
+        Nodes are taken in the graph's order.
+        """
         assert weight.shape is not None
         (rows, columns), block = weight.shape.numpy(), widens[0].attributes.get_int("block_size")
         assert isinstance(block, int)
@@ -124,7 +130,10 @@ class MultiplyInt4(ir.passes.InPlacePass):
 def _widened_weights(
     model: ir.Model, types: tuple[ir.DataType, ...] = (ir.DataType.INT4,)
 ) -> list[ir.Node]:
-    """The nodes that dequantize weights which the operator could read, in the graph's order."""
+    """Return the nodes that dequantize weights that the operator can read.
+
+    They are in the graph's order.
+    """
     return [
         node
         for node in model.graph

@@ -11,14 +11,15 @@ _NARROW = (IR_DTYPES["float16"], IR_DTYPES["bfloat16"])
 
 
 class NarrowLogits(ir.passes.InPlacePass):
-    """Returns logits that are widened for the output alone as they were before.
+    """Returns logits in the type that they had before widening.
 
-    Only what samples reads them, and it can widen the rows that it fetches. Widening all of 32 rows
-    reads 8.4 MB and writes 16.8 MB in every forward, at a vocabulary of 131,072.
+    They were widened for the output alone. Only what samples reads them, and it can widen the rows
+    that it fetches. Widening all of 32 rows reads 8.4 MB and writes 16.8 MB in every forward, at a
+    vocabulary of 131,072.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Go around the cast, and give the values behind it the narrow type."""
+        """Skip the cast, and give the narrow type to what follows."""
         changed = False
         for value in list(model.graph.outputs):
             if value.name == LOGITS:
@@ -26,7 +27,7 @@ class NarrowLogits(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=changed)
 
     def ensures(self, model: ir.Model) -> None:
-        """No cast from a narrow type is left in front of the output."""
+        """Check that no cast from a narrow type precedes the output."""
         for value in model.graph.outputs:
             if value.name == LOGITS and _widening(_path(value)[0]) is not None:
                 raise ir.passes.PostconditionError(f"{LOGITS} are still widened")
@@ -62,7 +63,10 @@ def _path(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
 
 
 def _widening(value: ir.Value) -> ir.Value | None:
-    """What a cast from a narrow type to float32 reads, where ``value`` comes from one."""
+    """Return the input of a cast from a narrow type to float32.
+
+    None where ``value`` does not come from such a cast.
+    """
     cast = value.producer()
     if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
         return None

@@ -85,7 +85,7 @@ class Nodes:
         return self._graph.initializers[name]
 
     def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
-        """An initializer with data; one of this name that is there already is taken."""
+        """Return an initializer with data; an existing one of this name stays."""
         if name not in self._graph.initializers:
             tensor = ir.tensor(values, name=name)
             self._graph.initializers[name] = ir.Value(

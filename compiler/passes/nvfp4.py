@@ -85,7 +85,7 @@ class _Nvfp4Pass(WeightPass):
 
     @abc.abstractmethod
     def _quantize_input(self, nodes: Nodes, layer: str, x: ir.Value) -> ir.Value:
-        """The input ``x (rows, in)`` quantized and back, in the type it has."""
+        """Quantize the input ``x (rows, in)`` and back, in its own type."""
 
     @abc.abstractmethod
     def _widen_weight(
@@ -123,14 +123,14 @@ class Nvfp4ForTensorRT(_Nvfp4Pass):
         self.input_scales = input_scales
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Put the nodes around each product, and name the domain of TensorRT's operators."""
+        """Put the nodes around each product, and import TensorRT's domain."""
         result = super().call(model)
         if any(node.domain == DOMAIN for node in model.graph):
             model.opset_imports[DOMAIN] = 1
         return result
 
     def ensures(self, model: ir.Model) -> None:
-        """These weights are of four bits, and nothing but a DequantizeLinear reads them."""
+        """Check that weights have four bits and only DequantizeLinear reads them."""
         for value in self._quantized(model):
             if value.dtype != ir.DataType.FLOAT4E2M1 or any(
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()

@@ -85,7 +85,10 @@ class QuantizeWeights(WeightPass):
         return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
-        """These weights have the pack's type, and nothing but a DequantizeLinear reads them."""
+        """Check that weights are quantized and only DequantizeLinear reads them.
+
+        They have the pack's type.
+        """
         for value in self._quantized(model):
             if value.dtype not in QUANTIZED_TYPES or any(
                 node.op_type != "DequantizeLinear" for node, _ in value.uses()

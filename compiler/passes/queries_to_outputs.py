@@ -20,7 +20,10 @@ class QueriesToOutputs(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Each query is computed in the graph, for one attention, and not returned yet."""
+        """Check that each query belongs to one attention and is computed.
+
+        It is no output of the graph yet.
+        """
         for query in _queries(model):
             if query.producer() is None or query.is_graph_output() or len(query.uses()) != 1:
                 raise ir.passes.PreconditionError(
@@ -53,6 +56,9 @@ def _queries(model: ir.Model) -> list[ir.Value]:
 
 
 def _shape(query: ir.Value) -> ir.Shape:
-    """``(batch, heads, query_rows, head size)``: names of dimensions in place of the tracer's."""
+    """Return a query's shape, with plain names of dimensions.
+
+    It is ``(batch, heads, query_rows, head size)``. The names take the place of the tracer's.
+    """
     assert query.shape is not None
     return ir.Shape(["batch", query.shape[1], "query_rows", query.shape[3]])

@@ -43,7 +43,10 @@ def lower_portable(dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]) ->
 def lower_for_cpu(
     record: TargetRecord, dtype: DType, graph: ir.Model, pack: Mapping[str, Stored]
 ) -> ir.Model:
-    """Apply the passes of a CPU's graphs, which read the pack as the portable ones do."""
+    """Apply the passes for a CPU's graphs.
+
+    These graphs read the pack as the portable ones do.
+    """
     passes: list[ir.passes.InPlacePass] = [*_over_pack(dtype, pack), ReadValidSlots()]
     if record.int4_inputs == "int8":
         return lower(graph, *passes, RoundRowsAlike(), EvenRows(), MultiplyInt4(4))
@@ -59,9 +62,9 @@ def _over_pack(dtype: DType, pack: Mapping[str, Stored]) -> Iterator[ir.passes.I
 
 
 def constants_of(record: TargetRecord, pack: Mapping[str, Stored]) -> tuple[str, ...]:
-    """Names of the weights and scales that a target's engines hold, beside those of ``scales``.
+    """Return the names of weights and scales that engines hold.
 
-    Everything is in a baked engine.
+    Those of ``scales`` come in addition. Everything is in a baked engine.
     """
     if record.placement == "baked":
         return tuple(sorted(pack))

@@ -1,9 +1,9 @@
-"""Lets one row of causal attention round like a row among many, on a CPU.
+"""Lets one row of causal attention round like many rows.
 
-ONNX Runtime multiplies one row by another routine than several, which sums in another order. From
-two rows on, what a row gets does not depend on how many there are. So each text's queries get one
-more in front, a copy of the first, and its result is dropped. A causal attention with a valid
-length ends at the last row: the others see what they saw.
+This is for a CPU. ONNX Runtime multiplies one row by another routine than several, which sums in
+another order. From two rows on, what a row gets does not depend on how many there are. So each
+text's queries get one more in front, a copy of the first, and its result is dropped. A causal
+attention with a valid length ends at the last row: the others see what they saw.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ class StaticCacheCapacity(ir.passes.InPlacePass):
                 raise ir.passes.PreconditionError(f"{value.name} has no dynamic capacity")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Set the dimension; shapes inside are inferred again by whoever reads the graph."""
+        """Set the dimension of the caches to the capacity.
+
+        Shapes inside are inferred again by whoever reads the graph.
+        """
         for value in caches(model):
             assert value.shape is not None
             value.shape = ir.Shape([value.shape[0], value.shape[1], self.capacity, value.shape[3]])

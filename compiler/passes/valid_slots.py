@@ -1,4 +1,4 @@
-"""Lets attention on a CPU read the slots of the cache that hold something, not all of them.
+"""Lets attention on a CPU read only slots that hold something.
 
 ONNX Runtime's ``Attention`` multiplies with every slot of keys and values, and masks what is not
 valid then: its time follows the capacity. Here it gets the first slots alone, as many as the
@@ -25,7 +25,7 @@ class ReadValidSlots(ir.passes.InPlacePass):
     """Cuts keys, values and masks of attentions to the longest valid length."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Put the cuts in front of each attention that knows its valid length."""
+        """Cut the inputs of each attention that knows its valid length."""
         found = [node for node in model.graph if _knows_length(node)]
         ends: dict[ir.Value, ir.Value] = {}
         for number, node in enumerate(found):

@@ -38,7 +38,7 @@ Kind = Literal["weight", "cache", "weight copy", "cache copy", "activation", "in
 def audit_engine(
     path: Path, library: str, profiles: Sequence[ProfileRecord]
 ) -> tuple[PlanRecord, ...] | UnreadPlan:
-    """What each profile of an engine moves in a forward of its usual size.
+    """Return what each profile moves in a forward of usual size.
 
     Args:
         path: Engine file of TensorRT-RTX.

@@ -181,7 +181,10 @@ class _Graph:
             yield Products(*key, count, sizes[key], copies[key])
 
     def _weight_of(self, node: Any) -> tuple[Reading, int, int] | None:
-        """How the largest weight is read, its bytes and those of its packed copy."""
+        """Find the largest weight: its reading, its bytes, its packed bytes.
+
+        The packed bytes are those of the copy that ONNX Runtime makes.
+        """
         found = [one for name in node.input if (one := self._weight(name)) is not None]
         return max(found, key=lambda one: one[1], default=None)
 

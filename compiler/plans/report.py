@@ -60,7 +60,9 @@ class EnginePlan:
 def read_plans(
     bundle: Path, precisions: Mapping[PrecisionName, PrecisionRecord], target: str | None = None
 ) -> list[EnginePlan]:
-    """The plans of every engine of TensorRT-RTX, or of those of one target.
+    """Return the plans of all engines of TensorRT-RTX.
+
+    With ``target`` these are the engines of that target alone.
 
     They come from the manifest, or from the engine where the manifest has none.
     """
@@ -90,7 +92,7 @@ def _audit(
 def plans_of(
     engine: EngineRecord, plans: tuple[PlanRecord, ...] | UnreadPlan
 ) -> tuple[PlanRecord, ...] | UnreadPlan:
-    """Choose a graph's own plans from those of all profiles of its engine."""
+    """Choose a graph's own plans from all plans of its engine."""
     if isinstance(plans, UnreadPlan):
         return plans
     return plans[engine.first_profile : engine.first_profile + len(engine.profiles)]

@@ -64,7 +64,10 @@ class Sizes:
         self._values = _evaluate(program, batch, rows)
 
     def is_size(self, name: str) -> bool:
-        """Whether a kernel's argument is a size, not a tensor in the GPU's memory."""
+        """Tell whether a kernel's argument is a size, not a tensor.
+
+        A tensor is in the GPU's memory.
+        """
         return name in self._values
 
     def find(self, name: str) -> Tensor:

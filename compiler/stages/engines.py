@@ -37,7 +37,10 @@ from trimode.runtime.bundle.weights import PrecisionWeights
 
 @dataclass(frozen=True)
 class Constants:
-    """Names the packs that engines copy from, and the digest of what they copy."""
+    """Names the packs that engines copy from, and a digest.
+
+    The digest covers what they copy.
+    """
 
     packs: tuple[Path, ...]
     sha256: str
@@ -59,7 +62,10 @@ def compile_targets(state: BuildState) -> None:
 
 
 def _constants(state: BuildState) -> Constants | None:
-    """Find what engines hold; None where they hold nothing, since a pack may not be written yet."""
+    """Find what engines hold; None where they hold nothing.
+
+    Then nothing waits for a pack that is not written yet.
+    """
     record = next((one for one in state.plan.records.values() if _is_compiled(one)), None)
     names = constants_of(record, state.tensors) if record else ()
     if record is None or not names:
@@ -136,7 +142,9 @@ def write_lowered_graphs(state: BuildState) -> None:
 def compile_engines(
     state: BuildState, constants: Constants | None, scales: Mapping[str, Floats]
 ) -> int:
-    """Compile the engines of TensorRT's targets, each under the name its record gives.
+    """Compile the engines of TensorRT's targets.
+
+    Each lies under the name that its record gives.
 
     Args:
         state: Plan, traced graphs, places of the weights, folder and cache.
@@ -145,7 +153,7 @@ def compile_engines(
             nvfp4 the global scales of inputs, for 8 bits all scales.
 
     Returns:
-        How many engines came from the cache.
+        Number of engines that came from the cache.
 
     Raises:
         BuildError: a library refuses a graph.
@@ -182,7 +190,10 @@ def compile_engines(
 
 
 def _compiled_graphs(record: TargetRecord, graphs: Graphs) -> Graphs:
-    """The graph of each engine file; the joint one in place of ``draft``."""
+    """Return the graphs to compile, one for each engine file.
+
+    The joint graph takes the place of ``draft``.
+    """
     alone = {
         graph_name: graph for graph_name, graph in graphs.items() if not record.is_joint(graph_name)
     }
@@ -210,9 +221,9 @@ def _write_lowered(
 
 
 def _forget_places(graph: ir.Model) -> None:
-    """Leave out where constants lie in which pack: an engine depends on their bytes alone.
+    """Remove the places of constants: engines depend on their bytes alone.
 
-    The builder hands them to the parser by name.
+    A place is a pack and an offset in it. The builder hands them to the parser by name.
     """
     for value in graph.graph.initializers.values():
         found = value.const_value

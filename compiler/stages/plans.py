@@ -14,7 +14,7 @@ from trimode.formats.plans import PlanRecord, UnreadPlan
 
 
 def record_plans(state: BuildState) -> None:
-    """Enter what the plan of each new engine says into the target's record.
+    """Add the plan of each new engine to the target's record.
 
     The engine itself is read, whether it was compiled or came from the cache. A plan that is not
     understood leaves no record; ``trimode build`` says so.

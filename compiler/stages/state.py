@@ -1,4 +1,4 @@
-"""Holds what the stages hand on, in one class a kind of build."""
+"""Holds what stages pass on, in a class per kind of build."""
 
 from __future__ import annotations
 

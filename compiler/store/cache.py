@@ -34,7 +34,10 @@ logger = logging.getLogger("trimode.compiler")
 
 
 def key_of(**facts: Any) -> str:
-    """Digest of everything an entry depends on; values are anything JSON can hold."""
+    """Return a digest of all facts that an entry depends on.
+
+    Values are anything that JSON can hold.
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -119,7 +122,7 @@ class ContentCache:
                     yield path, path.stat()
 
     def _hand_out(self, entry: Path, destination: Path) -> bool:
-        """Copy an entry; False where there is none, or none whose digest is right."""
+        """Copy an entry; False if there is none with the right digest."""
         try:
             wanted = _digest_file(entry).read_bytes()
             source = entry.open("rb")
@@ -137,7 +140,10 @@ class ContentCache:
         return True
 
     def _copy(self, read: Callable[[int], bytes], destination: Path) -> str | None:
-        """Digest of what was copied; None where reading fails. What writing raises goes through."""
+        """Copy what is read, and return its digest.
+
+        None where reading fails. An error of writing is raised.
+        """
         digest = hashlib.sha256()
         with destination.open("wb") as target:
             while True:
@@ -185,7 +191,10 @@ class ContentCache:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[bool]:
-        """Yield whether the cache can be used, which it is under the lock alone."""
+        """Hold an entry's lock, and yield whether the cache can be used.
+
+        Without the lock it cannot.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._lock_of(key))

@@ -1,4 +1,4 @@
-"""Digests the code and the libraries that traced graphs and engines follow from."""
+"""Digests the code and libraries behind traced graphs and engines."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def added_to_bundle(
 
 
 def check_destination(output: Path, checkpoint: Path | None = None, *others: Path | None) -> None:
-    """Check before the work that a bundle can be written or added to.
+    """Check, before the work, that a bundle can be written.
+
+    A bundle that is there can be added to.
 
     Args:
         output: A new folder, an empty one, or a bundle.

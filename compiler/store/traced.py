@@ -46,7 +46,10 @@ def traced_graph(
 
 
 def key_of_trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> str:
-    """Digest of everything that a traced graph depends on; weights are not among it."""
+    """Return a digest of all that a traced graph depends on.
+
+    Weights are not part of it.
+    """
     # as trace_graph: the others have no branch
     drafter = checkpoint.drafter if graph_name == "draft" else None
     config, facts = _that_decide(graph_name, checkpoint.config, model)
@@ -70,9 +73,10 @@ def _trace(graph_name: GraphName, checkpoint: Checkpoint, model: ModelInfo) -> i
 def _that_decide(
     graph_name: GraphName, config: ModelConfig, model: ModelInfo
 ) -> tuple[ModelConfig, ModelInfo]:
-    """Leave out what decides no graph, so that models that differ in it share their graphs.
+    """Remove the facts that decide no graph.
 
-    Tracing is given the same as the key: what is left out can change nothing.
+    So models that differ in them alone share their graphs. Tracing is given the same as the key:
+    what is left out can change nothing.
     """
     unread: dict[str, Any] = {"bos_token_id": None, "eos_token_ids": (), "block_size": 1}
     has_drafter = model.has_drafter and graph_name == "draft"

@@ -50,7 +50,9 @@ def build_engines(
     num_workers: int,
     advance: Callable[[int], None],
 ) -> int:
-    """Compile every task's engine to ``job.output``; returns how many came from the cache.
+    """Compile every task's engine; return how many the cache had.
+
+    Each engine is written to its task's ``job.output``.
 
     Args:
         tasks: Engines to have.

@@ -23,7 +23,7 @@ def notes_about(
 
     Args:
         model: The bundle.
-        checkpoint: Its checkpoint.
+        checkpoint: Checkpoint of the bundle.
         loaded: The reference.
         sampler: Comparison of the learned sampler; None where there was none.
         position: Longest position of the comparisons.

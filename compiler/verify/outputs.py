@@ -103,7 +103,10 @@ def _compare_floats(
 
 
 def _has_accepted_length(found: Feed, feed: Feed) -> bool | None:
-    """Whether the accepted length follows from the ids; None where the graph gives none."""
+    """Tell whether the accepted length follows from the ids.
+
+    None where the graph gives none.
+    """
     if "accepted_length" not in found:
         return None
     expected = accepted_lengths(found["greedy_ids"], feed["input_ids"])

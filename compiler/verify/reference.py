@@ -33,7 +33,7 @@ def load_reference(
 
     Args:
         model: The bundle.
-        checkpoint: Its checkpoint.
+        checkpoint: Checkpoint of the bundle.
         read: Function that reads the checkpoint's tensors; each is read once, in order.
         calibration: Folder of the scales that quantized weights were built by; None takes those of
             the bundle.

@@ -96,13 +96,19 @@ class GuidedQuantizer(nn.Module):
         return guide.selector.choose(self._layer, dtype, steps, reach) * scale
 
     def _in_int8_blocks(self, x: Tensor, selector: CodeSelector) -> Tensor:
-        """Inputs of int4 weights on a CPU: each block has the scale of its largest magnitude."""
+        """Round int4 weights' inputs in blocks, as a CPU does.
+
+        Each block has the scale of its largest magnitude.
+        """
         steps, scale = int8_steps(x, self.quantizer.block_size)
         off = self._guide.relative * float(x.abs().max())
         return (selector.choose(self._layer, "int8", steps, off / scale) * scale).reshape(x.shape)
 
     def _in_blocks(self, x: Tensor, global_scale: Tensor, selector: CodeSelector) -> Tensor:
-        """NVFP4 has codes of two kinds, the second in units of the first."""
+        """Round inputs as NVFP4, which has codes of two kinds.
+
+        Those of the second kind are in units of the first.
+        """
         off = self._guide.relative * float(x.abs().max())
         reach = float(off / (LARGEST_CODE * global_scale))
         scale = (

@@ -98,7 +98,7 @@ def verify(
             taken as they are.
         sampler: Folder of the learned sampler that it was built with; None = none is compared.
         prompts_file: File of prompts; None = random tokens.
-        style: How the file's prompts reach the model.
+        style: Way in which the file's prompts reach the model.
         seed: Seed for random tokens.
         long: Position of the long comparisons; None = past the rope's original length, where the
             reference can afford it.

@@ -347,7 +347,7 @@ def _multiplied(blocks: str, nodes: list[onnx.NodeProto]) -> str:
 
 
 def _open_portable(path: Path, graph: bytes | None = None) -> Any:
-    """Open a session over a portable graph, or over one in its place."""
+    """Open a session over a portable graph, or over ``graph`` instead."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -165,7 +165,9 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Asks the reference about the place where two runs over a prompt part.
+    """Asks the reference about the place where two runs part.
+
+    Both runs are over one prompt.
 
     Args:
         reference: Session of the trunk.

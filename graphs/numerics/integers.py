@@ -108,7 +108,7 @@ def quantize(values: Floats, scale: Floats, precision: QuantizedPrecision) -> ND
     Args:
         values: (rows, columns).
         scale: ``()``, ``(rows,)`` or ``(rows, blocks)``, positive.
-        precision: the type.
+        precision: The type.
 
     Returns:
         (rows, columns) bytes; for int4 (rows, columns / 2), two numbers each, the first in the low

@@ -104,7 +104,10 @@ def _block_scales(blocks: Floats, global_scale: Floats) -> NDArray[ml_dtypes.flo
 
 
 def _packed(steps: Floats) -> Bytes:
-    """Codes of values in units of their block's scale, two to a byte."""
+    """Return the codes of values, two to a byte.
+
+    Values are in units of their block's scale.
+    """
     magnitude = np.minimum(np.abs(steps), np.float32(LARGEST_CODE))
     # Below 1 numbers are multiples of a half. From there on one bit of mantissa stays: add just
     # under half of it, and a little more where it is odd. The exponent's bias goes from 127 to 1.

@@ -66,7 +66,9 @@ class LayerScales:
         return cls.from_amax(precision, amax, block_size=block_size)
 
     def rounded(self, precision: QuantizedPrecision, stored: DType) -> LayerScales:
-        """Round the scales as a pack stores them; those of nvfp4 stay float32.
+        """Round the scales as a pack stores them.
+
+        Those of nvfp4 stay float32.
 
         Raises:
             BuildError: a scale is too large for ``stored``.

@@ -77,7 +77,7 @@ def answer_and_record(
         recorded: Decodings, each with the graphs whose blocks are kept; without any, the answer's
             text is not kept either.
         max_new_tokens: Longest answer, in tokens.
-        advance: Called with 1 after each answer.
+        advance: Function that is called with 1 after each answer.
     """
     answers: Answers = {decoding: [] for decoding in recorded}
     episodes = []

@@ -89,7 +89,7 @@ def bench_serve(
 
 
 def run_bench_serve(test: LoadTest, output: Path | None, *, as_json: bool) -> None:
-    """Measure, write, print; leave with code 1 or 130 where something is wrong."""
+    """Measure, write and print; exit with 1 or 130 on trouble."""
     from trimode.cli.console import RichProgress
     from trimode.cli.load_output import complaints, show
     from trimode.cli.output import command_line, print_json

@@ -1,4 +1,7 @@
-"""``trimode inspect --plans --target cpu``: what ONNX Runtime makes of a CPU's graphs."""
+"""Prints what ONNX Runtime makes of a CPU's graphs.
+
+This is ``trimode inspect --plans --target cpu``.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,10 @@ def _separated(args: Sequence[str]) -> Iterator[str]:
 
 
 def _with_limits_joined(words: Sequence[str]) -> list[str]:
-    """Make one word of the limits after ``--goodput``, as vLLM's users write them."""
+    """Join the limits after ``--goodput`` in one word.
+
+    vLLM's users write them as words of their own.
+    """
     joined: list[str] = []
     for word in words:
         if _LIMIT.match(word) and joined[-2:-1] == [_GOODPUT]:

@@ -62,7 +62,10 @@ def _runs(results: Results) -> Table:
 
 
 def _acceptance(name: str, result: LoadResult) -> Table:
-    """Sum over the loads of a mode: acceptance does not depend on them."""
+    """Sum acceptance over the loads of a mode.
+
+    It does not depend on them.
+    """
     title = "acceptance by category" + (f", {name}" if name else "")
     table = plain_table("mode", "category", title=title, figures=("length", "rate", "steps"))
     for mode in dict.fromkeys(mode_name(run) for run in result.runs):
@@ -76,7 +79,10 @@ def _acceptance(name: str, result: LoadResult) -> Table:
 
 
 def _ratios(results: Results) -> Table:
-    """Compare runs of the same mode and load with those of the first load test."""
+    """Compare runs with those of the first load test.
+
+    Runs of the same mode and load are compared.
+    """
     judged = [column for column in COLUMNS if column.is_more_better is not None]
     (first_name, first), *others = results
     table = plain_table(

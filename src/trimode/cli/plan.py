@@ -41,7 +41,7 @@ def plan(
     no_cache: options.NoCache = False,
     as_json: Json = False,
 ) -> None:
-    """Predict what a GPU will hold, and what fits, before anything is built.
+    """Predict what a GPU will hold, and what fits, before a build.
 
     Compiles engines of a few layers; reads no weights.
     """
@@ -119,7 +119,10 @@ def _memory_table(found: list[TargetMemory]) -> Table:
 
 
 def _room(one: TargetMemory) -> tuple[str, ...]:
-    """Say how much memory there is, whether it suffices, and for what at most."""
+    """Return cells: memory, whether it suffices, longest text, largest batch.
+
+    All but the first are empty where the memory is not known.
+    """
     if one.memory_bytes is None:
         return ("not known", "", "", "")
     verdict = "yes" if one.fits else "no"

@@ -32,7 +32,7 @@ def report_serve(
 
 
 def _names(places: list[str]) -> list[str]:
-    """Return the last parts of paths, or whole paths where these are not unique."""
+    """Return the last parts of paths, or numbered paths where parts repeat."""
     from pathlib import Path
 
     short = [Path(place).resolve().name for place in places]

@@ -9,7 +9,10 @@ _WIDTH = 150
 
 
 def table_console(width: int = _WIDTH) -> Console:
-    """Return the console of stdout; lines in files have up to ``width`` columns."""
+    """Return the console of stdout.
+
+    Lines in a file have up to ``width`` columns.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = width

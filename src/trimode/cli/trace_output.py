@@ -52,7 +52,10 @@ class TraceFile:
 def traced(
     trace: TraceFile | None, stream: Stream, mode: Mode, token_ids: Sequence[int]
 ) -> Iterator[None]:
-    """Trace what is read of a stream within the block; do nothing without a trace."""
+    """Trace what is read of a stream within the block.
+
+    Without a trace it does nothing.
+    """
     if trace is None:
         yield
         return

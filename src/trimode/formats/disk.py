@@ -30,7 +30,10 @@ def is_full(error: OSError) -> bool:
 
 
 def mount_of(path: Path) -> Path:
-    """Mount point of the file system that holds ``path``, or would hold it."""
+    """Return the mount point of the file system that holds ``path``.
+
+    The path need not exist yet.
+    """
     found = Path(os.path.realpath(path))
     while not os.path.ismount(found) and found != found.parent:
         found = found.parent

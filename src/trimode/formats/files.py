@@ -1,4 +1,7 @@
-"""All or nothing: a file or folder is written out of sight and then takes its place."""
+"""Writes files and folders out of sight, then puts them in place.
+
+So an output is whole, or not there.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,9 @@ def check_replaceable(folder: Path, marker: str, what: str) -> None:
     """Check before the work that an output can be written.
 
     Args:
-        folder: the output.
-        marker: file in it by which ``what`` it may replace is known.
-        what: for messages.
+        folder: The output.
+        marker: File in it by which an output that may be replaced is known.
+        what: Name of the output, for messages.
 
     Raises:
         UsageError: ``folder`` exists, is not empty and has no ``marker``.
@@ -57,9 +60,9 @@ def check_apart(output: Path, source: Path | None, *others: Path | None) -> None
     Replacing it deletes nothing that is read, and nothing is written into ``source``.
 
     Args:
-        output: a folder that will be written.
-        source: a folder that is read, which must not get the output into it.
-        others: files and folders that are read.
+        output: Folder that will be written.
+        source: Folder that is read, which must not get the output into it.
+        others: Files and folders that are read.
 
     Raises:
         UsageError: they lie in each other.
@@ -110,9 +113,9 @@ def staged_replacement(destination: Path, marker: str) -> Iterator[Path]:
     The caller sees to it that nobody else is writing the same destination.
 
     Args:
-        destination: a new folder, an empty one, or one that may be replaced; where it is a link,
+        destination: A new folder, an empty one, or one that may be replaced; where it is a link,
         what that points to.
-        marker: the file by which the result is known to be whole: it comes last where a rename
+        marker: File by which the result is known to be whole: it comes last where a rename
             cannot bring all at once.
 
     Raises:
@@ -134,7 +137,9 @@ def staged_replacement(destination: Path, marker: str) -> Iterator[Path]:
 
 
 def replace_text(destination: Path, text: str) -> None:
-    """Write a UTF-8 file, or leave the one that is there as it is. Makes the folder.
+    """Write a UTF-8 file whole, or leave the old one unchanged.
+
+    The folder is made if it is missing.
 
     Raises:
         OSError: it cannot be written.

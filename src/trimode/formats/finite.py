@@ -51,7 +51,7 @@ def first_not_finite(values: NDArray[Any] | bytes, dtype: str = "F32") -> NotFin
     """Find the first number that is NaN or infinite.
 
     Args:
-        values: float32 array of any shape, or raw bytes of ``dtype``.
+        values: A float32 array of any shape, or raw bytes of ``dtype``.
         dtype: ``F32``, ``F16`` or ``BF16``.
 
     Returns:
@@ -99,7 +99,10 @@ class FiniteCheck:
 
 
 def finite_or(other: T, value: float | None) -> float | T:
-    """Give a number as JSON knows it: ``other`` where it is not finite."""
+    """Return a number as JSON knows it, or ``other``.
+
+    JSON knows no number that is not finite.
+    """
     return other if value is None or not math.isfinite(value) else value
 
 

@@ -133,7 +133,9 @@ class TimesRecord(Record):
 
 
 class ServedRecord(Record):
-    """Tells what the server counted in a run and its warm-up; None where it does not say.
+    """Tells what the server counted in a run and its warm-up.
+
+    Fields are None where it does not say.
 
     Attributes:
         hit_rate: Share of the prompts' tokens that were reused.

@@ -1,4 +1,6 @@
-"""``manifest.json``: what a bundle holds. Written by the compiler, read by the runtime.
+"""Declares ``manifest.json``, which says what a bundle holds.
+
+The compiler writes it, and the runtime reads it.
 
 A bundle is a folder::
 
@@ -161,9 +163,9 @@ class CapacityRecord(_Part):
     """Engines over a smaller cache than the target's largest.
 
     Attributes:
-        max_length: most tokens of prompt and answer together.
-        capacity: slots of the K/V cache: the text's, and those that are written behind it.
-        graphs: one for each graph of the bundle.
+        max_length: Most tokens of prompt and answer together.
+        capacity: Slots of the K/V cache: the text's, and those that are written behind it.
+        graphs: Engines, one for each graph of the bundle.
     """
 
     max_length: int = Field(ge=1)

@@ -115,7 +115,10 @@ def _of_target(target: TargetRecord, record: PrecisionRecord, manifest: Manifest
 def _are_over_the_pack(
     target: TargetRecord, files: dict[GraphName, str], record: PrecisionRecord
 ) -> bool:
-    """Whether they are the portable graphs, or as many that no other target or precision has."""
+    """Tell whether a target's graphs are the portable ones, or its own.
+
+    Its own are as many, and no other target or precision has them.
+    """
     if target.revision is None:
         return files == record.graphs
     others = {

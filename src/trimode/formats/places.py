@@ -1,4 +1,4 @@
-"""Finds where an output goes, and where it is filled before it appears.
+"""Finds where an output goes, and where it is filled first.
 
 A new folder is filled beside its place and renamed. That is not possible where the folder is there
 already and cannot be renamed: a mount point, a folder in a parent that is read-only, the folder

@@ -87,7 +87,10 @@ class PlanRecord(Record):
 
     @property
     def floor(self) -> int:
-        """Bytes that a forward cannot do without: weights, and keys and values, once each."""
+        """Bytes that a forward has to read, each once.
+
+        They are weights, and keys and values.
+        """
         return self.weights + self.keys_values
 
     @property

@@ -82,7 +82,7 @@ class TensorEntry:
 
     Attributes:
         dtype: ``F32``, ``F16`` or ``BF16``.
-        offset: bytes from the start of the file.
+        offset: Bytes from the start of the file.
     """
 
     file: Path
@@ -293,7 +293,7 @@ def read_pack_header(path: Path) -> dict[str, PackEntry]:
 
 
 def _packed_dtype(metadata: Mapping[str, Any]) -> DType:
-    """Find the packed type of a file in what its metadata says of ``U8``."""
+    """Find the packed type of a file in its metadata of ``U8``."""
     found = str(metadata.get("U8", "int4")).partition(",")[0]
     for dtype in PACKED_DTYPES:
         if dtype == found:

@@ -41,7 +41,10 @@ class WayRecord(Record):
 
 
 class LightReport(Record):
-    """Holds the contents of the file; ``ways`` are in the order of the table."""
+    """Holds the contents of the file.
+
+    ``ways`` are in the order of the table.
+    """
 
     schema_version: int = SCHEMA_VERSION
     trimode_version: str

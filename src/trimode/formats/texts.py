@@ -81,7 +81,7 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
 
     Args:
         text: JSON.
-        unique: whether a name that an object has twice is refused too; otherwise its last value
+        unique: Whether a name that an object has twice is refused too; otherwise its last value
             counts.
 
     Raises:
@@ -102,10 +102,10 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    r"""Number and text of each line that is not blank, counted from 1.
+    r"""Yield the number and text of each line that is not blank.
 
-    Only ``\n`` ends a line: JSON may hold U+2028, U+0085 and their like as they are
-    (https://jsonlines.org).
+    Numbers count from 1. Only ``\n`` ends a line: JSON may hold U+2028, U+0085 and their like as
+    they are (https://jsonlines.org).
     """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -124,7 +124,10 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def is_whole_text(text: str) -> bool:
-    """Whether a text can be written in UTF-8: no half of a surrogate pair."""
+    """Tell whether a text can be written in UTF-8.
+
+    It cannot if it has half of a surrogate pair.
+    """
     return not any(map(_is_surrogate, text))
 
 

@@ -1,8 +1,9 @@
-"""Declares the trace of a decoding, a file of JSON lines, and reads it.
+"""Declares the trace of a decoding, and reads it.
 
-The first line is the header. Then come, for each run, its start, its forwards as they happened, and
-its end. Runs that were at work at the same time lie between each other; ``run`` tells them apart.
-A line of kind ``texts`` comes before the first line that names its tokens.
+It is a file of JSON lines. The first line is the header. Then come, for each run, its start, its
+forwards as they happened, and its end. Runs that were at work at the same time lie between each
+other; ``run`` tells them apart. A line of kind ``texts`` comes before the first line that names its
+tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TraceHeader(TraceRecord):
         schema_version: Version of this schema.
         trimode_version: Version of the library that wrote it.
         model: Name of the checkpoint.
-        target, precision: What ran.
+        target, precision: Target and precision that ran.
         mask_token_id: Token of a masked position.
         eos_token_ids: Tokens that end a text.
     """
@@ -131,7 +132,7 @@ class ForwardRecord(TraceRecord):
         num_parts: Forwards that it took: an engine may read a prompt in parts.
         past_length: Tokens cached before it; the first token of ``input_ids`` has this position.
         input_ids: Tokens that it read, masks included.
-        positions: What it told of positions that were not decided.
+        positions: Findings on positions that were not decided.
         drafted: Tokens that it verified as drafts, from position ``past_length + 1`` on.
         accepted: Number of these that became text.
         rejected: Number of these from the first wrong one on; drafts behind the end of the text
@@ -166,7 +167,9 @@ class ForwardRecord(TraceRecord):
 
 
 class CommitRecord(TraceRecord):
-    """Holds tokens that became text without a forward: they were forced, or known before.
+    """Holds tokens that became text without a forward.
+
+    They were forced, or known before.
 
     Attributes:
         run: Number of the run.

@@ -205,7 +205,7 @@ class TokenParity(_Judged):
 
 
 class SamplerParity(_Judged):
-    """Compares the bundle's learned sampler with the network that it was traced from.
+    """Compares the bundle's learned sampler with the network it comes from.
 
     Attributes:
         name: Name of the trained sampler's folder.
@@ -276,7 +276,7 @@ class Verifications(Record):
     verifications: tuple[Verification, ...]
 
     def replaced(self, new: Verification) -> Verifications:
-        """Put a new record in the place of that of the same target and precision."""
+        """Replace the record of the same target and precision."""
         others = (
             old
             for old in self.verifications
@@ -329,7 +329,7 @@ def write_verification(verification: Verification, bundle: Path) -> Path:
 
 
 def check_verification_place(bundle: Path) -> None:
-    """Check that a result can be put into a bundle, before the work.
+    """Check, before the work, that a bundle can take the result.
 
     Raises:
         BundleError: the bundle cannot be written to.

@@ -10,7 +10,7 @@ PYTHON = "python"
 
 
 def version_of(name: str) -> str | None:
-    """Version of a distribution or of Python; None if it is not installed."""
+    """Return a distribution's version, or Python's; None if it is not installed."""
     if name == PYTHON:
         return platform.python_version()
     try:

@@ -29,7 +29,7 @@ def times(requests: Sequence[RequestRecord]) -> TimesRecord:
 
 
 def tpot_of(request: RequestRecord) -> float | None:
-    """Return the seconds per token after the first; None for fewer than two tokens."""
+    """Return seconds per token after the first; None under two tokens."""
     if request.latency is None or request.ttft is None or request.output_tokens < 2:
         return None
     return (request.latency - request.ttft) / (request.output_tokens - 1)
@@ -83,7 +83,10 @@ def peak_tokens(requests: Sequence[RequestRecord]) -> float:
 
 
 def peak_requests(requests: Iterable[RequestRecord]) -> int:
-    """Return the most requests under way at a time; one that ends makes room first."""
+    """Return the most requests under way at a time.
+
+    One that ends makes room before another begins.
+    """
     changes: list[tuple[float, int]] = []
     for one in requests:
         changes += [(one.start_time, 1), (one.start_time + (one.latency or 0), -1)]
@@ -101,7 +104,7 @@ def acceptance(requests: Iterable[RequestRecord]) -> SpeculationRecord | None:
 
 
 def acceptance_by_category(requests: Sequence[RequestRecord]) -> dict[str, SpeculationRecord]:
-    """Sum what the server told about drafts, for each category that has any."""
+    """Sum the server's counts of drafts, for each category with any."""
     names = sorted({one.category for one in requests if one.category})
     sums = {name: acceptance(one for one in requests if one.category == name) for name in names}
     return {name: one for name, one in sums.items() if one is not None}

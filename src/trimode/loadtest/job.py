@@ -1,4 +1,4 @@
-"""Runs a load test: each mode at each load, one after the other."""
+"""Runs a load test: each mode at each load, in turn."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Player:
     sink: Callable[[Played], None]
 
     async def play(self, question: Question, window: Window, *, is_measured: bool) -> bool:
-        """Play a conversation until its end, a failure, or the end of the window.
+        """Play a conversation until its end, a failure, or the window's end.
 
         Returns:
             Whether no request failed.
@@ -76,7 +76,7 @@ class Player:
 
 
 def endless(questions: Sequence[Question], seed: int) -> Iterator[Question]:
-    """Yield the questions in a random order, then in another one, without end."""
+    """Yield the questions in one random order after another, without end."""
     rng = random.Random(seed)
     while True:
         yield from rng.sample(questions, len(questions))
@@ -85,7 +85,10 @@ def endless(questions: Sequence[Question], seed: int) -> Iterator[Question]:
 async def run_loop(
     player: Player, source: Iterator[Question], window: Window, load: Load, *, seed: int
 ) -> None:
-    """Put the load on the server until the window closes and all answers have come."""
+    """Put the load on the server until all answers have come.
+
+    No conversation begins once the window has closed.
+    """
     if load.rate is None:
         await _closed_loop(player, source, window, load.concurrency or 1)
     else:

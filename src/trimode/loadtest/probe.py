@@ -16,7 +16,7 @@ _REFUSED = (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY)
 
 
 async def probe(player: Player, question: Question) -> Composer:
-    """Send one request until it is answered; leave out optional fields that are refused.
+    """Send a request, leaving out refused optional fields, until it is answered.
 
     Returns:
         The player's composer, which leaves these fields out.

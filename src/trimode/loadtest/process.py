@@ -1,4 +1,4 @@
-"""Watches the memory and processor time of a server that runs on this machine."""
+"""Watches the memory and processor time of a server on this machine."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ class UsageLog:
 
 @contextlib.asynccontextmanager
 async def watched(server: Server) -> AsyncIterator[UsageLog]:
-    """Note the server's usage each second; nothing is noted of one that runs elsewhere."""
+    """Note the server's usage each second while the block runs.
+
+    Nothing is noted of a server that runs elsewhere.
+    """
     log = UsageLog()
     family = _family_of(server)
     if not family:
@@ -91,7 +94,10 @@ def _usage(family: Sequence[Any]) -> Usage | None:
 
 
 def _family_of(server: Server) -> list[Any]:
-    """Find the process that is named, or that listens at the address here, and its children."""
+    """Find the server's process, and its children.
+
+    It is the process that is named, or that listens at the address here.
+    """
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:

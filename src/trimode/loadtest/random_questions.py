@@ -65,7 +65,7 @@ class RandomLengths:
 
 
 def draw_questions(lengths: RandomLengths, token_ids: Sequence[int]) -> Questions:
-    """Draw prompts of token ids, or of words if there are no ids to draw from.
+    """Draw prompts of token ids, or of words if there are none.
 
     Args:
         lengths: Lengths, number and seed.

@@ -14,14 +14,17 @@ from trimode.loadtest.play import Played
 
 
 def request_records(played: Sequence[Played], run: int) -> list[RequestRecord]:
-    """Return the records of the requests that count, in the order of sending."""
+    """Return the records of requests that count, in order of sending."""
     counted = sorted((one for one in played if one.is_measured), key=lambda one: one.exchange.sent)
     start = counted[0].exchange.sent if counted else 0.0
     return [request_record(one, run, start) for one in counted]
 
 
 def request_record(played: Played, run: int, start: float) -> RequestRecord:
-    """Return the record of a request in a run that began at ``start``."""
+    """Return the record of a request.
+
+    ``start`` is the time at which the run began.
+    """
     done = played.exchange
     usage = done.usage
     details = usage.get("prompt_tokens_details") or {}
@@ -47,7 +50,10 @@ def request_record(played: Played, run: int, start: float) -> RequestRecord:
 
 
 def counted_by(played: Sequence[Played]) -> str:
-    """Say who counted the output tokens: the server, or the client its events with text."""
+    """Say who counted the output tokens: the server, or the client.
+
+    A client counts its events with text.
+    """
     done = [one.exchange for one in played if one.is_measured and one.exchange.succeeded]
     return "server" if all("completion_tokens" in one.usage for one in done) else "chunks"
 
@@ -61,7 +67,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _speculation(found: Mapping[str, Any] | None) -> SpeculationRecord | None:
-    """Return the counts of vLLM's form; None if they are not of it."""
+    """Return the counts of vLLM's form; None if it is another."""
     if found is None:
         return None
     known = {name: found[name] for name in SpeculationRecord.model_fields if name in found}

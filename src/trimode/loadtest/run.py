@@ -117,7 +117,10 @@ class _Clock:
 
 
 def _sink(run: Run, advance: Advance) -> Callable[[Played], None]:
-    """Return what keeps each turn, and advances a run that a number of prompts ends."""
+    """Return a function that keeps each turn, and tells progress.
+
+    It advances a run that ends after a number of prompts.
+    """
     by_prompts = run.test.span.num_prompts is not None
 
     def keep(one: Played) -> None:
@@ -130,7 +133,7 @@ def _sink(run: Run, advance: Advance) -> Callable[[Played], None]:
 
 @contextlib.asynccontextmanager
 async def _ticking(span: Span, advance: Advance) -> AsyncIterator[None]:
-    """Tell the progress of a run that time ends: a step a second."""
+    """Tell the progress of a timed run, a step a second."""
     if span.duration is None:
         yield
         return

@@ -48,7 +48,10 @@ async def describe(client: Connections, server: Server) -> ServerRecord:
 
 
 async def counters(client: Connections, base: str) -> Counters:
-    """Read the counters, and sums and counts of histograms; empty if there are none."""
+    """Read the server's counters; empty if there are none.
+
+    Sums and counts of histograms are among them.
+    """
     try:
         response = await client.get(base + "/metrics")
         return dict(_samples(response.text)) if response.is_success else {}
@@ -57,7 +60,7 @@ async def counters(client: Connections, base: str) -> Counters:
 
 
 async def ordinary_ids(client: Connections, server: ServerRecord) -> list[int]:
-    """Ask for ids of ordinary tokens; empty if the server has no ``/tokenize``."""
+    """Ask for ids of ordinary tokens; empty without ``/tokenize``."""
     body = {"model": server.model, "prompt": " ".join(WORDS)}
     # vLLM would add its special tokens; not every server knows the field
     for fields in ({"add_special_tokens": False}, {}):

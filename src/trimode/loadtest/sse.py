@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 
 class EventParser:
-    """Takes pieces of a stream as they arrive, and gives the data of whole events."""
+    """Takes pieces of a stream, and gives the data of whole events."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that ends in this piece; lines end in LF or CR LF."""
+        """Yield the data of each event that ends in this piece.
+
+        Lines end in LF or CR LF.
+        """
         lines = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n")
         self._rest = lines.pop()
         for line in lines:

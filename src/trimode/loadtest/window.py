@@ -33,7 +33,7 @@ class Window:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether so many requests failed in a row that the server seems to be gone."""
+        """Whether many requests in a row failed, so the server seems gone."""
         return self._failures >= _PATIENCE
 
     def begin(self) -> bool | None:
@@ -50,7 +50,10 @@ class Window:
         return is_measured
 
     def counts(self, sent: float, *, is_measured: bool) -> bool:
-        """Whether a request counts that was sent then, in a conversation that counts or not."""
+        """Tell whether a request that was sent at this time counts.
+
+        ``is_measured`` tells whether its conversation does.
+        """
         return is_measured or (self._span.duration is not None and sent >= self.measure_from)
 
     def note(self, *, succeeded: bool) -> None:

@@ -56,7 +56,7 @@ def load_result(test: LoadTest, measured: Measured, command: str) -> LoadResult:
 
 
 def write_load_test(folder: Path, result: LoadResult, requests: Iterable[RequestRecord]) -> None:
-    """Write the three files of a load test; an earlier one is replaced.
+    """Write the three files of a load test, replacing an earlier one.
 
     Raises:
         UsageError: the folder holds something else.
@@ -92,7 +92,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that this package runs from; None if it is none."""
+    """Return the commit of the package's source tree; None without one."""
     git, here = shutil.which("git"), Path(trimode.__file__).resolve().parent
     if git is None or not (here.parents[1] / ".git").exists():
         return None

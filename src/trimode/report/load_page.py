@@ -1,4 +1,4 @@
-"""Writes the page of one or several load tests: no script, no foreign origin."""
+"""Writes the page of load tests: no script, no foreign origin."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _point(run: RunRecord) -> Point:
 
 
 def facts(result: LoadResult) -> Mapping[str, str]:
-    """Return what a reader has to know of a load test, by name."""
+    """Return what a reader must know of a load test, by name."""
     work, server = result.workload, result.server
     length = (
         f"{work.duration_s:g} s" if work.duration_s is not None else f"{work.num_prompts} prompts"

@@ -14,7 +14,10 @@ _TICKS = 5
 
 
 class Point(NamedTuple):
-    """Holds one run: output tokens per second of a user, and of all, and its label."""
+    """Holds one run: output tokens per second, and its label.
+
+    ``per_user`` is the rate of one user, ``total`` that of all.
+    """
 
     per_user: float
     total: float
@@ -56,7 +59,9 @@ def pareto_svg(lines: Sequence[Line]) -> str:
 
 
 def nice_step(most: float, count: int = _TICKS) -> float:
-    """Return the least of 1, 2, 2.5 or 5 times a power of ten that needs ``count`` steps at most.
+    """Return a round step that needs at most ``count`` steps.
+
+    It is the least of 1, 2, 2.5 or 5 times a power of ten.
 
     Args:
         most: Value to reach, above 0.
@@ -114,7 +119,7 @@ def _line(number: int, line: Line, x: _Scale, y: _Scale) -> Iterator[str]:
 
 
 def _marker(number: int, a: float, b: float, colour: str) -> str:
-    """Draw a shape of its own for each of four lines, so that colour is not all."""
+    """Draw one of four shapes, so that colour is not all."""
     shapes = (
         f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5"',
         f'<rect x="{a - 4:.1f}" y="{b - 4:.1f}" width="8" height="8"',

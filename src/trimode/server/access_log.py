@@ -33,7 +33,10 @@ _NOTES: ContextVar[_Notes | None] = ContextVar("trimode_request_notes", default=
 
 
 class RequestLog:
-    """Notes texts and refusals for the line of the request they belong to; an observer."""
+    """Notes texts and refusals for the log line of their request.
+
+    It is an observer.
+    """
 
     def observe(self, record: RequestRecord) -> None:
         """Take note of a text that has ended."""
@@ -47,10 +50,12 @@ class RequestLog:
 
 
 class AccessLog:
-    """Writes the line of each request once it is over. The outermost middleware.
+    """Writes the log line of each request once it is over.
+
+    It is the outermost middleware.
 
     Args:
-        app: What is inside.
+        app: Application inside.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -78,7 +83,9 @@ class AccessLog:
 
 
 class TextLog:
-    """Writes prompt and answer to the log, for servers that are told to; a step of outputs.
+    """Writes prompt and answer to the log.
+
+    It is a step of outputs, for servers that are told to log texts.
 
     Args:
         prompt: Prompt of the text.

@@ -51,7 +51,7 @@ class Shape(Protocol):
     with_ids: bool
 
     def first(self, index: int) -> Object | None:
-        """Return the choice of an event before any text; None where there is none."""
+        """Return a choice's event before any text; None without one."""
         ...
 
     def part(self, update: Update) -> Object:

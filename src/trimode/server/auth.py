@@ -1,4 +1,4 @@
-"""Checks API keys, and keeps what one key has computed from all others."""
+"""Checks API keys, and keeps their computed prefixes apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class ApiKeys:
 
     @classmethod
     def from_file(cls, path: Path) -> ApiKeys:
-        """Read keys from a file, one a line; blank lines and lines with ``#`` do not count.
+        """Read keys from a file, one a line.
+
+        Blank lines and lines that begin with ``#`` do not count.
 
         Raises:
             UsageError: the file cannot be read, or has no key.
@@ -47,7 +49,9 @@ class ApiKeys:
         return len(self._digests)
 
     def check(self, authorization: str | None) -> str | None:
-        """Return the digest of the key in an ``Authorization`` header; None without keys.
+        """Return the digest of a header's key; None without keys.
+
+        The header is ``Authorization``.
 
         Raises:
             ApiError: 401, the header holds none of the keys.

@@ -29,7 +29,10 @@ async def read_model(request: Request, kind: type[Model], limits: Limits) -> Mod
 
 
 def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describe a body for the OpenAPI schema, which FastAPI does not see by itself."""
+    """Describe a body for the OpenAPI schema.
+
+    FastAPI does not see it by itself.
+    """
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -73,7 +76,7 @@ def _parse(kind: type[Model], body: bytes) -> Model:
 
 
 def _refused(first: Any) -> ApiError:
-    """Name the first field that is wrong; what was found is not repeated."""
+    """Name the first wrong field, but not the value found there."""
     if first["type"] == "json_invalid":
         return ApiError(400, f"expected a body in JSON, found: {first['msg']}", code="invalid_json")
     param = ".".join(str(part) for part in first["loc"]) or None

@@ -1,4 +1,7 @@
-"""Reads a call of a tool as models write it: as JSON, or in tags of parameters."""
+"""Reads a tool call that a model wrote, in JSON or tags.
+
+With tags, each parameter has one.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,7 @@ def _read_tags(body: str, schemas: Mapping[str, Mapping[str, Any]]) -> Call | No
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """Read a parameter as its schema wants it; what cannot be read so is a text."""
+    """Read a parameter by its schema, or as text where that fails."""
     kinds = schema.get("type") if isinstance(schema, Mapping) else None
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "string" in kinds or not any(kind in _LITERALS for kind in kinds):

@@ -33,7 +33,10 @@ def offered_tools(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
-    """Return the JSON schema of an answer that has to be a call; None where it need not be."""
+    """Return the JSON schema of an answer that must be a call.
+
+    None where it need not be one.
+    """
     choice = request.tool_choice
     if isinstance(choice, NamedTool):
         return call_schema(offered_tools(request), choice.function.name)

@@ -1,4 +1,4 @@
-"""Says a request's fields in the engine's words, and checks what depends on this server."""
+"""Translates requests for the engine, and checks them against this server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def mode_of(request: Sampling, default: Mode) -> Mode:
-    """Return the mode that is asked for; names may be written with a hyphen."""
+    """Return the mode that is asked for, or the default.
+
+    Names may be written with a hyphen.
+    """
     return cast("Mode", request.mode.replace("-", "_")) if request.mode else default
 
 
@@ -76,7 +79,7 @@ def stops_of(request: Sampling) -> list[str]:
 
 
 def check_limits(request: Sampling, limits: Limits) -> None:
-    """Raise :class:`ApiError` 400 for a request that asks for more than the limits allow."""
+    """Raise :class:`ApiError` 400 for a request over the limits."""
     stops = stops_of(request)
     check_most("stop", len(stops), limits.max_stop, "stop strings")
     longest = max(map(len, stops), default=0)

@@ -1,4 +1,4 @@
-"""Makes a request's messages into what the chat template takes, and into token ids."""
+"""Turns messages into input for the chat template, and into token ids."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def render(codec: TextCodec, conversation: Conversation) -> tuple[str, list[int]
 
 
 def _template_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse names that would replace the bundle's template, or what is said elsewhere."""
+    """Return a template's options; refuse names that the server sets.
+
+    Such names would replace the bundle's template, or what is said elsewhere.
+    """
     if taken := _TAKEN & given.keys():
         name = min(taken)
         raise ApiError(
@@ -104,7 +107,10 @@ def _plain(number: int, message: ChatMessage) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
-    """Return arguments as an object, which templates expect; as they are where they are none."""
+    """Return arguments as an object, or unchanged where they are none.
+
+    Templates expect an object.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -144,7 +144,7 @@ class EngineCollector(Collector):
     """Turns an engine's counts into metrics.
 
     Args:
-        stats: Reads the counts.
+        stats: Function that reads the counts.
         model_name: Name that the bundle is served under.
     """
 

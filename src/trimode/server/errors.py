@@ -72,7 +72,10 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Say in HTTP's words what an error of the library means to a client."""
+    """Translate an error of the library into an HTTP error.
+
+    A client learns from it what the error means for it.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError):

@@ -1,4 +1,4 @@
-"""Stands before all routes: names requests, checks keys, and answers what goes wrong."""
+"""Guards all routes: names requests, checks keys, and answers errors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Gate:
     ``received``, by ``time.perf_counter``.
 
     Args:
-        app: What is behind.
+        app: Application behind it.
         keys: API keys.
         open_paths: Paths that need no key.
-        observers: Told of each refusal.
+        observers: Listeners that are told of each refusal.
     """
 
     def __init__(

@@ -11,7 +11,9 @@ from trimode.server.errors import ApiError
 
 
 class Lifecycle:
-    """Counts requests at work, and refuses new ones while the server drains. For one event loop.
+    """Counts requests at work, and refuses new ones while the server drains.
+
+    It is for one event loop.
 
     Attributes:
         is_draining: Whether new requests are refused.
@@ -36,7 +38,9 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def taking(self) -> Iterator[None]:
-        """Count a request while it is made ready for the engine, unless the server drains.
+        """Count a request while it is prepared, unless the server drains.
+
+        It is made ready for the engine.
 
         Raises:
             ApiError: 503, it drains.
@@ -47,7 +51,7 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def answering(self, handles: tuple[Handle, ...]) -> Iterator[None]:
-        """Count a request while it is answered; what has not ended then is cancelled."""
+        """Count a request while it is answered; cancel what is left."""
         self._running += 1
         self._idle.clear()
         self._handles.update(handles)

@@ -1,4 +1,7 @@
-"""Writes a server's log: as lines of text or of JSON, without what users and models say."""
+"""Writes a server's log as lines of text or of JSON.
+
+What users and models say is not in it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,10 @@ class JsonFormatter(_Formatter):
 
 
 class TextFormatter(_Formatter):
-    """Writes a record as one line for people; an exception follows in lines of its own."""
+    """Writes a record as one line for people.
+
+    An exception follows in lines of its own.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -88,13 +94,13 @@ def logging_to(
     with_texts: bool = False,
     level: int = logging.INFO,
 ) -> Iterator[None]:
-    """Write the log of the server and of uvicorn while the block runs.
+    """Log the server and uvicorn while the block runs.
 
     A thread of its own writes, so that a slow reader holds up neither the event loop nor the
     engine.
 
     Args:
-        stream: Where to write; None = stderr.
+        stream: Stream to write to; None = stderr.
         log_format: Form of the lines.
         with_texts: Whether messages of exceptions are told, which may quote users.
         level: Least level that is written.
@@ -122,7 +128,7 @@ def logging_to(
 
 
 class _Handler(logging.handlers.QueueHandler):
-    """Hands records over as they are, for the formatter has to see their exceptions."""
+    """Hands records on unformatted, since the formatter needs their exceptions."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record.msg, record.args = record.getMessage(), None
@@ -133,7 +139,10 @@ class _Handler(logging.handlers.QueueHandler):
 
 
 class _Listener(logging.handlers.QueueListener):
-    """Does not wait for ever at its end for a reader that reads no more."""
+    """Waits a limited time at its end for a slow reader.
+
+    A reader that reads no more cannot hold up the end.
+    """
 
     def stop(self) -> None:
         with suppress(queue.Full):

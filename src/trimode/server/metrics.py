@@ -1,4 +1,4 @@
-"""Counts requests for Prometheus, under vLLM's names where the meaning is the same."""
+"""Counts requests for Prometheus, under vLLM's names where meanings match."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Families:
     """Makes metrics that all carry the model's name.
 
     Attributes:
-        registry: Where they are registered.
+        registry: Registry of the metrics.
         model_name: Name that the bundle is served under.
     """
 
@@ -103,7 +103,7 @@ class Families:
         return Counter(name, text, ("model_name",), registry=self.registry).labels(self.model_name)
 
     def labelled(self, name: str, text: str, *labels: str) -> Callable[..., Counter]:
-        """Make a counter for each value of labels; call it with these values."""
+        """Return a function that gives the counter for values of labels."""
         made = Counter(name, text, ("model_name", *labels), registry=self.registry)
         return partial(made.labels, self.model_name)
 
@@ -157,7 +157,7 @@ class Metrics:
     """Holds all metrics of a server, in a registry of its own.
 
     Args:
-        stats: Reads the engine's counts, at each scrape.
+        stats: Function that reads the engine's counts, at each scrape.
         model_name: Name that the bundle is served under.
         max_length: Most tokens of a text, for the bounds of histograms.
         info: Facts that do not change, such as ``target`` and ``precision``.
@@ -218,7 +218,7 @@ class Metrics:
         self._drafts.observe(record)
 
     def reject(self, reason: str) -> None:
-        """Count a request that was refused, by the error's code; from any thread."""
+        """Count a refused request by the error's code, from any thread."""
         self._rejections(reason if reason in REJECTIONS else OTHER).inc()
 
     def render(self) -> bytes:
@@ -228,7 +228,7 @@ class Metrics:
 
 
 def one_two_five(most: int) -> list[float]:
-    """Return 1, 2, 5, 10, ... up to the first that reaches ``most``."""
+    """Return 1, 2, 5, 10, ... until one reaches ``most``."""
     bounds: list[float] = []
     for value in (step * 10**power for power in range(10) for step in (1, 2, 5)):
         bounds.append(value)

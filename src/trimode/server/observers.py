@@ -9,7 +9,10 @@ from trimode.server.records import RequestRecord
 
 
 class Observer(Protocol):
-    """Declares what is told of requests, on the event loop; it should be quick."""
+    """Declares a listener that is told of requests, on the event loop.
+
+    It should be quick.
+    """
 
     def observe(self, record: RequestRecord) -> None:
         """Take note of a text that has ended; called once for each."""

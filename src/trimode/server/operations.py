@@ -30,10 +30,10 @@ class Operations:
     """Holds the parts of an application that watch it.
 
     Attributes:
-        observers: Told of texts and refusals.
+        observers: Listeners that are told of texts and refusals.
         middleware: Layers around the application, the outermost last.
         routers: Further routes.
-        processors: Makes the steps from text to answer.
+        processors: Function that makes the steps from text to answer.
     """
 
     observers: tuple[Observer, ...]
@@ -70,7 +70,7 @@ def operating(engine: Engine, model_name: str, options: ServeOptions) -> Iterato
 
 
 def logged_processors(request: Sampling, prompt: str) -> list[OutputProcessor]:
-    """Make the usual steps, and one that writes prompt and answer to the log."""
+    """Make the usual steps, and one that logs prompt and answer."""
     asked = prompt or str(getattr(request, "prompt", ""))
     return [*default_processors(request, prompt), TextLog(asked)]
 

@@ -1,4 +1,4 @@
-"""Holds the options of a server, from the command line or from a file."""
+"""Holds a server's options, from the command line or a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimode.server.limits import Limits
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Holds what ``trimode serve`` can be told; a file has the same names.
+    """Holds the options of ``trimode serve``; a file has the same names.
 
     Attributes:
         host: Address to listen on.

@@ -1,4 +1,4 @@
-"""Turns the tokens of a text into what a client reads, step by step."""
+"""Turns a text's tokens into what a client reads, in steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Delta:
 
 
 class OutputProcessor(Protocol):
-    """Declares a step from text to answer: it may move, hold back or drop text."""
+    """Declares a step from text to answer.
+
+    It may move, hold back or drop text.
+    """
 
     def push(self, delta: Delta) -> Delta:
         """Take what the step before gave; return what is certain."""
@@ -57,10 +60,10 @@ class Update:
 
     Attributes:
         index: Number of the choice.
-        delta: What became certain.
+        delta: Text that became certain.
         token_ids: Tokens that came.
         logprobs: Their log-probabilities, where they were asked for.
-        finish_reason: Set on the last one.
+        finish_reason: Reason of the end; set on the last one.
     """
 
     index: int
@@ -76,7 +79,7 @@ class ChoiceText:
     Args:
         index: Number of the choice.
         handle: Handle of the text.
-        text: Turns its tokens into text.
+        text: Stream that turns its tokens into text.
         processors: Steps from text to answer.
     """
 

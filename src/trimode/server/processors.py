@@ -10,7 +10,10 @@ from trimode.server.thinking import ThinkingProcessor
 
 
 def default_processors(request: Sampling, prompt: str) -> list[OutputProcessor]:
-    """Tell thinking, calls and answers of conversations apart; leave completions as they are."""
+    """Return the steps that separate thinking, calls and answers of a conversation.
+
+    There are none for a completion: its text stays as it is.
+    """
     if not isinstance(request, ChatRequest):
         return []
     steps: list[OutputProcessor] = [ThinkingProcessor(prompt)]

@@ -1,4 +1,4 @@
-"""Splits a text into the thinking before ``</think>`` and the answer after it, as it comes."""
+"""Splits a text at ``</think>`` into thinking and answer, as it comes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ThinkSplitter:
     all is thinking. Line breaks between the tag and the answer belong to neither.
 
     Args:
-        place: Where the text begins.
+        place: Place in which the text begins.
     """
 
     def __init__(self, place: Place) -> None:
@@ -80,7 +80,7 @@ class ThinkSplitter:
         return Split("", "" if self._place is Place.GAP else held)
 
     def _step(self) -> str:
-        """Go as far as one can without a new place, or to the next place."""
+        """Advance within a place, or to the next place."""
         if self._place is Place.BEFORE:
             return self._before()
         if self._place is Place.THINKING:
@@ -122,7 +122,7 @@ def count_reasoning(token_ids: Sequence[int], place: Place, end_think: int | Non
 
     Args:
         token_ids: Tokens of the text.
-        place: Where the text begins.
+        place: Place in which the text begins.
         end_think: Token of ``</think>``; None where the tokenizer has none.
     """
     if place is Place.ANSWER or end_think is None:

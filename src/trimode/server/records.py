@@ -1,4 +1,7 @@
-"""What is known of one text once it has ended: for metrics, logs, traces and answers."""
+"""Records what is known of a text once it has ended.
+
+It serves metrics, logs, traces and answers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Counts the drafts of a text; the tokens before them are no drafts.
+    """Counts the drafts of a text.
+
+    The tokens before the drafts of a block do not count.
 
     Attributes:
         num_cycles: Blocks that were drafted and verified.
@@ -99,7 +104,7 @@ class RequestRecord:
         completion_tokens: Tokens that were delivered.
         finish_reason: ``stop`` or ``length``; else ``abort`` (cancelled), ``timeout``, ``error``.
         error: Name of the error's class; None where the text ended well.
-        times: When it happened.
+        times: Times of its phases.
         forwards: Forwards by phase; None where the text did not end well.
         drafts: Drafts of self-speculation.
         diffusion: Denoising.
@@ -120,7 +125,7 @@ class RequestRecord:
 
     @property
     def time_per_token_s(self) -> float | None:
-        """Seconds a token after the first one; None with fewer than two tokens."""
+        """Seconds per token after the first; None with fewer than two."""
         if self.times.decode_s is None or self.completion_tokens < 2:
             return None
         return self.times.decode_s / (self.completion_tokens - 1)
@@ -136,7 +141,7 @@ def make_record(
         request_id: Identifier of the request.
         model: Name of the served model.
         mode: Mode that was asked for.
-        received: When the request came, by ``time.perf_counter``; None = when it was submitted.
+        received: Time of the request by ``time.perf_counter``; None = of its submission.
 
     Raises:
         ValueError: the text has not ended.

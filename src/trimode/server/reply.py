@@ -1,4 +1,4 @@
-"""Follows the texts of a request from the engine's thread to the event loop."""
+"""Follows a request's texts from the engine's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from trimode.server.ticking import every
 
 
 class Bell:
-    """Wakes an event loop from any thread; many rings before it wakes count as one."""
+    """Wakes an event loop from any thread.
+
+    Many rings before it wakes count as one.
+    """
 
     def __init__(self) -> None:
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
@@ -74,7 +77,7 @@ class Reply:
     Attributes:
         asked: Facts of the request.
         texts: Texts, by index.
-        bell: Rings as tokens come.
+        bell: Bell that rings as tokens come.
         is_abandoned: Whether the client has left.
     """
 

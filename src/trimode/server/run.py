@@ -22,15 +22,16 @@ logger = logging.getLogger("trimode.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """Finishes what runs when it is told to stop; a second signal stops at once.
+    """Finishes requests when it is told to stop.
 
-    While it drains, new requests are answered with 503, so that a balancer tries another server.
+    A second signal stops it at once. While it drains, new requests are answered with 503, so that a
+    balancer tries another server.
 
     Args:
         config: Uvicorn's configuration.
         lifecycle: Requests at work.
         drain_timeout_s: Most seconds for them.
-        started_at: Called with the address, once requests are taken.
+        started_at: Function that gets the address once requests are taken.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Stop, once what runs has ended. To be called on the event loop."""
+        """Stop once what runs has ended; call on the event loop."""
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

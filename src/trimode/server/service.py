@@ -1,4 +1,4 @@
-"""Holds what all routes share: the engine, its tokenizer, and the rules of this server."""
+"""Holds what routes share: engine, tokenizer, and the server's rules."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Service:
         default_mode: Mode of requests that name none.
         limits: Bounds of requests.
         keys: API keys.
-        processors: Makes the steps from text to answer.
-        observers: Told of each text that has ended, and of each refusal.
+        processors: Function that makes the steps from text to answer.
+        observers: Listeners that are told of each ended text and each refusal.
         lifecycle: Requests at work.
         created: Unix time of the start.
     """
@@ -130,7 +130,7 @@ async def run_aside(function: Callable[[], Any], size: int) -> Any:
     """Run something here where it is quick, else in a thread.
 
     Args:
-        function: What to run.
+        function: Function to run.
         size: Characters that it goes over.
     """
     return function() if size <= _QUICK else await asyncio.to_thread(function)

@@ -83,7 +83,10 @@ def open_engine(model: TriModeModel, options: ServeOptions, *, is_fair: bool) ->
 def further_routes(
     service: Service, routers: Sequence[APIRouter], options: ServeOptions
 ) -> dict[str, Any]:
-    """Return keywords of :func:`create_app`: these routes, and those of the page if asked for."""
+    """Return keywords of :func:`create_app`: the routes and open paths.
+
+    The page's routes are among them if it is asked for.
+    """
     if not options.watch:
         return {"routers": routers}
     return {"routers": [*routers, watch_router(service)], "open_paths": OPEN_PATHS}

@@ -35,8 +35,8 @@ class Telling:
     Attributes:
         service: Engine and rules of the server.
         reply: Texts that the engine works on.
-        shape: How the endpoint writes its choices.
-        envelope: What the objects begin with.
+        shape: Form in which the endpoint writes its choices.
+        envelope: Fields that the objects begin with.
         options: Options of a stream.
     """
 
@@ -64,7 +64,7 @@ async def answer_whole(request: Request, telling: Telling) -> Response:
 
 @contextlib.asynccontextmanager
 async def answering(telling: Telling, receive: Receive) -> AsyncIterator[None]:
-    """Do what begins and ends an answer: rows are freed, and observers are told."""
+    """Surround an answer: free rows at its end, and tell observers."""
     service, reply = telling.service, telling.reply
     try:
         with service.lifecycle.answering(reply.handles):

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def every(seconds: float, call: Callable[[], object]) -> Iterator[None]:
-    """Call a function every so many seconds; one timer costs less than one for each event."""
+    """Call a function every so many seconds, while the block runs.
+
+    One timer costs less than one for each event.
+    """
     loop = asyncio.get_running_loop()
     timer = loop.call_later(seconds, lambda: again())
 

@@ -40,7 +40,7 @@ def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]], name: str | None = None) -> dict[str, Any]:
-    """Make the JSON schema that an answer must follow which has to be a call.
+    """Make the JSON schema of an answer that must be a call.
 
     :class:`ForcedCall` reads such an answer.
 
@@ -99,7 +99,7 @@ class ToolCallParser:
     Args:
         schemas: Schemas of the arguments by the names of the functions that were offered.
         is_parallel: Whether there may be several calls; else those after the first are dropped.
-        make_id: Makes the id of a call.
+        make_id: Function that makes the id of a call.
     """
 
     def __init__(
@@ -129,7 +129,10 @@ class ToolCallParser:
         return found
 
     def finish(self) -> Found:
-        """Return what was held back. The last call may lack its closing tag."""
+        """Return what was held back; the last call may lack its tag.
+
+        The tag is the one that closes it.
+        """
         found = Found()
         if self._is_inside and read_call(self._text, self._schemas) is not None:
             self._is_inside, body, self._text = False, self._text, ""
@@ -158,7 +161,10 @@ class ToolCallParser:
         return False
 
     def _content(self, found: Found, text: str) -> None:
-        """Pass on content, but for blanks at its end: a call may follow them."""
+        """Pass on content, but hold back blanks at its end.
+
+        A call may follow them.
+        """
         text = self._blank + text
         solid = text.rstrip()
         self._blank = text[len(solid) :]
@@ -189,14 +195,20 @@ class ToolCallParser:
 
 
 class _Body:
-    """Looks for the tag that ends a call; one within a text of its JSON does not."""
+    """Looks for the tag that ends a call.
+
+    A tag within a string of the call's JSON does not end it.
+    """
 
     def __init__(self) -> None:
         self._place, self._in_text = 0, False
         self._is_json: bool | None = None
 
     def end(self, text: str) -> int | None:
-        """Return the place of the tag; None where it has not come. ``text`` only ever grows."""
+        """Return the tag's place; None where it has not come.
+
+        ``text`` only ever grows.
+        """
         if self._is_json is None and (start := text.lstrip()):
             self._is_json = start.startswith("{")
         if not self._is_json:
@@ -210,7 +222,10 @@ class _Body:
         return None
 
     def _next_tag(self, text: str) -> int | None:
-        """Read up to the next tag or the end, and know whether that is within a text."""
+        """Read up to the next tag or the end of the text.
+
+        It notes whether that is within a string.
+        """
         tag = text.find(CLOSE, self._place)
         stop = tag if tag >= 0 else len(text) - held_back(text, CLOSE)
         while (sign := _JSON_SIGNS.search(text, self._place, stop)) is not None:
@@ -227,13 +242,13 @@ class _Body:
 
 
 class ForcedCall:
-    """Passes on the arguments of a call that the answer has to be, as they come.
+    """Passes on the arguments of a call, as they come.
 
-    The answer follows :func:`call_schema`, so nothing is held back. Where it does not begin like
-    a call, it is content.
+    The answer has to be this call. The answer follows :func:`call_schema`, so nothing is held back.
+    Where it does not begin like a call, it is content.
 
     Args:
-        make_id: Makes the id of a call.
+        make_id: Function that makes the id of a call.
     """
 
     def __init__(self, make_id: Callable[[], str] = new_call_id) -> None:
@@ -266,7 +281,10 @@ class ForcedCall:
         return Found("", [self._calls.more(piece)] if piece else [])
 
     def _end(self, text: str) -> int:
-        """Return where the arguments end in a piece, and note what is open behind it."""
+        """Return where the arguments end in a piece.
+
+        It notes what is still open behind it.
+        """
         place = int(self._is_escaped and bool(text))
         self._is_escaped = self._is_escaped and not text
         while (sign := _SCOPE_SIGNS.search(text, place)) is not None:

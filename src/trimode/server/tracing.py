@@ -1,4 +1,4 @@
-"""Tells OpenTelemetry of each text: how long it waited, was read and was written."""
+"""Tells OpenTelemetry how long each text waited, was read, was written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ _PARENT: ContextVar[tuple[str, Context] | None] = ContextVar("trimode_trace_pare
 
 
 class TraceParent:
-    """Reads whose part a request is, from the W3C headers ``traceparent`` and ``tracestate``.
+    """Reads the trace that a request belongs to.
+
+    The W3C headers ``traceparent`` and ``tracestate`` name it.
 
     Args:
-        app: What is inside.
+        app: Application inside.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -48,12 +50,12 @@ class TraceParent:
 
 
 class TextTracer:
-    """Makes a span for each text that has ended, with one for each of its phases; an observer.
+    """Makes a span for each ended text, and for its phases.
 
-    No prompt and no answer is part of a span.
+    It is an observer. No prompt and no answer is part of a span.
 
     Args:
-        tracer: Where spans go.
+        tracer: Tracer that takes the spans.
     """
 
     def __init__(self, tracer: Tracer) -> None:
@@ -94,7 +96,10 @@ class TextTracer:
 
 
 def attributes_of(record: RequestRecord) -> dict[str, AttributeValue]:
-    """Return attributes, under the names of the GenAI conventions where they have one."""
+    """Return a span's attributes, with names of the GenAI conventions.
+
+    An attribute that has none there has a name of its own.
+    """
     found: dict[str, AttributeValue] = {
         "gen_ai.provider.name": "trimode",
         "gen_ai.request.model": record.model,

@@ -13,7 +13,10 @@ from trimode.server.reply import Reply
 
 
 def usage_so_far(handles: Sequence[Handle]) -> dict[str, Any]:
-    """Count the tokens of a request; a prompt that several texts share counts once."""
+    """Count the tokens of a request.
+
+    A prompt that several texts share counts once.
+    """
     firsts = [handle for handle in handles if handle.choices[0] is handle]
     prompt = sum(handle.usage.prompt_tokens for handle in firsts)
     completion = sum(handle.usage.completion_tokens for handle in handles)
@@ -28,7 +31,7 @@ def usage_so_far(handles: Sequence[Handle]) -> dict[str, Any]:
 
 
 def ending_of(reply: Reply, end_think: int | None = None) -> dict[str, Any]:
-    """Return the usage of a request that has ended, and the counts of its drafts.
+    """Return the usage of an ended request, and its drafts' counts.
 
     OpenAI counts tokens of a prediction that the client sent. Here the model predicts by itself:
     ``accepted_prediction_tokens`` are drafts that became text, ``rejected_prediction_tokens``

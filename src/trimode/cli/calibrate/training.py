@@ -27,8 +27,8 @@ class TrainingCommand(NamedTuple, Generic[R]):
     Attributes:
         job: Class of the job, a :class:`trimode.calib.training.job.TrainingJob`.
         kind: Description of the folder that the job writes.
-        show: Prints a record as tables.
-        in_words: Says what became of the folder.
+        show: Function that prints a record as tables.
+        in_words: Function that says what became of the folder.
     """
 
     job: Callable[..., Job[Any, RunState, Any, Any, Any, R]]

@@ -140,7 +140,7 @@ class Completion(Declared):
 
 
 def answer_response(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Declare an answer in one piece, or in events, for the OpenAPI schema."""
+    """Declare an answer in one piece or in events, for OpenAPI."""
     return {
         200: {
             "model": model,

@@ -1,4 +1,7 @@
-"""Holds what all requests have in common: strict fields that name what is wrong."""
+"""Holds the common part of all requests: strict, clear fields.
+
+Where one of them is wrong, the error names it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class Sampling(Strict):
         priority: Larger comes first.
         return_token_ids: Whether choices have ``token_ids``.
         max_thinking_tokens: Most tokens of thinking, which is then ended.
-        structured_outputs: What the answer has to follow.
+        structured_outputs: Form that the answer has to follow.
     """
 
     model: str | None = None

@@ -19,7 +19,10 @@ class TextPart(Strict):
 
 
 class FunctionCall(Strict):
-    """Holds a call of a function: its name, and its arguments as JSON."""
+    """Holds a call of a function: its name and its arguments.
+
+    The arguments are JSON.
+    """
 
     name: str
     arguments: str
@@ -38,7 +41,7 @@ class ChatMessage(Strict):
     """Holds a message.
 
     Attributes:
-        role: Who speaks; ``developer`` is taken for ``system``.
+        role: Speaker; ``developer`` is taken for ``system``.
         content: Text, or parts of it that are joined.
         name: Name of the speaker, for templates that show it.
         tool_calls: Calls of an assistant's message.

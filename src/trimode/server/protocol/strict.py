@@ -1,4 +1,7 @@
-"""Holds what all declared objects have in common: they say exactly what they take."""
+"""Holds the common base of all declared objects.
+
+They say exactly what they take.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ from trimode.server.protocol.strict import Strict
 
 
 class StructuredOutputs(Strict):
-    """Names what an answer follows, as vLLM does; exactly one of the first five.
+    """Says what an answer has to follow, as in vLLM.
+
+    Exactly one of the first five is set.
 
     Attributes:
         json: JSON schema, as an object or as text.

@@ -12,7 +12,9 @@ from trimode.server.protocol.strict import Strict
 
 
 class TokenizeRequest(Strict):
-    """Asks for the token ids of a text, or of a conversation by the chat template.
+    """Asks for the token ids of a text or a conversation.
+
+    A conversation is rendered by the chat template.
 
     Attributes:
         model: Name that the bundle is served under; None = that one.

@@ -25,13 +25,19 @@ def state_router(service: Service) -> APIRouter:
 
     @router.get("/health", responses=error_responses(503))
     async def health() -> Response:
-        """Tell whether the engine can work: 200, or 503 after an error that it cannot survive."""
+        """Tell whether the engine can work.
+
+        The answer is 200, or 503 after an error that it cannot survive.
+        """
         error = service.engine.error
         return JSONResponse({"status": "ok"}) if error is None else _unavailable(error.message)
 
     @router.get("/ready", responses=error_responses(503))
     async def ready() -> Response:
-        """Tell whether new requests are taken: 200, or 503 while the server drains."""
+        """Tell whether new requests are taken.
+
+        The answer is 200, or 503 while the server drains.
+        """
         if service.lifecycle.is_draining:
             return _unavailable("the server is shutting down")
         return await health()

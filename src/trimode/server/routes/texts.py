@@ -106,7 +106,7 @@ async def _completion_reply(service: Service, request: Request, asked: Completio
 
 
 def prompts_of(asked: CompletionRequest) -> list[Any]:
-    """Return the prompts of a request, each a text or a list of token ids."""
+    """Return a request's prompts, each a text or a list of ids."""
     prompt = asked.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]

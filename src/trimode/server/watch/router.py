@@ -45,10 +45,12 @@ _NEWEST = 20
 
 
 class Traces:
-    """Gathers the lines of a trace for an event loop; filled from any thread.
+    """Gathers the lines of a trace for an event loop.
+
+    Any thread may add lines.
 
     Args:
-        bell: Rings as lines come.
+        bell: Bell that rings as lines come.
     """
 
     def __init__(self, bell: Bell) -> None:
@@ -121,7 +123,7 @@ def _encode(service: Service, prompt: str) -> list[int]:
 
 
 async def _events(service: Service, handle: Handle, traces: Traces) -> AsyncIterator[bytes]:
-    """Iterate over the lines of a trace as server-sent events, up to the end of its run."""
+    """Yield a trace's lines as server-sent events until its run ends."""
     with service.lifecycle.answering((handle,)):
         is_over = False
         while not is_over:
