@@ -24,10 +24,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.common import arguments_of, median, save
 from benchmarks.load_engine import table_of
+from benchmarks.peers.shapes import write_checkpoint
 from trimode import Engine, TriModeModel
 from trimode.calib.demo.tasks import examples
 from trimode.runtime.measure.forwards import TimerSettings, check_settings, time_forwards
@@ -95,29 +94,6 @@ def plain_tensors(sizes: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]
             yield f"model.layers.{index}.{name}.weight", shape
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (sizes["vocab_size"], hidden)
-
-
-def write_checkpoint(
-    folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """One file in bfloat16; norms are ones, all else is random."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
-        places = [offset, offset + size]
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": places}
-        offset += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    rng = np.random.default_rng(0)
-    with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-            if len(shape) == 1:
-                values = np.ones(shape, np.float32)
-            stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
 def write_plain(folder: Path, sizes: dict[str, int]) -> None:
@@ -190,7 +166,7 @@ def make_peers(peers: Path, sizes: dict[str, int], folder: Path) -> dict[str, Pe
     genai, openvino = peers / "genai/bin/python", peers / "openvino/bin/python"
     for command in (
         [genai, RUNNERS / "make_genai.py", folder / "plain", folder / "genai", "1"],
-        [openvino, RUNNERS / "make_openvino.py", folder / "plain", folder / "openvino"],
+        [openvino, RUNNERS / "make_paged.py", folder / "plain", folder / "openvino"],
     ):
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
     (folder / "openvino/config.json").write_bytes((folder / "plain/config.json").read_bytes())

@@ -81,7 +81,7 @@ def write_llama(folder: Path, shape: Shape) -> None:
         "eos_token_id": 2,
         **_sizes(shape),
     }
-    _write(folder, config, llama_tensors(shape))
+    write_checkpoint(folder, config, llama_tensors(shape))
 
 
 def write_trimode(folder: Path, shape: Shape) -> None:
@@ -105,7 +105,7 @@ def write_trimode(folder: Path, shape: Shape) -> None:
         },
         **_sizes(shape),
     }
-    _write(folder, config, expected_tensors(parse_config(config)))
+    write_checkpoint(folder, config, expected_tensors(parse_config(config)))
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _sizes(shape: Shape) -> dict[str, Any]:
     return {**sizes, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
 
-def _write(folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+def write_checkpoint(folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
     """One file in bfloat16; norms are ones, all else is random."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

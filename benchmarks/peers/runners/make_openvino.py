@@ -37,19 +37,23 @@ class Writer:
 
     def model(self) -> ov.Model:
         """The graph: ids and positions to the logits of every row."""
-        config = self.config
         ids = op.parameter([1, -1], np.int64, name="input_ids")
         positions = op.parameter([1, -1], np.int64, name="position_ids")
         mask = op.parameter([1, 1, -1, -1], np.float32, name="mask")
         beams = op.parameter([-1], np.int32, name="beam_idx")
         self.mask, self.beams = mask, beams
+        return self.layers(ids, positions, [ids, positions, mask, beams])
+
+    def layers(self, ids: Any, positions: Any, inputs: list[Any]) -> ov.Model:
+        """The graph behind the inputs; ``mask`` and ``beams`` are set."""
         self.cos, self.sin = self._angles(positions)
         x = op.gather(self.weights[_ENDS[0]], ids, np.int64(0))
-        for layer in range(config["num_hidden_layers"]):
+        for layer in range(self.config["num_hidden_layers"]):
             x = self._layer(x, f"model.layers.{layer}.", layer)
         x = self._norm(x, "model.norm.weight")
         logits = op.result(self._product(x, "lm_head.weight"), name="logits")
-        found = ov.Model([logits], self.sinks, [ids, positions, mask, beams], "llama")
+        logits.output(0).set_names({"logits"})
+        found = ov.Model([logits], self.sinks, inputs, "llama")
         found.add_variables(self.variables)
         return found
 
@@ -88,8 +92,8 @@ class Writer:
         query = self._heads(self._product(x, f"{prefix}q_proj.weight"), heads)
         key = self._heads(self._product(x, f"{prefix}k_proj.weight"), groups)
         value = self._heads(self._product(x, f"{prefix}v_proj.weight"), groups)
-        key = self._cached(self._rotated(key), f"key.{index}")
-        value = self._cached(value, f"value.{index}")
+        key = self._cached(self._rotated(key), self.state_name("key", index))
+        value = self._cached(value, self.state_name("value", index))
         factors = (self._repeated(one, heads // groups) for one in (key, value))
         query = self._rotated(query)
         read = op.scaled_dot_product_attention(query, *factors, self.mask)
@@ -97,14 +101,21 @@ class Writer:
         rows = op.reshape(op.transpose(read, np.array([0, 2, 1, 3])), size, special_zero=True)
         return self._product(rows, f"{prefix}o_proj.weight")
 
+    def state_name(self, kind: str, index: int) -> str:
+        """Name of a layer's cache."""
+        return f"{kind}.{index}"
+
+    def empty_cache(self, groups: int, size: int) -> Any:
+        """A cache without tokens."""
+        return op.constant(np.zeros((1, groups, 0, size), np.float32))
+
     def _cached(self, new: Any, name: str) -> Any:
         groups, size = self.config["num_key_value_heads"], self.config["head_dim"]
         info = VariableInfo()
         info.data_shape = ov.PartialShape([-1, groups, -1, size])
         info.data_type, info.variable_id = ov.Type.f32, name
         variable = Variable(info)
-        empty = op.constant(np.zeros((1, groups, 0, size), np.float32))
-        past = ov.opset6.read_value(empty, variable)
+        past = ov.opset6.read_value(self.empty_cache(groups, size), variable)
         past = op.gather(past, self.beams, np.int64(0))
         whole = op.concat([past, new], 2)
         self.sinks.append(ov.opset6.assign(whole, variable))
@@ -114,7 +125,7 @@ class Writer:
     def _repeated(self, x: Any, count: int) -> Any:
         groups, size = self.config["num_key_value_heads"], self.config["head_dim"]
         wide = op.unsqueeze(x, np.array([2]))
-        target = np.array([1, groups, count, 1, size])
+        target = np.array([1, 1, count, 1, 1])
         wide = op.broadcast(wide, target, broadcast_spec="bidirectional")
         return op.reshape(wide, np.array([0, groups * count, -1, size]), special_zero=True)
 
@@ -160,4 +171,5 @@ def main(folder: Path, output: Path, kind: str) -> None:
     ov.save_model(Writer(folder, kind).model(), output / "model.xml", compress_to_fp16=False)
 
 
-main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
