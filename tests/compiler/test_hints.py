@@ -117,13 +117,14 @@ def leaves(command: Any) -> Iterator[Any]:
 
 
 def find(words: list[str]) -> Any:
-    """The command that words begin with; a job of `calibrate` may go unnamed."""
+    """The command that words begin with; one of a group may go unnamed."""
     command = COMMANDS
     for word in words:
         if word not in getattr(command, "commands", {}):
             break
         command = command.commands[word]
-    return command.commands["scales"] if command.name == "calibrate" else command
+    unnamed = getattr(command, "unnamed", None)
+    return command if unnamed is None else command.commands[unnamed]
 
 
 def commands_in(text: str) -> list[str]:
