@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import config_of, write_checkpoint
+from once import made_once
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from trimode.compiler.options import BuildOptions
 from trimode.compiler.pipeline import build_bundle
 from trimode.compiler.plan import make_plan
 from trimode.compiler.stages.pack import lay_out_pack
+from trimode.compiler.store.cache import ContentCache
 from trimode.errors import UsageError
 from trimode.graphs.checkpoint import open_checkpoint
 from trimode.runtime.bundle.open import open_bundle
@@ -35,18 +37,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predicted(checkpoint: Path) -> TargetMemory:
+def predicted(checkpoint: Path, run_cache: ContentCache) -> TargetMemory:
     # an architecture has no memory of its own: two engines in place of four are compiled
     options = replace(OPTIONS, targets=("sm89",))
-    (found,) = predict_memory(open_checkpoint(checkpoint), options)
+    (found,) = predict_memory(open_checkpoint(checkpoint), options, run_cache)
     return found
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("memory") / "bundle"
-    build_bundle(checkpoint, folder, OPTIONS)
-    return folder
+def bundle(run_folder: Path) -> Path:
+    def make(folder: Path) -> None:
+        config = config_of(num_hidden_layers=NUM_LAYERS)
+        checkpoint = write_checkpoint(folder / "checkpoint", config, rank=2)
+        build_bundle(checkpoint, folder / "bundle", OPTIONS)
+
+    return made_once(run_folder / "memory_plan", make) / "bundle"
 
 
 def test_engines_of_all_layers_are_as_those_of_two_and_three_say(
