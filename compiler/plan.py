@@ -5,7 +5,7 @@ The plan has the model's facts, the precision, and one record for each target.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,42 +120,60 @@ def make_plan(
         else base.model.max_length
     )
     model = describe_model(checkpoint, max_length)
-    graph_names, is_quantized = _plan_graphs(options, base), precision not in DTYPES
-    widens_int8 = _widens_int8(precision, quantization, base)
-    holds_weights = precision == "int4" or widens_int8
-    is_rtx = any(target.backend == "tensorrt_rtx" for target in targets.values())
-    if is_rtx and holds_weights:
-        check_one_capacity(options, precision)
-    records = {
-        name: plan_target(
-            target,
-            options,
-            model,
-            dtype,
-            names,
-            graph_names,
-            is_quantized=is_quantized,
-            one_row=not widens_int8,
-            joint=holds_weights,
-            int4_inputs=int4_inputs_of(target, precision, exact=options.exact),
-        )
-        for name, target in targets.items()
-    }
-    sampler = plan_sampler(options.sampler, model, base)
-    check_text(checkpoint.path, model.vocab_size)
-    return BuildPlan(
+    plan = BuildPlan(
         options,
         checkpoint,
         model,
-        graph_names,
+        _plan_graphs(options, base),
         precision,
         dtype,
         quantization,
         names,
         targets,
-        records,
-        sampler,
+        records={},
     )
+    plan = replace(plan, records=_plan_records(plan, _widens_int8(precision, quantization, base)))
+    sampler = plan_sampler(options.sampler, model, base)
+    check_text(checkpoint.path, model.vocab_size)
+    return replace(plan, sampler=sampler)
+
+
+def resize(plan: BuildPlan, max_length: int, max_batch: int) -> BuildPlan:
+    """Plan a new bundle again for other texts and batches, of one capacity.
+
+    What does not depend on them is not read again.
+
+    Raises:
+        UsageError: a size is out of its range.
+    """
+    options = replace(plan.options, max_length=max_length, max_batch=max_batch, capacities=None)
+    options.check()
+    resized = replace(plan, options=options, model=describe_model(plan.checkpoint, max_length))
+    widens_int8 = _widens_int8(plan.precision, plan.quantization, None)
+    return replace(resized, records=_plan_records(resized, widens_int8))
+
+
+def _plan_records(plan: BuildPlan, widens_int8: bool) -> dict[str, TargetRecord]:
+    """Plan each target of a plan that is known but for these."""
+    holds_weights = plan.precision == "int4" or widens_int8
+    is_rtx = any(target.backend == "tensorrt_rtx" for target in plan.targets.values())
+    if is_rtx and holds_weights:
+        check_one_capacity(plan.options, plan.precision)
+    return {
+        name: plan_target(
+            target,
+            plan.options,
+            plan.model,
+            plan.dtype,
+            plan.names,
+            plan.graph_names,
+            is_quantized=plan.precision not in DTYPES,
+            one_row=not widens_int8,
+            joint=holds_weights,
+            int4_inputs=int4_inputs_of(target, plan.precision, exact=plan.options.exact),
+        )
+        for name, target in plan.targets.items()
+    }
 
 
 def plan_target(

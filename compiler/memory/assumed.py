@@ -36,12 +36,6 @@ def plan_uncalibrated(checkpoint: Checkpoint, options: BuildOptions) -> BuildPla
     return replace(dense, options=options, precision="fp8", quantization=quantization)
 
 
-def with_sizes(plan: BuildPlan, max_length: int, max_batch: int) -> BuildPlan:
-    """The plan for other texts and batches, of one capacity."""
-    options = replace(plan.options, max_length=max_length, max_batch=max_batch, capacities=None)
-    return plan_uncalibrated(plan.checkpoint, options)
-
-
 def _assumed_fp8(checkpoint: Checkpoint) -> Quantization:
     one = LayerScales(np.ones((), np.float32), np.ones((), np.float32))
     layers = {name: one for name in linear_layers(checkpoint.config) if name != HEAD}

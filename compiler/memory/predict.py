@@ -11,21 +11,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from trimode.compiler.memory.assumed import plan_uncalibrated, with_sizes
+from trimode.compiler.memory.assumed import plan_uncalibrated
 from trimode.compiler.memory.room import memory_of
 from trimode.compiler.memory.shallow import ShallowEngines, compile_shallow, keep_layers
 from trimode.compiler.memory.use import MemoryUse, engine_use, fixed_use, scratch_of
 from trimode.compiler.options import MAX_BATCH, BuildOptions
 from trimode.compiler.passes.recipes import constants_of
-from trimode.compiler.plan import BuildPlan
+from trimode.compiler.plan import BuildPlan, resize
+from trimode.compiler.plans.report import bandwidth_ms
 from trimode.compiler.stages.pack import lay_out_pack
 from trimode.compiler.store.cache import ContentCache
-from trimode.compiler.targets import Target, find_target, resolve_targets
+from trimode.compiler.targets import Target, resolve_targets
 from trimode.compiler.toolchain import require_toolchain
 from trimode.errors import UsageError
 from trimode.formats.contract import GraphName
 from trimode.graphs.checkpoint import Checkpoint
 from trimode.progress import Progress, Silent
+from trimode.runtime.sessions.prefix import SlotFormat
 
 RESERVED_BYTES = 1 << 30
 """Left for the driver and what else is on the screen. An assumption."""
@@ -161,7 +163,7 @@ class _Shapes:
         return self._compile(_DEPTHS[0], self._length, self._other_batch)
 
     def _compile(self, num_layers: int, max_length: int, max_batch: int) -> ShallowEngines:
-        plan = with_sizes(self._plan, max_length, max_batch)
+        plan = resize(self._plan, max_length, max_batch)
         return compile_shallow(keep_layers(plan, num_layers), self._cache, self._progress)
 
     def grown(self, figure: Callable[[ShallowEngines], int], length: int, batch: int) -> int:
@@ -235,15 +237,14 @@ class _Room:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token."""
-        model, plan = self._plan.model, self._plan
-        width = 4 if plan.records[self._name].compute_dtype == "float32" else 2
-        return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+        dtype = self._plan.records[self._name].compute_dtype
+        return SlotFormat.of(self._plan.model, dtype).bytes_per_token
 
     def use(self, length: int, batch: int) -> MemoryUse:
         """Return the bytes for ``batch`` texts of ``length`` tokens side by side."""
         if length < 2 or batch < 1:  # no text is shorter
             return MemoryUse(self._weights, self._constants, 0, 0, 0)
-        plan = with_sizes(self._plan, length, batch)
+        plan = resize(self._plan, length, batch)
         io, cache = fixed_use(plan.model, plan.records[self._name], batch)
         depth = plan.model.num_hidden_layers
         files = self._shapes.grown(self._engines, length, batch)
@@ -268,9 +269,7 @@ def _forwards(name: str, shapes: _Shapes, num_layers: int) -> Iterator[ForwardCo
     The bytes of a layer are those that one layer more adds.
     """
     asked, deeper = shapes.asked.records[name], shapes.deeper.records[name]
-    bandwidth = find_target(name).bandwidth_gb_s
     for graph, engine in asked.graphs.items():
         for plan, more in zip(engine.plans, deeper.graphs[graph].plans, strict=True):
             moved = plan.moved + (more.moved - plan.moved) * (num_layers - _DEPTHS[0])
-            ms = None if bandwidth is None else moved / (bandwidth * 1e6)
-            yield ForwardCost(graph, plan.rows, moved, ms)
+            yield ForwardCost(graph, plan.rows, moved, bandwidth_ms(moved, name))

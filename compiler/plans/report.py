@@ -111,14 +111,23 @@ def compute(record: PlanRecord, target: str) -> Computed:
 
     Computed, not measured.
     """
-    known = TARGETS.get(target)
-    bandwidth = None if known is None else known.bandwidth_gb_s
     return Computed(
         floor=record.floor,
         moved=record.moved,
-        bandwidth_gb_s=bandwidth,
-        predicted_ms=None if bandwidth is None else record.moved / (bandwidth * 1e6),
+        bandwidth_gb_s=_bandwidth_of(target),
+        predicted_ms=bandwidth_ms(record.moved, target),
     )
+
+
+def bandwidth_ms(num_bytes: int, target: str) -> float | None:
+    """Return the milliseconds that moving bytes takes; None where the target names no GPU."""
+    bandwidth = _bandwidth_of(target)
+    return None if bandwidth is None else num_bytes / (bandwidth * 1e6)
+
+
+def _bandwidth_of(target: str) -> int | None:
+    known = TARGETS.get(target)
+    return None if known is None else known.bandwidth_gb_s
 
 
 def predict_ms(record: PlanRecord, target: str) -> float | None:
